@@ -1,0 +1,202 @@
+"""What the viewer and the quickstart report share: scored responses as they are shown, and the writing of a page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from fractal_rm.report.palette import score_class, score_css
+from fractal_rm.results import write_atomic
+from fractal_rm.segmentation import gaps
+
+TEMPLATES = Path(__file__).parent / "templates"
+LONG_PROMPT = 400  # characters from which a prompt is folded
+UNENCODABLE = re.compile("[\x00\ud800-\udfff]")  # NUL and lone surrogates: neither HTML nor UTF-8 has them
+
+
+@dataclass(frozen=True)
+class StepView:
+    """A step as a page shows it.
+
+    Attributes:
+        number: Its place in the response, from 1.
+        text: The step as written.
+        score: Its score as text.
+        css: Class of the score's colour.
+        gold: `"right"`, `"wrong"` or None where no gold label is known.
+        first_wrong: Whether it is the first step that its gold label calls wrong.
+        before: Text of the response between the step before and this one, empty if it is white space only.
+    """
+
+    number: int
+    text: str
+    score: str
+    css: str
+    gold: str | None
+    first_wrong: bool
+    before: str
+
+
+@dataclass(frozen=True)
+class ResponseView:
+    """A response as a page shows it.
+
+    Attributes:
+        anchor: Name of its place in the page.
+        name: What the reader calls it: its id, or its row.
+        prompt: The prompt as text, a chat with its roles.
+        folded: Whether the prompt is too long to be shown at once.
+        steps: Its steps.
+        judged: Whether a gold label is known for any of them.
+        after: Text behind the last step, empty if it is white space only.
+        score: The response score as text.
+        css: Class of the score's colour.
+        score_value: The response score as a number, for sorting, None if there is none.
+        label: The label as a number, None if it is unknown.
+        label_text: The label as text.
+        disagrees: Whether score and label are at least half the scale apart.
+        error: Why it has no scores, None if it has.
+    """
+
+    anchor: str
+    name: str
+    prompt: str
+    folded: bool
+    steps: tuple[StepView, ...]
+    judged: bool
+    after: str
+    score: str
+    css: str
+    score_value: float | None
+    label: float | None
+    label_text: str
+    disagrees: bool
+    error: str | None
+
+
+def response_view(row: Mapping[str, Any], number: int) -> ResponseView:
+    """Prepare a row of scores for a page.
+
+    Args:
+        row: A scored response, with the columns that `write_viewer` lists.
+        number: Its row, from 1.
+
+    Returns:
+        What the templates print.
+
+    Raises:
+        ValueError: If the row has neither steps nor an error.
+
+    Example:
+        >>> view = response_view({"steps": [{"text": "1+1=3", "score": 0.1, "gold": 0}], "label": 0, "score": 0.1}, 1)
+        >>> view.name, view.label_text, view.steps[0].score, view.steps[0].first_wrong
+        ('response 1', 'bad', '0.10', True)
+    """
+    steps, error = row.get("steps"), row.get("error")
+    if steps is None and not error:
+        raise ValueError(f"Row {number} has neither `steps` nor `error`. Pass the rows that `fractal-rm score` writes.")
+    steps = list(steps or [])
+    golds = [_gold(step.get("gold")) for step in steps]
+    first_wrong = golds.index("wrong") if "wrong" in golds else None
+    between = _between(row.get("response"), steps)
+    label, score = _finite(row.get("label")), _finite(row.get("score"))
+    prompt = _prompt_text(row.get("prompt") or "")
+    return ResponseView(
+        anchor=f"response-{number}",
+        name=str(row.get("id") or f"response {number}"),
+        prompt=prompt,
+        folded=len(prompt) > LONG_PROMPT,
+        steps=tuple(
+            StepView(
+                number=index + 1,
+                text=step["text"],
+                score=_score_text(_finite(step.get("score"))),
+                css=score_class(_finite(step.get("score"))),
+                gold=golds[index],
+                first_wrong=index == first_wrong,
+                before=between[index],
+            )
+            for index, step in enumerate(steps)
+        ),
+        judged=any(golds),
+        after=between[-1],
+        score=_score_text(score),
+        css=score_class(score),
+        score_value=score,
+        label=label,
+        label_text={None: "unknown", 0: "bad", 1: "good"}.get(label, f"{label:g}" if label is not None else ""),
+        disagrees=label is not None and score is not None and 0 <= label <= 1 and abs(label - score) >= 0.5,
+        error=str(error) if error else None,
+    )
+
+
+def write_page(path: str | Path, template: str, *, script: str = "", **context: Any) -> None:
+    """Render a template of this package into one self-contained file, in one move.
+
+    All text is escaped. Besides, the page's content policy forbids it to load anything and to run any script but
+    `script`, so that a response's text stays text even if escaping should fail.
+
+    Args:
+        path: Where to write the page.
+        template: File name of a template in `report/templates`.
+        script: File name of the script there that the page brings along, empty for none.
+        **context: What the template shows.
+
+    Raises:
+        OSError: If the page cannot be written.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,  # for every template: jinja2's own choice by name does not know the ending .html.j2
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    code = (TEMPLATES / script).read_text(encoding="utf-8") if script else ""
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    page = environment.get_template(template).render(
+        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        light_scores=Markup(score_css("light")),
+        dark_scores=Markup(score_css("dark")),
+        script=Markup(code),
+        script_policy=f"'sha256-{digest}'" if script else "'none'",
+        **context,
+    )
+    write_atomic(path, UNENCODABLE.sub("\ufffd", page))
+
+
+def _gold(value: float | None) -> str | None:
+    known = _finite(value)
+    return None if known is None else "right" if known >= 0.5 else "wrong"
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _score_text(score: float | None) -> str:
+    return "—" if score is None else f"{score:.2f}"
+
+
+def _prompt_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _between(response: str | None, steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Text of the response outside its steps, before each step and behind the last; white space counts as none."""
+    if response is None or any("start" not in step or "end" not in step for step in steps):
+        return [""] * (len(steps) + 1)
+    texts = gaps(response, [(step["start"], step["end"]) for step in steps])
+    return [text.strip() and text for text in texts]

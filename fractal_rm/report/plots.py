@@ -1,0 +1,174 @@
+"""The plots of a report as inline SVG that follows the page's light or dark mode, and the picture of the README."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fractal_rm.report.drawing import (
+    PAGE,
+    PICTURE,
+    Curve,
+    draw_curves,
+    draw_heat_map,
+    is_good,
+    new_figure,
+    style_axes,
+    to_bytes,
+    to_svg,
+)
+
+
+def require_matplotlib() -> None:
+    """Check that plots can be drawn; worth calling before long work whose report needs them.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> require_matplotlib()
+    """
+    with new_figure(1, 1):
+        pass
+
+
+def learning_curves(
+    curves: Mapping[str, Curve], *, baseline: str | None = None, label: str = "Held-out accuracy"
+) -> str:
+    """Draw accuracy against rollouts, one line an arm.
+
+    Args:
+        curves: For each arm its pairs of rollouts and accuracy in [0, 1].
+        baseline: An arm whose final accuracy is drawn as a dotted line from where another arm first reaches it.
+        label: What the accuracy is, beside the vertical axis.
+
+    Returns:
+        One `<svg>` element, to stand in a page.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is no curve, or one is empty, or `baseline` is none of them.
+
+    Example:
+        >>> svg = learning_curves({"outcome": [(0, 0.5), (1024, 0.8)]})
+        >>> svg[:4], svg[-6:]
+        ('<svg', '</svg>')
+    """
+    with new_figure(5, 3.4) as figure:
+        draw_curves(figure.add_subplot(), curves, PAGE, baseline=baseline, label=label)
+        ends = "; ".join(f"{arm} ends at {max(curve)[1]:.1%}" for arm, curve in curves.items())
+        return to_svg(figure, "curves", f"{label} against rollouts: {ends}.")
+
+
+def calibration_plot(probs: Sequence[float], labels: Sequence[float], *, bins: int = 10) -> str:
+    """Draw the share of good responses against the predicted probability, with the number of responses below.
+
+    Args:
+        probs: Predicted probability that each response is good, in [0, 1].
+        labels: Response labels in [0, 1], NaN where unknown.
+        bins: Number of equally wide bins of probability.
+
+    Returns:
+        One `<svg>` element, to stand in a page.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If no label is known, or there are not as many labels as probabilities.
+
+    Example:
+        >>> svg = calibration_plot([0.1, 0.2, 0.9], [0, 0, 1])
+        >>> svg[:4], svg[-6:]
+        ('<svg', '</svg>')
+    """
+    known = [(prob, label) for prob, label in zip(probs, labels, strict=False) if not math.isnan(label)]
+    if not known or len(probs) != len(labels):
+        raise ValueError(
+            f"The calibration plot got {len(probs)} probabilities and {len(labels)} labels, {len(known)} known. "
+            "Pass one of each for every response, and at least one known label."
+        )
+    members: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
+    for prob, label in known:
+        members[min(int(prob * bins), bins - 1)].append((prob, label))
+    points = [tuple(sum(values) / len(pairs) for values in zip(*pairs, strict=True)) for pairs in members if pairs]
+    quarters = [0, 0.25, 0.5, 0.75, 1]
+    with new_figure(4.2, 4.2) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+        style_axes(upper, PAGE)
+        style_axes(lower, PAGE)
+        upper.plot([0, 1], [0, 1], color=PAGE.muted, linewidth=1.3, linestyle=(0, (1, 2)))
+        upper.plot(*zip(*points, strict=True), color=PAGE.series[0], linewidth=2, marker="o", markersize=6)
+        upper.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), yticks=quarters, ylabel="Share that is good")
+        lower.bar(
+            [(index + 0.5) / bins for index in range(bins)],
+            [len(pairs) for pairs in members],
+            width=0.82 / bins,
+            color=PAGE.series[0],
+        )
+        lower.set(xlabel="Predicted probability of a good response", ylabel="Number", xticks=quarters)
+        lower.locator_params(axis="y", nbins=2, integer=True)
+        figure.align_ylabels([upper, lower])
+        read = ", ".join(f"{predicted:.2f} predicted and {observed:.2f} observed" for predicted, observed in points)
+        return to_svg(figure, "calibration", f"Calibration of the response score: {read}.")
+
+
+def save_picture(
+    path: str | Path,
+    curves: Mapping[str, Curve],
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    baseline: str | None = None,
+    max_rows: int = 12,
+    sides: tuple[str, str] = ("right answer", "wrong answer"),
+) -> None:
+    """Save learning curves beside a heat map of step scores, on white, as wide as a README.
+
+    Args:
+        path: Where to write it; the ending `.png` or `.svg` decides the format.
+        curves: For each arm its pairs of rollouts and accuracy in [0, 1].
+        examples: Scored responses as `write_viewer` takes them; a cross marks steps whose `gold` label is wrong.
+        baseline: An arm whose final accuracy is drawn as a dotted line from where another arm first reaches it.
+        max_rows: The most responses to show, half of them from each side of the label where there are as many.
+        sides: What to call responses labelled good and those labelled bad.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is no curve or no scored example, or the name ends otherwise.
+        OSError: If the picture cannot be written.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> row = {"prompt": "2+2?", "label": 0, "score": 0.1, "steps": [{"text": "2+2=5", "score": 0.1, "gold": 0}]}
+        >>> picture = pathlib.Path(tempfile.mkdtemp()) / "quickstart.png"
+        >>> save_picture(picture, {"outcome": [(0, 0.5), (1024, 0.8)]}, [row])
+        >>> picture.read_bytes()[1:4]
+        b'PNG'
+    """
+    path = Path(path)
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"The picture cannot be named {path.name!r}: end the name in .png or .svg.")
+    rows = _both_sides(examples, max_rows)
+    if not rows:
+        raise ValueError("There is no scored response to draw. Pass at least one example with steps.")
+    with new_figure(9, 3.7) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=[1.12, 1], gridspec_kw={"wspace": 0.06})
+        draw_curves(left, curves, PICTURE, baseline=baseline, label="Held-out accuracy")
+        draw_heat_map(right, rows, PICTURE, sides=sides)
+        content = to_bytes(figure, "png" if path.suffix == ".png" else "svg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _both_sides(examples: Sequence[Mapping[str, Any]], max_rows: int) -> list[Mapping[str, Any]]:
+    scored = [row for row in examples if row.get("steps")]
+    good = [row for row in scored if is_good(row)]
+    bad = [row for row in scored if not is_good(row)]
+    kept = good[: max(max_rows // 2, max_rows - len(bad))]
+    return kept + bad[: max_rows - len(kept)]

@@ -1,0 +1,248 @@
+"""A trained step reward model in use: text in, a score for every step out.
+
+    rm = StepRewardModel.from_pretrained("rm")
+    for scored in rm.score(prompts=["2+3*4?\\n"], responses=["3*4=12.\\n2+12=14."]):
+        print(scored.score, [(step.text, step.score) for step in scored.steps])
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fractal_rm.aggregation import aggregate
+from fractal_rm.bags import Prompt
+from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, save_scorer
+from fractal_rm.scorers.encoding import EncodedBag, encode, pad_encoded
+from fractal_rm.scorers.settings import Settings
+from fractal_rm.segmentation import Segmentation, Span, join_steps
+
+logger = logging.getLogger(__name__)
+# A progress bar for fewer batches would flicker by.
+_BATCHES_WORTH_A_BAR = 20
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a response: its text, its characters `start:end` of the response, and P(step is good)."""
+
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """Scores of one response.
+
+    Args:
+        response: The response as scored.
+        steps: Its steps with scores in [0, 1].
+        score: Aggregated P(response is good); NaN if the response could not be scored.
+        truncated_steps: Steps beyond `max_length`, left out of `steps` and `score`.
+        error: Why the response could not be scored, else None.
+    """
+
+    response: str
+    steps: list[Step] = field(default_factory=list)
+    score: float = math.nan
+    truncated_steps: int = 0
+    error: str | None = None
+
+    @property
+    def step_scores(self) -> list[float]:
+        """The scores alone."""
+        return [step.score for step in self.steps]
+
+    @property
+    def spans(self) -> list[Span]:
+        """The characters alone."""
+        return [(step.start, step.end) for step in self.steps]
+
+
+class StepRewardModel:
+    """Scores every step of a response in one forward pass.
+
+    Args:
+        scorer: A likelihood or token scorer.
+        tokenizer: The tokenizer it was trained with.
+        settings: How text becomes tokens and logits become scores.
+        batch_size: Responses in a forward.
+    """
+
+    def __init__(
+        self, scorer: StepScorer, tokenizer: PreTrainedTokenizerBase, settings: Settings, *, batch_size: int = 32
+    ) -> None:
+        self.scorer, self.tokenizer, self.settings, self.batch_size = scorer, tokenizer, settings, batch_size
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: str | torch.device | None = None, batch_size: int = 32, **kwargs: Any
+    ) -> "StepRewardModel":
+        """Load a checkpoint that [`FractalTrainer`] saved.
+
+        Args:
+            path: Folder or hub id.
+            device: Where to score; default: a GPU if there is one.
+            batch_size: Responses in a forward.
+            kwargs: Passed to `from_pretrained` of the model, such as `dtype`.
+
+        Raises:
+            ValueError: If the checkpoint is not whole: another tokenizer, a missing or random head, an unknown version.
+        """
+        scorer, tokenizer, settings = load_scorer(path, **kwargs)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(scorer.to(device), tokenizer, settings, batch_size=batch_size)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write an ordinary Hugging Face folder with the `fractal` block."""
+        save_scorer(path, self.scorer, self.tokenizer, self.settings)
+
+    @property
+    def segmentation(self) -> Segmentation:
+        """How this model cuts responses into steps."""
+        return self.settings.segmentation
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str | Sequence[str]],
+        *,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+    ) -> list[StepScores]:
+        """Score every step of every response.
+
+        A response that cannot be scored (empty, or its first step does not fit) does not stop the others: its result
+        holds the reason in `error`, and a warning is logged.
+
+        Args:
+            prompts: Texts or chats, one for each response.
+            responses: Texts, cut into steps as in training; or lists of steps that are already cut.
+            batch_size: Responses in a forward; default: that of the model.
+            progress: Show a bar; default: only on long work.
+
+        Returns:
+            One [`StepScores`] for each response, in order.
+
+        Raises:
+            ValueError: If the numbers of prompts and responses differ.
+        """
+        if len(prompts) != len(responses):
+            raise ValueError(f"{len(prompts)} prompts came with {len(responses)} responses. Give one prompt a response.")
+        texts, spans, errors = self._cut(responses)
+        good = [i for i, error in enumerate(errors) if error is None]
+        encoded = encode(
+            [prompts[i] for i in good],
+            [texts[i] for i in good],
+            [spans[i] for i in good],
+            self.tokenizer,
+            self.settings,
+        )
+        bags = dict(zip(good, encoded, strict=True))
+        for i in [i for i in good if not bags[i].kept_steps]:
+            errors[i] = f"row {i}: the prompt and the first step exceed {self.settings.max_length} tokens (`max_length`)."
+            del bags[i]
+        logits = self._forward(bags, batch_size or self.batch_size, progress)
+        results = [StepScores(texts[i], error=errors[i]) for i in range(len(texts))]
+        for i, (step_logits, response_logit) in logits.items():
+            results[i] = StepScores(
+                texts[i],
+                [
+                    Step(texts[i][start:end], start, end, score)
+                    for (start, end), score in zip(spans[i], step_logits, strict=False)
+                ],
+                response_logit,
+                bags[i].num_steps - bags[i].kept_steps,
+            )
+        failed = [error for error in errors if error]
+        if failed:
+            logger.warning("%d of %d responses were not scored. First: %s", len(failed), len(texts), failed[0])
+        truncated = sum(result.truncated_steps > 0 for result in results)
+        if truncated:
+            logger.warning("%d of %d responses were longer than `max_length`: last steps unscored.", truncated, len(texts))
+        return results
+
+    def _cut(
+        self, responses: Sequence[str | Sequence[str]]
+    ) -> tuple[list[str], list[Sequence[Span]], list[str | None]]:
+        texts: list[str] = []
+        spans: list[Sequence[Span]] = []
+        errors: list[str | None] = []
+        for i, response in enumerate(responses):
+            text, cut, error = "", [], None
+            if isinstance(response, str):
+                text = response
+                if text.strip():
+                    cut = self.segmentation(text)
+            elif response is not None and all(isinstance(step, str) and step.strip() for step in response):
+                text, cut = join_steps(response)
+            else:
+                error = f"row {i}: the response is neither a text nor a list of steps that are not blank."
+            if not cut and error is None:
+                error = f"row {i}: the response is empty; it has no step to score."
+            texts.append(text)
+            spans.append(cut)
+            errors.append(error)
+        return texts, spans, errors
+
+    @torch.no_grad()
+    def _forward(
+        self, bags: dict[int, EncodedBag], batch_size: int, progress: bool | None
+    ) -> dict[int, tuple[list[float], float]]:
+        """Step probabilities and response probability of each bag; batches hold bags of like length."""
+        order = sorted(bags, key=lambda i: len(bags[i].input_ids))
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        if progress is None:
+            progress = len(batches) >= _BATCHES_WORTH_A_BAR
+        if progress:
+            from rich.progress import track
+
+            batches = track(batches, description="Scoring")  # type: ignore[assignment]
+        self.scorer.eval()
+        device = next(self.scorer.parameters()).device
+        results = {}
+        for rows in batches:
+            batch = pad_encoded([bags[i] for i in rows], self.tokenizer.pad_token_id)
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            logits = self.scorer(**batch) / self.settings.temperature
+            bag_logits = aggregate(logits, batch["mask"], aggregation=self.settings.aggregation)
+            probs, bag_probs = logits.sigmoid().cpu().tolist(), bag_logits.sigmoid().cpu().tolist()
+            for row, i in enumerate(rows):
+                results[i] = (probs[row][: bags[i].kept_steps], bag_probs[row])
+        return results
+
+
+class FractalReward:
+    """A step reward model as a TRL reward function: one number for each completion, P(response is good).
+
+        GRPOTrainer(..., reward_funcs=[FractalReward("rm")])
+
+    Completions that cannot be scored get None, which TRL leaves out.
+
+    Args:
+        reward_model: A [`StepRewardModel`], or the path of one.
+    """
+
+    def __init__(self, reward_model: StepRewardModel | str | Path) -> None:
+        if not isinstance(reward_model, StepRewardModel):
+            reward_model = StepRewardModel.from_pretrained(reward_model)
+        self.reward_model = reward_model
+        self.__name__ = "fractal_reward"
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
+        """Score completions (texts, or chats of one assistant message) as TRL's trainers call it."""
+        responses = [response_text(completion) for completion in completions]
+        scored = self.reward_model.score(prompts, responses, progress=False)
+        return [None if math.isnan(result.score) else result.score for result in scored]
+
+
+def response_text(completion: str | list[dict[str, str]]) -> str:
+    """The text of a completion in TRL's standard or conversational format."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]

@@ -1,0 +1,1 @@
+"""Step scorers: (B, S) logits from one forward over prompt and response."""

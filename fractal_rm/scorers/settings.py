@@ -1,0 +1,94 @@
+"""What a checkpoint must remember beside its weights: the `fractal` block of `config.json`."""
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from fractal_rm.aggregation import AGGREGATIONS, Aggregation
+from fractal_rm.segmentation import Segmentation
+
+ScorerKind = Literal["likelihood", "token"]
+FORMAT_VERSION = 1
+
+# Digits, operators, capitals, white space, LaTeX and a multi-byte character: what tokenizers treat differently.
+_PROBE = "Step 1: 3.14 * x = \\frac{1}{2}\n\nSo, the  answer is  -42 \u2713."
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short name for how a tokenizer cuts text: equal for equal behaviour on a probe text."""
+    ids = tokenizer(_PROBE)["input_ids"]
+    return hashlib.sha256(f"{len(tokenizer)} {ids}".encode()).hexdigest()[:16]
+
+
+@dataclass
+class Settings:
+    """The `fractal` block: how text becomes tokens, and how logits become scores.
+
+    Args:
+        scorer: Which reading of the model gives step logits.
+        aggregation: How step probabilities become a response probability.
+        segmentation: How a response is cut into steps.
+        prompt_template: Text in which `{prompt}` stands for the prompt; the response follows it directly.
+        max_length: Most tokens in a forward, prompt included. Whole steps beyond it are left out, counted and logged.
+        reduction: Likelihood scorer: whether a step's log-probabilities are added or averaged.
+        log_weight: Likelihood scorer: logarithm of the factor of the log-likelihood, learned.
+        bias: Likelihood scorer: offset of the log-likelihood, learned.
+        temperature: Divides the step logits before the sigmoid; 1 until calibrated.
+        threshold: A step scoring below it is called wrong; chosen on validation.
+        tokenizer: Fingerprint of the tokenizer that the scores belong to.
+        head: Sum and norm of the scoring head's weights, to tell a lost or random head at load.
+        data: Fingerprint of the training data.
+        versions: Package versions at saving.
+        format_version: Version of this block.
+    """
+
+    scorer: ScorerKind = "likelihood"
+    aggregation: Aggregation = "min"
+    segmentation: Segmentation = field(default_factory=Segmentation)
+    prompt_template: str = "{prompt}"
+    max_length: int | None = None
+    reduction: Literal["sum", "mean"] = "sum"
+    log_weight: float = 0.0
+    bias: float = 0.0
+    temperature: float = 1.0
+    threshold: float = 0.5
+    tokenizer: str | None = None
+    head: dict[str, float] | None = None
+    data: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(f"Unknown aggregation {self.aggregation!r}. Choose one of {', '.join(AGGREGATIONS)}.")
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError(
+                f"`prompt_template` is {self.prompt_template!r}, without the place for the prompt. Write `{{prompt}}` in it."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block as JSON-ready values."""
+        return asdict(self) | {"segmentation": self.segmentation.to_dict()}
+
+    @classmethod
+    def from_dict(cls, block: dict[str, Any], *, where: str) -> "Settings":
+        """Read a block, refusing versions and keys that this package does not know.
+
+        Raises:
+            ValueError: Names the folder, the defect and what to do.
+        """
+        version = block.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{where}/config.json: the `fractal` block has format version {version!r}; this package reads version "
+                f"{FORMAT_VERSION}. Install the fractal-rm version that wrote it, or train the model again."
+            )
+        unknown = sorted(set(block) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(
+                f"{where}/config.json: the `fractal` block holds unknown keys {unknown}. "
+                "Install the fractal-rm version that wrote it."
+            )
+        return cls(**(block | {"segmentation": Segmentation.from_dict(block["segmentation"])}))

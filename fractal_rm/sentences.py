@@ -1,0 +1,276 @@
+r"""Sentences of a response that may hold formulas, code, lists and amounts of money.
+
+`sentencex` finds the sentences. It is shown a copy of the text, of the same length, in which whatever it would cut
+wrongly is hidden behind zeros: positions in the copy are positions in the text. Every function takes time linear in the
+text, up to the logarithm of the number of formulas.
+"""
+
+# ruff: noqa: RUF001 - the quotation marks and full stops of other scripts are meant
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable
+from itertools import pairwise, zip_longest
+
+from sentencex import get_sentence_boundaries  # pyright: ignore[reportAttributeAccessIssue] - compiled, without stubs
+
+Span = tuple[int, int]
+
+NEWLINE = re.compile(r"\r\n|\r|\n")
+
+_TICKS = re.compile("`{3,}")
+_LANGUAGE_NAME = re.compile(r"[ \t]*[\w+#.-]*\s*")
+
+_ENVIRONMENTS = (
+    r"(?:equation|align(?:ed|at)?|gather(?:ed)?|multline|eqnarray|split|cases|array|[bBpvV]?(?:small)?matrix|tabular"
+    r"|displaymath|math)\*?"
+)
+# What opens or closes a formula or code, after the escapes that look like it, and the end of a paragraph.
+_TOKEN = re.compile(
+    rf"\\\\|\\\$|\\[()\[\]]|\$\$|\$|`+|''|\\begin\{{{_ENVIRONMENTS}\}}|\\end\{{{_ENVIRONMENTS}\}}|\n[ \t]*\r?(?=\n)"
+)
+_CLOSERS = {"\\(": "\\)", "\\[": "\\]", "$$": "$$", "$": "$"}
+_DISPLAY = ("$$", "\\[", "\\begin{")
+
+# Parts of a formula that may hold prose, and what shows that a text between two dollar signs is not a formula.
+_COMMAND = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})?")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_NEXT_SENTENCE = re.compile(r"[.!?][\"')]*\s+(?:[A-Z][a-z]|[AI]\b)")
+
+# What opens a list item, a heading included. Text that is nothing but this is never a step of its own.
+_MARKER = (
+    r"(?:\#{1,6}[ \t]*)?[*_]{0,3}"
+    r"(?:[-*+•–]|[(\[]?(?:\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})[.):\]]|(?:Step|Case|Part|Claim)[ \t]+\d{1,3}[.):]?)"
+    r"[.:]?[*_]{0,3}"
+)
+_MARKER_ONLY = re.compile(_MARKER)
+
+# Where a mark that ends sentences ends none. The marks are hidden from the splitter.
+_NO_END = re.compile(
+    rf"^[ \t]*{_MARKER}(?=[ \t])"
+    r"|(?<![\w.])(?:[Ee]\.g|[Ii]\.e|[Cc]f|viz|vs|resp|w\.r\.t|s\.t|[Ww]\.l\.o\.g|Mr|Mrs|Ms|Dr|Prof)\."
+    r"|(?<![\w.])(?:[Ee]qs?|[Ee]qns?|[Ff]igs?|[Ss]ecs?|[Cc]h|[Tt]hms?|[Ll]em|[Pp]rop|[Cc]or|[Dd]ef|[Ee]x|[Tt]ab|[Rr]efs?"
+    r"|[Vv]ol|[Aa]pp|[Nn]os?|pp?|approx|ca)\.(?=[\s~]*[(\[$\\\d])"
+    r"|(?<=[\w)])!(?=\s*[=+*/×·^<>≤≥,;:)\]]|\s+-\s)"  # a factorial: "5! = 120", "n! / 2"
+    r"|(?:(?<=[\d)])|(?<=\b[a-z]))!(?=\s+[a-z])",
+    re.MULTILINE,
+)
+# Markers of a list that runs on in its line, "Do: 1. Add. 2. Multiply.", once abbreviations are hidden ("Fig. 2. So").
+_INLINE_MARKER = re.compile(r"(?:(?<=[.!?;][ \t])\d{1,2}|(?<=:[ \t])1)[.)](?=[ \t]+[A-Z\[$\\(*])")
+# A variable before the full stop ("so x. Then") is no initial: it is shown as a digit.
+_VARIABLE = re.compile(r"(?<![\w.'’\\-])[a-z](?=\.\s+[A-Z0$\\])")
+# What sentencex cannot read: half of a surrogate pair, and a space of several bytes after a capital (1.0.32 panics).
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_WIDE_SPACE = re.compile(r"[^\S\x00-\x7f]")
+
+# What may stand between the mark that ends a sentence and the white space after it.
+_AFTER_END = re.compile(r"(?:[*_)\]}\"'”’»`」』）]|\[\d+\])*")
+_INDENT = re.compile(r"[ \t]*")
+_ENDS = ".!?;:…。！？；："
+# A line that begins like this goes on with the sentence of the line before.
+_GOES_ON = re.compile(r"[ \t]*([^\W\d_]{2,})\b(?![ \t]*[=:<>(\[+*/^]|[ \t]+-)")
+
+
+def sentences(text: str, language: str = "en") -> list[Span]:
+    r"""Make every sentence a step.
+
+    A line break ends a step, except where the sentence goes on: the next line begins with a lower-case word, or with
+    the display formula that the sentence leads up to. Nothing is cut inside a formula, inline code or a fence of code,
+    after an abbreviation such as "e.g." or "eq. (3)", or in "5! = 120". A list marker ("1.", "2)", "-", "Step 3:")
+    belongs to the step it opens, and a piece without letters or digits to its neighbour. A dollar sign opens a formula
+    only if what follows up to the next one does not read like prose, so amounts of money change nothing.
+
+    Args:
+        text: The response.
+        language: Language code. `sentencex` treats a language that it does not know as English.
+
+    Returns:
+        Spans of the steps. Every character that is not white space lies in one.
+
+    Source:
+        Sentence boundaries: `sentencex` of the Wikimedia Foundation.
+
+    Example:
+        >>> text = "1. Eggs cost $2 and $3. So e.g. $x = 2. 5$ fits.\n2. Dr. Lee pays 3.14."
+        >>> [text[start:end] for start, end in sentences(text)]
+        ['1. Eggs cost $2 and $3.', 'So e.g. $x = 2. 5$ fits.', '2. Dr. Lee pays 3.14.']
+    """
+    fences = _fences(text)
+    edges = [0, *(edge for fence in fences for edge in fence), len(text)]
+    formulas = [
+        region for start, end in zip(edges[::2], edges[1::2], strict=True) for region in _formulas(text, start, end)
+    ]
+    masked = _mask(text, fences, formulas)
+    cuts = [0]
+    for start, end in _blocks(text, masked, {end for _, end in fences}):
+        cuts += [start + cut for cut in _sentence_ends(masked[start:end], language)]
+        cuts.append(end)
+    return _merge(text, trim(text, pairwise(cuts)))
+
+
+def trim(text: str, spans: Iterable[Span]) -> list[Span]:
+    """Take the white space off both ends of every span, and drop blank spans.
+
+    Args:
+        text: The response.
+        spans: Spans in it.
+
+    Returns:
+        The spans that are left.
+
+    Example:
+        >>> trim("one  two", [(0, 4), (4, 5), (5, 8)])
+        [(0, 3), (5, 8)]
+    """
+    trimmed = []
+    for start, end in spans:
+        piece = text[start:end].lstrip()
+        start = end - len(piece)
+        end = start + len(piece.rstrip())
+        if start < end:
+            trimmed.append((start, end))
+    return trimmed
+
+
+def _fences(text: str) -> list[Span]:
+    """Spans of fenced code. A fence that is never closed reaches to the end of the text (CommonMark)."""
+    fences: list[Span] = []
+    opener: re.Match[str] | None = None
+    runs = list(_TICKS.finditer(text))
+    paired = False  # with the run before, on one line: inline code, which is no fence
+    for run, after in zip_longest(runs, runs[1:]):
+        rest = text[run.end() : after.start() if after else len(text)]
+        last_of_line = after is None or "\n" in rest
+        rest = rest.partition("\n")[0]
+        if opener is not None:
+            if last_of_line and not rest.strip() and len(run[0]) >= len(opener[0]):
+                fences.append((opener.start(), run.end() + len(rest.rstrip("\r"))))
+                opener = None
+        elif paired:
+            paired = False
+        elif after is not None and not last_of_line:
+            paired = len(run[0]) == len(after[0])
+        else:
+            line = text[text.rfind("\n", 0, run.start()) + 1 : run.start()].strip(" \t>")
+            if not line or _MARKER_ONLY.fullmatch(line) or _LANGUAGE_NAME.fullmatch(rest):
+                opener = run
+    return [*fences, (opener.start(), len(text))] if opener else fences
+
+
+def _formulas(text: str, start: int, end: int) -> list[Span]:
+    """Spans of formulas and inline code in `text[start:end]`; none crosses the end of a paragraph."""
+    tokens = [(match.start(), match[0]) for match in _TOKEN.finditer(text, start, end)]
+    where: dict[str, list[int]] = {}
+    for position, token in tokens:
+        where.setdefault("paragraph" if token.startswith("\n") else token, []).append(position)
+
+    def following(token: str, position: int) -> int:
+        """Where `token` stands next after `position`; `end` if nowhere."""
+        positions = where.get(token, [])
+        index = bisect_right(positions, position)
+        return positions[index] if index < len(positions) else end
+
+    formulas, done = [], start
+    for position, token in tokens:
+        closer = token.replace("\\begin", "\\end") if token.startswith("\\begin") else _CLOSERS.get(token)
+        if token.startswith("`"):
+            closer = token
+        if closer is None or position < done:
+            continue
+        close = following(closer, position)
+        if close >= min(end, following("paragraph", position)) or (
+            closer != token and following(token, position) < close and not token.startswith("\\begin")
+        ):
+            continue  # never closed, or opened again first: not an opener after all
+        if token == "``" and following("''", position) < close:
+            continue  # LaTeX quotation marks
+        if token == "$" and not _is_formula(text[position + 1 : close], text[close + 1 : close + 2]):
+            continue
+        done = close + len(closer)
+        formulas.append((position, done))
+    return formulas
+
+
+def _is_formula(content: str, after: str) -> bool:
+    """Tell a formula between two dollar signs from the text between two amounts of money."""
+    bare = _COMMAND.sub(" ", content)
+    open_space, close_space = content[:1].isspace(), content[-1:].isspace()
+    return not (
+        not content.strip()
+        or after.isdigit()
+        or open_space != close_space
+        or _NEXT_SENTENCE.search(bare)
+        or ((open_space or "\n" in content) and _WORD.search(bare))
+    )
+
+
+def _mask(text: str, fences: list[Span], formulas: list[Span]) -> str:
+    """Hide what must not be cut; the result has the length of the text."""
+    pieces, done = [], 0
+    for start, end in sorted(fences + formulas):
+        pieces += [text[done:start], "0" * (end - start)]
+        # "$x = 3.$ Then": the sentence ends in the formula, so the cut goes behind it.
+        content = text[start:end].rstrip("$)]\\ \n")
+        if text[start] in "$\\" and content.endswith((".", "?")) and re.match(r"\s+[A-Z]", text[end : end + 9]):
+            pieces[-1] = pieces[-1][:-1] + "."
+        done = end
+    masked = "".join([*pieces, text[done:]])
+    for no_end in (_NO_END, _INLINE_MARKER):
+        masked = no_end.sub(lambda match: re.sub("[.!]", "0", match[0]), masked)
+    return _WIDE_SPACE.sub(" ", _SURROGATE.sub("0", _VARIABLE.sub("0", masked)))
+
+
+def _blocks(text: str, masked: str, fence_ends: set[int]) -> list[Span]:
+    """Spans between the line breaks that end a step."""
+    blocks, start, line = [], 0, 0
+    for match in NEWLINE.finditer(masked):
+        before = masked[line : match.start()].rstrip("*_\"'”’ \t")[-1:]
+        line = match.end()
+        if match.start() not in fence_ends and before:
+            word = _GOES_ON.match(masked, line)
+            if word and word[1][0].islower() and before not in _ENDS:
+                continue
+            indent = _INDENT.match(masked, line).end()  # pyright: ignore[reportOptionalMemberAccess]
+            if masked.startswith("0", indent) and text.startswith(_DISPLAY, indent) and before not in ".!?…。！？":
+                continue
+        blocks.append((start, match.start()))
+        start = line
+    return [*blocks, (start, len(masked))]
+
+
+def _sentence_ends(masked: str, language: str) -> list[int]:
+    """Where `sentencex` ends a sentence in a block, mended: behind closing marks, and never inside a word."""
+    if not masked.strip() or (masked.isascii() and not re.search("[.!?]", masked)):
+        return []
+    ends = []
+    for boundary in get_sentence_boundaries(language, masked):
+        end = boundary["end_index"]
+        if not masked[end - 1].isspace():
+            before = masked[end - 1]
+            end = _AFTER_END.match(masked, end).end()  # pyright: ignore[reportOptionalMemberAccess]
+            if before.isascii() and not masked[end : end + 1].isspace():
+                continue
+        ends.append(end)
+    return ends
+
+
+def _merge(text: str, spans: list[Span]) -> list[Span]:
+    """Join a list marker to what it opens, and a piece without letters or digits to its neighbour."""
+    merged: list[Span] = []
+    waiting: Span | None = None  # markers that have not met their step yet
+    for start, end in spans:
+        piece = text[start:end]
+        empty = not any(map(str.isalnum, piece))
+        begin = start if waiting is None else waiting[0]
+        if (len(piece) < 40 and _MARKER_ONLY.fullmatch(piece)) or (empty and (waiting or not merged)):
+            waiting = (begin, end)
+        elif empty:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((begin, end))
+            waiting = None
+    if waiting and merged:
+        merged[-1] = (merged[-1][0], waiting[1])
+    elif waiting:
+        merged.append(waiting)
+    return merged

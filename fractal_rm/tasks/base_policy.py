@@ -1,0 +1,142 @@
+"""A small causal language model with wrong beliefs: the policy that the embedded task starts from."""
+
+import random
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from fractal_rm.tasks.arithmetic import Beliefs, make_problems
+
+
+def make_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the task's own text; digits stay single tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        # "2:" and " 7" are one token each, so that looking up a change takes one step of attention.
+        [
+            pre_tokenizers.Split(Regex("[0-9]+:| ?[0-9]| ?[A-Za-z']+|[^A-Za-z0-9]"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    rng = random.Random("tokenizer")
+    texts = [p.prompt + Beliefs(0.0).respond(p, rng) for p in make_problems(500, seed=-1)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
+
+
+class _Demonstrations(Dataset):
+    """Prompt and response token ids; the loss is taken on the response and its end."""
+
+    def __init__(self, texts: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> None:
+        prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
+        responses = tokenizer([response for _, response in texts])["input_ids"]
+        self.rows = [(p, [*r, tokenizer.eos_token_id]) for p, r in zip(prompts, responses, strict=True)]
+        self.pad = tokenizer.pad_token_id
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
+        return self.rows[index]
+
+    def collate(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        """Right-padded `input_ids`, `attention_mask` and `labels` (-100 outside the response), each (B, T)."""
+        width = max(len(p) + len(r) for p, r in rows)
+        ids = torch.full((len(rows), width), self.pad)
+        labels = torch.full((len(rows), width), -100)
+        for i, (p, r) in enumerate(rows):
+            ids[i, : len(p) + len(r)] = torch.tensor(p + r)
+            labels[i, len(p) : len(p) + len(r)] = torch.tensor(r)
+        return {"input_ids": ids, "attention_mask": (ids != self.pad).long(), "labels": labels}
+
+
+def train_base_policy(
+    output_dir: str | Path,
+    beliefs: Beliefs,
+    *,
+    seed: int = 0,
+    min_steps: int = 3,
+    max_steps: int = 6,
+    num_texts: int = 25600,
+    hidden_size: int = 64,
+    num_layers: int = 3,
+    callbacks: list[TrainerCallback] | None = None,
+) -> None:
+    """Train a small Llama from scratch on responses written with `beliefs`, and save it with its tokenizer.
+
+    Args:
+        output_dir: Where the ordinary Hugging Face folder goes.
+        beliefs: What the policy will hold true.
+        seed: Seed of the weights and the training text.
+        min_steps: Fewest changes in a problem.
+        max_steps: Most changes in a problem.
+        num_texts: Size of the training text, seen once.
+        hidden_size: Width of the model.
+        num_layers: Depth of the model.
+        callbacks: Passed to the `transformers.Trainer`.
+    """
+    set_seed(seed)
+    tokenizer = make_tokenizer()
+    rng = random.Random(f"demonstrations-{seed}")
+    problems = make_problems(num_texts, seed=1_000_000 + seed, min_steps=min_steps, max_steps=max_steps)
+    data = _Demonstrations([(p.prompt, beliefs.respond(p, rng)) for p in problems], tokenizer)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.08,  # the usual 0.02 is for wide models; at width 64 it delays learning to copy
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    trainer = Trainer(
+        model=LlamaForCausalLM(config),
+        args=TrainingArguments(
+            output_dir=str(Path(output_dir) / "trainer"),
+            per_device_train_batch_size=32,
+            num_train_epochs=1,
+            learning_rate=3e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=50,
+            weight_decay=0.01,
+            adam_beta2=0.95,
+            logging_steps=50,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            seed=seed,
+            use_cpu=not torch.cuda.is_available(),
+            remove_unused_columns=False,
+        ),
+        train_dataset=data,
+        data_collator=data.collate,
+        callbacks=callbacks,
+    )
+    trainer.train()
+    trainer.model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)

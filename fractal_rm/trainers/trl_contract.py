@@ -1,0 +1,228 @@
+"""What `StepPPOTrainer` relies on inside TRL, written down and compared with the TRL that is installed.
+
+`StepPPOTrainer` overrides private methods of `trl.GRPOTrainer`, and TRL may change those in any release. Everything it
+uses stands in the tables of this module, and `check_contract` says in one sentence each what is no longer as expected:
+before training, instead of a traceback (or silently wrong advantages) in the middle of it.
+"""
+
+import ast
+import inspect
+import textwrap
+from types import ModuleType
+
+import trl
+from trl.trainer import utils as trl_utils
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+# The versions that the tests ran with, oldest first.
+TESTED_TRL = ("1.14.2", "1.16.0")
+
+# Methods that we override or call, with their parameters after `self`. The last two come from `transformers.Trainer`.
+METHODS = {
+    "_generate_and_score_completions": ("inputs",),
+    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+    "_prepare_inputs": ("generation_batch",),
+    "_compute_loss": ("model", "inputs"),
+    "_save": ("output_dir", "state_dict"),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+}
+
+# (caller, callee): an override that nothing calls would be ignored without a word.
+CALLS = (
+    ("_prepare_inputs", "_generate_and_score_completions"),
+    ("_generate_and_score_completions", "_calculate_rewards"),
+    ("compute_loss", "_compute_loss"),
+)
+
+# Keys of the dictionary that a method returns, or of the one that it reads.
+RETURNED_KEYS = {
+    "_generate_and_score_completions": (
+        "prompt_ids",
+        "prompt_mask",
+        "completion_ids",
+        "completion_mask",
+        "advantages",
+    ),
+}
+READ_KEYS = {"_compute_loss": ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")}
+
+# Attributes that a constructor sets (TRL's, or that of `transformers.Trainer`), and the keys of the dictionaries.
+ATTRIBUTES = {
+    "_buffered_inputs": (),
+    "_logs": ("prompt", "completion", "rewards", "advantages"),
+    "_metrics": ("train", "eval"),
+    "_step": (),
+    "_tokenizer": (),
+    "model_wrapped": (),
+    "num_generations": (),
+    "reward_weights": (),
+}
+
+# Functions of `trl.trainer.utils`, with their parameters.
+FUNCTIONS = {
+    "split_tensor_dict": ("tensor_dict", "num_chunks"),
+    "shuffle_sequence_dict": ("seq_dict",),
+}
+
+
+def check_contract(trainer_class: type = GRPOTrainer, utils: ModuleType = trl_utils) -> list[str]:
+    """Compare TRL's private names with what `StepPPOTrainer` expects of them.
+
+    Signatures and source text are read; nothing of TRL is run, so random number generators stay where they are.
+
+    Args:
+        trainer_class: The class that `StepPPOTrainer` extends.
+        utils: The module that holds TRL's functions on batches.
+
+    Returns:
+        One sentence for each thing that moved: the name, what was expected, the TRL version, what to do. Empty if
+        everything is in place.
+
+    Example:
+        >>> check_contract()
+        []
+    """
+    moved = [
+        *_moved_signatures(trainer_class, METHODS),
+        *_moved_signatures(utils, FUNCTIONS),
+        *_moved_calls(trainer_class),
+        *_moved_keys(trainer_class),
+        *_moved_attributes(trainer_class),
+        *_moved_advantages(trainer_class),
+    ]
+    oldest, newest = TESTED_TRL[0], TESTED_TRL[-1]
+    advice = (
+        f"TRL {trl.__version__} is installed and StepPPOTrainer is tested with {oldest} to {newest}: "
+        f"`pip install 'trl>={oldest},<={newest}'`, or install a newer fractal-rm."
+    )
+    return [f"{sentence}. {advice}" for sentence in moved]
+
+
+def _moved_signatures(owner: type | ModuleType, expected: dict[str, tuple[str, ...]]) -> list[str]:
+    moved = []
+    for name, parameters in expected.items():
+        function = getattr(owner, name, None)
+        if not callable(function):
+            moved.append(f"`{owner.__name__}.{name}` is gone, expected it to take ({', '.join(parameters)})")
+            continue
+        found = tuple(parameter for parameter in inspect.signature(function).parameters if parameter != "self")
+        if found != parameters:
+            moved.append(
+                f"`{owner.__name__}.{name}` takes ({', '.join(found)}), expected it to take ({', '.join(parameters)})"
+            )
+    return moved
+
+
+def _moved_calls(trainer_class: type) -> list[str]:
+    moved = []
+    for caller, callee in CALLS:
+        for tree in _syntax(trainer_class, caller):
+            called = {
+                node.func.attr
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            }
+            if callee not in called:
+                moved.append(f"`{trainer_class.__name__}.{caller}` does not call `{callee}`, expected it to")
+    return moved
+
+
+def _moved_keys(trainer_class: type) -> list[str]:
+    moved = []
+    for method, keys in RETURNED_KEYS.items():
+        for tree in _syntax(trainer_class, method):
+            moved += [
+                f"`{trainer_class.__name__}.{method}` does not return the key {key!r}, expected it to"
+                for key in keys
+                if key not in _written_keys(tree)
+            ]
+    for method, keys in READ_KEYS.items():
+        for tree in _syntax(trainer_class, method):
+            moved += [
+                f"`{trainer_class.__name__}.{method}` does not read `inputs[{key!r}]`, expected it to"
+                for key in keys
+                if key not in _read_keys(tree)
+            ]
+    return moved
+
+
+def _moved_attributes(trainer_class: type) -> list[str]:
+    values: dict[str, list[ast.expr]] = {}
+    for parent in inspect.getmro(trainer_class):
+        for tree in _syntax(parent, "__init__") if "__init__" in vars(parent) else []:
+            for name, value in _assignments(tree):
+                values.setdefault(name, []).append(value)
+    moved = []
+    for name, keys in ATTRIBUTES.items():
+        if name not in values:
+            moved.append(f"`{trainer_class.__name__}.{name}` is not set by a constructor, expected it to be")
+            continue
+        found = {key for value in values[name] for key in _written_keys(value)}
+        missing = [repr(key) for key in keys if key not in found]
+        if missing:
+            moved.append(f"`{trainer_class.__name__}.{name}` has no key {', '.join(missing)}, expected it to")
+    return moved
+
+
+def _moved_advantages(trainer_class: type) -> list[str]:
+    # TRL adds the token axis to advantages of shape (B,) and leaves those of shape (B, T) as they are.
+    moved = []
+    for tree in _syntax(trainer_class, "_compute_loss"):
+        branches = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+        if not any(
+            ast.unparse(branch.test) in ("advantages.dim() == 1", "advantages.ndim == 1")
+            and "advantages.unsqueeze" in ast.unparse(branch)
+            for branch in branches
+        ):
+            moved.append(
+                f"`{trainer_class.__name__}._compute_loss` adds the token axis to advantages whatever their shape, "
+                "expected it to accept advantages of shape (B, T)"
+            )
+    return moved
+
+
+def _syntax(owner: type, name: str) -> list[ast.AST]:
+    """Parse a method: a list of one tree, or an empty list if there is no such method (that is said elsewhere)."""
+    method = getattr(owner, name, None)
+    if not inspect.isroutine(method):
+        return []
+    try:
+        source = inspect.getsource(method)
+    except (OSError, TypeError):  # written in C, or shipped without its source: nothing to compare
+        return []
+    return [ast.parse(textwrap.dedent(source))]
+
+
+def _written_keys(tree: ast.AST) -> set[str]:
+    """Keys of dictionary displays, and of `name["key"] = ...`."""
+    keys: list[ast.expr | None] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            keys += node.keys
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            keys.append(node.slice)
+    return {key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
+
+
+def _read_keys(tree: ast.AST) -> set[str]:
+    """Keys of `inputs["key"]`."""
+    return {
+        node.slice.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript)
+        and ast.unparse(node.value) == "inputs"
+        and isinstance(node.slice, ast.Constant)
+        and isinstance(node.slice.value, str)
+    }
+
+
+def _assignments(tree: ast.AST) -> list[tuple[str, ast.expr]]:
+    """Pairs of name and value for each `self.name = value`."""
+    pairs: list[tuple[str, ast.expr]] = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            continue
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self":
+                pairs.append((target.attr, node.value))
+    return pairs

@@ -1,0 +1,396 @@
+"""Steps tile the response, and sentences are cut where a reader would cut them."""
+
+# ruff: noqa: RUF001 - the full stops of other scripts are meant
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fractal_rm.segmentation import Segmentation, gaps, join_steps, lines, locate_steps, pattern, sentences, separator
+
+SEGMENTATIONS = [
+    Segmentation("lines"),
+    Segmentation("sentences"),
+    Segmentation("sentences", language="zh"),
+    Segmentation("separator", separator="##"),
+    Segmentation("pattern", pattern=r"\n\s*\n|(?=Step)"),
+]
+
+# Pieces from which Hypothesis builds texts that look like responses, and texts that look like trouble.
+PIECES = [
+    *(
+        "Add 3 and 4. ",
+        "So x. Then y",
+        "3.14",
+        "5! = 120",
+        "e.g. ",
+        "Dr. ",
+        "$",
+        "$$",
+        "$5 ",
+        "\\(",
+        "\\)",
+        "\\[",
+        "\\]",
+    ),
+    *(
+        "`",
+        "``",
+        "```",
+        "```python\n",
+        "\\begin{align}",
+        "\\end{align}",
+        "\\$",
+        "1. ",
+        "2) ",
+        "- ",
+        "* ",
+        "Step 3:",
+        "##",
+    ),
+    *(
+        "\n",
+        "\n\n",
+        "\r\n",
+        "\r",
+        " ",
+        "\t",
+        "\x0b",
+        "\u2028",
+        "\u3000",
+        ".",
+        "!",
+        "?",
+        "...",
+        "。",
+        "”",
+        ")",
+        "**",
+        "a",
+        "b. C",
+    ),
+    *("你好", "😀", "👨\u200d👩\u200d👧", "e\u0301", "\ud83d", "\x00", "it goes", "A", "---", "#"),
+]
+texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=6), max_size=25).map("".join)
+
+
+def cut(text, language="en"):
+    return [text[start:end] for start, end in sentences(text, language)]
+
+
+@pytest.mark.parametrize("segmentation", SEGMENTATIONS, ids=lambda s: f"{s.method}-{s.language}")
+@given(text=texts)
+def test_steps_and_gaps_give_back_the_text(segmentation, text):
+    spans = segmentation(text)
+    steps = [text[start:end] for start, end in spans]
+    between = gaps(text, spans)
+    assert len(between) == len(steps) + 1
+    assert "".join(a + b for a, b in zip(between, [*steps, ""], strict=True)) == text
+    edges = [edge for span in spans for edge in span]
+    assert edges == sorted(edges)
+    assert all(step and step == step.strip() for step in steps)
+    if not text.strip():
+        assert spans == []
+
+
+@given(text=texts)
+def test_lines_are_the_stripped_lines_that_are_not_blank(text):
+    expected = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    assert [text[start:end] for start, end in lines(text)] == [line for line in expected if line]
+
+
+@given(text=texts, mark=st.sampled_from(["##", ".", "\n\n", "(", "a"]))
+def test_a_separator_is_taken_literally(text, mark):
+    expected = [piece.strip() for piece in text.split(mark) if piece.strip()]
+    assert [text[start:end] for start, end in separator(text, mark)] == expected
+
+
+@given(text=texts, expression=st.sampled_from([r"\n+", r"[.!?]\s", r"(?=\d)", r"a*", r"(?:x|\s)+"]))
+def test_a_pattern_cuts_as_re_split_does(text, expression):
+    expected = [piece.strip() for piece in re.split(expression, text) if piece.strip()]
+    assert [text[start:end] for start, end in pattern(text, expression)] == expected
+
+
+@given(text=texts)
+def test_every_character_of_the_text_lies_in_a_sentence(text):
+    assert all(not gap.strip() for gap in gaps(text, sentences(text)))
+
+
+FRAGMENTS = [
+    *(
+        "so 3.14 holds",
+        "e.g. this",
+        "i.e. that",
+        "Dr. Smith and Prof. Lee",
+        "see Fig. 2 here",
+        "by eq. (3) and Eq. 4 too",
+    ),
+    *(
+        "cf. Thm. $3$ there",
+        "w.r.t. it",
+        "$x = 3. 5$ fits",
+        "$$y = 2. Z$$ fits",
+        "\\(a. B\\) fits",
+        "\\[ c. D \\] fits",
+    ),
+    *("call `f. G` now", "$5 and $6 are paid", "$2.50 is paid", "5! = 120 is big", "n! is big", "np.array is used"),
+    *(
+        "😀 smiles",
+        "“你好” greets",
+        "No. 5 is alive",
+        "(see Sec. 4.2) as well",
+        "vs. them",
+        "at 3 p.m. or so",
+        "e\u0301 accents",
+    ),
+    *("\\begin{cases} a. B \\\\[2pt] c \\end{cases} hold", "3*4=12", "**bold** words"),
+]
+sentence_texts = st.builds(
+    lambda opener, fragments, end: f"{opener} {' and '.join(fragments)}{end}",
+    st.sampled_from(["We know", "Then", "So", "The value is", "Weng pays"]),
+    st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=4),
+    st.sampled_from([".", "?", "!", " x.", " $z$.", " 7.", " (so).", ' "so."', " **so.**", " \\(n\\).", "..."]),
+)
+# A break, and the marker of the item that follows it.
+breaks = st.sampled_from(
+    [" ", "  ", "\n", "\n\n", "\r\n", "\n1. ", "\n2) ", "\n- ", "\n\n* ", "\n**3.** ", "\nStep 4. "]
+)
+
+
+@given(st.lists(st.tuples(breaks, sentence_texts), min_size=1, max_size=6))
+def test_sentences_come_back_as_they_were_put_together(parts):
+    text = "".join(gap + sentence for gap, sentence in parts)
+    assert cut(text) == [(gap + sentence).strip() for gap, sentence in parts]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "Pi is 3.14, not 3.15.",
+        "We use e.g. Euler, i.e. That man, and Dr. Lee.",
+        "By Fig. 2 and eq. (3), and Eqs. (4), (5), Thm. \\ref{a}, Sec. $3$, vol. 2, it holds.",
+        "Let $x = 3. 5$ and $y. Z$ be given.",
+        "So $$a. B$$ and \\(c. D\\) and \\[e. F\\] hold.",
+        "Then \\begin{align*}\na &= b. C \\\\[2pt]\n  &= 3.\n\\end{align*}",
+        "```python\nx = 1. Y\n\nprint('A. B')\n```",
+        "Call `a. B` or ``c. D`` or ```e. F``` now.",
+        "The sum is\n\\[\n  1 + 2 = 3.\n\\]\nwhere one is odd.",
+        "The sum of the two\nnumbers is odd.",
+        "If $f(x) = 1 \\text{ for all. Then } x$ it holds.",
+        "Since 5! = 120 and n! > 5 and (n+1)! is big, it holds.",
+        "Let $ x = 3. 5 $ be given.",
+        "Wait... and then see.",
+        "He said (see above. Then below) that.",
+    ],
+)
+def test_nothing_is_cut_inside(step):
+    before, after = "We begin.", "Then we end."
+    assert cut(f"{before}\n{step}\n{after}") == [before, step, after]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["It costs $5 and $6.", "Then she pays."],
+        ["It costs $5.", "Let $x = 3. 5$ be more.", "He has $3.", "Done."],
+        ["It costs $5 in US$.", "She has CA$.", "Then she pays $6."],
+        ["Eggs at $2.50, milk at $3.", "How much?", "They pay 2*9=$18.", "Next week $20."],
+        ["So the value is x.", "Then y.", "Hence z."],
+        ["The answer is 3.", "5 is odd."],
+        ["**Bold.**", "Then *it.*", 'He says "yes."', "Good."],
+        ["By Fig. 2.", "So it holds."],
+        ["The formula $x = 3.$", "Then we go on."],
+        ["LaTeX quotes ``One. Two''.", "Then ``three. Four''."],
+        ["Yes!", "No?", "Good."],
+        ["😀 It is 5.", "👍 It is 6."],
+    ],
+)
+def test_sentences_of_one_line_are_cut_apart(steps):
+    assert cut(" ".join(steps)) == steps
+
+
+@pytest.mark.parametrize("language", ["en", "zh", "ja", "xx"])
+def test_chinese_sentences_are_cut_without_spaces(language):
+    assert cut("你好。再见！对吗？“好。”然后 3.14。", language) == [
+        "你好。",
+        "再见！",
+        "对吗？",
+        "“好。”",
+        "然后 3.14。",
+    ]
+
+
+@pytest.mark.parametrize("space", ["\u2028", "\u0085", "\u00a0", "\u3000", "\x1c"])
+def test_wide_spaces_after_a_capital_do_not_crash_the_splitter(space):
+    assert cut(f"It is A{space}. We see{space}B.{space}So it is.")[-1].endswith("So it is.")
+    assert cut(f"We add 3.{space}We stop.") == ["We add 3.", "We stop."]
+
+
+def test_half_of_a_surrogate_pair_does_not_crash_the_splitter():
+    assert cut("It is \ud83d. We stop.") == ["It is \ud83d.", "We stop."]
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("1. Add\n2) Multiply. Good\n- so on\n* Stop", ["1. Add", "2) Multiply.", "Good", "- so on", "* Stop"]),
+        ("1.\nAdd.\n2.\nMultiply.", ["1.\nAdd.", "2.\nMultiply."]),
+        ("Do: 1. Add. 2. Multiply. 3. Stop.", ["Do: 1. Add.", "2. Multiply.", "3. Stop."]),
+        ("**Step 1:**\nAdd.\n\n### Step 2\nStop.", ["**Step 1:**\nAdd.", "### Step 2\nStop."]),
+        ("Add.\n2.", ["Add.\n2."]),
+        ("(a) One.\n(b) Two.\niv) Four.", ["(a) One.", "(b) Two.", "iv) Four."]),
+        ("Add.\n---\nStop.", ["Add.\n---", "Stop."]),
+        ("1.", ["1."]),
+        ("...", ["..."]),
+        ("- \n1.\n...", ["- \n1.\n..."]),
+    ],
+)
+def test_a_marker_is_never_a_step_of_its_own(text, steps):
+    assert cut(text) == steps
+
+
+@given(st.lists(st.sampled_from(["1.", "2)", "-", "*", "**3.**", "Step 4:", "Add.", "So it is"]), min_size=1))
+def test_no_list_yields_a_bare_marker_beside_a_step(items):
+    steps = cut("\n".join(items))
+    assert len(steps) == max(1, sum(item in ("Add.", "So it is") for item in items))
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("Here:\n```python\na. B\n```\nso it is. Then", ["Here:", "```python\na. B\n```", "so it is.", "Then"]),
+        ("Here: ```\na. B\n\nc\n``` \nThen.", ["Here: ```\na. B\n\nc\n```", "Then."]),
+        ("```\nnever closed. Then\n\nmore", ["```\nnever closed. Then\n\nmore"]),
+        ("````\n```\na. B\n```\n````\nThen.", ["````\n```\na. B\n```\n````", "Then."]),
+        ("- ```\n  a. B\n  ```\n- Then.", ["- ```\n  a. B\n  ```", "- Then."]),
+        ("Use ```a``` here. Use ``` there. Then", ["Use ```a``` here.", "Use ``` there.", "Then"]),
+    ],
+)
+def test_a_fence_is_one_piece(text, steps):
+    assert cut(text) == steps
+
+
+@pytest.mark.parametrize("opener", ["$", "$$", "\\(", "\\[", "`", "``", "\\begin{align}"])
+def test_what_is_never_closed_hides_nothing(opener):
+    assert cut(f"It is {opener}x here. Then this.\n\nEnd.") == [f"It is {opener}x here.", "Then this.", "End."]
+    # A closer in another paragraph is not its closer.
+    closer = {"\\(": "\\)", "\\[": "\\]", "\\begin{align}": "\\end{align}"}.get(opener, opener)
+    assert cut(f"It is {opener}x. Then.\n\nIt{closer} ends. Well.") == [
+        *(f"It is {opener}x.", "Then.", f"It{closer} ends.", "Well.")
+    ]
+
+
+UNITS = [
+    *(
+        "The sum is 3 + 4 = 7. So it is odd. ",
+        "$",
+        "$$",
+        "$x ",
+        "\\(",
+        "\\(\n\n",
+        "\\[a",
+        "`",
+        "``` ",
+        "```\n",
+        "1. ",
+        "1.\n",
+    ),
+    *(
+        "\n",
+        " ",
+        " \n",
+        "$5 and $6. Then ",
+        "5! = ",
+        "5!   ",
+        ".",
+        ".)",
+        "e.g. ",
+        "eq.  ",
+        "\\begin{align}",
+        '"a. ',
+        "(a. B ",
+    ),
+    *("😀. ", "-\n", "and\n", "A\n", "#", "*", "_", "\\a{x. ", "a", "a. B", "``''", "> ", "。", "\r", "Step  "),
+]
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=ascii)
+def test_two_hundred_thousand_characters_are_cut_in_linear_time(unit):
+    text = unit * (200_000 // len(unit))  # quadratic work would take minutes: this test would not come back
+    assert all(not gap.strip() for gap in gaps(text, sentences(text)))
+    assert gaps(text, lines(text))
+
+
+@given(st.lists(texts.filter(str.strip), min_size=1, max_size=5), st.sampled_from(["\n", "\n\n", " ", ""]))
+def test_joined_steps_are_found_at_their_spans(steps, joiner):
+    text, spans = join_steps(steps, joiner)
+    assert text == joiner.join(steps)
+    assert [text[start:end] for start, end in spans] == [step.strip() for step in steps]
+    assert gaps(text, spans)
+
+
+@given(text=texts)
+def test_located_steps_are_the_spans_that_they_were_cut_from(text):
+    spans = sentences(text)
+    steps = [text[start:end] for start, end in spans]
+    if steps:
+        found = locate_steps(text, steps)
+        assert [text[start:end] for start, end in found] == steps
+        assert gaps(text, found)
+
+
+def test_a_step_that_is_not_in_the_response_is_named():
+    with pytest.raises(ValueError, match=r"^step 2 is not in the response after step 1"):
+        locate_steps("a b", ["b", "a"])
+
+
+@pytest.mark.parametrize("function", [join_steps, lambda steps: locate_steps("a b", steps)])
+@pytest.mark.parametrize(
+    ("steps", "error", "match"),
+    [
+        ([], ValueError, "there are no steps"),
+        (["a", " \n"], ValueError, "step 2 is blank"),
+        (["a", 3], TypeError, "step 2 is int, not text"),
+    ],
+)
+def test_unusable_steps_are_named(function, steps, error, match):
+    with pytest.raises(error, match=match):
+        function(steps)
+
+
+@pytest.mark.parametrize("spans", [[(0, 2), (1, 3)], [(2, 3), (0, 1)], [(0, 9)], [(-1, 2)], [(2, 1)]])
+def test_gaps_of_impossible_spans_are_refused(spans):
+    with pytest.raises(ValueError, match="overlap or leave the text of 4 characters"):
+        gaps("abcd", spans)
+
+
+@pytest.mark.parametrize(
+    "segmentation", [*SEGMENTATIONS, Segmentation("given")], ids=lambda s: f"{s.method}-{s.language}"
+)
+def test_a_segmentation_survives_a_checkpoint(segmentation):
+    assert Segmentation.from_dict(segmentation.to_dict()) == segmentation
+
+
+def test_given_steps_cannot_be_cut_from_a_text():
+    with pytest.raises(ValueError, match=r"cannot cut a text; bring data with a 'steps' column"):
+        Segmentation("given")("a b")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"method": "words"}, "Unknown segmentation method 'words'; use one of lines, sentences"),
+        ({"method": "separator"}, "give separator a text if and only if method='separator'"),
+        ({"method": "separator", "separator": ""}, "give separator a text"),
+        ({"method": "lines", "separator": "##"}, "give separator a text"),
+        ({"method": "pattern"}, "give pattern a text"),
+        ({"method": "pattern", "pattern": "("}, "is no regular expression: missing"),
+        ({"method": "sentences", "language": "english"}, "give one such as 'en'"),
+        ({"method": "lines", "speed": 3}, "Segmentation has no 'speed'; its fields are method"),
+    ],
+)
+def test_a_wrong_option_is_named(options, match):
+    with pytest.raises(ValueError, match=re.escape(match)):
+        Segmentation.from_dict(options)
