@@ -256,7 +256,7 @@ def _steps(
             f"there is no response (found: {', '.join(map(repr, record))}); add a column 'completion' or 'response', "
             "'steps', 'completions' and 'labels', or 'chosen' and 'rejected'."
         )
-    labels_name = "labels" if "completions" in columns and "steps" not in columns else "step_labels"
+    labels_name = "labels" if "completions" in columns else "step_labels"
     if labels_name not in columns:
         return response, spans, None
     labels = _list(columns[labels_name], labels_name)

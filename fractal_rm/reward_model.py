@@ -114,6 +114,7 @@ class StepRewardModel:
         prompts: Sequence[Prompt],
         responses: Sequence[str | Sequence[str]],
         *,
+        spans: Sequence[Sequence[Span]] | None = None,
         batch_size: int | None = None,
         progress: bool | None = None,
     ) -> list[StepScores]:
@@ -125,6 +126,7 @@ class StepRewardModel:
         Args:
             prompts: Texts or chats, one for each response.
             responses: Texts, cut into steps as in training; or lists of steps that are already cut.
+            spans: Steps of responses that are texts, where they are already known, as those of a `Bag` are.
             batch_size: Responses in a forward; default: that of the model.
             progress: Show a bar; default: only on long work.
 
@@ -136,7 +138,7 @@ class StepRewardModel:
         """
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts came with {len(responses)} responses. Give one prompt a response.")
-        texts, spans, errors = self._cut(responses)
+        texts, spans, errors = self._cut(responses, spans)
         good = [i for i, error in enumerate(errors) if error is None]
         encoded = encode(
             [prompts[i] for i in good],
@@ -170,7 +172,7 @@ class StepRewardModel:
         return results
 
     def _cut(
-        self, responses: Sequence[str | Sequence[str]]
+        self, responses: Sequence[str | Sequence[str]], known: Sequence[Sequence[Span]] | None
     ) -> tuple[list[str], list[Sequence[Span]], list[str | None]]:
         texts: list[str] = []
         spans: list[Sequence[Span]] = []
@@ -180,7 +182,7 @@ class StepRewardModel:
             if isinstance(response, str):
                 text = response
                 if text.strip():
-                    cut = self.segmentation(text)
+                    cut = self.segmentation(text) if known is None else known[i]
             elif response is not None and all(isinstance(step, str) and step.strip() for step in response):
                 text, cut = join_steps(response)
             else:

@@ -231,7 +231,7 @@ def _blocks(text: str, masked: str, fence_ends: set[int]) -> list[Span]:
             if word and word[1][0].islower() and before not in _ENDS:
                 continue
             indent = _INDENT.match(masked, line).end()  # pyright: ignore[reportOptionalMemberAccess]
-            if masked.startswith("0", indent) and text.startswith(_DISPLAY, indent) and before not in ".!?…。！？":
+            if masked.startswith("0", indent) and text.startswith(_DISPLAY, indent):
                 continue
         blocks.append((start, match.start()))
         start = line

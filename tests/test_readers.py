@@ -354,7 +354,7 @@ GOOD = b'{"a": 1}\n'
             "row 2: the line is JSON that Python cannot hold",
         ),
         ("a.jsonl", GOOD + b"[" * 100_000, ValueError, "row 2: the line is JSON that Python cannot hold"),
-        ("a.jsonl", GOOD + b"\n" + GOOD, ValueError, "row 2: the line is blank; delete it"),
+        ("a.jsonl", GOOD + b"\n\n" + GOOD, ValueError, "row 2: the line is blank; delete it"),
         (
             "a.jsonl",
             GOOD + b'{"a": "\xe9"}\n',
@@ -371,7 +371,7 @@ GOOD = b'{"a": 1}\n'
         ("a.csv", b"a,b", ValueError, "has an unknown ending; give a file that ends in .jsonl, .jsonl.gz, .json"),
         ("a.jsonl.gz", GOOD, ValueError, "is not a complete gzip file"),
         ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], ValueError, "is not a complete gzip file"),
-        ("a.jsonl.gz", gzip.compress(GOOD)[:12] + b"\xff" * 9, ValueError, "is not a complete gzip file"),
+        ("a.jsonl.gz", gzip.compress(GOOD)[:10] + b"\xff" * 20, ValueError, "is not a complete gzip file"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )

@@ -183,6 +183,9 @@ def test_sentences_come_back_as_they_were_put_together(parts):
         "Let $ x = 3. 5 $ be given.",
         "Wait... and then see.",
         "He said (see above. Then below) that.",
+        "If $x = 3. 5 \\text{ if odd. Then more}$ it holds.",
+        "Use obj.Method and sum.Txt here.",
+        "Let $a +\nb. C$ be given.",
     ],
 )
 def test_nothing_is_cut_inside(step):
@@ -196,6 +199,10 @@ def test_nothing_is_cut_inside(step):
         ["It costs $5 and $6.", "Then she pays."],
         ["It costs $5.", "Let $x = 3. 5$ be more.", "He has $3.", "Done."],
         ["It costs $5 in US$.", "She has CA$.", "Then she pays $6."],
+        ["It costs $5.", "She pays in US$.", "Then he pays."],
+        ["They pay 2*9=$18.", "so it is a=$20.", "then rest."],
+        ["He pays $5.", "then she pays in $ too."],
+        ["It is \\(x here.", "Then \\(y\\) is."],
         ["Eggs at $2.50, milk at $3.", "How much?", "They pay 2*9=$18.", "Next week $20."],
         ["So the value is x.", "Then y.", "Hence z."],
         ["The answer is 3.", "5 is odd."],
@@ -213,6 +220,7 @@ def test_sentences_of_one_line_are_cut_apart(steps):
 
 @pytest.mark.parametrize("language", ["en", "zh", "ja", "xx"])
 def test_chinese_sentences_are_cut_without_spaces(language):
+    assert cut("你好。再见", language) == ["你好。", "再见"]
     assert cut("你好。再见！对吗？“好。”然后 3.14。", language) == [
         "你好。",
         "再见！",
@@ -261,14 +269,31 @@ def test_no_list_yields_a_bare_marker_beside_a_step(items):
     ("text", "steps"),
     [
         ("Here:\n```python\na. B\n```\nso it is. Then", ["Here:", "```python\na. B\n```", "so it is.", "Then"]),
-        ("Here: ```\na. B\n\nc\n``` \nThen.", ["Here: ```\na. B\n\nc\n```", "Then."]),
+        ("Here: ```\na. B\n\nc\n``` \nthen it is.", ["Here: ```\na. B\n\nc\n```", "then it is."]),
+        ("```\r\na. B\r\n```\r\nthen it is.", ["```\r\na. B\r\n```", "then it is."]),
         ("```\nnever closed. Then\n\nmore", ["```\nnever closed. Then\n\nmore"]),
-        ("````\n```\na. B\n```\n````\nThen.", ["````\n```\na. B\n```\n````", "Then."]),
+        ("````\n```\nOne. Two\n```\n````\nThen.", ["````\n```\nOne. Two\n```\n````", "Then."]),
         ("- ```\n  a. B\n  ```\n- Then.", ["- ```\n  a. B\n  ```", "- Then."]),
         ("Use ```a``` here. Use ``` there. Then", ["Use ```a``` here.", "Use ``` there.", "Then"]),
     ],
 )
 def test_a_fence_is_one_piece(text, steps):
+    assert cut(text) == steps
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("We get the\nsum. Then\nmore.", ["We get the\nsum.", "Then\nmore."]),
+        ("x = 3\ntotal = 5\nThen stop", ["x = 3", "total = 5", "Then stop"]),
+        ("It is so.\nthen stop", ["It is so.", "then stop"]),
+        ("We are done.\n\\[ x \\]", ["We are done.", "\\[ x \\]"]),
+        ("So it is:\n\\[ x. Y \\]\nhence", ["So it is:\n\\[ x. Y \\]\nhence"]),
+        ("We get\n\nso it is", ["We get", "so it is"]),
+        ("Eggs cost $5\nMilk is in US$ now", ["Eggs cost $5", "Milk is in US$ now"]),
+    ],
+)
+def test_a_line_break_ends_a_step_unless_the_sentence_goes_on(text, steps):
     assert cut(text) == steps
 
 

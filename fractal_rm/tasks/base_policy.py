@@ -1,6 +1,8 @@
 """A small causal language model with wrong beliefs: the policy that the embedded task starts from."""
 
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -10,7 +12,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -81,7 +82,7 @@ def train_base_policy(
     num_texts: int = 25600,
     hidden_size: int = 64,
     num_layers: int = 3,
-    callbacks: list[TrainerCallback] | None = None,
+    progress: Callable[[Trainer, str], AbstractContextManager[object]] | None = None,
 ) -> None:
     """Train a small Llama from scratch on responses written with `beliefs`, and save it with its tokenizer.
 
@@ -94,7 +95,7 @@ def train_base_policy(
         num_texts: Size of the training text, seen once.
         hidden_size: Width of the model.
         num_layers: Depth of the model.
-        callbacks: Passed to the `transformers.Trainer`.
+        progress: Makes a context manager that shows progress, from the trainer and a title. None: no display.
     """
     set_seed(seed)
     tokenizer = make_tokenizer()
@@ -128,15 +129,15 @@ def train_base_policy(
             logging_steps=50,
             save_strategy="no",
             report_to=[],
-            disable_tqdm=True,
+            disable_tqdm=progress is None,
             seed=seed,
             use_cpu=not torch.cuda.is_available(),
             remove_unused_columns=False,
         ),
         train_dataset=data,
         data_collator=data.collate,
-        callbacks=callbacks,
     )
-    trainer.train()
+    with progress(trainer, "policy") if progress else nullcontext():
+        trainer.train()
     trainer.model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

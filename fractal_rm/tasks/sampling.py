@@ -47,9 +47,9 @@ def sample_responses(
             torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = tokenizer(
-                [prompts[i] for i in rows], return_tensors="pt", padding=True, padding_side="left"
-            ).to(model.device)
+            batch = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True, padding_side="left").to(
+                model.device
+            )
             batch.pop("token_type_ids", None)
             ids = model.generate(**batch, generation_config=config)
             texts = tokenizer.batch_decode(ids[:, batch["input_ids"].size(1) :], skip_special_tokens=True)

@@ -85,7 +85,8 @@ class FractalTrainer(Trainer):
         set_seed(args.seed)  # adapters and heads are made before Trainer seeds
         path = model if isinstance(model, str | Path) else model.config._name_or_path
         if isinstance(model, str | Path):
-            model, _ = load_model(model, self.settings)
+            # As TRL does: transformers would keep half precision, and small updates would be rounded away.
+            model, _ = load_model(model, self.settings, dtype=torch.float32)
         tokenizer = processing_class or load_tokenizer(path)
         if any(not isinstance(bag.prompt, str) for bag in next(iter(bags.values()), [])[:1]) and (
             not tokenizer.chat_template

@@ -3,15 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trl import GRPOConfig
+from trl.trainer.grpo_config import GRPOConfig
 
 
 @dataclass
 class StepPPOConfig(GRPOConfig):
     """Configuration of [`StepPPOTrainer`]: only what it adds to [`~trl.GRPOConfig`].
 
-    Clipping (`epsilon`), PPO epochs (`num_iterations`), minibatches (`steps_per_generation`) and the KL penalty (`beta`)
-    are TRL's. With `advantage="gae"`, `num_generations=1` is allowed.
+    Clipping (`epsilon`), PPO epochs (`num_iterations`), minibatches (`steps_per_generation`) and the KL penalty
+    (`beta`) are TRL's. With `advantage="gae"`, `num_generations=1` is allowed.
     """
 
     advantage: Literal["gae", "group"] = field(
@@ -35,8 +35,9 @@ class StepPPOConfig(GRPOConfig):
     shaping: Literal["raw", "centered"] = field(
         default="centered",
         metadata={
-            "help": "Step score -> step reward: `raw` is P(step is good); `centered` is that minus the reward model's "
-            "threshold, so that a bad step costs and writing more steps is worth less."
+            "help": "Step score -> step reward: `raw` is P(step is good); `centered` is that minus the mean over the "
+            "rollout batch, so that a step earns what it is better than usual, writing more steps earns nothing, and "
+            "a value model that starts at 0 starts right."
         },
     )
     step_weight: float = field(default=1.0, metadata={"help": "Weight of the step rewards."})
@@ -81,6 +82,7 @@ class StepPPOConfig(GRPOConfig):
         )
         if size < 2:
             raise ValueError("The rollout batch holds one completion. Raise `per_device_train_batch_size`.")
-        self.num_generations = size
+        evaluated = self.num_generations_eval
+        self.num_generations, self.num_generations_eval = size, evaluated or 1
         super().__post_init__()
-        self.num_generations = 1
+        self.num_generations, self.num_generations_eval = 1, evaluated

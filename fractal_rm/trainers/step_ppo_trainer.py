@@ -6,6 +6,7 @@ the few hooks that `trl_contract.py` lists, and copies none of them.
 """
 
 import copy
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from trl import GRPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from fractal_rm.advantages import gae, group_step_advantages, whiten
 from fractal_rm.reward_model import StepRewardModel, StepScores
@@ -49,7 +50,7 @@ class StepScoreReward:
 
     __name__ = "step_reward_model"
 
-    def __init__(self, reward_model: StepRewardModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None) -> None:
+    def __init__(self, reward_model: StepRewardModel, tokenizer: Any, batch_size: int | None) -> None:
         self.reward_model, self.tokenizer, self.batch_size = reward_model, tokenizer, batch_size
         self.scored: list[StepScores] = []
 
@@ -57,11 +58,24 @@ class StepScoreReward:
         # Not TRL's `completions`: placement counts the characters of exactly this decoding.
         texts = [completion_text(ids, self.tokenizer) for ids in completion_ids]
         self.scored = self.reward_model.score(prompts, texts, batch_size=self.batch_size, progress=False)
+        for row, scored in enumerate(self.scored):
+            if not all(map(math.isfinite, scored.step_scores)):
+                raise ValueError(
+                    f"The reward model scored the steps of completion {row} as {scored.step_scores}: "
+                    f"{scored.response!r}. "
+                    "Its weights or their precision are broken: check them with `StepRewardModel.score` on that text."
+                )
         return [None if scored.error else scored.score for scored in self.scored]
 
 
 class StepPPOTrainer(GRPOTrainer):
     """PPO with a reward for every step.
+
+    A completion that no reward function judges (all give None) is left out of what is learned, as in TRL.
+
+    Checkpoints hold the value model in `value_model/`. A resumed run equals an uninterrupted one if the checkpoint was
+    written between rollouts, when `save_steps` is a multiple of `num_iterations * steps_per_generation /
+    gradient_accumulation_steps`: TRL does not save a rollout, and samples anew what was left of it.
 
     Args:
         model: The policy: path, hub id or instance of a causal language model.
@@ -84,6 +98,8 @@ class StepPPOTrainer(GRPOTrainer):
 
     _tag_names = ("trl", "fractal-rm", "step-ppo")
     args: StepPPOConfig
+    model: Any
+    num_generations: int
 
     def __init__(
         self,
@@ -103,19 +119,28 @@ class StepPPOTrainer(GRPOTrainer):
         if moved:
             raise RuntimeError(" ".join(moved))
         args = copy.copy(args) if args is not None else StepPPOConfig("step-ppo")
-        functions = [] if reward_funcs is None else list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+        functions = [*reward_funcs] if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         if reward_model is None and not functions:
             raise ValueError("There is no reward. Give a `reward_model` (dense), `reward_funcs` (outcome), or both.")
         if value_model is not None and args.advantage == "group":
-            raise ValueError("`advantage='group'` uses no value model. Leave `value_model` out or set `advantage='gae'`.")
+            raise ValueError("`advantage='group'` uses no `value_model`. Leave it out or set `advantage='gae'`.")
         self.step_scores: StepScoreReward | None = None
         if reward_model is not None:
             if not isinstance(reward_model, StepRewardModel):
                 reward_model = StepRewardModel.from_pretrained(reward_model)
             # The tokenizer is set once TRL has loaded it.
-            self.step_scores = StepScoreReward(reward_model, processing_class, args.reward_model_batch_size)  # type: ignore[arg-type]
-            args.reward_weights = [*(args.reward_weights or [1.0] * len(functions)), 0.0]
+            self.step_scores = StepScoreReward(reward_model, processing_class, args.reward_model_batch_size)
+            weights = args.reward_weights or [1.0] * len(functions)
+            if len(weights) != len(functions):
+                raise ValueError(
+                    f"`reward_weights` has {len(weights)} numbers for {len(functions)} `reward_funcs`. Give one each; "
+                    "the reward model's is `step_weight`."
+                )
+            args.reward_weights = [*weights, 0.0]
             functions.append(self.step_scores)
+            if kwargs.get("reward_processing_classes") is not None:
+                theirs = kwargs["reward_processing_classes"]
+                kwargs["reward_processing_classes"] = [*(theirs if isinstance(theirs, list) else [theirs]), None]
         self.value_model: Any = None
         self._rollout: _Rollout | None = None
         super().__init__(
@@ -134,12 +159,25 @@ class StepPPOTrainer(GRPOTrainer):
             self.step_scores.reward_model.scorer.to(self.accelerator.device)
         if args.advantage == "gae":
             self.value_model = self.accelerator.prepare_model(self._make_value_model(value_model))
-            self.add_callback(_ClipValueGradients(self.value_model))
+            self.add_callback(_ValueGradients(self.value_model))
 
     # Rollouts: rewards and advantages -----------------------------------------------------------------------------
 
+    def get_train_dataloader(self) -> Any:
+        prompts: Any = self.train_dataset
+        needed = self.args.generation_batch_size // self.num_generations  # type: ignore[operator]
+        if hasattr(prompts, "__len__") and len(prompts) < needed:  # TRL would end without a step
+            raise ValueError(
+                f"The training set has {len(prompts)} prompts, but a rollout takes {needed}. Give more prompts, raise "
+                "`num_generations`, or lower `per_device_train_batch_size` or `steps_per_generation`."
+            )
+        return super().get_train_dataloader()
+
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.step_scores is not None and len(self.reward_funcs) > 1:
+            # TRL leaves out what no function could judge. Step scores must not make a judged outcome of 0 of it.
+            rewards_per_func[rewards_per_func[:, :-1].isnan().all(dim=1), -1] = torch.nan
         self._rollout = _Rollout(prompts, completion_ids_list, rewards_per_func)
         return rewards_per_func
 
@@ -152,7 +190,9 @@ class StepPPOTrainer(GRPOTrainer):
         mask = output["completion_mask"].bool()
         if "tool_mask" in output:
             mask = mask & output["tool_mask"].bool()
-        rewards, ends = self._step_rewards(rollout)
+        rewards, ends = self._step_rewards(rollout, mask)
+        placement = place_step_rewards(rewards, ends, mask)
+        self._log("placement/unplaced_steps", placement.unplaced)
         if self.args.advantage == "group":
             dense = group_step_advantages(
                 rewards,
@@ -164,15 +204,17 @@ class StepPPOTrainer(GRPOTrainer):
             )
             outcome = output["advantages"].unsqueeze(1) * mask
             output["advantages"] = self.args.outcome_weight * outcome + self.args.step_weight * dense
+            self._show_advantages(output["advantages"], mask)
             return output
-        placement = place_step_rewards(rewards, ends, mask)
-        self._log("placement/unplaced_steps", placement.unplaced)
         local = slice(
             self.accelerator.process_index * len(rewards), (self.accelerator.process_index + 1) * len(rewards)
         )
-        weights = self.reward_weights.to(rollout.rewards_per_func.device)
-        outcome = (rollout.rewards_per_func[local] * weights).nansum(dim=1)
-        token_rewards = self.args.step_weight * placement.rewards + self.args.outcome_weight * place_outcome(outcome, mask)
+        outcomes = rollout.rewards_per_func[local]
+        outcome = (outcomes * self.reward_weights.to(outcomes.device)).nansum(dim=1)
+        if self.args.outcome_weight and len(self.reward_funcs) > (self.step_scores is not None):
+            mask = mask & ~outcomes.isnan().all(dim=1, keepdim=True)  # no outcome is not an outcome of 0
+        token_rewards = self.args.step_weight * placement.rewards
+        token_rewards = token_rewards + self.args.outcome_weight * place_outcome(outcome, mask)
         if self.args.whiten_rewards:
             token_rewards = whiten(token_rewards, mask, shift_mean=False)
         with torch.no_grad():
@@ -183,24 +225,32 @@ class StepPPOTrainer(GRPOTrainer):
                 ]
             )
         advantages, returns = gae(token_rewards, values, mask, gamma=self.args.gamma, lam=self.args.lam)
-        unexplained = (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-8)
-        self._log("value/explained_variance", 1.0 - unexplained.item())
+        self._log("value/explained_variance", explained_variance(values[mask], returns[mask]))
         self._log("value/mean", values[mask].mean().item())
         output["advantages"] = whiten(advantages, mask) if self.args.whiten_advantages else advantages
-        return output | {"values": values, "returns": returns}
+        self._show_advantages(output["advantages"], mask)
+        # The value loss is a mean over the tokens of a rollout batch, as the loss of TRL's default `loss_type` is.
+        tokens = self.accelerator.reduce(mask.sum().float(), reduction="mean")
+        return output | {"values": values, "returns": returns, "value_mask": mask, "value_tokens": tokens}
 
-    def _step_rewards(self, rollout: _Rollout) -> tuple[list[list[float]], list[list[int | None]]]:
+    def _step_rewards(self, rollout: _Rollout, mask: Tensor) -> tuple[list[list[float]], list[list[int | None]]]:
         """Shaped reward and end token of every step of every local completion; empty lists without a reward model."""
         if self.step_scores is None:
             return [[] for _ in rollout.prompts], [[] for _ in rollout.prompts]
-        scored = self.step_scores.scored
+        # A completion that TRL masks as a whole (`mask_truncated_completions`) has no steps, rather than unplaced ones.
+        used = mask.any(dim=1).tolist()
+        scored = [
+            scored if keep else StepScores(scored.response)
+            for scored, keep in zip(self.step_scores.scored, used, strict=True)
+        ]
         ends = [
             step_end_tokens(token_end_characters(ids, self._tokenizer), result.spans)
             for ids, result in zip(rollout.completion_ids, scored, strict=True)
         ]
-        shift = self.step_scores.reward_model.settings.threshold if self.args.shaping == "centered" else 0.0
-        rewards = [[score - shift for score in result.step_scores] for result in scored]
         flat = [score for result in scored for score in result.step_scores]
+        # Every process centres by its own rollouts: a constant, which no step can change by much.
+        shift = sum(flat) / max(len(flat), 1) if self.args.shaping == "centered" else 0.0
+        rewards = [[score - shift for score in result.step_scores] for result in scored]
         self._log("steps/score", sum(flat) / max(len(flat), 1))
         self._log("steps/per_response", len(flat) / max(len(scored), 1))
         return rewards, ends
@@ -208,12 +258,20 @@ class StepPPOTrainer(GRPOTrainer):
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(float(value))
 
+    def _show_advantages(self, advantages: Tensor, mask: Tensor) -> None:
+        """Put each completion's mean advantage into TRL's table of completions, in place of TRL's own."""
+        means = (advantages.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).detach()
+        gathered: Any = self.accelerator.gather(means)
+        for _ in gathered:
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(gathered.tolist())
+
     # The value model ----------------------------------------------------------------------------------------------
 
-    def _make_value_model(self, value_model: str | Path | PreTrainedModel | None) -> PreTrainedModel:
+    def _make_value_model(self, value_model: Any) -> PreTrainedModel:
         if isinstance(value_model, str | Path):
             value_model = AutoModelForTokenClassification.from_pretrained(value_model, num_labels=1)
-        if value_model is None:
+        elif value_model is None:
             policy: Any = self.accelerator.unwrap_model(self.model)
             policy = policy.get_base_model() if hasattr(policy, "peft_config") else policy
             config = copy.deepcopy(policy.config)
@@ -222,26 +280,26 @@ class StepPPOTrainer(GRPOTrainer):
                 value_model = AutoModelForTokenClassification.from_config(config)
             except ValueError as error:
                 raise ValueError(
-                    f"No value model can be made from {type(policy).__name__}: transformers has no token classification "
-                    "model for it. Give `value_model`, or set `advantage='group'`."
+                    f"No value model can be made from {type(policy).__name__}: transformers has no token "
+                    "classification model for it. Give `value_model`, or set `advantage='group'`."
                 ) from error
             # A fresh PEFT adapter changes nothing yet, so the weights under it are the policy's.
             weights = {
-                name.replace(".base_layer", ""): value
+                name.replace(".base_layer", "").replace(".original_module", ""): value
                 for name, value in policy.base_model.state_dict().items()
-                if "lora_" not in name
             }
-            value_model.base_model.load_state_dict(weights)
+            value_model.base_model.load_state_dict(
+                {name: weights[name] for name in value_model.base_model.state_dict() if name in weights}
+            )
             for module in value_model.modules():
                 if isinstance(module, nn.Linear) and module.out_features == 1:
                     nn.init.zeros_(module.weight)
                     nn.init.zeros_(module.bias) if module.bias is not None else None
         if value_model.config.num_labels != 1:
-            raise ValueError(f"The value model has {value_model.config.num_labels} labels. Give one with `num_labels=1`.")
-        for module in value_model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # clipping compares with the rollout's values: both must see the same network
-        return value_model
+            labels = value_model.config.num_labels
+            raise ValueError(f"The value model has {labels} labels. Give one with `num_labels=1`.")
+        # For good: clipping compares with the rollout's values, and with dropout both would not see the same network.
+        return value_model.eval()
 
     def _values(self, inputs: dict[str, Tensor]) -> Tensor:
         """Value of the state before each completion token, (B, T) in float32."""
@@ -255,36 +313,33 @@ class StepPPOTrainer(GRPOTrainer):
         loss = super()._compute_loss(model, inputs)
         if "returns" not in inputs:
             return loss
-        mask = inputs["completion_mask"].bool()
-        if "tool_mask" in inputs:
-            mask = mask & inputs["tool_mask"].bool()
+        mask = inputs["value_mask"]
         value_loss = clipped_value_loss(
             self._values(inputs), inputs["values"], inputs["returns"], mask, self.args.cliprange_value
         )
         self._log("value/loss", value_loss.item())
-        return loss + self.args.vf_coef * value_loss / self.current_gradient_accumulation_steps
+        # One batch or several with accumulation: every token of the window counts the same.
+        window = inputs["value_tokens"] * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return loss + self.args.vf_coef * value_loss * mask.sum() / window.clamp(min=1.0)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """The policy's optimizer with the value model as one more parameter group."""
-        if self.optimizer is None:
-            optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
-            if self.value_model is not None:
+        optimizer: Any = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if self.value_model is not None:
+            known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            new = [p for p in self.value_model.parameters() if p.requires_grad and id(p) not in known]
+            if new:
                 rate = self.args.value_learning_rate
-                optimizer.add_param_group(
-                    {
-                        "params": [p for p in self.value_model.parameters() if p.requires_grad],
-                        "lr": self.args.learning_rate if rate is None else rate,
-                        "weight_decay": self.args.weight_decay,
-                    }
-                )
-        return self.optimizer
+                rate = self.args.learning_rate if rate is None else rate
+                optimizer.add_param_group({"params": new, "lr": rate, "weight_decay": self.args.weight_decay})
+        return optimizer
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
         if self.value_model is not None:
-            folder = Path(output_dir or self.args.output_dir) / _VALUE_FOLDER  # type: ignore[arg-type]
+            folder = Path(output_dir or self.args.output_dir or ".") / _VALUE_FOLDER
             self.accelerator.unwrap_model(self.value_model).save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -318,8 +373,18 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask
     return 0.5 * errors.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-class _ClipValueGradients(TrainerCallback):
-    """Clips the value model's gradients by their own norm: Trainer clips the policy's only."""
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """Share of the variance of returns (N,) that values explain: 1 is perfect, below 0 worse than their mean.
+
+    NaN, which TRL leaves out of its logs, where returns do not vary.
+    """
+    if len(returns) < 2 or returns.var() < 1e-8:
+        return math.nan
+    return 1.0 - ((returns - values).var() / returns.var()).item()
+
+
+class _ValueGradients(TrainerCallback):
+    """Clips the value model's gradients by their own norm and clears them: Trainer does both to the policy's only."""
 
     def __init__(self, value_model: nn.Module) -> None:
         self.value_model = value_model
@@ -329,3 +394,8 @@ class _ClipValueGradients(TrainerCallback):
     ) -> None:
         if args.max_grad_norm:
             nn.utils.clip_grad_norm_(self.value_model.parameters(), args.max_grad_norm)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.value_model.zero_grad()

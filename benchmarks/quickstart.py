@@ -1,0 +1,54 @@
+"""Question: with equal rollouts, do dense step rewards beat outcome-only rewards on the embedded task, and which forms
+of them hold up?
+
+Rival: the arm `outcome` (PPO with the exact checker's outcome reward only). For every seed a policy is made, responses
+are sampled and labelled by outcome, a reward model is trained, and PPO runs once per arm from the same policy on the
+same prompts. Each evaluation appends a row to `benchmarks/results/quickstart.jsonl`.
+
+Command: python benchmarks/quickstart.py --seeds 1 2 3 --work_dir runs/bench
+Resumable: a finished stage or arm is not run again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from fractal_rm.quickstart import ARMS, Arm, Quickstart, QuickstartArguments
+from fractal_rm.results import ResultsFile, read_results
+
+RESULTS = Path(__file__).parent / "results" / "quickstart.jsonl"
+ABLATIONS = (
+    Arm("dense", dense=True, outcome=False),
+    Arm("dense_raw+outcome", dense=True, outcome=True, settings={"shaping": "raw"}),
+    Arm("dense_group+outcome", dense=True, outcome=True, settings={"advantage": "group"}),
+    Arm("outcome_group", dense=False, outcome=True, settings={"advantage": "group"}),
+)
+
+
+def key(row: dict) -> str:
+    """What makes a row the same measurement."""
+    return json.dumps([row["arm"], row["seed"], row["split"], row["metrics"].get("rollouts"), row["config"]["budget"]])
+
+
+def main() -> None:
+    """Run the seeds and copy their rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--ablations", action="store_true", help="Also run the arms that are not in the quickstart.")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    arms = (*ARMS, *(ABLATIONS if arguments.ablations else ()))
+    for seed in arguments.seeds:
+        folder = arguments.work_dir / f"seed-{seed}"
+        Quickstart(QuickstartArguments(output_dir=str(folder), seed=seed), arms=arms).run()
+        present = {key(row) for row in read_results(arguments.results)} if arguments.results.is_file() else set()
+        target = ResultsFile(arguments.results)
+        for row in read_results(folder / "results.jsonl"):
+            if key(row) not in present:
+                fields = ("benchmark", "arm", "dataset", "seed", "split", "metrics", "config", "seconds")
+                target.append(**{name: row[name] for name in fields})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""`fractal-rm <command>`: parse, call, print.
+
+Exit status 0; or not 0 and one sentence on standard error: what was wrong, where, what to do. A traceback is for our
+own bugs.
+"""
+
+import difflib
+import json
+import linecache
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fractal_rm import __version__
+
+BAD_INPUT, INTERRUPTED = 2, 130
+# Packages whose complaints are about what they were given. An error that is raised elsewhere is a bug.
+_COMPLAINANTS = ("fractal_rm", "transformers", "trl", "peft", "datasets", "huggingface_hub", "accelerate")
+# Bad rows that `score` names on the screen; all of them are in its output.
+_NAMED_ROWS = 10
+
+
+def quickstart(argv: Sequence[str]) -> int:
+    """The whole pipeline on arithmetic word problems: CPU, minutes, no network."""
+    from fractal_rm.quickstart import QuickstartArguments, run_quickstart
+    from fractal_rm.trainers.command_parser import parse
+    from fractal_rm.trainers.script_checks import check_writable_folder
+
+    (arguments,) = parse("quickstart", [QuickstartArguments], argv)
+    check_writable_folder(arguments.output_dir)
+    run_quickstart(arguments)
+    return 0
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train a step reward model from response labels."""
+    from fractal_rm.trainers.script_train import train
+
+    train(argv)
+    return 0
+
+
+def score(argv: Sequence[str]) -> int:
+    """Score the steps of the responses in a file."""
+    from fractal_rm.trainers.command_parser import parse
+    from fractal_rm.trainers.script_arguments import ScoreArguments
+    from fractal_rm.trainers.script_checks import check_model, check_writable_file, load_reward_model
+
+    (arguments,) = parse("score", [ScoreArguments], argv)
+    for output in (arguments.output, arguments.html):
+        if output is not None:
+            check_writable_file(output)
+    check_model(arguments.model)
+    from fractal_rm.evaluation.score_rows import score_rows
+    from fractal_rm.readers import read_jsonl
+    from fractal_rm.report.viewer import write_viewer
+    from fractal_rm.results import write_atomic
+
+    rows = read_jsonl(arguments.input)[: arguments.limit]
+    reward_model = load_reward_model(arguments.model, arguments.batch_size)
+    records = score_rows(reward_model, rows, source=arguments.input)
+    errors = [record["error"] for record in records if record["error"]]
+    if len(errors) == len(records):
+        raise ValueError(f"None of {len(records)} responses could be scored. First: {errors[0]}")
+    for error in errors[:_NAMED_ROWS]:
+        print(error, file=sys.stderr)
+    if len(errors) > _NAMED_ROWS:
+        print(f"... and {len(errors) - _NAMED_ROWS} more, see {arguments.output}.", file=sys.stderr)
+    write_atomic(arguments.output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    if arguments.html is not None:
+        write_viewer(arguments.html, records, title=f"Step scores of {Path(arguments.input).name}")
+    page = f", {arguments.html} shows them" if arguments.html else ""
+    print(
+        f"Scored {len(records) - len(errors)} of {len(records)} responses: {arguments.output} holds the scores{page}."
+    )
+    return 0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Metrics of a step reward model on labelled responses."""
+    from fractal_rm.trainers.command_parser import parse
+    from fractal_rm.trainers.data_files import find_file, find_split
+    from fractal_rm.trainers.script_arguments import EvaluateArguments
+    from fractal_rm.trainers.script_checks import (
+        check_model,
+        check_writable_file,
+        load_reward_model,
+        print_metrics,
+        to_json,
+    )
+
+    (arguments,) = parse("evaluate", [EvaluateArguments], argv)
+    check_writable_file(arguments.output)
+    check_model(arguments.model)
+    from fractal_rm.evaluation.evaluate import evaluate as evaluate_model
+    from fractal_rm.readers import read_jsonl
+    from fractal_rm.results import write_atomic
+    from fractal_rm.trainers.bag_data import to_bags
+
+    split = find_split(arguments.data, arguments.split, arguments.data_dir)
+    paths = [split or find_file(arguments.data, arguments.data_dir)]
+    if arguments.threshold_file is not None:
+        paths.append(find_file(arguments.threshold_file, arguments.data_dir))
+    rows = [read_jsonl(path)[: arguments.limit] for path in paths]
+    reward_model = load_reward_model(arguments.model, arguments.batch_size)
+    bags = [to_bags(found, reward_model.settings, source=str(path)) for found, path in zip(rows, paths, strict=True)]
+    metrics = evaluate_model(reward_model, bags[0], validation=bags[1] if len(bags) > 1 else None)
+    write_atomic(arguments.output, to_json(metrics))
+    print_metrics({f"{arguments.data} ({arguments.split})" if split else paths[0].name: metrics})
+    print(f"{arguments.output} holds these numbers.")
+    return 0
+
+
+def ppo(argv: Sequence[str]) -> int:
+    """Train a policy with PPO on step rewards, outcome rewards, or both."""
+    from fractal_rm.trainers.script_ppo import ppo
+
+    ppo(argv)
+    return 0
+
+
+def report(argv: Sequence[str]) -> int:
+    """Tables from rows of results.jsonl."""
+    from fractal_rm.trainers.command_parser import parse
+    from fractal_rm.trainers.script_arguments import ReportArguments
+    from fractal_rm.trainers.script_checks import check_writable_file
+
+    (arguments,) = parse("report", [ReportArguments], argv)
+    if arguments.output is not None:
+        if not arguments.output.endswith((".md", ".html")):
+            raise ValueError(f"`output` is {arguments.output}. Give a name that ends in .md or .html.")
+        check_writable_file(arguments.output)
+    if not Path(arguments.results).is_file():
+        raise FileNotFoundError(f"{arguments.results} is no file. Give the path of a results.jsonl.")
+    from fractal_rm.report.results_page import write_results_page
+    from fractal_rm.report.tables import markdown_table
+    from fractal_rm.results import read_results, write_atomic
+
+    rows = read_results(arguments.results)
+    bad = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("metrics"), dict)), None)
+    if bad is not None:
+        raise ValueError(f"{arguments.results}, row {bad} holds no metrics. Give rows that this package wrote.")
+    table = markdown_table(rows, metrics=arguments.metrics)
+    if arguments.output is None:
+        print(table)
+    elif arguments.output.endswith(".md"):
+        write_atomic(arguments.output, f"# {arguments.title}\n\n{table}\n")
+    else:
+        write_results_page(arguments.output, rows, metrics=arguments.metrics, title=arguments.title)
+    if arguments.output is not None:
+        print(f"{arguments.output} holds the table.")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    command.__name__: command for command in (quickstart, train, score, evaluate, ppo, report)
+}
+
+
+def usage() -> str:
+    """What `fractal-rm --help` prints."""
+    lines = [f"  {name:<12}{(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fractal-rm <command> [--config file.yaml] [--any_flag value ...]",
+            "",
+            "Labels on whole responses go in; a reward model that scores every step comes out.",
+            "",
+            *lines,
+            "",
+            "`fractal-rm <command> --help` lists the arguments of a command; flags beat the file.",
+        ]
+    )
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """Whether an error is a complaint about what somebody gave, and not a bug.
+
+    It is if the operating system says so, or if it stands in a `raise` statement of a package that checks its input.
+    """
+    if isinstance(error, OSError):
+        return True
+    if not isinstance(error, ValueError | TypeError | ImportError):
+        return False
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    path = Path(frame.filename).parts
+    raised = linecache.getline(frame.filename, frame.lineno or 0).lstrip().startswith("raise ")
+    return raised and any(package in path for package in _COMPLAINANTS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Command and arguments; default: those of the process.
+
+    Returns:
+        Exit status: 0, 2 for bad input, 130 after an interruption.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if name in ("-h", "--help", "--version"):
+        print(f"fractal-rm {__version__}" if name == "--version" else usage())
+        return 0
+    formatwarning = warnings.formatwarning
+    warnings.formatwarning = lambda message, *where, **line: f"Warning: {message}\n"
+    try:
+        if name not in COMMANDS:
+            found = difflib.get_close_matches(name, COMMANDS, n=1)
+            advice = f"Did you mean `{found[0]}`?" if found else f"Choose one of {', '.join(COMMANDS)}."
+            raise ValueError(f"{f'Unknown command {name!r}' if name else 'There is no command'}. {advice}")
+        with warnings.catch_warnings():
+            # TRL's default argument has been renamed in transformers; nobody who runs a command can change that.
+            warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing.* is deprecated", FutureWarning)
+            return COMMANDS[name](rest)
+    except SystemExit as end:  # argparse, after --help
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        print(
+            "Interrupted. Training goes on from its last checkpoint with --resume_from_checkpoint true.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    except Exception as error:
+        if not is_bad_input(error):
+            raise
+        print(f"fractal-rm: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    finally:
+        warnings.formatwarning = formatwarning
+
+
+if __name__ == "__main__":
+    sys.exit(main())

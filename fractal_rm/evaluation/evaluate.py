@@ -1,0 +1,115 @@
+"""Metrics of a step reward model on labelled responses: of the response, of its steps, of the first wrong step."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from fractal_rm import metrics
+from fractal_rm.bags import Bag
+from fractal_rm.reward_model import StepRewardModel, StepScores
+
+# A step that was not scored is a step that was not called wrong.
+_NOT_SCORED = 1.0
+
+
+def score_bags(
+    reward_model: StepRewardModel, bags: Sequence[Bag], *, batch_size: int | None = None
+) -> list[StepScores]:
+    """Scores of bags, with the steps that the bags have.
+
+    Args:
+        reward_model: The model.
+        bags: Responses with their steps.
+        batch_size: Responses in a forward; default: that of the model.
+    """
+    return reward_model.score(
+        [bag.prompt for bag in bags],
+        [bag.response for bag in bags],
+        spans=[bag.step_spans for bag in bags],
+        batch_size=batch_size,
+    )
+
+
+def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float) -> dict[str, float]:
+    """Metrics of scores against labels.
+
+    Steps beyond the model's `max_length` have no score. They stay out of the AUCs; for the first error they count as
+    not called wrong, so that a response does not get easier by being cut. Responses without any score stay out of the
+    response metrics and are counted as `unscored`.
+
+    Args:
+        scored: Scores of each bag.
+        bags: The bags: labels, and gold step labels where they are known.
+        threshold: A step that scores below it is called wrong.
+
+    Returns:
+        Counts (`responses`, `unscored`, `truncated`), those of [`~fractal_rm.metrics.bag_metrics`] and, if any gold
+        step label is known, `step_auc`, `within_bag_auc`, those of [`~fractal_rm.metrics.first_error_accuracy`] and
+        the `threshold`.
+    """
+    labels = [math.nan if bag.label is None else bag.label for bag in bags]
+    have = [not math.isnan(result.score) for result in scored]
+    results: dict[str, float] = {
+        "responses": len(bags),
+        "unscored": len(bags) - sum(have),
+        "truncated": sum(result.truncated_steps > 0 for result in scored),
+        **metrics.bag_metrics(
+            [result.score for result, ok in zip(scored, have, strict=True) if ok],
+            [label for label, ok in zip(labels, have, strict=True) if ok],
+        ),
+    }
+    gold = [_gold(bag) for bag in bags]
+    if all(np.isnan(row).all() for row in gold):
+        return results
+    scores = [np.array(result.step_scores) for result in scored]
+    known = [row[: len(found)] for row, found in zip(gold, scores, strict=True)]
+    whole = [np.append(found, [_NOT_SCORED] * (len(row) - len(found))) for row, found in zip(gold, scores, strict=True)]
+    return {
+        **results,
+        "step_auc": metrics.step_auc(scores, known),
+        "within_bag_auc": metrics.within_bag_auc(scores, known),
+        **metrics.first_error_accuracy(whole, gold, threshold),
+        "threshold": threshold,
+    }
+
+
+def evaluate(
+    reward_model: StepRewardModel,
+    bags: Sequence[Bag],
+    *,
+    validation: Sequence[Bag] | None = None,
+    batch_size: int | None = None,
+) -> dict[str, float]:
+    """Metrics of a reward model on bags.
+
+    Args:
+        reward_model: The model.
+        bags: Labelled responses.
+        validation: Other labelled responses, to choose the threshold on by their response labels. None: the threshold
+            that the model remembers.
+        batch_size: Responses in a forward; default: that of the model.
+
+    Returns:
+        As [`evaluate_scores`].
+
+    Raises:
+        ValueError: If no validation response could be scored.
+    """
+    threshold = reward_model.settings.threshold
+    if validation is not None:
+        threshold = choose_threshold(score_bags(reward_model, validation, batch_size=batch_size), validation)
+        if math.isnan(threshold):
+            raise ValueError(f"None of {len(validation)} validation responses could be scored. Give others.")
+    return evaluate_scores(score_bags(reward_model, bags, batch_size=batch_size), bags, threshold)
+
+
+def choose_threshold(scored: Sequence[StepScores], bags: Sequence[Bag]) -> float:
+    """[`~fractal_rm.metrics.choose_threshold`] on scores and response labels; gold step labels are not read."""
+    labels = [math.nan if bag.label is None else bag.label for bag in bags]
+    return metrics.choose_threshold([result.step_scores for result in scored], labels)
+
+
+def _gold(bag: Bag) -> np.ndarray:
+    known = bag.step_labels or [None] * len(bag.step_spans)
+    return np.array([math.nan if label is None else label for label in known])

@@ -1,0 +1,89 @@
+"""Scores for the rows of a file: one record a response, and a bad row spoils no other."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fractal_rm.bags import Bag
+from fractal_rm.evaluation.evaluate import score_bags
+from fractal_rm.readers import read_row
+from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.scorers.encoding import prompt_text
+
+
+def score_rows(
+    reward_model: StepRewardModel,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    source: str,
+    batch_size: int | None = None,
+) -> list[dict[str, Any]]:
+    """Score the responses of rows in any format that `read_row` knows, labelled or not.
+
+    Args:
+        reward_model: The model.
+        rows: Rows of a file.
+        source: Its name, for messages.
+        batch_size: Responses in a forward; default: that of the model.
+
+    Returns:
+        One record a response (two for a preference), ready for JSON and for `write_viewer`: `row`, `id`, `prompt`,
+        `response`, `label`, `score`, `steps` (each with `text`, `start`, `end`, `score`, `gold`), `truncated_steps`,
+        and `error`, which is None unless the response could not be scored; then `steps` is empty and `score` None.
+    """
+    records: list[dict[str, Any]] = []
+    bags: dict[int, Bag] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            found = read_row(row, reward_model.segmentation, source=source, row=number, require_label=False)
+            if not isinstance(found[0].prompt, str):
+                _check_chat(found[0], reward_model, f"{source}, row {number}")
+        except (TypeError, ValueError) as error:
+            given = {name: row.get(name) for name in ("id", "prompt")}
+            response = next((row[name] for name in ("response", "completion") if isinstance(row.get(name), str)), None)
+            records.append(_record(number, given, response, str(error)))
+            continue
+        for bag in found:
+            bags[len(records)] = bag
+            records.append(_record(number, {"id": bag.id, "prompt": bag.prompt, "label": bag.label}, bag.response))
+    scored = score_bags(reward_model, list(bags.values()), batch_size=batch_size) if bags else []
+    for (place, bag), result in zip(bags.items(), scored, strict=True):
+        _fill(records[place], bag, result, source)
+    return records
+
+
+def _check_chat(bag: Bag, reward_model: StepRewardModel, where: str) -> None:
+    try:
+        prompt_text(bag.prompt, reward_model.tokenizer, reward_model.settings.prompt_template)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _record(
+    row: int, given: Mapping[str, Any], response: str | None = None, error: str | None = None
+) -> dict[str, Any]:
+    return {
+        "row": row,
+        "id": given.get("id"),
+        "prompt": given.get("prompt"),
+        "response": response,
+        "label": given.get("label"),
+        "score": None,
+        "steps": [],
+        "truncated_steps": 0,
+        "error": error,
+    }
+
+
+def _fill(record: dict[str, Any], bag: Bag, result: StepScores, source: str) -> None:
+    if result.error is not None:
+        # The model counts rows of its own batch from 0; the caller's file counts.
+        record["error"] = f"{source}, row {record['row']}: {result.error.partition(': ')[2]}"
+        return
+    gold = bag.step_labels or [None] * len(bag.step_spans)
+    record["score"] = result.score if math.isfinite(result.score) else None
+    record["truncated_steps"] = result.truncated_steps
+    record["steps"] = [
+        {"text": step.text, "start": step.start, "end": step.end, "score": step.score, "gold": label}
+        for step, label in zip(result.steps, gold, strict=False)
+    ]

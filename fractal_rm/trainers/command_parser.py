@@ -1,0 +1,146 @@
+"""How the arguments of a command are read: `fractal-rm <command> --config file.yaml --any_flag value`.
+
+Flags beat the file. `trl.TrlParser` makes flags of dataclasses; what is added here is that a mistake (in a flag, in a
+key of the file, in a value) is one sentence that names the place and the nearest name there is.
+"""
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import yaml
+from trl.scripts.utils import TrlParser
+
+# Names less alike than this are no help.
+_ALIKE = 0.5
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question that names the known name most like `name`, or an empty text.
+
+    Example:
+        >>> nearest("learning_rat", ["seed", "learning_rate"])
+        ' Did you mean `learning_rate`?'
+    """
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=_ALIKE)
+    return f" Did you mean `{found[0]}`?" if found else ""
+
+
+def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
+    """Read the arguments of a command from its flags and its configuration file.
+
+    Args:
+        command: Name of the command, for messages.
+        dataclasses: What to fill.
+        argv: Arguments after the command.
+
+    Returns:
+        One instance of each dataclass.
+
+    Raises:
+        OSError: If the configuration file cannot be read.
+        ValueError: If a flag, a key or a value is not as it should be.
+        SystemExit: After `--help`, with status 0.
+    """
+    parser = CommandParser(command, dataclasses)
+    parser.add_argument("--config", help="YAML file with any of these arguments; flags beat the file.")
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config")
+    before.error = parser.error
+    known, flags = before.parse_known_args(list(argv))
+    if known.config is not None:
+        parser.read_config(known.config)
+    _, remaining = parser.parse_known_args(flags)
+    if remaining:
+        unknown = remaining[0].partition("=")[0]
+        if not unknown.startswith("-"):
+            parser.error(f"{unknown!r} stands alone, without a flag before it")
+        raise ValueError(
+            f"fractal-rm {command}: unknown flag {unknown}."
+            + (nearest(unknown.lstrip("-").replace("-", "_"), parser.names) or f" {parser.advice}")
+        )
+    return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[: len(dataclasses)]
+
+
+class CommandParser(TrlParser):
+    """A `TrlParser` whose complaints are one sentence each."""
+
+    def __init__(self, command: str, dataclasses: Sequence[type]) -> None:
+        super().__init__(
+            dataclasses,  # type: ignore[arg-type]
+            prog=f"fractal-rm {command}",
+            usage=f"fractal-rm {command} [--config file.yaml] [--any_flag value ...]",
+            allow_abbrev=False,
+        )
+        self.advice = f"See `fractal-rm {command} --help`."
+        self._hints = {name: hint for kind in dataclasses for name, hint in get_type_hints(kind).items()}
+
+    @property
+    def names(self) -> list[str]:
+        """Every argument there is."""
+        return [action.dest for action in self._actions if action.dest != "help"]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print before it exits."""
+        raise ValueError(f"{self.prog}: {' '.join(message.split())}. {self.advice}")
+
+    def read_config(self, path: str) -> None:
+        """Take the values of a YAML file as defaults, after checking them as flags are checked.
+
+        Raises:
+            OSError: If there is no such file.
+            ValueError: If it is no YAML mapping, or a key or value is not as it should be.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} is no file. Give `--config` the path of a YAML file.")
+        try:
+            config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f", line {mark.line + 1}" if mark else ""
+            reason = getattr(error, "problem", None) or "it cannot be parsed"
+            raise ValueError(f"{path}{where} is invalid YAML: {reason}. Mend the line.") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} holds no mapping. Write one `name: value` a line.")
+        actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+        for key, value in config.items():
+            if key not in actions:
+                raise ValueError(f"{path}: unknown key {key!r}.{nearest(str(key), actions) or ' ' + self.advice}")
+            self.set_defaults(**{key: self._checked(actions[key], value, path)})
+            actions[key].required = False
+
+    def _checked(self, action: argparse.Action, value: Any, path: str) -> Any:
+        """A value of the file in the type that its flag would give it."""
+        kinds = {getattr(kind, "__origin__", kind) for kind in [self._hints[action.dest], *self._alternatives(action)]}
+        if value is None and (action.default is None or type(None) in kinds):
+            return None
+        if isinstance(value, dict) and dict in kinds:
+            return value
+        if isinstance(value, list) and list in kinds:
+            return [self._converted(action, item, path) for item in value]
+        if isinstance(value, list | dict) or value is None:
+            raise ValueError(f"{path}: `{action.dest}` is {value!r}; give a single value. {self.advice}")
+        if value is False and "no" in (action.choices or ()):
+            return "no"  # YAML reads a bare `no` as false
+        value = self._converted(action, value, path)
+        return [value] if action.nargs == "+" else value
+
+    def _alternatives(self, action: argparse.Action) -> tuple[Any, ...]:
+        return get_args(self._hints[action.dest])
+
+    def _converted(self, action: argparse.Action, value: Any, path: str) -> Any:
+        convert: Any = action.type or str
+        try:
+            converted = convert(str(value))
+        except (ValueError, TypeError, argparse.ArgumentTypeError):
+            kind = getattr(convert, "__name__", "value").replace("string_to_", "")
+            raise ValueError(f"{path}: `{action.dest}` is {value!r}, which is no {kind}. {self.advice}") from None
+        if action.choices is not None and converted not in action.choices:
+            raise ValueError(
+                f"{path}: `{action.dest}` is {value!r}. Choose one of {', '.join(map(str, action.choices))}."
+            )
+        return converted

@@ -1,0 +1,72 @@
+"""Progress of a training run on the screen: a bar, and a short line for each log."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+# A rollout logs some forty numbers; these say whether it learns. The others are in the logs of `report_to`.
+_SHOWN = ("loss", "reward", "kl", "completions/mean_length", "steps/score", "value/explained_variance")
+_SHOWN_PREFIXES = ("loss/", "rewards/", "eval_bag", "eval_loss", "eval_reward", "eval_step", "eval_within")
+
+
+class RichProgress(TrainerCallback):
+    """A bar and a line a log, in place of the bars and dictionaries that `transformers.Trainer` prints.
+
+    Use it in a `with` statement around `trainer.train()`, so that the screen is whole again after an error.
+
+    Args:
+        trainer: The trainer to follow; its own callbacks for the screen are taken away.
+        description: What stands before the bar.
+    """
+
+    def __init__(self, trainer: Trainer, description: str) -> None:
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self)
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=bool(trainer.args.disable_tqdm) or not trainer.is_world_process_zero(),
+        )
+        self.task = self.progress.add_task(description, total=None)
+
+    def __enter__(self) -> "RichProgress":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        shown = {
+            name: float(value)
+            for name, value in (logs or {}).items()
+            if (name in _SHOWN or name.startswith(_SHOWN_PREFIXES)) and isinstance(value, int | float | str)
+            if not name.endswith("/std")
+        }
+        if shown and state.is_world_process_zero:
+            numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            self.progress.console.print(f"step {state.global_step}: {numbers}", markup=False, highlight=False)

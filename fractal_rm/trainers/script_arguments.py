@@ -1,0 +1,220 @@
+"""Arguments of the commands: dataclasses that become flags and keys of a configuration file.
+
+A field's `help` is its only description. Which command takes which of them stands in `fractal_rm/cli.py`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fractal_rm.readers import read_jsonl
+from fractal_rm.trainers.data_files import DATA_DIR_VARIABLE, data_folder, find_file, find_split, load_from_hub
+
+
+@dataclass
+class TrainArguments:
+    """What `fractal-rm train` needs beside [`FractalConfig`]."""
+
+    _argument_group_name = "model"
+
+    model: str = field(
+        metadata={
+            "help": "Path or hub id: a causal language model for `scorer=likelihood`, any backbone for `scorer=token`."
+        }
+    )
+
+
+@dataclass
+class DataArguments:
+    """Where rows come from: files, or a data set with splits."""
+
+    _argument_group_name = "data"
+
+    train_file: str | None = field(
+        default=None, metadata={"help": "Rows to train on: .jsonl, .jsonl.gz or .json. Beats `dataset_name`."}
+    )
+    eval_file: str | None = field(
+        default=None, metadata={"help": "Rows for evaluation during training. Beats `dataset_name`."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "Rows for metrics at the end. Beats `dataset_name`."})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "A folder in `data_dir` that holds a file for each split, or else a data set of the hub."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub's data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_eval_split: str = field(default="validation", metadata={"help": "Split for evaluation, if there is one."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split for metrics at the end, if there is one."})
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": f"Folder of data sets by name; default: that of the environment's {DATA_DIR_VARIABLE}."},
+    )
+    limit: int | None = field(default=None, metadata={"help": "Most rows read of each split: the first ones."})
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"`limit` is {self.limit}: no row would be left. Give 1 or more, or leave it out.")
+
+    def read(self, split: Literal["train", "eval", "test"]) -> tuple[list[dict[str, Any]], str] | None:
+        """Rows of a split, and the name of their source for messages.
+
+        Returns:
+            None if nothing is named for the split, or the named data set has no such split (for training: an error).
+
+        Raises:
+            OSError: If a file is not there, or the hub cannot be reached.
+            ValueError: If a file is no readable JSON, or the data set has no split to train on.
+        """
+        file = getattr(self, f"{split}_file")
+        if file is not None:
+            return read_jsonl(find_file(file, self.data_dir))[: self.limit], file
+        if self.dataset_name is None:
+            return None
+        name = getattr(self, f"dataset_{split}_split")
+        found = find_split(self.dataset_name, name, self.data_dir)
+        if found is not None:
+            return read_jsonl(found)[: self.limit], str(found)
+        if self.is_local:
+            rows, places = None, f"files in {data_folder(self.data_dir)}/{self.dataset_name}"
+        else:
+            splits = load_from_hub(self.dataset_name, self.dataset_config)
+            rows, places = splits.get(name), f"splits {sorted(splits)}"
+        if rows is None and split == "train":
+            raise ValueError(
+                f"{self.dataset_name} has no split {name!r} among its {places}. Set `dataset_train_split`."
+            )
+        return None if rows is None else (list(rows)[: self.limit], f"{self.dataset_name} ({name})")
+
+    @property
+    def name(self) -> str:
+        """What is trained on, without its folder."""
+        return Path(self.train_file).name if self.train_file else str(self.dataset_name)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `dataset_name` is a folder of the data folder."""
+        folder = data_folder(self.data_dir)
+        return folder is not None and self.dataset_name is not None and (folder / self.dataset_name).is_dir()
+
+
+@dataclass
+class LoraArguments:
+    """Low-rank adapters; names and defaults are TRL's."""
+
+    _argument_group_name = "LoRA"
+
+    use_peft: bool = field(default=False, metadata={"help": "Train low-rank adapters instead of all weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters: alpha / rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers to adapt; default: PEFT's choice for the architecture."}
+    )
+
+    def config(self) -> Any | None:
+        """The `peft` configuration, None without `use_peft`. The trainer sets the task."""
+        if not self.use_peft:
+            return None
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+        )
+
+
+@dataclass
+class ScoreArguments:
+    """Arguments of `fractal-rm score`."""
+
+    model: str = field(metadata={"help": "Step reward model: the folder that `fractal-rm train` wrote, or a hub id."})
+    input: str = field(
+        metadata={
+            "help": "Rows with `prompt` and `response` (or `completion`, or `steps`), and optionally `id`, `label` and "
+            "`step_labels`: .jsonl, .jsonl.gz or .json."
+        }
+    )
+    output: str = field(metadata={"help": "Where to write one line of scores for each response."})
+    html: str | None = field(default=None, metadata={"help": "Where to write a page to read the scored responses in."})
+    batch_size: int = field(default=32, metadata={"help": "Responses in a forward pass."})
+    limit: int | None = field(default=None, metadata={"help": "Most rows read: the first ones."})
+
+
+@dataclass
+class EvaluateArguments:
+    """Arguments of `fractal-rm evaluate`."""
+
+    model: str = field(metadata={"help": "Step reward model: the folder that `fractal-rm train` wrote, or a hub id."})
+    data: str = field(
+        metadata={"help": "Rows with `label` and, where known, `step_labels`: a file, or a data set in `data_dir`."}
+    )
+    split: str = field(default="test", metadata={"help": "Split, where `data` is the name of a data set."})
+    output: str = field(default="metrics.json", metadata={"help": "Where to write the metrics."})
+    threshold_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Other rows with `label`, to choose the threshold on below which a step is called wrong; default: "
+            "the threshold that the checkpoint remembers."
+        },
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": f"Folder of data sets by name; default: that of the environment's {DATA_DIR_VARIABLE}."},
+    )
+    batch_size: int = field(default=32, metadata={"help": "Responses in a forward pass."})
+    limit: int | None = field(default=None, metadata={"help": "Most rows read of each file: the first ones."})
+
+
+@dataclass
+class PPOArguments:
+    """What `fractal-rm ppo` needs beside [`StepPPOConfig`]."""
+
+    _argument_group_name = "models and rewards"
+
+    model: str = field(metadata={"help": "The policy: path or hub id of a causal language model."})
+    reward_model: str | None = field(
+        default=None,
+        metadata={"help": "Step reward model, for dense rewards: folder or hub id; `none` takes out that of the file."},
+    )
+    reward_function: Literal["exact_answer", "gsm8k_answer"] | None = field(
+        default=None,
+        metadata={
+            "help": "Outcome reward: `exact_answer` (task arithmetic), `gsm8k_answer` (column `answer`, extra `math`)."
+        },
+    )
+    value_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Token classification model with one label, for `advantage=gae`; default: made of the policy."
+        },
+    )
+    task: Literal["arithmetic", "gsm8k"] | None = field(
+        default=None,
+        metadata={
+            "help": "`arithmetic` makes its own problems; `gsm8k` reads rows with `question` and `answer`; without a "
+            "task, rows hold `prompt` and the columns that the reward function reads."
+        },
+    )
+    num_problems: int = field(default=4096, metadata={"help": "Task arithmetic: problems to train on."})
+    num_eval_problems: int = field(default=256, metadata={"help": "Task arithmetic: held-out problems; 0 for none."})
+    chat: bool = field(
+        default=True, metadata={"help": "Task gsm8k: ask in a chat, for models with a chat template; else as text."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.reward_model == "none":
+            self.reward_model = None
+
+
+@dataclass
+class ReportArguments:
+    """Arguments of `fractal-rm report`."""
+
+    results: str = field(metadata={"help": "A `results.jsonl`."})
+    output: str | None = field(
+        default=None, metadata={"help": "Where to write: .md for Markdown, .html for a page; default: to the screen."}
+    )
+    metrics: list[str] | None = field(default=None, metadata={"help": "Metrics to show, in order; default: all."})
+    title: str = field(default="Results", metadata={"help": "Heading of the page."})

@@ -1,0 +1,74 @@
+"""`fractal-rm ppo`: a policy, trained on step rewards, outcome rewards, or both."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from fractal_rm.trainers.command_parser import parse
+from fractal_rm.trainers.model_card import policy_card
+from fractal_rm.trainers.progress import RichProgress
+from fractal_rm.trainers.prompt_data import read_prompts, reward_function
+from fractal_rm.trainers.script_arguments import DataArguments, LoraArguments, PPOArguments
+from fractal_rm.trainers.script_checks import (
+    check_chat_templates,
+    check_model,
+    check_writable_folder,
+    checkpoint_to_resume,
+    hide_loading_bars,
+    load_reward_model,
+    print_metrics,
+    write_outputs,
+)
+from fractal_rm.trainers.step_ppo_config import StepPPOConfig
+from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
+
+
+def ppo(argv: Sequence[str]) -> None:
+    """Train a policy with PPO on step rewards, outcome rewards, or both."""
+    arguments, data, lora, config = parse("ppo", [PPOArguments, DataArguments, LoraArguments, StepPPOConfig], argv)
+    folder = Path(config.output_dir)
+    check_writable_folder(folder)
+    checkpoint = checkpoint_to_resume(config)
+    names = [name for name in (arguments.reward_model, arguments.reward_function) if name]
+    if not names:
+        raise ValueError("There is no reward. Give `reward_model` (dense), `reward_function` (outcome), or both.")
+    for path in (arguments.model, arguments.reward_model, arguments.value_model):
+        if path is not None:
+            check_model(path)
+    functions = [reward_function(arguments.reward_function)] if arguments.reward_function else []
+    rows = read_prompts(arguments, data, "train", config.seed)
+    held_out = read_prompts(arguments, data, "eval", config.seed)
+    reward_model = load_reward_model(arguments.reward_model) if arguments.reward_model else None
+    hide_loading_bars()
+    if not isinstance(rows[0]["prompt"], str):  # type: ignore[index]
+        check_chat_templates(arguments.model, reward_model)
+    trainer = StepPPOTrainer(
+        arguments.model,
+        reward_model=reward_model,
+        reward_funcs=functions,
+        args=config,
+        train_dataset=Dataset.from_list(rows),  # type: ignore[arg-type]
+        eval_dataset=Dataset.from_list(held_out) if held_out else None,
+        value_model=arguments.value_model,
+        peft_config=lora.config(),
+    )
+    with RichProgress(trainer, "PPO"):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        metrics: dict[str, Any] = {"train": result.metrics}
+        if held_out:
+            metrics["eval"] = trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        kept = ("advantage", "num_generations", "num_iterations", "epsilon", "beta", "learning_rate", "seed")
+        card = policy_card(
+            base=arguments.model,
+            rewards=" + ".join(f"`{Path(name).name}`" for name in names),
+            data=arguments.task or data.name,
+            settings={name: getattr(config, name) for name in kept},
+            metrics=metrics,
+        )
+        write_outputs(folder, metrics | {"history": trainer.state.log_history}, card)
+        print_metrics(metrics)
+        print(f"{folder} holds the policy, metrics.json and README.md.")

@@ -1,0 +1,65 @@
+"""`fractal-rm train`: a step reward model from response labels."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, score_bags
+from fractal_rm.trainers.bag_data import to_bags
+from fractal_rm.trainers.command_parser import parse
+from fractal_rm.trainers.fractal_config import FractalConfig
+from fractal_rm.trainers.fractal_trainer import FractalTrainer
+from fractal_rm.trainers.model_card import reward_model_card
+from fractal_rm.trainers.progress import RichProgress
+from fractal_rm.trainers.script_arguments import DataArguments, LoraArguments, TrainArguments
+from fractal_rm.trainers.script_checks import (
+    check_model,
+    check_writable_folder,
+    checkpoint_to_resume,
+    hide_loading_bars,
+    print_metrics,
+    write_outputs,
+)
+
+
+def train(argv: Sequence[str]) -> None:
+    """Train a step reward model from response labels."""
+    arguments, data, lora, config = parse("train", [TrainArguments, DataArguments, LoraArguments, FractalConfig], argv)
+    folder = Path(config.output_dir)
+    check_writable_folder(folder)
+    checkpoint = checkpoint_to_resume(config)
+    check_model(arguments.model)
+    bags, sources = {}, {}
+    for split in ("train", "eval", "test"):
+        found = data.read(split)
+        if found is not None:
+            rows, sources[split] = found
+            bags[split] = to_bags(rows, config.settings(), source=sources[split])
+    if "train" not in bags:
+        raise ValueError("There is nothing to train on. Give `train_file` or `dataset_name`.")
+    hide_loading_bars()
+    trainer = FractalTrainer(
+        arguments.model,
+        args=config,
+        train_dataset=bags["train"],
+        eval_dataset=bags.get("eval"),
+        peft_config=lora.config(),
+    )
+    with RichProgress(trainer, "Training"):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics: dict[str, Any] = {"train": {"responses": len(bags["train"]), **result.metrics}}
+    reward_model = trainer.reward_model()
+    scored = {split: score_bags(reward_model, bags[split]) for split in ("eval", "test") if split in bags}
+    if "eval" in scored:
+        threshold = choose_threshold(scored["eval"], bags["eval"])
+        if not math.isnan(threshold):
+            trainer.settings.threshold = threshold
+    for split, results in scored.items():
+        metrics[split] = evaluate_scores(results, bags[split], trainer.settings.threshold)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        card = reward_model_card(trainer.settings, base=arguments.model, data=data.name, metrics=metrics)
+        write_outputs(folder, metrics | {"history": trainer.state.log_history}, card)
+        print_metrics(metrics)
+        print(f"{folder} holds the reward model, metrics.json and README.md.")

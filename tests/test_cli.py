@@ -1,0 +1,286 @@
+"""Commands, called as the console script calls them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stand_ins import gsm8k_problems, save_policy, save_reward_model, solutions, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from fractal_rm import __version__
+from fractal_rm.cli import COMMANDS, is_bad_input, main
+from fractal_rm.evaluation.evaluate import choose_threshold, score_bags
+from fractal_rm.readers import read_bags, read_jsonl
+from fractal_rm.results import ResultsFile
+from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.segmentation import Segmentation
+
+TINY = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
+TINY += ["--save_strategy", "no"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder with a policy and a reward model."""
+    folder = tmp_path_factory.mktemp("models")
+    save_policy(folder / "policy")
+    save_reward_model(folder / "reward_model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(models, tmp_path_factory) -> Path:
+    """What `fractal-rm train` wrote, from a configuration file and flags."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_jsonl(folder / "data" / "sums" / "train.jsonl.gz", solutions(12))
+    write_jsonl(folder / "data" / "sums" / "validation.jsonl", solutions(6))
+    config = folder / "config.yaml"
+    config.write_text("dataset_name: sums\nlearning_rate: 1e-3\nmax_steps: 50\neval_strategy: no\nsave_steps: 1\n")
+    arguments = ["--config", str(config), "--model", str(models / "policy"), "--output_dir", str(folder / "rm")]
+    arguments += ["--data_dir", str(folder / "data"), "--test_file", write_jsonl(folder / "test.jsonl", solutions(9))]
+    assert main(["train", *arguments, *TINY, "--max_steps", "2", "--save_strategy", "steps"]) == 0
+    return folder
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fractal-rm {__version__}\n"
+
+
+def test_help_and_version_import_no_heavy_library():
+    code = "import sys; from fractal_rm.cli import main; main(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize("command", ["train", "score", "evaluate", "ppo", "report"])
+def test_a_command_explains_its_arguments(command, capsys):
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: fractal-rm {command} [--config file.yaml]")
+    assert "--config" in shown.partition("options:")[2]
+
+
+def test_train_writes_a_reward_model_that_loads(trained):
+    scored = StepRewardModel.from_pretrained(trained / "rm").score(["2+2?\n"], ["2+2=4.\nSo 4."])
+    assert len(scored[0].steps) == 2
+    assert AutoModelForCausalLM.from_pretrained(trained / "rm") is not None
+
+
+def test_flags_beat_the_configuration_file(trained):
+    metrics = json.loads((trained / "rm" / "metrics.json").read_text())
+    assert metrics["history"][-1]["step"] == 2  # --max_steps 2, and max_steps: 50 in the file
+
+
+def test_train_writes_metrics_of_every_split(trained):
+    metrics = json.loads((trained / "rm" / "metrics.json").read_text())
+    assert [metrics[split]["responses"] for split in ("train", "eval", "test")] == [12, 6, 9]
+    assert 0 <= metrics["test"]["within_bag_auc"] <= 1
+    assert metrics["test"]["threshold"] == metrics["eval"]["threshold"]
+
+
+def test_the_threshold_comes_from_the_evaluation_data(trained):
+    model = StepRewardModel.from_pretrained(trained / "rm")
+    bags = read_bags(read_jsonl(trained / "data" / "sums" / "validation.jsonl"), Segmentation())
+    expected = choose_threshold(score_bags(model, bags), bags)
+    assert expected != 0.5
+    assert model.settings.threshold == pytest.approx(expected, abs=1e-6)
+
+
+def test_train_writes_a_model_card_without_this_machines_folders(trained):
+    card = (trained / "rm" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "| test | step_auc |" in card
+    assert str(trained.parent) not in card
+
+
+def test_train_goes_on_from_its_last_checkpoint(trained, models, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    trained = tmp_path
+    before = [logs for logs in json.loads((trained / "rm" / "metrics.json").read_text())["history"] if "loss" in logs]
+    assert (trained / "rm" / "checkpoint-2").is_dir()
+    arguments = ["--model", str(models / "policy"), "--output_dir", str(trained / "rm"), *TINY]
+    arguments += ["--train_file", str(trained / "data" / "sums" / "train.jsonl.gz")]
+    assert main(["train", *arguments, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
+    steps = [logs for logs in json.loads((trained / "rm" / "metrics.json").read_text())["history"] if "loss" in logs]
+    assert [logs["step"] for logs in steps] == [1, 2, 3]
+    assert steps[:2] == before  # taken from the checkpoint
+
+
+def test_resuming_without_a_checkpoint_starts_from_the_beginning(trained, models, tmp_path):
+    arguments = ["--model", str(models / "policy"), "--output_dir", str(tmp_path / "rm"), *TINY, "--max_steps", "1"]
+    arguments += ["--train_file", str(trained / "test.jsonl"), "--limit", "4", "--resume_from_checkpoint", "true"]
+    assert main(["train", *arguments]) == 0
+    assert json.loads((tmp_path / "rm" / "metrics.json").read_text())["train"]["responses"] == 4
+
+
+def test_adapters_are_merged_into_an_ordinary_folder(trained, models, tmp_path):
+    arguments = ["--model", str(models / "policy"), "--output_dir", str(tmp_path / "rm"), *TINY, "--max_steps", "1"]
+    arguments += ["--train_file", str(trained / "test.jsonl"), "--use_peft", "--lora_r", "2"]
+    assert main(["train", *arguments, "--lora_target_modules", "q_proj", "v_proj"]) == 0
+    names = AutoModelForCausalLM.from_pretrained(tmp_path / "rm").state_dict()
+    assert not any("lora" in name for name in names)
+
+
+def test_score_writes_one_line_a_response_and_a_page(models, tmp_path, capsys):
+    rows = [
+        {"prompt": "1+1?\n", "response": "1+1=2.\nSo 2.", "label": 1},
+        {"prompt": "1+2?\n", "completion": "1+2=4 <b>."},
+        {"id": "cut", "prompt": "1+3?\n", "steps": ["1+3=4.", "So 4."], "step_labels": [1, None], "label": True},
+        {"prompt": "3?\n", "response": "It is 3.  It stays 3.", "steps": ["It is 3.", "It stays 3."]},
+    ]
+    arguments = ["--model", str(models / "reward_model"), "--input", write_jsonl(tmp_path / "in.jsonl", rows)]
+    assert main(["score", *arguments, "--output", str(tmp_path / "out.jsonl"), "--html", str(tmp_path / "v.html")]) == 0
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [len(record["steps"]) for record in records] == [2, 1, 2, 2]
+    assert records[2]["id"] == "cut"
+    assert [step["gold"] for step in records[2]["steps"]] == [1, None]
+    for record in records:
+        for step in record["steps"]:
+            assert record["response"][step["start"] : step["end"]] == step["text"]
+    assert records[3]["steps"][1]["text"] == "It stays 3."
+    captured = capsys.readouterr()
+    assert captured.out.replace("\n", "").startswith("Scored 4 of 4 responses: ")
+    assert captured.err == ""
+    assert "1+2=4 &lt;b&gt;." in (tmp_path / "v.html").read_text()
+
+
+def test_a_scored_file_equals_scoring_in_python(models, tmp_path):
+    rows = [{"prompt": row["prompt"], "response": "\n".join(row["steps"])} for row in solutions(5)]
+    arguments = ["--model", str(models / "reward_model"), "--input", write_jsonl(tmp_path / "in.jsonl", rows)]
+    assert main(["score", *arguments, "--output", str(tmp_path / "out.jsonl"), "--batch_size", "2"]) == 0
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    model = StepRewardModel.from_pretrained(models / "reward_model")
+    expected = model.score([row["prompt"] for row in rows], [row["response"] for row in rows])
+    for record, result in zip(records, expected, strict=True):
+        assert [step["score"] for step in record["steps"]] == pytest.approx(result.step_scores, abs=1e-5)
+        assert record["score"] == pytest.approx(result.score, abs=1e-5)
+
+
+def test_evaluate_prints_a_table_and_writes_metrics(trained, models, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "data.jsonl", solutions(9))
+    arguments = ["--model", str(models / "reward_model"), "--data", data, "--output", str(tmp_path / "m.json")]
+    assert main(["evaluate", *arguments]) == 0
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    assert metrics["responses"] == 9
+    assert {"bag_auc", "bag_ece", "step_auc", "within_bag_auc", "first_error_accuracy", "f1"} <= set(metrics)
+    assert metrics["threshold"] == 0.5  # what the checkpoint remembers
+    assert "within_bag_auc" in capsys.readouterr().out
+
+
+def test_evaluate_chooses_the_threshold_on_another_file(models, tmp_path):
+    data, other = write_jsonl(tmp_path / "a.jsonl", solutions(9)), write_jsonl(tmp_path / "b.jsonl", solutions(12))
+    arguments = ["--model", str(models / "reward_model"), "--data", data, "--output", str(tmp_path / "m.json")]
+    assert main(["evaluate", *arguments, "--threshold_file", other]) == 0
+    assert json.loads((tmp_path / "m.json").read_text())["threshold"] != 0.5
+
+
+def test_evaluate_finds_a_data_set_by_name_in_the_folder_of_the_environment(models, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "sets" / "sums" / "test.jsonl.gz", solutions(6))
+    monkeypatch.setenv("FRACTAL_RM_DATA", str(tmp_path / "sets"))
+    arguments = ["--model", str(models / "reward_model"), "--data", "sums", "--output", str(tmp_path / "m.json")]
+    assert main(["evaluate", *arguments]) == 0
+    assert json.loads((tmp_path / "m.json").read_text())["responses"] == 6
+
+
+def test_labels_of_one_kind_become_null_and_not_a_number(models, tmp_path):
+    rows = [row for row in solutions(9) if row["label"] == 1]
+    arguments = ["--model", str(models / "reward_model"), "--data", write_jsonl(tmp_path / "a.jsonl", rows)]
+    assert main(["evaluate", *arguments, "--output", str(tmp_path / "m.json")]) == 0
+    assert json.loads((tmp_path / "m.json").read_text())["bag_auc"] is None
+
+
+def test_ppo_trains_on_the_embedded_task(models, tmp_path):
+    arguments = ["--model", str(models / "policy"), "--reward_model", str(models / "reward_model")]
+    arguments += ["--reward_function", "exact_answer", "--task", "arithmetic", "--num_problems", "8"]
+    arguments += ["--num_eval_problems", "4", "--num_generations", "1", "--max_completion_length", "12", *TINY]
+    arguments += ["--bf16", "false", "--max_steps", "2", "--per_device_eval_batch_size", "4", "--logging_steps", "1"]
+    assert main(["ppo", *arguments, "--output_dir", str(tmp_path / "ppo")]) == 0
+    metrics = json.loads((tmp_path / "ppo" / "metrics.json").read_text())
+    assert 0 <= metrics["eval"]["eval_rewards/exact_answer/mean"] <= 1
+    assert any("value/explained_variance" in logs for logs in metrics["history"])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ppo") is not None
+    assert "`exact_answer`" in (tmp_path / "ppo" / "README.md").read_text()
+
+
+def test_a_flag_takes_the_reward_model_of_the_file_out(models, tmp_path):
+    (tmp_path / "ppo.yaml").write_text("reward_model: runs/none\nreward_function: exact_answer\ntask: arithmetic\n")
+    arguments = ["--config", str(tmp_path / "ppo.yaml"), "--model", str(models / "policy"), "--bf16", "false", *TINY]
+    arguments += ["--num_problems", "4", "--num_eval_problems", "0", "--num_generations", "2", "--max_steps", "1"]
+    arguments += ["--max_completion_length", "8", "--advantage", "group", "--reward_model", "none"]
+    assert main(["ppo", *arguments, "--output_dir", str(tmp_path / "ppo")]) == 0
+    metrics = json.loads((tmp_path / "ppo" / "metrics.json").read_text())
+    assert not any("steps/score" in logs for logs in metrics["history"])
+
+
+def test_ppo_trains_on_chats_with_answers_from_a_file(tmp_path):
+    arguments = ["--model", save_policy(tmp_path / "policy", chat=True), "--task", "gsm8k"]
+    arguments += ["--train_file", write_jsonl(tmp_path / "problems.jsonl", gsm8k_problems(4))]
+    arguments += ["--reward_function", "gsm8k_answer", "--advantage", "group", "--num_generations", "2", *TINY]
+    arguments += ["--bf16", "false", "--max_steps", "1", "--max_completion_length", "8"]
+    assert main(["ppo", *arguments, "--output_dir", str(tmp_path / "ppo")]) == 0
+    assert "train_loss" in json.loads((tmp_path / "ppo" / "metrics.json").read_text())["train"]
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    file = ResultsFile(tmp_path / "results.jsonl")
+    for seed, accuracy in ((0, 0.5), (1, 0.7)):
+        file.append(
+            benchmark="quickstart",
+            arm="dense+outcome",
+            dataset="arithmetic",
+            seed=seed,
+            split="test",
+            metrics={"accuracy": accuracy, "rollouts": 64},
+            config={},
+            seconds=1.0,
+        )
+    return file.path
+
+
+def test_report_prints_the_mean_over_seeds_as_markdown(results, capsys):
+    assert main(["report", "--results", str(results), "--metrics", "accuracy"]) == 0
+    assert "| dense+outcome | 2 | 0.600 ± 0.141 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["md", "html"])
+def test_report_writes_a_file(results, ending, capsys):
+    output = results.with_name(f"table.{ending}")
+    assert main(["report", "--results", str(results), "--output", str(output), "--title", "A & B"]) == 0
+    text = output.read_text()
+    assert "dense+outcome" in text
+    assert ("<h1>A &amp; B</h1>" if ending == "html" else "# A & B") in text
+
+
+def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
+    def broken(argv):
+        read_bags(None, Segmentation())  # a TypeError, deep in the package, that nobody meant to raise
+
+    monkeypatch.setitem(COMMANDS, "report", broken)
+    with pytest.raises(TypeError):
+        main(["report"])
+
+
+def test_a_complaint_of_this_package_is_no_bug(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        read_jsonl(tmp_path / "none.jsonl")
+    assert is_bad_input(caught.value)
+
+
+def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "train", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,91 @@
+"""Evaluation of scores: against the trainer's own metrics, by hand, and where a response was cut."""
+
+import math
+
+import pytest
+from stand_ins import save_policy, save_reward_model, solutions
+
+from fractal_rm.bags import Bag
+from fractal_rm.evaluation.evaluate import choose_threshold, evaluate, evaluate_scores, score_bags
+from fractal_rm.evaluation.score_rows import score_rows
+from fractal_rm.readers import read_bags
+from fractal_rm.reward_model import Step, StepRewardModel, StepScores
+from fractal_rm.segmentation import Segmentation
+from fractal_rm.trainers.fractal_config import FractalConfig
+from fractal_rm.trainers.fractal_trainer import FractalTrainer
+
+FOUR = Bag("p", "a\nb\nc\nd", ((0, 1), (2, 3), (4, 5), (6, 7)), label=0.0, step_labels=(1, 1, 1, 0))
+TWO = Bag("p", "a\nb", ((0, 1), (2, 3)), label=1.0, step_labels=(1, 1))
+
+
+def scores(bag: Bag, *values: float) -> StepScores:
+    """Scores of the first steps of a bag; the others were beyond the limit."""
+    steps = [Step(bag.response[s:e], s, e, value) for (s, e), value in zip(bag.step_spans, values, strict=False)]
+    truncated = len(bag.step_spans) - len(values)
+    return StepScores(bag.response, steps, min(values, default=math.nan), truncated, None if values else "too long")
+
+
+def test_metrics_equal_those_of_the_trainer(tmp_path):
+    trainer = FractalTrainer(
+        save_policy(tmp_path / "policy"),
+        args=FractalConfig(output_dir=str(tmp_path / "out"), use_cpu=True, disable_tqdm=True),
+        eval_dataset=solutions(12),
+    )
+    expected = trainer.evaluate()
+    bags = read_bags(solutions(12), Segmentation())
+    found = evaluate(trainer.reward_model(), bags)
+    for name in ("bag_auc", "bag_accuracy", "bag_ece", "step_auc", "within_bag_auc"):
+        assert found[name] == pytest.approx(expected[f"eval_{name}"], abs=1e-6)
+
+
+def test_a_wrong_step_beyond_the_limit_counts_as_missed():
+    whole = evaluate_scores([scores(FOUR, 0.9, 0.9, 0.9, 0.1), scores(TWO, 0.9, 0.9)], [FOUR, TWO], 0.5)
+    cut = evaluate_scores([scores(FOUR, 0.9, 0.9, 0.9), scores(TWO, 0.9)], [FOUR, TWO], 0.5)
+    assert (whole["first_error_accuracy"], whole["truncated"]) == (1.0, 0)
+    assert (cut["first_error_accuracy"], cut["all_correct_accuracy"], cut["truncated"]) == (0.0, 1.0, 2)
+
+
+def test_steps_beyond_the_limit_stay_out_of_the_auc():
+    found = evaluate_scores([scores(FOUR, 0.9, 0.8, 0.7), scores(TWO, 0.6, 0.5)], [FOUR, TWO], 0.5)
+    assert math.isnan(found["step_auc"])  # the only wrong step was not scored
+
+
+def test_a_response_without_scores_is_counted_and_left_out_of_the_response_metrics():
+    found = evaluate_scores([scores(FOUR), scores(TWO, 0.9, 0.8)], [FOUR, TWO], 0.5)
+    assert (found["responses"], found["unscored"]) == (2, 1)
+    assert found["bag_accuracy"] == 1.0
+    assert found["first_error_accuracy"] == 0.0
+
+
+def test_step_metrics_are_left_out_where_no_step_label_is_known():
+    bag = Bag("p", "a", ((0, 1),), label=1.0)
+    assert "step_auc" not in evaluate_scores([scores(bag, 0.4)], [bag], 0.5)
+
+
+def test_the_threshold_does_not_depend_on_step_labels():
+    bags = [FOUR, TWO]
+    scored = [scores(FOUR, 0.9, 0.9, 0.8, 0.3), scores(TWO, 0.8, 0.7)]
+    hidden = [Bag(bag.prompt, bag.response, bag.step_spans, bag.label) for bag in bags]
+    assert choose_threshold(scored, bags) == choose_threshold(scored, hidden) == 0.5
+
+
+def test_validation_that_cannot_be_scored_is_named(tmp_path):
+    model = StepRewardModel.from_pretrained(save_reward_model(tmp_path / "rm", max_length=1))
+    with pytest.raises(ValueError, match="None of 1 validation responses could be scored"):
+        evaluate(model, [TWO], validation=[FOUR])
+
+
+def test_bags_are_scored_with_their_own_steps(tmp_path):
+    model = StepRewardModel.from_pretrained(save_reward_model(tmp_path / "rm"))
+    bag = Bag("p\n", "It is 3.  It stays 3.", ((0, 8), (10, 21)), label=1.0)
+    (found,) = score_bags(model, [bag])
+    assert found.spans == [(0, 8), (10, 21)]  # lines would have made one step of it
+
+
+def test_a_preference_makes_two_records(tmp_path):
+    model = StepRewardModel.from_pretrained(save_reward_model(tmp_path / "rm"))
+    records = score_rows(model, [{"prompt": "1+1?\n", "chosen": "2", "rejected": "3"}], source="rows")
+    assert [(record["row"], record["label"], record["response"]) for record in records] == [
+        (1, 1.0, "2"),
+        (1, 0.0, "3"),
+    ]

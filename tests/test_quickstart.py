@@ -1,0 +1,87 @@
+"""The quickstart with a tiny budget: every stage runs, resumes, and leaves what it promises."""
+
+import json
+
+import pytest
+
+from fractal_rm.quickstart import ARMS, Budget, Quickstart, QuickstartArguments
+from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.results import read_results
+
+TINY = Budget(
+    policy_texts=1600,
+    responses=192,
+    updates=2,
+    evaluate_every=1,
+    held_out=16,
+    rollouts_per_update=16,
+    validation=48,
+    ppo_prompts=64,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    Quickstart(QuickstartArguments(output_dir=str(folder)), TINY).run()
+    return folder
+
+
+def test_rows_hold_both_arms_at_every_evaluation_with_the_promised_metrics(finished):
+    rows = [row for row in read_results(finished / "results.jsonl") if row["split"] == "held_out"]
+    found = {(row["arm"], row["metrics"]["rollouts"]) for row in rows}
+    assert found == {(arm.name, rollouts) for arm in ARMS for rollouts in (0, 16, 32)}
+    assert all({"accuracy", "step_auc", "within_bag_auc", "rollouts"} <= set(row["metrics"]) for row in rows)
+
+
+def test_both_arms_start_from_the_same_accuracy(finished):
+    starts = {
+        row["metrics"]["accuracy"]
+        for row in read_results(finished / "results.jsonl")
+        if row["split"] == "held_out" and row["metrics"]["rollouts"] == 0
+    }
+    assert len(starts) == 1
+
+
+def test_training_responses_carry_outcomes_and_no_step_labels(finished):
+    rows = [json.loads(line) for line in (finished / "responses.jsonl").read_text().splitlines()]
+    assert len(rows) > 100
+    assert all(set(row) == {"prompt", "completion", "label"} for row in rows)
+
+
+def test_the_reward_model_folder_scores_and_the_report_stands_alone(finished):
+    reward_model = StepRewardModel.from_pretrained(finished / "reward_model", device="cpu")
+    row = json.loads((finished / "validation.jsonl").read_text().splitlines()[0])
+    scored = reward_model.score([row["prompt"]], [row["steps"]])[0]
+    assert len(scored.steps) == len(row["steps"])
+    page = (finished / "report.html").read_text()
+    assert "dense+outcome" in page
+    assert "fractal-rm ppo" in page
+    assert (finished / "picture.png").stat().st_size > 10_000
+
+
+def test_a_finished_run_is_not_run_again(finished):
+    before = (finished / "results.jsonl").read_bytes()
+    weights = (finished / "reward_model" / "model.safetensors").stat().st_mtime_ns
+    Quickstart(QuickstartArguments(output_dir=str(finished)), TINY).run()
+    assert (finished / "results.jsonl").read_bytes() == before
+    assert (finished / "reward_model" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_a_stage_that_was_stopped_runs_again_without_doubling_its_rows(finished):
+    before = read_results(finished / "results.jsonl")
+    (finished / "done" / "ppo-outcome.json").unlink()
+    Quickstart(QuickstartArguments(output_dir=str(finished)), TINY).run()
+    assert read_results(finished / "results.jsonl") == before
+
+
+def test_a_folder_of_another_seed_is_refused(finished):
+    with pytest.raises(ValueError, match="another seed or budget"):
+        Quickstart(QuickstartArguments(output_dir=str(finished), seed=1), TINY).run()
+
+
+def test_held_out_prompts_are_seen_by_no_other_stage():
+    run = Quickstart(QuickstartArguments(output_dir="unused"), TINY)
+    held_out = {problem.prompt for problem in run.problems["held_out"]}
+    for name in ("train", "validation", "ppo"):
+        assert not held_out & {problem.prompt for problem in run.problems[name]}

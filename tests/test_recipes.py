@@ -1,0 +1,109 @@
+"""Every recipe runs: each configuration for two steps, with small stand-ins for its models and data."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from stand_ins import gsm8k_problems, save_policy, save_reward_model, solutions, write_jsonl
+
+from fractal_rm.cli import main
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+CONFIGS = sorted(RECIPES.glob("*/*.yaml"))
+FOLDERS = sorted(path for path in RECIPES.iterdir() if path.is_dir())
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(RECIPES))
+
+
+def command_of(config: Path) -> str:
+    """The command line in the first line of a configuration file."""
+    return config.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory) -> Path:
+    """A folder with a policy and a reward model that can read chats."""
+    folder = tmp_path_factory.mktemp("stand_ins")
+    save_policy(folder / "policy", chat=True)
+    save_reward_model(folder / "reward_model", chat=True)
+    return folder
+
+
+def invented_data(config: dict, folder: Path) -> list[str]:
+    """Flags that put invented rows in the place of the data of a configuration."""
+    rows = gsm8k_problems(24) if config.get("task") == "gsm8k" else solutions(24)
+    flags = ["--data_dir", str(folder)]
+    for split in ("train", "eval", "test"):
+        if f"{split}_file" in config:
+            flags += [f"--{split}_file", write_jsonl(folder / f"{split}.jsonl", rows)]
+    if "dataset_name" in config:
+        for split in ("train", "validation", "test"):
+            write_jsonl(folder / config["dataset_name"] / f"{split}.jsonl", rows)
+    return flags
+
+
+def small(command: str, config: dict, stand_ins: Path) -> list[str]:
+    """Flags that make a run small, and leave what the recipe is about as it is."""
+    flags = ["--model", str(stand_ins / "policy"), "--use_cpu", "--bf16", "false", "--disable_tqdm", "true"]
+    flags += ["--max_steps", "2", "--logging_steps", "1", "--gradient_accumulation_steps", "1"]
+    flags += ["--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "8"]
+    if command == "ppo":
+        flags += ["--max_completion_length", "8", "--num_problems", "16", "--num_eval_problems", "8"]
+        if "reward_model" in config:
+            flags += ["--reward_model", str(stand_ins / "reward_model")]
+    return flags
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_a_configuration_runs_for_two_steps(path, stand_ins, tmp_path):
+    program, command, *rest = command_of(path).split()
+    assert (program, rest) == ("fractal-rm", ["--config", f"recipes/{name(path)}"])
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    flags = invented_data(config, tmp_path / "data") + small(command, config, stand_ins)
+    output = tmp_path / "out"
+    assert main([command, "--config", str(path), *flags, "--output_dir", str(output)]) == 0
+    history = json.loads((output / "metrics.json").read_text())["history"]
+    assert max(logs["step"] for logs in history) == 2
+    assert (output / "model.safetensors").is_file() or (output / "adapter_model.safetensors").is_file()
+    assert (output / "README.md").is_file()
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=name)
+def test_a_readme_gives_the_command_of_every_configuration(folder):
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    configs = [path for path in CONFIGS if path.parent == folder]
+    assert configs
+    assert all(command_of(path) in readme for path in configs)
+
+
+def test_the_arithmetic_recipe_says_how_to_get_its_models(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where there is no runs/quickstart
+    assert main(["ppo", "--config", str(RECIPES / "arithmetic" / "config.yaml"), "--use_cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "fractal-rm: There is no model folder runs/quickstart/policy. "
+        "Run `make quickstart` first: it makes this folder.\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_sampled_solutions_of_gsm8k_are_labelled_and_split_by_question(stand_ins, tmp_path):
+    path = RECIPES / "gsm8k_ppo" / "sample.py"
+    spec = importlib.util.spec_from_file_location("gsm8k_ppo_sample", path)
+    sample = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sample)
+    problems = write_jsonl(tmp_path / "problems.jsonl", gsm8k_problems(20))
+    arguments = ["--model", str(stand_ins / "policy"), "--train_file", problems, "--output_dir", str(tmp_path / "out")]
+    sample.main([*arguments, "--samples", "2", "--max_new_tokens", "6", "--batch_size", "8"])
+    rows = {
+        split: [json.loads(line) for line in (tmp_path / "out" / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "validation")
+    }
+    questions = {split: {row["prompt"][0]["content"] for row in found} for split, found in rows.items()}
+    assert len(questions["validation"]) == 2
+    assert not questions["train"] & questions["validation"]
+    assert {row["label"] for row in rows["train"]} <= {0.0, 1.0}

@@ -1,0 +1,911 @@
+"""PPO with step rewards: rewards on tokens, advantages, the value model, checkpoints, against TRL and plain Python."""
+
+import itertools
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig
+from stand_ins import CHAT_TEMPLATE, byte_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForTokenClassification,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.token_scorer import TokenScorer
+from fractal_rm.segmentation import Segmentation
+from fractal_rm.trainers.step_ppo_config import StepPPOConfig
+from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer, clipped_value_loss, explained_variance
+
+# Tests that hand completions to the trainer do it by `rollout_func`, which TRL calls experimental.
+pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+
+# The policy's tokens: letters, two letters at once, a letter with a newline, and "é" in two halves.
+PIECES = ("<pad>", "<eos>", "q", "a", "b", "c", "Ġ", "Ċ", "ab", "cĊ", "Ã", "©")
+PAD, EOS, Q, A, B, C, SPACE, NEWLINE, AB, C_NEWLINE, E_1, E_2 = range(len(PIECES))
+# P(step is good), which the reward model reads off the step's last byte ("é" ends with "©").
+SCORES = {"a": 0.9, "b": 0.2, "c": 0.6, "é": 0.7}
+LAST_BYTE = {"é": "©"}
+# Completions with their scored letters: token -> last letter of the step that ends there.
+COMPLETIONS: dict[tuple[int, ...], dict[int, str]] = {
+    (A, NEWLINE, B, EOS): {0: "a", 2: "b"},
+    (AB, NEWLINE, A, C_NEWLINE, EOS): {0: "b", 3: "c"},
+    (E_1, E_2, NEWLINE, NEWLINE, SPACE, C, SPACE, EOS): {1: "é", 5: "c"},
+    (EOS,): {},
+    (A, B, A, B, A, NEWLINE, A, AB): {4: "a", 7: "b"},
+    (SPACE, NEWLINE, EOS): {},
+    (C_NEWLINE, C_NEWLINE, C_NEWLINE): {0: "c", 1: "c", 2: "c"},
+    (B, E_1, E_2, EOS): {2: "é"},
+}
+RAGGED = list(COMPLETIONS)
+# One step each that ends with the last token: there a step reward and an outcome reward are the same.
+WHOLE = [(A, B), (B, A, C, A), (C, C, B), (AB,), (E_1, E_2), (A, SPACE, C), (B, B, B, A), (C, A)]
+
+
+def policy_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(PIECES)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE if chat else None
+    return tokenizer
+
+
+def config(**changed: Any) -> LlamaConfig:
+    values = {
+        "vocab_size": len(PIECES),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "pad_token_id": PAD,
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+    }
+    return LlamaConfig(**(values | changed))
+
+
+def policy() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config())
+
+
+def value_model(**changed: Any) -> LlamaForTokenClassification:
+    """Values that differ at every token: the head is not 0."""
+    torch.manual_seed(1)
+    model = LlamaForTokenClassification(config(num_labels=1, initializer_range=0.3, **changed))
+    torch.nn.init.normal_(model.score.weight)
+    return model
+
+
+def reward_model(*, chat: bool = False, **settings: Any) -> StepRewardModel:
+    """A reward model without layers, one token a byte: its logit is a known function of a step's last byte."""
+    tokenizer = byte_tokenizer(chat=chat)
+    shape: dict[str, Any] = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 0, "num_attention_heads": 1}
+    model = LlamaForTokenClassification(config(vocab_size=len(tokenizer), num_labels=1, **shape))
+    angles = torch.zeros(len(tokenizer))
+    for letter, score in SCORES.items():
+        byte = tokenizer.convert_tokens_to_ids(LAST_BYTE.get(letter, letter))
+        angles[byte] = math.asin(math.log(score / (1 - score)) / (4 * math.sqrt(2)))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.stack([angles.sin(), angles.cos()], dim=1))
+        model.score.weight.copy_(torch.tensor([[4.0, 0.0]]))
+        model.score.bias.zero_()
+    return StepRewardModel(TokenScorer(model), tokenizer, Settings(scorer="token", **settings))
+
+
+def replay(completions: list[tuple[int, ...]], **extra: Any) -> Callable[..., dict[str, Any]]:
+    """A `rollout_func` that gives these completions over and over, so that their lengths and steps are known."""
+
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        rows = [list(ids) for ids in itertools.islice(itertools.cycle(completions), len(prompts))]
+        return {
+            "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
+            "completion_ids": rows,
+            "logprobs": [[0.0] * len(ids) for ids in rows],
+            **extra,
+        }
+
+    return rollout
+
+
+def count_of_a(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """An outcome reward."""
+    return [float(ids.count(A)) - 0.5 * len(ids) for ids in completion_ids]
+
+
+class Recording(StepPPOTrainer):
+    """The trainer, which keeps what it computed."""
+
+    rollouts: list[dict[str, Any]]
+    batches: list[dict[str, Any]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rollouts, self.batches = [], []
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        self.rollouts.append({name: value.clone() for name, value in output.items()})
+        return output
+
+    def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+        self.batches.append(dict(inputs))
+        return super()._compute_loss(model, inputs)
+
+
+def make(folder: Path, trainer: type = Recording, args: type = StepPPOConfig, **changed: Any) -> Any:
+    """A trainer on CPU: keywords of its constructor and of its configuration, which fall where they belong."""
+    constructor = {
+        "model": None,
+        "processing_class": None,
+        "train_dataset": Dataset.from_dict({"prompt": ["q", "qa", "qab b", "qc"] * 8}),
+    }
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 8,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+    }
+    for name, value in changed.items():
+        (settings if name in args.__dataclass_fields__ else constructor)[name] = value
+    constructor["model"] = constructor["model"] or policy()
+    constructor["processing_class"] = constructor["processing_class"] or policy_tokenizer()
+    return trainer(args=args(**settings), **constructor)
+
+
+def train(folder: Path, **changed: Any) -> Any:
+    trainer = make(folder, **changed)
+    trainer.train()
+    return trainer
+
+
+def rollout(folder: Path, **changed: Any) -> dict[str, Any]:
+    """The trainer's first rollout."""
+    trainer = make(folder, **changed)
+    trainer.model.train()
+    rows = [trainer.train_dataset[i % 4] for i in range(trainer.args.generation_batch_size)]
+    return trainer._generate_and_score_completions(rows) | {"trainer": trainer}
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 0.0) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=0.0, atol=atol) for name in a)
+
+
+def logs(trainer: Any) -> list[dict[str, Any]]:
+    """What was logged, but for times."""
+    timed = ("step_time", "runtime", "per_second")
+    return [{k: v for k, v in row.items() if not k.endswith(timed)} for row in trainer.state.log_history]
+
+
+def last_log(trainer: Any, name: str) -> float:
+    return [row[name] for row in trainer.state.log_history if name in row][-1]
+
+
+# Rewards and advantages -----------------------------------------------------------------------------------------------
+
+
+TOKEN_REWARDS = {"gamma": 0.0, "lam": 0.0, "whiten_advantages": False, "num_generations": 1}  # with a value of 0
+
+
+def expected_rewards(shift: float = 0.0) -> torch.Tensor:
+    expected = torch.zeros(8, 8)
+    for row, steps in enumerate(COMPLETIONS.values()):
+        for token, letter in steps.items():
+            expected[row, token] = SCORES[letter] - shift
+    return expected
+
+
+@pytest.mark.parametrize("shaping", ["raw", "centered"])
+def test_each_step_is_rewarded_at_the_token_that_holds_its_last_character(tmp_path, shaping):
+    # Two letters in a token, a newline in a step's last token, a letter in two tokens, no step, no EOS.
+    output = rollout(
+        tmp_path,
+        reward_model=reward_model(),
+        rollout_func=replay(RAGGED),
+        shaping=shaping,
+        **TOKEN_REWARDS,
+    )
+    scores = [SCORES[letter] for steps in COMPLETIONS.values() for letter in steps.values()]
+    expected = expected_rewards(sum(scores) / len(scores) if shaping == "centered" else 0.0)
+    torch.testing.assert_close(output["advantages"], expected, atol=1e-5, rtol=0.0)
+    assert output["trainer"]._metrics["train"]["placement/unplaced_steps"] == [0.0]
+    assert output["trainer"]._metrics["train"]["steps/per_response"] == [12 / 8]
+
+
+def test_sampled_completions_are_rewarded_where_decoding_every_prefix_says(tmp_path):
+    scorer, tokenizer = reward_model(), policy_tokenizer()
+    output = rollout(
+        tmp_path,
+        reward_model=scorer,
+        per_device_train_batch_size=32,
+        max_completion_length=16,
+        shaping="raw",
+        generation_kwargs={"suppress_tokens": [PAD, E_1, E_2]},  # half a letter decodes to U+FFFD: no prefix of a text
+        **TOKEN_REWARDS,
+    )
+    expected = torch.zeros_like(output["advantages"])
+    steps = 0
+    kept = [
+        ids[real].tolist() for ids, real in zip(output["completion_ids"], output["completion_mask"] > 0, strict=True)
+    ]
+    scored = scorer.score(["q"] * len(kept), [tokenizer.decode(ids, skip_special_tokens=True) for ids in kept])
+    for row, ids in enumerate(kept):
+        prefixes = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(1, len(ids) + 1)]
+        for step in scored[row].steps:
+            expected[row, [len(prefix) >= step.end for prefix in prefixes].index(True)] += step.score
+            steps += 1
+    assert steps > 40
+    assert len({int(length) for length in output["completion_mask"].sum(dim=1)}) > 4, "all of one length: nothing shown"
+    torch.testing.assert_close(output["advantages"], expected, atol=1e-5, rtol=0.0)
+    assert output["trainer"]._metrics["train"]["placement/unplaced_steps"] == [0.0]
+
+
+def test_an_outcome_is_added_on_the_last_real_token_with_its_weight(tmp_path):
+    output = rollout(
+        tmp_path,
+        reward_model=reward_model(),
+        reward_funcs=count_of_a,
+        rollout_func=replay(RAGGED),
+        shaping="raw",
+        step_weight=0.5,
+        outcome_weight=2.0,
+        **TOKEN_REWARDS,
+    )
+    expected = 0.5 * expected_rewards()
+    for row, (ids, outcome) in enumerate(zip(RAGGED, count_of_a([list(ids) for ids in RAGGED]), strict=True)):
+        expected[row, len(ids) - 1] += 2.0 * outcome
+    torch.testing.assert_close(output["advantages"], expected, atol=1e-5, rtol=0.0)
+
+
+def test_step_rewards_at_the_last_token_only_equal_a_scalar_outcome_reward(tmp_path):
+    scorer = reward_model(segmentation=Segmentation("separator", separator="|"))
+
+    def outcome(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        return [scored.score for scored in scorer.score(prompts, completions)]
+
+    shared = {"rollout_func": replay(WHOLE), "num_generations": 1, "shaping": "raw", "gamma": 0.9}
+    dense = train(tmp_path / "dense", reward_model=scorer, value_model=value_model(), **shared)
+    scalar = train(tmp_path / "scalar", reward_funcs=outcome, value_model=value_model(), **shared)
+    for a, b in zip(dense.rollouts, scalar.rollouts, strict=True):
+        assert (a["advantages"][a["completion_mask"].bool()] != 0).all()
+        for name in ("advantages", "returns", "values"):
+            torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-5)
+    assert same(weights(dense.model), weights(scalar.model), atol=1e-4)
+    assert same(weights(dense.value_model), weights(scalar.value_model), atol=1e-4)
+
+
+def test_without_discount_and_value_every_token_gets_the_scalar_reward(tmp_path):
+    output = rollout(
+        tmp_path,
+        reward_funcs=count_of_a,
+        rollout_func=replay(RAGGED),
+        num_generations=1,
+        lam=1.0,
+        whiten_advantages=False,
+    )
+    mask = output["completion_mask"].bool()
+    scalar = torch.tensor(count_of_a([list(ids) for ids in RAGGED]))[:, None].expand(mask.shape)
+    torch.testing.assert_close(output["advantages"], scalar.masked_fill(~mask, 0.0))
+
+
+def test_padding_has_no_advantage_and_no_return(tmp_path):
+    for whiten in (False, True):
+        output = rollout(
+            tmp_path,
+            reward_model=reward_model(),
+            reward_funcs=count_of_a,
+            value_model=value_model(),
+            rollout_func=replay(RAGGED),
+            num_generations=1,
+            whiten_advantages=whiten,
+            pad_to_multiple_of=16,
+        )
+        mask = output["completion_mask"].bool()
+        assert mask.shape == (8, 16)
+        for name in ("advantages", "returns"):
+            assert (output[name][~mask] == 0).all()
+            assert (output[name][mask] != 0).all()
+
+
+def test_whitened_advantages_have_mean_0_and_variance_1_over_real_tokens(tmp_path):
+    shared = {"reward_model": reward_model(), "rollout_func": replay(RAGGED), "value_model": value_model()}
+    raw = rollout(tmp_path, whiten_advantages=False, num_generations=1, **shared)
+    whitened = rollout(tmp_path, whiten_advantages=True, num_generations=1, **shared)
+    mask = raw["completion_mask"].bool()
+    real = raw["advantages"][mask]
+    torch.testing.assert_close(whitened["advantages"][mask], (real - real.mean()) / real.std(), atol=1e-4, rtol=1e-4)
+
+
+def test_whitened_rewards_keep_their_mean(tmp_path):
+    shared = {"reward_model": reward_model(), "rollout_func": replay(RAGGED), "shaping": "raw"}
+    output = rollout(tmp_path, whiten_rewards=True, **shared, **TOKEN_REWARDS)
+    mask = output["completion_mask"].bool()
+    real = expected_rewards()[mask]
+    expected = (real - real.mean()) / real.std() + real.mean()
+    torch.testing.assert_close(output["advantages"][mask], expected, atol=1e-4, rtol=1e-4)
+    assert (output["advantages"][~mask] == 0).all()
+
+
+def test_tokens_of_an_environment_have_no_advantage_and_are_skipped_over(tmp_path):
+    own = torch.tensor([[1, 1, 0, 0, 1], [1, 0, 1, 1, 1]])
+    ids = [(A, NEWLINE, C, NEWLINE, B), (B, C, A, NEWLINE, A)]
+    shared = {"reward_model": reward_model(), "value_model": value_model(), "per_device_train_batch_size": 2}
+    masked = rollout(
+        tmp_path,
+        rollout_func=replay(ids, env_mask=own.tolist()),
+        num_generations=1,
+        whiten_advantages=False,
+        lam=0.0,
+        shaping="raw",
+        **shared,
+    )
+    assert (masked["advantages"][own == 0] == 0).all()
+    values = masked["values"]
+    # The first row's second token is followed by its fifth; the step in between was not the policy's.
+    assert masked["advantages"][0, 1].item() == pytest.approx((values[0, 4] - values[0, 1]).item(), abs=1e-5)
+    assert masked["trainer"]._metrics["train"]["placement/unplaced_steps"] == [1.0]
+
+
+def test_truncated_completions_that_trl_masks_lose_no_step_in_the_audit(tmp_path):
+    for advantage in ("gae", "group"):
+        output = rollout(
+            tmp_path,
+            reward_model=reward_model(),
+            rollout_func=replay(RAGGED),
+            mask_truncated_completions=True,
+            advantage=advantage,
+        )
+        truncated = torch.tensor([ids[-1] != EOS for ids in RAGGED])
+        assert (output["advantages"][truncated] == 0).all()
+        assert output["trainer"]._metrics["train"]["placement/unplaced_steps"] == [0.0]
+
+
+def test_a_completion_that_no_reward_function_judges_teaches_nothing(tmp_path):
+    def judged(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [None if i in (0, 5) else 1.0 + i for i in range(len(completion_ids))]
+
+    shared = {"rollout_func": replay(RAGGED), "value_model": value_model(), "num_generations": 1}
+    for scorer in (None, reward_model()):
+        output = rollout(tmp_path, reward_funcs=judged, reward_model=scorer, **shared)
+        known = output["completion_mask"].bool()
+        known[[0, 5]] = False
+        assert torch.equal(output["value_mask"], known)
+        assert (output["advantages"][~known] == 0).all()
+        real = output["advantages"][known]
+        assert real.mean().item() == pytest.approx(0.0, abs=1e-5)
+        assert real.std().item() == pytest.approx(1.0, abs=1e-3)
+        assert (output["returns"][6] != 0).any()
+
+
+def test_a_group_leaves_out_what_no_reward_function_judges_with_and_without_step_scores(tmp_path):
+    def judged(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [None if i in (0, 5) else 1.0 + i for i in range(len(completion_ids))]
+
+    shared = {"reward_funcs": judged, "rollout_func": replay(RAGGED), "advantage": "group", "num_generations": 4}
+    plain = rollout(tmp_path, **shared)["advantages"]
+    assert plain[[0, 5]].tolist() == [0.0, 0.0]
+    dense = rollout(tmp_path, reward_model=reward_model(), step_weight=0.0, **shared)
+    mask = dense["completion_mask"].bool()
+    torch.testing.assert_close(dense["advantages"], plain[:, None].expand(mask.shape).masked_fill(~mask, 0.0))
+
+
+def test_one_step_a_completion_gives_the_group_advantage_of_grpo(tmp_path):
+    scorer = reward_model(segmentation=Segmentation("separator", separator="|"))
+
+    def outcome(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        return [scored.score for scored in scorer.score(prompts, completions)]
+
+    shared = {"rollout_func": replay(WHOLE), "advantage": "group", "num_generations": 4}
+    dense = rollout(tmp_path, reward_model=scorer, **shared)
+    scalar = rollout(tmp_path, reward_funcs=outcome, **shared)["advantages"]
+    mask = dense["completion_mask"].bool()
+    expected = scalar[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
+    assert expected[mask].abs().min() > 0.01
+    torch.testing.assert_close(dense["advantages"], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_a_step_weight_of_0_is_training_on_outcomes_alone(tmp_path, advantage):
+    shared = {"reward_funcs": count_of_a, "advantage": advantage, "max_steps": 3}
+    weightless = train(tmp_path / "a", reward_model=reward_model(), step_weight=0.0, **shared)
+    alone = train(tmp_path / "b", **shared)
+    assert same(weights(weightless.model), weights(alone.model), atol=1e-6)
+    assert not same(weights(alone.model), weights(policy()), atol=1e-3)
+    if advantage == "gae":
+        assert same(weights(weightless.value_model), weights(alone.value_model), atol=1e-6)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_an_outcome_weight_of_0_is_training_on_step_scores_alone(tmp_path, advantage):
+    shared = {"reward_model": reward_model(), "advantage": advantage, "max_steps": 3}
+    weightless = train(tmp_path / "a", reward_funcs=count_of_a, outcome_weight=0.0, **shared)
+    alone = train(tmp_path / "b", **shared)
+    assert same(weights(weightless.model), weights(alone.model), atol=1e-6)
+    assert not same(weights(alone.model), weights(policy()), atol=1e-3)
+
+
+def test_trls_table_of_completions_shows_our_advantages(tmp_path):
+    output = rollout(tmp_path, reward_model=reward_model(), num_generations=1)
+    mask = output["completion_mask"].bool()
+    means = [row[real].mean().item() for row, real in zip(output["advantages"], mask, strict=True)]
+    table = output["trainer"]._logs
+    assert list(table["advantages"]) == pytest.approx(means, abs=1e-6)
+    assert len(table["advantages"]) == len(table["completion"]) == 8
+
+
+# Against TRL ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_groups_without_step_scores_reproduce_grpo_step_for_step(tmp_path, iterations):
+    def shaped(completions: list[str], **_: Any) -> list[float]:
+        return [float(text.count("c")) for text in completions]
+
+    shared = {
+        "reward_funcs": [count_of_a, shaped],
+        "reward_weights": [1.0, 0.3],
+        "num_iterations": iterations,
+        "steps_per_generation": 2,
+        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+    }
+    ours = train(tmp_path / "ours", advantage="group", **shared)
+    theirs = train(tmp_path / "theirs", trainer=GRPOTrainer, args=GRPOConfig, **shared)
+    assert [row["loss"] for row in logs(ours)[:4]] == [row["loss"] for row in logs(theirs)[:4]]
+    assert logs(ours) == logs(theirs)
+    assert len(logs(ours)) == 5
+    assert any(row["grad_norm"] > 0 for row in logs(ours)[:4])
+    assert same(weights(ours.model), weights(theirs.model))
+    assert not same(weights(ours.model), weights(policy()), atol=1e-3)
+
+
+# The value model ------------------------------------------------------------------------------------------------------
+
+
+def test_a_value_is_read_one_token_before_the_token_it_judges(tmp_path):
+    output = rollout(
+        tmp_path,
+        reward_model=reward_model(),
+        value_model=value_model(),
+        rollout_func=replay(RAGGED),
+        num_generations=1,
+        per_device_train_batch_size=4,
+        steps_per_generation=2,
+    )
+    judge = value_model().eval()
+    for row in range(8):
+        prompt = output["prompt_ids"][row][output["prompt_mask"][row].bool()].tolist()
+        for token in range(len(RAGGED[row])):
+            seen = torch.tensor([[*prompt, *RAGGED[row][:token]]])
+            expected = judge(input_ids=seen).logits[0, -1, 0].item()
+            assert output["values"][row, token].item() == pytest.approx(expected, abs=1e-4)
+    assert not output["values"].requires_grad
+
+
+def test_a_value_model_made_from_the_policy_shares_its_weights_and_starts_at_0(tmp_path):
+    trainer = make(tmp_path, reward_model=reward_model())
+    assert same(weights(trainer.value_model.model), weights(policy().model))
+    assert trainer.value_model.score.out_features == 1
+    assert all((parameter == 0).all() for parameter in trainer.value_model.score.parameters())
+    shared = {parameter.data_ptr() for parameter in trainer.model.parameters()}
+    assert not any(parameter.data_ptr() in shared for parameter in trainer.value_model.parameters())
+
+
+def test_policy_and_value_model_learn_with_a_rate_each(tmp_path):
+    base = policy()
+    shared = {"reward_model": reward_model(), "max_steps": 3}
+    still = train(tmp_path / "a", learning_rate=1e-2, value_learning_rate=0.0, **shared)
+    assert not same(weights(still.model), weights(base), atol=1e-3)
+    assert same(weights(still.value_model.model), weights(base.model))
+    moved = train(tmp_path / "b", learning_rate=0.0, value_learning_rate=1e-2, **shared)
+    assert same(weights(moved.model), weights(base))
+    start = weights(base.model)
+    assert all((weights(moved.value_model.model)[name] != start[name]).any() for name in start)
+    default = train(tmp_path / "c", **shared)
+    assert {group["lr"] for group in default.optimizer.param_groups} == {1e-2}
+    assert math.isfinite(last_log(default, "value/loss"))
+    assert last_log(default, "value/explained_variance") < 1.0
+
+
+def test_an_optimizer_that_is_passed_in_trains_the_value_model_too(tmp_path):
+    model = policy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    trainer = train(tmp_path, model=model, reward_model=reward_model(), optimizers=(optimizer, None))
+    assert not same(weights(trainer.value_model.model), weights(policy().model))
+
+
+numbers = st.floats(-3.0, 3.0, width=32)
+
+
+@given(
+    st.lists(st.tuples(numbers, numbers, numbers, st.booleans()), min_size=1, max_size=12),
+    st.floats(0.0, 1.0),
+)
+def test_the_clipped_value_loss_equals_a_loop(cells, cliprange):
+    total, count = 0.0, 0
+    for value, old, target, real in cells:
+        if real:
+            near = min(max(value, old - cliprange), old + cliprange)
+            total, count = total + 0.5 * max((value - target) ** 2, (near - target) ** 2), count + 1
+    values, old, target, mask = (torch.tensor(column)[None] for column in zip(*cells, strict=True))
+    loss = clipped_value_loss(values, old, target, mask, cliprange)
+    assert loss.item() == pytest.approx(total / max(count, 1), abs=1e-4)
+
+
+def test_the_value_loss_has_no_gradient_at_padding_and_ignores_what_stands_there():
+    mask = torch.tensor([[True, False], [True, True]])
+    values = torch.randn(2, 2, requires_grad=True)
+    old, returns = torch.randn(2, 2), torch.randn(2, 2)
+    loss = clipped_value_loss(values, old, returns, mask, 0.2)
+    loss.backward()
+    assert values.grad is not None
+    assert values.grad[0, 1] == 0
+    scrambled = clipped_value_loss(values.masked_fill(~mask, 7.0), old, returns.masked_fill(~mask, -9.0), mask, 0.2)
+    assert scrambled.item() == pytest.approx(loss.item())
+
+
+def test_explained_variance_is_1_for_perfect_values_and_undefined_for_constant_returns():
+    returns = torch.tensor([1.0, 2.0, 4.0])
+    assert explained_variance(returns, returns) == pytest.approx(1.0)
+    assert explained_variance(torch.zeros(3), returns) == pytest.approx(0.0)
+    assert explained_variance(-returns, returns) == pytest.approx(-3.0)
+    for constant in (torch.ones(3), torch.ones(1), torch.ones(0)):
+        assert math.isnan(explained_variance(constant, constant))
+
+
+def plain_sgd(trainer: Recording, window: int, rate: float) -> dict[str, torch.Tensor]:
+    """The value model after the trainer's batches: no padding, a loop over tokens, clipping and SGD by hand."""
+    args, model = trainer.args, value_model().eval()  # no dropout, as in the trainer
+    for start in range(0, len(trainer.batches), window):
+        losses = []
+        for batch in trainer.batches[start : start + window]:
+            for row in range(len(batch["returns"])):
+                prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+                completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+                logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, :, 0]
+                for token in range(len(completion)):
+                    value, old = logits[len(prompt) - 1 + token], batch["values"][row, token]
+                    near = old + (value - old).clamp(-args.cliprange_value, args.cliprange_value)
+                    target = batch["returns"][row, token]
+                    losses.append(0.5 * torch.max((value - target) ** 2, (near - target) ** 2))
+        parameters = list(model.parameters())
+        gradients = torch.autograd.grad(args.vf_coef * torch.stack(losses).mean(), parameters)
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        factor = min(1.0, args.max_grad_norm / norm.item())
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= rate * factor * gradient
+    return weights(model)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.05, 100.0])
+def test_the_value_model_follows_clipped_sgd_by_hand_over_epochs_and_minibatches(tmp_path, max_grad_norm):
+    trainer = train(
+        tmp_path,
+        reward_model=reward_model(),
+        value_model=value_model(),
+        rollout_func=replay(RAGGED),
+        num_generations=1,
+        per_device_train_batch_size=2,
+        steps_per_generation=4,
+        gradient_accumulation_steps=4,
+        num_iterations=2,
+        max_steps=4,
+        optim="sgd",
+        value_learning_rate=0.1,
+        max_grad_norm=max_grad_norm,
+        cliprange_value=0.05,
+        vf_coef=0.7,
+    )
+    expected = plain_sgd(trainer, window=4, rate=0.1)
+    assert not same(expected, weights(value_model()), atol=1e-3)
+    assert same(weights(trainer.value_model), expected, atol=1e-5)
+
+
+def test_accumulated_minibatches_of_ragged_completions_equal_one_batch(tmp_path):
+    shared = {"reward_model": reward_model(), "rollout_func": replay(RAGGED), "num_generations": 1, "optim": "sgd"}
+    shared |= {"value_model": value_model(), "max_steps": 3, "learning_rate": 0.1}
+    one = train(tmp_path / "one", per_device_train_batch_size=8, **shared)
+    shared["value_model"] = value_model()
+    many = train(tmp_path / "many", per_device_train_batch_size=2, gradient_accumulation_steps=4, **shared)
+    assert not same(weights(one.value_model), weights(value_model()), atol=1e-3)
+    assert same(weights(one.value_model), weights(many.value_model), atol=1e-5)
+    assert same(weights(one.model), weights(many.model), atol=1e-5)
+
+
+def test_epochs_over_minibatches_use_the_values_of_the_rollout(tmp_path):
+    trainer = train(
+        tmp_path,
+        reward_model=reward_model(),
+        per_device_train_batch_size=4,
+        steps_per_generation=2,
+        gradient_accumulation_steps=1,
+        num_iterations=2,
+        max_steps=8,
+        learning_rate=1e-3,
+    )
+    assert len(trainer.rollouts) == 2
+    assert len(trainer.batches) == 8
+    for name in ("values", "returns", "advantages", "old_per_token_logps"):
+        assert torch.equal(trainer.batches[0][name], trainer.batches[2][name])
+        assert torch.equal(trainer.batches[1][name], trainer.batches[3][name])
+    assert not (trainer.batches[4]["values"] == 0).all(), "the second rollout's values are those of a trained model"
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+# A rollout serves two steps, and a checkpoint is written after two: between rollouts.
+RESUMABLE = {"num_iterations": 2, "num_generations": 1, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Any:
+    """A run of four steps, with its checkpoint after the second."""
+    folder = tmp_path_factory.mktemp("finished")
+    shared = {"reward_model": reward_model(), "reward_funcs": count_of_a}
+    return train(folder, max_steps=4, value_learning_rate=3e-3, **shared, **RESUMABLE)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, finished):
+    shared = {"reward_model": reward_model(), "reward_funcs": count_of_a}
+    resumed = make(tmp_path, max_steps=4, value_learning_rate=3e-3, **shared, **RESUMABLE)
+    resumed.train(resume_from_checkpoint=str(Path(finished.args.output_dir) / "checkpoint-2"))
+    assert len(resumed.rollouts) == 1
+    assert torch.equal(resumed.rollouts[0]["completion_ids"], finished.rollouts[1]["completion_ids"])
+    torch.testing.assert_close(resumed.rollouts[0]["values"], finished.rollouts[1]["values"])
+    assert same(weights(resumed.model), weights(finished.model), atol=1e-6)
+    assert same(weights(resumed.value_model), weights(finished.value_model), atol=1e-6)
+    assert [group["lr"] for group in resumed.optimizer.param_groups] == [1e-2, 1e-2, 3e-3]
+
+
+def test_the_saved_value_model_is_an_ordinary_folder(finished):
+    folder = Path(finished.args.output_dir) / "checkpoint-4" / "value_model"
+    saved = AutoModelForTokenClassification.from_pretrained(folder)
+    assert same(weights(saved), weights(finished.value_model))
+    assert not list(folder.glob("*.bin"))
+
+
+def test_a_checkpoint_without_its_value_model_is_refused(tmp_path, finished):
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(Path(finished.args.output_dir) / "checkpoint-2", checkpoint)
+    shutil.rmtree(checkpoint / "value_model")
+    trainer = make(tmp_path / "new", reward_model=reward_model(), reward_funcs=count_of_a, max_steps=4, **RESUMABLE)
+    with pytest.raises(ValueError, match=r"value_model.* is missing, so the value model cannot be resumed\. Resume"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_value_model_given_by_its_folder_goes_on_from_there(tmp_path, finished):
+    folder = Path(finished.args.output_dir) / "checkpoint-4" / "value_model"
+    trainer = make(tmp_path, reward_funcs=count_of_a, value_model=folder)
+    assert same(weights(trainer.value_model), weights(finished.value_model))
+    assert not trainer.value_model.training
+
+
+# PEFT, chats, evaluation ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["embed_tokens"]])
+def test_a_peft_policy_trains_beside_a_value_model_made_from_its_base(tmp_path, modules_to_save):
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], modules_to_save=modules_to_save)
+    trainer = make(tmp_path, reward_model=reward_model(), peft_config=adapter, save_strategy="steps", save_steps=2)
+    base = policy()
+    assert same(weights(trainer.value_model.model), weights(base.model))
+    before = weights(trainer.model)
+    trainer.train()
+    moved = {name for name, tensor in weights(trainer.model).items() if not torch.equal(tensor, before[name])}
+    assert any("lora_B" in name for name in moved)
+    assert all("lora_" in name or "modules_to_save" in name for name in moved)
+    assert not same(weights(trainer.value_model.model), weights(base.model), atol=1e-3)
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "checkpoint-2" / "value_model" / "model.safetensors").is_file()
+
+
+def test_chats_go_through_both_chat_templates(tmp_path):
+    prompts = [[{"role": "user", "content": text}] for text in ("q", "qa", "qab", "qc")]
+    seen = []
+
+    def outcome(completions: list[Any], **_: Any) -> list[float]:
+        seen.extend(completions)
+        return [float("a" in completion[0]["content"]) for completion in completions]
+
+    trainer = train(
+        tmp_path,
+        train_dataset=Dataset.from_dict({"prompt": prompts * 4}),
+        processing_class=policy_tokenizer(chat=True),
+        reward_model=reward_model(chat=True),
+        reward_funcs=outcome,
+        num_generations=1,
+    )
+    assert seen[0][0]["role"] == "assistant"
+    assert last_log(trainer, "placement/unplaced_steps") == 0
+    assert last_log(trainer, "rewards/step_reward_model/mean") > 0
+
+
+@pytest.mark.parametrize("generations", [1, 2])
+def test_evaluation_logs_rewards_and_leaves_the_value_model_alone(tmp_path, generations):
+    trainer = train(
+        tmp_path,
+        reward_model=reward_model(),
+        reward_funcs=count_of_a,
+        num_generations=generations,
+        eval_dataset=Dataset.from_dict({"prompt": ["q", "qc", "qa", "qb"]}),
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    for name in ("eval_rewards/step_reward_model/mean", "eval_rewards/count_of_a/mean", "eval_reward"):
+        assert math.isfinite(last_log(trainer, name))
+    evaluated = [row for row in trainer.rollouts if "values" not in row]
+    assert len(evaluated) == 2 * generations
+    assert all(row["advantages"].shape == (4,) for row in evaluated)
+    assert "eval_value/loss" not in {name for row in trainer.state.log_history for name in row}
+
+
+def test_a_whole_batch_without_steps_or_with_one_token_each_is_trained_on(tmp_path):
+    trainer = train(tmp_path, reward_model=reward_model(), rollout_func=replay([(EOS,)]), num_generations=1)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(trainer.model).values())
+    assert all((batch["advantages"] == 0).all() for batch in trainer.rollouts)
+
+
+# It learns ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_a_few_updates_raise_the_step_scores_of_a_bandit(tmp_path, advantage):
+    lines = {"suppress_tokens": [PAD, EOS, Q, A, C, SPACE, AB, E_1, E_2]}  # "b" (bad), a newline, or "c" and a newline
+    trainer = train(
+        tmp_path,
+        reward_model=reward_model(),
+        advantage=advantage,
+        num_generations=1 if advantage == "gae" else 8,
+        per_device_train_batch_size=32,
+        max_completion_length=2,
+        generation_kwargs=lines,
+        max_steps=12,
+        learning_rate=2e-2,
+        seed=3,
+    )
+    scores = [row["steps/score"] for row in trainer.state.log_history if "steps/score" in row]
+    assert scores[0] < 0.5
+    assert scores[-1] > 0.57, "0.6 is the best there is"
+    assert len(scores) == 12
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_without_any_reward_is_refused(tmp_path):
+    for nothing in (None, []):
+        with pytest.raises(ValueError, match=r"There is no reward\. Give a `reward_model`"):
+            make(tmp_path, reward_funcs=nothing)
+
+
+def test_groups_refuse_a_value_model(tmp_path):
+    with pytest.raises(ValueError, match=r"`advantage='group'` uses no `value_model`\. Leave it out"):
+        make(tmp_path, reward_model=reward_model(), value_model=value_model(), advantage="group")
+
+
+def test_a_value_model_with_two_labels_is_refused(tmp_path):
+    two = LlamaForTokenClassification(config(num_labels=2))
+    with pytest.raises(ValueError, match=r"The value model has 2 labels\. Give one with `num_labels=1`"):
+        make(tmp_path, reward_model=reward_model(), value_model=two)
+
+
+def test_a_policy_without_a_token_classification_model_asks_for_a_value_model(tmp_path):
+    shape: dict[str, Any] = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1}
+    model = OPTForCausalLM(OPTConfig(vocab_size=len(PIECES), num_attention_heads=2, bos_token_id=None, **shape))
+    with pytest.raises(ValueError, match=r"No value model can be made from OPTForCausalLM.* Give `value_model`"):
+        make(tmp_path, model=model, reward_model=reward_model())
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_nan_of_a_reward_model_is_named_with_its_completion(tmp_path, advantage):
+    broken = reward_model()
+    with torch.no_grad():
+        next(broken.scorer.parameters()).fill_(math.nan)
+    completions = [(EOS,), (A, NEWLINE, B, EOS)]
+    with pytest.raises(ValueError, match=r"steps of completion 1 as \[nan, nan\]: 'a\\nb'\. Its weights or"):
+        train(tmp_path, reward_model=broken, rollout_func=replay(completions), advantage=advantage)
+
+
+def test_reward_weights_are_counted_against_the_reward_functions(tmp_path):
+    with pytest.raises(ValueError, match=r"`reward_weights` has 2 numbers for 1 `reward_funcs`\. .* `step_weight`"):
+        make(tmp_path, reward_model=reward_model(), reward_funcs=count_of_a, reward_weights=[1.0, 2.0])
+
+
+def test_one_generation_is_refused_for_groups():
+    with pytest.raises(ValueError, match=r"`num_generations` is 1\. Set `num_generations` to 2 or more, or use `adv"):
+        StepPPOConfig("out", advantage="group", num_generations=1, use_cpu=True, bf16=False)
+
+
+def test_one_generation_of_one_completion_is_refused():
+    with pytest.raises(ValueError, match=r"holds one completion\. Raise `per_device_train_batch_size`"):
+        StepPPOConfig("out", num_generations=1, per_device_train_batch_size=1, use_cpu=True, bf16=False)
+
+
+def test_one_generation_keeps_what_the_user_wrote():
+    args = StepPPOConfig("out", num_generations=1, eval_strategy="steps", use_cpu=True, bf16=False)
+    assert (args.num_generations, args.num_generations_eval) == (1, None)
+    args = StepPPOConfig("out", num_generations=1, num_generations_eval=4, use_cpu=True, bf16=False)
+    assert (args.num_generations, args.num_generations_eval) == (1, 4)
+
+
+def test_batches_that_are_not_whole_groups_are_refused():
+    with pytest.raises(ValueError, match=r"generation_batch_size \(6\) must be divisible by num_generations \(4\)"):
+        StepPPOConfig("out", per_device_train_batch_size=6, num_generations=4, use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=r"generation_batch_size \(6\) must be divisible by the global batch size"):
+        StepPPOConfig(
+            "out", per_device_train_batch_size=4, generation_batch_size=6, num_generations=1, use_cpu=True, bf16=False
+        )
+
+
+def test_fewer_prompts_than_a_rollout_takes_are_refused(tmp_path):
+    few = Dataset.from_dict({"prompt": ["q"] * 7})
+    with pytest.raises(ValueError, match=r"The training set has 7 prompts, but a rollout takes 8\. Give more prompts"):
+        train(tmp_path, reward_funcs=count_of_a, train_dataset=few, num_generations=1)
+    assert train(tmp_path, reward_funcs=count_of_a, train_dataset=few, num_generations=2).state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("gamma", 1.5, r"`gamma` is 1\.5, outside \[0, 1\]"),
+        ("lam", -0.1, r"`lam` is -0\.1, outside \[0, 1\]"),
+        ("step_gamma", math.nan, r"`step_gamma` is nan, outside \[0, 1\]"),
+        ("step_weight", -1.0, r"`step_weight` is -1\.0\. A weight is 0"),
+        ("outcome_weight", math.nan, r"`outcome_weight` is nan\. A weight is 0"),
+        ("vf_coef", -0.5, r"`vf_coef` is -0\.5\. A weight is 0"),
+    ],
+)
+def test_settings_out_of_range_are_named(name, value, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        StepPPOConfig("out", use_cpu=True, bf16=False, **{name: value})
+
+
+def test_a_trl_that_moved_is_named_before_training(tmp_path, monkeypatch):
+    monkeypatch.delattr(GRPOTrainer, "_calculate_rewards")
+    with pytest.raises(RuntimeError, match=r"`GRPOTrainer\._calculate_rewards` is gone"):
+        make(tmp_path, reward_model=reward_model())
+
+
+def test_the_callers_configuration_is_left_as_it_was(tmp_path):
+    trainer = make(tmp_path, reward_model=reward_model(), reward_funcs=count_of_a)
+    assert trainer.args.reward_weights == [1.0, 0.0]
+    args = StepPPOConfig(str(tmp_path), per_device_train_batch_size=8, num_generations=2, use_cpu=True, bf16=False)
+    dataset = Dataset.from_dict({"prompt": ["q"] * 8})
+    StepPPOTrainer(policy(), reward_model(), args=args, train_dataset=dataset, processing_class=policy_tokenizer())
+    assert args.reward_weights is None
