@@ -212,8 +212,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             advice = f"Did you mean `{found[0]}`?" if found else f"Choose one of {', '.join(COMMANDS)}."
             raise ValueError(f"{f'Unknown command {name!r}' if name else 'There is no command'}. {advice}")
         with warnings.catch_warnings():
-            # TRL's default argument has been renamed in transformers; nobody who runs a command can change that.
+            # Nothing that whoever runs a command could change: an argument of TRL that transformers has renamed, and a
+            # default of transformers that does nothing without a GPU.
             warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing.* is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "'pin_memory' argument is set as true", UserWarning)
             return COMMANDS[name](rest)
     except SystemExit as end:  # argparse, after --help
         return int(end.code or 0)

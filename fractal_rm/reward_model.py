@@ -1,23 +1,23 @@
 """A trained step reward model in use: text in, a score for every step out.
 
-    rm = StepRewardModel.from_pretrained("rm")
-    for scored in rm.score(prompts=["2+3*4?\\n"], responses=["3*4=12.\\n2+12=14."]):
-        print(scored.score, [(step.text, step.score) for step in scored.steps])
+rm = StepRewardModel.from_pretrained("rm")
+for scored in rm.score(prompts=["2+3*4?\\n"], responses=["3*4=12.\\n2+12=14."]):
+    print(scored.score, [(step.text, step.score) for step in scored.steps])
 """
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.aggregation import aggregate
-from fractal_rm.bags import Prompt
-from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, save_scorer
+from fractal_rm.bags import Bag, Prompt, check_text
+from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, pad_token_id, save_scorer
 from fractal_rm.scorers.encoding import EncodedBag, encode, pad_encoded
 from fractal_rm.scorers.settings import Settings
 from fractal_rm.segmentation import Segmentation, Span, join_steps
@@ -120,8 +120,8 @@ class StepRewardModel:
     ) -> list[StepScores]:
         """Score every step of every response.
 
-        A response that cannot be scored (empty, or its first step does not fit) does not stop the others: its result
-        holds the reason in `error`, and a warning is logged.
+        A response that cannot be scored (empty, no text, or its first step does not fit) does not stop the others: its
+        result holds the reason in `error`, and a warning is logged.
 
         Args:
             prompts: Texts or chats, one for each response.
@@ -134,65 +134,67 @@ class StepRewardModel:
             One [`StepScores`] for each response, in order.
 
         Raises:
-            ValueError: If the numbers of prompts and responses differ.
+            ValueError: If the numbers of prompts and responses differ, the prompts are chats and the tokenizer has no
+                chat template, or the model was trained on given steps and gets a text.
         """
-        if len(prompts) != len(responses):
-            raise ValueError(f"{len(prompts)} prompts came with {len(responses)} responses. Give one prompt a response.")
-        texts, spans, errors = self._cut(responses, spans)
-        good = [i for i, error in enumerate(errors) if error is None]
+        if len(prompts) != len(responses) or len(prompts) != len(responses if spans is None else spans):
+            given = f"{len(prompts)} prompts came with {len(responses)} responses"
+            also = "" if spans is None else f" and {len(spans)} lists of spans"
+            raise ValueError(f"{given}{also}. Give one prompt a response.")
+        if spans is None and self.segmentation.method == "given" and any(isinstance(text, str) for text in responses):
+            self.segmentation("")  # no text can be cut: one sentence, not one for each row
+        bags: dict[int, Bag] = {}
+        errors: dict[int, str] = {}
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            try:
+                bags[i] = self._bag(prompt, response, None if spans is None else spans[i])
+            except (TypeError, ValueError) as error:
+                errors[i] = f"row {i}: {error}"
         encoded = encode(
-            [prompts[i] for i in good],
-            [texts[i] for i in good],
-            [spans[i] for i in good],
+            [bag.prompt for bag in bags.values()],
+            [bag.response for bag in bags.values()],
+            [bag.step_spans for bag in bags.values()],
             self.tokenizer,
             self.settings,
         )
-        bags = dict(zip(good, encoded, strict=True))
-        for i in [i for i in good if not bags[i].kept_steps]:
-            errors[i] = f"row {i}: the prompt and the first step exceed {self.settings.max_length} tokens (`max_length`)."
-            del bags[i]
-        logits = self._forward(bags, batch_size or self.batch_size, progress)
-        results = [StepScores(texts[i], error=errors[i]) for i in range(len(texts))]
-        for i, (step_logits, response_logit) in logits.items():
-            results[i] = StepScores(
-                texts[i],
-                [
-                    Step(texts[i][start:end], start, end, score)
-                    for (start, end), score in zip(spans[i], step_logits, strict=False)
-                ],
-                response_logit,
-                bags[i].num_steps - bags[i].kept_steps,
+        fitting = {i: bag for i, bag in zip(bags, encoded, strict=True) if bag.kept_steps}
+        for i in bags.keys() - fitting.keys():
+            errors[i] = (
+                f"row {i}: the prompt and the first step exceed `max_length` ({self.settings.max_length} tokens)."
             )
-        failed = [error for error in errors if error]
-        if failed:
-            logger.warning("%d of %d responses were not scored. First: %s", len(failed), len(texts), failed[0])
+        probs = self._forward(fitting, batch_size or self.batch_size, progress)
+        results = []
+        for i, response in enumerate(responses):
+            if i in errors:
+                text = response if isinstance(response, str) else bags[i].response if i in bags else ""
+                results.append(StepScores(text, error=errors[i]))
+                continue
+            step_probs, bag_prob = probs[i]
+            # Steps that did not fit have no probability.
+            steps = [
+                Step(text, start, end, score)
+                for text, (start, end), score in zip(bags[i].steps, bags[i].step_spans, step_probs, strict=False)
+            ]
+            results.append(StepScores(bags[i].response, steps, bag_prob, fitting[i].num_steps - len(steps)))
+        if errors:
+            first = errors[min(errors)]
+            logger.warning("%d of %d responses were not scored. First: %s", len(errors), len(results), first)
         truncated = sum(result.truncated_steps > 0 for result in results)
         if truncated:
-            logger.warning("%d of %d responses were longer than `max_length`: last steps unscored.", truncated, len(texts))
+            logger.warning(
+                "%d of %d responses are longer than `max_length`: last steps unscored.", truncated, len(results)
+            )
         return results
 
-    def _cut(
-        self, responses: Sequence[str | Sequence[str]], known: Sequence[Sequence[Span]] | None
-    ) -> tuple[list[str], list[Sequence[Span]], list[str | None]]:
-        texts: list[str] = []
-        spans: list[Sequence[Span]] = []
-        errors: list[str | None] = []
-        for i, response in enumerate(responses):
-            text, cut, error = "", [], None
-            if isinstance(response, str):
-                text = response
-                if text.strip():
-                    cut = self.segmentation(text) if known is None else known[i]
-            elif response is not None and all(isinstance(step, str) and step.strip() for step in response):
-                text, cut = join_steps(response)
-            else:
-                error = f"row {i}: the response is neither a text nor a list of steps that are not blank."
-            if not cut and error is None:
-                error = f"row {i}: the response is empty; it has no step to score."
-            texts.append(text)
-            spans.append(cut)
-            errors.append(error)
-        return texts, spans, errors
+    def _bag(self, prompt: Prompt, response: str | Sequence[str], spans: Sequence[Span] | None) -> Bag:
+        """A response cut into steps and checked; its sentences say what is wrong."""
+        if isinstance(response, str):
+            if spans is None:
+                check_text(response, "the response")
+                spans = self.segmentation(response)
+        elif isinstance(response, Sequence):
+            response, spans = join_steps(response)
+        return Bag(prompt, cast(str, response), tuple(spans or ()), label=None)
 
     @torch.no_grad()
     def _forward(
@@ -200,24 +202,25 @@ class StepRewardModel:
     ) -> dict[int, tuple[list[float], float]]:
         """Step probabilities and response probability of each bag; batches hold bags of like length."""
         order = sorted(bags, key=lambda i: len(bags[i].input_ids))
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        if progress is None:
-            progress = len(batches) >= _BATCHES_WORTH_A_BAR
-        if progress:
+        batches: Iterable[list[int]] = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        count = -(-len(order) // batch_size)
+        if progress if progress is not None else count >= _BATCHES_WORTH_A_BAR:
             from rich.progress import track
 
-            batches = track(batches, description="Scoring")  # type: ignore[assignment]
-        self.scorer.eval()
+            batches = track(batches, description="Scoring", total=count)
         device = next(self.scorer.parameters()).device
+        training = self.scorer.training
+        self.scorer.eval()
         results = {}
         for rows in batches:
-            batch = pad_encoded([bags[i] for i in rows], self.tokenizer.pad_token_id)
+            batch = pad_encoded([bags[i] for i in rows], pad_token_id(self.tokenizer))
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             logits = self.scorer(**batch) / self.settings.temperature
             bag_logits = aggregate(logits, batch["mask"], aggregation=self.settings.aggregation)
             probs, bag_probs = logits.sigmoid().cpu().tolist(), bag_logits.sigmoid().cpu().tolist()
             for row, i in enumerate(rows):
                 results[i] = (probs[row][: bags[i].kept_steps], bag_probs[row])
+        self.scorer.train(training)
         return results
 
 

@@ -243,7 +243,7 @@ def test_a_model_of_the_wrong_kind_is_named(commands):
     (commands.folder / "t5" / "config.json").write_text('{"model_type": "t5"}')
     byte_tokenizer().save_pretrained(commands.folder / "t5")
     said = commands.train([GOOD, BAD], "--model", str(commands.folder / "t5"))
-    assert "cannot be loaded as a AutoModelForCausalLM for the likelihood scorer" in said
+    assert "cannot be loaded as an AutoModelForCausalLM for the likelihood scorer" in said
 
 
 def test_a_config_json_that_is_broken_is_named(commands):
@@ -259,7 +259,7 @@ def test_a_model_path_that_is_not_there_is_named(commands):
 
 def test_chats_for_a_tokenizer_without_a_chat_template_are_refused(commands):
     said = commands.train(solutions(6, chat=True))
-    assert "The prompts are chats, but the tokenizer of" in said
+    assert "The prompts are chats, but the tokenizer" in said
     assert "has no chat template" in said
 
 
@@ -325,7 +325,7 @@ def test_a_response_that_does_not_fit_is_reported_with_its_row(commands, capsys)
     output = commands.folder / "scores.jsonl"
     arguments = ["--model", str(commands.folder / "short"), "--input", commands.file(rows), "--output", str(output)]
     assert main(["score", *arguments]) == 0
-    assert "rows.jsonl, row 2: the prompt and the first step exceed 20 tokens" in capsys.readouterr().err
+    assert "rows.jsonl, row 2: the prompt and the first step exceed" in capsys.readouterr().err
 
 
 def test_a_model_that_is_no_reward_model_is_refused(commands):
@@ -338,7 +338,7 @@ def test_a_reward_model_with_another_tokenizer_is_refused(commands):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(folder)
-    assert "the tokenizer is not the one the model was trained with" in commands.score([GOOD], "--model", str(folder))
+    assert "is not the one the model was trained with (fingerprint " in commands.score([GOOD], "--model", str(folder))
 
 
 def test_a_reward_model_without_its_head_is_refused(commands):

@@ -84,8 +84,9 @@ def test_bags_are_scored_with_their_own_steps(tmp_path):
 
 def test_a_preference_makes_two_records(tmp_path):
     model = StepRewardModel.from_pretrained(save_reward_model(tmp_path / "rm"))
-    records = score_rows(model, [{"prompt": "1+1?\n", "chosen": "2", "rejected": "3"}], source="rows")
-    assert [(record["row"], record["label"], record["response"]) for record in records] == [
-        (1, 1.0, "2"),
-        (1, 0.0, "3"),
-    ]
+    rows = [{"prompt": "1+1?\n", "chosen": "2", "rejected": "3"}, {"prompt": "1+3?\n", "response": "4"}]
+    records = score_rows(model, rows, source="rows")
+    found = [(record["row"], record["label"], record["response"]) for record in records]
+    assert found == [(1, 1.0, "2"), (1, 0.0, "3"), (2, None, "4")]
+    expected = model.score(["1+1?\n", "1+1?\n", "1+3?\n"], ["2", "3", "4"])
+    assert [record["score"] for record in records] == pytest.approx([result.score for result in expected])

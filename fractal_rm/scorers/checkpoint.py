@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -27,83 +29,166 @@ from transformers import (
 from fractal_rm.results import package_versions
 from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
 from fractal_rm.scorers.settings import Settings, tokenizer_fingerprint
+from fractal_rm.scorers.step_scorer import StepScorer
 from fractal_rm.scorers.token_scorer import TokenScorer
 
-StepScorer = LikelihoodScorer | TokenScorer
-# Half precision keeps about three digits; a re-initialised head differs in the first.
-_HEAD_TOLERANCE = 2e-2
+# Weights of the head that the block remembers: a random head would have to match all of them.
+_HEAD_SAMPLE = 16
+# Half precision keeps two to three digits.
+_HEAD_TOLERANCE = 1e-2
+# Tokenizers without a limit say 1e30.
+_NO_LIMIT = 10**9
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer with a padding token: its own, or else the end-of-text token, which the mask hides."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    """A tokenizer with a padding token: its own, or else the end-of-text token, which the mask hides.
+
+    Raises:
+        ValueError: If the folder or hub id has no tokenizer, or it has neither of the two tokens.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} has no tokenizer that can be loaded ({_first_line(error)}). Save one there, or give "
+            "`processing_class`."
+        ) from error
+    return with_padding(tokenizer)
+
+
+def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the end-of-text token as padding token where it has none.
+
+    Raises:
+        ValueError: If it has no end-of-text token either.
+    """
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"The tokenizer {tokenizer.name_or_path} has neither a padding nor an end-of-text token. "
+                "Set `tokenizer.pad_token`."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the padding token of a tokenizer of [`with_padding`]."""
+    number: Any = tokenizer.pad_token_id
+    return int(number)
+
+
 def load_model(path: str | Path, settings: Settings, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The backbone that the scorer needs, and the names of weights that the folder did not hold.
+    """The backbone that the scorer needs.
+
+    Args:
+        path: Folder or hub id of a model.
+        settings: Says which scorer.
+        kwargs: Passed to `from_pretrained`, such as `dtype`.
+
+    Returns:
+        The model, and the names of weights that the folder did not hold: at most those of a classification head.
 
     Raises:
-        ValueError: If the folder is no model, or no model of the kind that the scorer needs.
+        ValueError: If the folder is no model, or no model of the kind that the scorer needs, or lacks weights of the
+            language model itself.
     """
+    auto: Any = AutoModelForCausalLM
     if settings.scorer == "token":
-        auto: Any = AutoModelForTokenClassification
+        auto = AutoModelForTokenClassification
         kwargs["num_labels"] = 1
-    else:
-        auto = AutoModelForCausalLM
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{path} is no model folder: it holds no config.json. Give a folder or hub id of a model.")
+    _check_folder(path, "Give a folder or hub id of a model.")
     try:
-        config = AutoConfig.from_pretrained(path)
-        if settings.scorer == "likelihood" and (config.is_encoder_decoder or type(config) not in auto._model_mapping):
-            raise ValueError("not a causal language model")
+        if settings.scorer == "likelihood" and not _is_causal(AutoConfig.from_pretrained(path)):
+            raise ValueError("it is no causal language model")
         model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(
-            f"{path} cannot be loaded as a {auto.__name__} for the {settings.scorer} scorer ({reason}). "
+            f"{path} cannot be loaded as an {auto.__name__} for the {settings.scorer} scorer ({_first_line(error)}). "
             "Give the path or hub id of such a model, or choose the other scorer."
         ) from error
-    return model, sorted(info["missing_keys"])
+    missing = sorted(info["missing_keys"])
+    body = f"{model.base_model_prefix}."
+    lost = [name for name in missing if settings.scorer == "likelihood" or name.startswith(body)]
+    if lost:
+        raise ValueError(
+            f"{path}: {len(lost)} weights are missing from the folder and would be random (first: {lost[0]}). "
+            f"Give a folder with all weights of an {auto.__name__}."
+        )
+    return model, missing
 
 
-def make_scorer(model: PreTrainedModel | nn.Module, settings: Settings) -> StepScorer:
+def _is_causal(config: Any) -> bool:
+    """Whether a configuration is that of a model in which no token sees a later one."""
+    causal, masked = (auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForMaskedLM))
+    encoder = type(config) in masked and not getattr(config, "is_decoder", False)
+    return type(config) in causal and not encoder and not config.is_encoder_decoder
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Most tokens that a model and its tokenizer can take; None if neither says."""
+    limits = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
+    known = [int(limit) for limit in limits if limit and limit < _NO_LIMIT]
+    return min(known, default=None)
+
+
+def make_scorer(model: nn.Module, settings: Settings) -> StepScorer:
     """Wrap a transformers (or PEFT) model as the scorer that the settings name."""
     if settings.scorer == "token":
         return TokenScorer(model)
     return LikelihoodScorer(model, reduction=settings.reduction, log_weight=settings.log_weight, bias=settings.bias)
 
 
-def head_weights(model: PreTrainedModel, settings: Settings) -> torch.Tensor:
-    """The weights that turn hidden states into scores: classification head, or output embeddings."""
+def head_module(model: PreTrainedModel, settings: Settings) -> nn.Module:
+    """What turns hidden states into scores: the classification head, or the output embeddings."""
     if settings.scorer == "likelihood":
-        return model.get_output_embeddings().weight
+        embeddings: Any = model.get_output_embeddings()
+        return embeddings
     for name in ("score", "classifier"):
-        head = getattr(model, name, None)
-        if isinstance(head, nn.Linear):
-            return head.weight
-    # Architectures that name it otherwise (or wrap it): the last linear layer with one output is the head.
-    return [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
+        if isinstance(head := getattr(model, name, None), nn.Module):
+            return head
+    # Architectures that name it otherwise: the last linear layer with one output is the head.
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
 
 
-def _head_summary(model: PreTrainedModel, settings: Settings) -> dict[str, float]:
-    weights = head_weights(model, settings).detach().double()
-    return {"sum": weights.abs().sum().item(), "signed": weights.sum().item(), "norm": weights.norm().item()}
+def head_parameters(scorer: StepScorer, settings: Settings) -> list[nn.Parameter]:
+    """Trainable parameters that start from nothing: weight and bias of the log-likelihood, or the head."""
+    if isinstance(scorer, LikelihoodScorer):
+        return [scorer.log_weight, scorer.bias]
+    return [parameter for parameter in head_module(scorer.base, settings).parameters() if parameter.requires_grad]
+
+
+def _head_sample(model: PreTrainedModel, settings: Settings) -> list[float]:
+    """Weights of the head, evenly spaced over all of them."""
+    weights = next(head_module(model, settings).parameters()).detach().flatten()
+    count = min(_HEAD_SAMPLE, len(weights))
+    places = [i * (len(weights) - 1) // max(count - 1, 1) for i in range(count)]
+    return weights[torch.tensor(places, device=weights.device)].float().tolist()
+
+
+def _same_head(found: list[float], saved: list[float]) -> bool:
+    """Whether two samples of a head are equal up to the rounding of half precision."""
+    a, b = torch.tensor(found), torch.tensor(saved)
+    return len(a) == len(b) and torch.allclose(a, b, rtol=_HEAD_TOLERANCE, atol=_HEAD_TOLERANCE * b.abs().mean().item())
 
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` whose files are moved into `path` once all of them are written."""
+    """A temporary folder inside `path` whose files are moved into `path` once all of them are written."""
     path.mkdir(parents=True, exist_ok=True)
     temporary = path / f".writing-{os.getpid()}"
     temporary.mkdir(exist_ok=True)
-    yield temporary
-    # config.json last: a folder with the block is a whole one.
-    for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
-        os.replace(file, path / file.name)
-    temporary.rmdir()
+    try:
+        yield temporary
+        written = {file.name for file in temporary.iterdir()}
+        for stale in path.glob("model*.safetensors*"):
+            if stale.name not in written:  # of a model that was cut into other files
+                stale.unlink()
+        # config.json last: a folder with the block is a whole one.
+        for name in sorted(written, key=lambda name: name == "config.json"):
+            os.replace(temporary / name, path / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_scorer(
@@ -111,19 +196,26 @@ def save_scorer(
 ) -> Settings:
     """Write model, tokenizer and the `fractal` block; PEFT adapters are merged into a copy first.
 
+    Args:
+        path: Where the folder goes.
+        scorer: What is saved.
+        tokenizer: Its tokenizer.
+        settings: What the block remembers.
+
     Returns:
         The settings as saved, with learned weight and bias, fingerprints and versions.
+
+    Raises:
+        ValueError: If the scorer holds values that are not finite.
     """
-    model: Any = scorer.base
-    if hasattr(scorer.model, "peft_config"):
-        model = copy.deepcopy(scorer.model).merge_and_unload()  # type: ignore[operator]
+    model = copy.deepcopy(scorer.model).merge_and_unload() if scorer.is_adapted else scorer.base
     saved = copy.deepcopy(settings)
     if isinstance(scorer, LikelihoodScorer):
         saved.log_weight, saved.bias = scorer.log_weight.item(), scorer.bias.item()
-    saved.tokenizer, saved.head = tokenizer_fingerprint(tokenizer), _head_summary(model, settings)
+    saved.tokenizer, saved.head = tokenizer_fingerprint(tokenizer), _head_sample(model, settings)
     saved.versions = {name: found for name, found in package_versions().items() if found}
-    if not all(math.isfinite(value) for value in (saved.log_weight, saved.bias, *saved.head.values())):
-        raise ValueError(f"The scorer holds values that are not finite; {path} is not written. Lower the learning rate.")
+    if not all(math.isfinite(value) for value in (saved.log_weight, saved.bias, *saved.head)):
+        raise ValueError(f"The scorer's weights are not finite; {path} is not written. Lower the learning rate.")
     with replaced_folder(Path(path)) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -139,44 +231,53 @@ def load_scorer(path: str | Path, **kwargs: Any) -> tuple[StepScorer, PreTrained
         path: Folder or hub id of a checkpoint of this package.
         kwargs: Passed to `from_pretrained` of the model, such as `dtype`.
 
+    Returns:
+        Scorer (in evaluation mode), tokenizer and settings.
+
     Raises:
         ValueError: If the folder is no step reward model, its format version is unknown, its tokenizer is another one,
             or its head is missing or not the one that was trained.
     """
-    where = str(path)
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{where} is no model folder: it holds no config.json. Give a folder that FractalTrainer saved.")
+    _check_folder(path, "Give a folder that FractalTrainer saved.")
     try:
         block = getattr(AutoConfig.from_pretrained(path), "fractal", None)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{where} is neither a model folder nor a hub id that can be reached ({reason}).") from error
+        raise ValueError(
+            f"{path} is neither a model folder nor a hub id that can be reached ({_first_line(error)}). "
+            "Give a folder that FractalTrainer saved."
+        ) from error
     if block is None:
         raise ValueError(
-            f"{where} is a model but no step reward model: its config.json has no `fractal` block. "
+            f"{path} is a model but no step reward model: its config.json has no `fractal` block. "
             "Train it with FractalTrainer first."
         )
-    settings = Settings.from_dict(block, where=where)
+    settings = Settings.from_dict(block, where=str(path))
     tokenizer = load_tokenizer(path)
     found = tokenizer_fingerprint(tokenizer)
     if found != settings.tokenizer:
         raise ValueError(
-            f"{where}: the tokenizer is not the one the model was trained with (fingerprint {found}, expected "
-            f"{settings.tokenizer}). Restore the tokenizer files that were saved with it."
+            f"{path}: the tokenizer or its chat template is not the one the model was trained with (fingerprint "
+            f"{found}, expected {settings.tokenizer}). Restore the tokenizer files that were saved with it."
         )
     model, missing = load_model(path, settings, **kwargs)
     if missing:
         raise ValueError(
-            f"{where}: {len(missing)} weights are missing from the folder and would be random (first: {missing[0]}). "
+            f"{path}: {len(missing)} weights are missing from the folder and would be random (first: {missing[0]}). "
             "Restore the safetensors file that FractalTrainer saved."
         )
-    summary = _head_summary(model, settings)
-    if settings.head and any(
-        not math.isclose(summary[key], settings.head[key], rel_tol=_HEAD_TOLERANCE, abs_tol=_HEAD_TOLERANCE * norm)
-        for key, norm in (("norm", 0.0), ("sum", 0.0), ("signed", settings.head["sum"]))
-    ):
+    if settings.head is not None and not _same_head(_head_sample(model, settings), settings.head):
         raise ValueError(
-            f"{where}: the scoring head is not the one that was trained (norm {summary['norm']:.4g}, expected "
-            f"{settings.head['norm']:.4g}). Restore the safetensors file that FractalTrainer saved."
+            f"{path}: the scoring head is not the one that was trained. "
+            "Restore the safetensors file that FractalTrainer saved."
         )
     return make_scorer(model.eval(), settings), tokenizer, settings
+
+
+def _check_folder(path: str | Path, advice: str) -> None:
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path} is no model folder: it holds no config.json. {advice}")
+
+
+def _first_line(error: Exception) -> str:
+    """What a library said, as a part of our sentence."""
+    return str(error).strip().split("\n")[0].rstrip(".")

@@ -42,6 +42,13 @@ class EncodedBag:
 def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> str:
     """The text that precedes the response: the template filled in, or the chat template of the tokenizer.
 
+    A chat that ends with a message of the assistant is one whose last message the response goes on with.
+
+    Args:
+        prompt: Text or chat.
+        tokenizer: The reward model's tokenizer.
+        prompt_template: Text in which `{prompt}` stands for a prompt that is text.
+
     Raises:
         ValueError: If the prompt is a chat and the tokenizer has no chat template.
     """
@@ -49,10 +56,14 @@ def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_templ
         return prompt_template.replace("{prompt}", prompt)
     if not tokenizer.chat_template:
         raise ValueError(
-            "The prompts are chats, but the tokenizer has no chat template. Set `tokenizer.chat_template`, "
-            "use a chat model's tokenizer, or give the prompts as text."
+            f"The prompts are chats, but the tokenizer {tokenizer.name_or_path} has no chat template. Set "
+            "`tokenizer.chat_template`, use a chat model's tokenizer, or give the prompts as text."
         )
-    return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    begun = prompt[-1]["role"] == "assistant"
+    text = tokenizer.apply_chat_template(
+        list(prompt), tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+    )
+    return str(text)
 
 
 def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -65,6 +76,43 @@ def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     return [], []
 
 
+# The token ids of a text, and the characters `start, end` of each; None from a tokenizer that does not tell.
+_Piece = tuple[list[int], list[Span] | None]
+# Texts after which a tokenizer is likely to begin a new token, whatever follows.
+_ANCHORS = ("\n", "a", ".")
+
+
+def _tokenize(pieces: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
+    """Token ids and offsets of texts, without special tokens."""
+    if not pieces:
+        return []
+    fast = bool(tokenizer.is_fast)
+    tokens = tokenizer(list(pieces), add_special_tokens=False, return_offsets_mapping=fast)
+    offsets = tokens["offset_mapping"] if fast else [None] * len(pieces)
+    return list(zip(tokens["input_ids"], offsets, strict=True))
+
+
+def _tokenize_continuations(pieces: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
+    """Tokens of texts that continue another text.
+
+    Some tokenizers (those of Llama 2 and of its time) put a space before every text, which would stand before every
+    step here. They are shown a text to continue, whose tokens are taken away again.
+    """
+    found = dict(enumerate(_tokenize(pieces, tokenizer)))
+    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[:1]
+    if not tokenizer.is_fast or not any(token.startswith(("\u2581", "\u0120")) for token in first):
+        return list(found.values())
+    left = list(found)
+    for anchor in _ANCHORS:
+        for i, (ids, offsets) in zip(left, _tokenize([anchor + pieces[i] for i in left], tokenizer), strict=True):
+            cut = sum(end <= len(anchor) for _, end in offsets or [])
+            if cut < len(ids) and offsets and offsets[cut][0] >= len(anchor):
+                rest = [(start - len(anchor), end - len(anchor)) for start, end in offsets[cut:]]
+                found[i] = ids[cut:], rest
+                left = [other for other in left if other != i]
+    return list(found.values())
+
+
 def encode(
     prompts: Sequence[Prompt],
     responses: Sequence[str],
@@ -75,7 +123,8 @@ def encode(
     """Tokenize prompts with responses, keeping track of steps.
 
     A step's tokens are those that hold one of its characters; the gap before it (a newline, a separator) belongs to no
-    step. Text after the last step is only white space or a separator and is left out.
+    step. Text after the last step is only white space or a separator and is left out. Tokenizers without offsets (those
+    in plain Python) do not tell gaps from steps: there the gap before a step counts as its part.
 
     Args:
         prompts: Texts or chats.
@@ -87,38 +136,44 @@ def encode(
     Returns:
         One [`EncodedBag`] for each row; `step_ends` is empty where not even the first step fits.
     """
-    pieces: list[str] = []
-    for prompt, response, steps in zip(prompts, responses, spans, strict=True):
-        pieces.append(prompt_text(prompt, tokenizer, settings.prompt_template))
-        starts = [0, *(end for _, end in steps)]
-        pieces.extend(response[start:end] for start, (_, end) in zip(starts, steps, strict=False))
-    tokens = tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-    offsets = tokens["offset_mapping"] if tokenizer.is_fast else [None] * len(pieces)
+    texts = [prompt_text(prompt, tokenizer, settings.prompt_template) for prompt in prompts]
+    # From the end of the step before to the end of the step.
+    pieces = [
+        response[start:end]
+        for response, steps in zip(responses, spans, strict=True)
+        for start, (_, end) in zip([0, *(end for _, end in steps)], steps, strict=False)
+    ]
+    tokenized = iter(_tokenize_continuations(pieces, tokenizer))
     prefix, suffix = special_affixes(tokenizer)
-
-    encoded, position = [], 0
-    for prompt, steps in zip(prompts, spans, strict=True):
+    encoded = []
+    for prompt, (ids, _), steps in zip(prompts, _tokenize(texts, tokenizer), spans, strict=True):
+        # A chat template writes its special tokens itself.
         before, after = (prefix, suffix) if isinstance(prompt, str) else ([], [])
+        gaps = [start - end for (start, _), end in zip(steps, [0, *(end for _, end in steps)], strict=False)]
+        parts = [next(tokenized) for _ in steps]
         room = None if settings.max_length is None else settings.max_length - len(after)
-        ids = [*before, *tokens["input_ids"][position]]
-        step_ids, step_ends = [-1] * len(ids), []
-        previous_end = 0
-        for index, (start, end) in enumerate(steps):
-            piece = tokens["input_ids"][position + 1 + index]
-            if room is not None and len(ids) + len(piece) > room:
-                break
-            gap, previous_end = start - previous_end, end
-            ends = offsets[position + 1 + index]
-            ids.extend(piece)
-            step_ids.extend([index if ends is None or ends[i][1] > gap else -1 for i in range(len(piece))])
-            step_ends.append(len(ids) - 1)
-        position += 1 + len(steps)
-        encoded.append(EncodedBag([*ids, *after], step_ids + [-1] * len(after), step_ends, len(steps)))
+        encoded.append(_join([*before, *ids], parts, gaps, after, room))
     return encoded
+
+
+def _join(start: list[int], parts: list[_Piece], gaps: list[int], after: list[int], room: int | None) -> EncodedBag:
+    """Put the steps behind the start as long as there is room for whole ones."""
+    ids, step_ids, step_ends = list(start), [-1] * len(start), []
+    for index, ((piece, offsets), gap) in enumerate(zip(parts, gaps, strict=True)):
+        if room is not None and len(ids) + len(piece) > room:
+            break
+        ids.extend(piece)
+        step_ids.extend([index if offsets is None or offsets[i][1] > gap else -1 for i in range(len(piece))])
+        step_ends.append(max(len(ids) - 1, 0))
+    return EncodedBag([*ids, *after], step_ids + [-1] * len(after), step_ends, len(parts))
 
 
 def pad_encoded(bags: Sequence[EncodedBag], pad_token_id: int) -> dict[str, Tensor]:
     """Right-padded tensors for a scorer.
+
+    Args:
+        bags: Encoded bags, each with at least one step.
+        pad_token_id: What stands at padding; the attention mask hides it.
 
     Returns:
         `input_ids` and `attention_mask` (B, T), `step_ids` (B, T) with -1 outside steps, `step_ends` (B, S) with 0 at

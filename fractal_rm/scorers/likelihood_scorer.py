@@ -1,19 +1,32 @@
-"""A causal language model's own log-likelihood of a step, learned: the scorer that starts from what a model believes."""
+"""A causal language model's own log-likelihood of a step, learned: the scorer that starts from what a model knows."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+
+from fractal_rm.scorers.step_scorer import StepScorer
 
 # Rows of (chunk, V) float32 logits alive at a time: 1024 x 150k is 0.6 GB, the whole (B, T, V) would be tens of GB.
 CHUNK_TOKENS = 1024
+# The two forwards that are compared run the same kernels on the same numbers: what differs beyond this is a scale.
+_SAME = 1e-2
 
 
 def target_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
-    """Log-probabilities of `targets` (N,) under `head(hidden)` with `hidden` (N, H), in float32, chunk by chunk.
+    """Log-probabilities of tokens, chunk by chunk.
 
     With gradients on, each chunk's logits are computed again in the backward pass instead of being kept.
+
+    Args:
+        hidden: Hidden states that predict the tokens (N, H).
+        targets: The tokens (N,).
+        head: Turns hidden states into logits over the vocabulary.
+
+    Returns:
+        Log-probabilities (N,) in float32.
     """
 
     def chunk_log_probs(rows: Tensor, ids: Tensor) -> Tensor:
@@ -25,10 +38,10 @@ def target_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor
             parts.append(checkpoint(chunk_log_probs, rows, ids, use_reentrant=False))
         else:
             parts.append(chunk_log_probs(rows, ids))
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+    return torch.cat(parts)
 
 
-class LikelihoodScorer(nn.Module):
+class LikelihoodScorer(StepScorer):
     """Step logit = `weight` * (sum or mean of the log-probabilities of the step's tokens) + `bias`.
 
     The language model, the weight and the bias are all learned by the losses. Before any training a step is judged by
@@ -40,22 +53,22 @@ class LikelihoodScorer(nn.Module):
         reduction: `"sum"` or `"mean"` over the step's tokens.
         log_weight: Logarithm of the initial factor.
         bias: Initial offset.
+
+    Raises:
+        ValueError: If the model is another one.
     """
 
-    def __init__(
-        self, model: PreTrainedModel | nn.Module, *, reduction: str = "sum", log_weight: float = 0.0, bias: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.model = model
+    def __init__(self, model: nn.Module, *, reduction: str = "sum", log_weight: float = 0.0, bias: float = 0.0) -> None:
+        super().__init__(model)
+        if not self.base.can_generate() or self.base.config.is_encoder_decoder:
+            raise ValueError(
+                f"The likelihood scorer got a {type(self.base).__name__}. Load the model with "
+                "`AutoModelForCausalLM.from_pretrained(...)`."
+            )
         self.reduction = reduction
         self.log_weight = nn.Parameter(torch.tensor(float(log_weight)))
         self.bias = nn.Parameter(torch.tensor(float(bias)))
         self._plain_head: bool | None = None
-
-    @property
-    def base(self) -> PreTrainedModel:
-        """The transformers model, without a PEFT wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # type: ignore[union-attr, return-value, operator]
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, step_ids: Tensor, step_ends: Tensor, mask: Tensor
@@ -64,15 +77,16 @@ class LikelihoodScorer(nn.Module):
         # The first token of a text has no predecessor that could predict it.
         rows, columns = (step_ids[:, 1:] >= 0).nonzero(as_tuple=True)
         targets = input_ids[rows, columns + 1]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self._head_is_plain(input_ids):
-            hidden = self.base.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            log_probs = target_log_probs(hidden[rows, columns], targets, self.base.get_output_embeddings())
+            hidden = self.base.base_model(**inputs).last_hidden_state
+            head: Any = self.base.get_output_embeddings()
+            log_probs = target_log_probs(hidden[rows, columns], targets, head)
         else:
-            logits = self.base(input_ids=input_ids, attention_mask=attention_mask).logits
+            logits = self.base(**inputs).logits
             log_probs = target_log_probs(logits[rows, columns], targets, nn.Identity())
-        steps = step_ids[rows, columns + 1]
-        slots = rows * mask.size(1) + steps
-        total = torch.zeros(mask.numel(), device=log_probs.device).index_add(0, slots, log_probs)
+        slots = rows * mask.size(1) + step_ids[rows, columns + 1]
+        total = log_probs.new_zeros(mask.numel()).index_add(0, slots, log_probs)
         if self.reduction == "mean":
             count = torch.zeros_like(total).index_add(0, slots, torch.ones_like(log_probs))
             total = total / count.clamp(min=1.0)
@@ -80,12 +94,38 @@ class LikelihoodScorer(nn.Module):
 
     @torch.no_grad()
     def _head_is_plain(self, input_ids: Tensor) -> bool:
-        """Whether logits are just `head(hidden)`. Some models cap or scale them: those keep their own forward."""
+        """Whether the model's logits are just `head(last hidden state)`, found out once.
+
+        Some models scale or cap them, before or after the head: those keep their own forward, with all its logits. A
+        freshly made model has logits so small that a cap does nothing yet, so large ones are put in their place here.
+        """
         if self._plain_head is None:
-            probe, training = input_ids[:1, :4], self.base.training
-            self.base.eval()  # dropout would make two forwards differ
-            hidden = self.base.base_model(input_ids=probe).last_hidden_state
-            own = self.base(input_ids=probe).logits
-            self.base.train(training)
-            self._plain_head = torch.allclose(self.base.get_output_embeddings()(hidden), own, rtol=1e-3, atol=1e-3)
+            self._plain_head = self._probe(input_ids[:1, :4])
         return self._plain_head
+
+    def _probe(self, input_ids: Tensor) -> bool:
+        seen: dict[str, Tensor] = {}
+        head = self.base.get_output_embeddings()
+        if head is None:
+            return False
+
+        def large_logits(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen["hidden"] = args[0]
+            seen["logits"] = torch.linspace(-100, 100, output.size(-1)).to(output).expand_as(output)
+            return seen["logits"]
+
+        training = self.base.training
+        self.base.eval()  # dropout would make two forwards differ
+        handle = head.register_forward_hook(large_logits)
+        try:
+            own = self.base(input_ids=input_ids, use_cache=False).logits
+            hidden = self.base.base_model(input_ids=input_ids, use_cache=False)[0]
+        finally:
+            handle.remove()
+            self.base.train(training)
+        return (
+            "logits" in seen
+            and torch.allclose(own.float(), seen["logits"].float(), rtol=_SAME)
+            and hidden.shape == seen["hidden"].shape
+            and torch.allclose(hidden.float(), seen["hidden"].float(), rtol=_SAME, atol=_SAME * hidden.std().item())
+        )

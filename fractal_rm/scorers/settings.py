@@ -1,8 +1,9 @@
 """What a checkpoint must remember beside its weights: the `fractal` block of `config.json`."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,16 +11,19 @@ from fractal_rm.aggregation import AGGREGATIONS, Aggregation
 from fractal_rm.segmentation import Segmentation
 
 ScorerKind = Literal["likelihood", "token"]
+Reduction = Literal["sum", "mean"]
 FORMAT_VERSION = 1
+
+_CHOICES = {"scorer": get_args(ScorerKind), "aggregation": AGGREGATIONS, "reduction": get_args(Reduction)}
 
 # Digits, operators, capitals, white space, LaTeX and a multi-byte character: what tokenizers treat differently.
 _PROBE = "Step 1: 3.14 * x = \\frac{1}{2}\n\nSo, the  answer is  -42 \u2713."
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short name for how a tokenizer cuts text: equal for equal behaviour on a probe text."""
+    """A short name for how a tokenizer cuts text and writes chats: equal for equal behaviour on a probe text."""
     ids = tokenizer(_PROBE)["input_ids"]
-    return hashlib.sha256(f"{len(tokenizer)} {ids}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{len(tokenizer)} {ids} {tokenizer.chat_template}".encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Settings:
         temperature: Divides the step logits before the sigmoid; 1 until calibrated.
         threshold: A step scoring below it is called wrong; chosen on validation.
         tokenizer: Fingerprint of the tokenizer that the scores belong to.
-        head: Sum and norm of the scoring head's weights, to tell a lost or random head at load.
+        head: Some of the scoring head's weights, to tell a lost or random head at load.
         data: Fingerprint of the training data.
         versions: Package versions at saving.
         format_version: Version of this block.
@@ -49,23 +53,25 @@ class Settings:
     segmentation: Segmentation = field(default_factory=Segmentation)
     prompt_template: str = "{prompt}"
     max_length: int | None = None
-    reduction: Literal["sum", "mean"] = "sum"
+    reduction: Reduction = "sum"
     log_weight: float = 0.0
     bias: float = 0.0
     temperature: float = 1.0
     threshold: float = 0.5
     tokenizer: str | None = None
-    head: dict[str, float] | None = None
+    head: list[float] | None = None
     data: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if self.aggregation not in AGGREGATIONS:
-            raise ValueError(f"Unknown aggregation {self.aggregation!r}. Choose one of {', '.join(AGGREGATIONS)}.")
+        for name, values in _CHOICES.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"Unknown {name} {getattr(self, name)!r}. Choose one of {', '.join(values)}.")
         if "{prompt}" not in self.prompt_template:
             raise ValueError(
-                f"`prompt_template` is {self.prompt_template!r}, without the place for the prompt. Write `{{prompt}}` in it."
+                f"`prompt_template` is {self.prompt_template!r}, without the place for the prompt. "
+                "Write `{prompt}` in it."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,22 +79,32 @@ class Settings:
         return asdict(self) | {"segmentation": self.segmentation.to_dict()}
 
     @classmethod
-    def from_dict(cls, block: dict[str, Any], *, where: str) -> "Settings":
+    def from_dict(cls, block: Mapping[str, Any], *, where: str) -> "Settings":
         """Read a block, refusing versions and keys that this package does not know.
+
+        Args:
+            block: The block.
+            where: Folder that it stands in, for messages.
 
         Raises:
             ValueError: Names the folder, the defect and what to do.
         """
-        version = block.get("format_version")
+        file = f"{where}/config.json"
+        version = block.get("format_version") if isinstance(block, Mapping) else None
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"{where}/config.json: the `fractal` block has format version {version!r}; this package reads version "
+                f"{file}: the `fractal` block has format version {version!r}; this package reads version "
                 f"{FORMAT_VERSION}. Install the fractal-rm version that wrote it, or train the model again."
             )
         unknown = sorted(set(block) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(
-                f"{where}/config.json: the `fractal` block holds unknown keys {unknown}. "
+                f"{file}: the `fractal` block holds unknown keys {unknown}. "
                 "Install the fractal-rm version that wrote it."
             )
-        return cls(**(block | {"segmentation": Segmentation.from_dict(block["segmentation"])}))
+        try:
+            values = dict(block)
+            values["segmentation"] = Segmentation.from_dict(values.get("segmentation", {}))
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: the `fractal` block is damaged. {error}") from error

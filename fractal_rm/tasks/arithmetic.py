@@ -12,10 +12,11 @@ line and then the answer:
     2: multiply by 3 -> 1
     Answer: 1
 
-Every change can be undone (factors are 1, 3, 7 and 9), so a wrong result never washes out by itself: only a second mistake
-can bring back the right answer. There are 240 facts (`a op b`). A base policy is fine-tuned on text in which a fixed share of
-them is wrong most of the time: its mistakes are *beliefs*, not sampling noise, so greedy decoding fails too and there
-is something to learn. Which facts are wrong is known here and nowhere else: reward models see outcomes only.
+Every change can be undone (factors are 1, 3, 7 and 9), so a wrong result never washes out by itself: only a second
+mistake can bring back the right answer. There are 240 facts (`a op b`). A base policy is fine-tuned on text in which a
+fixed share of them is wrong most of the time: its mistakes are *beliefs*, not sampling noise, so greedy decoding fails
+too and there is something to learn. Which facts are wrong is known here and nowhere else: reward models see outcomes
+only.
 """
 
 import random
@@ -117,8 +118,10 @@ class Problem:
 
         Example:
             >>> problem = Problem("Mia", 3, (("+", 4), ("*", 3)))
-            >>> problem.check_answer("1: add 4 -> 7\\n2: multiply by 3 -> 1\\nAnswer: 1"), problem.check_answer("Answer: 2")
-            (True, False)
+            >>> problem.check_answer("1: add 4 -> 7\\n2: multiply by 3 -> 1\\nAnswer: 1")
+            True
+            >>> problem.check_answer("Answer: 2")
+            False
         """
         last = response.rstrip().rpartition("\n")[2].strip()
         match = _ANSWER.fullmatch(last)

@@ -46,14 +46,18 @@ def make_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
     )
 
 
+def _id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
+    return tokenizer.get_vocab()[f"<{name}>"]
+
+
 class _Demonstrations(Dataset):
     """Prompt and response token ids; the loss is taken on the response and its end."""
 
     def __init__(self, texts: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> None:
         prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
         responses = tokenizer([response for _, response in texts])["input_ids"]
-        self.rows = [(p, [*r, tokenizer.eos_token_id]) for p, r in zip(prompts, responses, strict=True)]
-        self.pad = tokenizer.pad_token_id
+        self.rows = [(p, [*r, _id(tokenizer, "eos")]) for p, r in zip(prompts, responses, strict=True)]
+        self.pad = _id(tokenizer, "pad")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -111,12 +115,13 @@ def train_base_policy(
         max_position_embeddings=512,
         initializer_range=0.08,  # the usual 0.02 is for wide models; at width 64 it delays learning to copy
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=_id(tokenizer, "pad"),
+        eos_token_id=_id(tokenizer, "eos"),
         bos_token_id=None,
     )
+    model = LlamaForCausalLM(config)
     trainer = Trainer(
-        model=LlamaForCausalLM(config),
+        model=model,
         args=TrainingArguments(
             output_dir=str(Path(output_dir) / "trainer"),
             per_device_train_batch_size=32,
@@ -139,5 +144,5 @@ def train_base_policy(
     )
     with progress(trainer, "policy") if progress else nullcontext():
         trainer.train()
-    trainer.model.save_pretrained(output_dir)
+    model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

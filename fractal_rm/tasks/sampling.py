@@ -1,6 +1,7 @@
 """Responses of a policy to prompts, by plain `generate`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +39,7 @@ def sample_responses(
         eos_token_id=tokenizer.eos_token_id,
         **({} if greedy else {"top_k": 0, "top_p": 1.0, "temperature": 1.0}),
     )
+    generator: Any = model
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses = [""] * len(prompts)
     was_training = model.training
@@ -51,7 +53,7 @@ def sample_responses(
                 model.device
             )
             batch.pop("token_type_ids", None)
-            ids = model.generate(**batch, generation_config=config)
+            ids = generator.generate(**batch, generation_config=config)
             texts = tokenizer.batch_decode(ids[:, batch["input_ids"].size(1) :], skip_special_tokens=True)
             for i, text in zip(rows, texts, strict=True):
                 responses[i] = text

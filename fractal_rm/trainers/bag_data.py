@@ -23,11 +23,24 @@ Records = Sequence[Bag] | Iterable[Mapping[str, Any]]
 def to_bags(records: Records, settings: Settings, *, source: str) -> list[Bag]:
     """Bags from TRL's formats or this package's schema; bags pass through.
 
+    Args:
+        records: Rows or bags.
+        settings: Gives segmentation and aggregation.
+        source: Name of the data in messages.
+
     Raises:
-        ValueError: If the rows state another aggregation than the settings, or for a reason of `read_bags`.
+        TypeError: For a reason of `read_bags`.
+        ValueError: If the rows state another aggregation than the settings, a bag has a grade instead of a
+            probability, or for a reason of `read_bags`.
     """
     rows: list[Any] = list(records)
-    if rows and isinstance(rows[0], Bag):
+    if rows and all(isinstance(row, Bag) for row in rows):
+        graded = next((number for number, bag in enumerate(rows, 1) if bag.num_grades is not None), None)
+        if graded is not None:
+            raise ValueError(
+                f"{source}, row {graded}: the label is a grade (`num_grades`), but a probability is learned here. "
+                "Divide grades by the highest one and leave `num_grades` out."
+            )
         return rows
     mine = "min" if settings.aggregation == "product" else settings.aggregation
     for number, row in enumerate(rows, 1):
@@ -68,19 +81,24 @@ class BagDataset(torch.utils.data.Dataset):
         source: Name of the data in log and error messages.
 
     Raises:
-        ValueError: If no bag is left.
+        ValueError: If a bag has no label, or no bag is left.
     """
 
     def __init__(
         self, bags: Sequence[Bag], tokenizer: PreTrainedTokenizerBase, settings: Settings, *, source: str
     ) -> None:
+        unlabelled = next((number for number, bag in enumerate(bags, 1) if bag.label is None), None)
+        if unlabelled is not None:
+            raise ValueError(f"{source}, row {unlabelled}: the response has no label. Label or drop it.")
         encoded = self._encode(bags, tokenizer, settings)
         kept, count = truncate_bags(bags, [bag.kept_steps for bag in encoded], settings.aggregation)
+        if not kept:
+            raise ValueError(
+                f"{source}: no response fits into `max_length={settings.max_length}` tokens with its label. Raise it."
+            )
         if count.truncated + count.dropped:
             logger.warning("%s: %s", source, count)
             encoded = self._encode(kept, tokenizer, settings)
-        if not kept:
-            raise ValueError(f"{source}: no response fits into `max_length={settings.max_length}` tokens. Raise it.")
         self.bags, self.encoded, self.truncation = kept, encoded, count
 
     @staticmethod

@@ -1,5 +1,6 @@
 """Configuration of [`FractalTrainer`]."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,7 +19,7 @@ class FractalConfig(TrainingArguments):
     """
 
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Kept False: the collator needs all that the trainer prepared."}
+        default=False, metadata={"help": "Always False: the collator needs all that the trainer prepared."}
     )
     scorer: Literal["likelihood", "token"] = field(
         default="likelihood",
@@ -45,7 +46,10 @@ class FractalConfig(TrainingArguments):
     )
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Most tokens of prompt and response together; whole steps beyond it are left out and counted."},
+        metadata={
+            "help": "Most tokens of prompt and response together; whole steps beyond it are left out and counted. "
+            "None: as many as the model takes."
+        },
     )
     reduction: Literal["sum", "mean"] = field(
         default="sum", metadata={"help": "Likelihood scorer: add or average the log-probabilities of a step's tokens."}
@@ -66,11 +70,14 @@ class FractalConfig(TrainingArguments):
         super().__post_init__()
         # Without an accelerator torch warns about every loader that is told to pin memory.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        self.remove_unused_columns = False
         for name in ("bag_weight", "instance_weight"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. A loss weight is 0 (off) or more.")
         if self.bag_weight == self.instance_weight == 0:
-            raise ValueError("`bag_weight` and `instance_weight` are both 0: nothing would be learned. Set one of them.")
+            raise ValueError("`bag_weight` and `instance_weight` are both 0: nothing would be learned. Set one.")
+        if self.head_learning_rate is not None and not 0 <= self.head_learning_rate < math.inf:
+            raise ValueError(f"`head_learning_rate` is {self.head_learning_rate}. Give 0 or more, or leave it out.")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"`max_length` is {self.max_length} tokens, too few for a prompt and a step. Raise it.")
         self.settings()  # raises its own sentences

@@ -9,7 +9,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 # A rollout logs some forty numbers; these say whether it learns. The others are in the logs of `report_to`.
 _SHOWN = ("loss", "reward", "kl", "completions/mean_length", "steps/score", "value/explained_variance")
-_SHOWN_PREFIXES = ("loss/", "rewards/", "eval_bag", "eval_loss", "eval_reward", "eval_step", "eval_within")
+_SHOWN_PREFIXES = ("loss/", "rewards/", "eval_bag", "eval_loss", "eval_reward", "eval_step_", "eval_within")
 
 
 class RichProgress(TrainerCallback):
@@ -65,8 +65,10 @@ class RichProgress(TrainerCallback):
             name: float(value)
             for name, value in (logs or {}).items()
             if (name in _SHOWN or name.startswith(_SHOWN_PREFIXES)) and isinstance(value, int | float | str)
-            if not name.endswith("/std")
+            if not name.endswith(("/std", "_std"))
         }
         if shown and state.is_world_process_zero:
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            self.progress.console.print(f"step {state.global_step}: {numbers}", markup=False, highlight=False)
+            self.progress.console.print(
+                f"step {state.global_step}: {numbers}", markup=False, highlight=False, soft_wrap=True
+            )

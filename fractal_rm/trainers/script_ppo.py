@@ -24,6 +24,9 @@ from fractal_rm.trainers.script_checks import (
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
 
+# What the screen and the model card show of some thirty numbers; metrics.json holds all of them.
+_SHOWN = ("train_runtime", "train_loss", "eval_rewards/", "eval_completions/mean_length", "eval_kl")
+
 
 def ppo(argv: Sequence[str]) -> None:
     """Train a policy with PPO on step rewards, outcome rewards, or both."""
@@ -61,14 +64,18 @@ def ppo(argv: Sequence[str]) -> None:
             metrics["eval"] = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
+        shown = {
+            split: {name: value for name, value in values.items() if name.startswith(_SHOWN)}
+            for split, values in metrics.items()
+        }
         kept = ("advantage", "num_generations", "num_iterations", "epsilon", "beta", "learning_rate", "seed")
         card = policy_card(
             base=arguments.model,
             rewards=" + ".join(f"`{Path(name).name}`" for name in names),
             data=arguments.task or data.name,
             settings={name: getattr(config, name) for name in kept},
-            metrics=metrics,
+            metrics=shown,
         )
         write_outputs(folder, metrics | {"history": trainer.state.log_history}, card)
-        print_metrics(metrics)
+        print_metrics(shown)
         print(f"{folder} holds the policy, metrics.json and README.md.")

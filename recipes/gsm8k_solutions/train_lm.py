@@ -12,8 +12,7 @@ import argparse
 import os
 import re
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from fractal_rm.segmentation import lines
 SOURCES = ("gsm8k_train", "aqua_dev")
 TEMPLATE = "Question: {prompt}\nAnswer: "
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+SPECIAL = [PAD, BOS, EOS]  # in the order of their ids
 # Tokens in a training row: two or three solutions.
 BLOCK = 512
 CALCULATOR = re.compile(r"<<[^>]*>>")
@@ -63,19 +63,16 @@ def split_text(text: str) -> tuple[str, str] | None:
 
 
 def read_texts(data_dir: str, sources: Sequence[str]) -> list[tuple[str, str]]:
-    """Questions with answers from the sources; a question that a data set in `evaluation_questions` asks is left out."""
+    """Questions with answers from the sources, without those that are asked in the evaluation."""
     asked = evaluation_questions(data_dir)
-    texts, left_out = [], Counter()
+    texts, asked_count = [], 0
     for row in read_jsonl(Path(data_dir) / "math_text.jsonl.gz"):
-        if row["source"] in sources:
-            split = split_text(row["text"])
-            reason = (
-                "no question and answer" if split is None else "asked in evaluation" if key(split[0]) in asked else ""
-            )
-            left_out[reason or "kept"] += 1
-            if split is not None and not reason:
-                texts.append(split)
-    print(f"Texts: {dict(left_out)}")
+        split = split_text(row["text"]) if row["source"] in sources else None
+        if split is not None and key(split[0]) in asked:
+            asked_count += 1
+        elif split is not None:
+            texts.append(split)
+    print(f"{len(texts)} texts; {asked_count} left out that are asked in the evaluation")
     return texts
 
 
@@ -104,12 +101,12 @@ def train_tokenizer(texts: Iterable[tuple[str, str]], vocab_size: int) -> PreTra
         (TEMPLATE.replace("{prompt}", question) + answer for question, answer in texts),
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[PAD, BOS, EOS],
+            special_tokens=SPECIAL,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
-    core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
+    core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, SPECIAL.index(BOS))])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,
@@ -150,7 +147,7 @@ class StopAfter(TrainerCallback):
             control.should_training_stop = True
 
 
-def collate(rows: Sequence[torch.Tensor]) -> Mapping[str, torch.Tensor]:
+def collate(rows: Sequence[torch.Tensor]) -> dict[str, Any]:
     """A batch of rows that are their own labels."""
     ids = torch.stack(list(rows))
     return {"input_ids": ids, "labels": ids}
@@ -160,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--data_dir", default=os.environ.get("FRACTAL_RM_DATA"), help="holds math_text.jsonl.gz")
     parser.add_argument("--output_dir", default="runs/gsm8k_solutions/lm")
-    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--minutes", type=float, default=25, help="end after so many minutes at the latest")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--vocab_size", type=int, default=3072)
@@ -190,9 +187,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             num_attention_heads=max(1, arguments.hidden_size // 64),
             max_position_embeddings=2 * BLOCK,
             tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=SPECIAL.index(PAD),
+            bos_token_id=SPECIAL.index(BOS),
+            eos_token_id=SPECIAL.index(EOS),
         )
     )
     print(f"{len(blocks) * BLOCK:,} tokens, {sum(p.numel() for p in model.parameters()):,} parameters")

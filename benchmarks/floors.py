@@ -1,0 +1,66 @@
+"""Step scores that need no learning: what any trained scorer has to beat.
+
+Each rule gives the steps of a response scores in [0, 1]; a response scores as the mean of its steps.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from fractal_rm.bags import Bag
+from fractal_rm.reward_model import Step, StepScores
+
+Rule = Callable[[Bag], Sequence[float]]
+# Characters of a step that scores 0.5 by its length; any number gives the same order.
+_USUAL_LENGTH = 100
+
+
+def at_random(seed: int) -> Rule:
+    """A rule that draws every score."""
+    generator = np.random.default_rng(seed)
+    return lambda bag: generator.random(len(bag.steps)).tolist()
+
+
+def position(bag: Bag) -> list[float]:
+    """Early steps are good, and so are responses of few steps."""
+    return [1 / (1 + index) for index in range(len(bag.steps))]
+
+
+def short(bag: Bag) -> list[float]:
+    """Short steps are good."""
+    return [_USUAL_LENGTH / (_USUAL_LENGTH + len(step)) for step in bag.steps]
+
+
+def few_new_words(bag: Bag) -> list[float]:
+    """Steps are good whose words and numbers stand in the prompt."""
+    asked = words(str(bag.prompt))
+    return [len(words(step) & asked) / max(1, len(words(step))) for step in bag.steps]
+
+
+def words(text: str) -> set[str]:
+    """Words and numbers of a text, without case.
+
+    Example:
+        >>> sorted(words("2 pens, 2 Pens!"))
+        ['2', 'pens']
+    """
+    return set("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
+def copied(outcomes: Mapping[str | None, float]) -> Rule:
+    """Every step scores as the outcome of its response.
+
+    Args:
+        outcomes: Outcome by id of the bag.
+    """
+    return lambda bag: [outcomes[bag.id]] * len(bag.steps)
+
+
+def score_by(rule: Rule, bags: Sequence[Bag]) -> list[StepScores]:
+    """Scores of bags by a rule."""
+    scored = []
+    for bag in bags:
+        values = list(rule(bag))
+        steps = [Step(text, *span, value) for text, span, value in zip(bag.steps, bag.step_spans, values, strict=True)]
+        scored.append(StepScores(bag.response, steps, float(np.mean(values))))
+    return scored

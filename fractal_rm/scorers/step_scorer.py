@@ -1,0 +1,46 @@
+"""What every scorer is: a transformers model, read so that each step of a response gets a logit."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class StepScorer(nn.Module):
+    """Step logits (B, S) from one forward over prompts and responses.
+
+    Args:
+        model: A transformers model, or a PEFT model around one.
+    """
+
+    model: Any  # a Module to torch; which one, the subclasses know
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, without a PEFT wrapper (whose layers stay in it)."""
+        return self.model.get_base_model() if self.is_adapted else self.model
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the model is a PEFT model."""
+        return hasattr(self.model, "peft_config")
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, step_ids: Tensor, step_ends: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Step logits (B, S) in float32 from tensors of [`~fractal_rm.scorers.encoding.pad_encoded`]."""
+        raise TypeError(f"{type(self).__name__} has no way to score. Use LikelihoodScorer or TokenScorer.")
+
+    # `transformers.Trainer` calls these with `gradient_checkpointing=True`; which one depends on its version.
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """As in `transformers.PreTrainedModel`."""
+        self.base.gradient_checkpointing_enable(**kwargs)
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """As in `transformers.PreTrainedModel`."""
+        self.base.activation_checkpointing_enable(**kwargs)
