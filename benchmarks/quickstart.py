@@ -5,7 +5,7 @@ Rival: the arm `outcome` (PPO with the exact checker's outcome reward only). For
 are sampled and labelled by outcome, a reward model is trained, and PPO runs once per arm from the same policy on the
 same prompts. Each evaluation appends a row to `benchmarks/results/quickstart.jsonl`.
 
-Command: python benchmarks/quickstart.py --seeds 1 2 3 --work_dir runs/bench
+Command: python benchmarks/quickstart.py --seeds 1 2 3 --ablations dense dense_raw+outcome
 Resumable: a finished stage or arm is not run again.
 """
 
@@ -35,10 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--work_dir", type=Path, default=Path("runs/bench"))
-    parser.add_argument("--ablations", action="store_true", help="Also run the arms that are not in the quickstart.")
+    parser.add_argument("--ablations", nargs="*", default=[], choices=[arm.name for arm in ABLATIONS])
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    arms = (*ARMS, *(ABLATIONS if arguments.ablations else ()))
+    arms = (*ARMS, *(arm for arm in ABLATIONS if arm.name in arguments.ablations))
     for seed in arguments.seeds:
         folder = arguments.work_dir / f"seed-{seed}"
         Quickstart(QuickstartArguments(output_dir=str(folder), seed=seed), arms=arms).run()
