@@ -193,11 +193,13 @@ def measure(
 
 
 def with_tables(document: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The document with its tables made anew from the rows."""
+    """The document with its tables made anew from the rows; a table without rows stays as it is."""
     for name, (dataset, prefixes, columns) in TABLES.items():
         chosen = [row for row in rows if row["dataset"] == dataset and row["arm"].startswith(prefixes)]
         chosen.sort(key=lambda row: ARMS.index(row["arm"]))
-        document = replace_table(document, name, markdown_table(chosen, metrics=columns))
+        present = [column for column in columns if any(column in row["metrics"] for row in chosen)]
+        if present:
+            document = replace_table(document, name, markdown_table(chosen, metrics=present))
     return document
 
 

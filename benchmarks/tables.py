@@ -13,9 +13,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
 
-def quickstart_rows(arms: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
-    """The last evaluation of each arm and seed of the quickstart's small budget."""
-    rows = [row for row in read_results(RESULTS / "quickstart.jsonl") if row["split"] == "held_out"]
+def last_rows(name: str, arms: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
+    """The last evaluation of each arm and seed of a quickstart's results file."""
+    rows = [row for row in read_results(RESULTS / name) if row["split"] == "held_out"]
     last = max(row["metrics"]["rollouts"] for row in rows)
     chosen = [row for row in rows if row["metrics"]["rollouts"] == last and (arms is None or row["arm"] in arms)]
     return sorted(chosen, key=lambda row: (row["arm"], row["seed"]))
@@ -25,13 +25,14 @@ def documents() -> dict[Path, str]:
     """Each document with its tables made anew."""
     shown = ["accuracy", "accuracy_greedy", "step_accuracy", "step_auc", "within_bag_auc", "rollouts"]
     readme, page = REPOSITORY / "README.md", REPOSITORY / "docs" / "quickstart.md"
-    short = markdown_table(quickstart_rows(("dense+outcome", "outcome")), metrics=shown)
-    return {
-        readme: replace_table(readme.read_text(encoding="utf-8"), "quickstart", short),
-        page: replace_table(
-            page.read_text(encoding="utf-8"), "quickstart_arms", markdown_table(quickstart_rows(), metrics=shown)
-        ),
-    }
+    arms = ("dense+outcome", "outcome")
+    short = markdown_table(last_rows("quickstart.jsonl", arms), metrics=shown)
+    # One line a seed: a mean over a policy that learned and one that did not would describe neither.
+    own = [row | {"arm": f"{row['arm']}, seed {row['seed']}"} for row in last_rows("quickstart_own_policy.jsonl", arms)]
+    text = page.read_text(encoding="utf-8")
+    text = replace_table(text, "quickstart_arms", markdown_table(last_rows("quickstart.jsonl"), metrics=shown))
+    text = replace_table(text, "quickstart_own_policy", markdown_table(own, metrics=shown[:5]))
+    return {readme: replace_table(readme.read_text(encoding="utf-8"), "quickstart", short), page: text}
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from fractal_rm.report import plots
 from fractal_rm.report.quickstart_report import write_report
 from fractal_rm.report.quickstart_summary import summarize
 from fractal_rm.results import ResultsFile, read_results, write_atomic
-from fractal_rm.tasks.arithmetic import Beliefs, exact_answer, make_problems
-from fractal_rm.tasks.base_policy import train_base_policy
+from fractal_rm.tasks.arithmetic import exact_answer, make_problems
+from fractal_rm.tasks.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.sampling import sample_responses
 from fractal_rm.trainers.fractal_config import FractalConfig
 from fractal_rm.trainers.fractal_trainer import FractalTrainer
@@ -53,7 +53,6 @@ ARMS = (Arm("dense+outcome", dense=True, outcome=True), Arm("outcome", dense=Fal
 class Budget:
     """How much work each stage does."""
 
-    policy_texts: int
     responses: int
     updates: int
     evaluate_every: int
@@ -64,8 +63,8 @@ class Budget:
 
 
 BUDGETS = {
-    "small": Budget(policy_texts=25_600, responses=6144, updates=60, evaluate_every=6),
-    "full": Budget(policy_texts=51_200, responses=16_384, updates=240, evaluate_every=12, held_out=1024),
+    "small": Budget(responses=6144, updates=60, evaluate_every=6),
+    "full": Budget(responses=16_384, updates=240, evaluate_every=12, held_out=1024),
 }
 
 
@@ -115,7 +114,6 @@ class Quickstart:
         self.arguments, self.budget = arguments, budget or BUDGETS[arguments.budget]
         self.folder = Path(arguments.output_dir)
         seed = arguments.seed
-        self.beliefs = Beliefs(seed=seed)
         counts = {
             "held_out": self.budget.held_out,
             "train": self.budget.responses,
@@ -136,7 +134,7 @@ class Quickstart:
         """All stages, the finished ones skipped."""
         self._claim_folder()
         stages: list[tuple[str, str, Callable[[], None]]] = [
-            ("policy", "Fine-tuning a small policy on text with wrong beliefs", self.train_policy),
+            ("policy", "Taking the small policy with wrong beliefs that the package ships", self.take_policy),
             ("responses.jsonl", "Sampling responses, labelled by their outcome", self.sample),
             ("reward_model", "Training the step reward model from outcomes", self.train_reward_model),
             *(
@@ -172,17 +170,9 @@ class Quickstart:
             )
         write_atomic(file, json.dumps(mine))
 
-    def train_policy(self) -> None:
-        """A base policy whose mistakes are beliefs."""
-
-        with quiet():
-            train_base_policy(
-                self.folder / "policy",
-                self.beliefs,
-                seed=self.arguments.seed,
-                num_texts=self.budget.policy_texts,
-                progress=RichProgress,
-            )
+    def take_policy(self) -> None:
+        """The base policy, whose mistakes are beliefs. `fractal_rm.tasks.base_policy` says how it was made."""
+        shutil.copytree(SHIPPED_POLICY, self.folder / "policy", dirs_exist_ok=True)
 
     def sample(self) -> None:
         """Training responses with outcome labels; validation responses with gold step labels beside them."""
@@ -297,10 +287,7 @@ class Quickstart:
             seed=self.arguments.seed,
             split=split,
             metrics=metrics,
-            config={
-                "budget": asdict(self.budget),
-                "beliefs": {name: getattr(self.beliefs, name) for name in ("wrong_share", "strength", "seed")},
-            },
+            config={"budget": asdict(self.budget), "ppo": PPO_SETTINGS},
             seconds=seconds,
         )
 

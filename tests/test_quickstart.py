@@ -5,11 +5,10 @@ import json
 import pytest
 
 from fractal_rm.quickstart import ARMS, Budget, Quickstart, QuickstartArguments
-from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.results import read_results
+from fractal_rm.reward_model import StepRewardModel
 
 TINY = Budget(
-    policy_texts=1600,
     responses=192,
     updates=2,
     evaluate_every=1,

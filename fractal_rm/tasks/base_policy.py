@@ -1,8 +1,12 @@
-"""A small causal language model with wrong beliefs: the policy that the embedded task starts from."""
+"""A small causal language model with wrong beliefs: the policy that the embedded task starts from.
 
+The one that the package ships (`SHIPPED_POLICY`, 0.2 M parameters, beliefs and weights of seed 0) was made by
+
+    python -m fractal_rm.tasks.base_policy OUTPUT_DIR --seed 0
+"""
+
+import argparse
 import random
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +21,8 @@ from transformers import (
 )
 
 from fractal_rm.tasks.arithmetic import Beliefs, make_problems
+
+SHIPPED_POLICY = Path(__file__).parent / "policy"
 
 
 def make_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
@@ -86,7 +92,6 @@ def train_base_policy(
     num_texts: int = 25600,
     hidden_size: int = 64,
     num_layers: int = 3,
-    progress: Callable[[Trainer, str], AbstractContextManager[object]] | None = None,
 ) -> None:
     """Train a small Llama from scratch on responses written with `beliefs`, and save it with its tokenizer.
 
@@ -99,7 +104,6 @@ def train_base_policy(
         num_texts: Size of the training text, seen once.
         hidden_size: Width of the model.
         num_layers: Depth of the model.
-        progress: Makes a context manager that shows progress, from the trainer and a title. None: no display.
     """
     set_seed(seed)
     tokenizer = make_tokenizer()
@@ -134,7 +138,6 @@ def train_base_policy(
             logging_steps=50,
             save_strategy="no",
             report_to=[],
-            disable_tqdm=progress is None,
             seed=seed,
             use_cpu=not torch.cuda.is_available(),
             remove_unused_columns=False,
@@ -142,7 +145,20 @@ def train_base_policy(
         train_dataset=data,
         data_collator=data.collate,
     )
-    with progress(trainer, "policy") if progress else nullcontext():
-        trainer.train()
+    trainer.train()
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Make a base policy of the embedded task.")
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--seed", type=int, default=0, help="Seed of beliefs, weights and text.")
+    parser.add_argument("--num_texts", type=int, default=25600, help="Size of the training text.")
+    arguments = parser.parse_args()
+    train_base_policy(
+        arguments.output_dir,
+        Beliefs(seed=arguments.seed),
+        seed=arguments.seed,
+        num_texts=arguments.num_texts,
+    )
