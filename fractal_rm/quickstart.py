@@ -221,8 +221,9 @@ class Quickstart:
                 train_dataset=read_jsonl(self.folder / "responses.jsonl"),
                 eval_dataset=read_jsonl(self.folder / "validation.jsonl"),
             )
+            progress = RichProgress(trainer, "reward model")  # from here on nothing else speaks
             before = trainer.evaluate()
-            with RichProgress(trainer, "reward model"):
+            with progress:
                 trainer.train()
             after = trainer.evaluate()
             trainer.save_model()

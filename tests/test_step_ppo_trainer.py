@@ -32,7 +32,8 @@ from fractal_rm.scorers.settings import Settings
 from fractal_rm.scorers.token_scorer import TokenScorer
 from fractal_rm.segmentation import Segmentation
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
-from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer, clipped_value_loss, explained_variance
+from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
+from fractal_rm.trainers.value_model import clipped_value_loss, explained_variance
 
 # Tests that hand completions to the trainer do it by `rollout_func`, which TRL calls experimental.
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")

@@ -15,13 +15,9 @@ from datasets import Dataset, IterableDataset
 from safetensors.torch import load_model as load_weights
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForTokenClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -30,6 +26,7 @@ from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.rewards import completion_text, place_outcome, place_step_rewards, step_end_tokens, token_end_characters
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 from fractal_rm.trainers.trl_contract import check_contract
+from fractal_rm.trainers.value_model import ValueGradients, clipped_value_loss, explained_variance, make_value_model
 
 _VALUE_FOLDER = "value_model"
 
@@ -158,8 +155,10 @@ class StepPPOTrainer(GRPOTrainer):
             self.step_scores.tokenizer = self._tokenizer
             self.step_scores.reward_model.scorer.to(self.accelerator.device)
         if args.advantage == "gae":
-            self.value_model = self.accelerator.prepare_model(self._make_value_model(value_model))
-            self.add_callback(_ValueGradients(self.value_model))
+            self.value_model = self.accelerator.prepare_model(
+                make_value_model(self.accelerator.unwrap_model(self.model), value_model)
+            )
+            self.add_callback(ValueGradients(self.value_model))
 
     # Rollouts: rewards and advantages -----------------------------------------------------------------------------
 
@@ -268,39 +267,6 @@ class StepPPOTrainer(GRPOTrainer):
 
     # The value model ----------------------------------------------------------------------------------------------
 
-    def _make_value_model(self, value_model: Any) -> PreTrainedModel:
-        if isinstance(value_model, str | Path):
-            value_model = AutoModelForTokenClassification.from_pretrained(value_model, num_labels=1)
-        elif value_model is None:
-            policy: Any = self.accelerator.unwrap_model(self.model)
-            policy = policy.get_base_model() if hasattr(policy, "peft_config") else policy
-            config = copy.deepcopy(policy.config)
-            config.num_labels = 1
-            try:
-                value_model = AutoModelForTokenClassification.from_config(config)
-            except ValueError as error:
-                raise ValueError(
-                    f"No value model can be made from {type(policy).__name__}: transformers has no token "
-                    "classification model for it. Give `value_model`, or set `advantage='group'`."
-                ) from error
-            # A fresh PEFT adapter changes nothing yet, so the weights under it are the policy's.
-            weights = {
-                name.replace(".base_layer", "").replace(".original_module", ""): value
-                for name, value in policy.base_model.state_dict().items()
-            }
-            value_model.base_model.load_state_dict(
-                {name: weights[name] for name in value_model.base_model.state_dict() if name in weights}
-            )
-            for module in value_model.modules():
-                if isinstance(module, nn.Linear) and module.out_features == 1:
-                    nn.init.zeros_(module.weight)
-                    nn.init.zeros_(module.bias) if module.bias is not None else None
-        if value_model.config.num_labels != 1:
-            labels = value_model.config.num_labels
-            raise ValueError(f"The value model has {labels} labels. Give one with `num_labels=1`.")
-        # For good: clipping compares with the rollout's values, and with dropout both would not see the same network.
-        return value_model.eval()
-
     def _values(self, inputs: dict[str, Tensor]) -> Tensor:
         """Value of the state before each completion token, (B, T) in float32."""
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -355,47 +321,3 @@ class StepPPOTrainer(GRPOTrainer):
 
 
 _VALUE_INPUTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-
-
-def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float) -> Tensor:
-    """Half the squared error of values (B, T), no better than what a move of `cliprange` from the old values earns.
-
-    Source:
-        Value clipping of PPO2 (OpenAI baselines), as in TRL's former PPOTrainer.
-
-    Example:
-        >>> one = torch.ones(1, 1)
-        >>> clipped_value_loss(one, 0 * one, one, one.bool(), 0.2)  # moved by 1, only 0.2 counts
-        tensor(0.3200)
-    """
-    clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
-    errors = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    return 0.5 * errors.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Share of the variance of returns (N,) that values explain: 1 is perfect, below 0 worse than their mean.
-
-    NaN, which TRL leaves out of its logs, where returns do not vary.
-    """
-    if len(returns) < 2 or returns.var() < 1e-8:
-        return math.nan
-    return 1.0 - ((returns - values).var() / returns.var()).item()
-
-
-class _ValueGradients(TrainerCallback):
-    """Clips the value model's gradients by their own norm and clears them: Trainer does both to the policy's only."""
-
-    def __init__(self, value_model: nn.Module) -> None:
-        self.value_model = value_model
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if args.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.value_model.parameters(), args.max_grad_norm)
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.value_model.zero_grad()
