@@ -22,6 +22,8 @@ from fractal_rm.scorers.checkpoint import load_tokenizer
 
 RECIPE = REPOSITORY / "recipes" / "gsm8k_solutions"
 RESULTS = REPOSITORY / "benchmarks" / "results" / "gsm8k_solutions.jsonl"
+# Steps of an invented text, so that few texts fill a training row.
+REPEATS = 20
 
 
 def load(path: Path) -> ModuleType:
@@ -76,14 +78,11 @@ def data_dir(tmp_path_factory) -> Path:
     rows = [solution(i, kind="processbench-gsm8k", wrong=i % 2 == 0, known=True) for i in (*range(5), *range(20, 30))]
     rows.append(solution(40, kind="processbench-math", wrong=True, known=True))
     write_jsonl(folder / "processbench" / "test.jsonl.gz", rows)
-    texts = [
-        {
-            "source": "gsm8k_train" if i % 5 else "svamp",
-            "text": f"Question: {question(i)}\nAnswer: {i} + {i + 1} = <<{i}+{i + 1}={2 * i + 1}>>{2 * i + 1}"
-            f"\n#### {2 * i + 1}",
-        }
-        for i in range(20, 420)
-    ]
+    texts = []
+    for i in range(20, 420):
+        step = f"{i} + {i + 1} = <<{i}+{i + 1}={2 * i + 1}>>{2 * i + 1}\n"
+        source = "gsm8k_train" if i % 5 else "svamp"
+        texts.append({"source": source, "text": f"Question: {question(i)}\nAnswer: {step * REPEATS}#### {2 * i + 1}"})
     write_jsonl(folder / "math_text.jsonl.gz", texts)
     return folder
 
@@ -93,7 +92,7 @@ def data_dir(tmp_path_factory) -> Path:
 
 def test_texts_look_like_solutions_and_leave_out_what_is_asked_in_the_evaluation(train_lm, data_dir):
     texts = train_lm.read_texts(str(data_dir), ("gsm8k_train",))
-    assert ("Ada has 41 pens and buys 42 more. How many has she?", "41 + 42 = 83\nA: 83") in texts
+    assert ("Ada has 41 pens and buys 42 more. How many has she?", "41 + 42 = 83\n" * REPEATS + "A: 83") in texts
     asked = {question(i) for i in range(20, 30)}
     assert not asked & {text for text, _ in texts}
     assert len(texts) == len([i for i in range(30, 420) if i % 5])

@@ -24,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from fractal_rm.results import package_versions
@@ -40,14 +41,18 @@ _HEAD_TOLERANCE = 1e-2
 _NO_LIMIT = 10**9
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, kind: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
     """A tokenizer with a padding token: its own, or else the end-of-text token, which the mask hides.
+
+    Args:
+        path: Folder or hub id.
+        kind: Class to load it with.
 
     Raises:
         ValueError: If the folder or hub id has no tokenizer, or it has neither of the two tokens.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = kind.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path} has no tokenizer that can be loaded ({_first_line(error)}). Save one there, or give "
@@ -253,13 +258,16 @@ def load_scorer(path: str | Path, **kwargs: Any) -> tuple[StepScorer, PreTrained
         )
     settings = Settings.from_dict(block, where=str(path))
     tokenizer = load_tokenizer(path)
+    if tokenizer_fingerprint(tokenizer) != settings.tokenizer:
+        # For some architectures AutoTokenizer knows better than the files; the files say how training had it.
+        tokenizer = load_tokenizer(path, PreTrainedTokenizerFast)
     found = tokenizer_fingerprint(tokenizer)
     if found != settings.tokenizer:
         raise ValueError(
             f"{path}: the tokenizer or its chat template is not the one the model was trained with (fingerprint "
             f"{found}, expected {settings.tokenizer}). Restore the tokenizer files that were saved with it."
         )
-    model, missing = load_model(path, settings, **kwargs)
+    model, missing = load_model(path, settings, use_safetensors=True, **kwargs)
     if missing:
         raise ValueError(
             f"{path}: {len(missing)} weights are missing from the folder and would be random (first: {missing[0]}). "
@@ -270,7 +278,7 @@ def load_scorer(path: str | Path, **kwargs: Any) -> tuple[StepScorer, PreTrained
             f"{path}: the scoring head is not the one that was trained. "
             "Restore the safetensors file that FractalTrainer saved."
         )
-    return make_scorer(model.eval(), settings), tokenizer, settings
+    return make_scorer(model, settings).eval(), tokenizer, settings
 
 
 def _check_folder(path: str | Path, advice: str) -> None:

@@ -107,4 +107,5 @@ class Settings:
             values["segmentation"] = Segmentation.from_dict(values.get("segmentation", {}))
             return cls(**values)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{file}: the `fractal` block is damaged. {error}") from error
+            reason = str(error).rstrip(".")
+            raise ValueError(f"{file}: the `fractal` block is damaged ({reason}). Train the model again.") from error

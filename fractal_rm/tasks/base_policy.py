@@ -62,7 +62,8 @@ class _Demonstrations(Dataset):
     def __init__(self, texts: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> None:
         prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
         responses = tokenizer([response for _, response in texts])["input_ids"]
-        self.rows = [(p, [*r, _id(tokenizer, "eos")]) for p, r in zip(prompts, responses, strict=True)]
+        eos = _id(tokenizer, "eos")
+        self.rows = [(p, [*r, eos]) for p, r in zip(prompts, responses, strict=True)]
         self.pad = _id(tokenizer, "pad")
 
     def __len__(self) -> int:

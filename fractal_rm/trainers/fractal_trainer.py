@@ -28,6 +28,7 @@ from fractal_rm.losses import bag_loss, instance_loss
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import (
     StepScorer,
+    head_module,
     head_parameters,
     load_model,
     load_scorer,
@@ -140,10 +141,13 @@ class FractalTrainer(Trainer):
                 f"`peft_config` is a {type(peft_config).__name__}, which puts tokens before the text and cannot be "
                 "merged into the saved model. Use one that adapts weights, such as `LoraConfig`."
             )
-        # With the task known, PEFT trains the classification head as well.
-        task = "TOKEN_CLS" if self.settings.scorer == "token" else "CAUSAL_LM"
         peft_config = copy.copy(peft_config)
-        peft_config.task_type = task
+        # With the task known, PEFT trains the classification head as well.
+        peft_config.task_type = "TOKEN_CLS" if self.settings.scorer == "token" else "CAUSAL_LM"
+        if self.settings.scorer == "token" and getattr(peft_config, "target_modules", None) == "all-linear":
+            # All but the head, which is trained as a whole: PEFT knows that for causal models only.
+            head = head_module(model, self.settings)
+            peft_config.exclude_modules = [name for name, module in model.named_modules() if module is head]
         adapted: Any = get_peft_model(model, peft_config)
         return adapted
 

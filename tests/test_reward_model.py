@@ -1,0 +1,220 @@
+"""`StepRewardModel.score` and `FractalReward`: what a caller gives and gets."""
+
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from models import byte_tokenizer, make_model, reward_model
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from fractal_rm.reward_model import FractalReward, StepRewardModel, StepScores
+from fractal_rm.segmentation import Segmentation
+
+PROMPT = "What is 3+4?\n"
+RESPONSE = "3+4=7.\n  so 12.\n\n✓ done.\n"
+
+
+@pytest.fixture(scope="module")
+def model() -> StepRewardModel:
+    return reward_model("likelihood", "llama")
+
+
+def test_steps_say_where_they_stand_and_what_they_are(model):
+    scored = model.score([PROMPT], [RESPONSE])[0]
+    assert scored.response == RESPONSE
+    assert [step.text for step in scored.steps] == ["3+4=7.", "so 12.", "✓ done."]
+    assert [RESPONSE[start:end] for start, end in scored.spans] == [step.text for step in scored.steps]
+    assert all(0 < score < 1 for score in scored.step_scores)
+    assert (scored.truncated_steps, scored.error) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "formula"), [("min", np.min), ("max", np.max), ("mean", np.mean), ("product", np.prod)]
+)
+def test_the_response_score_aggregates_the_step_scores(aggregation, formula):
+    model = reward_model("token", "llama", aggregation=aggregation)
+    for scored in model.score([PROMPT] * 2, [RESPONSE, "one step"]):
+        assert scored.score == pytest.approx(formula(scored.step_scores), abs=1e-5)
+
+
+def test_temperature_divides_the_logits():
+    cold, warm = (reward_model("token", "llama", temperature=t).score([PROMPT], [RESPONSE])[0] for t in (1.0, 2.0))
+    for a, b in zip(cold.step_scores, warm.step_scores, strict=True):
+        assert math.log(b / (1 - b)) == pytest.approx(math.log(a / (1 - a)) / 2, abs=1e-4)
+
+
+def test_results_come_in_the_order_of_the_responses(model):
+    responses = ["a much longer first response.\nwith two steps.", "b", "c is\nin the middle"]
+    scored = model.score([PROMPT] * 3, responses, batch_size=2)
+    assert [result.response for result in scored] == responses
+    assert scored == [model.score([PROMPT], [response])[0] for response in responses]
+
+
+def test_steps_may_come_already_cut(model):
+    text, cut = model.score([PROMPT] * 2, ["3+4=7.\nso 12.", ["3+4=7.", "so 12."]])
+    assert text == cut
+    given = reward_model("likelihood", "llama", segmentation=Segmentation("given"))
+    assert given.score([PROMPT], [["3+4=7.", "so 12."]])[0].step_scores == text.step_scores
+    with pytest.raises(ValueError, match="Segmentation 'given' cannot cut a text"):
+        given.score([PROMPT], ["3+4=7."])
+
+
+def test_spans_that_are_known_are_not_looked_for(model):
+    scored = model.score([PROMPT], ["3+4=7. so 12."], spans=[[(0, 6), (7, 13)]])[0]
+    assert [step.text for step in scored.steps] == ["3+4=7.", "so 12."]
+    assert model.score([PROMPT], ["3+4=7. so 12."])[0].spans == [(0, 13)]
+
+
+BAD = [
+    ("", PROMPT, "the response is empty"),
+    (" \n\t\n", PROMPT, "the response is empty"),
+    ("half \ud83d a pair", PROMPT, "the response holds half of a surrogate pair"),
+    (None, PROMPT, "the response is None"),
+    (7, PROMPT, "the response is 7 (int), not text"),
+    ([], PROMPT, "there are no steps"),
+    (["one", " "], PROMPT, "step 2 is blank"),
+    (["one", 2], PROMPT, "step 2 is int, not text"),
+    ("fine.", None, "the prompt is NoneType"),
+    ("fine.", "half \ud83d", "the prompt holds half of a surrogate pair"),
+    ("fine.", [], "the prompt is a chat without messages"),
+    ("fine.", [{"role": "user"}], "message 1 of the prompt is no message"),
+]
+
+
+@pytest.mark.parametrize(("response", "prompt", "reason"), BAD)
+def test_a_bad_response_is_reported_and_the_others_are_scored(model, caplog, response, prompt, reason):
+    with caplog.at_level(logging.WARNING):
+        before, bad, after = model.score([PROMPT, prompt, PROMPT], [RESPONSE, response, "so 12."])
+    assert before == model.score([PROMPT], [RESPONSE])[0]
+    assert after == model.score([PROMPT], ["so 12."])[0]
+    assert bad.steps == []
+    assert math.isnan(bad.score)
+    assert bad.error.startswith(f"row 1: {reason}")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"1 of 3 responses were not scored. First: {bad.error}"
+    ]
+
+
+def test_a_batch_of_bad_responses_only_is_reported_whole(model):
+    assert all(result.error for result in model.score([PROMPT] * 2, ["", " "]))
+    assert model.score([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "spans"),
+    [(["?"], [], None), ([], ["a"], None), (["?"], ["a"], []), (["?"], ["a"], [[], []])],
+)
+def test_prompts_responses_and_spans_must_be_as_many(model, prompts, responses, spans):
+    with pytest.raises(ValueError, match="Give one prompt a response"):
+        model.score(prompts, responses, spans=spans)
+
+
+def test_spans_outside_the_response_are_that_rows_error(model):
+    assert "leave the response of 2 characters" in model.score(["?"], ["ab"], spans=[[(0, 3)]])[0].error
+
+
+def test_steps_beyond_max_length_are_counted_and_logged(caplog):
+    tokenizer = byte_tokenizer()
+    whole = reward_model("token", "llama", tokenizer).score([PROMPT], ["one.\ntwo.\nthree."])[0]
+    short = reward_model("token", "llama", tokenizer, max_length=len(PROMPT) + len("one.\ntwo."))
+    with caplog.at_level(logging.WARNING):
+        cut, fits, hopeless = short.score([PROMPT] * 3, ["one.\ntwo.\nthree.", "one.", "a first step that is too long"])
+    assert cut.step_scores == pytest.approx(whole.step_scores[:2], abs=1e-6)
+    assert cut.score == pytest.approx(min(cut.step_scores))
+    assert (cut.truncated_steps, fits.truncated_steps) == (1, 0)
+    assert hopeless.error == "row 2: the prompt and the first step exceed `max_length` (22 tokens)."
+    messages = [record.getMessage() for record in caplog.records]
+    assert "1 of 3 responses are longer than `max_length`: last steps unscored." in messages
+
+
+def test_chats_go_through_the_chat_template():
+    model = reward_model("token", "llama", byte_tokenizer(chat=True))
+    chat = [{"role": "user", "content": "What is 3+4?"}]
+    as_chat, as_text = model.score([chat, "<user>What is 3+4?\n<assistant>"], [RESPONSE] * 2)
+    assert as_chat == as_text
+
+
+def test_chats_without_a_chat_template_are_named(model):
+    with pytest.raises(ValueError, match=r"The prompts are chats, but the tokenizer .* has no chat template"):
+        model.score([PROMPT, [{"role": "user", "content": "3+4?"}]], [RESPONSE] * 2)
+
+
+@pytest.mark.parametrize(("batches", "progress", "shown"), [(2, None, False), (3, None, True), (3, False, False)])
+def test_a_bar_is_shown_for_long_work_only(model, capsys, monkeypatch, batches, progress, shown):
+    monkeypatch.setattr("fractal_rm.reward_model._BATCHES_WORTH_A_BAR", 3)
+    model.score([PROMPT] * batches, ["so 12."] * batches, batch_size=1, progress=progress)
+    assert ("Scoring" in capsys.readouterr().out) is shown
+
+
+def test_scoring_is_without_dropout_and_leaves_training_as_it_was():
+    model = reward_model("token", "gpt2")
+    expected = model.score([PROMPT], [RESPONSE])
+    model.scorer.train()
+    assert model.score([PROMPT], [RESPONSE]) == expected
+    assert model.scorer.training
+    assert model.scorer.base.training
+
+
+# As a reward of TRL ------------------------------------------------------------------------------------------------
+
+
+def test_a_reward_is_the_response_score_and_none_where_there_is_none(model, tmp_path):
+    model.save_pretrained(tmp_path / "rm")
+    expected = model.score([PROMPT], [RESPONSE])[0].score
+    for reward in (FractalReward(model), FractalReward(tmp_path / "rm"), FractalReward(str(tmp_path / "rm"))):
+        assert reward.__name__ == "fractal_reward"
+        assert reward(prompts=[PROMPT] * 2, completions=[RESPONSE, ""], completion_ids=[[1], []]) == [expected, None]
+
+
+def test_a_reward_reads_chats_of_one_message():
+    reward = FractalReward(reward_model("token", "llama", byte_tokenizer(chat=True)))
+    chat = [{"role": "user", "content": "What is 3+4?"}]
+    text = "<user>What is 3+4?\n<assistant>"
+    assert reward([chat], [[{"role": "assistant", "content": RESPONSE}]]) == reward([text], [RESPONSE])
+
+
+@pytest.mark.parametrize(("trainer", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_a_reward_trains_in_trl(model, tmp_path, trainer, config):
+    tokenizer = byte_tokenizer()
+    policy = make_model("likelihood", "llama", seed=3)
+    before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    seen: list[StepScores] = []
+
+    class Watched(FractalReward):
+        def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
+            rewards = super().__call__(prompts, completions, **kwargs)
+            seen.extend(rewards)
+            return rewards
+
+    run = trainer(
+        policy,
+        reward_funcs=[Watched(model)],
+        args=config(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            num_generations=2,
+            per_device_train_batch_size=4,
+            max_completion_length=12,
+            learning_rate=1e-2,
+            beta=0.0,
+            logging_steps=1,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+        train_dataset=Dataset.from_list([{"prompt": f"{i}+1?\n"} for i in range(4)]),
+        processing_class=tokenizer,
+    )
+    run.train()
+    assert len(seen) == 8
+    logged = [entry["rewards/fractal_reward/mean"] for entry in run.state.log_history if "reward" in entry]
+    assert len(logged) == 2
+    assert logged[0] == pytest.approx(np.mean([reward for reward in seen[:4] if reward is not None]), abs=1e-4)
+    assert any(not torch.equal(before[name], parameter) for name, parameter in run.model.named_parameters())
