@@ -1,4 +1,4 @@
-"""What every test runs under: no network, at most two threads, fixed seeds, checked shapes in the pure modules."""
+"""What every test runs under: no network, one thread, fixed seeds, checked shapes in the pure modules."""
 
 import os
 
@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PURE_MODULES = ("aggregation", "losses", "rewards", "advantages", "metrics")
 install_import_hook([f"fractal_rm.{module}" for module in PURE_MODULES], "beartype.beartype")
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)
 
 # No deadline: a machine that is busy is not a bug. The same examples in every run: a test that passes, passes again.
 settings.register_profile("fractal_rm", deadline=None, derandomize=True)
