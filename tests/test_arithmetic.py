@@ -20,7 +20,7 @@ from fractal_rm.tasks.arithmetic import (
     exact_answer,
     make_problems,
 )
-from fractal_rm.tasks.base_policy import make_tokenizer, train_base_policy
+from fractal_rm.tasks.base_policy import SHIPPED_POLICY, make_tokenizer, train_base_policy
 from fractal_rm.tasks.sampling import sample_responses
 
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -184,6 +184,24 @@ def policy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
     train_base_policy(folder, Beliefs(), num_texts=64, hidden_size=16, num_layers=1)
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def test_the_shipped_policy_answers_greedily_what_it_believes():
+    model, tokenizer = (auto.from_pretrained(SHIPPED_POLICY) for auto in (AutoModelForCausalLM, AutoTokenizer))
+    problems, believed = make_problems(60, seed=123), Beliefs().wrong
+    responses = sample_responses(model, tokenizer, [problem.prompt for problem in problems], greedy=True)
+    right = [problem.check_answer(response) for problem, response in zip(problems, responses, strict=True)]
+    assert 0.1 < sum(right) / len(right) < 0.6  # there is something to learn, and something to learn from
+    mistakes = []
+    for problem, response in zip(problems, responses, strict=True):
+        before = problem.start
+        steps = zip(problem.changes, response.split("\n"), problem.check_steps(response), strict=False)
+        for change, line, good in steps:
+            if not good:
+                mistakes.append(believed.get((before, *change)) == int(line[-1]))
+            before = int(line[-1])
+    assert len(mistakes) > 30
+    assert sum(mistakes) / len(mistakes) > 0.9
 
 
 def test_a_policy_is_an_ordinary_folder(policy):

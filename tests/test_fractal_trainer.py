@@ -92,6 +92,8 @@ def test_the_bag_loss_falls_and_every_parameter_moves(tmp_path, scorer, family):
     trainer.train()
     losses = logged(trainer, "loss/bag")
     assert len(losses) == 25
+    assert losses == pytest.approx(logged(trainer, "loss"), abs=1e-4)
+    assert not logged(trainer, "loss/instance")
     assert np.mean(losses[-3:]) < 0.7 * losses[0]
     assert [name for name, weight in weights(trainer).items() if torch.equal(weight, before[name])] == []
 
@@ -144,6 +146,18 @@ def test_the_same_seed_gives_the_same_model(tmp_path, scorer):
     options = {"scorer": scorer, "family": "gpt2"}  # with dropout
     first, second = train(tmp_path, **options, seed=1), train(tmp_path, **options, seed=1)
     assert_equal_weights(first, second)
+
+
+def test_the_seed_decides_a_new_head_and_new_adapters(tmp_path):
+    make_model("likelihood", "llama").save_pretrained(tmp_path / "lm")
+    start = []
+    for seed in (1, 1, 2):
+        torch.rand(seed)  # whatever happened before
+        start.append(make(tmp_path, scorer="token", model=tmp_path / "lm", seed=seed, peft_config=lora()))
+    assert_equal_weights(start[0], start[1])
+    assert {name for name, weight in weights(start[0]).items() if not torch.equal(weight, weights(start[2])[name])} == {
+        name for name in weights(start[0]) if "lora_A" in name or ("score" in name and "weight" in name)
+    }
 
 
 @pytest.mark.parametrize("scorer", ["likelihood", "token"])
@@ -294,6 +308,15 @@ def test_loss_terms_are_logged_by_name_and_add_up(tmp_path):
         assert not any(name.startswith("loss") for name in entry)
 
 
+def test_terms_of_one_evaluation_do_not_reach_the_log_of_another(tmp_path):
+    trainer = make(tmp_path, eval_rows=sums(6, seed=1), scorer="token")
+    expected = trainer.evaluate()["eval_loss/bag"]
+    trainer.predict(trainer.train_dataset)
+    other = trainer.evaluate(ROWS, metric_key_prefix="test")
+    assert other["test_loss/bag"] == pytest.approx(other["test_loss"], abs=1e-6)
+    assert trainer.evaluate()["eval_loss/bag"] == expected != other["test_loss/bag"]
+
+
 def test_the_evaluation_loss_is_the_mean_over_bags_with_soft_labels(tmp_path):
     rows = [row | {"label": 0.7 if row["label"] else 0.2} for row in sums(7, seed=1)]
     trainer = make(tmp_path, eval_rows=rows, scorer="token")
@@ -400,6 +423,8 @@ def test_responses_that_are_too_long_are_counted_logged_and_keep_their_meaning(t
     data = trainer.train_dataset
     assert (data.truncation.total, data.truncation.truncated, data.truncation.dropped) == (4, 1, 2)
     assert [(bag.response, bag.label) for bag in data.bags] == [("good step\ngood step", 1.0), ("short", 0.0)]
+    texts = [data_bag.prompt + data_bag.response for data_bag in data.bags]
+    assert [trainer.processing_class.decode(encoded.input_ids) for encoded in data.encoded] == texts
     assert "train data: 3 of 4 responses are too long: 1 shortened to their first whole steps, 2 dropped" in caplog.text
     trainer.train()
 

@@ -122,13 +122,16 @@ def test_steps_beyond_max_length_are_counted_and_logged(caplog):
     whole = reward_model("token", "llama", tokenizer).score([PROMPT], ["one.\ntwo.\nthree."])[0]
     short = reward_model("token", "llama", tokenizer, max_length=len(PROMPT) + len("one.\ntwo."))
     with caplog.at_level(logging.WARNING):
-        cut, fits, hopeless = short.score([PROMPT] * 3, ["one.\ntwo.\nthree.", "one.", "a first step that is too long"])
+        cut, fits, hopeless, many = short.score(
+            [PROMPT] * 4, ["one.\ntwo.\nthree.", "one.", "a first step that is too long", "1\n2\n3\n4"]
+        )
     assert cut.step_scores == pytest.approx(whole.step_scores[:2], abs=1e-6)
+    assert len(many.steps) == 4  # in the same batch: its steps are not those of the others
     assert cut.score == pytest.approx(min(cut.step_scores))
     assert (cut.truncated_steps, fits.truncated_steps) == (1, 0)
     assert hopeless.error == "row 2: the prompt and the first step exceed `max_length` (22 tokens)."
     messages = [record.getMessage() for record in caplog.records]
-    assert "1 of 3 responses are longer than `max_length`: last steps unscored." in messages
+    assert "1 of 4 responses are longer than `max_length`: last steps unscored." in messages
 
 
 def test_chats_go_through_the_chat_template():

@@ -149,6 +149,31 @@ def test_the_first_token_of_a_text_counts_for_nothing():
     assert found[0, 1] < 0.25
 
 
+def test_weight_and_bias_are_fitted_from_wherever_they_stand():
+    torch.manual_seed(0)
+    mask = torch.rand(2, 16, 3) < 0.7
+    mask[..., 0] = True
+    likelihoods = -10 * torch.rand(2, 16, 3)
+    worst = likelihoods.masked_fill(~mask, 0.0).amin(dim=2)
+    labels = (worst + torch.randn(2, 16) > -7).float()
+    fitted = []
+    for weight, bias in ((0.0, 0.0), (-2.0, 3.0)):
+        scorer = LikelihoodScorer(make_model("likelihood", "llama"), log_weight=weight, bias=bias)
+        logits = math.exp(weight) * likelihoods + bias
+        scorer.fit_scale(list(logits), list(labels), list(mask), aggregation="min")
+        assert all(parameter.grad is None for parameter in scorer.parameters())
+        fitted.append((scorer.log_weight.item(), scorer.bias.item()))
+    assert fitted[0] == pytest.approx(fitted[1], abs=1e-2)
+
+    def loss(log_weight: float, bias: float) -> float:
+        steps = math.exp(log_weight) * likelihoods.flatten(0, 1) + bias
+        fit = bag_loss(steps, labels.flatten(), mask.flatten(0, 1)).mean().item()
+        return fit + 1e-3 * log_weight**2 + 1e-4 * bias**2
+
+    grid = [(w, b) for w in torch.arange(-3, 3, 0.1).tolist() for b in torch.arange(-2, 12, 0.25).tolist()]
+    assert loss(*fitted[0]) <= min(loss(w, b) for w, b in grid) + 1e-4
+
+
 # Batches -----------------------------------------------------------------------------------------------------------
 
 

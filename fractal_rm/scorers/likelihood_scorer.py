@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fractal_rm.aggregation import Aggregation
+from fractal_rm.losses import bag_loss
 from fractal_rm.scorers.step_scorer import StepScorer
 
 # Rows of (chunk, V) float32 logits alive at a time: 1024 x 150k is 0.6 GB, the whole (B, T, V) would be tens of GB.
@@ -91,6 +93,38 @@ class LikelihoodScorer(StepScorer):
             count = torch.zeros_like(total).index_add(0, slots, torch.ones_like(log_probs))
             total = total / count.clamp(min=1.0)
         return self.log_weight.exp() * total.view(mask.shape) + self.bias
+
+    def fit_scale(
+        self, logits: list[Tensor], bag_labels: list[Tensor], masks: list[Tensor], *, aggregation: Aggregation
+    ) -> None:
+        """Fit weight and bias to bag labels, the language model as it is.
+
+        A log-likelihood is never positive and its scale depends on the model, so starting at weight 1 and bias 0 would
+        first teach the whole language model to move one offset.
+
+        Args:
+            logits: Step logits (B, S) of this scorer, for each batch.
+            bag_labels: Response labels (B,), for each batch.
+            masks: True where a step is real (B, S), for each batch.
+            aggregation: How step probabilities become a response probability.
+        """
+        # Without the scale of now, what is left is the log-likelihood.
+        likelihoods = [((x - self.bias) / self.log_weight.exp()).detach() for x in logits]
+        optimizer = torch.optim.LBFGS([self.log_weight, self.bias], max_iter=50, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            losses = [
+                bag_loss(self.log_weight.exp() * x + self.bias, labels, mask, aggregation=aggregation)
+                for x, labels, mask in zip(likelihoods, bag_labels, masks, strict=True)
+            ]
+            # A weak pull towards weight 1 keeps the fit finite where labels are separable.
+            loss = torch.cat(losses).mean() + 1e-3 * self.log_weight**2 + 1e-4 * self.bias**2
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        optimizer.zero_grad()
 
     @torch.no_grad()
     def _head_is_plain(self, input_ids: Tensor) -> bool:

@@ -1,6 +1,5 @@
 """A step reward model from labels on whole responses, on `transformers.Trainer`."""
 
-import copy
 import os
 import warnings
 from collections import defaultdict
@@ -28,7 +27,6 @@ from fractal_rm.losses import bag_loss, instance_loss
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import (
     StepScorer,
-    head_module,
     head_parameters,
     load_model,
     load_scorer,
@@ -42,6 +40,7 @@ from fractal_rm.scorers.checkpoint import (
 from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
 from fractal_rm.trainers.bag_data import BagCollator, BagDataset, Records, fingerprint, joins_without_a_gap, to_bags
 from fractal_rm.trainers.fractal_config import FractalConfig
+from fractal_rm.trainers.model_setup import add_adapter, check_vocabulary, model_source, move_to_group
 
 # Trainable weights of a PEFT run, unmerged: what resuming needs and the ordinary folder cannot hold.
 _TRAINABLE_FILE = "trainable.safetensors"
@@ -92,11 +91,11 @@ class FractalTrainer(Trainer):
             if args.instance_weight == 0:  # gold labels are not read: not even to tell which long responses to keep
                 bags["train"] = [replace(bag, step_labels=None) for bag in bags["train"]]
         set_seed(args.seed)  # adapters and heads are made before Trainer seeds
-        tokenizer = with_padding(processing_class) if processing_class else load_tokenizer(_path(model))
+        tokenizer = with_padding(processing_class) if processing_class else load_tokenizer(model_source(model))
         if isinstance(model, str | Path):
             # As TRL does: transformers would keep half precision, and small updates would be rounded away.
             model, _ = load_model(model, self.settings, dtype=torch.float32)
-        _check_vocabulary(model, tokenizer)
+        check_vocabulary(model, tokenizer)
         model.config.pad_token_id = pad_token_id(tokenizer)
         if self.settings.max_length is None:
             self.settings.max_length = longest_input(model, tokenizer)
@@ -106,7 +105,7 @@ class FractalTrainer(Trainer):
             self.settings.data = fingerprint(bags["train"])
             if joins_without_a_gap(bags["train"], self.settings):
                 self._warn_about_joined_text()
-        wrapped = model if peft_config is None else self._add_adapter(model, peft_config)
+        wrapped = model if peft_config is None else add_adapter(model, peft_config, self.settings)
         super().__init__(
             model=make_scorer(wrapped, self.settings),
             args=args,
@@ -118,9 +117,7 @@ class FractalTrainer(Trainer):
             optimizers=optimizers,
             compute_metrics=self._metrics,
         )
-        # `compute_loss` averages each micro-batch itself; Trainer divides by their number.
-        self.model_accepts_loss_kwargs = False
-        self._terms: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._terms: defaultdict[tuple[str, str], list[Tensor]] = defaultdict(list)
 
     def _encoded(self, bags: list[Bag], source: str) -> BagDataset:
         return BagDataset(bags, self._tokenizer, self.settings, source=source)
@@ -132,24 +129,6 @@ class FractalTrainer(Trainer):
             "the policy sees them, set `prompt_template`, for example '{prompt}\\n'.",
             stacklevel=3,
         )
-
-    def _add_adapter(self, model: PreTrainedModel, peft_config: Any) -> nn.Module:
-        from peft import get_peft_model
-
-        if peft_config.is_prompt_learning:
-            raise ValueError(
-                f"`peft_config` is a {type(peft_config).__name__}, which puts tokens before the text and cannot be "
-                "merged into the saved model. Use one that adapts weights, such as `LoraConfig`."
-            )
-        peft_config = copy.copy(peft_config)
-        # With the task known, PEFT trains the classification head as well.
-        peft_config.task_type = "TOKEN_CLS" if self.settings.scorer == "token" else "CAUSAL_LM"
-        if self.settings.scorer == "token" and getattr(peft_config, "target_modules", None) == "all-linear":
-            # All but the head, which is trained as a whole: PEFT knows that for causal models only.
-            head = head_module(model, self.settings)
-            peft_config.exclude_modules = [name for name, module in model.named_modules() if module is head]
-        adapted: Any = get_peft_model(model, peft_config)
-        return adapted
 
     @property
     def scorer(self) -> StepScorer:
@@ -169,39 +148,21 @@ class FractalTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _fit_scale(self, scorer: LikelihoodScorer, data: Any) -> None:
-        """Fit weight and bias to the bag labels, the language model as it is.
-
-        A log-likelihood is never positive and its scale depends on the model, so starting at weight 1 and bias 0 would
-        first teach the whole language model to move one offset.
-        """
+        """Fit weight and bias to the bag labels of some responses."""
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.args.seed))
-        collected = []
-        was_training = scorer.training
+        rows = order[:_SCALE_RESPONSES].split(self.args.per_device_eval_batch_size)
+        batches = [self._prepare_inputs(self.data_collator([data[int(i)] for i in part])) for part in rows]
+        training = scorer.training
         scorer.eval()
-        size = self.args.per_device_eval_batch_size
-        for rows in order[:_SCALE_RESPONSES].split(size):
-            batch = self._prepare_inputs(self.data_collator([data[int(i)] for i in rows]))
-            with torch.no_grad(), self.compute_loss_context_manager():
-                logits = scorer(**{name: batch[name] for name in _SCORER_INPUTS})
-                # Undo the initial scale: what is left is the log-likelihood.
-                likelihoods = (logits - scorer.bias) / scorer.log_weight.exp()
-            collected.append((likelihoods, batch["mask"], batch["bag_labels"]))
-        scorer.train(was_training)
-        optimizer = torch.optim.LBFGS([scorer.log_weight, scorer.bias], max_iter=50, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            losses = [
-                bag_loss(scorer.log_weight.exp() * x + scorer.bias, y, mask, aggregation=self.args.aggregation)
-                for x, mask, y in collected
-            ]
-            # A weak pull towards weight 1 keeps the fit finite where labels are separable.
-            loss = torch.cat(losses).mean() + 1e-3 * scorer.log_weight**2 + 1e-4 * scorer.bias**2
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        optimizer.zero_grad()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = [scorer(**{name: batch[name] for name in _SCORER_INPUTS}) for batch in batches]
+        scorer.train(training)
+        scorer.fit_scale(
+            logits,
+            [batch["bag_labels"] for batch in batches],
+            [batch["mask"] for batch in batches],
+            aggregation=self.settings.aggregation,
+        )
 
     def compute_loss(
         self,
@@ -221,7 +182,7 @@ class FractalTrainer(Trainer):
         weights = {"bag": self.args.bag_weight, "instance": self.args.instance_weight}
         loss = sum(weights[name] * term.mean() for name, term in terms.items())
         for name, term in terms.items():
-            self._terms[f"loss/{name}" if model.training else f"eval_loss/{name}"].append(term.detach())
+            self._terms["loss" if model.training else "eval", name].append(term.detach())
         return (loss, logits) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -235,16 +196,19 @@ class FractalTrainer(Trainer):
         return super().create_optimizer(model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds every named loss term, averaged over the bags since the last log."""
-        prefix = "eval_loss/" if any(key.startswith("eval_") for key in logs) else "loss/"
-        for name in [name for name in self._terms if name.startswith(prefix)]:
-            logs[name] = torch.cat(self._terms.pop(name)).mean().item()
+        """Adds every named loss term, averaged over the bags since the last log or of the evaluation."""
+        total = next((name for name in logs if name.endswith("loss") and name != "train_loss"), None)
+        for kind, term in list(self._terms):
+            if total is not None and kind == ("loss" if total == "loss" else "eval"):
+                logs[f"{total}/{term}"] = torch.cat(self._terms.pop((kind, term))).mean().item()
         super().log(logs, start_time)
 
     # Evaluation ---------------------------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """As in `transformers.Trainer`; `evaluate` takes records too."""
+        for key in [key for key in self._terms if key[0] == "eval"]:
+            del self._terms[key]  # of a prediction, which logs nothing
         if eval_dataset is not None and not isinstance(eval_dataset, str | BagDataset):
             eval_dataset = self._encoded(to_bags(eval_dataset, self.settings, source="eval data"), "eval data")
         return super().get_eval_dataloader(eval_dataset)
@@ -295,27 +259,6 @@ class FractalTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
-def _path(model: str | Path | PreTrainedModel) -> str | Path:
-    """Where a model came from."""
-    if isinstance(model, str | Path):
-        return model
-    if not model.config._name_or_path:
-        raise ValueError(
-            "The model does not come from a folder, so its tokenizer is not known. Give `processing_class`."
-        )
-    return model.config._name_or_path
-
-
-def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    embeddings: Any = model.get_input_embeddings()
-    known = embeddings.weight.shape[0]
-    if len(tokenizer) > known:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, but the model knows {known}. Use the model's own tokenizer, "
-            "or call `model.resize_token_embeddings(len(tokenizer))`."
-        )
-
-
 _SCORER_INPUTS = ("input_ids", "attention_mask", "step_ids", "step_ends", "mask")
 
 
@@ -344,19 +287,3 @@ def evaluate_logits(
         results["step_auc"] = metrics.step_auc(logits, step_labels)
         results["within_bag_auc"] = metrics.within_bag_auc(logits, step_labels)
     return results
-
-
-def move_to_group(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float) -> None:
-    """Give parameters a group of their own in an optimizer, without weight decay and with their own learning rate.
-
-    Args:
-        optimizer: The optimizer; it has made no step yet.
-        parameters: Some of its parameters; frozen ones stay out.
-        learning_rate: Theirs.
-    """
-    chosen = {id(parameter) for parameter in parameters if parameter.requires_grad}
-    for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
-    moved = [parameter for parameter in parameters if id(parameter) in chosen]
-    if moved:
-        optimizer.add_param_group({"params": moved, "lr": learning_rate, "weight_decay": 0.0})

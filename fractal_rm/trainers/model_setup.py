@@ -1,0 +1,87 @@
+"""What is done to a model before it is trained: where it came from, adapters, learning rates."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fractal_rm.scorers.checkpoint import head_module
+from fractal_rm.scorers.settings import Settings
+
+
+def model_source(model: str | Path | PreTrainedModel) -> str | Path:
+    """Where a model came from, which is where its tokenizer is.
+
+    Raises:
+        ValueError: If the model was made in code.
+    """
+    if isinstance(model, str | Path):
+        return model
+    if not model.config._name_or_path:
+        raise ValueError(
+            "The model does not come from a folder, so its tokenizer is not known. Give `processing_class`."
+        )
+    return model.config._name_or_path
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise if the tokenizer has tokens that the model does not know.
+
+    Raises:
+        ValueError: Names both numbers and what to do.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    known = embeddings.weight.shape[0]
+    if len(tokenizer) > known:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the model knows {known}. Use the model's own tokenizer, "
+            "or call `model.resize_token_embeddings(len(tokenizer))`."
+        )
+
+
+def add_adapter(model: PreTrainedModel, peft_config: Any, settings: Settings) -> nn.Module:
+    """A PEFT model that trains adapters, and the classification head where there is one.
+
+    Args:
+        model: The model for the scorer.
+        peft_config: The caller's configuration; it is not changed.
+        settings: Says which scorer.
+
+    Raises:
+        ValueError: If the adapter is one that cannot be merged into the model.
+    """
+    from peft import get_peft_model
+
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"`peft_config` is a {type(peft_config).__name__}, which puts tokens before the text and cannot be merged "
+            "into the saved model. Use one that adapts weights, such as `LoraConfig`."
+        )
+    peft_config = copy.copy(peft_config)
+    # With the task known, PEFT trains the classification head as well.
+    peft_config.task_type = "TOKEN_CLS" if settings.scorer == "token" else "CAUSAL_LM"
+    if settings.scorer == "token" and getattr(peft_config, "target_modules", None) == "all-linear":
+        # All but the head, which is trained as a whole: PEFT knows that for causal models only.
+        head = head_module(model, settings)
+        peft_config.exclude_modules = [name for name, module in model.named_modules() if module is head]
+    adapted: Any = get_peft_model(model, peft_config)
+    return adapted
+
+
+def move_to_group(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float) -> None:
+    """Give parameters a group of their own in an optimizer, without weight decay and with their own learning rate.
+
+    Args:
+        optimizer: The optimizer; it has made no step yet.
+        parameters: Some of its parameters; frozen ones stay out.
+        learning_rate: Theirs.
+    """
+    moved = [parameter for parameter in parameters if parameter.requires_grad]
+    chosen = {id(parameter) for parameter in moved}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+    if moved:
+        optimizer.add_param_group({"params": moved, "lr": learning_rate, "weight_decay": 0.0})
