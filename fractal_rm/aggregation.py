@@ -2,8 +2,12 @@
 
 A response is good with probability `AGG(p_1, ..., p_S)`, where `p_s` is the probability that step `s` is good. The
 functions here never leave log space, so a thousand confident steps neither underflow nor lose their gradient.
+
+Most aggregations soften a rule on step labels, which `meaning` names: a response is good if every step is ("min"), if
+some step is ("max"), or it has a share of good steps ("mean").
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -11,8 +15,68 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Aggregation = Literal["min", "max", "mean", "product"]
+Aggregation = Literal[
+    "min",
+    "max",
+    "mean",
+    "product",
+    "noisy_or",
+    "geometric_mean",
+    "power_min",
+    "power_max",
+    "lse_min",
+    "lse_max",
+    "softmin",
+    "softmax",
+]
 AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
+Meaning = Literal["min", "max", "mean"]
+
+# The rule on step labels that each aggregation softens.
+MEANINGS: dict[str, Meaning] = {
+    "min": "min",
+    "max": "max",
+    "mean": "mean",
+    "product": "min",
+    "noisy_or": "max",
+    "geometric_mean": "min",
+    "power_min": "min",
+    "power_max": "max",
+    "lse_min": "min",
+    "lse_max": "max",
+    "softmin": "min",
+    "softmax": "max",
+}
+
+# "Some step is good" is the opposite of "every step is bad": each of these is its partner with the logits negated and
+# the two answers exchanged, so it is computed that way.
+_MIRRORED: dict[str, Aggregation] = {"max": "min", "noisy_or": "product", "lse_max": "lse_min", "softmax": "softmin"}
+
+
+def _unknown(aggregation: str) -> ValueError:
+    return ValueError(f"Unknown aggregation {aggregation!r}. Choose one of {', '.join(AGGREGATIONS)}.")
+
+
+def meaning(aggregation: str) -> Meaning:
+    """The rule on step labels that an aggregation softens.
+
+    Args:
+        aggregation: How step probabilities become a bag probability.
+
+    Returns:
+        `"min"`: a response is good if every step is; `"max"`: if some step is; `"mean"`: its label is the share of good
+        steps.
+
+    Raises:
+        ValueError: If the aggregation is unknown.
+
+    Example:
+        >>> meaning("noisy_or")
+        'max'
+    """
+    if aggregation not in MEANINGS:
+        raise _unknown(aggregation)
+    return MEANINGS[aggregation]
 
 
 def log1mexp(log_probs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -49,31 +113,92 @@ def check_mask(mask: Bool[Tensor, "B S"]) -> None:
         )
 
 
+def _log_mean_exp(values: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, " B"]:
+    """`log(mean(exp(x)))` over the real steps of each bag.
+
+    `expm1` and `log1p` keep the digits where all values are close to 0, as the log-probabilities of sure steps are;
+    there `logsumexp(x) - log(count)` is two numbers of size 1 that cancel.
+    """
+    # A constant shift: its own gradient would cancel.
+    peak = values.detach().masked_fill(~mask, -torch.inf).amax(dim=1)
+    above = torch.expm1(values - peak[:, None]).masked_fill(~mask, 0.0)
+    return peak + torch.log1p(above.sum(dim=1) / mask.sum(dim=1))
+
+
+def _bag_logit(
+    aggregation: str, logits: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], sharpness: float
+) -> Float[Tensor, " B"]:
+    """The families that combine logits: `"min"`, `"lse_min"`, `"softmin"`."""
+    if aggregation == "min":
+        return logits.masked_fill(~mask, torch.inf).amin(dim=1)
+    if aggregation == "lse_min":
+        return -_log_mean_exp(-sharpness * logits, mask) / sharpness
+    weights = (-sharpness * logits).masked_fill(~mask, -torch.inf).softmax(dim=1)
+    return (weights * logits).sum(dim=1)
+
+
+def _log_prob_of_all(
+    aggregation: str, logits: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], sharpness: float
+) -> Float[Tensor, " B"]:
+    """The families that combine log-probabilities: `"geometric_mean"`, `"power_min"`, `"power_max"`."""
+    log_probs = F.logsigmoid(logits).masked_fill(~mask, 0.0)
+    if aggregation == "geometric_mean":
+        return log_probs.sum(dim=1) / mask.sum(dim=1)
+    exponent = sharpness if aggregation == "power_max" else -sharpness
+    return _log_mean_exp(exponent * log_probs, mask) / exponent
+
+
+def _product(
+    logits: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]
+) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """`log P` that all steps are good, and that one is not.
+
+    The second is summed over which step is the first bad one. `log1mexp` of the first would be simpler, but it has no
+    digits left where every step is sure to be good, so that a response that is wrong after all would teach nothing.
+    """
+    good = F.logsigmoid(logits).masked_fill(~mask, 0.0)
+    before = good.cumsum(dim=1) - good
+    bad = F.logsigmoid(-logits).masked_fill(~mask, -torch.inf)
+    return good.sum(dim=1), torch.logsumexp(before + bad, dim=1)
+
+
 def bag_log_probs(
     logits: Float[Tensor, "B S"],
     mask: Bool[Tensor, "B S"],
     *,
     aggregation: Aggregation = "min",
+    sharpness: float = 1.0,
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
     """Log-probabilities that a bag is good and that it is not.
 
-    `"min"` and `"max"` take one step's probability (the sigmoid is monotone, so the extreme logit decides and receives
-    all of the gradient); `"mean"` is the expected share of good steps; `"product"` is the exact probability that all
-    steps are good if they are independent.
+    With `p` the step probabilities, `x` their logits and `r` the sharpness:
+
+    | aggregation | bag probability |
+    |---|---|
+    | `"min"`, `"max"` | one step's: the sigmoid is monotone, so the extreme logit decides and gets all the gradient |
+    | `"mean"` | `mean p`, the expected share of good steps |
+    | `"product"` | `prod p`, exactly that of "every step is good" if steps are independent |
+    | `"noisy_or"` | `1 - prod (1 - p)`, exactly that of "some step is good" if steps are independent |
+    | `"geometric_mean"` | `exp(mean log p)`: the product, whatever the number of steps |
+    | `"power_min"`, `"power_max"` | `(mean p^-r)^(-1/r)`, `(mean p^r)^(1/r)`: from the mean to the extreme |
+    | `"lse_max"`, `"lse_min"` | `sigmoid(log(mean exp(r x)) / r)` and its mirror: from the mean logit to the extreme |
+    | `"softmax"`, `"softmin"` | `sigmoid(sum w x)`, `w = softmax(r x)`, `softmax(-r x)`; gradient reaches `w` too |
 
     Args:
         logits: Step scores before the sigmoid. Values at padding are ignored.
         mask: True where a step is real. Every bag needs one.
         aggregation: How step probabilities become a bag probability.
+        sharpness: How close the power, log-sum-exp and softmax forms come to the extreme step; others ignore it.
 
     Returns:
         `log P(bag is good)` and `log P(bag is not good)`, in nats, float32.
 
     Raises:
-        ValueError: If a bag has no real step or the aggregation is unknown.
+        ValueError: If a bag has no real step, the aggregation is unknown, or the sharpness is no finite number above 0.
 
     Source:
-        Aggregations of FRACTAL (Makhija et al., ACL 2025); `"product"` is our own exact form of its minimum.
+        `"min"`, `"max"`, `"mean"`: FRACTAL (Makhija et al., ACL 2025). `"softmax"`: LCA (arXiv 2606.27739).
+        `"product"` is our own exact form of the minimum; the others are generalised means.
 
     Example:
         >>> good, bad = bag_log_probs(
@@ -83,22 +208,24 @@ def bag_log_probs(
         (tensor([0.2500]), tensor([0.7500]))
     """
     check_mask(mask)
-    logits = logits.float()
-    if aggregation == "min":
-        extreme = logits.masked_fill(~mask, torch.inf).amin(dim=1)
-        return F.logsigmoid(extreme), F.logsigmoid(-extreme)
-    if aggregation == "max":
-        extreme = logits.masked_fill(~mask, -torch.inf).amax(dim=1)
-        return F.logsigmoid(extreme), F.logsigmoid(-extreme)
-    if aggregation == "mean":
-        log_count = mask.sum(dim=1).log()
-        good = torch.logsumexp(F.logsigmoid(logits).masked_fill(~mask, -torch.inf), dim=1) - log_count
-        bad = torch.logsumexp(F.logsigmoid(-logits).masked_fill(~mask, -torch.inf), dim=1) - log_count
+    if not (sharpness > 0 and math.isfinite(sharpness)):
+        raise ValueError(f"The sharpness is {sharpness}. Give a finite number above 0.")
+    if aggregation in _MIRRORED:
+        bad, good = bag_log_probs(-logits, mask, aggregation=_MIRRORED[aggregation], sharpness=sharpness)
         return good, bad
+    # From here on padding is an ordinary number without gradient, which no product or power can turn into NaN.
+    logits = logits.float().masked_fill(~mask, 0.0)
+    if aggregation == "mean":
+        return _log_mean_exp(F.logsigmoid(logits), mask), _log_mean_exp(F.logsigmoid(-logits), mask)
+    if aggregation in ("min", "lse_min", "softmin"):
+        logit = _bag_logit(aggregation, logits, mask, sharpness)
+        return F.logsigmoid(logit), F.logsigmoid(-logit)
     if aggregation == "product":
-        good = F.logsigmoid(logits).masked_fill(~mask, 0.0).sum(dim=1)
+        return _product(logits, mask)
+    if aggregation in ("geometric_mean", "power_min", "power_max"):
+        good = _log_prob_of_all(aggregation, logits, mask, sharpness)
         return good, log1mexp(good)
-    raise ValueError(f"Unknown aggregation {aggregation!r}. Choose one of {', '.join(AGGREGATIONS)}.")
+    raise _unknown(aggregation)
 
 
 def aggregate(
@@ -106,6 +233,7 @@ def aggregate(
     mask: Bool[Tensor, "B S"],
     *,
     aggregation: Aggregation = "min",
+    sharpness: float = 1.0,
 ) -> Float[Tensor, " B"]:
     """The bag's logit, `log P(good) - log P(not good)`.
 
@@ -113,16 +241,17 @@ def aggregate(
         logits: Step scores before the sigmoid. Values at padding are ignored.
         mask: True where a step is real. Every bag needs one.
         aggregation: How step probabilities become a bag probability.
+        sharpness: How close the power, log-sum-exp and softmax forms come to the extreme step; others ignore it.
 
     Returns:
         Bag scores before the sigmoid, float32.
 
     Raises:
-        ValueError: If a bag has no real step or the aggregation is unknown.
+        ValueError: If a bag has no real step, the aggregation is unknown, or the sharpness is no finite number above 0.
 
     Example:
         >>> aggregate(torch.tensor([[2.0, -1.0, 9.0]]), torch.tensor([[True, True, False]]))
         tensor([-1.])
     """
-    good, bad = bag_log_probs(logits, mask, aggregation=aggregation)
+    good, bad = bag_log_probs(logits, mask, aggregation=aggregation, sharpness=sharpness)
     return good - bad

@@ -24,7 +24,18 @@ from jaxtyping import install_import_hook
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Mathematics on tensors: each call is checked against its annotated shapes. Before the modules are imported.
-PURE_MODULES = ("aggregation", "losses", "rewards", "advantages", "metrics")
+PURE_MODULES = (
+    "aggregation",
+    "losses",
+    "ordinal",
+    "preferences",
+    "priors",
+    "pseudo_labels",
+    "calibration",
+    "rewards",
+    "advantages",
+    "metrics",
+)
 install_import_hook([f"fractal_rm.{module}" for module in PURE_MODULES], "beartype.beartype")
 
 torch.set_num_threads(1)

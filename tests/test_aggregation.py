@@ -3,13 +3,18 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fractal_rm.aggregation import AGGREGATIONS, aggregate, bag_log_probs, log1mexp
+from fractal_rm.aggregation import AGGREGATIONS, MEANINGS, aggregate, bag_log_probs, log1mexp, meaning
 
+# Every property runs once for each of a dozen aggregations.
+few = settings(max_examples=25)
+
+sharpnesses = st.sampled_from([0.25, 1.0, 3.0])
 logit_rows = st.lists(st.lists(st.floats(-8, 8), min_size=1, max_size=6), min_size=1, max_size=4)
 
 
@@ -23,30 +28,145 @@ def pad(rows):
     return logits, mask
 
 
-def enumerated(row, aggregation):
-    """P(bag good) by summing over all labelings (product), or by the definition on probabilities."""
-    probs = [1 / (1 + math.exp(-x)) for x in row]
-    if aggregation == "product":
-        return sum(
-            math.prod(p if label else 1 - p for p, label in zip(probs, labels, strict=True))
-            for labels in itertools.product([0, 1], repeat=len(row))
-            if min(labels) == 1
-        )
-    return {"min": min, "max": max, "mean": lambda p: sum(p) / len(p)}[aggregation](probs)
+def labelings_with(rule, probs):
+    """Probability that `rule` holds of independent step labels, by summing over all labelings."""
+    return sum(
+        math.prod(p if label else 1 - p for p, label in zip(probs, labels, strict=True))
+        for labels in itertools.product([0, 1], repeat=len(probs))
+        if rule(labels)
+    )
+
+
+def enumerated(row, aggregation, sharpness=1.0):
+    """P(bag good) by summing over all labelings, or by the definition, in double precision."""
+    x, r = np.array(row, dtype=float), sharpness
+    p = 1 / (1 + np.exp(-x))
+    if aggregation in ("product", "noisy_or"):
+        return labelings_with(all if aggregation == "product" else any, p.tolist())
+    logits = {
+        "lse_min": lambda: -np.log(np.mean(np.exp(-r * x))) / r,
+        "lse_max": lambda: np.log(np.mean(np.exp(r * x))) / r,
+        "softmin": lambda: np.average(x, weights=np.exp(-r * x)),
+        "softmax": lambda: np.average(x, weights=np.exp(r * x)),
+    }
+    if aggregation in logits:
+        return float(1 / (1 + np.exp(-logits[aggregation]())))
+    probs = {
+        "min": p.min,
+        "max": p.max,
+        "mean": p.mean,
+        "geometric_mean": lambda: np.prod(p) ** (1 / len(p)),
+        "power_min": lambda: np.mean(p**-r) ** (-1 / r),
+        "power_max": lambda: np.mean(p**r) ** (1 / r),
+    }
+    return float(probs[aggregation]())
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@given(rows=logit_rows)
-def test_the_bag_probability_is_the_enumerated_one(aggregation, rows):
+@few
+@given(rows=logit_rows, sharpness=sharpnesses)
+def test_the_bag_probability_is_the_enumerated_one(aggregation, rows, sharpness):
     logits, mask = pad(rows)
-    good, bad = bag_log_probs(logits, mask, aggregation=aggregation)
-    expected = torch.tensor([enumerated(row, aggregation) for row in rows])
+    good, bad = bag_log_probs(logits, mask, aggregation=aggregation, sharpness=sharpness)
+    expected = torch.tensor([enumerated(row, aggregation, sharpness) for row in rows])
     torch.testing.assert_close(good.exp(), expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(bad.exp(), 1 - expected, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@given(rows=logit_rows, noise=st.floats(-50, 50))
+@few
+@given(rows=logit_rows, sharpness=sharpnesses)
+def test_every_aggregation_but_the_two_exact_ones_lies_between_the_extreme_steps(aggregation, rows, sharpness):
+    logits, mask = pad(rows)
+    values = aggregate(logits, mask, aggregation=aggregation, sharpness=sharpness)
+    low = aggregate(logits, mask, aggregation="min") - 1e-3
+    high = aggregate(logits, mask, aggregation="max") + 1e-3
+    assert (values <= high).all() or aggregation == "noisy_or"
+    assert (values >= low).all() or aggregation == "product"
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard"),
+    [
+        ("power_min", "min"),
+        ("power_max", "max"),
+        ("lse_min", "min"),
+        ("lse_max", "max"),
+        ("softmin", "min"),
+        ("softmax", "max"),
+    ],
+)
+@few
+@given(rows=logit_rows)
+def test_a_sharp_aggregation_is_the_extreme_step(soft, hard, rows):
+    logits, mask = pad(rows)
+    sharp, _ = bag_log_probs(logits, mask, aggregation=soft, sharpness=1e3)
+    extreme, _ = bag_log_probs(logits, mask, aggregation=hard)
+    torch.testing.assert_close(sharp, extreme, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("min", "max"), ("product", "noisy_or"), ("lse_min", "lse_max"), ("softmin", "softmax")]
+)
+@few
+@given(rows=logit_rows, sharpness=sharpnesses)
+def test_mirrored_aggregations_exchange_good_and_bad(one, other, rows, sharpness):
+    logits, mask = pad(rows)
+    good, bad = bag_log_probs(logits, mask, aggregation=one, sharpness=sharpness)
+    mirrored = bag_log_probs(-logits, mask, aggregation=other, sharpness=sharpness)
+    torch.testing.assert_close(mirrored, (bad, good), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_sure_labels_are_aggregated_by_the_rule_that_the_aggregation_softens(aggregation):
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    for labels in itertools.product([0.0, 1.0], repeat=3):
+        logits = 60 * torch.tensor([labels]) - 30
+        rule = {"min": min, "max": max, "mean": lambda z: sum(z) / len(z)}[meaning(aggregation)]
+        good, _ = bag_log_probs(logits, mask, aggregation=aggregation, sharpness=8.0)
+        # A power mean of sure labels is a power of their share, a geometric one nearly 0 with a single bad step.
+        assert good.exp().item() == pytest.approx(rule(labels), abs=0.15)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("extreme", [50.0, 1e4])
+def test_extreme_logits_keep_finite_values_and_gradients(aggregation, extreme):
+    logits = torch.tensor([[-extreme, extreme], [extreme, extreme], [-extreme, -extreme], [0.0, extreme]])
+    leaf = logits.requires_grad_()
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    for values in bag_log_probs(leaf, mask, aggregation=aggregation, sharpness=2.0):
+        (gradient,) = torch.autograd.grad(values.sum(), leaf, retain_graph=True)
+        assert torch.isfinite(values).all()
+        assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("aggregation", ["geometric_mean", "power_min", "power_max", "mean"])
+def test_sure_steps_keep_the_digits_of_their_doubt(aggregation):
+    doubt = 1e-5  # logsumexp - log(count) would give 1.0e-5 with an error of 1e-6
+    logits = torch.full((1, 3), math.log((1 - doubt) / doubt))
+    good, bad = bag_log_probs(logits, torch.ones(1, 3, dtype=torch.bool), aggregation=aggregation)
+    assert -good.item() == pytest.approx(doubt, rel=1e-4)
+    assert bad.exp().item() == pytest.approx(doubt, rel=1e-4)
+
+
+def test_each_aggregation_has_a_meaning():
+    assert tuple(MEANINGS) == AGGREGATIONS
+
+
+def test_a_meaning_is_asked_of_known_aggregations_only():
+    with pytest.raises(ValueError, match=r"Unknown aggregation 'median'\. Choose one of min, max"):
+        meaning("median")
+
+
+@pytest.mark.parametrize("sharpness", [0.0, -1.0, math.inf, math.nan])
+def test_a_sharpness_that_is_no_finite_positive_number_is_refused(sharpness):
+    with pytest.raises(ValueError, match="Give a finite number above 0"):
+        aggregate(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), sharpness=sharpness)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@few
+@given(rows=logit_rows, noise=st.sampled_from([-1e4, -3.0, 50.0]))
 def test_scrambling_padding_changes_nothing_and_gradients_there_are_zero(aggregation, rows, noise):
     logits, mask = pad(rows)
     scrambled = logits.masked_fill(~mask, noise).requires_grad_()
@@ -58,6 +178,7 @@ def test_scrambling_padding_changes_nothing_and_gradients_there_are_zero(aggrega
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@few
 @given(rows=logit_rows)
 def test_permuting_bags_permutes_the_output(aggregation, rows):
     logits, mask = pad(rows)

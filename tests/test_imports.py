@@ -21,7 +21,18 @@ PACKAGE = Path(fractal_rm.__file__).parent
 # Rooms of the package, top row first: a module imports from its own row or from rows above.
 ROWS = (
     ("bags", "readers", "segmentation", "sentences", "aggregation", "spans"),
-    ("losses", "metrics", "rewards", "advantages", "results"),
+    (
+        "losses",
+        "ordinal",
+        "preferences",
+        "priors",
+        "pseudo_labels",
+        "calibration",
+        "metrics",
+        "rewards",
+        "advantages",
+        "results",
+    ),
     ("scorers", "tasks"),
     ("reward_model",),
     ("trainers", "evaluation"),

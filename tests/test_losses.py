@@ -1,24 +1,33 @@
 """Losses against enumeration, and their gradients against finite differences."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_aggregation import enumerated, logit_rows, pad
+from test_aggregation import enumerated, few, logit_rows, pad, sharpnesses
 
 from fractal_rm.aggregation import AGGREGATIONS
-from fractal_rm.losses import bag_loss, instance_loss
+from fractal_rm.losses import bag_loss, easyllp_loss, instance_loss, proportion_loss
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@given(rows=logit_rows, label=st.sampled_from([0.0, 0.3, 1.0]))
-def test_bag_loss_is_the_cross_entropy_of_the_enumerated_probability(aggregation, rows, label):
+@few
+@given(
+    rows=logit_rows,
+    label=st.sampled_from([0.0, 0.3, 1.0]),
+    sharpness=sharpnesses,
+    noise=st.sampled_from([(0.0, 0.0), (0.0, 0.2), (0.1, 0.0), (0.3, 0.6)]),
+)
+def test_bag_loss_is_the_cross_entropy_of_the_enumerated_probability(aggregation, rows, label, sharpness, noise):
     logits, mask = pad(rows)
-    losses = bag_loss(logits, torch.full((len(rows),), label), mask, aggregation=aggregation)
+    labels = torch.full((len(rows),), label)
+    losses = bag_loss(logits, labels, mask, aggregation=aggregation, sharpness=sharpness, label_noise=noise)
     for loss, row in zip(losses.tolist(), rows, strict=True):
-        p = min(max(enumerated(row, aggregation), 1e-12), 1 - 1e-12)
+        truly = enumerated(row, aggregation, sharpness)
+        p = min(max((1 - noise[0]) * truly + noise[1] * (1 - truly), 1e-12), 1 - 1e-12)
         assert loss == pytest.approx(-label * math.log(p) - (1 - label) * math.log(1 - p), rel=2e-3, abs=1e-5)
 
 
@@ -77,3 +86,71 @@ def test_scrambling_padding_changes_no_instance_loss(rows):
 def test_an_empty_bag_is_named_by_the_instance_loss():
     with pytest.raises(ValueError, match="first: row 0"):
         instance_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("noise", [(-0.1, 0.0), (1.0, 0.0), (0.5, 0.5), (math.nan, 0.0), (0.0, math.nan)])
+def test_noise_rates_that_turn_labels_around_are_refused(noise):
+    with pytest.raises(ValueError, match="Give two rates from 0 to 1 that sum to less than 1"):
+        bag_loss(torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1, dtype=torch.bool), label_noise=noise)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("noise", [(0.0, 0.0), (0.1, 0.2)])
+def test_noise_bounds_the_loss_of_a_contradicted_label_and_keeps_gradients_finite(aggregation, noise):
+    logits = torch.tensor([[1e4, 1e4], [-1e4, -1e4]], requires_grad=True)
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    losses = bag_loss(logits, torch.tensor([0.0, 1.0]), mask, aggregation=aggregation, label_noise=noise)
+    losses.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    if noise != (0.0, 0.0):
+        torch.testing.assert_close(losses, -torch.tensor(noise).log(), rtol=1e-4, atol=1e-4)
+
+
+@given(rows=logit_rows, share=st.sampled_from([0.0, 0.25, 1.0]))
+def test_proportion_loss_is_the_divergence_of_the_mean_probability(rows, share):
+    logits, mask = pad(rows)
+    losses = proportion_loss(logits, torch.full((len(rows),), share), mask)
+    for loss, row in zip(losses.tolist(), rows, strict=True):
+        p = enumerated(row, "mean")
+        terms = [y * math.log(y / q) for y, q in ((share, p), (1 - share, 1 - p)) if y > 0]
+        assert loss == pytest.approx(sum(terms), rel=1e-3, abs=2e-6)
+
+
+@given(rows=logit_rows)
+def test_proportion_loss_is_zero_where_the_mean_probability_is_the_proportion(rows):
+    logits, mask = pad(rows)
+    shares = torch.tensor([enumerated(row, "mean") for row in rows])
+    torch.testing.assert_close(proportion_loss(logits, shares, mask), torch.zeros(len(rows)), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("base_rate", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_easyllp_is_the_supervised_loss_on_average_over_independent_labels(base_rate, count):
+    logits, mask = pad([torch.randn(count).mul(2).tolist()])
+    surrogate = supervised = 0.0
+    for labels in itertools.product([0.0, 1.0], repeat=count):
+        weight = math.prod(base_rate if label else 1 - base_rate for label in labels)
+        share = torch.tensor([sum(labels) / count])
+        gold = torch.tensor([[*labels, math.nan]])
+        surrogate += weight * easyllp_loss(logits, share, mask, base_rate=base_rate).item()
+        supervised += weight * instance_loss(logits, gold, mask).item()
+    assert surrogate == pytest.approx(supervised, rel=1e-4)
+
+
+def test_a_base_rate_outside_0_and_1_is_refused():
+    with pytest.raises(ValueError, match=r"The base rate is 1\.5"):
+        easyllp_loss(torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1, dtype=torch.bool), base_rate=1.5)
+
+
+@pytest.mark.parametrize("loss", [proportion_loss, lambda *args: easyllp_loss(*args, base_rate=0.4)])
+@pytest.mark.parametrize("extreme", [1.0, 50.0, 1e4])
+def test_padding_touches_no_proportion_loss_and_gradients_stay_finite(loss, extreme):
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    shares = torch.tensor([0.5, 1.0])
+    logits = extreme * torch.tensor([[1.0, -1.0, 0.0], [-1.0, 0.0, 0.0]])
+    scrambled = logits.masked_fill(~mask, -1e4).requires_grad_()
+    losses = loss(scrambled, shares, mask)
+    torch.testing.assert_close(losses, loss(logits, shares, mask), rtol=0, atol=0)
+    losses.sum().backward()
+    assert torch.isfinite(scrambled.grad).all()
+    assert not scrambled.grad[~mask].any()
