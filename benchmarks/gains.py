@@ -1,4 +1,4 @@
-"""What benchmarks measure beyond `fractal_rm.metrics`: a step AUC free of position, and gains with their intervals."""
+"""What benchmarks measure beyond `fractal_rm.metrics`: gains with their intervals."""
 
 import math
 from collections.abc import Sequence
@@ -19,22 +19,13 @@ def gold(bag: Bag) -> np.ndarray:
 
 
 def same_position_auc(rows: np.ndarray) -> float:
-    """Probability that a right step scores above a wrong one that stands at the same place of another response.
-
-    ProcessBench knows no label after the first wrong step, so the wrong step of a response is the last that counts, and
-    "early is good" has a within-bag AUC of 1. Here it has 0.5.
-
-    Args:
-        rows: For each response its step scores, then its gold labels, each half padded with NaN to one width.
-    """
+    """[`~fractal_rm.metrics.same_position_auc`] of rows of step scores, then gold labels, each half padded with NaN."""
     scores, labels = np.split(rows, 2, axis=1)
-    wins = pairs = 0.0
-    for column, gold_column in zip(scores.T, labels.T, strict=True):
-        right, wrong = (column[gold_column == kind] for kind in (1, 0))
-        better = right[:, None] > wrong
-        wins += better.sum() + (right[:, None] == wrong).sum() / 2
-        pairs += better.size
-    return wins / pairs if pairs else math.nan
+    real = ~np.isnan(scores)
+    return metrics.same_position_auc(
+        [row[kept] for row, kept in zip(scores, real, strict=True)],
+        [row[kept] for row, kept in zip(labels, real, strict=True)],
+    )
 
 
 def response_auc(rows: np.ndarray) -> float:

@@ -6,6 +6,7 @@ as an AUC over labels of one kind, is NaN and never a number that looks like a r
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -96,8 +97,59 @@ def within_bag_auc(scores: Sequence[ArrayLike], labels: Sequence[ArrayLike]) -> 
         >>> within_bag_auc([[0.9, 0.2], [0.4]], [[1, 0], [1]])
         1.0
     """
-    aucs = np.array([_auc(*row) for row in _rows(scores, labels)])
+    aucs = bag_aucs(scores, labels)
     return float(np.nanmean(aucs)) if (~np.isnan(aucs)).any() else float("nan")
+
+
+def bag_aucs(scores: Sequence[ArrayLike], labels: Sequence[ArrayLike]) -> np.ndarray:
+    """The AUC among the steps of each bag, whose mean is [`within_bag_auc`].
+
+    Args:
+        scores: Step scores of each bag.
+        labels: Gold step labels of each bag, NaN where unknown.
+
+    Returns:
+        One AUC a bag, NaN where its known steps are of one kind.
+
+    Raises:
+        ValueError: If a bag has another number of scores than labels, or a score that is not finite.
+
+    Example:
+        >>> bag_aucs([[0.9, 0.2], [0.4]], [[1, 0], [1]])
+        array([ 1., nan])
+    """
+    return np.array([_auc(*row) for row in _rows(scores, labels)])
+
+
+def same_position_auc(scores: Sequence[ArrayLike], labels: Sequence[ArrayLike]) -> float:
+    """Probability that a right step scores above a wrong one that stands at the same place of another bag.
+
+    Where labels end at the first wrong step, that step is the last known one of its bag, and "early is good" has a
+    [`within_bag_auc`] of 1. Here it has 0.5.
+
+    Args:
+        scores: Step scores of each bag.
+        labels: Gold step labels of each bag, NaN where unknown.
+
+    Returns:
+        The share of pairs in the right order, a tie counting half; NaN if no place has steps of both kinds.
+
+    Raises:
+        ValueError: If a bag has another number of scores than labels, or a score that is not finite.
+
+    Example:
+        >>> same_position_auc([[0.9, 0.2], [0.4, 0.7]], [[1, 0], [0, 1]])
+        1.0
+    """
+    rows = _rows(scores, labels)
+    wins = pairs = 0.0
+    for place in range(max((len(row) for row, _ in rows), default=0)):
+        column, known = np.array([(row[place], gold[place]) for row, gold in rows if len(row) > place]).T
+        right, wrong = column[known >= GOOD], np.sort(column[known < GOOD])
+        below, up_to = (np.searchsorted(wrong, right, side=side) for side in ("left", "right"))
+        wins += (below + up_to).sum() / 2
+        pairs += len(right) * len(wrong)
+    return float(wins / pairs) if pairs else float("nan")
 
 
 def _first_below(values: np.ndarray, threshold: float) -> int | None:
@@ -144,16 +196,19 @@ def first_error_accuracy(
     return {"first_error_accuracy": erroneous, "all_correct_accuracy": correct, "f1": f1}
 
 
-def choose_threshold(scores: Sequence[ArrayLike], bag_labels: ArrayLike) -> float:
-    """Threshold on a bag's lowest step score that best tells good bags from bad ones.
+def choose_threshold(
+    scores: Sequence[ArrayLike], bag_labels: ArrayLike, *, rule: Literal["min", "max"] = "min"
+) -> float:
+    """Threshold on a bag's lowest, or highest, step score that best tells good bags from bad ones.
 
     It needs response labels only, so no gold step label touches it. A bag is predicted good if none of its steps scores
-    below the threshold. Candidates lie halfway between neighbouring lowest scores and at both ends; of equally accurate
-    ones the nearest to 0.5 is taken.
+    below the threshold, or by the other rule if some step does not. Candidates lie halfway between neighbouring lowest
+    (highest) scores and at both ends; of equally accurate ones the nearest to 0.5 is taken.
 
     Args:
         scores: Step scores of each bag of a validation set. Bags without steps are left out.
         bag_labels: Response label of each bag, NaN where unknown.
+        rule: When a response is good: `"min"`, if every step is; `"max"`, if some step is.
 
     Returns:
         The threshold; NaN if no labelled bag has a step.
@@ -164,18 +219,21 @@ def choose_threshold(scores: Sequence[ArrayLike], bag_labels: ArrayLike) -> floa
     Example:
         >>> choose_threshold([[0.9, 0.75], [0.8, 0.25], [0.75]], [1, 0, 1])
         0.5
+        >>> choose_threshold([[0.75, 0.25], [0.25, 0.1]], [1, 0], rule="max")
+        0.5
     """
+    deciding = np.min if rule == "min" else np.max
     labels = np.asarray(bag_labels, dtype=float).reshape(-1)
     _check_bags(len(scores), len(labels))
     pairs = zip(_arrays(scores), labels, strict=True)
-    known = [(row.min(), label >= GOOD) for row, label in pairs if len(row) and not np.isnan(label)]
+    known = [(deciding(row), label >= GOOD) for row, label in pairs if len(row) and not np.isnan(label)]
     if not known:
         return float("nan")
-    lowest, good = (np.array(column) for column in zip(*sorted(known), strict=True))
-    distinct = np.unique(lowest)
+    extremes, good = (np.array(column) for column in zip(*sorted(known), strict=True))
+    distinct = np.unique(extremes)
     halfway = distinct[:-1] / 2 + distinct[1:] / 2
     candidates = np.concatenate([distinct[:1], halfway, np.nextafter(distinct[-1:], np.inf)])
-    below = np.searchsorted(lowest, candidates, side="left")
+    below = np.searchsorted(extremes, candidates, side="left")
     good_below = np.concatenate([[0], np.cumsum(good)])[below]
     hits = (below - good_below) + (good.sum() - good_below)
     best = candidates[hits == hits.max()]

@@ -11,11 +11,13 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, roc_curve
 
 from fractal_rm.metrics import (
     PairedDifference,
+    bag_aucs,
     bag_metrics,
     choose_threshold,
     expected_calibration_error,
     first_error_accuracy,
     paired_bootstrap,
+    same_position_auc,
     step_auc,
     within_bag_auc,
 )
@@ -109,13 +111,14 @@ def test_labels_after_the_first_error_may_be_unknown_and_before_it_may_not():
     assert math.isnan(result["all_correct_accuracy"])
 
 
-@given(st.lists(st.tuples(st.lists(score, max_size=4), st.sampled_from([0.0, 1.0, 0.4, NAN])), max_size=8))
-def test_no_threshold_tells_bags_apart_better_than_the_chosen_one(rows):
-    threshold = choose_threshold([s for s, _ in rows], [y for _, y in rows])
-    known = [(min(s), y >= 0.5) for s, y in rows if s and not math.isnan(y)]
+@pytest.mark.parametrize(("rule", "passes"), [("min", all), ("max", any)])
+@given(rows=st.lists(st.tuples(st.lists(score, max_size=4), st.sampled_from([0.0, 1.0, 0.4, NAN])), max_size=8))
+def test_no_threshold_tells_bags_apart_better_than_the_chosen_one(rule, passes, rows):
+    threshold = choose_threshold([s for s, _ in rows], [y for _, y in rows], rule=rule)
+    known = [(s, y >= 0.5) for s, y in rows if s and not math.isnan(y)]
 
     def hits(cut):
-        return sum((lowest >= cut) == good for lowest, good in known)
+        return sum(passes(step >= cut for step in steps) == good for steps, good in known)
 
     if not known:
         assert math.isnan(threshold)
@@ -137,6 +140,13 @@ def test_the_chosen_threshold_is_as_accurate_as_the_best_of_the_roc_curve(rows):
 def test_a_threshold_that_separates_lies_in_the_middle_of_the_gap():
     assert choose_threshold([[0.9, 0.8], [0.9, 0.2], [0.9, 0.1]], [1, 0, 0]) == pytest.approx(0.5)
     assert choose_threshold([[2.0], [-4.0]], [1, 0]) == -1.0  # logits serve as well
+
+
+def test_where_one_good_step_is_enough_the_highest_score_of_a_bag_decides():
+    scores, labels = [[0.1, 0.9], [0.2, 0.3], [0.1, 0.4]], [1, 0, 0]
+    assert choose_threshold(scores, labels, rule="max") == pytest.approx((0.4 + 0.9) / 2)
+    assert choose_threshold(scores, labels) == choose_threshold(scores, labels, rule="min")
+    assert choose_threshold(scores, labels) == math.nextafter(0.2, 1.0)  # no lowest score tells them apart
 
 
 def test_of_equally_accurate_thresholds_the_one_nearest_to_a_half_is_taken():
@@ -187,7 +197,8 @@ def test_bags_without_a_label_do_not_count(pairs):
 
 
 def test_without_bags_every_metric_is_undefined():
-    results = [step_auc([], []), within_bag_auc([], []), choose_threshold([], []), expected_calibration_error([], [])]
+    results = [metric([], []) for metric in (step_auc, within_bag_auc, same_position_auc, choose_threshold)]
+    results += [expected_calibration_error([], [])]
     results += [*first_error_accuracy([], [], 0.5).values(), *bag_metrics([], []).values()]
     difference = paired_bootstrap([], [])
     results += [difference.difference, difference.low, difference.high]
@@ -256,6 +267,7 @@ def test_the_statistic_may_read_rows_of_values():
         (lambda: step_auc([[0.1]], [[1, 0]]), "Bag 0 has 1 scores and 2 labels"),
         (lambda: step_auc([[0.1]], []), "1 bags have scores and 0 have labels"),
         (lambda: within_bag_auc([[0.1], [NAN]], [[1], [0]]), "Bag 1 has a score that is not a finite number"),
+        (lambda: same_position_auc([[0.1]], [[1, 0]]), "Bag 0 has 1 scores and 2 labels"),
         (lambda: choose_threshold([[0.1], [math.inf]], [1, 0]), "Bag 1 has a score that is not a finite number"),
         (lambda: choose_threshold([[0.1]], [1, 0]), "1 bags have scores and 2 have labels"),
         (lambda: bag_metrics([0.2, 1.5], [1, 0]), "Bag 1 has probability 1.5"),
@@ -267,3 +279,31 @@ def test_the_statistic_may_read_rows_of_values():
 def test_arguments_that_do_not_fit_are_named(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+# Steps at the same place --------------------------------------------------------------------------------------------
+
+
+@given(bags)
+def test_same_position_auc_counts_every_pair_of_steps_at_one_place(rows):
+    credit = [
+        (good > bad) + (good == bad) / 2
+        for one in rows
+        for other in rows
+        for (good, y), (bad, z) in zip(one, other, strict=False)
+        if y >= 0.5 and z < 0.5
+    ]
+    expected = sum(credit) / len(credit) if credit else NAN
+    assert same_position_auc(*unzip(rows)) == pytest.approx(expected, nan_ok=True)
+
+
+def test_position_alone_is_worth_nothing_at_the_same_place():
+    scores, labels = [[1.0, 0.5, 0.25], [1.0, 0.5]], [[1, 1, 0], [1, 0]]
+    assert within_bag_auc(scores, labels) == 1.0
+    assert same_position_auc(scores, labels) == 0.5
+
+
+def test_bag_aucs_are_those_whose_mean_is_the_within_bag_auc():
+    scores, labels = [[0.9, 0.2, 0.5], [0.1, 0.8], [0.3]], [[1, 0, 1], [1, 0], [1]]
+    assert bag_aucs(scores, labels).tolist() == pytest.approx([1.0, 0.0, math.nan], nan_ok=True)
+    assert within_bag_auc(scores, labels) == 0.5
