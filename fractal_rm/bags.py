@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fractal_rm.aggregation import meaning
 from fractal_rm.segmentation import Span
 
 Prompt = str | list[dict[str, str]]
@@ -28,6 +29,8 @@ class Bag:
         label: Probability that the response is good, in [0, 1]; with `num_grades`, a grade. None if it is not known.
         step_labels: Gold labels of the steps, on the scale of `label`; None where not known. Only evaluation, and arms
             that are named for it, may read them.
+        teacher_scores: What someone or something else thinks of the steps (a language model as judge, an NLI model, a
+            rule): probabilities that they are good, None where not known. Unlike gold labels, training may read them.
         num_grades: For ordinal labels: how many grades there are, 0 to `num_grades - 1`.
         id: The caller's name of the response.
         pair_id: Shared by the two responses of a preference: the chosen one has label 1, the rejected one 0.
@@ -47,6 +50,7 @@ class Bag:
     step_spans: tuple[Span, ...]
     label: float | None
     step_labels: tuple[float | None, ...] | None = None
+    teacher_scores: tuple[float | None, ...] | None = None
     num_grades: int | None = None
     id: str | None = None
     pair_id: str | None = None
@@ -62,17 +66,24 @@ class Bag:
         # The checks below also turn what readers and JSON bring (lists, booleans) into the types of the fields.
         object.__setattr__(self, "step_spans", tuple((start, end) for start, end in self.step_spans))
         object.__setattr__(self, "label", _check_label(self.label, "the label", self.num_grades))
-        if self.step_labels is not None:
-            if len(self.step_labels) != len(self.step_spans):
+        for name, what, num_grades in (
+            ("step_labels", "label", self.num_grades),
+            ("teacher_scores", "teacher score", None),
+        ):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if len(values) != len(self.step_spans):
+                kind = name.replace("_", " ")
                 raise ValueError(
-                    f"there are {len(self.step_labels)} step labels for {len(self.step_spans)} steps; give one label "
-                    "for each step, null where it is not known."
+                    f"there are {len(values)} {kind} for {len(self.step_spans)} steps; give one {what} for each step, "
+                    "null where it is not known."
                 )
-            labels = [
-                _check_label(label, f"the label of step {number}", self.num_grades)
-                for number, label in enumerate(self.step_labels, 1)
+            checked = [
+                _check_label(value, f"the {what} of step {number}", num_grades)
+                for number, value in enumerate(values, 1)
             ]
-            object.__setattr__(self, "step_labels", tuple(labels))
+            object.__setattr__(self, name, tuple(checked))
 
     @property
     def steps(self) -> list[str]:
@@ -135,10 +146,10 @@ def truncate_bag(bag: Bag, kept_steps: int, aggregation: str) -> Bag | None:
 
     What the label of the whole says about the part that is kept:
 
-    - `"min"` and `"product"` ("every step is good"): the best label holds for every part. A worse one holds only if a
-      gold step label of the part equals it: the step that spoilt the response is still there.
-    - `"max"` ("some step is good"): the worst label holds for every part; a better one only if a gold step label of
-      the part equals it.
+    - `"min"` and what softens it ("every step is good"): the best label holds for every part. A worse one holds only
+      if a gold step label of the part equals it: the step that spoilt the response is still there.
+    - `"max"` and what softens it ("some step is good"): the worst label holds for every part; a better one only if a
+      gold step label of the part equals it.
     - `"mean"` (share of good steps): nothing, unless every gold step label of the part is known: their mean is the
       label of the part.
     - A soft label, strictly between 0 and 1, says nothing about a part (`"mean"` apart). Nor does a preference, which
@@ -147,7 +158,8 @@ def truncate_bag(bag: Bag, kept_steps: int, aggregation: str) -> Bag | None:
     Args:
         bag: The bag.
         kept_steps: How many whole steps fit.
-        aggregation: How step labels make the response's label: `"min"`, `"max"`, `"mean"` or `"product"`.
+        aggregation: How step labels make the response's label: one of
+            [`~fractal_rm.aggregation.AGGREGATIONS`].
 
     Returns:
         The bag itself if all of its steps fit; a shorter one, cut where its last step ends; or None if no step fits,
@@ -164,8 +176,7 @@ def truncate_bag(bag: Bag, kept_steps: int, aggregation: str) -> Bag | None:
     """
     if kept_steps < 0:
         raise ValueError(f"kept_steps is {kept_steps}; give 0 or more.")
-    if aggregation not in ("min", "max", "mean", "product"):
-        raise ValueError(f"Unknown aggregation {aggregation!r}; use one of min, max, mean, product.")
+    rule = meaning(aggregation)
     if kept_steps >= len(bag.step_spans):
         return bag
     if kept_steps == 0:
@@ -178,16 +189,24 @@ def truncate_bag(bag: Bag, kept_steps: int, aggregation: str) -> Bag | None:
         known = [step_label for step_label in gold or () if step_label is not None]
         if bag.pair_id is not None:
             return None
-        if aggregation == "mean":
+        if rule == "mean":
             if len(known) < kept_steps:
                 return None
             label = math.fsum(known) / kept_steps
             if bag.num_grades is not None and not label.is_integer():
                 return None
-        elif soft or (label != (0.0 if aggregation == "max" else best) and label not in known):
+        elif soft or (label != (0.0 if rule == "max" else best) and label not in known):
             return None
     spans = bag.step_spans[:kept_steps]
-    return replace(bag, response=bag.response[: spans[-1][1]], step_spans=spans, label=label, step_labels=gold)
+    teacher = None if bag.teacher_scores is None else bag.teacher_scores[:kept_steps]
+    return replace(
+        bag,
+        response=bag.response[: spans[-1][1]],
+        step_spans=spans,
+        label=label,
+        step_labels=gold,
+        teacher_scores=teacher,
+    )
 
 
 @dataclass(frozen=True)

@@ -161,8 +161,8 @@ def read_row(
 
     - Preference: `chosen` and `rejected`, each a text, a chat of one assistant message or a list of steps. (In a row
       with `steps` too, they count only if its `aggregation` is `"native"` or `"preference"`.)
-    - Steps: `steps`, `label`, and optionally `step_labels`. The response is the steps joined by line breaks, or that
-      of the column `response` or `completion` if there is one.
+    - Steps: `steps`, `label`, and optionally `step_labels` and `teacher_scores`. The response is the steps joined by
+      line breaks, or that of the column `response` or `completion` if there is one.
     - Stepwise supervision: `completions` (a list of steps) and `labels` (one a step). A column `label` is the
       response's label; without it, the response's label is the minimum of its step labels, if that is known.
     - Unpaired preference: `completion` or `response` (a text, or a chat of one assistant message) and `label`.
@@ -206,7 +206,17 @@ def read_row(
                 for side, label in (("chosen", 1.0), ("rejected", 0.0))
             ]
         response, spans, step_labels = _steps(columns, record, segmentation)
-        bag = Bag(prompt, response, spans, columns.get("label"), step_labels, num_grades=num_grades, id=name)
+        teacher = _list(columns["teacher_scores"], "teacher_scores") if "teacher_scores" in columns else None
+        bag = Bag(
+            prompt,
+            response,
+            spans,
+            columns.get("label"),
+            step_labels,
+            teacher_scores=tuple(teacher) if teacher is not None else None,
+            num_grades=num_grades,
+            id=name,
+        )
         if bag.label is None and "completions" in columns and bag.step_labels is not None:
             bag = replace(bag, label=_minimum(bag.step_labels))
             if bag.label is None and require_label:

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.aggregation import aggregate
 from fractal_rm.bags import Bag, Prompt, check_text
-from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, pad_token_id, save_scorer
-from fractal_rm.scorers.encoding import EncodedBag, encode, pad_encoded
+from fractal_rm.ordinal import expected_grades, ordinal_max_log_probs
+from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, save_scorer
+from fractal_rm.scorers.inputs import Processor, make_inputs
+from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import Settings
 from fractal_rm.segmentation import Segmentation, Span, join_steps
 
@@ -70,16 +73,15 @@ class StepRewardModel:
     """Scores every step of a response in one forward pass.
 
     Args:
-        scorer: A likelihood or token scorer.
-        tokenizer: The tokenizer it was trained with.
+        scorer: A likelihood, token or embedding scorer.
+        processor: The tokenizer it was trained with, or the sentence encoder of an embedding scorer.
         settings: How text becomes tokens and logits become scores.
         batch_size: Responses in a forward.
     """
 
-    def __init__(
-        self, scorer: StepScorer, tokenizer: PreTrainedTokenizerBase, settings: Settings, *, batch_size: int = 32
-    ) -> None:
-        self.scorer, self.tokenizer, self.settings, self.batch_size = scorer, tokenizer, settings, batch_size
+    def __init__(self, scorer: StepScorer, processor: Processor, settings: Settings, *, batch_size: int = 32) -> None:
+        self.scorer, self.processor, self.settings, self.batch_size = scorer, processor, settings, batch_size
+        self._inputs = make_inputs(processor, settings)
 
     @classmethod
     def from_pretrained(
@@ -96,18 +98,45 @@ class StepRewardModel:
         Raises:
             ValueError: If the checkpoint is not whole: another tokenizer, a missing or random head, an unknown version.
         """
-        scorer, tokenizer, settings = load_scorer(path, **kwargs)
+        scorer, processor, settings = load_scorer(path, **kwargs)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(scorer.to(device), tokenizer, settings, batch_size=batch_size)
+        return cls(scorer.to(device), processor, settings, batch_size=batch_size)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write an ordinary Hugging Face folder with the `fractal` block."""
-        save_scorer(path, self.scorer, self.tokenizer, self.settings)
+        save_scorer(path, self.scorer, self.processor, self.settings)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer; None for an embedding scorer, which reads no tokens."""
+        return None if isinstance(self.processor, SentenceEncoder) else self.processor
 
     @property
     def segmentation(self) -> Segmentation:
         """How this model cuts responses into steps."""
         return self.settings.segmentation
+
+    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
+        """Raise if a prompt is a chat and the model learned from texts, or the other way round.
+
+        Scores would be numbers all the same, but of text that the model has never seen the like of. A model that was
+        made in code, or saved by an older version, does not know what it learned from and takes both.
+
+        Args:
+            prompts: Texts or chats.
+
+        Raises:
+            ValueError: Names the first such prompt and what to do.
+        """
+        if self.settings.chat is None:
+            return
+        wrong, found, learned = (str, "a text", "chats") if self.settings.chat else (list, "a chat", "texts")
+        row = next((row for row, prompt in enumerate(prompts) if isinstance(prompt, wrong)), None)
+        if row is not None:
+            raise ValueError(
+                f"row {row}: the prompt is {found}, but the reward model was trained on prompts that are {learned}. "
+                f"Give the prompts as {learned}, or train a reward model on prompts like these."
+            )
 
     def score(
         self,
@@ -134,13 +163,15 @@ class StepRewardModel:
             One [`StepScores`] for each response, in order.
 
         Raises:
-            ValueError: If the numbers of prompts and responses differ, the prompts are chats and the tokenizer has no
-                chat template, or the model was trained on given steps and gets a text.
+            ValueError: If the numbers of prompts and responses differ, the prompts are chats and the model was trained
+                on texts (or the other way round) or its tokenizer has no chat template, or the model was trained on
+                given steps and gets a text.
         """
         if len(prompts) != len(responses) or len(prompts) != len(responses if spans is None else spans):
             given = f"{len(prompts)} prompts came with {len(responses)} responses"
             also = "" if spans is None else f" and {len(spans)} lists of spans"
             raise ValueError(f"{given}{also}. Give one prompt a response.")
+        self.check_prompts(prompts)
         if spans is None and self.segmentation.method == "given" and any(isinstance(text, str) for text in responses):
             self.segmentation("")  # no text can be cut: one sentence, not one for each row
         bags: dict[int, Bag] = {}
@@ -150,12 +181,10 @@ class StepRewardModel:
                 bags[i] = self._bag(prompt, response, None if spans is None else spans[i])
             except (TypeError, ValueError) as error:
                 errors[i] = f"row {i}: {error}"
-        encoded = encode(
+        encoded = self._inputs.encode(
             [bag.prompt for bag in bags.values()],
             [bag.response for bag in bags.values()],
             [bag.step_spans for bag in bags.values()],
-            self.tokenizer,
-            self.settings,
         )
         fitting = {i: bag for i, bag in zip(bags, encoded, strict=True) if bag.kept_steps}
         for i in bags.keys() - fitting.keys():
@@ -198,10 +227,10 @@ class StepRewardModel:
 
     @torch.no_grad()
     def _forward(
-        self, bags: dict[int, EncodedBag], batch_size: int, progress: bool | None
+        self, bags: dict[int, Any], batch_size: int, progress: bool | None
     ) -> dict[int, tuple[list[float], float]]:
         """Step probabilities and response probability of each bag; batches hold bags of like length."""
-        order = sorted(bags, key=lambda i: len(bags[i].input_ids))
+        order = sorted(bags, key=lambda i: bags[i].length)
         batches: Iterable[list[int]] = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         count = -(-len(order) // batch_size)
         if progress if progress is not None else count >= _BATCHES_WORTH_A_BAR:
@@ -213,15 +242,32 @@ class StepRewardModel:
         self.scorer.eval()
         results = {}
         for rows in batches:
-            batch = pad_encoded([bags[i] for i in rows], pad_token_id(self.tokenizer))
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            logits = self.scorer(**batch) / self.settings.temperature
-            bag_logits = aggregate(logits, batch["mask"], aggregation=self.settings.aggregation)
-            probs, bag_probs = logits.sigmoid().cpu().tolist(), bag_logits.sigmoid().cpu().tolist()
-            for row, i in enumerate(rows):
-                results[i] = (probs[row][: bags[i].kept_steps], bag_probs[row])
+            batch = {name: x.to(device) for name, x in self._inputs.pad([bags[i] for i in rows]).items()}
+            scores, bag_scores = probabilities(self.scorer(**batch), batch["mask"], self.settings)
+            for row, (step_scores, bag_score) in enumerate(zip(scores.tolist(), bag_scores.tolist(), strict=True)):
+                results[rows[row]] = (step_scores[: bags[rows[row]].kept_steps], bag_score)
         self.scorer.train(training)
         return results
+
+
+def probabilities(logits: Tensor, mask: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Scores in [0, 1] from a scorer's logits.
+
+    Args:
+        logits: Step logits (B, S), or (B, S, G) for grades.
+        mask: True where a step is real (B, S).
+        settings: Gives temperature and aggregation.
+
+    Returns:
+        Scores of the steps (B, S) and of the responses (B,): P(good), or the expected grade divided by the highest.
+    """
+    logits = logits / settings.temperature
+    if settings.num_grades is not None:
+        highest = settings.num_grades - 1
+        bag_logits = ordinal_max_log_probs(logits, mask).unsqueeze(1)  # the logs of a distribution are logits too
+        return expected_grades(logits) / highest, expected_grades(bag_logits).squeeze(1) / highest
+    bag_logits = aggregate(logits, mask, aggregation=settings.aggregation, sharpness=settings.sharpness)
+    return logits.sigmoid(), bag_logits.sigmoid()
 
 
 class FractalReward:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import config, wordpiece_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification, PreTrainedTokenizerFast
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification, PreTrainedTokenizerFast
 
 from fractal_rm.scorers.checkpoint import make_scorer, save_scorer
 from fractal_rm.scorers.settings import Settings
@@ -101,3 +102,17 @@ def write_jsonl(path: Path, rows: list[Any]) -> str:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return str(path)
+
+
+def save_encoder(folder: Path, *, pooling: str = "mean", dtype: torch.dtype = torch.float32, seed: int = 0) -> str:
+    """A sentence-transformers model of two layers that knows nothing."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    torch.manual_seed(seed)
+    AutoModel.from_config(config("bert")).to(dtype).save_pretrained(folder / "transformer")
+    wordpiece_tokenizer().save_pretrained(folder / "transformer")
+    transformer = Transformer(str(folder / "transformer"), model_kwargs={"dtype": dtype})
+    model = SentenceTransformer(modules=[transformer, Pooling(16, pooling_mode=pooling)], device="cpu")
+    model.save_pretrained(str(folder / "encoder"), create_model_card=False)
+    return str(folder / "encoder")

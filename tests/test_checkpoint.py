@@ -235,7 +235,7 @@ def test_an_unknown_key_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("block", "sentence"),
     [
-        ({"scorer": "embedding"}, "Unknown scorer 'embedding'. Choose one of likelihood, token"),
+        ({"scorer": "window"}, "Unknown scorer 'window'. Choose one of likelihood, token, embedding"),
         ({"aggregation": "median"}, "Unknown aggregation 'median'."),
         ({"segmentation": {"method": "words"}}, "Unknown segmentation method 'words'"),
         ({"segmentation": 3}, "the `fractal` block is damaged ("),

@@ -1,14 +1,17 @@
 """Commands, called as the console script calls them."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from stand_ins import gsm8k_problems, save_policy, save_reward_model, solutions, write_jsonl
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers.utils.logging import is_progress_bar_enabled
 
 from fractal_rm import __version__
 from fractal_rm.cli import COMMANDS, is_bad_input, main
@@ -17,6 +20,7 @@ from fractal_rm.readers import read_bags, read_jsonl
 from fractal_rm.results import ResultsFile
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.segmentation import Segmentation
+from fractal_rm.trainers.script_checks import hide_loading_bars
 
 TINY = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 TINY += ["--save_strategy", "no"]
@@ -129,6 +133,31 @@ def test_adapters_are_merged_into_an_ordinary_folder(trained, models, tmp_path):
     assert main(["train", *arguments, "--lora_target_modules", "q_proj", "v_proj"]) == 0
     names = AutoModelForCausalLM.from_pretrained(tmp_path / "rm").state_dict()
     assert not any("lora" in name for name in names)
+
+
+def test_a_new_head_is_no_news_and_lost_weights_are(models, tmp_path):
+    hide_loading_bars()
+    hide_loading_bars()  # commands that load two models call it twice
+    said: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    listener.emit = said.append  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(listener)
+    try:
+        whole, broken = models / "policy", tmp_path / "broken"
+        AutoModelForTokenClassification.from_pretrained(whole, num_labels=1)
+        assert said == []
+        shutil.copytree(whole, broken)
+        weights = load_file(broken / "model.safetensors")
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+        AutoModelForTokenClassification.from_pretrained(broken, num_labels=1)
+        AutoModelForTokenClassification.from_pretrained(whole, num_labels=1).save_pretrained(tmp_path / "token")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "token")  # its head would be random text
+        assert ["LOAD REPORT" in record.getMessage() for record in said] == [True, True]
+    finally:
+        logger.removeHandler(listener)
+    assert not is_progress_bar_enabled()
 
 
 def test_score_writes_one_line_a_response_and_a_page(models, tmp_path, capsys):

@@ -5,6 +5,7 @@ import math
 import pytest
 from stand_ins import save_policy, save_reward_model, solutions
 
+from fractal_rm.aggregation import AGGREGATIONS, meaning
 from fractal_rm.bags import Bag
 from fractal_rm.evaluation.evaluate import choose_threshold, evaluate, evaluate_scores, score_bags
 from fractal_rm.evaluation.score_rows import score_rows
@@ -67,6 +68,38 @@ def test_the_threshold_does_not_depend_on_step_labels():
     scored = [scores(FOUR, 0.9, 0.9, 0.8, 0.3), scores(TWO, 0.8, 0.7)]
     hidden = [Bag(bag.prompt, bag.response, bag.step_spans, bag.label) for bag in bags]
     assert choose_threshold(scored, bags) == choose_threshold(scored, hidden) == 0.5
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_threshold_is_on_the_highest_step_where_one_good_step_is_enough(aggregation):
+    good, bad = Bag("p", "a\nb", ((0, 1), (2, 3)), label=1.0), Bag("p", "a\nb", ((0, 1), (2, 3)), label=0.0)
+    scored = [scores(good, 0.1, 0.8), scores(bad, 0.3, 0.4), scores(good, 0.3, 0.9)]
+    found = choose_threshold(scored, [good, bad, good], aggregation=aggregation)
+    assert found == pytest.approx(0.6 if meaning(aggregation) == "max" else 0.1)
+
+
+def test_the_model_says_which_step_decides_at_the_threshold(tmp_path):
+    model = StepRewardModel.from_pretrained(save_reward_model(tmp_path / "rm", aggregation="noisy_or"))
+    bags = read_bags(solutions(6), Segmentation())
+    scored = score_bags(model, bags)
+    found = evaluate(model, bags, validation=bags)["threshold"]
+    assert found == choose_threshold(scored, bags, aggregation="max") != choose_threshold(scored, bags)
+
+
+def test_grades_count_as_shares_of_the_highest():
+    graded = [
+        Bag("p", "a\nb", ((0, 1), (2, 3)), label=label, step_labels=steps, num_grades=4)
+        for label, steps in ((3.0, (3, 0)), (1.0, (0, 1)))
+    ]
+    shares = [
+        Bag("p", "a\nb", ((0, 1), (2, 3)), label=label, step_labels=steps)
+        for label, steps in ((1.0, (1, 0)), (1 / 3, (0, 1 / 3)))
+    ]
+    scored = [scores(bag, 0.6, 0.2) for bag in graded]
+    expected = evaluate_scores(scored, shares, 0.5)
+    assert evaluate_scores(scored, graded, 0.5) == pytest.approx(expected, nan_ok=True)
+    assert expected["step_auc"] == pytest.approx(2.5 / 3)  # grade 1 of 3 is bad, so one step is good and three are not
+    assert choose_threshold(scored, graded, aggregation="max") == choose_threshold(scored, shares, aggregation="max")
 
 
 def test_validation_that_cannot_be_scored_is_named(tmp_path):

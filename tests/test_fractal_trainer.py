@@ -15,8 +15,10 @@ from sklearn.metrics import roc_auc_score
 
 from fractal_rm.bags import Bag
 from fractal_rm.losses import bag_loss
+from fractal_rm.readers import read_bags
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
+from fractal_rm.segmentation import Segmentation
 from fractal_rm.trainers.fractal_config import FractalConfig
 from fractal_rm.trainers.fractal_trainer import FractalTrainer
 
@@ -447,7 +449,10 @@ def test_preferences_train(tmp_path):
     ]
     trainer = train(tmp_path, rows, max_steps=15, per_device_train_batch_size=8)
     assert [bag.label for bag in trainer.train_dataset.bags] == [1.0, 0.0] * 4
-    assert logged(trainer, "loss/bag")[-1] < 0.8 * logged(trainer, "loss/bag")[0]
+    assert len(trainer.train_dataset) == 4
+    assert not logged(trainer, "loss/bag")
+    assert logged(trainer, "loss/preference")[-1] < 0.8 * logged(trainer, "loss/preference")[0]
+    assert trainer.evaluate(rows)["eval_pair_accuracy"] == 1.0
 
 
 def test_stepwise_supervision_trains(tmp_path):
@@ -465,6 +470,22 @@ def test_chats_train_with_a_chat_template(tmp_path):
     assert trainer.processing_class.decode(ids).startswith("<user>0. Start at ")
     trainer.save_model()
     StepRewardModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("chat", [False, True, None])
+def test_a_checkpoint_knows_whether_it_learned_from_chats(tmp_path, chat):
+    # Readers refuse files of both kinds; bags made in code may be of both.
+    mixed = [bag for kind in (False, True) for bag in read_bags(sums(4, chat=kind), Segmentation("lines"))]
+    rows = mixed if chat is None else sums(8, chat=chat)
+    make(tmp_path, rows, tokenizer=byte_tokenizer(chat=True)).save_model()
+    loaded = StepRewardModel.from_pretrained(tmp_path)
+    assert loaded.settings.chat is chat
+    prompts = [bag.prompt for bag in mixed]
+    if chat is None:
+        loaded.score(prompts, ["1+1=2."] * 8)
+    else:
+        with pytest.raises(ValueError, match=f"row {0 if chat else 4}: the prompt is a"):
+            loaded.score(prompts, ["1+1=2."] * 8)
 
 
 def test_chats_without_a_chat_template_are_named_before_training(tmp_path):
@@ -493,8 +514,8 @@ def test_bags_train_as_they_are(tmp_path):
     assert len(trainer.train_dataset) == 2
 
 
-def test_grades_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"train data, row 2: the label is a grade .* Divide grades by the highest"):
+def test_grades_without_their_number_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"train data, row 2: the bag has num_grades=4, but .* num_grades=None"):
         make(tmp_path, [bag(), bag(label=3.0, num_grades=4)])
 
 
@@ -574,7 +595,7 @@ def test_a_saved_folder_remembers_what_it_was_trained_on(tmp_path):
         ({"head_learning_rate": -1.0}, "`head_learning_rate` is -1.0"),
         ({"max_length": 1}, "`max_length` is 1 tokens"),
         ({"aggregation": "median"}, "Unknown aggregation 'median'"),
-        ({"scorer": "embedding"}, "Unknown scorer 'embedding'"),
+        ({"scorer": "window"}, "Unknown scorer 'window'"),
         ({"segmentation": "separator"}, "give separator a text"),
         ({"prompt_template": "Q:"}, "`prompt_template` is 'Q:'"),
     ],

@@ -196,6 +196,23 @@ def test_text_outside_the_steps_is_not_lost(tmp_path):
     assert view(tmp_path, [example(["a", "b"])]).inside("li", "outside", "text") == []
 
 
+def test_steps_that_did_not_fit_are_counted_and_shown_without_a_score(tmp_path):
+    def notes(page):
+        return [text for text in page.inside("div", "facts", "mark") if "max_length" in text]
+
+    row = example(["a", "b", "c", "d"])
+    cut = [{**row, "steps": row["steps"][:kept], "truncated_steps": 4 - kept} for kept in (4, 3, 2)]
+    page = view(tmp_path, cut)
+    assert notes(page) == ["1 step beyond max_length was not scored", "2 steps beyond max_length were not scored"]
+    assert page.inside("li", "outside", "text") == ["\nd", "\nc\nd"]
+    assert len(page.inside("li", "step", "chip")) == 4 + 3 + 2
+    assert notes(view(tmp_path, [row])) == []
+
+
+def test_the_viewer_says_why_a_response_score_can_be_lower_than_every_step_score(tmp_path):
+    assert "the model's aggregation of the step scores" in view(tmp_path, [example(["a"])]).source
+
+
 def test_a_response_that_was_not_scored_tells_why(tmp_path):
     row = {"id": "r", "prompt": "?", "label": None, "steps": [], "score": None, "error": "the response is empty"}
     page = view(tmp_path, [row, example(["a"])])

@@ -146,6 +146,33 @@ def test_chats_without_a_chat_template_are_named(model):
         model.score([PROMPT, [{"role": "user", "content": "3+4?"}]], [RESPONSE] * 2)
 
 
+CHAT = [{"role": "user", "content": "What is 3+4?"}]
+
+
+@pytest.mark.parametrize(
+    ("trained_on_chats", "known", "other", "sentence"),
+    [
+        (False, PROMPT, CHAT, r"row 1: the prompt is a chat, .* trained on prompts that are texts\. Give .* as texts"),
+        (True, CHAT, PROMPT, r"row 1: the prompt is a text, .* trained on prompts that are chats\. Give .* as chats"),
+    ],
+)
+def test_a_model_refuses_the_kind_of_prompt_that_it_has_not_learned_from(trained_on_chats, known, other, sentence):
+    model = reward_model("token", "llama", byte_tokenizer(chat=True), chat=trained_on_chats)
+    unknowing = reward_model("token", "llama", byte_tokenizer(chat=True))
+    assert model.score([known], [RESPONSE]) == unknowing.score([known], [RESPONSE])
+    assert all(scored.error is None for scored in unknowing.score([known, other], [RESPONSE] * 2))
+    with pytest.raises(ValueError, match=sentence):
+        model.score([known, other], [RESPONSE] * 2)
+    with pytest.raises(ValueError, match=sentence):
+        FractalReward(model)(prompts=[known, other], completions=[RESPONSE] * 2)
+
+
+def test_a_prompt_that_is_neither_text_nor_chat_stays_an_error_of_its_row():
+    for chat in (True, False):
+        model = reward_model("token", "llama", byte_tokenizer(chat=True), chat=chat)
+        assert model.score([None], [RESPONSE])[0].error.startswith("row 0: the prompt is NoneType")  # type: ignore[union-attr,list-item]
+
+
 @pytest.mark.parametrize(("batches", "progress", "shown"), [(2, None, False), (3, None, True), (3, False, False)])
 def test_a_bar_is_shown_for_long_work_only(model, capsys, monkeypatch, batches, progress, shown):
     monkeypatch.setattr("fractal_rm.reward_model._BATCHES_WORTH_A_BAR", 3)

@@ -317,11 +317,11 @@ def test_the_token_scorer_refuses_what_has_no_head_with_one_output(model, labels
 
 
 def test_a_scorer_that_is_none_says_so():
-    with pytest.raises(TypeError, match="Use LikelihoodScorer or TokenScorer"):
+    with pytest.raises(TypeError, match="Use one of its subclasses"):
         StepScorer(torch.nn.Linear(1, 1))(**batch_of(reward_model("token", "llama"), RESPONSES))
 
 
-@pytest.mark.parametrize(("name", "value"), [("scorer", "embedding"), ("aggregation", "median"), ("reduction", "max")])
+@pytest.mark.parametrize(("name", "value"), [("scorer", "window"), ("aggregation", "median"), ("reduction", "max")])
 def test_a_setting_that_does_not_exist_is_named(name, value):
     with pytest.raises(ValueError, match=rf"Unknown {name} '{value}'. Choose one of "):
         Settings(**{name: value})

@@ -815,6 +815,13 @@ def test_a_trainer_without_any_reward_is_refused(tmp_path):
             make(tmp_path, reward_funcs=nothing)
 
 
+def test_prompts_that_the_reward_model_has_not_learned_from_are_refused_before_a_rollout(tmp_path):
+    learned = reward_model(chat=True)
+    learned.settings.chat = True
+    with pytest.raises(ValueError, match=r"row 0: the prompt is a text, but the reward model was trained on .* chats"):
+        make(tmp_path, reward_model=learned)
+
+
 def test_groups_refuse_a_value_model(tmp_path):
     with pytest.raises(ValueError, match=r"`advantage='group'` uses no `value_model`\. Leave it out"):
         make(tmp_path, reward_model=reward_model(), value_model=value_model(), advantage="group")

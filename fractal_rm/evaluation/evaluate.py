@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fractal_rm import metrics
+from fractal_rm.aggregation import Aggregation, meaning
 from fractal_rm.bags import Bag
 from fractal_rm.reward_model import StepRewardModel, StepScores
 
@@ -36,7 +37,8 @@ def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold
 
     Steps beyond the model's `max_length` have no score. They stay out of the AUCs; for the first error they count as
     not called wrong, so that a response does not get easier by being cut. Responses without any score stay out of the
-    response metrics and are counted as `unscored`.
+    response metrics and are counted as `unscored`. Grades count as shares of the highest, as the scores of a model of
+    grades do.
 
     Args:
         scored: Scores of each bag.
@@ -48,7 +50,7 @@ def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold
         step label is known, `step_auc`, `within_bag_auc`, those of [`~fractal_rm.metrics.first_error_accuracy`] and
         the `threshold`.
     """
-    labels = [math.nan if bag.label is None else bag.label for bag in bags]
+    labels = _labels(bags)
     have = [not math.isnan(result.score) for result in scored]
     results: dict[str, float] = {
         "responses": len(bags),
@@ -98,18 +100,35 @@ def evaluate(
     """
     threshold = reward_model.settings.threshold
     if validation is not None:
-        threshold = choose_threshold(score_bags(reward_model, validation, batch_size=batch_size), validation)
+        scored = score_bags(reward_model, validation, batch_size=batch_size)
+        threshold = choose_threshold(scored, validation, aggregation=reward_model.settings.aggregation)
         if math.isnan(threshold):
             raise ValueError(f"None of {len(validation)} validation responses could be scored. Give others.")
     return evaluate_scores(score_bags(reward_model, bags, batch_size=batch_size), bags, threshold)
 
 
-def choose_threshold(scored: Sequence[StepScores], bags: Sequence[Bag]) -> float:
-    """[`~fractal_rm.metrics.choose_threshold`] on scores and response labels; gold step labels are not read."""
-    labels = [math.nan if bag.label is None else bag.label for bag in bags]
-    return metrics.choose_threshold([result.step_scores for result in scored], labels)
+def choose_threshold(scored: Sequence[StepScores], bags: Sequence[Bag], *, aggregation: Aggregation = "min") -> float:
+    """[`~fractal_rm.metrics.choose_threshold`] on scores and response labels; gold step labels are not read.
+
+    Args:
+        scored: Scores of each bag.
+        bags: The bags.
+        aggregation: That of the model. Where it means that a response is good if some step is, the highest step score
+            decides; otherwise the lowest.
+    """
+    rule = "max" if meaning(aggregation) == "max" else "min"
+    return metrics.choose_threshold([result.step_scores for result in scored], _labels(bags), rule=rule)
+
+
+def _labels(bags: Sequence[Bag]) -> list[float]:
+    return [_share(bag.label, bag) for bag in bags]
 
 
 def _gold(bag: Bag) -> np.ndarray:
     known = bag.step_labels or [None] * len(bag.step_spans)
-    return np.array([math.nan if label is None else label for label in known])
+    return np.array([_share(label, bag) for label in known])
+
+
+def _share(label: float | None, bag: Bag) -> float:
+    """A label on the scale of scores: NaN where it is not known, a grade as its share of the highest."""
+    return math.nan if label is None else label / ((bag.num_grades or 2) - 1)

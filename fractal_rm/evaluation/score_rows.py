@@ -53,6 +53,8 @@ def score_rows(
 
 
 def _check_chat(bag: Bag, reward_model: StepRewardModel, where: str) -> None:
+    if reward_model.tokenizer is None:  # an embedding scorer reads the messages one after the other
+        return
     try:
         prompt_text(bag.prompt, reward_model.tokenizer, reward_model.settings.prompt_template)
     except ValueError as error:

@@ -64,6 +64,7 @@ class ResponseView:
         label: The label as a number, None if it is unknown.
         label_text: The label as text.
         disagrees: Whether score and label are at least half the scale apart.
+        unscored: What to say of steps beyond `max_length`, empty if there are none; their text is in `after`.
         error: Why it has no scores, None if it has.
     """
 
@@ -80,6 +81,7 @@ class ResponseView:
     label: float | None
     label_text: str
     disagrees: bool
+    unscored: str
     error: str | None
 
 
@@ -135,6 +137,7 @@ def response_view(row: Mapping[str, Any], number: int) -> ResponseView:
         label=label,
         label_text={None: "unknown", 0: "bad", 1: "good"}.get(label, f"{label:g}" if label is not None else ""),
         disagrees=label is not None and score is not None and 0 <= label <= 1 and abs(label - score) >= 0.5,
+        unscored=_unscored(row.get("truncated_steps") or 0),
         error=str(error) if error else None,
     )
 
@@ -186,6 +189,14 @@ def _finite(value: float | None) -> float | None:
 
 def _score_text(score: float | None) -> str:
     return "—" if score is None else f"{score:.2f}"
+
+
+def _unscored(steps: int) -> str:
+    if steps == 0:
+        return ""
+    return (
+        "1 step beyond max_length was not scored" if steps == 1 else f"{steps} steps beyond max_length were not scored"
+    )
 
 
 def _prompt_text(prompt: str | Sequence[Mapping[str, str]]) -> str:

@@ -16,7 +16,8 @@ def write_viewer(path: str | Path, rows: Iterable[Mapping[str, Any]], title: str
         path: Where to write the page.
         rows: One mapping a response: `prompt` (text or chat), `steps` (each with `text`, `score` and, where known,
             `gold`: 1 right, 0 wrong), `score` of the response, and optionally `id`, `label`, `response` (with `start`
-            and `end` in the steps, text outside the steps is shown too) and `error`, which replaces the steps.
+            and `end` in the steps, text outside the steps is shown too), `truncated_steps` (how many steps beyond
+            `max_length` were not scored) and `error`, which replaces the steps.
         title: Heading of the page.
 
     Raises:

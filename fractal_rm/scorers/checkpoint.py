@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,13 +28,19 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.hub import cached_file
 
 from fractal_rm.results import package_versions
+from fractal_rm.scorers.embedding_scorer import EmbeddingScorer, make_head
+from fractal_rm.scorers.inputs import Processor
 from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
+from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import Settings, tokenizer_fingerprint
 from fractal_rm.scorers.step_scorer import StepScorer
 from fractal_rm.scorers.token_scorer import TokenScorer
 
+# Where the head of an embedding scorer is, in the folder of its encoder.
+HEAD_FILE = "head.safetensors"
 # Weights of the head that the block remembers: a random head would have to match all of them.
 _HEAD_SAMPLE = 16
 # Half precision keeps two to three digits.
@@ -101,7 +109,7 @@ def load_model(path: str | Path, settings: Settings, **kwargs: Any) -> tuple[Pre
     auto: Any = AutoModelForCausalLM
     if settings.scorer == "token":
         auto = AutoModelForTokenClassification
-        kwargs["num_labels"] = 1
+        kwargs["num_labels"] = settings.num_grades or 1
     _check_folder(path, "Give a folder or hub id of a model.")
     try:
         if settings.scorer == "likelihood" and not _is_causal(AutoConfig.from_pretrained(path)):
@@ -140,30 +148,33 @@ def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def make_scorer(model: nn.Module, settings: Settings) -> StepScorer:
     """Wrap a transformers (or PEFT) model as the scorer that the settings name."""
     if settings.scorer == "token":
-        return TokenScorer(model)
+        return TokenScorer(model, num_grades=settings.num_grades)
     return LikelihoodScorer(model, reduction=settings.reduction, log_weight=settings.log_weight, bias=settings.bias)
 
 
-def head_module(model: PreTrainedModel, settings: Settings) -> nn.Module:
+def head_module(model: nn.Module, settings: Settings) -> nn.Module:
     """What turns hidden states into scores: the classification head, or the output embeddings."""
     if settings.scorer == "likelihood":
-        embeddings: Any = model.get_output_embeddings()
-        return embeddings
+        language_model: Any = model
+        return language_model.get_output_embeddings()
     for name in ("score", "classifier"):
         if isinstance(head := getattr(model, name, None), nn.Module):
             return head
-    # Architectures that name it otherwise: the last linear layer with one output is the head.
-    return [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
+    # Architectures that name it otherwise: the last linear layer is the head.
+    outputs = settings.num_grades or 1
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == outputs][-1]
 
 
 def head_parameters(scorer: StepScorer, settings: Settings) -> list[nn.Parameter]:
-    """Trainable parameters that start from nothing: weight and bias of the log-likelihood, or the head."""
+    """Trainable parameters that start from nothing: weight and bias of the log-likelihood, or the whole head."""
     if isinstance(scorer, LikelihoodScorer):
         return [scorer.log_weight, scorer.bias]
+    if isinstance(scorer, EmbeddingScorer):
+        return list(scorer.parameters())
     return [parameter for parameter in head_module(scorer.base, settings).parameters() if parameter.requires_grad]
 
 
-def _head_sample(model: PreTrainedModel, settings: Settings) -> list[float]:
+def _head_sample(model: nn.Module, settings: Settings) -> list[float]:
     """Weights of the head, evenly spaced over all of them."""
     weights = next(head_module(model, settings).parameters()).detach().flatten()
     count = min(_HEAD_SAMPLE, len(weights))
@@ -191,20 +202,22 @@ def replaced_folder(path: Path) -> Iterator[Path]:
                 stale.unlink()
         # config.json last: a folder with the block is a whole one.
         for name in sorted(written, key=lambda name: name == "config.json"):
+            if (path / name).is_dir():  # a sentence encoder's own folders: no folder replaces a full one
+                shutil.rmtree(path / name)
             os.replace(temporary / name, path / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_scorer(
-    path: str | Path, scorer: StepScorer, tokenizer: PreTrainedTokenizerBase, settings: Settings
-) -> Settings:
+def save_scorer(path: str | Path, scorer: StepScorer, processor: Processor, settings: Settings) -> Settings:
     """Write model, tokenizer and the `fractal` block; PEFT adapters are merged into a copy first.
+
+    The folder of an embedding scorer is that of its sentence encoder, with the head in a file beside it.
 
     Args:
         path: Where the folder goes.
         scorer: What is saved.
-        tokenizer: Its tokenizer.
+        processor: Its tokenizer, or its sentence encoder.
         settings: What the block remembers.
 
     Returns:
@@ -217,27 +230,36 @@ def save_scorer(
     saved = copy.deepcopy(settings)
     if isinstance(scorer, LikelihoodScorer):
         saved.log_weight, saved.bias = scorer.log_weight.item(), scorer.bias.item()
-    saved.tokenizer, saved.head = tokenizer_fingerprint(tokenizer), _head_sample(model, settings)
+    saved.tokenizer, saved.head = _fingerprint(processor), _head_sample(model, settings)
     saved.versions = {name: found for name, found in package_versions().items() if found}
     if not all(math.isfinite(value) for value in (saved.log_weight, saved.bias, *saved.head)):
         raise ValueError(f"The scorer's weights are not finite; {path} is not written. Lower the learning rate.")
     with replaced_folder(Path(path)) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if isinstance(processor, SentenceEncoder):
+            processor.save(folder)
+            weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+            save_file(weights, folder / HEAD_FILE)
+        else:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"fractal": saved.to_dict()}, indent=2) + "\n")
     return saved
 
 
-def load_scorer(path: str | Path, **kwargs: Any) -> tuple[StepScorer, PreTrainedTokenizerBase, Settings]:
+def _fingerprint(processor: Processor) -> str:
+    return processor.fingerprint if isinstance(processor, SentenceEncoder) else tokenizer_fingerprint(processor)
+
+
+def load_scorer(path: str | Path, **kwargs: Any) -> tuple[StepScorer, Processor, Settings]:
     """Read a checkpoint and check that it is whole: block, tokenizer and head.
 
     Args:
         path: Folder or hub id of a checkpoint of this package.
-        kwargs: Passed to `from_pretrained` of the model, such as `dtype`.
+        kwargs: Passed to `from_pretrained` of the model, such as `dtype`; an embedding scorer takes none.
 
     Returns:
-        Scorer (in evaluation mode), tokenizer and settings.
+        Scorer (in evaluation mode), its tokenizer or sentence encoder, and settings.
 
     Raises:
         ValueError: If the folder is no step reward model, its format version is unknown, its tokenizer is another one,
@@ -257,6 +279,8 @@ def load_scorer(path: str | Path, **kwargs: Any) -> tuple[StepScorer, PreTrained
             "Train it with FractalTrainer first."
         )
     settings = Settings.from_dict(block, where=str(path))
+    if settings.scorer == "embedding":
+        return *_load_embedding_scorer(path, settings), settings
     tokenizer = load_tokenizer(path)
     if tokenizer_fingerprint(tokenizer) != settings.tokenizer:
         # For some architectures AutoTokenizer knows better than the files; the files say how training had it.
@@ -273,12 +297,36 @@ def load_scorer(path: str | Path, **kwargs: Any) -> tuple[StepScorer, PreTrained
             f"{path}: {len(missing)} weights are missing from the folder and would be random (first: {missing[0]}). "
             "Restore the safetensors file that FractalTrainer saved."
         )
+    _check_head(path, model, settings)
+    return make_scorer(model, settings).eval(), tokenizer, settings
+
+
+def _load_embedding_scorer(path: str | Path, settings: Settings) -> tuple[EmbeddingScorer, SentenceEncoder]:
+    """The head and the encoder of a folder, or of a hub id."""
+    encoder = SentenceEncoder(path)
+    if encoder.fingerprint != settings.tokenizer:
+        raise ValueError(
+            f"{path}: the sentence encoder is not the one the head was trained on (fingerprint {encoder.fingerprint}, "
+            f"expected {settings.tokenizer}). Restore the files that were saved with it."
+        )
+    scorer = make_head(settings.head_type, encoder.size, settings.num_grades or 1)
+    try:
+        scorer.model.load_state_dict(load_file(str(cached_file(str(path), HEAD_FILE))))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: the head in {HEAD_FILE} is missing or is another one ({_first_line(error)}). "
+            "Restore the file that FractalTrainer saved."
+        ) from error
+    _check_head(path, scorer.model, settings)
+    return scorer.eval(), encoder
+
+
+def _check_head(path: str | Path, model: nn.Module, settings: Settings) -> None:
     if settings.head is not None and not _same_head(_head_sample(model, settings), settings.head):
         raise ValueError(
             f"{path}: the scoring head is not the one that was trained. "
             "Restore the safetensors file that FractalTrainer saved."
         )
-    return make_scorer(model, settings).eval(), tokenizer, settings
 
 
 def _check_folder(path: str | Path, advice: str) -> None:

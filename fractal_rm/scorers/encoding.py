@@ -38,6 +38,11 @@ class EncodedBag:
         """Whole steps that fit into `max_length`."""
         return len(self.step_ends)
 
+    @property
+    def length(self) -> int:
+        """What makes a forward long."""
+        return len(self.input_ids)
+
 
 def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> str:
     """The text that precedes the response: the template filled in, or the chat template of the tokenizer.

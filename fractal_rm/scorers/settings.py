@@ -1,6 +1,7 @@
 """What a checkpoint must remember beside its weights: the `fractal` block of `config.json`."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
@@ -10,11 +11,17 @@ from transformers import PreTrainedTokenizerBase
 from fractal_rm.aggregation import AGGREGATIONS, Aggregation
 from fractal_rm.segmentation import Segmentation
 
-ScorerKind = Literal["likelihood", "token"]
+ScorerKind = Literal["likelihood", "token", "embedding"]
 Reduction = Literal["sum", "mean"]
+HeadType = Literal["mlp", "set"]
 FORMAT_VERSION = 1
 
-_CHOICES = {"scorer": get_args(ScorerKind), "aggregation": AGGREGATIONS, "reduction": get_args(Reduction)}
+_CHOICES = {
+    "scorer": get_args(ScorerKind),
+    "aggregation": AGGREGATIONS,
+    "reduction": get_args(Reduction),
+    "head_type": get_args(HeadType),
+}
 
 # Digits, operators, capitals, white space, LaTeX and a multi-byte character: what tokenizers treat differently.
 _PROBE = "Step 1: 3.14 * x = \\frac{1}{2}\n\nSo, the  answer is  -42 \u2713."
@@ -36,13 +43,17 @@ class Settings:
         segmentation: How a response is cut into steps.
         prompt_template: Text in which `{prompt}` stands for the prompt; the response follows it directly.
         max_length: Most tokens in a forward, prompt included. Whole steps beyond it are left out, counted and logged.
+        sharpness: How close a soft aggregation is to the extreme it softens.
+        num_grades: How many grades a step can have, 0 to `num_grades - 1`; None: a step is good or not.
+        head_type: Embedding scorer: `"mlp"` (each step by itself) or `"set"` (steps see each other).
         reduction: Likelihood scorer: whether a step's log-probabilities are added or averaged.
         log_weight: Likelihood scorer: logarithm of the factor of the log-likelihood, learned.
         bias: Likelihood scorer: offset of the log-likelihood, learned.
         temperature: Divides the step logits before the sigmoid; 1 until calibrated.
         threshold: A step scoring below it is called wrong; chosen on validation.
-        tokenizer: Fingerprint of the tokenizer that the scores belong to.
+        tokenizer: Fingerprint of the tokenizer, or of the sentence encoder, that the scores belong to.
         head: Some of the scoring head's weights, to tell a lost or random head at load.
+        chat: Whether the prompts of the training data were chats; None: not known, or some were and some were texts.
         data: Fingerprint of the training data.
         versions: Package versions at saving.
         format_version: Version of this block.
@@ -53,6 +64,9 @@ class Settings:
     segmentation: Segmentation = field(default_factory=Segmentation)
     prompt_template: str = "{prompt}"
     max_length: int | None = None
+    sharpness: float = 1.0
+    num_grades: int | None = None
+    head_type: HeadType = "mlp"
     reduction: Reduction = "sum"
     log_weight: float = 0.0
     bias: float = 0.0
@@ -60,6 +74,7 @@ class Settings:
     threshold: float = 0.5
     tokenizer: str | None = None
     head: list[float] | None = None
+    chat: bool | None = None
     data: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -68,6 +83,18 @@ class Settings:
         for name, values in _CHOICES.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}. Choose one of {', '.join(values)}.")
+        if not 0 < self.sharpness < math.inf:
+            raise ValueError(f"`sharpness` is {self.sharpness}. Give a finite number above 0.")
+        if self.num_grades is not None and (self.num_grades < 2 or self.scorer == "likelihood"):
+            raise ValueError(
+                f"`num_grades` is {self.num_grades} with the {self.scorer} scorer. "
+                "Give 2 or more, and the token or the embedding scorer."
+            )
+        if self.num_grades is not None and self.aggregation != "max":
+            raise ValueError(
+                f"`num_grades` is {self.num_grades} with `aggregation={self.aggregation}`. Grades are aggregated by "
+                "their maximum: set `aggregation=max`, or divide grades by the highest one and leave `num_grades` out."
+            )
         if "{prompt}" not in self.prompt_template:
             raise ValueError(
                 f"`prompt_template` is {self.prompt_template!r}, without the place for the prompt. "

@@ -1,6 +1,6 @@
 """What every scorer is: a transformers model, read so that each step of a response gets a logit."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -10,10 +10,12 @@ class StepScorer(nn.Module):
     """Step logits (B, S) from one forward over prompts and responses.
 
     Args:
-        model: A transformers model, or a PEFT model around one.
+        model: A transformers model, a PEFT model around one, or the head of an embedding scorer.
     """
 
     model: Any  # a Module to torch; which one, the subclasses know
+    # Names of the batch's tensors that `forward` takes.
+    inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "step_ids", "step_ends", "mask")
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -29,11 +31,9 @@ class StepScorer(nn.Module):
         """Whether the model is a PEFT model."""
         return hasattr(self.model, "peft_config")
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, step_ids: Tensor, step_ends: Tensor, mask: Tensor
-    ) -> Tensor:
-        """Step logits (B, S) in float32 from tensors of [`~fractal_rm.scorers.encoding.pad_encoded`]."""
-        raise TypeError(f"{type(self).__name__} has no way to score. Use LikelihoodScorer or TokenScorer.")
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Step logits (B, S) in float32 from the tensors that `inputs` names."""
+        raise TypeError(f"{type(self).__name__} has no way to score. Use one of its subclasses.")
 
     # `transformers.Trainer` calls these with `gradient_checkpointing=True`; which one depends on its version.
 

@@ -15,19 +15,21 @@ class TokenScorer(StepScorer):
     the whole response when it scores a step.
 
     Args:
-        model: A token classification model with one label, or a PEFT model around one.
+        model: A token classification model with one label, or one for each grade; or a PEFT model around one.
+        num_grades: How many grades a step can have; None: a step is good or not.
 
     Raises:
         ValueError: If the model is another one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, num_grades: int | None = None) -> None:
         super().__init__(model)
         labels = self.base.config.num_labels
-        if labels != 1 or self.base.get_output_embeddings() is not None:
+        wanted = num_grades or 1
+        if labels != wanted or self.base.get_output_embeddings() is not None:
             raise ValueError(
                 f"The token scorer got a {type(self.base).__name__} with {labels} labels. Load the model with "
-                "`AutoModelForTokenClassification.from_pretrained(..., num_labels=1)`."
+                f"`AutoModelForTokenClassification.from_pretrained(..., num_labels={wanted})`."
             )
         # Decoders would keep keys and values of the whole batch for tokens that never come; encoders have no cache.
         has_cache = "use_cache" in inspect.signature(self.base.forward).parameters
@@ -36,6 +38,10 @@ class TokenScorer(StepScorer):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, step_ids: Tensor, step_ends: Tensor, mask: Tensor
     ) -> Tensor:
-        """Step logits (B, S) in float32 from tensors of [`~fractal_rm.scorers.encoding.pad_encoded`]."""
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **self._options).logits[..., 0]
-        return torch.gather(logits, 1, step_ends).float()
+        """Step logits (B, S) in float32, or (B, S, G) for grades.
+
+        The tensors are those of [`~fractal_rm.scorers.encoding.pad_encoded`].
+        """
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **self._options).logits
+        found = torch.gather(logits, 1, step_ends.unsqueeze(-1).expand(-1, -1, logits.size(-1))).float()
+        return found.squeeze(-1) if found.size(-1) == 1 else found

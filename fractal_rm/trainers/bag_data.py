@@ -4,16 +4,16 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from fractal_rm.bags import Bag, truncate_bags
+from fractal_rm.aggregation import meaning
+from fractal_rm.bags import Bag, TruncationCount, truncate_bags
 from fractal_rm.readers import read_bags
-from fractal_rm.scorers.encoding import EncodedBag, encode, pad_encoded
+from fractal_rm.scorers.inputs import BagInputs
 from fractal_rm.scorers.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -30,19 +30,20 @@ def to_bags(records: Records, settings: Settings, *, source: str) -> list[Bag]:
 
     Raises:
         TypeError: For a reason of `read_bags`.
-        ValueError: If the rows state another aggregation than the settings, a bag has a grade instead of a
-            probability, or for a reason of `read_bags`.
+        ValueError: If the rows state another aggregation than the settings, bags have another number of grades, or for
+            a reason of `read_bags`.
     """
     rows: list[Any] = list(records)
     if rows and all(isinstance(row, Bag) for row in rows):
-        graded = next((number for number, bag in enumerate(rows, 1) if bag.num_grades is not None), None)
+        graded = next((n for n, bag in enumerate(rows, 1) if bag.num_grades != settings.num_grades), None)
         if graded is not None:
             raise ValueError(
-                f"{source}, row {graded}: the label is a grade (`num_grades`), but a probability is learned here. "
-                "Divide grades by the highest one and leave `num_grades` out."
+                f"{source}, row {graded}: the bag has num_grades={rows[graded - 1].num_grades}, but the configuration "
+                f"has num_grades={settings.num_grades}. Make them equal; or divide grades by the highest one and "
+                "leave `num_grades` out of both."
             )
         return rows
-    mine = "min" if settings.aggregation == "product" else settings.aggregation
+    mine = meaning(settings.aggregation)
     for number, row in enumerate(rows, 1):
         stated = row.get("aggregation") if isinstance(row, Mapping) else None
         if stated in ("min", "max", "mean") and stated != mine:
@@ -50,7 +51,7 @@ def to_bags(records: Records, settings: Settings, *, source: str) -> list[Bag]:
                 f"{source}, row {number}: the label is the {stated} of its steps, but `aggregation` is "
                 f"{settings.aggregation!r}. Set `aggregation={stated}`, or use other data."
             )
-    return read_bags(rows, settings.segmentation, source=source)
+    return read_bags(rows, settings.segmentation, source=source, num_grades=settings.num_grades)
 
 
 def fingerprint(bags: Sequence[Bag]) -> str:
@@ -74,63 +75,112 @@ def joins_without_a_gap(bags: Sequence[Bag], settings: Settings) -> bool:
 class BagDataset(torch.utils.data.Dataset):
     """Encoded bags with their labels; bags that do not fit are cut or dropped by the rule of `truncate_bags`.
 
+    An item is a response, or the two of a preference, so that a batch holds both or none.
+
     Args:
         bags: Labelled bags.
-        tokenizer: The reward model's tokenizer.
-        settings: Gives prompt template, maximal length and aggregation.
+        inputs: How text becomes the scorer's input.
+        settings: Gives maximal length and aggregation.
         source: Name of the data in log and error messages.
+        reads_gold: Whether gold step labels may tell which long responses keep their label when they are cut.
+
+    Attributes:
+        bags: The bags that are left.
+        encoded: Their input.
+        targets: What their steps are taught, by name: a tensor for each bag, (S,) or (S, S), NaN where unknown.
+        items: The bags of each item.
 
     Raises:
         ValueError: If a bag has no label, or no bag is left.
     """
 
     def __init__(
-        self, bags: Sequence[Bag], tokenizer: PreTrainedTokenizerBase, settings: Settings, *, source: str
+        self, bags: Sequence[Bag], inputs: BagInputs, settings: Settings, *, source: str, reads_gold: bool = True
     ) -> None:
         unlabelled = next((number for number, bag in enumerate(bags, 1) if bag.label is None), None)
         if unlabelled is not None:
             raise ValueError(f"{source}, row {unlabelled}: the response has no label. Label or drop it.")
-        encoded = self._encode(bags, tokenizer, settings)
-        kept, count = truncate_bags(bags, [bag.kept_steps for bag in encoded], settings.aggregation)
+        encoded = self._encode(bags, inputs)
+        fitting = [bag.kept_steps for bag in encoded]
+        truncate = truncate_bags if reads_gold else _truncate_unseen
+        kept, count = truncate(bags, fitting, settings.aggregation)
         if not kept:
             raise ValueError(
                 f"{source}: no response fits into `max_length={settings.max_length}` tokens with its label. Raise it."
             )
         if count.truncated + count.dropped:
             logger.warning("%s: %s", source, count)
-            encoded = self._encode(kept, tokenizer, settings)
+            encoded = self._encode(kept, inputs)
         self.bags, self.encoded, self.truncation = kept, encoded, count
+        self.targets: dict[str, list[Tensor]] = {"step_labels": [gold_labels(bag) for bag in kept]}
+        pairs: dict[str, list[int]] = {}
+        for row, bag in enumerate(kept):
+            pairs.setdefault(bag.pair_id or f"row {row}", []).append(row)
+        # The chosen response first.
+        self.items = [sorted(rows, key=lambda row: -float(kept[row].label or 0.0)) for rows in pairs.values()]
 
     @staticmethod
-    def _encode(bags: Sequence[Bag], tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[EncodedBag]:
-        return encode(
-            [bag.prompt for bag in bags],
-            [bag.response for bag in bags],
-            [bag.step_spans for bag in bags],
-            tokenizer,
-            settings,
+    def _encode(bags: Sequence[Bag], inputs: BagInputs) -> list[Any]:
+        return inputs.encode(
+            [bag.prompt for bag in bags], [bag.response for bag in bags], [bag.step_spans for bag in bags]
         )
 
     def __len__(self) -> int:
-        return len(self.bags)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # `input_ids` is named for transformers' length-grouped sampler.
-        return {"input_ids": self.encoded[index].input_ids, "encoded": self.encoded[index], "bag": self.bags[index]}
+        rows = self.items[index]
+        # `input_ids` is named for transformers' length-grouped sampler, which takes its length.
+        return {
+            "input_ids": range(max(self.encoded[row].length for row in rows)),
+            "encoded": [self.encoded[row] for row in rows],
+            "labels": [self.bags[row].label for row in rows],
+            "targets": {name: [values[row] for row in rows] for name, values in self.targets.items()},
+        }
+
+
+def _truncate_unseen(
+    bags: Sequence[Bag], kept_steps: Sequence[int], aggregation: str
+) -> tuple[list[Bag], TruncationCount]:
+    """`truncate_bags` as if there were no gold step labels; the bags that are left have theirs again."""
+    unseen = [replace(bag, step_labels=None, id=str(row)) for row, bag in enumerate(bags)]
+    kept, count = truncate_bags(unseen, kept_steps, aggregation)
+    whole = [bags[int(str(bag.id))] for bag in kept]
+    gold = [bag.step_labels and bag.step_labels[: len(part.step_spans)] for bag, part in zip(whole, kept, strict=True)]
+    return [
+        replace(part, step_labels=labels, id=bag.id) for part, bag, labels in zip(kept, whole, gold, strict=True)
+    ], count
+
+
+def gold_labels(bag: Bag) -> Tensor:
+    """Gold step labels (S,), NaN where unknown."""
+    return known_or_nan(bag.step_labels, len(bag.step_spans))
+
+
+def known_or_nan(values: Sequence[float | None] | None, count: int) -> Tensor:
+    """Values of steps (S,), NaN for None."""
+    return torch.tensor([torch.nan if value is None else value for value in values or [None] * count])
 
 
 @dataclass(frozen=True)
 class BagCollator:
-    """Pads rows of a [`BagDataset`] to the tensors of a scorer, with `bag_labels` (B,) and `step_labels` (B, S)."""
+    """Pads items of a [`BagDataset`] to tensors.
 
-    pad_token_id: int
+    These are the scorer's, `bag_labels` (B,), each target (B, S) or (B, S, S) with NaN at padding, and `chosen` (B,),
+    which says of each row whether it is the chosen response of a preference (1), the rejected one (0) or of none (-1).
+    """
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = pad_encoded([row["encoded"] for row in rows], self.pad_token_id)
-        batch["bag_labels"] = torch.tensor([row["bag"].label for row in rows], dtype=torch.float32)
-        batch["step_labels"] = torch.full(batch["mask"].shape, torch.nan)
-        for i, row in enumerate(rows):
-            gold = row["bag"].step_labels or ()
-            known = [torch.nan if label is None else label for label in gold]
-            batch["step_labels"][i, : len(known)] = torch.tensor(known)
+    inputs: BagInputs
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self.inputs.pad([bag for item in items for bag in item["encoded"]])
+        batch["bag_labels"] = torch.tensor([label for item in items for label in item["labels"]], dtype=torch.float32)
+        sides = [side for item in items for side in ([-1] if len(item["labels"]) == 1 else [1, 0])]
+        batch["chosen"] = torch.tensor(sides)
+        depth = batch["mask"].size(1)
+        for name in items[0]["targets"]:
+            rows = [values for item in items for values in item["targets"][name]]
+            batch[name] = torch.full((len(rows), *(depth for _ in rows[0].shape)), torch.nan)
+            for padded, values in zip(batch[name], rows, strict=True):
+                padded[tuple(slice(size) for size in values.shape)] = values
         return batch

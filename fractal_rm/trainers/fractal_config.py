@@ -7,8 +7,22 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 
+from fractal_rm.aggregation import Aggregation
 from fractal_rm.scorers.settings import Settings
 from fractal_rm.segmentation import Segmentation
+
+_WEIGHTS = (
+    "bag_weight",
+    "easyllp_weight",
+    "instance_weight",
+    "cosine_prior_weight",
+    "negated_cosine_prior_weight",
+    "correlation_prior_weight",
+    "teacher_prior_weight",
+    "likelihood_prior_weight",
+    "hybrid_prior_weight",
+)
+_SHARES = ("missed_good", "missed_bad", "gold_fraction")
 
 
 @dataclass
@@ -21,15 +35,24 @@ class FractalConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Always False: the collator needs all that the trainer prepared."}
     )
-    scorer: Literal["likelihood", "token"] = field(
+    scorer: Literal["likelihood", "token", "embedding"] = field(
         default="likelihood",
         metadata={
             "help": "How a model gives step logits: `likelihood` (a causal LM; weight * log-likelihood of the step + "
-            "bias) or `token` (a token classification head read where the step ends; any backbone)."
+            "bias), `token` (a token classification head read where the step ends; any backbone) or `embedding` (a "
+            "head on a frozen sentence encoder)."
         },
     )
-    aggregation: Literal["min", "max", "mean", "product"] = field(
+    aggregation: Aggregation = field(
         default="min", metadata={"help": "How step probabilities become a response probability."}
+    )
+    sharpness: float = field(
+        default=1.0,
+        metadata={"help": "How close the soft aggregations (power_*, lse_*, softmin, softmax) are to hard ones."},
+    )
+    num_grades: int | None = field(
+        default=None,
+        metadata={"help": "For ordinal labels: how many grades there are, 0 to `num_grades - 1`. None: good or not."},
     )
     segmentation: Literal["lines", "sentences", "separator", "pattern", "given"] = field(
         default="lines", metadata={"help": "How responses are cut into steps, unless the data brings steps."}
@@ -54,15 +77,121 @@ class FractalConfig(TrainingArguments):
     reduction: Literal["sum", "mean"] = field(
         default="sum", metadata={"help": "Likelihood scorer: add or average the log-probabilities of a step's tokens."}
     )
-    bag_weight: float = field(default=1.0, metadata={"help": "Weight of the bag loss (response labels)."})
+    head_type: Literal["mlp", "set"] = field(
+        default="mlp",
+        metadata={
+            "help": "Embedding scorer: `mlp` (the paper's; each step by itself) or `set` (a small transformer over "
+            "the steps of a response)."
+        },
+    )
+    encoder_dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto",
+        metadata={
+            "help": "Precision of the sentence encoder: `auto` is that of its weights; `bfloat16` is several times "
+            "faster on GPUs and newer processors."
+        },
+    )
+    embedding_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder where embeddings are kept. None: that of the environment's FRACTAL_RM_CACHE, else "
+            "~/.cache/fractal_rm."
+        },
+    )
+    bag_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the bag loss (response labels) and of the preference loss."}
+    )
+    preference_loss: Literal["bradley_terry", "ratio"] = field(
+        default="bradley_terry",
+        metadata={
+            "help": "Loss of preferences: `bradley_terry` (on aggregated logits) or `ratio` (the paper's: the chosen "
+            "response's share of both probabilities)."
+        },
+    )
+    missed_good: float = field(
+        default=0.0,
+        metadata={"help": "Share of good responses whose label wrongly says bad; the bag loss allows for it."},
+    )
+    missed_bad: float = field(
+        default=0.0,
+        metadata={"help": "Share of bad responses whose label wrongly says good; the bag loss allows for it."},
+    )
+    easyllp_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the EasyLLP loss, for labels that are shares of good steps."}
+    )
     instance_weight: float = field(
         default=0.0, metadata={"help": "Weight of the instance loss (gold step labels); 0 = gold labels are not read."}
+    )
+    gold_fraction: float = field(
+        default=1.0, metadata={"help": "Share of the responses whose gold step labels are read, if any are."}
+    )
+    gold_selection: Literal["random", "uncertainty"] = field(
+        default="random",
+        metadata={
+            "help": "Which responses these are: drawn, or those whose steps a first model, trained without gold "
+            "labels, is least sure of."
+        },
+    )
+    prior_encoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Path or hub id of the sentence encoder of the cosine and correlation priors. None: that of the "
+            "embedding scorer."
+        },
+    )
+    cosine_prior_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the cosine prior: steps close to the prompt are good."}
+    )
+    negated_cosine_prior_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the cosine prior with the sign of the paper's released code; an ablation."},
+    )
+    correlation_prior_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the correlation prior: similar steps get similar scores."}
+    )
+    teacher_prior_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the teacher prior: the column `teacher_scores` of the data."}
+    )
+    likelihood_prior_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the likelihood prior: steps that `reference_model` finds likely are good."},
+    )
+    reference_model: str | None = field(
+        default=None,
+        metadata={"help": "Path or hub id of the causal LM of the likelihood prior. None: `model`, before training."},
+    )
+    hybrid_prior_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the hybrid prior: a model that is first fitted on the gold fraction alone."},
+    )
+    prior_distance: Literal["cross_entropy", "absolute"] = field(
+        default="cross_entropy",
+        metadata={"help": "How far scores are from priors (the correlation prior has its own)."},
+    )
+    prior_schedule: Literal["constant", "linear", "cosine"] = field(
+        default="constant", metadata={"help": "Whether priors keep their weight or lose it over the training."}
+    )
+    pseudo_labels: Literal["none", "hard", "soft"] = field(
+        default="none",
+        metadata={
+            "help": "After the joint training, train on step labels that agree with the response labels: `hard` (the "
+            "most likely ones) or `soft` (probabilities given the response label)."
+        },
+    )
+    pseudo_rounds: int = field(
+        default=1, metadata={"help": "Most rounds of pseudo-labels; they end when no label changes any more."}
+    )
+    pseudo_start: Literal["fresh", "warm"] = field(
+        default="fresh", metadata={"help": "Where a round starts: at the weights before any training, or goes on."}
+    )
+    pseudo_bag_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the bag loss beside the loss on pseudo-labels; the paper has 0."}
     )
     head_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of the scorer's own parameters (weight and bias, or the classification head). "
-            "None: ten times `learning_rate`, because they start from nothing while the backbone is pretrained."
+            "help": "Learning rate of the scorer's own parameters (weight and bias, or the head). None: ten times "
+            "`learning_rate`, because they start from nothing while the backbone is pretrained."
         },
     )
 
@@ -71,11 +200,22 @@ class FractalConfig(TrainingArguments):
         # Without an accelerator torch warns about every loader that is told to pin memory.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         self.remove_unused_columns = False
-        for name in ("bag_weight", "instance_weight"):
+        for name in (*_WEIGHTS, "pseudo_bag_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. A loss weight is 0 (off) or more.")
-        if self.bag_weight == self.instance_weight == 0:
+        for name in _SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. Give a share from 0 to 1.")
+        if self.missed_good + self.missed_bad >= 1:
+            raise ValueError(
+                "`missed_good` and `missed_bad` sum to 1 or more: labels would mean the opposite. Lower one."
+            )
+        if self.bag_weight == self.instance_weight == self.easyllp_weight == 0:
             raise ValueError("`bag_weight` and `instance_weight` are both 0: nothing would be learned. Set one.")
+        if self.hybrid_prior_weight and not (self.instance_weight and self.gold_fraction):
+            raise ValueError("`hybrid_prior_weight` needs gold step labels. Set `instance_weight` and `gold_fraction`.")
+        if self.pseudo_rounds < 1:
+            raise ValueError(f"`pseudo_rounds` is {self.pseudo_rounds}. Give 1 or more, or `pseudo_labels=none`.")
         if self.head_learning_rate is not None and not 0 <= self.head_learning_rate < math.inf:
             raise ValueError(f"`head_learning_rate` is {self.head_learning_rate}. Give 0 or more, or leave it out.")
         if self.max_length is not None and self.max_length < 2:
@@ -87,6 +227,9 @@ class FractalConfig(TrainingArguments):
         return Settings(
             scorer=self.scorer,
             aggregation=self.aggregation,
+            sharpness=self.sharpness,
+            num_grades=self.num_grades,
+            head_type=self.head_type,
             segmentation=Segmentation(self.segmentation, separator=self.separator, pattern=self.pattern),
             prompt_template=self.prompt_template,
             max_length=self.max_length,

@@ -21,26 +21,21 @@ from transformers import (
 )
 
 from fractal_rm import metrics
-from fractal_rm.aggregation import Aggregation, aggregate
 from fractal_rm.bags import Bag, check_labels
-from fractal_rm.losses import bag_loss, instance_loss
-from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.scorers.checkpoint import (
-    StepScorer,
-    head_parameters,
-    load_model,
-    load_scorer,
-    load_tokenizer,
-    longest_input,
-    make_scorer,
-    pad_token_id,
-    save_scorer,
-    with_padding,
-)
+from fractal_rm.calibration import fit_temperature
+from fractal_rm.reward_model import StepRewardModel, probabilities
+from fractal_rm.scorers.checkpoint import head_parameters, load_scorer, save_scorer
+from fractal_rm.scorers.inputs import make_inputs
 from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
+from fractal_rm.scorers.sentence_encoder import SentenceEncoder
+from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.step_scorer import StepScorer
 from fractal_rm.trainers.bag_data import BagCollator, BagDataset, Records, fingerprint, joins_without_a_gap, to_bags
 from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.model_setup import add_adapter, check_vocabulary, model_source, move_to_group
+from fractal_rm.trainers.model_setup import make_trainable, move_to_group
+from fractal_rm.trainers.objective import StageKind, loss_terms, term_weights
+from fractal_rm.trainers.prior_targets import prior_targets
+from fractal_rm.trainers.stages import Stage, plan, reveal_gold, train_in_stages, withhold_gold
 
 # Trainable weights of a PEFT run, unmerged: what resuming needs and the ordinary folder cannot hold.
 _TRAINABLE_FILE = "trainable.safetensors"
@@ -53,7 +48,8 @@ class FractalTrainer(Trainer):
 
     Args:
         model: Path, hub id or instance of a causal language model (`scorer="likelihood"`) or of any backbone that
-            `AutoModelForTokenClassification` knows (`scorer="token"`).
+            `AutoModelForTokenClassification` knows (`scorer="token"`); path or hub id of a sentence-transformers model,
+            or a [`~fractal_rm.scorers.sentence_encoder.SentenceEncoder`] (`scorer="embedding"`).
         args: The configuration.
         train_dataset: Rows in one of TRL's formats (prompt + completion + label, prompt + chosen + rejected, stepwise
             supervision) or in this package's schema, or [`Bag`] objects.
@@ -71,7 +67,7 @@ class FractalTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | Path | PreTrainedModel,
+        model: str | Path | PreTrainedModel | SentenceEncoder,
         args: FractalConfig,
         train_dataset: Records | None = None,
         eval_dataset: Records | None = None,
@@ -81,6 +77,11 @@ class FractalTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         self.settings = args.settings()
+        if optimizers != (None, None) and len(plan(args)) > 1:
+            raise ValueError(
+                f"`optimizers` came with a training in {len(plan(args))} stages, each of which needs its own. "
+                "Leave it out, or configure a training in one stage."
+            )
         bags = {
             name: to_bags(records, self.settings, source=f"{name} data")
             for name, records in (("train", train_dataset), ("eval", eval_dataset))
@@ -91,36 +92,49 @@ class FractalTrainer(Trainer):
             if args.instance_weight == 0:  # gold labels are not read: not even to tell which long responses to keep
                 bags["train"] = [replace(bag, step_labels=None) for bag in bags["train"]]
         set_seed(args.seed)  # adapters and heads are made before Trainer seeds
-        tokenizer = with_padding(processing_class) if processing_class else load_tokenizer(model_source(model))
-        if isinstance(model, str | Path):
-            # As TRL does: transformers would keep half precision, and small updates would be rounded away.
-            model, _ = load_model(model, self.settings, dtype=torch.float32)
-        check_vocabulary(model, tokenizer)
-        model.config.pad_token_id = pad_token_id(tokenizer)
-        if self.settings.max_length is None:
-            self.settings.max_length = longest_input(model, tokenizer)
-        self._tokenizer = tokenizer
-        datasets = {name: self._encoded(found, f"{name} data") for name, found in bags.items()}
+        scorer, self.processor = make_trainable(model, args, self.settings, processing_class, peft_config)
+        self.inputs = make_inputs(self.processor, self.settings)
+        self._base_rate = 0.5
+        # Of long responses gold labels tell which to keep; where only some may be read, none do.
+        datasets = {
+            name: self._encoded(found, f"{name} data", reads_gold=name != "train" or args.gold_fraction == 1)
+            for name, found in bags.items()
+        }
         if "train" in bags:
             self.settings.data = fingerprint(bags["train"])
+            kinds = {not isinstance(bag.prompt, str) for bag in bags["train"]}
+            self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it takes both
             if joins_without_a_gap(bags["train"], self.settings):
                 self._warn_about_joined_text()
-        wrapped = model if peft_config is None else add_adapter(model, peft_config, self.settings)
+            self._prepare(datasets["train"], model, args)
         super().__init__(
-            model=make_scorer(wrapped, self.settings),
+            model=scorer,
             args=args,
-            data_collator=BagCollator(pad_token_id(tokenizer)),
+            data_collator=BagCollator(self.inputs),
             train_dataset=datasets.get("train"),
             eval_dataset=datasets.get("eval"),
-            processing_class=tokenizer,
+            processing_class=None if isinstance(self.processor, SentenceEncoder) else self.processor,
             callbacks=callbacks,
             optimizers=optimizers,
             compute_metrics=self._metrics,
         )
         self._terms: defaultdict[tuple[str, str], list[Tensor]] = defaultdict(list)
+        self._stage: StageKind = "joint"
 
-    def _encoded(self, bags: list[Bag], source: str) -> BagDataset:
-        return BagDataset(bags, self._tokenizer, self.settings, source=source)
+    def _encoded(self, bags: list[Bag], source: str, *, reads_gold: bool = True) -> BagDataset:
+        return BagDataset(bags, self.inputs, self.settings, source=source, reads_gold=reads_gold)
+
+    def _prepare(self, data: BagDataset, model: Any, args: FractalConfig) -> None:
+        """Targets of the steps of the training data: what priors say, and the gold labels that may be read."""
+        self.data = data
+        data.targets |= prior_targets(data.bags, args, model=model, processor=self.processor)
+        shares = [bag.label for bag in data.bags if bag.label is not None and bag.pair_id is None]
+        self._base_rate = float(np.mean(shares)) if shares else 0.5
+        if args.instance_weight:
+            self.withheld = withhold_gold(data)
+            drawn = np.random.default_rng(args.seed).permutation(len(data.bags)).tolist()
+            if plan(args)[0].reads_gold:
+                reveal_gold(data, self.withheld, drawn, args)
 
     @staticmethod
     def _warn_about_joined_text() -> None:
@@ -137,32 +151,71 @@ class FractalTrainer(Trainer):
 
     def reward_model(self) -> StepRewardModel:
         """The model in training, ready to score."""
-        return StepRewardModel(self.scorer, self._tokenizer, self.settings)
+        return StepRewardModel(self.scorer, self.processor, self.settings)
 
     # Learning -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`; the likelihood scorer's weight and bias are fitted first."""
-        if not resume_from_checkpoint and isinstance(self.scorer, LikelihoodScorer) and self.train_dataset is not None:
-            self._fit_scale(self.scorer, self.train_dataset)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        """As in `transformers.Trainer`.
+
+        A configuration with several stages (hybrid prior, pseudo-labels, choice of gold labels by uncertainty) trains
+        each in a folder of its own; with `resume_from_checkpoint`, finished ones are skipped.
+        """
+        stages = plan(self.args)
+        if len(stages) > 1:
+            return train_in_stages(self, resume=bool(resume_from_checkpoint), **kwargs)
+        return self.train_stage(stages[0], resume_from_checkpoint, **kwargs)
+
+    def train_stage(self, stage: Stage, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train one stage from the weights of now; the likelihood scorer's weight and bias are fitted at the start."""
+        self._stage = stage.kind
+        everything = self.train_dataset
+        goes_on = resume_from_checkpoint or (stage.kind == "pseudo" and self.args.pseudo_start == "warm")
+        if stage.kind == "gold":
+            rows = [i for i, items in enumerate(self.data.items) if self._has_gold(items)]
+            self.train_dataset = torch.utils.data.Subset(self.data, rows)
+        try:
+            if not goes_on and isinstance(self.scorer, LikelihoodScorer) and everything is not None:
+                self._fit_scale(self.scorer, everything)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.train_dataset = everything
+
+    def _has_gold(self, rows: list[int]) -> bool:
+        return any(not self.data.targets["step_labels"][row].isnan().all() for row in rows)
 
     def _fit_scale(self, scorer: LikelihoodScorer, data: Any) -> None:
         """Fit weight and bias to the bag labels of some responses."""
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.args.seed))
-        rows = order[:_SCALE_RESPONSES].split(self.args.per_device_eval_batch_size)
-        batches = [self._prepare_inputs(self.data_collator([data[int(i)] for i in part])) for part in rows]
-        training = scorer.training
-        scorer.eval()
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logits = [scorer(**{name: batch[name] for name in _SCORER_INPUTS}) for batch in batches]
-        scorer.train(training)
+        batches = self._logits([data[int(i)] for i in order[:_SCALE_RESPONSES]])
         scorer.fit_scale(
-            logits,
-            [batch["bag_labels"] for batch in batches],
-            [batch["mask"] for batch in batches],
+            [logits for logits, _ in batches],
+            [batch["bag_labels"] for _, batch in batches],
+            [batch["mask"] for _, batch in batches],
             aggregation=self.settings.aggregation,
         )
+
+    def _logits(self, items: list[dict[str, Any]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Step logits of items in evaluation mode, batch by batch, each with its batch."""
+        scorer, size = self.scorer, self.args.per_device_eval_batch_size
+        training = scorer.training
+        scorer.eval()
+        batches = []
+        for start in range(0, len(items), size):
+            batch = self._prepare_inputs(self.data_collator(items[start : start + size]))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                batches.append((scorer(**{name: batch[name] for name in scorer.inputs}), batch))
+        scorer.train(training)
+        return batches
+
+    def step_logits(self, data: BagDataset) -> list[Tensor]:
+        """Logits (S,) or (S, G) of the steps of each bag, in evaluation mode."""
+        found: dict[int, Tensor] = {}
+        rows = iter(row for item in data.items for row in item)
+        for logits, batch in self._logits([data[i] for i in range(len(data))]):
+            for row_logits, real in zip(logits.cpu(), batch["mask"].cpu(), strict=True):
+                found[next(rows)] = row_logits[real]
+        return [found[row] for row in range(len(data.bags))]
 
     def compute_loss(
         self,
@@ -171,15 +224,14 @@ class FractalTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Weighted sum of the loss terms, each averaged over the bags of the batch."""
-        logits = model(**{name: inputs[name] for name in _SCORER_INPUTS})
-        mask = inputs["mask"]
-        terms = {
-            "bag": bag_loss(logits, inputs["bag_labels"], mask, aggregation=self.settings.aggregation),
-        }
-        if self.args.instance_weight > 0:
-            terms["instance"] = instance_loss(logits, inputs["step_labels"], mask)
-        weights = {"bag": self.args.bag_weight, "instance": self.args.instance_weight}
+        """Weighted sum of the loss terms, each averaged over the bags or preferences of the batch.
+
+        Evaluation knows no priors and no pseudo-labels: its loss is that of the labels of its data.
+        """
+        logits = model(**{name: inputs[name] for name in self.scorer.inputs})
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        weights = term_weights(self.args, self._stage if model.training else "joint", progress)
+        terms = loss_terms(logits, inputs, set(weights), self.args, base_rate=self._base_rate)
         loss = sum(weights[name] * term.mean() for name, term in terms.items())
         for name, term in terms.items():
             self._terms["loss" if model.training else "eval", name].append(term.detach())
@@ -224,24 +276,47 @@ class FractalTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, logits = self.compute_loss(model, inputs, return_outputs=True)
-        labels = (inputs["bag_labels"], inputs["step_labels"], inputs["mask"].long())
+        labels = (inputs["bag_labels"], inputs["step_labels"], inputs["mask"].long(), inputs["chosen"])
         return (loss, None, None) if prediction_loss_only else (loss, logits.detach(), labels)
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics on bag labels, and on gold step labels where the data has them."""
         labels: Any = prediction.label_ids
-        bag_labels, step_labels, mask = labels
+        bag_labels, step_labels, mask, chosen = labels
         # Trainer pads shorter batches with -100, masks included: only 1 is a real step.
         steps = [row == 1 for row in mask]
         logits = [row[real] for row, real in zip(prediction.predictions, steps, strict=True)]
         gold = [row[real] for row, real in zip(step_labels, steps, strict=True)]
-        return evaluate_logits(logits, bag_labels, gold, self.settings.aggregation)
+        return evaluate_logits(logits, bag_labels, gold, self.settings, chosen=chosen)
+
+    def calibrate(self) -> float:
+        """Fit the temperature of the scores to the response labels of the evaluation data; the checkpoint stores it.
+
+        Returns:
+            The temperature; 1 for grades and preferences, whose labels say nothing about probabilities.
+
+        Raises:
+            ValueError: If there is no evaluation data.
+        """
+        data: Any = self.eval_dataset
+        if data is None:
+            raise ValueError("There is no evaluation data to calibrate on. Give `eval_dataset`.")
+        logits = torch.nn.utils.rnn.pad_sequence(self.step_logits(data), batch_first=True)
+        if self.settings.num_grades is None and all(len(rows) == 1 for rows in data.items):
+            mask = torch.nn.utils.rnn.pad_sequence(
+                [torch.ones(len(bag.step_spans), dtype=torch.bool) for bag in data.bags], batch_first=True
+            )
+            labels = torch.tensor([float(bag.label) for bag in data.bags])
+            self.settings.temperature = fit_temperature(
+                logits, labels, mask, aggregation=self.settings.aggregation, sharpness=self.settings.sharpness
+            )
+        return self.settings.temperature
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        save_scorer(folder, self.scorer, self._tokenizer, self.settings)
+        save_scorer(folder, self.scorer, self.processor, self.settings)
         if self.scorer.is_adapted:
             trainable = {name: p.detach().contiguous() for name, p in self.scorer.named_parameters() if p.requires_grad}
             save_file(trainable, folder / f"{_TRAINABLE_FILE}.tmp")
@@ -259,31 +334,37 @@ class FractalTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
-_SCORER_INPUTS = ("input_ids", "attention_mask", "step_ids", "step_ends", "mask")
-
-
 def evaluate_logits(
-    logits: list[np.ndarray], bag_labels: np.ndarray, step_labels: list[np.ndarray], aggregation: Aggregation
+    logits: list[np.ndarray],
+    bag_labels: np.ndarray,
+    step_labels: list[np.ndarray],
+    settings: Settings,
+    *,
+    chosen: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Bag metrics, and step metrics where gold step labels are known.
 
     Args:
-        logits: Step logits of each bag, real steps only.
+        logits: Step logits of each bag, (S,) or (S, G), real steps only.
         bag_labels: Response labels (B,).
         step_labels: Gold step labels of each bag, NaN where unknown.
-        aggregation: How step probabilities become a response probability.
+        settings: Gives aggregation and grades.
+        chosen: 1 for the chosen response of a preference, 0 for the rejected one behind it, -1 for others (B,).
 
     Returns:
-        Those of [`~fractal_rm.metrics.bag_metrics`]; `step_auc` and `within_bag_auc` if any gold step label is known.
+        Those of [`~fractal_rm.metrics.bag_metrics`]; `pair_accuracy` if there are preferences; `step_auc` and
+        `within_bag_auc` if any gold step label is known. Grades count as shares of the highest.
     """
-    bag_probs = [
-        aggregate(torch.tensor(row)[None], torch.ones(1, len(row), dtype=torch.bool), aggregation=aggregation)
-        .sigmoid()
-        .item()
-        for row in logits
+    highest = (settings.num_grades or 2) - 1
+    found = [
+        probabilities(torch.tensor(row)[None], torch.ones(1, len(row), dtype=torch.bool), settings) for row in logits
     ]
-    results = metrics.bag_metrics(bag_probs, bag_labels)
+    scores, bag_scores = [steps[0].numpy() for steps, _ in found], np.array([bag.item() for _, bag in found])
+    results = metrics.bag_metrics(bag_scores, bag_labels / highest)
+    if chosen is not None and (chosen >= 0).any():
+        results["pair_accuracy"] = float(np.mean(bag_scores[chosen == 1] > bag_scores[chosen == 0]))
     if any(not np.isnan(row).all() for row in step_labels):
-        results["step_auc"] = metrics.step_auc(logits, step_labels)
-        results["within_bag_auc"] = metrics.within_bag_auc(logits, step_labels)
+        gold = [row / highest for row in step_labels]
+        results["step_auc"] = metrics.step_auc(scores, gold)
+        results["within_bag_auc"] = metrics.within_bag_auc(scores, gold)
     return results

@@ -8,8 +8,66 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fractal_rm.scorers.checkpoint import head_module
+from fractal_rm.scorers.checkpoint import (
+    head_module,
+    load_model,
+    load_tokenizer,
+    longest_input,
+    make_scorer,
+    pad_token_id,
+    with_padding,
+)
+from fractal_rm.scorers.embedding_scorer import make_head
+from fractal_rm.scorers.inputs import Processor
+from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.step_scorer import StepScorer
+from fractal_rm.trainers.fractal_config import FractalConfig
+
+
+def make_trainable(
+    model: str | Path | PreTrainedModel | SentenceEncoder,
+    args: FractalConfig,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase | None,
+    peft_config: Any | None,
+) -> tuple[StepScorer, Processor]:
+    """The scorer at the start of its training, and its tokenizer or sentence encoder.
+
+    Args:
+        model: Path, hub id or instance.
+        args: Says where embeddings are kept.
+        settings: Says which scorer; its `max_length` is filled in from the model.
+        tokenizer: The caller's; None: the model's own.
+        peft_config: The caller's configuration of adapters; None: the whole model is trained.
+
+    Raises:
+        ValueError: If the model cannot be used; the sentence says why.
+    """
+    if settings.scorer == "embedding":
+        if isinstance(model, PreTrainedModel) or peft_config is not None or args.gradient_checkpointing:
+            raise ValueError(
+                "The embedding scorer trains a small head on a frozen encoder: give `model` as path or hub id of a "
+                "sentence-transformers model, without `peft_config` and gradient checkpointing."
+            )
+        encoder = model
+        if not isinstance(encoder, SentenceEncoder):
+            encoder = SentenceEncoder(encoder, cache_dir=args.embedding_cache, dtype=args.encoder_dtype)
+        return make_head(settings.head_type, encoder.size, settings.num_grades or 1), encoder
+    if isinstance(model, SentenceEncoder):
+        raise ValueError(
+            f"The {settings.scorer} scorer got a sentence encoder. Set `scorer=embedding`, or give another model."
+        )
+    tokenizer = with_padding(tokenizer) if tokenizer else load_tokenizer(model_source(model))
+    if isinstance(model, str | Path):
+        # As TRL does: transformers would keep half precision, and small updates would be rounded away.
+        model, _ = load_model(model, settings, dtype=torch.float32)
+    check_vocabulary(model, tokenizer)
+    model.config.pad_token_id = pad_token_id(tokenizer)
+    if settings.max_length is None:
+        settings.max_length = longest_input(model, tokenizer)
+    wrapped = model if peft_config is None else add_adapter(model, peft_config, settings)
+    return make_scorer(wrapped, settings), tokenizer
 
 
 def model_source(model: str | Path | PreTrainedModel) -> str | Path:

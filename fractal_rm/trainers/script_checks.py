@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import logging
 import math
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,9 @@ from fractal_rm.results import write_atomic
 
 # Where `fractal-rm quickstart` puts its models: recipes that start from them say how to get them.
 _QUICKSTART = "quickstart"
+# A row of transformers' table of weights that a folder lacks or has too many of: the weight and what is wrong with it.
+_REPORT_ROW = re.compile(r"^(\S.*?) *\| (?:\x1b\[[\d;]*m)?([A-Z]{4,})\b", re.MULTILINE)
+_TOKEN_HEADS = ("classifier.", "score.")
 
 
 def check_writable_folder(folder: str | Path) -> None:
@@ -110,10 +115,25 @@ def checkpoint_to_resume(config: Any) -> str | None:
 
 
 def hide_loading_bars() -> None:
-    """Take away transformers' bars over weights: errors on standard error stand alone."""
-    from transformers.utils import logging
+    """Take away transformers' bars over weights, and its table where it tells of nothing but a new head.
 
-    logging.disable_progress_bar()
+    What is left on standard error matters.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the table of a token classification model that lacks only its head, which training is there to make."""
+    message = record.getMessage()
+    if "ForTokenClassification LOAD REPORT" not in message:
+        return True
+    rows = _REPORT_ROW.findall(message)
+    missing = [weight for weight, status in rows if status == "MISSING"]
+    harmless = all(status in ("MISSING", "UNEXPECTED") for _, status in rows)
+    return not (missing and harmless and all(weight.startswith(_TOKEN_HEADS) for weight in missing))
 
 
 def load_reward_model(path: str, batch_size: int = 32) -> Any:

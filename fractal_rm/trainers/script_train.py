@@ -21,6 +21,7 @@ from fractal_rm.trainers.script_checks import (
     print_metrics,
     write_outputs,
 )
+from fractal_rm.trainers.stages import plan
 
 
 def train(argv: Sequence[str]) -> None:
@@ -28,7 +29,7 @@ def train(argv: Sequence[str]) -> None:
     arguments, data, lora, config = parse("train", [TrainArguments, DataArguments, LoraArguments, FractalConfig], argv)
     folder = Path(config.output_dir)
     check_writable_folder(folder)
-    checkpoint = checkpoint_to_resume(config)
+    checkpoint = checkpoint_to_resume(config) or _is_staged(config)
     check_model(arguments.model)
     bags, sources = {}, {}
     for split in ("train", "eval", "test"):
@@ -50,9 +51,11 @@ def train(argv: Sequence[str]) -> None:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     metrics: dict[str, Any] = {"train": {"responses": len(bags["train"]), **result.metrics}}
     reward_model = trainer.reward_model()
+    if trainer.eval_dataset is not None:
+        trainer.calibrate()
     scored = {split: score_bags(reward_model, bags[split]) for split in ("eval", "test") if split in bags}
     if "eval" in scored:
-        threshold = choose_threshold(scored["eval"], bags["eval"])
+        threshold = choose_threshold(scored["eval"], bags["eval"], aggregation=trainer.settings.aggregation)
         if not math.isnan(threshold):
             trainer.settings.threshold = threshold
     for split, results in scored.items():
@@ -63,3 +66,8 @@ def train(argv: Sequence[str]) -> None:
         write_outputs(folder, metrics | {"history": trainer.state.log_history}, card)
         print_metrics(metrics)
         print(f"{folder} holds the reward model, metrics.json and README.md.")
+
+
+def _is_staged(config: FractalConfig) -> bool:
+    """Whether a run is to go on that keeps its checkpoints in a folder for each stage."""
+    return str(config.resume_from_checkpoint).lower() in ("true", "yes") and len(plan(config)) > 1

@@ -89,7 +89,8 @@ class StepPPOTrainer(GRPOTrainer):
         kwargs: Further arguments of `GRPOTrainer`.
 
     Raises:
-        ValueError: If there is no reward, or the value model cannot be made.
+        ValueError: If there is no reward, the prompts are chats and the reward model was trained on texts (or the
+            other way round), or the value model cannot be made.
         RuntimeError: If the installed TRL has moved a name that this class relies on.
     """
 
@@ -125,6 +126,8 @@ class StepPPOTrainer(GRPOTrainer):
         if reward_model is not None:
             if not isinstance(reward_model, StepRewardModel):
                 reward_model = StepRewardModel.from_pretrained(reward_model)
+            if isinstance(train_dataset, Dataset) and len(train_dataset) and "prompt" in train_dataset.column_names:
+                reward_model.check_prompts([train_dataset[0]["prompt"]])  # a column holds one kind; before any rollout
             # The tokenizer is set once TRL has loaded it.
             self.step_scores = StepScoreReward(reward_model, processing_class, args.reward_model_batch_size)
             weights = args.reward_weights or [1.0] * len(functions)
