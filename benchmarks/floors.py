@@ -6,9 +6,12 @@ Each rule gives the steps of a response scores in [0, 1]; a response scores as t
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch.nn.functional as F
 
 from fractal_rm.bags import Bag
 from fractal_rm.reward_model import Step, StepScores
+from fractal_rm.scorers.embedding_scorer import EmbeddingInputs
+from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 
 Rule = Callable[[Bag], Sequence[float]]
 # Characters of a step that scores 0.5 by its length; any number gives the same order.
@@ -47,13 +50,24 @@ def words(text: str) -> set[str]:
     return set("".join(c if c.isalnum() else " " for c in text.lower()).split())
 
 
-def copied(outcomes: Mapping[str | None, float]) -> Rule:
+def copied(outcomes: Mapping[str | None, float] | None = None) -> Rule:
     """Every step scores as the outcome of its response.
 
     Args:
-        outcomes: Outcome by id of the bag.
+        outcomes: Outcome by id of the bag; None: the bag's label.
     """
-    return lambda bag: [outcomes[bag.id]] * len(bag.steps)
+    return lambda bag: [float(bag.label or 0.0) if outcomes is None else outcomes[bag.id]] * len(bag.steps)
+
+
+def cosine(encoder: SentenceEncoder) -> Rule:
+    """Steps are good whose embedding is close to the prompt's."""
+    inputs = EmbeddingInputs(encoder)
+
+    def rule(bag: Bag) -> list[float]:
+        (embedded,) = inputs.encode([bag.prompt], [bag.response], [bag.step_spans])
+        return ((1 + F.cosine_similarity(embedded.steps, embedded.contexts, dim=1)) / 2).tolist()
+
+    return rule
 
 
 def score_by(rule: Rule, bags: Sequence[Bag]) -> list[StepScores]:

@@ -1,0 +1,147 @@
+"""Data sets of `benchmarks/disaggregation.py`: bags of each split, what their labels mean, and what they are worth."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from floors import few_new_words
+
+from fractal_rm.bags import Bag
+from fractal_rm.readers import read_bags, read_jsonl
+from fractal_rm.results import write_atomic
+from fractal_rm.segmentation import Segmentation
+from fractal_rm.tasks.arithmetic import make_problems
+from fractal_rm.tasks.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.sampling import sample_responses
+
+# Larger training splits are cut to their first rows: a run takes seconds, and the sets can be compared.
+MOST_TRAINING_BAGS = 1500
+SPLITS = ("train", "validation", "test")
+# Problems of the embedded task in each split, and the seed of each.
+ARITHMETIC = {"train": (1500, 11), "validation": (400, 12), "test": (800, 13)}
+
+
+@dataclass(frozen=True)
+class Data:
+    """One data set.
+
+    Args:
+        name: Its name in the rows.
+        rule: How step labels make the response label: `"min"`, `"max"` or `"mean"`.
+        splits: Bags by split; those of `test` have gold step labels.
+        preferences: Whether training and validation labels are preferences.
+        proportions: Whether labels are shares of good steps.
+        noisy: Whether a good label may stand on a bad response.
+        scorer: What reads it: `"embedding"`, or `"likelihood"` for the embedded task.
+    """
+
+    name: str
+    rule: str
+    splits: dict[str, list[Bag]]
+    preferences: bool = False
+    proportions: bool = False
+    noisy: bool = False
+    scorer: str = "embedding"
+
+    @property
+    def has_gold(self) -> bool:
+        """Whether training responses have gold step labels, for the arms that are named for them."""
+        return any(bag.step_labels for bag in self.splits["train"])
+
+
+def _rows(data_dir: Path, name: str, split: str) -> list[dict[str, Any]]:
+    rows = read_jsonl(data_dir / name / f"{split}.jsonl.gz")
+    return rows[:MOST_TRAINING_BAGS] if split == "train" else rows
+
+
+def _bags(rows: list[dict[str, Any]], source: str) -> list[Bag]:
+    """Bags whose teacher is a rule: the share of a step's words that the prompt has."""
+    bags = read_bags(rows, Segmentation("given"), source=source)
+    return [replace(bag, teacher_scores=tuple(few_new_words(bag))) for bag in bags]
+
+
+def _plain(name: str, rule: str, **options: Any) -> Callable[[Path, Path], Data]:
+    def load(data_dir: Path, work_dir: Path) -> Data:
+        splits = {split: _bags(_rows(data_dir, name, split), f"{name} {split}") for split in SPLITS}
+        return Data(name, rule, splits, **options)
+
+    return load
+
+
+def _outcomes(data_dir: Path, work_dir: Path) -> Data:
+    """ProcessBench with the label that people have: is the final answer right."""
+    name = "processbench_resplit"
+    splits = {}
+    for split in SPLITS:
+        rows = [row | {"label": float(row["meta"]["answer_correct"])} for row in _rows(data_dir, name, split)]
+        splits[split] = _bags(rows, f"{name} {split}")
+    return Data("processbench_outcome", "min", splits, noisy=True)
+
+
+def _preferences(data_dir: Path, work_dir: Path) -> Data:
+    """Preferences to learn from; the steps of `qa_feedback`, whose prompts are others, to be judged on."""
+    name = "qa_feedback_preferences"
+    splits = {split: _bags(_rows(data_dir, name, split), f"{name} {split}") for split in SPLITS[:2]}
+    splits["test"] = _bags(_rows(data_dir, "qa_feedback", "test"), "qa_feedback test")
+    prompts = {str(bag.prompt) for bag in splits["test"]}
+    if any(str(bag.prompt) in prompts for split in SPLITS[:2] for bag in splits[split]):
+        raise ValueError("qa_feedback_preferences holds prompts of the test split of qa_feedback. Drop them.")
+    return Data(name, "mean", splits, preferences=True)
+
+
+def _arithmetic(data_dir: Path, work_dir: Path) -> Data:
+    """Responses of the shipped policy to the embedded task, labelled by outcome; gold steps by its checker."""
+    file = work_dir / "arithmetic.json"
+    if not file.is_file():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model, tokenizer = (kind.from_pretrained(SHIPPED_POLICY) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        found: dict[str, list[dict[str, Any]]] = {}
+        for split, (count, seed) in ARITHMETIC.items():
+            problems = make_problems(count, seed=seed)
+            responses = sample_responses(model, tokenizer, [p.prompt for p in problems], seed=seed)
+            found[split] = [
+                {
+                    "prompt": problem.prompt,
+                    "steps": [line.strip() for line in response.split("\n") if line.strip()],
+                    "step_labels": [float(good) for good in problem.check_steps(response)],
+                    "label": float(problem.check_answer(response)),
+                }
+                for problem, response in zip(problems, responses, strict=True)
+                if response.strip()
+            ]
+        write_atomic(file, json.dumps(found))
+    rows = json.loads(file.read_text())
+    return Data("arithmetic", "min", {split: _bags(rows[split], split) for split in SPLITS}, scorer="likelihood")
+
+
+LOADERS: dict[str, Callable[[Path, Path], Data]] = {
+    "multispanqa": _plain("multispanqa", "max"),
+    "wice_windows": _plain("wice_windows", "max"),
+    "qa_feedback": _plain("qa_feedback", "mean", proportions=True),
+    "qa_feedback_preferences": _preferences,
+    "summedits": _plain("summedits", "min"),
+    "aquamuse_swap": _plain("aquamuse_swap", "min"),
+    "prm800k": _plain("prm800k", "min"),
+    "processbench_resplit": _plain("processbench_resplit", "min"),
+    "processbench_outcome": _outcomes,
+    "prmbench": _plain("prmbench", "min"),
+    "arithmetic": _arithmetic,
+}
+
+
+def whole_responses(bags: list[Bag]) -> list[Bag]:
+    """The same responses as one step each: what a response-level model is trained on."""
+    return [
+        replace(bag, step_spans=((bag.step_spans[0][0], bag.step_spans[-1][1]),), step_labels=None, teacher_scores=None)
+        for bag in bags
+    ]
+
+
+def gold(bag: Bag) -> np.ndarray:
+    """Gold step labels, NaN where unknown."""
+    known = bag.step_labels or [None] * len(bag.step_spans)
+    return np.array([np.nan if label is None else label for label in known], dtype=float)
