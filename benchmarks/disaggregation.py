@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from disaggregation_arms import Options, arms, gold_arms
+from disaggregation_arms import Options, arms, derived_arms
 from disaggregation_data import LOADERS, Data, gold, whole_responses
 from disaggregation_gains import write_gains
 from floors import Rule, at_random, copied, cosine, few_new_words, position, score_by, short
@@ -104,7 +104,7 @@ class Bench:
         extra = SMOKE if self.arguments.smoke else {}
         with tempfile.TemporaryDirectory() as folder:
             config = FractalConfig(output_dir=folder, scorer=data.scorer, seed=seed, **{**TRAINING, **options, **extra})
-            model = SHIPPED_POLICY if data.scorer == "likelihood" else self.encoder
+            model = self.encoder if data.scorer == "embedding" else SHIPPED_POLICY
             trainer = FractalTrainer(model, config, train_dataset=bags, eval_dataset=data.splits["validation"])
             trainer.train()
             trainer.calibrate()
@@ -125,7 +125,7 @@ class Bench:
         candidates = arms(data)[unit.arm]
         values = [self.trial(data, bags, unit.arm, number, options) for number, options in enumerate(candidates)]
         chosen = candidates[int(np.argmax(values))]
-        for arm, options in {unit.arm: chosen, **(gold_arms(chosen) if "gold" in unit.arm else {})}.items():
+        for arm, options in {unit.arm: chosen, **derived_arms(unit.arm, chosen)}.items():
             for seed in self.seeds:
                 if self.is_missing(data.name, arm, seed, "test"):
                     start = time.monotonic()

@@ -7,12 +7,14 @@ from typing import Any
 
 from disaggregation_data import Data
 
+from fractal_rm.tasks.base_policy import SHIPPED_POLICY
+
 TRIALS = 4
 GOLD_SHARES = (1, 5, 10, 20, 50)
 # Learning rate of the head and passes over the data: fast and short, slow and long.
 FAST = {"head_learning_rate": 1e-3, "num_train_epochs": 4}
 SLOW = {"head_learning_rate": 3e-4, "num_train_epochs": 8}
-# The likelihood scorer trains the language model itself.
+# The likelihood and the token scorer train the language model itself.
 LM_FAST = {"learning_rate": 2e-3, "num_train_epochs": 3}
 LM_SLOW = {"learning_rate": 1e-3, "num_train_epochs": 4}
 HARD = {"min": "min", "max": "max", "mean": "mean"}
@@ -44,6 +46,8 @@ def arms(data: Data) -> dict[str, list[Options]]:
         paces = ({"reduction": "sum"}, {"reduction": "mean"})
     priors = prior_variants(data)
     found: dict[str, list[Options]] = {}
+    if data.scorer == "token":
+        paces = ({"weight_decay": 0.01}, {"weight_decay": 0.1})
     if data.scorer == "embedding":
         found["response_level"] = trials(data, *({**hard, **pace} for pace in paces))
     found[f"bag_{HARD[data.rule]}"] = trials(data, *({**hard, **pace} for pace in paces))
@@ -78,8 +82,9 @@ def arms(data: Data) -> dict[str, list[Options]]:
 
 def prior_variants(data: Data) -> tuple[Options, Options]:
     """The paper's priors, and our own: a rule as teacher, or the language model's own likelihood."""
-    if data.scorer == "likelihood":
-        return {"likelihood_prior_weight": 0.1}, {"likelihood_prior_weight": 0.1, "prior_schedule": "linear"}
+    if data.scorer != "embedding":
+        likelihood = {"likelihood_prior_weight": 0.1, "reference_model": str(SHIPPED_POLICY)}
+        return likelihood, {**likelihood, "prior_schedule": "linear"}
     paper = {"cosine_prior_weight": 0.1, "correlation_prior_weight": 0.1}
     if data.rule == "min" and data.name not in ("summedits", "aquamuse_swap"):
         # Steps of a proof are not made of the question's words: similar steps get similar scores, and that is all.
@@ -87,6 +92,23 @@ def prior_variants(data: Data) -> tuple[Options, Options]:
     return paper, {"cosine_prior_weight": 0.1, "teacher_prior_weight": 0.3}
 
 
-def gold_arms(chosen: Options) -> dict[str, Options]:
-    """The arms of the other gold fractions, with the configuration that was chosen for 10 %."""
-    return {f"fractal_gold_{share}": {**chosen, "gold_fraction": share / 100} for share in GOLD_SHARES if share != 10}
+def derived_arms(arm: str, chosen: Options) -> dict[str, Options]:
+    """Arms without trials of their own: another arm's chosen configuration, with one thing changed.
+
+    These are the other gold fractions, the choice of gold responses by uncertainty, and the cosine prior with the sign
+    of the paper's released code.
+    """
+    found: dict[str, Options] = {}
+    if arm == "fractal_gold_10":
+        for share in GOLD_SHARES:
+            if share != 10:
+                found[f"fractal_gold_{share}"] = {**chosen, "gold_fraction": share / 100}
+        found["fractal_gold_10_uncertain"] = {**chosen, "gold_selection": "uncertainty"}
+    if arm == "bag_priors" and "cosine_prior_weight" in chosen:
+        weight = chosen["cosine_prior_weight"]
+        found["bag_priors_negated_cosine"] = {
+            **chosen,
+            "cosine_prior_weight": 0.0,
+            "negated_cosine_prior_weight": weight,
+        }
+    return found

@@ -35,7 +35,7 @@ class Data:
         preferences: Whether training and validation labels are preferences.
         proportions: Whether labels are shares of good steps.
         noisy: Whether a good label may stand on a bad response.
-        scorer: What reads it: `"embedding"`, or `"likelihood"` for the embedded task.
+        scorer: What reads it; on the embedded task each of the three.
     """
 
     name: str
@@ -92,8 +92,18 @@ def _preferences(data_dir: Path, work_dir: Path) -> Data:
     return Data(name, "mean", splits, preferences=True)
 
 
-def _arithmetic(data_dir: Path, work_dir: Path) -> Data:
+def _arithmetic(scorer: str) -> Callable[[Path, Path], Data]:
     """Responses of the shipped policy to the embedded task, labelled by outcome; gold steps by its checker."""
+
+    def load(data_dir: Path, work_dir: Path) -> Data:
+        rows = _arithmetic_rows(work_dir)
+        name = "arithmetic" if scorer == "likelihood" else f"arithmetic_{scorer}"
+        return Data(name, "min", {split: _bags(rows[split], split) for split in SPLITS}, scorer=scorer)
+
+    return load
+
+
+def _arithmetic_rows(work_dir: Path) -> dict[str, list[dict[str, Any]]]:
     file = work_dir / "arithmetic.json"
     if not file.is_file():
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -114,8 +124,8 @@ def _arithmetic(data_dir: Path, work_dir: Path) -> Data:
                 if response.strip()
             ]
         write_atomic(file, json.dumps(found))
-    rows = json.loads(file.read_text())
-    return Data("arithmetic", "min", {split: _bags(rows[split], split) for split in SPLITS}, scorer="likelihood")
+    rows: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())
+    return rows
 
 
 LOADERS: dict[str, Callable[[Path, Path], Data]] = {
@@ -129,7 +139,9 @@ LOADERS: dict[str, Callable[[Path, Path], Data]] = {
     "processbench_resplit": _plain("processbench_resplit", "min"),
     "processbench_outcome": _outcomes,
     "prmbench": _plain("prmbench", "min"),
-    "arithmetic": _arithmetic,
+    "arithmetic": _arithmetic("likelihood"),
+    "arithmetic_token": _arithmetic("token"),
+    "arithmetic_embedding": _arithmetic("embedding"),
 }
 
 

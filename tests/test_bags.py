@@ -217,7 +217,7 @@ def test_the_gap_after_the_last_kept_step_is_cut_off():
 def test_impossible_truncations_are_refused():
     with pytest.raises(ValueError, match="kept_steps is -1; give 0 or more"):
         truncate_bag(make(), -1, "min")
-    with pytest.raises(ValueError, match="Unknown aggregation 'native'. Choose one of min, max, mean, product"):
+    with pytest.raises(ValueError, match=r"Unknown aggregation 'native'\. Choose one of min, max, mean, product"):
         truncate_bag(make(), 1, "native")
     with pytest.raises(ValueError, match="1 entries in kept_steps for 2 bags"):
         truncate_bags([make(), make()], [1], "min")
