@@ -8,6 +8,7 @@ import pytest
 from stand_ins import (
     byte_tokenizer,
     gsm8k_problems,
+    save_encoder,
     save_policy,
     save_reward_model,
     solutions,
@@ -17,7 +18,12 @@ from stand_ins import (
 from transformers import LlamaModel
 
 from fractal_rm.cli import main
+from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.scorers.embedding_scorer import make_head
+from fractal_rm.scorers.sentence_encoder import SentenceEncoder
+from fractal_rm.scorers.settings import Settings
 from fractal_rm.tasks.arithmetic import make_problems
+from fractal_rm.trainers.script_checks import check_chat_templates
 
 GOOD = {"prompt": "1+1?\n", "completion": "1+1=2.", "label": 1}
 BAD = {"prompt": "1+1?\n", "completion": "1+1=3.", "label": 0}
@@ -165,7 +171,7 @@ def test_nothing_to_train_on_is_said(commands):
         ("max_steps: 1.5", "`max_steps` is 1.5, which is no int"),
         ("max_steps: true", "`max_steps` is True, which is no int"),
         ("use_peft: perhaps", "`use_peft` is 'perhaps', which is no bool"),
-        ("scorer: head", "`scorer` is 'head'. Choose one of likelihood, token."),
+        ("scorer: head", "`scorer` is 'head'. Choose one of likelihood, token, embedding."),
         ("max_steps: [1, 2]", "`max_steps` is [1, 2]; give a single value"),
         ("max_steps:", "`max_steps` is None; give a single value"),
         ("- max_steps", "holds no mapping"),
@@ -261,6 +267,14 @@ def test_chats_for_a_tokenizer_without_a_chat_template_are_refused(commands):
     said = commands.train(solutions(6, chat=True))
     assert "The prompts are chats, but the tokenizer" in said
     assert "has no chat template" in said
+
+
+@pytest.mark.parametrize("split", ["eval", "test"])
+def test_texts_to_train_on_and_chats_to_measure_on_are_refused_before_training(commands, split):
+    chats = commands.file(solutions(3, chat=True), "chats.jsonl")
+    said = commands.train(solutions(6), f"--{split}_file", chats, model="chat_policy")
+    assert "chats.jsonl: the prompts are chats, but those of" in said
+    assert "rows.jsonl are texts" in said
 
 
 @pytest.mark.parametrize("place", ["file", "file/deeper", "folder"])
@@ -415,6 +429,13 @@ def test_chats_for_a_reward_model_without_a_chat_template_are_refused_before_ppo
     arguments = ["--task", "gsm8k", "--train_file", commands.file(gsm8k_problems(2))]
     said = commands.ppo(*arguments, "--reward_model", str(commands.models / "reward_model"), model="chat_policy")
     assert "the tokenizer of the reward model has no chat template" in said
+
+
+def test_an_embedding_reward_model_needs_no_chat_template(tmp_path, models):
+    encoder = SentenceEncoder(save_encoder(tmp_path))
+    settings = Settings(scorer="embedding")
+    reward_model = StepRewardModel(make_head(settings.head_type, encoder.size, 1), encoder, settings)
+    check_chat_templates(str(models / "chat_policy"), reward_model)
 
 
 CHAT = [{"role": "user", "content": "1+1?"}]

@@ -100,6 +100,19 @@ def test_the_threshold_comes_from_the_evaluation_data(trained):
     assert model.settings.threshold == pytest.approx(expected, abs=1e-6)
 
 
+def test_the_threshold_is_on_the_highest_step_where_one_good_step_is_enough(models, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", solutions(12))
+    arguments = ["--model", str(models / "policy"), "--output_dir", str(tmp_path / "rm"), *TINY, "--max_steps", "1"]
+    assert main(["train", *arguments, "--train_file", rows, "--eval_file", rows, "--aggregation", "max"]) == 0
+    model = StepRewardModel.from_pretrained(tmp_path / "rm")
+    bags = read_bags(read_jsonl(rows), Segmentation())
+    scored = score_bags(model, bags)
+    highest, lowest = (choose_threshold(scored, bags, aggregation=aggregation) for aggregation in ("max", "min"))
+    assert model.settings.threshold == pytest.approx(highest, abs=1e-6)
+    assert abs(highest - lowest) > 1e-4
+    assert model.settings.chat is False
+
+
 def test_train_writes_a_model_card_without_this_machines_folders(trained):
     card = (trained / "rm" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
@@ -154,7 +167,8 @@ def test_a_new_head_is_no_news_and_lost_weights_are(models, tmp_path):
         AutoModelForTokenClassification.from_pretrained(broken, num_labels=1)
         AutoModelForTokenClassification.from_pretrained(whole, num_labels=1).save_pretrained(tmp_path / "token")
         AutoModelForCausalLM.from_pretrained(tmp_path / "token")  # its head would be random text
-        assert ["LOAD REPORT" in record.getMessage() for record in said] == [True, True]
+        AutoModelForTokenClassification.from_pretrained(whole, num_labels=1, num_hidden_layers=1)  # a body cut short
+        assert ["LOAD REPORT" in record.getMessage() for record in said] == [True, True, True]
     finally:
         logger.removeHandler(listener)
     assert not is_progress_bar_enabled()

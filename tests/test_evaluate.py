@@ -115,6 +115,15 @@ def test_bags_are_scored_with_their_own_steps(tmp_path):
     assert found.spans == [(0, 8), (10, 21)]  # lines would have made one step of it
 
 
+def test_a_prompt_of_the_wrong_kind_spoils_no_other_row(tmp_path):
+    model = StepRewardModel.from_pretrained(save_reward_model(tmp_path / "rm", chat=True))
+    model.settings.chat = False
+    rows = [{"prompt": "1+1?\n", "response": "2"}, {"prompt": [{"role": "user", "content": "1+1?"}], "response": "2"}]
+    text, chat = score_rows(model, rows, source="rows")
+    assert text["error"] is None
+    assert chat["error"].startswith("rows, row 2: the prompt is a chat, but the reward model was trained on prompts")
+
+
 def test_a_preference_makes_two_records(tmp_path):
     model = StepRewardModel.from_pretrained(save_reward_model(tmp_path / "rm"))
     rows = [{"prompt": "1+1?\n", "chosen": "2", "rejected": "3"}, {"prompt": "1+3?\n", "response": "4"}]

@@ -36,8 +36,7 @@ def score_rows(
     for number, row in enumerate(rows, 1):
         try:
             found = read_row(row, reward_model.segmentation, source=source, row=number, require_label=False)
-            if not isinstance(found[0].prompt, str):
-                _check_chat(found[0], reward_model, f"{source}, row {number}")
+            _check_prompt(found[0], reward_model, f"{source}, row {number}")
         except (TypeError, ValueError) as error:
             given = {name: row.get(name) for name in ("id", "prompt")}
             response = next((row[name] for name in ("response", "completion") if isinstance(row.get(name), str)), None)
@@ -52,9 +51,14 @@ def score_rows(
     return records
 
 
-def _check_chat(bag: Bag, reward_model: StepRewardModel, where: str) -> None:
-    if reward_model.tokenizer is None:  # an embedding scorer reads the messages one after the other
-        return
+def _check_prompt(bag: Bag, reward_model: StepRewardModel, where: str) -> None:
+    try:
+        reward_model.check_prompts([bag.prompt])
+    except ValueError as error:
+        # The model counts prompts from 0; the caller's file counts.
+        raise ValueError(f"{where}: {str(error).partition(': ')[2]}") from None
+    if isinstance(bag.prompt, str) or reward_model.tokenizer is None:
+        return  # an embedding scorer needs no template: it reads the messages one after the other
     try:
         prompt_text(bag.prompt, reward_model.tokenizer, reward_model.settings.prompt_template)
     except ValueError as error:

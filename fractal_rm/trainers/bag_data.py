@@ -91,7 +91,7 @@ class BagDataset(torch.utils.data.Dataset):
         items: The bags of each item.
 
     Raises:
-        ValueError: If a bag has no label, or no bag is left.
+        ValueError: If a bag has no label, a preference comes with grades, or no bag is left.
     """
 
     def __init__(
@@ -100,6 +100,8 @@ class BagDataset(torch.utils.data.Dataset):
         unlabelled = next((number for number, bag in enumerate(bags, 1) if bag.label is None), None)
         if unlabelled is not None:
             raise ValueError(f"{source}, row {unlabelled}: the response has no label. Label or drop it.")
+        if settings.num_grades is not None and any(bag.pair_id for bag in bags):
+            raise ValueError(f"{source}: preferences say nothing about grades. Leave `num_grades` out, or drop them.")
         encoded = self._encode(bags, inputs)
         fitting = [bag.kept_steps for bag in encoded]
         truncate = truncate_bags if reads_gold else _truncate_unseen

@@ -214,6 +214,12 @@ class FractalConfig(TrainingArguments):
             raise ValueError("`bag_weight` and `instance_weight` are both 0: nothing would be learned. Set one.")
         if self.hybrid_prior_weight and not (self.instance_weight and self.gold_fraction):
             raise ValueError("`hybrid_prior_weight` needs gold step labels. Set `instance_weight` and `gold_fraction`.")
+        binary = [name for name in ("easyllp_weight", "missed_good", "missed_bad") if getattr(self, name)]
+        if self.num_grades is not None and binary:
+            raise ValueError(
+                f"`{binary[0]}` is {getattr(self, binary[0])} with `num_grades={self.num_grades}`, but it is for "
+                "labels that say good or bad. Set it to 0, or leave `num_grades` out."
+            )
         if self.pseudo_rounds < 1:
             raise ValueError(f"`pseudo_rounds` is {self.pseudo_rounds}. Give 1 or more, or `pseudo_labels=none`.")
         if self.head_learning_rate is not None and not 0 <= self.head_learning_rate < math.inf:

@@ -20,6 +20,8 @@ _QUICKSTART = "quickstart"
 # A row of transformers' table of weights that a folder lacks or has too many of: the weight and what is wrong with it.
 _REPORT_ROW = re.compile(r"^(\S.*?) *\| (?:\x1b\[[\d;]*m)?([A-Z]{4,})\b", re.MULTILINE)
 _TOKEN_HEADS = ("classifier.", "score.")
+# A weight of a numbered layer, or of several that are shown in one row: no head has one.
+_OF_A_LAYER = re.compile(r"\.(\d|\{)")
 
 
 def check_writable_folder(folder: str | Path) -> None:
@@ -83,7 +85,7 @@ def check_chat_templates(model: str, reward_model: Any | None) -> None:
     from fractal_rm.scorers.checkpoint import load_tokenizer
 
     tokenizers = {f"the policy {model}": load_tokenizer(model)}
-    if reward_model is not None:
+    if reward_model is not None and reward_model.tokenizer is not None:  # an embedding scorer needs no template
         tokenizers["the reward model"] = reward_model.tokenizer
     for owner, tokenizer in tokenizers.items():
         if not tokenizer.chat_template:
@@ -132,7 +134,10 @@ def _is_news(record: logging.LogRecord) -> bool:
         return True
     rows = _REPORT_ROW.findall(message)
     missing = [weight for weight, status in rows if status == "MISSING"]
-    harmless = all(status in ("MISSING", "UNEXPECTED") for _, status in rows)
+    # What other heads need is left over as well; layers that are left over are a body cut short.
+    harmless = all(
+        status == "MISSING" or (status == "UNEXPECTED" and not _OF_A_LAYER.search(weight)) for weight, status in rows
+    )
     return not (missing and harmless and all(weight.startswith(_TOKEN_HEADS) for weight in missing))
 
 

@@ -1,10 +1,11 @@
 """`fractal-rm train`: a step reward model from response labels."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fractal_rm.bags import Bag
 from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, score_bags
 from fractal_rm.trainers.bag_data import to_bags
 from fractal_rm.trainers.command_parser import parse
@@ -39,6 +40,7 @@ def train(argv: Sequence[str]) -> None:
             bags[split] = to_bags(rows, config.settings(), source=sources[split])
     if "train" not in bags:
         raise ValueError("There is nothing to train on. Give `train_file` or `dataset_name`.")
+    _check_kinds(bags, sources)
     hide_loading_bars()
     trainer = FractalTrainer(
         arguments.model,
@@ -66,6 +68,17 @@ def train(argv: Sequence[str]) -> None:
         write_outputs(folder, metrics | {"history": trainer.state.log_history}, card)
         print_metrics(metrics)
         print(f"{folder} holds the reward model, metrics.json and README.md.")
+
+
+def _check_kinds(bags: Mapping[str, Sequence[Bag]], sources: Mapping[str, str]) -> None:
+    """Raise if one file asks in texts and another in chats: the model would refuse it, but after the training."""
+    kinds = {split: "texts" if isinstance(found[0].prompt, str) else "chats" for split, found in bags.items()}
+    for split, kind in kinds.items():
+        if kind != kinds["train"]:
+            raise ValueError(
+                f"{sources[split]}: the prompts are {kind}, but those of {sources['train']} are {kinds['train']}. "
+                "Make the prompts of all files texts, or all chats."
+            )
 
 
 def _is_staged(config: FractalConfig) -> bool:

@@ -104,7 +104,7 @@ def train_in_stages(trainer: "FractalTrainer", *, resume: bool, **kwargs: Any) -
             set_seed(args.seed)
             trainer.optimizer = trainer.lr_scheduler = None
             try:
-                result = trainer.train_stage(stage, checkpoint, **kwargs)
+                result = _take_up(trainer, checkpoint) or trainer.train_stage(stage, checkpoint, **kwargs)
             finally:
                 args.output_dir = str(output)
             logits = torch.cat([row.flatten() for row in trainer.step_logits(data)]).cpu()
@@ -130,9 +130,22 @@ def _finish(trainer: "FractalTrainer", folder: Path, logits: Tensor) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def _take_up(trainer: "FractalTrainer", checkpoint: str | None) -> TrainOutput | None:
+    """Load a checkpoint that was written after the last step: `Trainer.train` would make one step more."""
+    if checkpoint is None:
+        return None
+    state = TrainerState.load_from_json(str(Path(checkpoint) / _STATE))
+    if state.global_step < state.max_steps:
+        return None
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(best or checkpoint)
+    trainer.state = state
+    return _result(state)
+
+
 def _result(state: TrainerState) -> TrainOutput:
-    """What `Trainer.train` returned for a stage that is finished: the last entry of its log says it."""
-    metrics = {name: value for name, value in state.log_history[-1].items() if name != "step"}
+    """What `Trainer.train` returned for a stage that is finished, as far as its log says it."""
+    metrics = {name: value for name, value in state.log_history[-1].items() if name.startswith("train_")}
     return TrainOutput(state.global_step, metrics.get("train_loss", math.nan), metrics)
 
 
