@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from disaggregation_arms import Options, arms, derived_arms
+from disaggregation_arms import HARD, Options, arms, derived_arms
 from disaggregation_data import LOADERS, Data, gold, whole_responses
 from disaggregation_gains import write_gains
 from floors import Rule, at_random, copied, cosine, few_new_words, position, score_by, short
@@ -194,9 +194,7 @@ class Bench:
         self, data: Data, arm: str, seed: int, scored: dict[str, list[StepScores]], config: Options, seconds: float
     ) -> None:
         """Measure test scores, keep them, and write the row."""
-        threshold = 0.5
-        if data.rule == "min":
-            threshold = choose_threshold(scored["validation"], data.splits["validation"])
+        threshold = choose_threshold(scored["validation"], data.splits["validation"], aggregation=HARD[data.rule])
         test = data.splits["test"]
         found = measure(scored["test"], test, threshold)
         file = self.scores_file(data.name, arm, seed)
