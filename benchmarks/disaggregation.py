@@ -125,7 +125,7 @@ class Bench:
         candidates = arms(data)[unit.arm]
         values = [self.trial(data, bags, unit.arm, number, options) for number, options in enumerate(candidates)]
         chosen = candidates[int(np.argmax(values))]
-        for arm, options in {unit.arm: chosen, **derived_arms(unit.arm, chosen)}.items():
+        for arm, options in {unit.arm: chosen, **derived_arms(data, unit.arm, chosen)}.items():
             for seed in self.seeds:
                 if self.is_missing(data.name, arm, seed, "test"):
                     start = time.monotonic()

@@ -1,6 +1,9 @@
 """Arms of `benchmarks/disaggregation.py`: for each, the configurations that compete on validation bag labels.
 
-Every arm has the same number of trials (`TRIALS`), so that none wins by trying more often.
+Every arm has the same number of trials, so that none wins by trying more often: two paces of training, times two
+variants of the arm. All arms of the embedding scorer use the head that scores each step by itself (`mlp`); the head
+whose steps see each other (`set`) fits response labels better and tells steps apart worse, since nothing says which
+step shall carry what all of them know, so that bag labels would choose it for the wrong reason. It has arms of its own.
 """
 
 from typing import Any
@@ -9,14 +12,22 @@ from disaggregation_data import Data
 
 from fractal_rm.tasks.base_policy import SHIPPED_POLICY
 
-TRIALS = 4
 GOLD_SHARES = (1, 5, 10, 20, 50)
-# Learning rate of the head and passes over the data: fast and short, slow and long.
-FAST = {"head_learning_rate": 1e-3, "num_train_epochs": 4}
-SLOW = {"head_learning_rate": 3e-4, "num_train_epochs": 8}
-# The likelihood and the token scorer train the language model itself.
-LM_FAST = {"learning_rate": 2e-3, "num_train_epochs": 3}
-LM_SLOW = {"learning_rate": 1e-3, "num_train_epochs": 4}
+# Fast and short, slow and long; the likelihood and the token scorer train the language model itself.
+PACES = {
+    "embedding": (
+        {"head_learning_rate": 1e-3, "num_train_epochs": 4},
+        {"head_learning_rate": 3e-4, "num_train_epochs": 8},
+    ),
+    "likelihood": (
+        {"learning_rate": 2e-3, "num_train_epochs": 3},
+        {"learning_rate": 1e-3, "num_train_epochs": 4},
+    ),
+    "token": (
+        {"learning_rate": 2e-3, "num_train_epochs": 3},
+        {"learning_rate": 1e-3, "num_train_epochs": 4},
+    ),
+}
 HARD = {"min": "min", "max": "max", "mean": "mean"}
 SOFT = {"min": "product", "max": "noisy_or", "mean": "mean"}
 LCA = {"min": "softmin", "max": "softmax", "mean": "softmin"}
@@ -24,60 +35,49 @@ LCA = {"min": "softmin", "max": "softmax", "mean": "softmin"}
 Options = dict[str, Any]
 
 
-def trials(data: Data, *variants: Options) -> list[Options]:
-    """Two variants for each of two heads; on the embedded task for each of two ways to train."""
-    if data.scorer == "embedding":
-        bases: tuple[Options, ...] = ({"head_type": "mlp"}, {"head_type": "set"})
-        variants = tuple({**FAST, **variant} for variant in variants)
-    else:
-        bases = (LM_FAST, LM_SLOW)
-    found = [{**base, **variant} for base in bases for variant in variants]
-    if len(found) != TRIALS:
-        raise ValueError(f"An arm has {len(found)} trials, others have {TRIALS}.")
-    return found
-
-
 def arms(data: Data) -> dict[str, list[Options]]:
     """Arms that are trained, each with its trials; options are those of `FractalConfig`."""
     hard, soft = {"aggregation": HARD[data.rule]}, {"aggregation": SOFT[data.rule]}
-    # What an arm without options of its own varies: how fast the head learns, or the likelihood's reduction.
-    paces: tuple[Options, Options] = (FAST, SLOW)
-    if data.scorer == "likelihood":
-        paces = ({"reduction": "sum"}, {"reduction": "mean"})
-    priors = prior_variants(data)
-    found: dict[str, list[Options]] = {}
-    if data.scorer == "token":
-        paces = ({"weight_decay": 0.01}, {"weight_decay": 0.1})
+    paper, ours = prior_variants(data)
+    pseudo_hard = {"pseudo_labels": "hard"}
+    # Of preferences only hard pseudo-labels are defined.
+    pseudo_soft = pseudo_hard if data.preferences else {"pseudo_labels": "soft"}
+    going_on = {"pseudo_bag_weight": 1.0, "pseudo_start": "warm"}
+    noise: Options = {"missed_bad": 0.15} if data.noisy else {}
+    found = {f"bag_{HARD[data.rule]}": plain(hard)}
     if data.scorer == "embedding":
-        found["response_level"] = trials(data, *({**hard, **pace} for pace in paces))
-    found[f"bag_{HARD[data.rule]}"] = trials(data, *({**hard, **pace} for pace in paces))
+        found["response_level"] = plain(hard)
     if data.rule != "mean":
-        found[f"bag_{SOFT[data.rule]}"] = trials(data, *({**soft, **pace} for pace in paces))
+        found[f"bag_{SOFT[data.rule]}"] = plain(soft)
     if data.noisy:
-        found["bag_noise_tolerant"] = trials(data, *({**soft, "missed_bad": rate} for rate in (0.1, 0.25)))
-    found["bag_priors"] = trials(data, *({**hard, **prior} for prior in priors))
-    found["pseudo_hard"] = trials(data, *({**hard, **pace, "pseudo_labels": "hard"} for pace in paces))
+        found["bag_noise_tolerant"] = [{**soft, "missed_bad": rate} for rate in (0.1, 0.25)]
+    found["bag_priors"] = [{**hard, **paper}, {**hard, **ours}]
+    found["pseudo_hard"] = [{**hard, **pseudo_hard}, {**hard, **pseudo_hard, **going_on}]
     if not data.preferences:
-        found["pseudo_soft"] = trials(data, *({**soft, **pace, "pseudo_labels": "soft"} for pace in paces))
-    soft_kind = "hard" if data.preferences else "soft"
-    found["fractal"] = trials(
-        data,
-        {**hard, **priors[0], "pseudo_labels": "hard"},  # the paper's own
-        {**soft, **priors[1], "pseudo_labels": soft_kind, "pseudo_bag_weight": 1.0, "pseudo_start": "warm"},
-    )
-    found["lca"] = trials(data, *({"aggregation": LCA[data.rule], **pace} for pace in paces))
+        found["pseudo_soft"] = [{**soft, **pseudo_soft}, {**soft, **pseudo_soft, **going_on}]
+    found["fractal"] = [
+        {**hard, **paper, **pseudo_hard},  # the paper's own
+        {**soft, **ours, **pseudo_soft, **going_on, **noise},
+    ]
+    found["lca"] = plain({"aggregation": LCA[data.rule]})
     if data.proportions:
-        found["easyllp"] = trials(data, *({**hard, **pace, "bag_weight": 0.0, "easyllp_weight": 1.0} for pace in paces))
+        found["easyllp"] = plain({**hard, "bag_weight": 0.0, "easyllp_weight": 1.0})
     if data.has_gold:
         gold = {"instance_weight": 1.0, "gold_fraction": 0.1}
-        found["fractal_gold_10"] = trials(
-            data,
-            {**hard, **gold, **priors[0], "hybrid_prior_weight": 0.3, "pseudo_labels": "hard"},
-            {**soft, **gold, **priors[1], "pseudo_labels": "soft", "pseudo_bag_weight": 1.0, "pseudo_start": "warm"},
-        )
-        supervised = {**hard, "bag_weight": 0.0, "instance_weight": 1.0}
-        found["supervised"] = trials(data, *({**supervised, **pace} for pace in paces))
-    return found
+        found["fractal_gold_10"] = [
+            {**hard, **gold, **paper, "hybrid_prior_weight": 0.3, **pseudo_hard},
+            {**soft, **gold, **ours, **pseudo_soft, **going_on, **noise},
+        ]
+        found["supervised"] = plain({**hard, "bag_weight": 0.0, "instance_weight": 1.0})
+    return {
+        arm: [{**pace, **variant} for pace in PACES[data.scorer] for variant in variants]
+        for arm, variants in found.items()
+    }
+
+
+def plain(options: Options) -> list[Options]:
+    """The two variants of an arm that has no options of its own."""
+    return [{**options, "weight_decay": decay} for decay in (0.01, 0.3)]
 
 
 def prior_variants(data: Data) -> tuple[Options, Options]:
@@ -92,11 +92,11 @@ def prior_variants(data: Data) -> tuple[Options, Options]:
     return paper, {"cosine_prior_weight": 0.1, "teacher_prior_weight": 0.3}
 
 
-def derived_arms(arm: str, chosen: Options) -> dict[str, Options]:
+def derived_arms(data: Data, arm: str, chosen: Options) -> dict[str, Options]:
     """Arms without trials of their own: another arm's chosen configuration, with one thing changed.
 
-    These are the other gold fractions, the choice of gold responses by uncertainty, and the cosine prior with the sign
-    of the paper's released code.
+    These are the other gold fractions, the choice of gold responses by uncertainty, the cosine prior with the sign of
+    the paper's released code, and the `set` head.
     """
     found: dict[str, Options] = {}
     if arm == "fractal_gold_10":
@@ -105,10 +105,8 @@ def derived_arms(arm: str, chosen: Options) -> dict[str, Options]:
                 found[f"fractal_gold_{share}"] = {**chosen, "gold_fraction": share / 100}
         found["fractal_gold_10_uncertain"] = {**chosen, "gold_selection": "uncertainty"}
     if arm == "bag_priors" and "cosine_prior_weight" in chosen:
-        weight = chosen["cosine_prior_weight"]
-        found["bag_priors_negated_cosine"] = {
-            **chosen,
-            "cosine_prior_weight": 0.0,
-            "negated_cosine_prior_weight": weight,
-        }
+        changed = {"cosine_prior_weight": 0.0, "negated_cosine_prior_weight": chosen["cosine_prior_weight"]}
+        found["bag_priors_negated_cosine"] = {**chosen, **changed}
+    if data.scorer == "embedding" and arm in (f"bag_{HARD[data.rule]}", "fractal", "supervised"):
+        found[f"{arm}_set"] = {**chosen, "head_type": "set"}
     return found
