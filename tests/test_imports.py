@@ -33,7 +33,7 @@ ROWS = (
         "advantages",
         "results",
     ),
-    ("scorers", "tasks"),
+    ("scorers", "tasks", "datasets"),
     ("reward_model",),
     ("trainers", "evaluation"),
     ("report", "quickstart", "cli"),

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from fractal_rm.bags import Bag
-from fractal_rm.datasets.rows import Data, column, load_rows, read_each
+from fractal_rm.datasets.rows import Data, column, load_rows, read_each, texts
 from fractal_rm.segmentation import join_steps
 
 
-def read_prm800k(data: Data, *, source: str | None = None, full_solutions: bool = False) -> list[Bag]:
+def read_prm800k(
+    data: Data, *, source: str | None = None, full_solutions: bool = False, alternatives: bool = False
+) -> list[Bag]:
     """Bags of PRM800K: solutions of problems of MATH, rated step by step by people.
 
     Official files: `phase1_train.jsonl`, `phase1_test.jsonl`, `phase2_train.jsonl`, `phase2_test.jsonl`. A row has
@@ -23,24 +25,31 @@ def read_prm800k(data: Data, *, source: str | None = None, full_solutions: bool 
     no step is -1. A row ends before its first step without a rating; rows without any are left out.
 
     Rows end at the first error: **the bad step is the last one**, and position alone tells it apart. Report the
-    position baseline (`metrics.same_position_auc` is blind to position), or use `full_solutions`.
+    position baseline (`metrics.same_position_auc` is blind to position), or use `full_solutions`. In phase 1 people
+    chose good steps, so hardly any solution is bad: its errors are in `alternatives`.
 
     Args:
         data: A file, or rows.
         source: Name of the data in error messages.
         full_solutions: Continue the rows of phase 2 that end at an error to the end of the solution; the labels of
             these steps are not known. The response's label stays what it is.
+        alternatives: Also give a bag for each rated completion that was not chosen: the steps before it, and it.
 
     Returns:
-        One bag a row. Its id is the labeler and the time.
+        One bag a row, its alternatives behind it. Its id is the labeler and the time; those of alternatives add their
+        step and number.
 
     Raises:
         TypeError: If a value has the wrong type.
         ValueError: If a column is missing or a rating is none of -1, 0, 1 and null.
 
+    Warns:
+        UserWarning: If rows have no rated step; they are left out.
+
     Source:
         Lightman et al., Let's Verify Step by Step, 2023; github.com/openai/prm800k (MIT licence). Labels as in FRACTAL
-        (Makhija et al., ACL 2025), with -1, 0, 1 mapped to 0, 1, 1.
+        (Makhija et al., ACL 2025), with -1, 0, 1 mapped to 0, 1, 1. Its public code takes the first completion of each
+        step, also where the solution went on from another one.
 
     Example:
         >>> step = {"completions": [{"text": "1+1=3.", "rating": -1}], "chosen_completion": None}
@@ -51,53 +60,71 @@ def read_prm800k(data: Data, *, source: str | None = None, full_solutions: bool 
 
     def make(row: Mapping[str, Any], number: int) -> list[Bag]:
         question = column(row, "question", Mapping)
-        given = column(column(row, "label", Mapping), "steps", list, within="label.")
-        steps, labels = _rated_steps(given)
-        if not steps:
-            return []
-        label = min(labels)
-        whole = question.get("pre_generated_steps") or []
-        if full_solutions and label == 0 and whole[: len(steps)] == steps:
-            steps = whole
-        response, spans = join_steps(steps)
-        gold = (*labels, *[None] * (len(steps) - len(labels)))
-        name = "/".join(row[part] for part in ("labeler", "timestamp") if isinstance(row.get(part), str))
+        steps, labels, others = _rated_steps(column(column(row, "label", Mapping), "steps", list, within="label."))
         problem = column(question, "problem", str, within="question.")
-        return [Bag(problem, response, tuple(spans), label, gold, id=name or None)]
+        name = "/".join(row[part] for part in ("labeler", "timestamp") if isinstance(row.get(part), str))
+        bags = []
+        if steps:
+            whole = question.get("pre_generated_steps") or []
+            goes_on = full_solutions and min(labels) == 0 and whole[: len(steps)] == steps
+            gold = [*labels, *[None] * (len(whole) - len(steps) if goes_on else 0)]
+            bags.append(_rated_bag(problem, whole if goes_on else steps, gold, name))
+        for before, index, text, label in others if alternatives else []:
+            other = f"{name}/{before + 1}.{index + 1}"
+            bags.append(_rated_bag(problem, [*steps[:before], text], [*labels[:before], label], other))
+        return bags
 
     rows, source = load_rows(data, source)
     return read_each(rows, source, make, left_out="have no rated step")
 
 
-def _rated_steps(given: list[Any]) -> tuple[list[str], list[float]]:
-    """Texts and labels of the steps that the solution went on with, up to the last one rated."""
-    steps, labels = [], []
+def _rated_bag(problem: str, steps: list[str], gold: list[float | None], name: str) -> Bag:
+    response, spans = join_steps(steps)
+    label = min(one for one in gold if one is not None)
+    return Bag(problem, response, tuple(spans), label, tuple(gold), id=name or None)
+
+
+def _rated_steps(given: list[Any]) -> tuple[list[str], list[float], list[tuple[int, int, str, float]]]:
+    """Texts and labels of the steps that the solution went on with, up to the last one rated; and of the others.
+
+    Each of the others comes with the number of steps before it and its place in the completions.
+    """
+    steps: list[str] = []
+    labels: list[float] = []
+    others = []
     for number, step in enumerate(given, 1):
         if not isinstance(step, Mapping):
             raise TypeError(f"step {number} is {type(step).__name__}; make it an object with 'completions'.")
-        completions, chosen = step.get("completions") or [], step.get("chosen_completion")
-        human = step.get("human_completion")
-        text = human.get("text") if isinstance(human, Mapping) else human
-        if chosen is not None:
-            if chosen not in range(len(completions)):
-                raise ValueError(f"step {number} chose completion {chosen!r} of {len(completions)}; mend its index.")
-            taken = completions[int(chosen)]
-        elif text is not None:
-            taken = {"text": text, "rating": 1}
-        elif completions:
-            taken = completions[0]
-        else:
+        completions, human = step.get("completions") or [], step.get("human_completion")
+        if not isinstance(completions, list) or not all(isinstance(one, Mapping) for one in completions):
+            raise TypeError(f"the completions of step {number} are no list of objects; give the official columns.")
+        written = human.get("text") if isinstance(human, Mapping) else human
+        chosen = step.get("chosen_completion")
+        if chosen is not None and chosen not in range(len(completions)):
+            raise ValueError(f"step {number} chose completion {chosen!r} of {len(completions)}; mend its index.")
+        # Where nobody chose or wrote a step, the solution ends with its own: the first.
+        taken = int(chosen) if chosen is not None else None if written is not None else 0
+        rated = [(_rated(completion, number), index) for index, completion in enumerate(completions)]
+        others += [(len(steps), index, *one) for one, index in rated if one is not None and index != taken]
+        own = rated[taken or 0][0] if rated else None
+        found = _rated({"text": written, "rating": 1}, number) if taken is None else own
+        if found is None:
             break
-        rating = taken.get("rating")
-        if rating is None:
-            break
-        if rating not in (-1, 0, 1):
-            raise ValueError(f"the rating of step {number} is {rating!r}; give -1, 0, 1 or null.")
-        steps.append(column(taken, "text", str, within="completions."))
-        labels.append(0.0 if rating == -1 else 1.0)
-        if chosen is None and text is None:
+        steps.append(found[0])
+        labels.append(found[1])
+        if chosen is None and written is None:
             break  # whatever comes next does not follow this step
-    return steps, labels
+    return steps, labels, others
+
+
+def _rated(completion: Mapping[str, Any], number: int) -> tuple[str, float] | None:
+    """Text and label of a completion; None if it has no rating."""
+    rating = completion.get("rating")
+    if rating is None:
+        return None
+    if rating not in (-1, 0, 1):
+        raise ValueError(f"the rating of step {number} is {rating!r}; give -1, 0, 1 or null.")
+    return column(completion, "text", str, within="completions."), float(rating != -1)
 
 
 def read_processbench(data: Data, *, source: str | None = None, answer_labels: bool = False) -> list[Bag]:
@@ -132,7 +159,7 @@ def read_processbench(data: Data, *, source: str | None = None, answer_labels: b
     """
 
     def make(row: Mapping[str, Any], number: int) -> list[Bag]:
-        steps, first = column(row, "steps", list), column(row, "label", int)
+        steps, first = texts(row, "steps"), column(row, "label", int)
         if first not in range(-1, len(steps)):
             raise ValueError(f"the label is {first}, no step of {len(steps)}; give -1 or an index from 0.")
         gold = [1.0] * len(steps) if first < 0 else [1.0] * first + [0.0] + [None] * (len(steps) - first - 1)
@@ -180,7 +207,7 @@ def read_prmbench(data: Data, *, source: str | None = None, originals: bool = Tr
     """
 
     def make(row: Mapping[str, Any], number: int) -> list[Bag]:
-        steps, errors = column(row, "modified_process", list), column(row, "error_steps", list)
+        steps, errors = texts(row, "modified_process"), column(row, "error_steps", list)
         kind, name = column(row, "classification", str), _name(row, "idx")
         if not all(type(error) is int for error in errors):
             raise TypeError(f"error_steps is {errors}; make it a list of whole numbers from 1.")
@@ -188,7 +215,7 @@ def read_prmbench(data: Data, *, source: str | None = None, originals: bool = Tr
             return []
         bags = [_prmbench_bag(column(row, "modified_question", str), steps, errors, f"{kind}_{name}")]
         if originals and kind == "redundency":
-            solution = column(row, "original_process", list)
+            solution = texts(row, "original_process")
             bags.insert(0, _prmbench_bag(column(row, "original_question", str), solution, [], f"correct_{name}"))
         return bags
 

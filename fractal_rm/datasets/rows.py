@@ -12,8 +12,8 @@ from typing import Any
 from fractal_rm.bags import Bag
 from fractal_rm.readers import read_jsonl
 
-Path_ = str | os.PathLike[str]
-Data = Path_ | Iterable[Mapping[str, Any]]
+PathLike = str | os.PathLike[str]
+Data = PathLike | Iterable[Mapping[str, Any]]
 
 _LFS_POINTER = b"version https://git-lfs.github.com/"
 
@@ -154,13 +154,16 @@ def column(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...], *, 
         The value; arrays become lists.
 
     Raises:
-        TypeError: If the value is of another kind.
+        TypeError: If the value is of another kind, or the row is no object.
         ValueError: If the column is missing or null.
 
     Example:
         >>> column({"label": -1}, "label", int)
         -1
     """
+    if not isinstance(row, Mapping):
+        where = f"'{within.rstrip('.')}' holds" if within else "the row is"
+        raise TypeError(f"{where} {type(row).__name__} instead of an object; give the official columns.")
     value = row.get(name)
     if value is None:
         found = ", ".join(map(repr, row)) or "no columns"
@@ -171,3 +174,30 @@ def column(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...], *, 
         names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
         raise TypeError(f"column '{within}{name}' is {type(value).__name__}, not {names}; give the official columns.")
     return value
+
+
+def texts(row: Mapping[str, Any], name: str, *, within: str = "") -> list[str]:
+    """A column that is a list of texts, checked.
+
+    Args:
+        row: The row, or an object in it.
+        name: Name of the column.
+        within: Path of the object in the row, for the sentence.
+
+    Returns:
+        The texts.
+
+    Raises:
+        TypeError: If the value is no list, or an entry is no text.
+        ValueError: If the column is missing or null.
+
+    Example:
+        >>> texts({"context": ["a", "b"]}, "context")
+        ['a', 'b']
+    """
+    values = column(row, name, list, within=within)
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, str):
+            found = f"entry {number} of '{within}{name}' is {type(value).__name__}, not text"
+            raise TypeError(f"{found}; give the official columns.")
+    return values

@@ -7,7 +7,7 @@ from typing import Any
 from fractal_rm.bags import Bag
 from fractal_rm.datasets.rows import Data, column, load_rows, read_each
 from fractal_rm.readers import read_bags
-from fractal_rm.segmentation import Segmentation, locate_steps
+from fractal_rm.segmentation import Segmentation, join_steps
 
 # Marks the end of a step in the input; the label has the sign of the step in its place.
 _MARK = "ки"
@@ -56,9 +56,8 @@ def read_math_shepherd(data: Data, *, source: str | None = None) -> list[Bag]:
         if begin is None or not pieces[0][: begin.start()].strip():
             return []
         problem, pieces[0] = pieces[0][: begin.start()].strip(), pieces[0][begin.start() :]
-        steps = [piece.strip() for piece in pieces]
-        response = "\n".join(steps)
-        return [Bag(problem, response, tuple(locate_steps(response, steps)), min(gold), tuple(gold))]
+        response, spans = join_steps([piece.strip() for piece in pieces])
+        return [Bag(problem, response, tuple(spans), min(gold), tuple(gold))]
 
     rows, source = load_rows(data, source)
     return read_each(rows, source, make, left_out="have no problem before a 'Step 1:'")

@@ -1,0 +1,54 @@
+"""`docs/datasets.md` says what the code does: examples run, and the tables name the readers and Hub ids there are."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import fractal_rm.datasets
+from fractal_rm.datasets.hub import HUB
+
+TEXT = (Path(__file__).resolve().parent.parent / "docs" / "datasets.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+
+
+def readers() -> dict[str, object]:
+    """Functions that read a format, by module and name."""
+    names = [found.name for found in pkgutil.iter_modules(fractal_rm.datasets.__path__)]
+    modules = {name: importlib.import_module(f"fractal_rm.datasets.{name}") for name in names if name.endswith("_sets")}
+    return {
+        f"{room}.{name}": function
+        for room, module in modules.items()
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if name.startswith("read_") and function.__module__ == module.__name__
+    }
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_runs(example):
+    exec(example, {})
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) == 2
+
+
+def test_the_table_names_every_reader_and_no_other():
+    assert set(re.findall(r"^\| `(\w+_sets\.read_\w+)` \|", TEXT, re.MULTILINE)) == set(readers())
+
+
+def test_the_table_of_the_hub_is_that_of_the_code():
+    rows = re.findall(r"^\| `(\w+)` \| `([\w./-]+/[\w./-]+)`[^|]*\| ([^|]*) \| ([^|]*)\|$", TEXT, re.MULTILINE)
+    found = {name: (path, *(tuple(re.findall(r"`(\w+)`", cell)) for cell in cells)) for name, path, *cells in rows}
+    assert found == {name: (known.path, known.splits, known.configs) for name, known in HUB.items()}
+
+
+@pytest.mark.parametrize("name", sorted(readers()))
+def test_a_reader_says_where_its_format_comes_from_and_what_labels_mean(name):
+    text = inspect.getdoc(readers()[name]) or ""
+    source = " ".join(text.partition("Source:")[2].split())
+    assert re.search(r"licen[cs]e|Apache-2\.0|CC BY-SA|As \[`read_qa_feedback`\]", source)
+    assert re.search(r"[Ll]abels? (are )?of|grade of a", text)
