@@ -88,11 +88,8 @@ class Bench:
     @functools.lru_cache(maxsize=1)  # noqa: B019 - one Bench a process
     def data(self, name: str) -> Data:
         """A data set, cut to a few responses in a smoke run."""
-        data = LOADERS[name](self.arguments.data_dir, self.arguments.work_dir)
-        if self.arguments.smoke:
-            for bags in data.splits.values():
-                del bags[SMOKE_BAGS:]
-        return data
+        most = SMOKE_BAGS if self.arguments.smoke else None
+        return LOADERS[name](self.arguments.data_dir, self.arguments.work_dir, most)
 
     @functools.cached_property
     def encoder(self) -> SentenceEncoder:
@@ -122,10 +119,11 @@ class Bench:
         bags = data.splits["train"]
         if unit.arm == "response_level":
             bags = whole_responses(bags)
-        candidates = arms(data)[unit.arm]
+        candidates = arms(data)[unit.arm][: 1 if self.arguments.smoke else None]
         values = [self.trial(data, bags, unit.arm, number, options) for number, options in enumerate(candidates)]
         chosen = candidates[int(np.argmax(values))]
-        for arm, options in {unit.arm: chosen, **derived_arms(data, unit.arm, chosen)}.items():
+        derived = {} if self.arguments.skip_derived else derived_arms(data, unit.arm, chosen)
+        for arm, options in {unit.arm: chosen, **derived}.items():
             for seed in self.seeds:
                 if self.is_missing(data.name, arm, seed, "test"):
                     start = time.monotonic()
@@ -280,8 +278,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--encoder", default=default_encoder(), help="a sentence-transformers model")
     parser.add_argument("--datasets", nargs="+", default=list(LOADERS), choices=list(LOADERS))
     parser.add_argument("--arms", nargs="+", default=None, help="default: all")
+    parser.add_argument("--skip-derived", action="store_true", help="leave out arms that have no trials of their own")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--smoke", action="store_true", help="two steps on a few responses of each data set")
+    parser.add_argument("--smoke", action="store_true", help="one trial, one seed, two steps on a few responses")
     parser.add_argument("--gains", action="store_true", help="only compare the scores that are there")
     arguments = parser.parse_args(argv)
     if arguments.data_dir is None and arguments.datasets != ["arithmetic"]:

