@@ -89,7 +89,7 @@ def prior_variants(data: Data) -> tuple[Options, Options]:
     if data.rule == "min" and data.name not in ("summedits", "aquamuse_swap"):
         # Steps of a proof are not made of the question's words: similar steps get similar scores, and that is all.
         return paper, {"correlation_prior_weight": 0.2, "prior_schedule": "linear"}
-    return paper, {"cosine_prior_weight": 0.1, "teacher_prior_weight": 0.3}
+    return paper, {"cosine_prior_weight": 0.5, "teacher_prior_weight": 0.5}
 
 
 def derived_arms(data: Data, arm: str, chosen: Options) -> dict[str, Options]:
