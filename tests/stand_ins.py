@@ -85,6 +85,15 @@ def solutions(count: int, *, chat: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
+def preferences(count: int) -> list[dict[str, Any]]:
+    """Rows of two responses, the better one named; the other columns repeat it, as those of published sets may."""
+    rows = []
+    for row in solutions(2 * count)[::2]:
+        worse = [step.replace("=", "is not") for step in row["steps"]]
+        rows.append(row | {"chosen": row["steps"], "rejected": worse, "label": 1, "aggregation": "native"})
+    return rows
+
+
 def gsm8k_problems(count: int) -> list[dict[str, str]]:
     """Rows as GSM8K has them, invented."""
     return [

@@ -241,3 +241,20 @@ def test_a_preference_is_kept_whole_or_not_at_all():
     kept, count = truncate_bags([*pair("a"), *pair("b"), make(1.0)], [1, 2, 2, 2, 1], "min")
     assert [bag.pair_id for bag in kept] == ["b", "b", None]
     assert count == TruncationCount(total=5, truncated=1, dropped=2)
+
+
+def test_teacher_scores_are_probabilities_whatever_the_labels_are():
+    assert make(teacher_scores=(1, None)).teacher_scores == (1.0, None)
+    assert make(3, num_grades=4, teacher_scores=(0.3, 0.7)).teacher_scores == (0.3, 0.7)
+    with pytest.raises(ValueError, match="there are 1 teacher scores for 2 steps; give one teacher score for each"):
+        make(teacher_scores=(1,))
+    with pytest.raises(ValueError, match=r"the teacher score of step 2 is 1\.5, outside \[0, 1\]"):
+        make(teacher_scores=(1, 1.5))
+    with pytest.raises(ValueError, match=r"the teacher score of step 1 is 2, outside \[0, 1\]"):
+        make(3, num_grades=4, teacher_scores=(2, 1))
+
+
+def test_teacher_scores_are_cut_with_their_steps():
+    part = truncate_bag(make(steps=["a", "b", "c"], teacher_scores=(0.1, None, 0.3)), 2, "min")
+    assert part is not None
+    assert part.teacher_scores == (0.1, None)

@@ -312,6 +312,44 @@ def test_pickled_weights_are_not_read(tmp_path):
     refusal(tmp_path)
 
 
+# Grades ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_token_scorer_of_grades_comes_back_as_it_was(tmp_path, family):
+    options = {"num_grades": 4, "aggregation": "max", "model_options": {"num_labels": 4}}
+    model = save(tmp_path, "token", family, **options)
+    loaded = StepRewardModel.from_pretrained(tmp_path)
+    result = loaded.score([PROMPT], [RESPONSE])[0]
+    assert result == model.score([PROMPT], [RESPONSE])[0]
+    assert all(0 <= score <= 1 for score in (*result.step_scores, result.score))
+    assert result.score >= max(result.step_scores)
+    assert AutoModelForTokenClassification.from_pretrained(tmp_path).config.num_labels == 4
+
+
+def test_grades_that_the_head_does_not_have_are_refused(tmp_path):
+    save(tmp_path, "token", num_grades=4, aggregation="max", model_options={"num_labels": 4})
+    edit_config(tmp_path, lambda config: config["fractal"].update(num_grades=5))
+    assert "cannot be loaded as an AutoModelForTokenClassification" in refusal(tmp_path)
+    with pytest.raises(ValueError, match=r"The token scorer got a \w+ with 1 labels.*num_labels=3\)`"):
+        make_scorer(make_model("token", "llama"), Settings(scorer="token", num_grades=3, aggregation="max"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"scorer": "likelihood", "num_grades": 4, "aggregation": "max"}, "`num_grades` is 4 with the likelihood"),
+        ({"scorer": "token", "num_grades": 1, "aggregation": "max"}, "`num_grades` is 1 with the token scorer"),
+        ({"scorer": "token", "num_grades": 4, "aggregation": "mean"}, "Grades are aggregated by their maximum"),
+        ({"sharpness": math.nan}, "`sharpness` is nan"),
+        ({"head_type": "deep"}, "Unknown head_type 'deep'. Choose one of mlp, set"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        Settings(**settings)
+
+
 # Models to start from ----------------------------------------------------------------------------------------------
 
 

@@ -132,3 +132,14 @@ def test_a_preference_makes_two_records(tmp_path):
     assert found == [(1, 1.0, "2"), (1, 0.0, "3"), (2, None, "4")]
     expected = model.score(["1+1?\n", "1+1?\n", "1+3?\n"], ["2", "3", "4"])
     assert [record["score"] for record in records] == pytest.approx([result.score for result in expected])
+
+
+def test_preferences_are_compared_pair_by_pair():
+    def pair(name):
+        return [Bag("p", "a\nb", ((0, 1), (2, 3)), label=label, pair_id=name) for label in (1.0, 0.0)]
+
+    bags = [*pair("a"), *pair("b"), *pair("c"), *pair("d"), TWO]
+    values = [(0.9, 0.8), (0.1, 0.2), (0.3, 0.3), (0.4, 0.4), (0.2, 0.2), (0.2, 0.2), (0.9, 0.9), (), (0.5, 0.5)]
+    found = evaluate_scores([scores(bag, *row) for bag, row in zip(bags, values, strict=True)], bags, 0.5)
+    assert found["pair_accuracy"] == 1 / 4  # right; wrong; a tie; and one that was not scored
+    assert "pair_accuracy" not in evaluate_scores([scores(TWO, 0.5, 0.5)], [TWO], 0.5)

@@ -407,3 +407,25 @@ def test_the_real_data_sets_are_read_whole(data_dir):
         check_labels(bags)
         steps = [row[side] for row in rows for side in (("chosen", "rejected") if "chosen" in row else ("steps",))]
         assert [bag.steps for bag in bags] == [[step.strip() for step in given] for given in steps]
+
+
+# Teacher scores
+
+
+def test_teacher_scores_are_read_beside_steps():
+    rows = [
+        {"prompt": "p", "steps": STEPS, "label": 1, "teacher_scores": [0.25, None]},
+        {"prompt": "p", "steps": STEPS, "label": 0, "teacher_scores": np.array([0.5, 1.0])},
+        {"prompt": "p", "steps": STEPS, "label": 0},
+        {"prompt": "p", "completions": STEPS, "labels": [1, 0], "teacher_scores": [0.1, 0.2]},
+    ]
+    found = [bag.teacher_scores for bag in read_bags(rows, LINES)]
+    assert found == [(0.25, None), (0.5, 1.0), None, (0.1, 0.2)]
+
+
+@pytest.mark.parametrize("scores", [[0.5], [0.5, 2.0], "0.5", [0.5, "high"]])
+def test_teacher_scores_that_cannot_be_are_one_sentence_with_the_row(scores):
+    row = {"prompt": "p", "steps": STEPS, "label": 1, "teacher_scores": scores}
+    sentence = refuse([row], (TypeError, ValueError))
+    assert "row 1" in sentence
+    assert "teacher" in sentence

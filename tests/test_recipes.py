@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from stand_ins import gsm8k_problems, save_policy, save_reward_model, solutions, write_jsonl
+from stand_ins import gsm8k_problems, preferences, save_encoder, save_policy, save_reward_model, solutions, write_jsonl
 
 from fractal_rm.cli import main
 
@@ -26,16 +26,19 @@ def command_of(config: Path) -> str:
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory) -> Path:
-    """A folder with a policy and a reward model that can read chats."""
+    """A folder with a policy and a reward model that can read chats, and a sentence encoder."""
     folder = tmp_path_factory.mktemp("stand_ins")
     save_policy(folder / "policy", chat=True)
     save_reward_model(folder / "reward_model", chat=True)
+    save_encoder(folder)
     return folder
 
 
 def invented_data(config: dict, folder: Path) -> list[str]:
     """Flags that put invented rows in the place of the data of a configuration."""
     rows = gsm8k_problems(24) if config.get("task") == "gsm8k" else solutions(24)
+    if "preference_loss" in config:
+        rows = preferences(12)
     flags = ["--data_dir", str(folder)]
     for split in ("train", "eval", "test"):
         if f"{split}_file" in config:
@@ -48,7 +51,10 @@ def invented_data(config: dict, folder: Path) -> list[str]:
 
 def small(command: str, config: dict, stand_ins: Path) -> list[str]:
     """Flags that make a run small, and leave what the recipe is about as it is."""
-    flags = ["--model", str(stand_ins / "policy"), "--use_cpu", "--bf16", "false", "--disable_tqdm", "true"]
+    embeds = config.get("scorer") == "embedding"
+    flags = ["--model", str(stand_ins / ("encoder" if embeds else "policy"))]
+    flags += ["--embedding_cache", str(stand_ins / "cache")] if embeds else []
+    flags += ["--use_cpu", "--bf16", "false", "--disable_tqdm", "true"]
     flags += ["--max_steps", "2", "--logging_steps", "1", "--gradient_accumulation_steps", "1"]
     flags += ["--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "8"]
     if command == "ppo":
@@ -70,6 +76,8 @@ def test_a_configuration_runs_for_two_steps(path, stand_ins, tmp_path):
     assert max(logs["step"] for logs in history) == 2
     assert (output / "model.safetensors").is_file() or (output / "adapter_model.safetensors").is_file()
     assert (output / "README.md").is_file()
+    if "pseudo_labels" in config:
+        assert {logs["stage"] for logs in history} == {"stage-joint", "stage-pseudo-1"}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name)

@@ -11,7 +11,8 @@ from datasets import Dataset
 from models import byte_tokenizer, make_model, reward_model
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from fractal_rm.reward_model import FractalReward, StepRewardModel, StepScores
+from fractal_rm.reward_model import FractalReward, StepRewardModel, StepScores, probabilities
+from fractal_rm.scorers.settings import Settings
 from fractal_rm.segmentation import Segmentation
 
 PROMPT = "What is 3+4?\n"
@@ -45,6 +46,27 @@ def test_temperature_divides_the_logits():
     cold, warm = (reward_model("token", "llama", temperature=t).score([PROMPT], [RESPONSE])[0] for t in (1.0, 2.0))
     for a, b in zip(cold.step_scores, warm.step_scores, strict=True):
         assert math.log(b / (1 - b)) == pytest.approx(math.log(a / (1 - a)) / 2, abs=1e-4)
+
+
+def test_grades_are_scored_as_shares_of_the_highest():
+    """By enumeration of the grades of two steps."""
+    settings = Settings(scorer="token", num_grades=3, aggregation="max", temperature=2.0)
+    logits = torch.randn(1, 3, 3)
+    steps, responses = probabilities(logits, torch.tensor([[True, True, False]]), settings)
+    first, second = (logits[0, :2] / 2.0).softmax(dim=1).tolist()
+    expected = [sum(grade * p for grade, p in enumerate(row)) / 2 for row in (first, second)]
+    assert steps[0, :2].tolist() == pytest.approx(expected, abs=1e-6)
+    highest = sum(max(a, b) * p * q for a, p in enumerate(first) for b, q in enumerate(second)) / 2
+    assert responses.tolist() == pytest.approx([highest], abs=1e-6)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 20.0])
+def test_the_sharpness_of_an_aggregation_is_that_of_the_settings(sharpness):
+    settings = Settings(scorer="token", aggregation="lse_min", sharpness=sharpness)
+    logits, mask = torch.tensor([[-1.0, 2.0, 0.5]]), torch.ones(1, 3, dtype=torch.bool)
+    _, (found,) = probabilities(logits, mask, settings)
+    mean = sum(math.exp(-sharpness * logit) for logit in (-1.0, 2.0, 0.5)) / 3
+    assert found.item() == pytest.approx(1 / (1 + mean ** (1 / sharpness)), abs=1e-6)
 
 
 def test_results_come_in_the_order_of_the_responses(model):

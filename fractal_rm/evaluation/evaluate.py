@@ -46,9 +46,9 @@ def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold
         threshold: A step that scores below it is called wrong.
 
     Returns:
-        Counts (`responses`, `unscored`, `truncated`), those of [`~fractal_rm.metrics.bag_metrics`] and, if any gold
-        step label is known, `step_auc`, `within_bag_auc`, those of [`~fractal_rm.metrics.first_error_accuracy`] and
-        the `threshold`.
+        Counts (`responses`, `unscored`, `truncated`), those of [`~fractal_rm.metrics.bag_metrics`], `pair_accuracy` if
+        there are preferences (the share whose chosen response scores higher) and, if any gold step label is known,
+        `step_auc`, `within_bag_auc`, those of [`~fractal_rm.metrics.first_error_accuracy`] and the `threshold`.
     """
     labels = _labels(bags)
     have = [not math.isnan(result.score) for result in scored]
@@ -61,6 +61,9 @@ def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold
             [label for label, ok in zip(labels, have, strict=True) if ok],
         ),
     }
+    pairs = _pairs(scored, bags)
+    if pairs:
+        results["pair_accuracy"] = sum(better > worse for better, worse in pairs) / len(pairs)
     gold = [_gold(bag) for bag in bags]
     if all(np.isnan(row).all() for row in gold):
         return results
@@ -122,6 +125,15 @@ def choose_threshold(scored: Sequence[StepScores], bags: Sequence[Bag], *, aggre
 
 def _labels(bags: Sequence[Bag]) -> list[float]:
     return [_share(bag.label, bag) for bag in bags]
+
+
+def _pairs(scored: Sequence[StepScores], bags: Sequence[Bag]) -> list[tuple[float, float]]:
+    """Scores of the chosen and of the rejected response of each preference; one that was not scored is never better."""
+    sides: dict[str, dict[float | None, float]] = {}
+    for result, bag in zip(scored, bags, strict=True):
+        if bag.pair_id is not None:
+            sides.setdefault(bag.pair_id, {})[bag.label] = result.score
+    return [(found[1.0], found[0.0]) for found in sides.values() if found.keys() >= {0.0, 1.0}]
 
 
 def _gold(bag: Bag) -> np.ndarray:

@@ -272,22 +272,27 @@ class FractalTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Loss, step logits (B, S) and (bag labels, step labels, mask)."""
+        """Loss, step logits (items, S, 2) and (bag labels, step labels, mask, chosen), laid out by [`by_item`]."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, logits = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
         labels = (inputs["bag_labels"], inputs["step_labels"], inputs["mask"].long(), inputs["chosen"])
-        return (loss, None, None) if prediction_loss_only else (loss, logits.detach(), labels)
+        return loss, by_item(logits.detach(), inputs["chosen"]), tuple(by_item(x, inputs["chosen"]) for x in labels)
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics on bag labels, and on gold step labels where the data has them."""
         labels: Any = prediction.label_ids
-        bag_labels, step_labels, mask, chosen = labels
-        # Trainer pads shorter batches with -100, masks included: only 1 is a real step.
+        bag_labels, step_labels, mask, chosen = (_by_row(values) for values in labels)
+        predictions: Any = prediction.predictions
+        # Trainer pads shorter batches with -100, masks included: only 1 is a real step. A bag without any is the place
+        # of the second response of a preference, where there is none.
         steps = [row == 1 for row in mask]
-        logits = [row[real] for row, real in zip(prediction.predictions, steps, strict=True)]
-        gold = [row[real] for row, real in zip(step_labels, steps, strict=True)]
-        return evaluate_logits(logits, bag_labels, gold, self.settings, chosen=chosen)
+        there = np.array([real.any() for real in steps])
+        logits = [row[real] for row, real in zip(_by_row(predictions), steps, strict=True) if real.any()]
+        gold = [row[real] for row, real in zip(step_labels, steps, strict=True) if real.any()]
+        return evaluate_logits(logits, bag_labels[there], gold, self.settings, chosen=chosen[there])
 
     def calibrate(self) -> float:
         """Fit the temperature of the scores to the response labels of the evaluation data; the checkpoint stores it.
@@ -332,6 +337,29 @@ class FractalTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def by_item(values: Tensor, chosen: Tensor) -> Tensor:
+    """Values of responses (B, ...) -> of items, with two places for the responses of each; 0 where there is none.
+
+    Trainer and accelerate count items: of the last batch they keep as many rows as it has items. The places are the
+    third axis, behind the steps, because Trainer pads the second: (items, S, 2, ...), or (items, 2) without steps.
+
+    Args:
+        values: In the order of [`~fractal_rm.trainers.bag_data.BagCollator`].
+        chosen: Of the same batch (B,).
+    """
+    place = (chosen == 0).long()
+    item = (1 - place).cumsum(dim=0) - 1
+    laid = values.new_zeros(int(item[-1]) + 1, 2, *values.shape[1:])
+    laid[item, place] = values
+    return laid if values.dim() == 1 else laid.transpose(1, 2)
+
+
+def _by_row(laid: np.ndarray) -> np.ndarray:
+    """[`by_item`] undone, but for the empty places."""
+    rows = laid if laid.ndim == 2 else laid.swapaxes(1, 2)
+    return rows.reshape(-1, *rows.shape[2:])
 
 
 def evaluate_logits(

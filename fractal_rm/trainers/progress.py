@@ -9,7 +9,16 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 # A rollout logs some forty numbers; these say whether it learns. The others are in the logs of `report_to`.
 _SHOWN = ("loss", "reward", "kl", "completions/mean_length", "steps/score", "value/explained_variance")
-_SHOWN_PREFIXES = ("loss/", "rewards/", "eval_bag", "eval_loss", "eval_reward", "eval_step_", "eval_within")
+_SHOWN_PREFIXES = (
+    "loss/",
+    "rewards/",
+    "eval_bag",
+    "eval_loss",
+    "eval_pair",
+    "eval_reward",
+    "eval_step_",
+    "eval_within",
+)
 
 
 class RichProgress(TrainerCallback):

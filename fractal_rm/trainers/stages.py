@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _LOGITS, _WEIGHTS, _STATE = "step_logits.safetensors", "weights.safetensors", "trainer_state.json"
 # Responses whose posteriors are computed at once: under "mean" they take memory quadratic in the steps.
 _CHUNK = 256
-# Shares are decimal numbers: 10 % of 30 is 3, though 0.1 * 30 is a little more.
+# Shares are decimal numbers: 7 % of 100 is 7, though 0.07 * 100 is a little more.
 _DIGITS = 9
 
 
