@@ -12,6 +12,7 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import gc
 import random
 from pathlib import Path
 
@@ -33,7 +34,9 @@ PURE_MODULES = (
     "pseudo_labels",
     "calibration",
     "rewards",
+    "shaping",
     "advantages",
+    "guards",
     "metrics",
 )
 install_import_hook([f"fractal_rm.{module}" for module in PURE_MODULES], "beartype.beartype")
@@ -50,6 +53,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--data-dir",
         help="folder of the real data sets; without it FRACTAL_RM_DATA, then shared/data beside the repository",
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> None:
+    """Every training collects garbage at its start: of all that the libraries hold, unless that is set aside."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

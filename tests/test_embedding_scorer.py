@@ -1,11 +1,9 @@
 """A head on frozen embeddings: what it may see, what it learns, and the folder it is saved in."""
 
-import gc
 import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +37,6 @@ from fractal_rm.trainers.fractal_trainer import FractalTrainer
 SIZE = 8
 QUIET = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
 ROWS = sums(16)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """Every training collects garbage at its start: of all that the libraries hold, unless that is set aside."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

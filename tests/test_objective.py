@@ -1,7 +1,5 @@
 """Which loss terms a stage has, what each is computed from, and how they add up in a training."""
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,14 +191,6 @@ def test_priors_that_decay_end_at_nothing_and_labels_keep_their_weight(schedule)
 
 
 # In a training ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """Every training collects garbage at its start: of all that the libraries hold, unless that is set aside."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

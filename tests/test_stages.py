@@ -1,9 +1,7 @@
 """The stages of a training: what each learns from, where it starts, what of the gold labels it reads, and resuming."""
 
-import gc
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,14 +28,6 @@ QUIET = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy"
 ROWS = sums(20)
 PAIRS = [{"prompt": f"{i}?", "chosen": [f"{i}.", "good."], "rejected": [f"{i}.", "zzz.", "b."]} for i in range(6)]
 GOLD = {"instance_weight": 1.0, "gold_fraction": 0.1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """Every training collects garbage at its start: of all that the libraries hold, unless that is set aside."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,8 @@
 """`fractal-rm train` with every loss, prior, pseudo-label rule and stage, from a configuration file."""
 
-import gc
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,14 +25,6 @@ GRADES = [
     for i in range(12)
 ]
 GOLD = {"instance_weight": 1.0, "gold_fraction": 0.1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """Every training collects garbage at its start: of all that the libraries hold, unless that is set aside."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -303,7 +303,8 @@ def load_scorer(path: str | Path, **kwargs: Any) -> tuple[StepScorer, Processor,
 
 def _load_embedding_scorer(path: str | Path, settings: Settings) -> tuple[EmbeddingScorer, SentenceEncoder]:
     """The head and the encoder of a folder, or of a hub id."""
-    encoder = SentenceEncoder(path)
+    # Responses of a policy never come again: a cache would only grow.
+    encoder = SentenceEncoder(path, cache_dir="")
     if encoder.fingerprint != settings.tokenizer:
         raise ValueError(
             f"{path}: the sentence encoder is not the one the head was trained on (fingerprint {encoder.fingerprint}, "

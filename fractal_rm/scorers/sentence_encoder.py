@@ -86,6 +86,8 @@ class SentenceEncoder:
             texts: The texts; equal ones are encoded once.
             progress: Show a bar over what is not cached yet, if that is long work.
         """
+        if self._folder is None:  # whoever wants no cache wants no growing memory either
+            self._known.clear()
         keys = [hashlib.sha256(text.encode()).digest()[: 8 * _KEY_WORDS] for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._known}
         if missing:

@@ -20,18 +20,17 @@ from transformers import (
     set_seed,
 )
 
-from fractal_rm import metrics
 from fractal_rm.bags import Bag, check_labels
 from fractal_rm.calibration import fit_temperature
-from fractal_rm.reward_model import StepRewardModel, probabilities
+from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import head_parameters, load_scorer, save_scorer
 from fractal_rm.scorers.inputs import make_inputs
 from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.scorers.settings import Settings
 from fractal_rm.scorers.step_scorer import StepScorer
 from fractal_rm.trainers.bag_data import BagCollator, BagDataset, Records, fingerprint, joins_without_a_gap, to_bags
 from fractal_rm.trainers.fractal_config import FractalConfig
+from fractal_rm.trainers.logit_metrics import by_item, by_row, evaluate_logits
 from fractal_rm.trainers.model_setup import make_trainable, move_to_group
 from fractal_rm.trainers.objective import StageKind, loss_terms, term_weights
 from fractal_rm.trainers.prior_targets import prior_targets
@@ -284,13 +283,13 @@ class FractalTrainer(Trainer):
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics on bag labels, and on gold step labels where the data has them."""
         labels: Any = prediction.label_ids
-        bag_labels, step_labels, mask, chosen = (_by_row(values) for values in labels)
+        bag_labels, step_labels, mask, chosen = (by_row(values) for values in labels)
         predictions: Any = prediction.predictions
         # Trainer pads shorter batches with -100, masks included: only 1 is a real step. A bag without any is the place
         # of the second response of a preference, where there is none.
         steps = [row == 1 for row in mask]
         there = np.array([real.any() for real in steps])
-        logits = [row[real] for row, real in zip(_by_row(predictions), steps, strict=True) if real.any()]
+        logits = [row[real] for row, real in zip(by_row(predictions), steps, strict=True) if real.any()]
         gold = [row[real] for row, real in zip(step_labels, steps, strict=True) if real.any()]
         return evaluate_logits(logits, bag_labels[there], gold, self.settings, chosen=chosen[there])
 
@@ -337,62 +336,3 @@ class FractalTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-
-def by_item(values: Tensor, chosen: Tensor) -> Tensor:
-    """Values of responses (B, ...) -> of items, with two places for the responses of each; 0 where there is none.
-
-    Trainer and accelerate count items: of the last batch they keep as many rows as it has items. The places are the
-    third axis, behind the steps, because Trainer pads the second: (items, S, 2, ...), or (items, 2) without steps.
-
-    Args:
-        values: In the order of [`~fractal_rm.trainers.bag_data.BagCollator`].
-        chosen: Of the same batch (B,).
-    """
-    place = (chosen == 0).long()
-    item = (1 - place).cumsum(dim=0) - 1
-    laid = values.new_zeros(int(item[-1]) + 1, 2, *values.shape[1:])
-    laid[item, place] = values
-    return laid if values.dim() == 1 else laid.transpose(1, 2)
-
-
-def _by_row(laid: np.ndarray) -> np.ndarray:
-    """[`by_item`] undone, but for the empty places."""
-    rows = laid if laid.ndim == 2 else laid.swapaxes(1, 2)
-    return rows.reshape(-1, *rows.shape[2:])
-
-
-def evaluate_logits(
-    logits: list[np.ndarray],
-    bag_labels: np.ndarray,
-    step_labels: list[np.ndarray],
-    settings: Settings,
-    *,
-    chosen: np.ndarray | None = None,
-) -> dict[str, float]:
-    """Bag metrics, and step metrics where gold step labels are known.
-
-    Args:
-        logits: Step logits of each bag, (S,) or (S, G), real steps only.
-        bag_labels: Response labels (B,).
-        step_labels: Gold step labels of each bag, NaN where unknown.
-        settings: Gives aggregation and grades.
-        chosen: 1 for the chosen response of a preference, 0 for the rejected one behind it, -1 for others (B,).
-
-    Returns:
-        Those of [`~fractal_rm.metrics.bag_metrics`]; `pair_accuracy` if there are preferences; `step_auc` and
-        `within_bag_auc` if any gold step label is known. Grades count as shares of the highest.
-    """
-    highest = (settings.num_grades or 2) - 1
-    found = [
-        probabilities(torch.tensor(row)[None], torch.ones(1, len(row), dtype=torch.bool), settings) for row in logits
-    ]
-    scores, bag_scores = [steps[0].numpy() for steps, _ in found], np.array([bag.item() for _, bag in found])
-    results = metrics.bag_metrics(bag_scores, bag_labels / highest)
-    if chosen is not None and (chosen >= 0).any():
-        results["pair_accuracy"] = float(np.mean(bag_scores[chosen == 1] > bag_scores[chosen == 0]))
-    if any(not np.isnan(row).all() for row in step_labels):
-        gold = [row / highest for row in step_labels]
-        results["step_auc"] = metrics.step_auc(scores, gold)
-        results["within_bag_auc"] = metrics.within_bag_auc(scores, gold)
-    return results
