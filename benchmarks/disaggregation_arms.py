@@ -1,9 +1,10 @@
 """Arms of `benchmarks/disaggregation.py`: for each, the configurations that compete on validation bag labels.
 
 Every arm has the same number of trials, so that none wins by trying more often: two paces of training, times two
-variants of the arm. All arms of the embedding scorer use the head that scores each step by itself (`mlp`); the head
+variants of the arm. All arms of the embedding scorer use the head `pair`, which scores each step by itself. The head
 whose steps see each other (`set`) fits response labels better and tells steps apart worse, since nothing says which
-step shall carry what all of them know, so that bag labels would choose it for the wrong reason. It has arms of its own.
+step shall carry what all of them know, so that bag labels would choose it for the wrong reason; it and the paper's
+head (`mlp`) have arms of their own.
 """
 
 from typing import Any
@@ -96,7 +97,7 @@ def derived_arms(data: Data, arm: str, chosen: Options) -> dict[str, Options]:
     """Arms without trials of their own: another arm's chosen configuration, with one thing changed.
 
     These are the other gold fractions, the choice of gold responses by uncertainty, the cosine prior with the sign of
-    the paper's released code, and the `set` head.
+    the paper's released code, and the other two heads.
     """
     found: dict[str, Options] = {}
     if arm == "fractal_gold_10":
@@ -108,5 +109,5 @@ def derived_arms(data: Data, arm: str, chosen: Options) -> dict[str, Options]:
         changed = {"cosine_prior_weight": 0.0, "negated_cosine_prior_weight": chosen["cosine_prior_weight"]}
         found["bag_priors_negated_cosine"] = {**chosen, **changed}
     if data.scorer == "embedding" and arm in (f"bag_{HARD[data.rule]}", "fractal", "supervised"):
-        found[f"{arm}_set"] = {**chosen, "head_type": "set"}
+        found |= {f"{arm}_{head}": {**chosen, "head_type": head} for head in ("mlp", "set")}
     return found

@@ -1,4 +1,4 @@
-"""A frozen sentence encoder with a small head: the paper's own design, and one whose steps see each other."""
+"""A frozen sentence encoder with a small head: the paper's own, one that compares, one whose steps see each other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,6 +145,36 @@ class MLPHead(nn.Sequential):
         return super().forward(torch.cat([contexts, steps], dim=-1))
 
 
+def comparison(steps: Tensor, contexts: Tensor) -> Tensor:
+    """Both embeddings, their product, the size of their difference, their cosine: (B, S, 4 D + 1).
+
+    Source:
+        Features of Conneau et al., "Supervised Learning of Universal Sentence Representations", 2017. With the product
+        and the cosine, "the step is about the prompt" is a linear function and need not be learned from few labels.
+    """
+    cosine = (nn.functional.normalize(steps, dim=-1) * nn.functional.normalize(contexts, dim=-1)).sum(-1, keepdim=True)
+    # Embeddings come with numbers around 1, so that the cosine weighs as much as any of them times sqrt(D).
+    return torch.cat([contexts, steps, contexts * steps, (contexts - steps).abs(), cosine * steps.size(-1) ** 0.5], -1)
+
+
+class PairHead(nn.Sequential):
+    """Context and step compared, one hidden layer; a step never sees the others.
+
+    Args:
+        size: Numbers in an embedding, D.
+        outputs: Logits a step gets.
+    """
+
+    def __init__(self, size: int, outputs: int) -> None:
+        super().__init__(
+            nn.Linear(4 * size + 1, 2 * _WIDTH), nn.GELU(), nn.Dropout(2 * _DROPOUT), nn.Linear(2 * _WIDTH, outputs)
+        )
+
+    def forward(self, steps: Tensor, contexts: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, S, outputs) from embeddings (B, S, D)."""
+        return super().forward(comparison(steps, contexts))
+
+
 class SetHead(nn.Module):
     """A small transformer over the steps of a response: each step is judged in the company of the others.
 
@@ -158,7 +188,7 @@ class SetHead(nn.Module):
     def __init__(self, size: int, outputs: int) -> None:
         super().__init__()
         # Dropout here alone: inside the layers it would cost more time than they do.
-        self.project = nn.Sequential(nn.Linear(4 * size, _WIDTH), nn.Dropout(_DROPOUT))
+        self.project = nn.Sequential(nn.Linear(4 * size + 1, _WIDTH), nn.Dropout(_DROPOUT))
         layer = nn.TransformerEncoderLayer(
             _WIDTH, _VIEWS, dim_feedforward=2 * _WIDTH, dropout=0.0, batch_first=True, norm_first=True
         )
@@ -168,19 +198,18 @@ class SetHead(nn.Module):
 
     def forward(self, steps: Tensor, contexts: Tensor, mask: Tensor) -> Tensor:
         """Logits (B, S, outputs) from embeddings (B, S, D)."""
-        pairs = torch.cat([contexts, steps, contexts * steps, (contexts - steps).abs()], dim=-1)
-        hidden = self.layers(self.project(pairs), src_key_padding_mask=~mask)
+        hidden = self.layers(self.project(comparison(steps, contexts)), src_key_padding_mask=~mask)
         return self.output(self.norm(hidden))
 
 
-HEADS = {"mlp": MLPHead, "set": SetHead}
+HEADS = {"pair": PairHead, "mlp": MLPHead, "set": SetHead}
 
 
 class EmbeddingScorer(StepScorer):
     """Step logits from frozen embeddings of steps and prompt; only the head is trained.
 
     Args:
-        model: An [`MLPHead`] or a [`SetHead`].
+        model: A [`PairHead`], an [`MLPHead`] or a [`SetHead`].
         size: Numbers in an embedding, D.
     """
 
@@ -202,7 +231,7 @@ def make_head(kind: str, size: int, outputs: int = 1) -> EmbeddingScorer:
     """A scorer with a fresh head.
 
     Args:
-        kind: `"mlp"` or `"set"`.
+        kind: `"pair"`, `"mlp"` or `"set"`.
         size: Numbers in an embedding.
         outputs: 1, or the number of grades.
     """

@@ -13,7 +13,7 @@ from fractal_rm.segmentation import Segmentation
 
 ScorerKind = Literal["likelihood", "token", "embedding"]
 Reduction = Literal["sum", "mean"]
-HeadType = Literal["mlp", "set"]
+HeadType = Literal["pair", "mlp", "set"]
 FORMAT_VERSION = 1
 
 _CHOICES = {
@@ -45,7 +45,8 @@ class Settings:
         max_length: Most tokens in a forward, prompt included. Whole steps beyond it are left out, counted and logged.
         sharpness: How close a soft aggregation is to the extreme it softens.
         num_grades: How many grades a step can have, 0 to `num_grades - 1`; None: a step is good or not.
-        head_type: Embedding scorer: `"mlp"` (each step by itself) or `"set"` (steps see each other).
+        head_type: Embedding scorer: `"pair"` (a step compared with its context), `"mlp"` (the paper's) or `"set"`
+            (steps see each other).
         reduction: Likelihood scorer: whether a step's log-probabilities are added or averaged.
         log_weight: Likelihood scorer: logarithm of the factor of the log-likelihood, learned.
         bias: Likelihood scorer: offset of the log-likelihood, learned.
@@ -66,7 +67,7 @@ class Settings:
     max_length: int | None = None
     sharpness: float = 1.0
     num_grades: int | None = None
-    head_type: HeadType = "mlp"
+    head_type: HeadType = "pair"
     reduction: Reduction = "sum"
     log_weight: float = 0.0
     bias: float = 0.0

@@ -77,11 +77,11 @@ class FractalConfig(TrainingArguments):
     reduction: Literal["sum", "mean"] = field(
         default="sum", metadata={"help": "Likelihood scorer: add or average the log-probabilities of a step's tokens."}
     )
-    head_type: Literal["mlp", "set"] = field(
-        default="mlp",
+    head_type: Literal["pair", "mlp", "set"] = field(
+        default="pair",
         metadata={
-            "help": "Embedding scorer: `mlp` (the paper's; each step by itself) or `set` (a small transformer over "
-            "the steps of a response)."
+            "help": "Embedding scorer: `pair` (a step compared with the prompt; benchmarks/disaggregation.py), `mlp` "
+            "(the paper's: both put side by side) or `set` (a small transformer over the steps of a response)."
         },
     )
     encoder_dtype: Literal["auto", "float32", "bfloat16"] = field(
