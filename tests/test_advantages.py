@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.advantages import gae, group_step_advantages, whiten
+from fractal_rm.advantages import gae, global_advantages, group_step_advantages, whiten
 from fractal_rm.rewards import place_outcome
 
 unit = st.sampled_from([0.0, 0.5, 0.95, 1.0])
@@ -269,3 +269,134 @@ def test_step_ends_out_of_order_are_named():
     mask = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="Step ends of row 1 decrease"):
         group_step_advantages([[1.0], [1.0, 0.0]], [[0], [2, 1]], mask, 2, gamma=1.0, scale=False)
+
+
+# Baselines of a group -------------------------------------------------------------------------------------------------
+
+BASELINES = ["step", "token", "index"]
+
+
+def placed_steps(rewards, ends, mask):
+    """Plain Python: (row, number, reward, tokens) of each placed step."""
+    found = []
+    for row in range(len(mask)):
+        last, number = -1, 0
+        for reward, end in zip(rewards[row], ends[row], strict=True):
+            if end is not None and end < mask.shape[1] and mask[row, end]:
+                found.append((row, number, reward, int(mask[row, last + 1 : end + 1].sum()), end))
+                last, number = end, number + 1
+    return found
+
+
+@given(grouped_steps(), st.sampled_from(BASELINES), st.booleans())
+def test_each_baseline_is_its_definition(batch, baseline, leave_one_out):
+    rewards, ends, mask, group_size = batch
+    result = group_step_advantages(
+        rewards, ends, mask, group_size, gamma=0.0, scale=False, baseline=baseline, leave_one_out=leave_one_out
+    )
+    steps = placed_steps(rewards, ends, mask)
+    for row, number, reward, tokens, end in steps:
+        group = [s for s in steps if s[0] // group_size == row // group_size]
+        if baseline == "index":
+            group = [s for s in group if s[1] == number]
+        if leave_one_out:
+            group = [s for s in group if s[0] != row] or group
+        if baseline == "token":
+            expected = reward - tokens * sum(s[2] for s in group) / sum(s[3] for s in group)
+        else:
+            expected = reward - statistics.fmean(s[2] for s in group)
+        assert float(result[row, end]) == pytest.approx(expected, abs=1e-5)
+
+
+@given(grouped_steps(), st.sampled_from(BASELINES))
+def test_what_a_group_gains_it_loses(batch, baseline):
+    rewards, ends, mask, group_size = batch
+    result = group_step_advantages(rewards, ends, mask, group_size, gamma=0.0, scale=False, baseline=baseline)
+    gained = [0.0] * len(mask)
+    for row, _, _, _, end in placed_steps(rewards, ends, mask):
+        gained[row // group_size] += float(result[row, end])
+    assert gained == pytest.approx([0.0] * len(mask), abs=1e-4)
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_leaving_one_out_of_one_step_responses_is_rloo_and_each_baseline_the_same(leave_one_out):
+    scalars = torch.tensor([1.0, 0.0, 3.0, 2.0])
+    others = (scalars.sum() - scalars) / 3 if leave_one_out else scalars.mean()
+    for baseline in BASELINES:
+        result = group_step_advantages(
+            [[r] for r in scalars.tolist()],
+            [[2]] * 4,
+            torch.ones(4, 3, dtype=torch.bool),
+            4,
+            gamma=1.0,
+            scale=False,
+            baseline=baseline,
+            leave_one_out=leave_one_out,
+        )
+        torch.testing.assert_close(result, (scalars - others)[:, None].expand(4, 3))
+
+
+def first_tokens(rewards, ends, baseline, **options):
+    """What each response gains in total: its first token's advantage without a discount."""
+    mask = torch.ones(len(ends), 12, dtype=torch.bool)
+    result = group_step_advantages(rewards, ends, mask, len(ends), gamma=1.0, scale=False, baseline=baseline, **options)
+    return result[:, 0].tolist()
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_cutting_the_same_text_into_more_steps_gains_nothing_per_token_but_does_per_step(leave_one_out):
+    whole = ([[0.6], [0.2]], [[11], [11]])
+    cut = ([[0.2, 0.2, 0.2], [0.2]], [[3, 7, 11], [11]])
+    options = {"leave_one_out": leave_one_out}
+    assert first_tokens(*whole, "token", **options) == pytest.approx(first_tokens(*cut, "token", **options))
+    assert first_tokens(*whole, "step", **options) != pytest.approx(first_tokens(*cut, "step", **options))
+
+
+def test_a_short_answer_is_favoured_by_a_baseline_per_step_where_steps_lose_and_not_per_step_number():
+    # Equal steps of four tokens each: the answer with one step is worth as much as the answer with three.
+    rewards, ends = [[0.5], [0.5, 0.5, 0.5], [0.9, 0.9, 0.9]], [[3], [3, 7, 11], [3, 7, 11]]
+    short, same, _ = first_tokens(rewards, ends, "step")
+    assert short > same + 0.3, "the trap: three equal steps below the mean lose three times as much"
+    # Compared with first steps only, a first step is judged alike; what follows is compared with what follows.
+    mask = torch.ones(3, 12, dtype=torch.bool)
+    by_index = group_step_advantages(rewards, ends, mask, 3, gamma=0.0, scale=False, baseline="index")
+    assert by_index[0, 0] == by_index[1, 0]
+
+
+def test_a_step_without_peers_is_its_own_baseline():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    for baseline, leave_one_out in (("index", False), ("index", True)):
+        result = group_step_advantages(
+            [[1.0, 5.0], [0.0]],
+            [[0, 2], [1]],
+            mask,
+            2,
+            gamma=0.0,
+            scale=False,
+            baseline=baseline,
+            leave_one_out=leave_one_out,
+        )
+        assert result[0, 2] == 0.0
+    alone = group_step_advantages([[1.0], []], [[0], []], mask, 2, gamma=0.0, scale=False, leave_one_out=True)
+    assert not alone.any()
+
+
+# The global baseline --------------------------------------------------------------------------------------------------
+
+
+@given(rollouts(), unit, st.booleans())
+def test_global_advantages_are_whitened_returns(batch, gamma, scale):
+    rewards, values, mask = batch
+    result = global_advantages(rewards, mask, gamma=gamma, scale=scale)
+    returns, _ = gae_loop(rewards, torch.zeros_like(values), mask, gamma, 1.0)
+    real = returns[mask]
+    assert not result[~mask].any()
+    if len(real) < 2:
+        assert not result.any()
+        return
+    expected = real - real.mean()
+    if scale and real.std() > 0.1:
+        expected = expected / real.std()
+    elif scale:
+        return
+    torch.testing.assert_close(result[mask], expected, rtol=1e-5, atol=1e-7)

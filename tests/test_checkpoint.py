@@ -342,7 +342,7 @@ def test_grades_that_the_head_does_not_have_are_refused(tmp_path):
         ({"scorer": "token", "num_grades": 1, "aggregation": "max"}, "`num_grades` is 1 with the token scorer"),
         ({"scorer": "token", "num_grades": 4, "aggregation": "mean"}, "Grades are aggregated by their maximum"),
         ({"sharpness": math.nan}, "`sharpness` is nan"),
-        ({"head_type": "deep"}, "Unknown head_type 'deep'. Choose one of mlp, set"),
+        ({"head_type": "deep"}, "Unknown head_type 'deep'. Choose one of pair, mlp, set"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, sentence):

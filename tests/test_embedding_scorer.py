@@ -109,7 +109,7 @@ def test_a_permutation_of_the_steps_permutes_the_scores(order):
         assert torch.allclose(head(**pad([permuted])), head(**pad([bag]))[:, order], atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "sees_others"), [("mlp", False), ("set", True)])
+@pytest.mark.parametrize(("kind", "sees_others"), [("pair", False), ("mlp", False), ("set", True)])
 def test_which_head_sees_the_other_steps(kind, sees_others):
     (bag,) = bags([4])
     head = scorer(kind)
@@ -207,7 +207,7 @@ def test_response_labels_teach_steps(encoder, tmp_path, kind):
     assert trainer.evaluate(rows)["eval_within_bag_auc"] > 0.8
 
 
-@pytest.fixture(scope="module", params=["mlp", "set"])
+@pytest.fixture(scope="module", params=["pair", "mlp", "set"])
 def saved(request, encoder, tmp_path_factory) -> tuple[Path, FractalTrainer]:
     path = tmp_path_factory.mktemp(f"saved-{request.param}")
     trainer = make(path, encoder, head_type=request.param)
