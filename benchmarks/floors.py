@@ -65,7 +65,8 @@ def cosine(encoder: SentenceEncoder) -> Rule:
 
     def rule(bag: Bag) -> list[float]:
         (embedded,) = inputs.encode([bag.prompt], [bag.response], [bag.step_spans])
-        return ((1 + F.cosine_similarity(embedded.steps, embedded.contexts, dim=1)) / 2).tolist()
+        cosines = F.cosine_similarity(embedded.steps, embedded.contexts, dim=1)
+        return ((1 + cosines.clamp(-1.0, 1.0)) / 2).tolist()  # rounding can leave the range
 
     return rule
 
