@@ -5,6 +5,7 @@ there are ignored, and what follows them is carried over as if they were not the
 """
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fractal_rm.rewards import check_step_rewards, placeable_ends
+
+Baseline = Literal["step", "token", "index"]
 
 # Keeps a division by a standard deviation finite: the values TRL uses for whitening (1e-8 in the root) and for
 # group advantages (1e-4 beside it), so that numbers can be compared.
@@ -112,6 +115,75 @@ def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, shift_mean: bo
     return whitened if shift_mean else (whitened + mean).masked_fill(~mask, 0.0)
 
 
+def global_advantages(
+    rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, gamma: float = 1.0, scale: bool = True
+) -> Float[Tensor, "B T"]:
+    """Discounted rewards to go against their mean over all tokens of the batch: no value model, no groups.
+
+    Args:
+        rewards: Reward of each token. Values at masked positions are ignored.
+        mask: True where the policy wrote the token.
+        gamma: Discount per real token.
+        scale: Divide by the standard deviation over the batch as well.
+
+    Returns:
+        Advantages, 0 at masked positions, in float32 or wider.
+
+    Source:
+        Hu et al., "REINFORCE++", 2025: a global baseline and a global scale.
+
+    Example:
+        >>> rewards, mask = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.ones(2, 2, dtype=torch.bool)
+        >>> global_advantages(rewards, mask, scale=False)
+        tensor([[ 0.5000,  0.5000],
+                [-0.5000, -0.5000]])
+    """
+    to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
+    if scale:
+        return whiten(to_go, mask)
+    return (to_go - to_go.sum() / mask.sum().clamp(min=1)).masked_fill(~mask, 0.0)
+
+
+class _Step(NamedTuple):
+    """A step that was placed: its row, last token, reward, place among the row's steps, and number of real tokens."""
+
+    row: int
+    end: int
+    reward: float
+    index: int
+    tokens: int
+
+
+def _placed_steps(
+    row: int, rewards: Sequence[float], ends: Sequence[int | None], real_before: Sequence[int]
+) -> list[_Step]:
+    """The placed steps of a row in order; `real_before[t]` real tokens stand before token t."""
+    steps: list[_Step] = []
+    for reward, end in zip(rewards, ends, strict=True):
+        if end is None:
+            continue
+        last = steps[-1].end if steps else -1
+        if end < last:
+            raise ValueError(f"Step ends of row {row} decrease: {list(ends)}. Pass the steps in the order of the text.")
+        steps.append(_Step(row, end, reward, len(steps), real_before[end + 1] - real_before[last + 1]))
+    return steps
+
+
+def _centred(steps: Sequence[_Step], baseline: str, *, leave_one_out: bool, scale: bool) -> list[float]:
+    """Rewards of a group's steps less their baselines: each a rate over the step's peers, times the step's size."""
+    row, index = torch.tensor([[step.row, step.index] for step in steps]).T
+    reward = torch.tensor([step.reward for step in steps], dtype=torch.float64)
+    size = torch.tensor([step.tokens if baseline == "token" else 1 for step in steps], dtype=torch.float64)
+    peers = index[:, None] == index if baseline == "index" else torch.ones(len(steps), len(steps), dtype=torch.bool)
+    if leave_one_out:
+        others = peers & (row[:, None] != row)
+        peers = torch.where(others.any(dim=1, keepdim=True), others, peers)  # a step without any is left in
+    centred = reward - size * (peers.double() @ reward) / (peers.double() @ size)
+    if scale and len(steps) > 1:
+        centred = centred / (reward.std() + GROUP_EPSILON)
+    return centred.tolist()
+
+
 def group_step_advantages(
     step_rewards: Sequence[Sequence[float]],
     step_ends: Sequence[Sequence[int | None]],
@@ -120,11 +192,21 @@ def group_step_advantages(
     *,
     gamma: float,
     scale: bool,
+    baseline: Baseline = "step",
+    leave_one_out: bool = False,
 ) -> Float[Tensor, "B T"]:
     """Advantages of steps against the other steps of the same prompt's completions, without a value model.
 
-    Step rewards are centred by the mean over all steps of the group (and divided by their standard deviation if
-    `scale`). A step's advantage is the discounted sum of these from itself to the response's end, and every token from
+    Each step's reward is centred by a baseline from the group (and divided by the standard deviation of the group's
+    rewards if `scale`):
+
+    | baseline | of a step |
+    |---|---|
+    | `"step"` | mean reward of a step: a completion is charged per step, so those below the mean gain by having few |
+    | `"token"` | mean reward of a token, times the step's tokens: how finely a text is cut changes nothing in total |
+    | `"index"` | mean reward of steps with the same number: a third step is compared with third steps only |
+
+    A step's advantage is the discounted sum of these from itself to the response's end, and every token from
     after the previous step's end to this step's end gets it. Steps that end on one token count as one step there, whose
     centred rewards add up. Steps that cannot be placed are left out of everything.
 
@@ -135,6 +217,8 @@ def group_step_advantages(
         group_size: Completions per prompt. Rows of a group are consecutive, and groups must be whole.
         gamma: Discount per step: 0 gives a step its own reward only, 1 everything that follows.
         scale: Divide by the group's standard deviation + 1e-4; a group with one step is not divided.
+        baseline: What a step is compared with.
+        leave_one_out: Take the baseline from the other completions only; a step that has no peers there keeps its own.
 
     Returns:
         Advantages, float32; 0 at masked positions and on tokens after the last step.
@@ -143,7 +227,8 @@ def group_step_advantages(
         ValueError: If the rows are not whole groups, step ends decrease, or rewards and ends do not match.
 
     Source:
-        Process supervision of GRPO (Shao et al., DeepSeekMath, 2024), which is `gamma=1, scale=True`.
+        Process supervision of GRPO (Shao et al., DeepSeekMath, 2024), which is `gamma=1, scale=True`. The baseline per
+        token: PURE (Cheng et al., 2025). Leaving one out: RLOO (Kool et al., 2019; Ahmadian et al., 2024).
 
     Example:
         >>> mask = torch.ones(2, 3, dtype=torch.bool)
@@ -158,26 +243,23 @@ def group_step_advantages(
         )
     check_step_rewards(step_rewards, step_ends)
     placed = placeable_ends(step_ends, mask)
+    real_before = F.pad(mask.int().cumsum(dim=1), (1, 0)).tolist()
     advantages = torch.zeros(mask.shape, dtype=torch.float32)
     for first in range(0, len(mask), group_size):
-        rows = range(first, first + group_size)
-        steps = [(row, end, i) for row in rows for i, end in enumerate(placed[row]) if end is not None]
+        steps = [
+            step
+            for row in range(first, first + group_size)
+            for step in _placed_steps(row, step_rewards[row], placed[row], real_before[row])
+        ]
         if not steps:
             continue
-        rewards = torch.tensor([step_rewards[row][i] for row, _, i in steps], dtype=torch.float64)
-        centred = rewards - rewards.mean()
-        if scale and len(steps) > 1:
-            centred = centred / (rewards.std() + GROUP_EPSILON)
-        by_end: dict[int, dict[int, float]] = {row: {} for row in rows}
-        for (row, end, _), value in zip(steps, centred.tolist(), strict=True):
-            if by_end[row] and end < max(by_end[row]):
-                raise ValueError(
-                    f"Step ends of row {row} decrease: {list(step_ends[row])}. Pass the steps in the order of the text."
-                )
-            by_end[row][end] = by_end[row].get(end, 0.0) + value
-        for row, rewards_at in by_end.items():
-            to_go, ends = 0.0, list(rewards_at)
+        rewards_at: dict[int, dict[int, float]] = {step.row: {} for step in steps}
+        centred = _centred(steps, baseline, leave_one_out=leave_one_out, scale=scale)
+        for step, value in zip(steps, centred, strict=True):
+            rewards_at[step.row][step.end] = rewards_at[step.row].get(step.end, 0.0) + value
+        for row, at in rewards_at.items():
+            to_go, ends = 0.0, list(at)
             for previous, end in reversed(list(zip([-1, *ends], ends, strict=False))):
-                to_go = rewards_at[end] + gamma * to_go
+                to_go = at[end] + gamma * to_go
                 advantages[row, previous + 1 : end + 1] = to_go
     return advantages.to(mask.device).masked_fill(~mask, 0.0)

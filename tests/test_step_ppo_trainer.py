@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from stand_ins import CHAT_TEMPLATE, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -27,7 +27,9 @@ from transformers import (
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from fractal_rm.advantages import group_step_advantages
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
 from fractal_rm.scorers.settings import Settings
 from fractal_rm.scorers.token_scorer import TokenScorer
 from fractal_rm.segmentation import Segmentation
@@ -468,6 +470,269 @@ def test_trls_table_of_completions_shows_our_advantages(tmp_path):
     assert len(table["advantages"]) == len(table["completion"]) == 8
 
 
+# Shaping, limits, penalties -------------------------------------------------------------------------------------------
+
+
+def placed(step_rewards: Callable[[list[float]], list[float]]) -> torch.Tensor:
+    """Rewards of RAGGED's steps, made from the scores of each completion, on its tokens."""
+    expected = torch.zeros(8, 8)
+    for row, steps in enumerate(COMPLETIONS.values()):
+        for token, reward in zip(steps, step_rewards([SCORES[letter] for letter in steps.values()]), strict=True):
+            expected[row, token] = reward
+    return expected
+
+
+def step_output(tmp_path: Path, **changed: Any) -> torch.Tensor:
+    """Token rewards of RAGGED under some options: advantages with a value of 0 and no look ahead."""
+    shared = {"reward_model": reward_model(), "rollout_func": replay(RAGGED), "shaping": "raw"}
+    return rollout(tmp_path, **(shared | TOKEN_REWARDS | changed))["advantages"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"shaping": "log_odds"}, lambda scores: [math.log(s / (1 - s)) for s in scores]),
+        ({"shaping": "log_odds", "step_reward_clip": 1.0}, lambda scores: [math.log(s / (1 - s)) for s in scores]),
+        (
+            {"shaping": "delta", "score_threshold": 0.3},
+            lambda scores: [b - a for a, b in zip([0.3, *scores], scores, strict=False)],
+        ),
+        ({"shaping": "centered", "center": "threshold"}, lambda scores: [s - 0.5 for s in scores]),
+        ({"length_neutral": "mean"}, lambda scores: [s / len(scores) for s in scores]),
+        (
+            {"shaping": "centered", "center": "threshold", "length_neutral": "cap"},
+            lambda scores: [min(s - 0.5, 0.0) for s in scores],
+        ),
+        (
+            {"shaping": "min_form"},
+            lambda scores: [
+                min(scores[t:]) - min([*scores[t + 1 :], 1.0][: len(scores) - t - 1] or [0.0])
+                for t in range(len(scores))
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_each_shaping_puts_its_own_rewards_on_the_tokens(tmp_path, options, expected):
+    clip = options.get("step_reward_clip", math.inf)
+    target = placed(lambda scores: [min(max(reward, -clip), clip) for reward in expected(scores)])
+    torch.testing.assert_close(step_output(tmp_path, **options), target, atol=1e-4, rtol=0.0)
+
+
+def test_centering_by_the_group_compares_with_the_same_prompt_only(tmp_path):
+    result = step_output(tmp_path, shaping="centered", center="group", num_generations=2)
+    for first in range(0, 8, 2):
+        scores = [SCORES[x] for steps in list(COMPLETIONS.values())[first : first + 2] for x in steps.values()]
+        mean = sum(scores) / len(scores)
+        expected = placed(lambda scores, mean=mean: [s - mean for s in scores])[first : first + 2]
+        torch.testing.assert_close(result[first : first + 2], expected, atol=1e-5, rtol=0.0)
+
+
+def test_with_the_min_form_every_token_before_the_worst_step_gets_its_score(tmp_path):
+    result = step_output(tmp_path, shaping="min_form", gamma=1.0, lam=1.0)
+    for row, steps in enumerate(COMPLETIONS.values()):
+        for token in range(len(RAGGED[row])):
+            to_come = [SCORES[letter] for end, letter in steps.items() if end >= token]
+            assert result[row, token].item() == pytest.approx(min(to_come, default=0.0), abs=1e-5)
+
+
+def test_a_completion_without_eos_is_penalised_at_its_last_token(tmp_path):
+    plain, penalised = step_output(tmp_path), step_output(tmp_path, missing_eos_penalty=2.0)
+    expected = torch.zeros(8, 8)
+    for row, ids in enumerate(RAGGED):
+        if ids[-1] != EOS:
+            expected[row, len(ids) - 1] = -2.0
+    assert 0 < expected.count_nonzero() < 8
+    torch.testing.assert_close(penalised - plain, expected, atol=1e-5, rtol=0.0)
+
+
+def test_a_group_compares_missing_ends_as_it_compares_rewards(tmp_path):
+    shared = {"reward_model": reward_model(), "rollout_func": replay(RAGGED), "advantage": "group"}
+    plain = rollout(tmp_path, **shared)["advantages"]
+    penalised = rollout(tmp_path, missing_eos_penalty=2.0, **shared)
+    mask = penalised["completion_mask"].bool()
+    cut = torch.tensor([float(ids[-1] != EOS) for ids in RAGGED]).view(4, 2)
+    expected = -2.0 * (cut - cut.mean(dim=1, keepdim=True)).view(8, 1).expand(8, 8).masked_fill(~mask, 0.0)
+    assert expected.any()
+    torch.testing.assert_close(penalised["advantages"] - plain, expected)
+
+
+def test_weights_warm_up_in_a_straight_line(tmp_path):
+    shared = {"reward_funcs": count_of_a, "reward_model": reward_model(), "rollout_func": replay(RAGGED)}
+    trainer = train(
+        tmp_path,
+        step_weight=0.5,
+        step_weight_warmup=4,
+        outcome_weight_warmup=2,
+        shaping="raw",
+        value_learning_rate=0.0,
+        max_steps=5,
+        **shared,
+        **TOKEN_REWARDS,
+    )
+    outcomes = torch.zeros(8, 8)
+    for row, (ids, outcome) in enumerate(zip(RAGGED, count_of_a([list(ids) for ids in RAGGED]), strict=True)):
+        outcomes[row, len(ids) - 1] = outcome
+    for step, output in enumerate(trainer.rollouts):
+        expected = 0.5 * min(step / 4, 1.0) * expected_rewards() + min(step / 2, 1.0) * outcomes
+        torch.testing.assert_close(output["advantages"], expected, atol=1e-5, rtol=0.0)
+
+
+def test_step_rewards_are_divided_by_the_deviation_of_all_so_far(tmp_path):
+    other = [(A, NEWLINE, A, EOS)] * 8
+    calls = itertools.count()
+
+    def alternating(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        return replay(other if next(calls) else RAGGED)(prompts, trainer)
+
+    trainer = train(
+        tmp_path,
+        reward_model=reward_model(),
+        rollout_func=alternating,
+        normalize_step_rewards=True,
+        shaping="raw",
+        value_learning_rate=0.0,
+        **TOKEN_REWARDS,
+    )
+    scores = [SCORES[letter] for steps in COMPLETIONS.values() for letter in steps.values()]
+    first, second = (row["advantages"] for row in trainer.rollouts)
+    torch.testing.assert_close(first, expected_rewards() / torch.tensor(scores).std(), atol=1e-4, rtol=0.0)
+    so_far = torch.tensor(scores + [SCORES["a"]] * 16)
+    assert second[0, 0].item() == pytest.approx(SCORES["a"] / so_far.std().item(), abs=1e-4)
+
+
+# Other baselines ------------------------------------------------------------------------------------------------------
+
+
+def test_the_global_baseline_is_whitened_rewards_to_go(tmp_path):
+    shared = {"reward_model": reward_model(), "rollout_func": replay(RAGGED), "num_generations": 1, "shaping": "raw"}
+    output = rollout(tmp_path, advantage="global", reward_funcs=count_of_a, **shared)
+    to_go = expected_rewards()
+    for row, (ids, outcome) in enumerate(zip(RAGGED, count_of_a([list(ids) for ids in RAGGED]), strict=True)):
+        to_go[row, len(ids) - 1] += outcome
+    to_go = to_go.flip(1).cumsum(1).flip(1)
+    mask = output["completion_mask"].bool()
+    real = to_go[mask]
+    torch.testing.assert_close(output["advantages"][mask], (real - real.mean()) / real.std(), atol=1e-4, rtol=1e-4)
+    assert not output["advantages"][~mask].any()
+    assert output["trainer"].value_model is None
+    centred = rollout(tmp_path, advantage="global", whiten_advantages=False, reward_funcs=count_of_a, **shared)
+    torch.testing.assert_close(centred["advantages"][mask], real - real.mean(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("baseline", ["step", "token", "index"])
+def test_a_group_is_compared_as_the_configuration_says(tmp_path, baseline):
+    output = rollout(
+        tmp_path,
+        reward_model=reward_model(),
+        rollout_func=replay(RAGGED),
+        advantage="group",
+        num_generations=4,
+        group_baseline=baseline,
+        leave_one_out=True,
+        scale_rewards="none",
+        shaping="raw",
+    )
+    rewards = [[SCORES[letter] for letter in steps.values()] for steps in COMPLETIONS.values()]
+    expected = group_step_advantages(
+        rewards,
+        [list(steps) for steps in COMPLETIONS.values()],
+        output["completion_mask"].bool(),
+        4,
+        gamma=0.0,
+        scale=False,
+        baseline=baseline,
+        leave_one_out=True,
+    )
+    torch.testing.assert_close(output["advantages"], expected, atol=1e-5, rtol=0.0)
+
+
+# KL in the reward -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def policy_folder(tmp_path_factory) -> str:
+    """TRL loads the reference from where the policy came from."""
+    folder = tmp_path_factory.mktemp("policy")
+    policy().save_pretrained(folder)
+    return str(folder)
+
+
+def sampled_log_probs(model: Any, output: dict[str, Any]) -> torch.Tensor:
+    """Log-probability of each sampled token: one row and one token at a time, without padding."""
+    result = torch.zeros(output["completion_ids"].shape)
+    for row, real in enumerate(output["completion_mask"].bool()):
+        prompt = output["prompt_ids"][row][output["prompt_mask"][row].bool()]
+        completion = output["completion_ids"][row][real]
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0].log_softmax(dim=-1)
+        for token, sampled in enumerate(completion):
+            result[row, token] = logits[len(prompt) - 1 + token, sampled]
+    return result
+
+
+@pytest.mark.parametrize("advantage", ["gae", "global"])
+@pytest.mark.parametrize(("estimator", "beta"), [("k1", 0.0), ("k3", 0.04)])
+def test_each_token_pays_for_its_distance_from_the_reference(tmp_path, policy_folder, advantage, estimator, beta):
+    trainer = make(
+        tmp_path,
+        model=policy_folder,
+        reward_model=reward_model(),
+        rollout_func=replay(RAGGED),
+        step_weight=0.0,
+        kl_coef=0.5,
+        kl_estimator=estimator,
+        beta=beta,
+        advantage=advantage,
+        **TOKEN_REWARDS,
+    )
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(1.5)
+    trainer.model.train()
+    output = trainer._generate_and_score_completions([trainer.train_dataset[i % 4] for i in range(8)])
+    mask = output["completion_mask"].bool()
+    ratio = sampled_log_probs(trainer.model, output) - sampled_log_probs(policy(), output)
+    kl = ratio if estimator == "k1" else (-ratio).exp() - 1 + ratio
+    expected = -0.5 * kl
+    if advantage == "global":
+        expected = expected - expected[mask].mean()
+    assert expected[mask].abs().max() > 1e-3
+    torch.testing.assert_close(output["advantages"], expected.masked_fill(~mask, 0.0), atol=1e-4, rtol=1e-3)
+    logged = trainer._metrics["train"]["kl_reward/per_completion"]
+    assert logged == pytest.approx([kl.masked_fill(~mask, 0.0).sum(dim=1).mean().item()], abs=1e-3)
+    assert trainer._metrics["train"]["guards/kl_per_token"] == pytest.approx(
+        [kl[mask].sum().item() / sum(token != EOS for ids in RAGGED for token in ids)], abs=1e-3
+    )
+    assert trainer.beta == trainer.args.beta == beta
+    assert ("ref_per_token_logps" in output) == bool(beta)
+
+
+def test_kl_in_the_reward_leaves_the_loss_without_a_penalty(tmp_path, policy_folder):
+    trainer = train(tmp_path, model=policy_folder, reward_model=reward_model(), kl_coef=0.1, kl_target=6.0)
+    assert "kl" not in {name for row in trainer.state.log_history for name in row}
+    coefficients = [row["kl_reward/coef"] for row in trainer.state.log_history if "kl_reward/coef" in row]
+    assert coefficients == pytest.approx([0.1, 0.1 * 0.98]), "a policy at its reference: too near, by more than a fifth"
+
+
+def test_kl_in_the_loss_is_shown_to_the_guards_and_not_paid_for(tmp_path, policy_folder):
+    shared = {"model": policy_folder, "reward_model": reward_model(), "num_iterations": 2, "max_steps": 4}
+    trainer = train(tmp_path, beta=0.04, **shared)
+    kl = [row["guards/kl_per_token"] for row in trainer.state.log_history if "guards/kl_per_token" in row]
+    assert kl[0] == pytest.approx(0.0, abs=1e-6)
+    assert kl[1] != pytest.approx(0.0, abs=1e-6)
+    assert not any(name.startswith("kl_reward") for row in trainer.state.log_history for name in row)
+
+
+def test_a_peft_policy_is_its_own_reference(tmp_path):
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    trainer = train(tmp_path, reward_model=reward_model(), peft_config=adapter, kl_coef=0.1)
+    assert trainer.ref_model is None
+    kl = [row["kl_reward/per_completion"] for row in trainer.state.log_history if "kl_reward/per_completion" in row]
+    assert kl[0] == 0.0
+    assert kl[1] != 0.0
+
+
 # Against TRL ----------------------------------------------------------------------------------------------------------
 
 
@@ -587,6 +852,44 @@ def test_explained_variance_is_1_for_perfect_values_and_undefined_for_constant_r
     assert explained_variance(-returns, returns) == pytest.approx(-3.0)
     for constant in (torch.ones(3), torch.ones(1), torch.ones(0)):
         assert math.isnan(explained_variance(constant, constant))
+
+
+@pytest.mark.parametrize("kind", ["token", "likelihood", "adapted"])
+def test_a_value_model_made_from_the_reward_model_has_its_backbone_and_starts_at_0(tmp_path, kind):
+    torch.manual_seed(5)
+    if kind == "likelihood":
+        model: Any = LlamaForCausalLM(config())
+        scorer: Any = LikelihoodScorer(model)
+    else:
+        model = LlamaForTokenClassification(config(num_labels=1))
+        if kind == "adapted":
+            model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        scorer = TokenScorer(model)
+    settings = Settings(scorer="likelihood" if kind == "likelihood" else "token")
+    scored_by = StepRewardModel(scorer, policy_tokenizer(), settings)
+    before = weights(model)
+    trainer = train(tmp_path, reward_model=scored_by, value_model="reward_model")
+    start = make(tmp_path, reward_model=scored_by, value_model="reward_model").value_model
+    merged = model.merge_and_unload() if kind == "adapted" else model
+    assert same(weights(start.model), weights(merged.model), atol=1e-6)
+    assert all((parameter == 0).all() for parameter in start.score.parameters())
+    assert not same(weights(trainer.value_model.model), weights(start.model))
+    assert kind == "adapted" or same(weights(model), before), "the reward model itself does not learn"
+
+
+def test_a_reward_model_with_other_tokens_makes_no_value_model(tmp_path):
+    with pytest.raises(ValueError, match=r"needs a reward model that reads the tokens the policy writes"):
+        make(tmp_path, reward_model=reward_model(), value_model="reward_model")
+    with pytest.raises(ValueError, match=r"`value_model='reward_model'` needs a `reward_model`"):
+        make(tmp_path, reward_funcs=count_of_a, value_model="reward_model")
+
+
+def test_in_its_warm_up_the_value_model_learns_and_the_policy_does_not(tmp_path):
+    shared = {"reward_model": reward_model(), "value_warmup_steps": 2}
+    warm = train(tmp_path / "a", max_steps=2, **shared)
+    assert same(weights(warm.model), weights(policy()))
+    assert not same(weights(warm.value_model.model), weights(policy().model), atol=1e-3)
+    assert not same(weights(train(tmp_path / "b", max_steps=3, **shared).model), weights(policy()), atol=1e-4)
 
 
 def plain_sgd(trainer: Recording, window: int, rate: float) -> dict[str, torch.Tensor]:
@@ -715,6 +1018,113 @@ def test_a_value_model_given_by_its_folder_goes_on_from_there(tmp_path, finished
     trainer = make(tmp_path, reward_funcs=count_of_a, value_model=folder)
     assert same(weights(trainer.value_model), weights(finished.value_model))
     assert not trainer.value_model.training
+
+
+def test_running_statistics_the_kl_coefficient_and_the_guards_are_resumed_to_the_last_bit(tmp_path, policy_folder):
+    shared = {
+        "model": policy_folder,
+        "reward_model": reward_model(),
+        "normalize_step_rewards": True,
+        "kl_coef": 0.1,
+        "kl_target": 0.5,
+        "guard_reference_batches": 1,
+        "step_weight_warmup": 3,
+        "max_steps": 4,
+    }
+    whole = train(tmp_path / "a", **shared, **RESUMABLE)
+    resumed = make(tmp_path / "b", **shared, **RESUMABLE)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    file = "step_ppo_state.json"
+    ours, theirs = (tmp_path / name / "checkpoint-4" / file for name in "ab")
+    assert ours.read_text() == theirs.read_text()
+    assert ours.read_text() != (tmp_path / "a" / "checkpoint-2" / file).read_text()
+    assert same(weights(resumed.model), weights(whole.model))
+    assert same(weights(resumed.value_model), weights(whole.value_model))
+
+
+def test_a_checkpoint_without_its_running_statistics_is_refused(tmp_path, finished):
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(Path(finished.args.output_dir) / "checkpoint-2", checkpoint)
+    (checkpoint / "step_ppo_state.json").unlink()
+    trainer = make(tmp_path / "new", reward_model=reward_model(), reward_funcs=count_of_a, max_steps=4, **RESUMABLE)
+    with pytest.raises(ValueError, match=r"step_ppo_state\.json is missing, so running statistics cannot be resumed"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+# Guards ---------------------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A policy that writes RAGGED, but says nothing in some of its rollouts; keeps its weights at each."""
+
+    def __init__(self, silent: set[int]) -> None:
+        self.silent, self.seen, self.moments = silent, [], []
+
+    def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
+        self.seen.append(weights(trainer.model) | {f"value.{k}": v for k, v in weights(trainer.value_model).items()})
+        self.moments.append(len(trainer.optimizer.state))
+        return replay([(EOS,)] if len(self.seen) - 1 in self.silent else RAGGED)(prompts, trainer)
+
+
+GUARDED = {"guard_reference_batches": 2, "guard_patience": 2, "num_generations": 1, "max_steps": 8}
+
+
+def guarded(folder: Path, script: Scripted, **changed: Any) -> Any:
+    return train(folder, reward_model=reward_model(), rollout_func=script, **(GUARDED | changed))
+
+
+@pytest.mark.parametrize("on_alarm", ["warn", "stop", "rollback"])
+def test_an_honest_policy_trains_to_the_end_whatever_an_alarm_would_do(tmp_path, caplog, on_alarm):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer = guarded(tmp_path, Scripted(set()), on_alarm=on_alarm, **saving)
+    assert trainer.state.global_step == 8
+    assert "gaming" not in caplog.text
+    assert last_log(trainer, "guards/empty") == 1 / 8
+    assert trainer.step_rewards.scale == 1.0
+
+
+def test_an_alarm_is_said_once_and_training_goes_on(tmp_path, caplog):
+    trainer = guarded(tmp_path, Scripted({4, 5, 6, 7}))
+    assert trainer.state.global_step == 8
+    assert caplog.text.count("`empty` is 1, beyond") == 1
+    assert "since step 4" in caplog.text
+    assert last_log(trainer, "guards/empty") == 1.0
+
+
+def test_an_alarm_may_stop_training(tmp_path, caplog):
+    trainer = guarded(tmp_path, Scripted({4, 5, 6, 7}), on_alarm="stop")
+    assert trainer.state.global_step == 6, "the second silent rollout is that of step 5, and its step is the last"
+    assert "`empty`" in caplog.text
+
+
+def test_an_alarm_may_go_back_to_the_checkpoint_before_the_first_sign(tmp_path, caplog):
+    script = Scripted({4, 5})
+    trainer = guarded(tmp_path, script, on_alarm="rollback", save_strategy="steps", save_steps=2, step_weight=0.8)
+    # Steps 4 and 5 go wrong. The checkpoint of step 4 holds the weights that did; the one before is of step 2.
+    assert same(script.seen[6], script.seen[2])
+    assert not same(script.seen[6], script.seen[5])
+    assert [count > 0 for count in script.moments] == [False, *[True] * 5, False, True, True]
+    assert trainer.state.global_step == 8
+    assert len(script.seen) == 9
+    assert "checkpoint-2" in caplog.text
+    assert "`step_weight` is now 0.4" in caplog.text
+    assert trainer.step_rewards.weights(0)[0] == pytest.approx(0.4)
+    resumed = make(tmp_path / "new", reward_model=reward_model(), on_alarm="rollback", save_strategy="steps", **GUARDED)
+    resumed._load_from_checkpoint(str(tmp_path / "checkpoint-8"))
+    assert resumed.step_rewards.scale == 0.5
+
+
+def test_a_peft_policy_goes_back_to_its_adapter(tmp_path):
+    script, adapter = Scripted({4, 5}), LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    guarded(tmp_path, script, on_alarm="rollback", peft_config=adapter, max_steps=6, **saving)
+    assert same(script.seen[6], script.seen[2])
+    assert not same(script.seen[5], script.seen[2])
+
+
+def test_without_a_checkpoint_to_go_back_to_training_stops(tmp_path):
+    trainer = guarded(tmp_path, Scripted({2, 3, 4}), on_alarm="rollback", save_strategy="steps", save_steps=5)
+    assert trainer.state.global_step == 4
 
 
 # PEFT, chats, evaluation ----------------------------------------------------------------------------------------------
@@ -902,6 +1312,29 @@ def test_fewer_prompts_than_a_rollout_takes_are_refused(tmp_path):
 def test_settings_out_of_range_are_named(name, value, sentence):
     with pytest.raises(ValueError, match=sentence):
         StepPPOConfig("out", use_cpu=True, bf16=False, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"missing_eos_penalty": -1.0}, r"`missing_eos_penalty` is -1\.0\. A weight is 0"),
+        ({"kl_coef": -1.0}, r"`kl_coef` is -1\.0\. A weight is 0"),
+        ({"score_threshold": 2.0}, r"`score_threshold` is 2\.0, outside \[0, 1\]"),
+        ({"step_weight_warmup": -1}, r"`step_weight_warmup` is -1\. Give a number of steps, 0 for none"),
+        ({"step_reward_clip": 0.0}, r"`step_reward_clip` is 0\.0\. Give a number above 0"),
+        ({"guard_patience": 0}, r"`guard_patience` is 0\. Give 1 or more"),
+        ({"shaping": "min_form", "advantage": "group"}, r"but `step_gamma` is 0\.0\. Set `step_gamma` to 1"),
+        ({"shaping": "delta", "length_neutral": "mean"}, r"pays a response one score whatever its length"),
+        ({"kl_coef": 0.1, "advantage": "group"}, r"`advantage='group'` has not\. Use `beta` instead"),
+        ({"kl_target": 6.0}, r"`kl_target` adapts `kl_coef`, which is 0\. Give `kl_coef` a value"),
+        ({"value_warmup_steps": 5, "advantage": "global"}, r"`value_warmup_steps` needs a value model\. Leave it out"),
+        ({"on_alarm": "rollback", "save_strategy": "no"}, r"`on_alarm='rollback'` needs checkpoints\. Set"),
+    ],
+    ids=str,
+)
+def test_options_that_would_do_nothing_or_something_else_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        StepPPOConfig("out", use_cpu=True, bf16=False, **options)
 
 
 def test_a_trl_that_moved_is_named_before_training(tmp_path, monkeypatch):

@@ -204,7 +204,8 @@ def test_a_loss_that_takes_one_advantage_a_response_only_is_named():
             ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
             mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
             advantages = inputs["advantages"]
-            return (advantages.unsqueeze(1) * model(ids) * mask).sum()
+            logprobs = self._get_per_token_logps_and_entropies(model, ids, mask)
+            return (advantages.unsqueeze(1) * logprobs).sum()
 
     (sentence,) = check_contract(Moved)
     assert "`Moved._compute_loss` adds the token axis to advantages whatever their shape" in sentence
@@ -215,7 +216,7 @@ def test_attributes_and_their_keys_that_are_gone_are_named():
         self.num_generations = num_generations
         self._metrics: dict = {"train": {}, "evaluation": {}}
         self._logs = {"prompt": [], "completion": [], "rewards": {}, "advantages": []}
-        self._tokenizer = self._step = self.reward_weights = None
+        self._tokenizer = self._step = self.reward_weights = self.beta = None
 
     sentences = check_contract(without("__init__", __init__=constructor))
     assert [sentence.partition(", expected")[0] for sentence in sentences] == [
@@ -250,9 +251,11 @@ def test_shuffling_and_splitting_keep_the_rows_of_all_tensors_together():
 def test_every_private_name_that_the_trainer_uses_is_in_the_contract():
     listed = {*trl_contract.METHODS, *trl_contract.ATTRIBUTES, *(name for pair in trl_contract.CALLS for name in pair)}
     theirs = {name for parent in GRPOTrainer.__mro__[:-1] for name in vars(parent)} | set(trl_contract.ATTRIBUTES)
-    source = Path(trl_contract.__file__).with_name("step_ppo_trainer.py").read_text(encoding="utf-8")
-    used = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
-    used |= {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
+    used = set()
+    for name in ("step_ppo_trainer", "step_rewards", "kl_reward", "rollout_guards", "value_model"):
+        tree = ast.parse(Path(trl_contract.__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+        used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        used |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     private = {name for name in used & theirs if name.startswith("_") and not name.startswith("__")}
     assert private - listed == set()
     assert private & set(trl_contract.METHODS), "the trainer overrides nothing of TRL: is this still its file?"

@@ -187,7 +187,8 @@ class PPOArguments:
     value_model: str | None = field(
         default=None,
         metadata={
-            "help": "Token classification model with one label, for `advantage=gae`; default: made of the policy."
+            "help": "Token classification model with one label, for `advantage=gae`, or `reward_model` for the reward "
+            "model's backbone; default: made of the policy."
         },
     )
     task: Literal["arithmetic", "gsm8k"] | None = field(

@@ -37,7 +37,9 @@ def ppo(argv: Sequence[str]) -> None:
     names = [name for name in (arguments.reward_model, arguments.reward_function) if name]
     if not names:
         raise ValueError("There is no reward. Give `reward_model` (dense), `reward_function` (outcome), or both.")
-    for path in (arguments.model, arguments.reward_model, arguments.value_model):
+    # The value model may also be the word that stands for the reward model's backbone.
+    given_value = None if arguments.value_model == "reward_model" else arguments.value_model
+    for path in (arguments.model, arguments.reward_model, given_value):
         if path is not None:
             check_model(path)
     functions = [reward_function(arguments.reward_function)] if arguments.reward_function else []

@@ -11,17 +11,18 @@ class StepPPOConfig(GRPOConfig):
     """Configuration of [`StepPPOTrainer`]: only what it adds to [`~trl.GRPOConfig`].
 
     Clipping (`epsilon`), PPO epochs (`num_iterations`), minibatches (`steps_per_generation`) and the KL penalty
-    (`beta`) are TRL's. With `advantage="gae"`, `num_generations=1` is allowed.
+    in the loss (`beta`) are TRL's. With `advantage="gae"` or `"global"`, `num_generations=1` is allowed.
     """
 
-    advantage: Literal["gae", "group"] = field(
+    advantage: Literal["gae", "group", "global"] = field(
         default="gae",
         metadata={
             "help": "Where the baseline comes from: `gae` trains a value model (PPO); `group` compares a step with the "
-            "steps of the other completions of its prompt (GRPO)."
+            "steps of the other completions of its prompt (GRPO); `global` compares rewards to go with their mean over "
+            "all tokens of the rollout batch (REINFORCE++)."
         },
     )
-    gamma: float = field(default=1.0, metadata={"help": "Discount per token, for `advantage=gae`."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount per token, for `advantage=gae` and `global`."})
     lam: float = field(
         default=0.95, metadata={"help": "Mixes one-step errors (0) and full returns (1), for `advantage=gae`."}
     )
@@ -32,16 +33,78 @@ class StepPPOConfig(GRPOConfig):
             "every later score as well, which favours short or long responses."
         },
     )
-    shaping: Literal["raw", "centered"] = field(
+    group_baseline: Literal["step", "token", "index"] = field(
+        default="step",
+        metadata={
+            "help": "What a step is compared with, for `advantage=group`: `step` is the group's mean reward of a step, "
+            "which charges a completion per step; `token` its mean reward of a token times the step's tokens, so that "
+            "how finely a text is cut changes nothing; `index` that of the steps with the same number."
+        },
+    )
+    leave_one_out: bool = field(
+        default=False,
+        metadata={"help": "Take the group's baseline from the other completions only, for `advantage=group` (RLOO)."},
+    )
+    shaping: Literal["raw", "centered", "log_odds", "delta", "min_form"] = field(
         default="centered",
         metadata={
-            "help": "Step score -> step reward: `raw` is P(step is good); `centered` is that minus the mean over the "
-            "rollout batch, so that a step earns what it is better than usual, writing more steps earns nothing, and "
-            "a value model that starts at 0 starts right."
+            "help": "Step score -> step reward: `raw` is P(step is good); `centered` is that minus a baseline, so that "
+            "a step earns what it is better than usual, writing more steps earns nothing, and a value model that "
+            "starts at 0 starts right; `log_odds` is its logit; `delta` is what it is better than the step before it, "
+            "so that a response earns what its last step scores; `min_form` makes the return of a step the least score "
+            "from there on (PURE), exactly so without a discount."
         },
+    )
+    center: Literal["batch", "group", "threshold"] = field(
+        default="batch",
+        metadata={
+            "help": "Baseline of `shaping=centered`: the mean over the rollout batch, that over the prompt's "
+            "completions, or `score_threshold`."
+        },
+    )
+    score_threshold: float = field(
+        default=0.5,
+        metadata={"help": "Score that is neither good nor bad: for `center=threshold`, and the start of `delta`."},
+    )
+    normalize_step_rewards: bool = field(
+        default=False,
+        metadata={"help": "Divide step rewards by their standard deviation over the whole run so far."},
+    )
+    step_reward_clip: float | None = field(
+        default=None, metadata={"help": "Largest reward of a step, either way, before `step_weight`; None: no limit."}
+    )
+    length_neutral: Literal["none", "mean", "cap"] = field(
+        default="none",
+        metadata={
+            "help": "What more steps earn: `mean` divides a step's reward by the number of steps; `cap` lets steps "
+            "lose reward and never gain any, so that appending good ones earns nothing, whatever the others are."
+        },
+    )
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "Taken from a completion that the length limit cut, at its last token."}
     )
     step_weight: float = field(default=1.0, metadata={"help": "Weight of the step rewards."})
     outcome_weight: float = field(default=1.0, metadata={"help": "Weight of the outcome rewards (`reward_funcs`)."})
+    step_weight_warmup: int = field(
+        default=0, metadata={"help": "Optimizer steps over which `step_weight` rises from 0 to its value."}
+    )
+    outcome_weight_warmup: int = field(
+        default=0, metadata={"help": "Optimizer steps over which `outcome_weight` rises from 0 to its value."}
+    )
+    kl_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the KL divergence from the reference in the reward of each token, for `advantage=gae` "
+            "and `global`; 0: none. `beta` puts it into the loss instead."
+        },
+    )
+    kl_estimator: Literal["k1", "k3"] = field(
+        default="k1", metadata={"help": "`k1`: the log-ratio; `k3`: never negative, varies less."}
+    )
+    kl_target: float | None = field(
+        default=None,
+        metadata={"help": "KL per completion, in nats, that `kl_coef` is adapted to; None: `kl_coef` stays as it is."},
+    )
     vf_coef: float = field(default=0.5, metadata={"help": "Weight of the value loss."})
     cliprange_value: float = field(
         default=0.2, metadata={"help": "How far a value may move from the rollout's before its loss is clipped."}
@@ -49,14 +112,33 @@ class StepPPOConfig(GRPOConfig):
     value_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the value model; None: that of the policy."}
     )
+    value_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps at the start in which the value model learns and the policy not."}
+    )
     whiten_rewards: bool = field(
         default=False, metadata={"help": "Divide token rewards by their standard deviation over the rollout batch."}
     )
     whiten_advantages: bool = field(
-        default=True, metadata={"help": "Give GAE advantages mean 0 and variance 1 over the rollout batch."}
+        default=True,
+        metadata={"help": "Give advantages variance 1 over the rollout batch (and mean 0), for `gae` and `global`."},
     )
     reward_model_batch_size: int | None = field(
         default=None, metadata={"help": "Responses in a forward of the reward model; None: the model's own setting."}
+    )
+
+    on_alarm: Literal["warn", "stop", "rollback"] = field(
+        default="warn",
+        metadata={
+            "help": "When a sign of reward hacking (`guards/` in the logs) stays beyond its limit: `warn` says so; "
+            "`stop` ends training after this step; `rollback` goes back to the weights of the last checkpoint before "
+            "it and halves `step_weight`."
+        },
+    )
+    guard_reference_batches: int = field(
+        default=8, metadata={"help": "Rollout batches at the start that say what is usual, and raise no alarm."}
+    )
+    guard_patience: int = field(
+        default=3, metadata={"help": "Rollout batches in a row beyond a limit before an alarm."}
     )
 
     def __post_init__(self) -> None:
@@ -66,12 +148,8 @@ class StepPPOConfig(GRPOConfig):
                 "`advantage='group'` compares completions of one prompt, but `num_generations` is 1. "
                 "Set `num_generations` to 2 or more, or use `advantage='gae'`."
             )
-        for name in ("gamma", "lam", "step_gamma"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, outside [0, 1].")
-        for name in ("step_weight", "outcome_weight", "vf_coef"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. A weight is 0 (off) or more.")
+        self._check_ranges()
+        self._check_combinations()
         if not one_each:
             super().__post_init__()
             return
@@ -86,3 +164,50 @@ class StepPPOConfig(GRPOConfig):
         self.num_generations, self.num_generations_eval = size, evaluated or 1
         super().__post_init__()
         self.num_generations, self.num_generations_eval = 1, evaluated
+
+    def _check_ranges(self) -> None:
+        for name in ("gamma", "lam", "step_gamma", "score_threshold"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, outside [0, 1].")
+        for name in ("step_weight", "outcome_weight", "vf_coef", "missing_eos_penalty", "kl_coef"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. A weight is 0 (off) or more.")
+        for name in ("step_weight_warmup", "outcome_weight_warmup", "value_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. Give a number of steps, 0 for none.")
+        for name in ("step_reward_clip", "kl_target"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` is {value}. Give a number above 0, or leave it out.")
+        for name in ("guard_reference_batches", "guard_patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
+
+    def _check_combinations(self) -> None:
+        """Refuse options that would have no effect, or not the one they are named for."""
+        if self.shaping == "min_form" and self.advantage == "group" and self.step_gamma < 1:
+            raise ValueError(
+                "`shaping='min_form'` works by the sum of later rewards, but `step_gamma` is "
+                f"{self.step_gamma}. Set `step_gamma` to 1, or use `advantage='gae'`."
+            )
+        if self.shaping in ("delta", "min_form") and self.length_neutral != "none":
+            raise ValueError(
+                f"`shaping='{self.shaping}'` pays a response one score whatever its length, and "
+                f"`length_neutral='{self.length_neutral}'` would change which. Leave `length_neutral` out."
+            )
+        if self.kl_coef and self.advantage == "group":
+            raise ValueError(
+                "`kl_coef` needs rewards of tokens, which `advantage='group'` has not. Use `beta` instead."
+            )
+        if self.kl_target is not None and not self.kl_coef:
+            raise ValueError("`kl_target` adapts `kl_coef`, which is 0. Give `kl_coef` a value to start from.")
+        if self.value_warmup_steps and self.advantage != "gae":
+            raise ValueError(
+                f"`value_warmup_steps` needs a value model. Leave it out for advantage='{self.advantage}'."
+            )
+        if self.on_alarm == "rollback" and self.save_strategy == "no":
+            raise ValueError("`on_alarm='rollback'` needs checkpoints. Set `save_strategy='steps'` and `save_steps`.")
+        if self.on_alarm == "rollback" and self.use_vllm:
+            raise ValueError(
+                "`on_alarm='rollback'` would leave vLLM with the weights it goes back from. Use `on_alarm='stop'`."
+            )

@@ -6,9 +6,9 @@ the few hooks that `trl_contract.py` lists, and copies none of them.
 """
 
 import copy
-import math
+import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -21,48 +21,17 @@ from transformers import (
 )
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from fractal_rm.advantages import gae, group_step_advantages, whiten
-from fractal_rm.reward_model import StepRewardModel, StepScores
-from fractal_rm.rewards import completion_text, place_outcome, place_step_rewards, step_end_tokens, token_end_characters
+from fractal_rm.advantages import gae, global_advantages, whiten
+from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.trainers.kl_reward import KLReward, lent_beta
+from fractal_rm.trainers.rollout_guards import AlarmActions, as_rollouts, ending_ids
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
+from fractal_rm.trainers.step_rewards import Rollout, StepRewards, StepScoreReward, add_to_outcomes
 from fractal_rm.trainers.trl_contract import check_contract
 from fractal_rm.trainers.value_model import ValueGradients, clipped_value_loss, explained_variance, make_value_model
 
 _VALUE_FOLDER = "value_model"
-
-
-class _Rollout(NamedTuple):
-    """What TRL hands to reward functions, with the rewards of every process (NaN where a function gave None)."""
-
-    prompts: list[Any]
-    completion_ids: list[list[int]]
-    rewards_per_func: Tensor
-
-
-class StepScoreReward:
-    """The reward model seen by TRL: logs P(response is good) as `rewards/step_reward_model` and keeps the step scores.
-
-    Its weight among TRL's outcome rewards is 0: the trainer uses the step scores instead.
-    """
-
-    __name__ = "step_reward_model"
-
-    def __init__(self, reward_model: StepRewardModel, tokenizer: Any, batch_size: int | None) -> None:
-        self.reward_model, self.tokenizer, self.batch_size = reward_model, tokenizer, batch_size
-        self.scored: list[StepScores] = []
-
-    def __call__(self, prompts: list[Any], completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
-        # Not TRL's `completions`: placement counts the characters of exactly this decoding.
-        texts = [completion_text(ids, self.tokenizer) for ids in completion_ids]
-        self.scored = self.reward_model.score(prompts, texts, batch_size=self.batch_size, progress=False)
-        for row, scored in enumerate(self.scored):
-            if not all(map(math.isfinite, scored.step_scores)):
-                raise ValueError(
-                    f"The reward model scored the steps of completion {row} as {scored.step_scores}: "
-                    f"{scored.response!r}. "
-                    "Its weights or their precision are broken: check them with `StepRewardModel.score` on that text."
-                )
-        return [None if scored.error else scored.score for scored in self.scored]
+_STATE_FILE = "step_ppo_state.json"
 
 
 class StepPPOTrainer(GRPOTrainer):
@@ -83,7 +52,8 @@ class StepPPOTrainer(GRPOTrainer):
         eval_dataset: As for `GRPOTrainer`.
         processing_class: The policy's tokenizer.
         value_model: For `advantage="gae"`: path or instance of a token classification model with one label that shares
-            the policy's tokenizer. None: made from the policy's backbone, with a head that starts at 0.
+            the policy's tokenizer. None: made from the policy's backbone, with a head that starts at 0;
+            `"reward_model"`: from the reward model's backbone, with such a head.
         callbacks: As for `GRPOTrainer`.
         peft_config: As for `GRPOTrainer`.
         kwargs: Further arguments of `GRPOTrainer`.
@@ -120,8 +90,10 @@ class StepPPOTrainer(GRPOTrainer):
         functions = [*reward_funcs] if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         if reward_model is None and not functions:
             raise ValueError("There is no reward. Give a `reward_model` (dense), `reward_funcs` (outcome), or both.")
-        if value_model is not None and args.advantage == "group":
-            raise ValueError("`advantage='group'` uses no `value_model`. Leave it out or set `advantage='gae'`.")
+        if value_model is not None and args.advantage != "gae":
+            raise ValueError(
+                f"`advantage='{args.advantage}'` uses no `value_model`. Leave it out or set `advantage='gae'`."
+            )
         self.step_scores: StepScoreReward | None = None
         if reward_model is not None:
             if not isinstance(reward_model, StepRewardModel):
@@ -130,36 +102,39 @@ class StepPPOTrainer(GRPOTrainer):
                 reward_model.check_prompts([train_dataset[0]["prompt"]])  # a column holds one kind; before any rollout
             # The tokenizer is set once TRL has loaded it.
             self.step_scores = StepScoreReward(reward_model, processing_class, args.reward_model_batch_size)
-            weights = args.reward_weights or [1.0] * len(functions)
-            if len(weights) != len(functions):
-                raise ValueError(
-                    f"`reward_weights` has {len(weights)} numbers for {len(functions)} `reward_funcs`. Give one each; "
-                    "the reward model's is `step_weight`."
-                )
-            args.reward_weights = [*weights, 0.0]
-            functions.append(self.step_scores)
-            if kwargs.get("reward_processing_classes") is not None:
-                theirs = kwargs["reward_processing_classes"]
-                kwargs["reward_processing_classes"] = [*(theirs if isinstance(theirs, list) else [theirs]), None]
+            add_to_outcomes(self.step_scores, functions, args, kwargs)
         self.value_model: Any = None
-        self._rollout: _Rollout | None = None
-        super().__init__(
-            model=model,
-            reward_funcs=functions,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        self._rollout: Rollout | None = None
+        self.step_rewards, self.kl_reward = StepRewards(args, self.step_scores, self._log), KLReward(args)
+        self.alarm_actions = AlarmActions(args, self.step_rewards)
+        with lent_beta(args, wanted=self.kl_reward.on):
+            super().__init__(
+                model=model,
+                reward_funcs=functions,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        self.beta = args.beta
+        self.add_callback(self.alarm_actions)
+        self.step_rewards.ending_ids = ending_ids(self._tokenizer, self.accelerator.unwrap_model(self.model))
+        if args.on_alarm == "rollback" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("`on_alarm='rollback'` cannot put sharded weights back. Use `on_alarm='stop'`.")
         if self.step_scores is not None:
             self.step_scores.tokenizer = self._tokenizer
             self.step_scores.reward_model.scorer.to(self.accelerator.device)
         if args.advantage == "gae":
             self.value_model = self.accelerator.prepare_model(
-                make_value_model(self.accelerator.unwrap_model(self.model), value_model)
+                make_value_model(
+                    self.accelerator.unwrap_model(self.model),
+                    value_model,
+                    reward_model=reward_model,
+                    tokenizer=self._tokenizer,
+                )
             )
             self.add_callback(ValueGradients(self.value_model))
 
@@ -180,45 +155,82 @@ class StepPPOTrainer(GRPOTrainer):
         if self.step_scores is not None and len(self.reward_funcs) > 1:
             # TRL leaves out what no function could judge. Step scores must not make a judged outcome of 0 of it.
             rewards_per_func[rewards_per_func[:, :-1].isnan().all(dim=1), -1] = torch.nan
-        self._rollout = _Rollout(prompts, completion_ids_list, rewards_per_func)
+        local = slice(
+            self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts)
+        )
+        self._rollout = Rollout(prompts, completion_ids_list, rewards_per_func[local])
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
-        rollout, self._rollout = self._rollout, None
+        output, rollout = self._roll_out(inputs)
         if not self.model.training or (self.args.advantage == "group" and self.step_scores is None):
             return output  # evaluation only logs rewards; without step scores the group baseline is TRL's own
-        assert rollout is not None
-        mask = output["completion_mask"].bool()
-        if "tool_mask" in output:
-            mask = mask & output["tool_mask"].bool()
-        rewards, ends = self._step_rewards(rollout, mask)
-        placement = place_step_rewards(rewards, ends, mask)
-        self._log("placement/unplaced_steps", placement.unplaced)
+        if self._went_back(rollout):
+            output, rollout = self._roll_out(inputs)  # by the policy that there is now
+        mask, step = self._policy_mask(output), self.state.global_step
+        rewards, ends, placement = self.step_rewards.steps(rollout, mask, self.num_generations)
         if self.args.advantage == "group":
-            dense = group_step_advantages(
-                rewards,
-                ends,
-                mask,
-                self.num_generations,
-                gamma=self.args.step_gamma,
-                scale=self.args.scale_rewards != "none",
+            output["advantages"] = self.step_rewards.group_advantages(
+                rollout, rewards, ends, output["advantages"], mask, self.num_generations, step=step
             )
-            outcome = output["advantages"].unsqueeze(1) * mask
-            output["advantages"] = self.args.outcome_weight * outcome + self.args.step_weight * dense
             self._show_advantages(output["advantages"], mask)
             return output
-        local = slice(
-            self.accelerator.process_index * len(rewards), (self.accelerator.process_index + 1) * len(rewards)
-        )
-        outcomes = rollout.rewards_per_func[local]
-        outcome = (outcomes * self.reward_weights.to(outcomes.device)).nansum(dim=1)
         if self.args.outcome_weight and len(self.reward_funcs) > (self.step_scores is not None):
-            mask = mask & ~outcomes.isnan().all(dim=1, keepdim=True)  # no outcome is not an outcome of 0
-        token_rewards = self.args.step_weight * placement.rewards
-        token_rewards = token_rewards + self.args.outcome_weight * place_outcome(outcome, mask)
+            mask = mask & rollout.judged.unsqueeze(1)  # no outcome is not an outcome of 0
+        token_rewards = self.step_rewards.tokens(rollout, placement, self.reward_weights, mask, step=step)
+        if self.kl_reward.on and rollout.kl is not None:
+            token_rewards = token_rewards - self.kl_reward.penalty(rollout.kl, self.accelerator, self._log)
         if self.args.whiten_rewards:
             token_rewards = whiten(token_rewards, mask, shift_mean=False)
+        if self.args.advantage == "gae":
+            output |= self._value_advantages(output, token_rewards, mask)
+        else:
+            output["advantages"] = global_advantages(
+                token_rewards, mask, gamma=self.args.gamma, scale=self.args.whiten_advantages
+            )
+        self._show_advantages(output["advantages"], mask)
+        return output
+
+    def _roll_out(self, inputs: Any) -> tuple[dict[str, Any], Rollout]:
+        """TRL's rollout, with the KL divergence from the reference where it is part of the reward, or costs nothing."""
+        in_reward = self.kl_reward.on and self.model.training
+        with lent_beta(self, wanted=in_reward):
+            output = super()._generate_and_score_completions(inputs)
+        rollout, self._rollout = self._rollout, None
+        assert rollout is not None
+        known = self.model.training and {"ref_per_token_logps", "old_per_token_logps"} <= output.keys()
+        if in_reward or known:
+            rollout.kl = self.kl_reward.measure(self, output, self._policy_mask(output))
+        return output, rollout
+
+    def _went_back(self, rollout: Rollout) -> bool:
+        """Show a rollout to the guards and act on their alarms; whether the policy is now that of a checkpoint."""
+        scored = None if self.step_scores is None else self.step_scores.scored
+        seen = as_rollouts(rollout, self.step_rewards.ending_ids, scored, self.reward_weights)
+        measured, alarms = self.alarm_actions.watch(seen, step=self.state.global_step)
+        for name, value in measured.items():
+            self._log(f"guards/{name}", value)
+        if not alarms or self.args.on_alarm == "warn":
+            return False
+        checkpoint = self.alarm_actions.checkpoint_before(alarms) if self.args.on_alarm == "rollback" else None
+        if checkpoint is None:  # to stop, or nothing to go back to
+            self.control.should_training_stop = True
+            return False
+        super()._load_from_checkpoint(str(checkpoint))
+        self._load_value_model(checkpoint)
+        optimizer: Any = self.optimizer
+        optimizer.state.clear()  # its moments are those of the weights that strayed
+        self.alarm_actions.rolled_back(checkpoint, alarms)
+        return True
+
+    @staticmethod
+    def _policy_mask(output: dict[str, Any]) -> Tensor:
+        """True where the policy wrote a token (B, T)."""
+        mask = output["completion_mask"].bool()
+        return mask & output["tool_mask"].bool() if "tool_mask" in output else mask
+
+    def _value_advantages(self, output: dict[str, Any], token_rewards: Tensor, mask: Tensor) -> dict[str, Any]:
+        """GAE, with what the value model needs to learn from."""
         with torch.no_grad():
             values = torch.cat(
                 [
@@ -229,33 +241,11 @@ class StepPPOTrainer(GRPOTrainer):
         advantages, returns = gae(token_rewards, values, mask, gamma=self.args.gamma, lam=self.args.lam)
         self._log("value/explained_variance", explained_variance(values[mask], returns[mask]))
         self._log("value/mean", values[mask].mean().item())
-        output["advantages"] = whiten(advantages, mask) if self.args.whiten_advantages else advantages
-        self._show_advantages(output["advantages"], mask)
+        advantages = whiten(advantages, mask) if self.args.whiten_advantages else advantages
         # The value loss is a mean over the tokens of a rollout batch, as the loss of TRL's default `loss_type` is.
         tokens = self.accelerator.reduce(mask.sum().float(), reduction="mean")
-        return output | {"values": values, "returns": returns, "value_mask": mask, "value_tokens": tokens}
-
-    def _step_rewards(self, rollout: _Rollout, mask: Tensor) -> tuple[list[list[float]], list[list[int | None]]]:
-        """Shaped reward and end token of every step of every local completion; empty lists without a reward model."""
-        if self.step_scores is None:
-            return [[] for _ in rollout.prompts], [[] for _ in rollout.prompts]
-        # A completion that TRL masks as a whole (`mask_truncated_completions`) has no steps, rather than unplaced ones.
-        used = mask.any(dim=1).tolist()
-        scored = [
-            scored if keep else StepScores(scored.response)
-            for scored, keep in zip(self.step_scores.scored, used, strict=True)
-        ]
-        ends = [
-            step_end_tokens(token_end_characters(ids, self._tokenizer), result.spans)
-            for ids, result in zip(rollout.completion_ids, scored, strict=True)
-        ]
-        flat = [score for result in scored for score in result.step_scores]
-        # Every process centres by its own rollouts: a constant, which no step can change by much.
-        shift = sum(flat) / max(len(flat), 1) if self.args.shaping == "centered" else 0.0
-        rewards = [[score - shift for score in result.step_scores] for result in scored]
-        self._log("steps/score", sum(flat) / max(len(flat), 1))
-        self._log("steps/per_response", len(flat) / max(len(scored), 1))
-        return rewards, ends
+        learned = {"values": values, "returns": returns, "value_mask": mask, "value_tokens": tokens}
+        return learned | {"advantages": advantages}
 
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(float(value))
@@ -282,6 +272,8 @@ class StepPPOTrainer(GRPOTrainer):
         loss = super()._compute_loss(model, inputs)
         if "returns" not in inputs:
             return loss
+        if self.state.global_step < self.args.value_warmup_steps:
+            loss = 0.0 * loss
         mask = inputs["value_mask"]
         value_loss = clipped_value_loss(
             self._values(inputs), inputs["values"], inputs["returns"], mask, self.args.cliprange_value
@@ -305,22 +297,45 @@ class StepPPOTrainer(GRPOTrainer):
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
+    def _stateful(self) -> dict[str, Any]:
+        """What a resumed run needs beside weights and optimizer: running statistics, the KL coefficient, the guards."""
+        return {
+            "step_rewards": self.step_rewards.moments,
+            "kl_reward": self.kl_reward.adaptive,
+            "alarms": self.alarm_actions,
+        }
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
+        folder = Path(output_dir or self.args.output_dir or ".")
+        state = {name: part.state_dict() for name, part in self._stateful().items()}
+        (folder / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         if self.value_model is not None:
-            folder = Path(output_dir or self.args.output_dir or ".") / _VALUE_FOLDER
-            self.accelerator.unwrap_model(self.value_model).save_pretrained(folder)
+            self.accelerator.unwrap_model(self.value_model).save_pretrained(folder / _VALUE_FOLDER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model=model)
-        if self.value_model is not None:
-            file = Path(resume_from_checkpoint) / _VALUE_FOLDER / "model.safetensors"
-            if not file.is_file():
-                raise ValueError(
-                    f"{file} is missing, so the value model cannot be resumed. Resume from a checkpoint of "
-                    "`advantage='gae'`, or start again without `resume_from_checkpoint`."
-                )
-            load_weights(self.accelerator.unwrap_model(self.value_model), file)
+        self._load_value_model(Path(resume_from_checkpoint))
+        file = Path(resume_from_checkpoint) / _STATE_FILE
+        if not file.is_file():
+            raise ValueError(
+                f"{file} is missing, so running statistics cannot be resumed. Resume from a checkpoint that "
+                "StepPPOTrainer wrote, or start again without `resume_from_checkpoint`."
+            )
+        state = json.loads(file.read_text(encoding="utf-8"))
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+
+    def _load_value_model(self, checkpoint: Path) -> None:
+        if self.value_model is None:
+            return
+        file = checkpoint / _VALUE_FOLDER / "model.safetensors"
+        if not file.is_file():
+            raise ValueError(
+                f"{file} is missing, so the value model cannot be resumed. Resume from a checkpoint of "
+                "`advantage='gae'`, or start again without `resume_from_checkpoint`."
+            )
+        load_weights(self.accelerator.unwrap_model(self.value_model), file)
 
 
 _VALUE_INPUTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")

@@ -32,6 +32,7 @@ CALLS = (
     ("_prepare_inputs", "_generate_and_score_completions"),
     ("_generate_and_score_completions", "_calculate_rewards"),
     ("compute_loss", "_compute_loss"),
+    ("_compute_loss", "_get_per_token_logps_and_entropies"),
 )
 
 # Keys of the dictionary that a method returns, or of the one that it reads.
@@ -53,6 +54,8 @@ ATTRIBUTES = {
     "_metrics": ("train", "eval"),
     "_step": (),
     "_tokenizer": (),
+    "beta": (),
+    "control": (),
     "model_wrapped": (),
     "num_generations": (),
     "reward_weights": (),

@@ -16,50 +16,76 @@ from transformers import (
     TrainingArguments,
 )
 
+from fractal_rm.reward_model import StepRewardModel
 
-def make_value_model(policy: Any, value_model: Any = None) -> PreTrainedModel:
+
+def make_value_model(
+    policy: Any, value_model: Any = None, *, reward_model: StepRewardModel | None = None, tokenizer: Any = None
+) -> PreTrainedModel:
     """A token classification model with one label, whose output before a token is the value of that state.
 
     Args:
         policy: The policy, with or without a PEFT adapter: its backbone is copied if there is nothing else.
-        value_model: Path or instance; None: the policy's backbone with a head that starts at 0.
+        value_model: Path or instance; `"reward_model"`: the reward model's backbone with a head that starts at 0; None:
+            the policy's backbone with such a head.
+        reward_model: The reward model, for `"reward_model"`.
+        tokenizer: The policy's tokenizer, which the reward model must share for `"reward_model"`.
 
     Returns:
         The model, in evaluation mode for good: clipping compares with the rollout's values, and with dropout both would
         not see the same network.
 
     Raises:
-        ValueError: If the policy's architecture has no token classification model, or the given one has several labels.
+        ValueError: If the architecture has no token classification model, the given model has several labels, or the
+            reward model reads other tokens than the policy writes.
     """
-    if isinstance(value_model, str | Path):
-        value_model = AutoModelForTokenClassification.from_pretrained(value_model, num_labels=1)
+    if value_model == "reward_model":
+        value_model = _with_new_head(_reward_backbone(reward_model, tokenizer))
     elif value_model is None:
-        policy = policy.get_base_model() if hasattr(policy, "peft_config") else policy
-        config = copy.deepcopy(policy.config)
-        config.num_labels = 1
-        try:
-            value_model = AutoModelForTokenClassification.from_config(config)
-        except ValueError as error:
-            raise ValueError(
-                f"No value model can be made from {type(policy).__name__}: transformers has no token "
-                "classification model for it. Give `value_model`, or set `advantage='group'`."
-            ) from error
-        # A fresh PEFT adapter changes nothing yet, so the weights under it are the policy's.
-        weights = {
-            name.replace(".base_layer", "").replace(".original_module", ""): value
-            for name, value in policy.base_model.state_dict().items()
-        }
-        value_model.base_model.load_state_dict(
-            {name: weights[name] for name in value_model.base_model.state_dict() if name in weights}
-        )
-        for module in value_model.modules():
-            if isinstance(module, nn.Linear) and module.out_features == 1:
-                nn.init.zeros_(module.weight)
-                nn.init.zeros_(module.bias) if module.bias is not None else None
+        value_model = _with_new_head(policy.get_base_model() if hasattr(policy, "peft_config") else policy)
+    elif isinstance(value_model, str | Path):
+        value_model = AutoModelForTokenClassification.from_pretrained(value_model, num_labels=1)
     if value_model.config.num_labels != 1:
         labels = value_model.config.num_labels
         raise ValueError(f"The value model has {labels} labels. Give one with `num_labels=1`.")
     return value_model.eval()
+
+
+def _reward_backbone(reward_model: StepRewardModel | None, tokenizer: Any) -> PreTrainedModel:
+    """The transformers model that scores, with what a PEFT adapter learned merged into its weights."""
+    if reward_model is None:
+        raise ValueError("`value_model='reward_model'` needs a `reward_model`. Give one, or leave `value_model` out.")
+    if reward_model.tokenizer is None or reward_model.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            "`value_model='reward_model'` needs a reward model that reads the tokens the policy writes, and its "
+            "tokenizer is another one. Leave `value_model` out (the policy's backbone), or give a model or a path."
+        )
+    scorer = reward_model.scorer
+    return copy.deepcopy(scorer.model).merge_and_unload() if scorer.is_adapted else scorer.base
+
+
+def _with_new_head(source: Any) -> PreTrainedModel:
+    """A token classification model on a copy of the source's backbone, whose one output is 0 everywhere."""
+    config = copy.deepcopy(source.config)
+    config.num_labels = 1
+    try:
+        model = AutoModelForTokenClassification.from_config(config)
+    except ValueError as error:
+        raise ValueError(
+            f"No value model can be made from {type(source).__name__}: transformers has no token "
+            "classification model for it. Give `value_model`, or set `advantage='group'`."
+        ) from error
+    # A fresh PEFT adapter changes nothing yet, so the weights under it are the policy's.
+    weights = {
+        name.replace(".base_layer", "").replace(".original_module", ""): value
+        for name, value in source.base_model.state_dict().items()
+    }
+    model.base_model.load_state_dict({name: weights[name] for name in model.base_model.state_dict() if name in weights})
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.out_features == 1:
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias) if module.bias is not None else None
+    return model
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float) -> Tensor:
