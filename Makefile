@@ -3,7 +3,8 @@
 #   make quickstart   makes .venv, installs, and runs the whole pipeline: response labels -> step scores -> PPO -> report
 #   make test         makes the same .venv, installs the test extra, and runs every check
 #
-# Further: `make contract-oldest` (the oldest TRL that we support, in an environment of its own), `make clean`.
+# Further: `make contract-oldest` (the oldest TRL that we support, in an environment of its own), `make clean`,
+# `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md).
 # Another Python: `make test PYTHON=/path/to/python3.12`.
 
 VENV := .venv
@@ -20,7 +21,7 @@ endif
 # Nothing here needs the network once pip is done, and nothing is to be sent anywhere.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test contract-oldest clean
+.PHONY: quickstart test contract-oldest bench-disaggregation clean
 .SECONDARY:   # keeps the .created stamps
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -36,6 +37,12 @@ test: $(VENV)/.installed-test
 contract-oldest: $(OLDEST_VENV)/.installed-test
 	$(OFFLINE) $(OLDEST_VENV)/bin/python -m pytest --durations=15 \
 	    tests/test_trl_contract.py $(wildcard tests/test_step_ppo_trainer.py)
+
+# Hours on two cores; goes on where it was. DATA_DIR names the folder of the data sets.
+DATA_DIR ?= $(FRACTAL_RM_DATA)
+bench-disaggregation: $(VENV)/.installed-test
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/disaggregation.py --data-dir "$(DATA_DIR)" --jobs 2
+	$(VENV)/bin/python benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) build dist .hypothesis .pytest_cache .ruff_cache

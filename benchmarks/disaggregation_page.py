@@ -122,7 +122,9 @@ def page(document: str, rows: Iterable[Mapping[str, Any]]) -> str:
     gains = [row for row in known if row["split"] == "gain"]
     datasets = list(dict.fromkeys(row["dataset"] for row in tests))
     math = [name for name in datasets if name.startswith(("prm", "processbench", "arithmetic"))]
+    timed = [{**row, "metrics": {"seconds": row["seconds"]}} for row in tests if not row["arm"].startswith("floor_")]
     tables = {
+        "seconds": _pivot(timed, "seconds", datasets),
         "within_bag_auc": _pivot(tests, "within_bag_auc", datasets),
         "recovery": _recovery(tests, datasets),
         "gains": _gains(tests, gains, datasets, "fractal"),

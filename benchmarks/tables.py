@@ -6,6 +6,8 @@ Command: python benchmarks/tables.py
 from pathlib import Path
 from typing import Any
 
+from disaggregation_page import FIGURE, draw_figure, page
+
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.results import read_results, write_atomic
 
@@ -24,17 +26,24 @@ def last_rows(name: str, arms: tuple[str, ...] | None = None) -> list[dict[str, 
 def documents() -> dict[Path, str]:
     """Each document with its tables made anew."""
     shown = ["accuracy", "accuracy_greedy", "step_accuracy", "step_auc", "within_bag_auc", "rollouts"]
-    readme, page = REPOSITORY / "README.md", REPOSITORY / "docs" / "quickstart.md"
+    readme, quickstart = REPOSITORY / "README.md", REPOSITORY / "docs" / "quickstart.md"
     arms = ("dense+outcome", "outcome")
     short = markdown_table(last_rows("quickstart.jsonl", arms), metrics=shown)
     # One line a seed: a mean over a policy that learned and one that did not would describe neither.
     own = [row | {"arm": f"{row['arm']}, seed {row['seed']}"} for row in last_rows("quickstart_own_policy.jsonl", arms)]
-    text = page.read_text(encoding="utf-8")
+    text = quickstart.read_text(encoding="utf-8")
     text = replace_table(text, "quickstart_arms", markdown_table(last_rows("quickstart.jsonl"), metrics=shown))
     text = replace_table(text, "quickstart_own_policy", markdown_table(own, metrics=shown[:5]))
-    return {readme: replace_table(readme.read_text(encoding="utf-8"), "quickstart", short), page: text}
+    disaggregation = REPOSITORY / "docs" / "disaggregation.md"
+    tables = page(disaggregation.read_text(encoding="utf-8"), read_results(RESULTS / "disaggregation.jsonl"))
+    return {
+        disaggregation: tables,
+        readme: replace_table(readme.read_text(encoding="utf-8"), "quickstart", short),
+        quickstart: text,
+    }
 
 
 if __name__ == "__main__":
     for path, text in documents().items():
         write_atomic(path, text)
+    draw_figure(REPOSITORY / "docs" / FIGURE, read_results(RESULTS / "disaggregation.jsonl"))

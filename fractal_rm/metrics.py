@@ -118,7 +118,15 @@ def bag_aucs(scores: Sequence[ArrayLike], labels: Sequence[ArrayLike]) -> np.nda
         >>> bag_aucs([[0.9, 0.2], [0.4]], [[1, 0], [1]])
         array([ 1., nan])
     """
-    return np.array([_auc(*row) for row in _rows(scores, labels)])
+    return np.array([_pair_auc(*row) for row in _rows(scores, labels)])
+
+
+def _pair_auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """AUC by comparing every pair: a few steps take microseconds, not the millisecond of a general implementation."""
+    good, bad = scores[labels >= GOOD], scores[labels < GOOD]
+    if not len(good) or not len(bad):
+        return float("nan")
+    return float(np.mean(good[:, None] > bad) + np.mean(good[:, None] == bad) / 2)
 
 
 def same_position_auc(scores: Sequence[ArrayLike], labels: Sequence[ArrayLike]) -> float:
