@@ -15,6 +15,17 @@ from fractal_rm.aggregation import Aggregation, check_mask, meaning
 GOOD = 0.5
 
 
+def _evidence(
+    logits: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], gold: Float[Tensor, "B S"] | None
+) -> tuple[Float[Tensor, "B S"], Bool[Tensor, "B S"], Bool[Tensor, "B S"], Bool[Tensor, "B S"]]:
+    """Gold labels, NaN where unknown; the steps without one; those known to be good, and those known to be bad."""
+    check_mask(mask)
+    gold = torch.full_like(logits, torch.nan) if gold is None else gold
+    known = mask & ~gold.isnan()
+    good = known & (gold >= GOOD)
+    return gold, mask & ~known, good, known & ~good
+
+
 def _round_half_up(bag_labels: Float[Tensor, " B"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, " B"]:
     """Number of good steps that a share of good steps stands for."""
     return (bag_labels * mask.sum(dim=1) + 0.5).floor()
@@ -92,21 +103,17 @@ def pseudo_labels(
         >>> pseudo_labels(logits, torch.tensor([0.0]), torch.ones(1, 3, dtype=torch.bool))
         tensor([[1., 0., 1.]])
     """
-    check_mask(mask)
     rule = meaning(aggregation)
-    gold = torch.full_like(logits, torch.nan) if gold is None else gold
-    known = mask & ~gold.isnan()
-    free = mask & ~known
-    good = known & (gold >= GOOD)
+    gold, free, good, bad = _evidence(logits, mask, gold)
     likely = logits >= 0.0
     if rule == "min":
-        labels = _most_likely_of_all(logits, likely, bag_labels >= GOOD, free, known & ~good)
+        labels = _most_likely_of_all(logits, likely, bag_labels >= GOOD, free, bad)
     elif rule == "max":
         labels = ~_most_likely_of_all(-logits, ~likely, bag_labels < GOOD, free, good)
     else:
         good_free = _round_half_up(bag_labels, mask) - good.sum(dim=1)
         labels = _most_likely_of_count(logits, likely, good_free, free)
-    return torch.where(known, gold, labels.float()).masked_fill(~mask, torch.nan)
+    return torch.where(good | bad, gold, labels.float()).masked_fill(~mask, torch.nan)
 
 
 def _posterior_of_all(
@@ -196,19 +203,15 @@ def posteriors(
         >>> posteriors(torch.zeros(1, 2), torch.tensor([0.0]), torch.ones(1, 2, dtype=torch.bool))  # 00, 01 or 10
         tensor([[0.3333, 0.3333]])
     """
-    check_mask(mask)
     rule = meaning(aggregation)
-    gold = torch.full_like(logits, torch.nan) if gold is None else gold
-    known = mask & ~gold.isnan()
-    free = mask & ~known
-    good = known & (gold >= GOOD)
+    gold, free, good, bad = _evidence(logits, mask, gold)
     # Double precision: the probability of a count sums thousands of nats when steps are sure, and then takes a
     # difference of such sums.
     scores, labels = logits.detach().double().masked_fill(~mask, 0.0), bag_labels.double()
     if rule == "min":
-        probs = _posterior_of_all(scores, labels, free, known & ~good)
+        probs = _posterior_of_all(scores, labels, free, bad)
     elif rule == "max":
         probs = 1.0 - _posterior_of_all(-scores, 1.0 - labels, free, good)
     else:
         probs = _posterior_of_count(scores, _round_half_up(bag_labels, mask) - good.sum(dim=1), free)
-    return torch.where(known, gold, probs.float()).masked_fill(~mask, torch.nan)
+    return torch.where(good | bad, gold, probs.float()).masked_fill(~mask, torch.nan)

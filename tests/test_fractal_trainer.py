@@ -488,6 +488,11 @@ def test_a_checkpoint_knows_whether_it_learned_from_chats(tmp_path, chat):
             loaded.score(prompts, ["1+1=2."] * 8)
 
 
+def test_texts_to_evaluate_a_model_of_chats_on_are_named_before_training(tmp_path):
+    with pytest.raises(ValueError, match="eval data, row 0: the prompt is a text, but the reward model was trained on"):
+        make(tmp_path, sums(8, chat=True), eval_rows=sums(4), tokenizer=byte_tokenizer(chat=True))
+
+
 def test_chats_without_a_chat_template_are_named_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"The prompts are chats, but the tokenizer .* has no chat template\. Set"):
         make(tmp_path, sums(8, chat=True))

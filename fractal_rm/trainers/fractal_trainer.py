@@ -103,6 +103,12 @@ class FractalTrainer(Trainer):
             self.settings.data = fingerprint(bags["train"])
             kinds = {not isinstance(bag.prompt, str) for bag in bags["train"]}
             self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it takes both
+            try:
+                StepRewardModel(scorer, self.processor, self.settings).check_prompts(
+                    bag.prompt for bag in bags.get("eval", [])
+                )
+            except ValueError as error:
+                raise ValueError(f"eval data, {error}") from None
             if args.scorer != "embedding" and joins_without_a_gap(bags["train"], self.settings):
                 self._warn_about_joined_text()
             self._prepare(datasets["train"], model, args)

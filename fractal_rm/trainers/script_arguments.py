@@ -19,7 +19,8 @@ class TrainArguments:
 
     model: str = field(
         metadata={
-            "help": "Path or hub id: a causal language model for `scorer=likelihood`, any backbone for `scorer=token`."
+            "help": "Path or hub id: a causal language model for `scorer=likelihood`, any backbone for `scorer=token`, "
+            "a sentence-transformers model for `scorer=embedding`."
         }
     )
 
