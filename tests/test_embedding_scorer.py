@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import make_model, sums
+from models import make_model, sums, wordpiece_tokenizer
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from stand_ins import save_encoder, save_policy
 from torch import Tensor
 from transformers import AutoModel
@@ -33,6 +34,7 @@ from fractal_rm.scorers.embedding_scorer import (
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.trainers.fractal_config import FractalConfig
 from fractal_rm.trainers.fractal_trainer import FractalTrainer
+from fractal_rm.trainers.script_checks import check_model
 
 SIZE = 8
 QUIET = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
@@ -429,3 +431,18 @@ def test_it_rewards_a_policy_in_training(saved, tmp_path):
     )
     trainer.train()
     assert any("rewards/step_reward_model/mean" in entry for entry in trainer.state.log_history)
+
+
+def test_an_encoder_without_a_transformer_trains_and_loads(tmp_path):
+    tokenizer = wordpiece_tokenizer().backend_tokenizer
+    words = StaticEmbedding(tokenizer, embedding_weights=torch.randn(tokenizer.get_vocab_size(), SIZE).numpy())
+    SentenceTransformer(modules=[words]).save_pretrained(str(tmp_path / "words"))
+    check_model(str(tmp_path / "words"))
+    trainer = make(tmp_path / "rm", str(tmp_path / "words"))
+    trainer.save_model()
+    texts = {"prompts": ["2+3?"], "responses": ["2+3=5.\nSo 5."]}
+    (before,), (after,) = (
+        model.score(**texts) for model in (trainer.reward_model(), StepRewardModel.from_pretrained(tmp_path / "rm"))
+    )
+    assert after.step_scores == before.step_scores
+    assert len(set(after.step_scores)) == 2

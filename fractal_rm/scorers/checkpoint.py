@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -242,8 +243,9 @@ def save_scorer(path: str | Path, scorer: StepScorer, processor: Processor, sett
         else:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"fractal": saved.to_dict()}, indent=2) + "\n")
+        file = folder / "config.json"  # which an encoder without a transformer, such as static embeddings, has not
+        config = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(json.dumps(config | {"fractal": saved.to_dict()}, indent=2) + "\n")
     return saved
 
 
@@ -267,7 +269,7 @@ def load_scorer(path: str | Path, **kwargs: Any) -> tuple[StepScorer, Processor,
     """
     _check_folder(path, "Give a folder that FractalTrainer saved.")
     try:
-        block = getattr(AutoConfig.from_pretrained(path), "fractal", None)
+        block = PreTrainedConfig.get_config_dict(path)[0].get("fractal")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} is neither a model folder nor a hub id that can be reached ({_first_line(error)}). "

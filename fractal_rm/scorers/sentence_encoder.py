@@ -147,7 +147,10 @@ def _fingerprint(model: Any) -> str:
     """A short name for what a model computes: weights, modules with their options, tokenizer, and how much it reads."""
     modules = [(type(module).__name__, _options(module)) for module in model]
     digest = hashlib.sha256(f"{model.max_seq_length} {model.default_prompt_name} {modules}".encode())
-    digest.update(tokenizer_fingerprint(model.tokenizer).encode())
+    # Static embeddings come with a tokenizer of the `tokenizers` library.
+    tokenizer: Any = model.tokenizer
+    rules = tokenizer.to_str() if hasattr(tokenizer, "to_str") else tokenizer_fingerprint(tokenizer)
+    digest.update(rules.encode())
     for name, weights in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weights.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -61,7 +61,7 @@ def check_model(path: str) -> None:
     """
     folder = Path(path)
     if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "modules.json")):
             raise ValueError(f"{path} is no model folder: it holds no config.json. Give a folder or hub id of a model.")
     elif folder.exists() or folder.is_absolute() or len(folder.parts) != 2 - ("/" not in path) or _starts_local(folder):
         advice = "Check the path, or give a hub id."
