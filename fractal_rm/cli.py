@@ -52,15 +52,20 @@ def score(argv: Sequence[str]) -> int:
     for output in (arguments.output, arguments.html):
         if output is not None:
             check_writable_file(output)
-    check_model(arguments.model)
-    from fractal_rm.evaluation.score_rows import score_rows
+    for model in (arguments.model, arguments.compare_to):
+        if model is not None:
+            check_model(model)
+    from fractal_rm.evaluation.score_rows import add_second_model, score_rows
     from fractal_rm.readers import read_jsonl
+    from fractal_rm.report.terminal import show_steps
     from fractal_rm.report.viewer import write_viewer
     from fractal_rm.results import write_atomic
 
     rows = read_jsonl(arguments.input)[: arguments.limit]
     reward_model = load_reward_model(arguments.model, arguments.batch_size)
     records = score_rows(reward_model, rows, source=arguments.input)
+    if arguments.compare_to is not None:
+        add_second_model(records, load_reward_model(arguments.compare_to, arguments.batch_size))
     errors = [record["error"] for record in records if record["error"]]
     if len(errors) == len(records):
         raise ValueError(f"None of {len(records)} responses could be scored. First: {errors[0]}")
@@ -70,7 +75,10 @@ def score(argv: Sequence[str]) -> int:
         print(f"... and {len(errors) - _NAMED_ROWS} more, see {arguments.output}.", file=sys.stderr)
     write_atomic(arguments.output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     if arguments.html is not None:
-        write_viewer(arguments.html, records, title=f"Step scores of {Path(arguments.input).name}")
+        names = (arguments.model, arguments.compare_to) if arguments.compare_to is not None else None
+        title, threshold = f"Step scores of {Path(arguments.input).name}", reward_model.settings.threshold
+        write_viewer(arguments.html, records, title=title, threshold=threshold, models=names)
+    show_steps(records[: arguments.show], threshold=reward_model.settings.threshold)
     page = f", {arguments.html} shows them" if arguments.html else ""
     print(
         f"Scored {len(records) - len(errors)} of {len(records)} responses: {arguments.output} holds the scores{page}."

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 import subprocess
 import sys
@@ -207,6 +208,33 @@ def test_a_scored_file_equals_scoring_in_python(models, tmp_path):
     for record, result in zip(records, expected, strict=True):
         assert [step["score"] for step in record["steps"]] == pytest.approx(result.step_scores, abs=1e-5)
         assert record["score"] == pytest.approx(result.score, abs=1e-5)
+
+
+def test_a_second_model_scores_the_same_steps(models, tmp_path, capsys):
+    rows = [
+        {"prompt": row["prompt"], "response": " | ".join(row["steps"]), "steps": row["steps"]} for row in solutions(3)
+    ]
+    rows.append({"prompt": "1+1?\n", "response": "", "id": "empty"})
+    one, two = str(tmp_path / "one"), str(tmp_path / "cut_elsewhere")
+    model = StepRewardModel.from_pretrained(models / "reward_model")
+    model.settings.temperature = 50.0  # no score is 0 or 1
+    model.save_pretrained(one)
+    model.settings.segmentation, model.settings.temperature = Segmentation("sentences"), 100.0
+    model.save_pretrained(two)
+    arguments = ["--model", one, "--compare_to", two, "--input", write_jsonl(tmp_path / "in.jsonl", rows)]
+    output, page = tmp_path / "out.jsonl", tmp_path / "v.html"
+    assert main(["score", *arguments, "--output", str(output), "--html", str(page), "--show", "1"]) == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    for record in records[:3]:
+        assert len(record["steps"]) == len(rows[record["row"] - 1]["steps"])
+        for step in record["steps"]:
+            logits = [math.log(score / (1 - score)) for score in (step["score"], step["other_score"])]
+            assert logits[0] == pytest.approx(2 * logits[1], rel=1e-3)
+    assert records[3]["other_score"] is None
+    shown = capsys.readouterr().out
+    assert rows[0]["steps"][0] in shown
+    assert rows[1]["steps"][0] not in shown
+    assert "cut_elsewhere" in page.read_text()
 
 
 def test_evaluate_prints_a_table_and_writes_metrics(trained, models, tmp_path, capsys):

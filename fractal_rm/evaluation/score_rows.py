@@ -51,6 +51,32 @@ def score_rows(
     return records
 
 
+def add_second_model(records: Sequence[dict[str, Any]], reward_model: StepRewardModel) -> None:
+    """Add `other_score` to records of `score_rows` and to their steps: what another model says of the same steps.
+
+    Args:
+        records: What `score_rows` gave. Steps keep their places, whatever this model would cut.
+        reward_model: The other model.
+
+    Raises:
+        ValueError: If the other model cannot read the prompts.
+    """
+    scored = [record for record in records if record["error"] is None]
+    results = reward_model.score(
+        [record["prompt"] for record in scored],
+        [record["response"] for record in scored],
+        spans=[[(step["start"], step["end"]) for step in record["steps"]] for record in scored],
+    )
+    for record in records:
+        record["other_score"] = None
+    for record, result in zip(scored, results, strict=True):
+        if result.error is None and math.isfinite(result.score):
+            record["other_score"] = result.score
+        others = [*result.step_scores, *[None] * len(record["steps"])]
+        for step, other in zip(record["steps"], others, strict=False):
+            step["other_score"] = other
+
+
 def _check_prompt(bag: Bag, reward_model: StepRewardModel, where: str) -> None:
     try:
         reward_model.check_prompts([bag.prompt])

@@ -35,6 +35,10 @@ class StepView:
         gold: `"right"`, `"wrong"` or None where no gold label is known.
         first_wrong: Whether it is the first step that its gold label calls wrong.
         before: Text of the response between the step before and this one, empty if it is white space only.
+        mistake: `"false alarm"` or `"missed error"` where the gold label is another than the score says, else empty.
+        details: Score, probability and rank in words.
+        other: What another model says of it, as text; None where there is no other model.
+        other_css: Class of the colour of that score.
     """
 
     number: int
@@ -44,6 +48,10 @@ class StepView:
     gold: str | None
     first_wrong: bool
     before: str
+    mistake: str
+    details: str
+    other: str | None
+    other_css: str
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,11 @@ class ResponseView:
         disagrees: Whether score and label are at least half the scale apart.
         unscored: What to say of steps beyond `max_length`, empty if there are none; their text is in `after`.
         error: Why it has no scores, None if it has.
+        worst: The lowest step score, None if there is none.
+        mistakes: The kinds of mistakes among its steps, joined by commas.
+        apart: How far the two models' response scores are apart, None where there are not two.
+        other: The other model's response score as text, None where there is no other model.
+        other_css: Class of the colour of that score.
     """
 
     anchor: str
@@ -83,14 +96,20 @@ class ResponseView:
     disagrees: bool
     unscored: str
     error: str | None
+    worst: float | None
+    mistakes: str
+    apart: float | None
+    other: str | None
+    other_css: str
 
 
-def response_view(row: Mapping[str, Any], number: int) -> ResponseView:
+def response_view(row: Mapping[str, Any], number: int, *, threshold: float = 0.5) -> ResponseView:
     """Prepare a row of scores for a page.
 
     Args:
         row: A scored response, with the columns that `write_viewer` lists.
         number: Its row, from 1.
+        threshold: Score below which a step counts as wrong.
 
     Returns:
         What the templates print.
@@ -110,8 +129,11 @@ def response_view(row: Mapping[str, Any], number: int) -> ResponseView:
     golds = [_gold(step.get("gold")) for step in steps]
     first_wrong = golds.index("wrong") if "wrong" in golds else None
     between = _between(row.get("response"), steps)
-    label, score = _finite(row.get("label")), _finite(row.get("score"))
+    label, score, other = (_finite(row.get(name)) for name in ("label", "score", "other_score"))
     prompt = _prompt_text(row.get("prompt") or "")
+    scores = [_finite(step.get("score")) for step in steps]
+    known = [value for value in scores if value is not None]
+    mistakes = [_mistake(value, gold, threshold) for value, gold in zip(scores, golds, strict=True)]
     return ResponseView(
         anchor=f"response-{number}",
         name=str(row.get("id") or f"response {number}"),
@@ -121,11 +143,15 @@ def response_view(row: Mapping[str, Any], number: int) -> ResponseView:
             StepView(
                 number=index + 1,
                 text=step["text"],
-                score=_score_text(_finite(step.get("score"))),
-                css=score_class(_finite(step.get("score"))),
+                score=_score_text(scores[index]),
+                css=score_class(scores[index]),
                 gold=golds[index],
                 first_wrong=index == first_wrong,
                 before=between[index],
+                mistake=mistakes[index],
+                details=_details(scores[index], known, golds[index]),
+                other=_score_text(_finite(step["other_score"])) if "other_score" in step else None,
+                other_css=score_class(_finite(step.get("other_score"))),
             )
             for index, step in enumerate(steps)
         ),
@@ -139,6 +165,11 @@ def response_view(row: Mapping[str, Any], number: int) -> ResponseView:
         disagrees=label is not None and score is not None and 0 <= label <= 1 and abs(label - score) >= 0.5,
         unscored=_unscored(row.get("truncated_steps") or 0),
         error=str(error) if error else None,
+        worst=min(known, default=None),
+        mistakes=",".join(sorted({mistake for mistake in mistakes if mistake})),
+        apart=abs(score - other) if score is not None and other is not None else None,
+        other=_score_text(other) if "other_score" in row else None,
+        other_css=score_class(other),
     )
 
 
@@ -176,6 +207,21 @@ def write_page(path: str | Path, template: str, *, script: str = "", **context: 
         **context,
     )
     write_atomic(path, UNENCODABLE.sub("\ufffd", page))
+
+
+def _mistake(score: float | None, gold: str | None, threshold: float) -> str:
+    if score is None or gold is None or (score >= threshold) == (gold == "right"):
+        return ""
+    return "missed error" if gold == "wrong" else "false alarm"
+
+
+def _details(score: float | None, all_scores: Sequence[float], gold: str | None) -> str:
+    """What a reader asks of a step: equal scores share a rank."""
+    if score is None:
+        return "not scored"
+    rank = 1 + sum(value < score for value in all_scores)
+    label = f", labelled {gold}" if gold else ""
+    return f"score {score:.4f}: right with {score:.1%}, rank {rank} of {len(all_scores)} from the worst{label}"
 
 
 def _gold(value: float | None) -> str | None:

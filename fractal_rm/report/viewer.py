@@ -9,7 +9,14 @@ from typing import Any
 from fractal_rm.report.pages import response_view, write_page
 
 
-def write_viewer(path: str | Path, rows: Iterable[Mapping[str, Any]], title: str = "Step scores") -> None:
+def write_viewer(
+    path: str | Path,
+    rows: Iterable[Mapping[str, Any]],
+    title: str = "Step scores",
+    *,
+    threshold: float = 0.5,
+    models: tuple[str, str] | None = None,
+) -> None:
     """Write scored responses as one HTML page that needs nothing but a browser.
 
     Args:
@@ -17,8 +24,11 @@ def write_viewer(path: str | Path, rows: Iterable[Mapping[str, Any]], title: str
         rows: One mapping a response: `prompt` (text or chat), `steps` (each with `text`, `score` and, where known,
             `gold`: 1 right, 0 wrong), `score` of the response, and optionally `id`, `label`, `response` (with `start`
             and `end` in the steps, text outside the steps is shown too), `truncated_steps` (how many steps beyond
-            `max_length` were not scored) and `error`, which replaces the steps.
+            `max_length` were not scored), `error`, which replaces the steps, and `other_score`, of the response and of
+            each step: what a second model says.
         title: Heading of the page.
+        threshold: Score below which a step counts as wrong: false alarms and missed errors go by it.
+        models: Names of the two models where rows have scores of a second one.
 
     Raises:
         ValueError: If a row has neither steps nor an error.
@@ -33,7 +43,7 @@ def write_viewer(path: str | Path, rows: Iterable[Mapping[str, Any]], title: str
         >>> "2+2=5" in page.read_text(encoding="utf-8")
         True
     """
-    responses = [response_view(row, number) for number, row in enumerate(rows, start=1)]
+    responses = [response_view(row, number, threshold=threshold) for number, row in enumerate(rows, start=1)]
     write_page(
         path,
         "viewer.html.j2",
@@ -44,4 +54,6 @@ def write_viewer(path: str | Path, rows: Iterable[Mapping[str, Any]], title: str
         any_label=any(response.label is not None for response in responses),
         any_error=any(response.error for response in responses),
         any_gold=any(response.judged for response in responses),
+        threshold=threshold,
+        models=models,
     )

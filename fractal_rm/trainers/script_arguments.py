@@ -139,6 +139,10 @@ class ScoreArguments:
     )
     output: str = field(metadata={"help": "Where to write one line of scores for each response."})
     html: str | None = field(default=None, metadata={"help": "Where to write a page to read the scored responses in."})
+    show: int = field(default=0, metadata={"help": "Responses to print with their steps, in colour: the first ones."})
+    compare_to: str | None = field(
+        default=None, metadata={"help": "A second step reward model, whose scores of the same steps stand beside."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Responses in a forward pass."})
     limit: int | None = field(default=None, metadata={"help": "Most rows read: the first ones."})
 
