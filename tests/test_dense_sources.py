@@ -8,6 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 from models import reward_model as random_model
+from stand_ins import save_policy, save_reward_model
+from test_docs import REPOSITORY, blocks
 from test_step_ppo_trainer import (
     AB,
     COMPLETIONS,
@@ -354,3 +356,25 @@ def test_other_shapings_take_scores_of_any_scale(tmp_path):
         )
     with pytest.raises(ValueError, match=r"`lengths` gave step 1 of row 0 .* the score 7, and `shaping='log_odds'`"):
         rollout(tmp_path, step_reward_funcs=lengths, rollout_func=replay(RAGGED), shaping="log_odds")
+
+
+# The page that describes it -------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
+    page = (REPOSITORY / "docs" / "step_ppo.md").read_text(encoding="utf-8")
+    (example,) = blocks(page.partition("## Several rewards, and your own\n")[2].partition("\n## ")[0], "python")
+    assert 'output_dir="out"' in example
+    save_policy(tmp_path / "policy")
+    for name in ("rm", "other_rm"):
+        save_reward_model(tmp_path / name)
+    tiny = {"per_device_train_batch_size": 8, "max_steps": 1, "max_completion_length": 8, "num_generations": 1}
+    given = {
+        "prompts": Dataset.from_dict({"prompt": ["q", "qa"] * 8, "budget": [None, 5] * 8}),
+        "tiny": tiny | {"use_cpu": True, "bf16": False, "save_strategy": "no", "logging_steps": 1, "report_to": "none"},
+    }
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example.replace('output_dir="out"', 'output_dir="out", **tiny'), "example", "exec"), given)
+    names = ["step_reward_model_1", "step_reward_model_2", "brevity"]
+    assert [source.__name__ for source in given["trainer"].sources] == names
+    assert all(f"step_rewards/{name}/std" in given["trainer"].state.log_history[0] for name in names)

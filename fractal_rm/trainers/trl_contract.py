@@ -58,11 +58,15 @@ ATTRIBUTES = {
     "control": (),
     "model_wrapped": (),
     "num_generations": (),
+    "reward_func_names": (),
+    "reward_funcs": (),
     "reward_weights": (),
 }
 
 # Functions of `trl.trainer.utils`, with their parameters.
 FUNCTIONS = {
+    "get_callable_name": ("func",),
+    "is_async_callable": ("func",),
     "split_tensor_dict": ("tensor_dict", "num_chunks"),
     "shuffle_sequence_dict": ("seq_dict",),
 }
