@@ -65,8 +65,6 @@ ATTRIBUTES = {
 
 # Functions of `trl.trainer.utils`, with their parameters.
 FUNCTIONS = {
-    "get_callable_name": ("func",),
-    "is_async_callable": ("func",),
     "split_tensor_dict": ("tensor_dict", "num_chunks"),
     "shuffle_sequence_dict": ("seq_dict",),
 }
