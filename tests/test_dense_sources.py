@@ -147,6 +147,32 @@ def letters_of_outcome(completion_ids: list[list[int]], **_: Any) -> list[float]
 letters_of_outcome.__name__ = "letters"  # as a source is called
 
 
+def test_what_no_outcome_judges_stays_unjudged_beside_several_sources(tmp_path):
+    def judged(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [None if i in (0, 5) else 1.0 + i for i in range(len(completion_ids))]
+
+    shared = {"reward_funcs": judged, "rollout_func": replay(RAGGED), "advantage": "group", "num_generations": 4}
+    plain = rollout(tmp_path, **shared)
+    dense = rollout(tmp_path, reward_model=reward_model(), step_reward_funcs=lengths, step_weight=0.0, **shared)
+    mask = dense["completion_mask"].bool()
+    expected = plain["advantages"][:, None].expand(mask.shape).masked_fill(~mask, 0.0)
+    torch.testing.assert_close(dense["advantages"], expected)
+    outcomes = [dense["trainer"]._metrics["train"][f"guards/{name}"] for name in ("outcome", "score_outcome_gap")]
+    assert all(math.isnan(value) for (value,) in outcomes), "outcomes above 1, and no source among them"
+    assert last_correlation(dense) == pytest.approx(expected_correlation(), abs=1e-6)
+
+
+def last_correlation(output: dict[str, Any]) -> float:
+    return output["trainer"]._metrics["train"]["guards/score_outcome_correlation"][-1]
+
+
+def expected_correlation() -> float:
+    """Between the reward model's scores and the outcomes, where there are both."""
+    steps = [list(found.values()) for found in COMPLETIONS.values()]
+    pairs = [(min(SCORES[letter] for letter in row), 1.0 + i) for i, row in enumerate(steps) if row and i not in (0, 5)]
+    return float(torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).T)[0, 1])
+
+
 def test_running_moments_are_those_of_each_source_and_are_resumed_by_name(tmp_path):
     shared = {"reward_model": reward_model(), "normalize_step_rewards": True, "num_generations": 1}
     trainer = train(tmp_path, step_reward_funcs=lengths, save_strategy="steps", save_steps=1, max_steps=1, **shared)
