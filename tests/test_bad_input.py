@@ -435,7 +435,7 @@ def test_an_embedding_reward_model_needs_no_chat_template(tmp_path, models):
     encoder = SentenceEncoder(save_encoder(tmp_path))
     settings = Settings(scorer="embedding")
     reward_model = StepRewardModel(make_head(settings.head_type, encoder.size, 1), encoder, settings)
-    check_chat_templates(str(models / "chat_policy"), reward_model)
+    check_chat_templates(str(models / "chat_policy"), [reward_model])
 
 
 CHAT = [{"role": "user", "content": "1+1?"}]

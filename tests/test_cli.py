@@ -283,6 +283,22 @@ def test_ppo_trains_on_the_embedded_task(models, tmp_path):
     assert "`exact_answer`" in (tmp_path / "ppo" / "README.md").read_text()
 
 
+def test_ppo_takes_several_reward_models_with_weights(models, tmp_path):
+    (tmp_path / "ppo.yaml").write_text(f"reward_model: {models / 'reward_model'}\ntask: arithmetic\naggregation: min\n")
+    arguments = ["--config", str(tmp_path / "ppo.yaml"), "--model", str(models / "policy"), "--bf16", "false", *TINY]
+    arguments += ["--num_problems", "4", "--num_eval_problems", "0", "--num_generations", "2", "--max_steps", "1"]
+    arguments += ["--max_completion_length", "8", "--advantage", "group"]
+    two = ["--reward_model", str(models / "reward_model"), str(models / "reward_model")]
+    for given, names in (
+        ([], {"step_reward_model"}),
+        ([*two, "--step_reward_weights", "1", "-0.5"], {"step_reward_model_1", "step_reward_model_2"}),
+    ):
+        assert main(["ppo", *arguments, *given, "--output_dir", str(tmp_path / "ppo")]) == 0
+        history = json.loads((tmp_path / "ppo" / "metrics.json").read_text())["history"]
+        assert {name.split("/")[1] for name in history[0] if name.startswith("rewards/")} == names
+        assert (tmp_path / "ppo" / "README.md").read_text().count("`reward_model`") == len(names)
+
+
 def test_a_flag_takes_the_reward_model_of_the_file_out(models, tmp_path):
     (tmp_path / "ppo.yaml").write_text("reward_model: runs/none\nreward_function: exact_answer\ntask: arithmetic\n")
     arguments = ["--config", str(tmp_path / "ppo.yaml"), "--model", str(models / "policy"), "--bf16", "false", *TINY]

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fractal_rm.guards import Alarm, Guards, Rollouts, measure_rollouts
-from fractal_rm.reward_model import StepScores
+from fractal_rm.trainers.dense_sources import DenseSource
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 from fractal_rm.trainers.step_rewards import Rollout, StepRewards
 
@@ -32,7 +32,7 @@ def ending_ids(tokenizer: Any, model: Any) -> set[int]:
 def as_rollouts(
     rollout: Rollout,
     ends: set[int],
-    scored: Sequence[StepScores] | None,
+    source: DenseSource | None,
     weights: Tensor,
 ) -> Rollouts:
     """A rollout as the guards see it.
@@ -40,19 +40,22 @@ def as_rollouts(
     Args:
         rollout: The completions.
         ends: Ids that a finished completion may end with.
-        scored: Step scores; None without a reward model, which otherwise is the last of the reward functions.
+        source: The source of step rewards that is watched; None: there is none. Where its scores are no probabilities,
+            its steps are seen without them.
         weights: Of the reward functions.
     """
     completion_ids, count, kl = rollout.completion_ids, len(rollout.completion_ids), rollout.kl
-    checked = rollout.rewards if scored is None else rollout.rewards[:, :-1]
-    outcomes = (checked * weights[: checked.size(1)].to(checked.device)).nansum(dim=1)
+    checked = rollout.rewards[:, rollout.is_outcome]
+    outcomes = (checked * weights[rollout.is_outcome].to(checked.device)).nansum(dim=1)
     outcomes = outcomes.masked_fill(checked.isnan().all(dim=1), torch.nan)
+    scored = source.scored if source is not None else None
+    rated = scored if source is not None and source.gives_probabilities else None
     return Rollouts(
         token_ids=[[i for i in ids if i not in ends] for ids in completion_ids],
         ended=[not ids or ids[-1] in ends for ids in completion_ids],
         steps=[[step.text for step in row.steps] for row in scored] if scored else [[]] * count,
-        step_scores=[row.step_scores for row in scored] if scored else [[]] * count,
-        scores=[row.score for row in scored] if scored else [math.nan] * count,
+        step_scores=[row.step_scores for row in rated] if rated else [[]] * count,
+        scores=[row.score for row in rated] if rated else [math.nan] * count,
         outcomes=outcomes.tolist(),
         kl=kl.sum(dim=1).tolist() if kl is not None else [math.nan] * count,
     )

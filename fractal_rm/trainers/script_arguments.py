@@ -179,9 +179,12 @@ class PPOArguments:
     _argument_group_name = "models and rewards"
 
     model: str = field(metadata={"help": "The policy: path or hub id of a causal language model."})
-    reward_model: str | None = field(
+    reward_model: list[str] | None = field(
         default=None,
-        metadata={"help": "Step reward model, for dense rewards: folder or hub id; `none` takes out that of the file."},
+        metadata={
+            "help": "Step reward models, for dense rewards: folders or hub ids, weighted by `step_reward_weights`; "
+            "`none` takes out those of the file."
+        },
     )
     reward_function: Literal["exact_answer", "gsm8k_answer"] | None = field(
         default=None,
@@ -210,7 +213,7 @@ class PPOArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.reward_model == "none":
+        if self.reward_model == ["none"]:
             self.reward_model = None
 
 

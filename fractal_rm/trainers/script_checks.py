@@ -6,7 +6,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +75,21 @@ def _starts_local(folder: Path) -> bool:
     return first in (".", "..", "~", "runs") or (len(folder.parts) > 1 and Path(first).is_dir())
 
 
-def check_chat_templates(model: str, reward_model: Any | None) -> None:
-    """Raise unless the tokenizers of the policy and of the reward model can write a chat.
+def check_chat_templates(model: str, reward_models: Sequence[Any]) -> None:
+    """Raise unless the tokenizers of the policy and of the reward models can write a chat.
 
     Args:
         model: The policy's path or hub id.
-        reward_model: A `StepRewardModel`, or None.
+        reward_models: Of the kind of `StepRewardModel`.
     """
     from fractal_rm.scorers.checkpoint import load_tokenizer
 
-    tokenizers = {f"the policy {model}": load_tokenizer(model)}
-    if reward_model is not None and reward_model.tokenizer is not None:  # an embedding scorer needs no template
-        tokenizers["the reward model"] = reward_model.tokenizer
-    for owner, tokenizer in tokenizers.items():
+    tokenizers = [(f"the policy {model}", load_tokenizer(model))]
+    for number, reward_model in enumerate(reward_models, 1):
+        if reward_model.tokenizer is not None:  # an embedding scorer needs no template
+            which = f"reward model {number} of {len(reward_models)}" if len(reward_models) > 1 else "the reward model"
+            tokenizers.append((which, reward_model.tokenizer))
+    for owner, tokenizer in tokenizers:
         if not tokenizer.chat_template:
             raise ValueError(
                 f"The prompts are chats, but the tokenizer of {owner} has no chat template. Set `chat_template` in its "

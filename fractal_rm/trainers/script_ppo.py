@@ -34,24 +34,25 @@ def ppo(argv: Sequence[str]) -> None:
     folder = Path(config.output_dir)
     check_writable_folder(folder)
     checkpoint = checkpoint_to_resume(config)
-    names = [name for name in (arguments.reward_model, arguments.reward_function) if name]
+    reward_models = arguments.reward_model or []
+    names = [*reward_models, *([arguments.reward_function] if arguments.reward_function else [])]
     if not names:
         raise ValueError("There is no reward. Give `reward_model` (dense), `reward_function` (outcome), or both.")
     # The value model may also be the word that stands for the reward model's backbone.
     given_value = None if arguments.value_model == "reward_model" else arguments.value_model
-    for path in (arguments.model, arguments.reward_model, given_value):
+    for path in (arguments.model, *reward_models, given_value):
         if path is not None:
             check_model(path)
     functions = [reward_function(arguments.reward_function)] if arguments.reward_function else []
     rows = read_prompts(arguments, data, "train", config.seed)
     held_out = read_prompts(arguments, data, "eval", config.seed)
-    reward_model = load_reward_model(arguments.reward_model) if arguments.reward_model else None
+    loaded = [load_reward_model(path) for path in reward_models]
     hide_loading_bars()
     if not isinstance(rows[0]["prompt"], str):  # type: ignore[index]
-        check_chat_templates(arguments.model, reward_model)
+        check_chat_templates(arguments.model, loaded)
     trainer = StepPPOTrainer(
         arguments.model,
-        reward_model=reward_model,
+        reward_model=loaded,
         reward_funcs=functions,
         args=config,
         train_dataset=Dataset.from_list(rows),  # type: ignore[arg-type]

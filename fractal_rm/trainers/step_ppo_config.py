@@ -1,9 +1,13 @@
 """Configuration of [`StepPPOTrainer`]."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from trl.trainer.grpo_config import GRPOConfig
+
+from fractal_rm.aggregation import Aggregation
+from fractal_rm.segmentation import Segmentation
 
 
 @dataclass
@@ -85,6 +89,30 @@ class StepPPOConfig(GRPOConfig):
     )
     step_weight: float = field(default=1.0, metadata={"help": "Weight of the step rewards."})
     outcome_weight: float = field(default=1.0, metadata={"help": "Weight of the outcome rewards (`reward_funcs`)."})
+    step_reward_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of each source of step rewards: the reward models in their order, then "
+            "`step_reward_funcs`; None: 1 each. `step_weight` multiplies their sum."
+        },
+    )
+    step_segmentation: Literal["lines", "sentences", "separator", "pattern"] | None = field(
+        default=None,
+        metadata={
+            "help": "How completions are cut into steps for `step_reward_funcs`; None: as by the first reward model, "
+            "or by lines."
+        },
+    )
+    step_separator: str | None = field(
+        default=None, metadata={"help": "What stands between steps, for `step_segmentation=separator`."}
+    )
+    step_pattern: str | None = field(
+        default=None, metadata={"help": "Regular expression between steps, for `step_segmentation=pattern`."}
+    )
+    aggregation: Aggregation | None = field(
+        default=None,
+        metadata={"help": "Aggregation that reward models must have been trained with; None: any."},
+    )
     step_weight_warmup: int = field(
         default=0, metadata={"help": "Optimizer steps over which `step_weight` rises from 0 to its value."}
     )
@@ -123,7 +151,14 @@ class StepPPOConfig(GRPOConfig):
         metadata={"help": "Give advantages variance 1 over the rollout batch (and mean 0), for `gae` and `global`."},
     )
     reward_model_batch_size: int | None = field(
-        default=None, metadata={"help": "Responses in a forward of the reward model; None: the model's own setting."}
+        default=None, metadata={"help": "Responses in a forward of a reward model; None: the model's own setting."}
+    )
+
+    vllm_server_timeout: float = field(
+        default=10.0,
+        metadata={
+            "help": "Seconds to wait for a vLLM server that does not answer (TRL waits 240), for `vllm_mode=server`."
+        },
     )
 
     on_alarm: Literal["warn", "stop", "rollback"] = field(
@@ -140,6 +175,13 @@ class StepPPOConfig(GRPOConfig):
     guard_patience: int = field(
         default=3, metadata={"help": "Rollout batches in a row beyond a limit before an alarm."}
     )
+
+    @property
+    def function_segmentation(self) -> Segmentation | None:
+        """How completions are cut for `step_reward_funcs`; None: as by the first reward model."""
+        if self.step_segmentation is None:
+            return None
+        return Segmentation(self.step_segmentation, separator=self.step_separator, pattern=self.step_pattern)
 
     def __post_init__(self) -> None:
         one_each = self.num_generations == 1
@@ -179,12 +221,22 @@ class StepPPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` is {value}. Give a number above 0, or leave it out.")
+        for number, weight in enumerate(self.step_reward_weights or (), 1):
+            if not math.isfinite(weight):
+                raise ValueError(f"Number {number} of `step_reward_weights` is {weight}. Give finite numbers.")
         for name in ("guard_reference_batches", "guard_patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
 
     def _check_combinations(self) -> None:
         """Refuse options that would have no effect, or not the one they are named for."""
+        for name in ("separator", "pattern"):
+            if (self.step_segmentation == name) != (getattr(self, f"step_{name}") is not None):
+                raise ValueError(
+                    f"`step_{name}` is {getattr(self, f'step_{name}')!r} with `step_segmentation="
+                    f"{self.step_segmentation!r}`. Give it if and only if `step_segmentation='{name}'`."
+                )
+        _ = self.function_segmentation  # a pattern that is none is refused here
         if self.shaping == "min_form" and self.advantage == "group" and self.step_gamma < 1:
             raise ValueError(
                 "`shaping='min_form'` works by the sum of later rewards, but `step_gamma` is "

@@ -7,6 +7,7 @@ the few hooks that `trl_contract.py` lists, and copies none of them.
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,24 @@ from transformers import (
     TrainerCallback,
 )
 from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import get_callable_name
 
 from fractal_rm.advantages import gae, global_advantages, whiten
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.trainers.dense_sources import (
+    DenseSource,
+    StepScoreReward,
+    add_to_outcomes,
+    as_functions,
+    load_reward_models,
+    make_sources,
+)
+from fractal_rm.trainers.finite_rewards import check_model_rewards, checked_reward_functions
 from fractal_rm.trainers.kl_reward import KLReward, lent_beta
+from fractal_rm.trainers.ppo_checks import check_reward_models, check_setup, check_step_functions
 from fractal_rm.trainers.rollout_guards import AlarmActions, as_rollouts, ending_ids
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
-from fractal_rm.trainers.step_rewards import Rollout, StepRewards, StepScoreReward, add_to_outcomes
+from fractal_rm.trainers.step_rewards import Rollout, StepRewards
 from fractal_rm.trainers.trl_contract import check_contract
 from fractal_rm.trainers.value_model import ValueGradients, clipped_value_loss, explained_variance, make_value_model
 
@@ -45,7 +57,8 @@ class StepPPOTrainer(GRPOTrainer):
 
     Args:
         model: The policy: path, hub id or instance of a causal language model.
-        reward_model: A [`StepRewardModel`] or its path: dense rewards. Its tokenizer may differ from the policy's.
+        reward_model: A [`StepRewardModel`] or its path, or a list of them: dense rewards. Their tokenizers and
+            segmentations may differ from each other and from the policy's.
         reward_funcs: TRL reward functions: outcome rewards, placed on the last token and added. Optional.
         args: The configuration.
         train_dataset: Prompts, as for `GRPOTrainer`.
@@ -56,11 +69,14 @@ class StepPPOTrainer(GRPOTrainer):
             `"reward_model"`: from the reward model's backbone, with such a head.
         callbacks: As for `GRPOTrainer`.
         peft_config: As for `GRPOTrainer`.
+        step_reward_funcs: Dense rewards of your own, one or a list: called as TRL calls `reward_funcs`, and with
+            `steps`, the texts of each completion's steps; they return one score per step for each completion.
         kwargs: Further arguments of `GRPOTrainer`.
 
     Raises:
-        ValueError: If there is no reward, the prompts are chats and the reward model was trained on texts (or the
-            other way round), or the value model cannot be made.
+        ConnectionError: If there is no vLLM server where one should be.
+        ValueError: If there is no reward, a reward model does not suit the prompts or the configuration, there is no
+            tokenizer, batches and groups do not divide, or the value model cannot be made.
         RuntimeError: If the installed TRL has moved a name that this class relies on.
     """
 
@@ -72,7 +88,7 @@ class StepPPOTrainer(GRPOTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_model: StepRewardModel | str | Path | None = None,
+        reward_model: StepRewardModel | str | Path | list[StepRewardModel | str | Path] | None = None,
         reward_funcs: Any = None,
         args: StepPPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -81,31 +97,32 @@ class StepPPOTrainer(GRPOTrainer):
         value_model: str | Path | PreTrainedModel | None = None,
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
+        step_reward_funcs: Callable[..., Any] | list[Callable[..., Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         moved = check_contract()
         if moved:
             raise RuntimeError(" ".join(moved))
         args = copy.copy(args) if args is not None else StepPPOConfig("step-ppo")
-        functions = [*reward_funcs] if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
-        if reward_model is None and not functions:
-            raise ValueError("There is no reward. Give a `reward_model` (dense), `reward_funcs` (outcome), or both.")
+        functions, own = as_functions(reward_funcs), as_functions(step_reward_funcs)
+        if not (functions or own or reward_model):
+            raise ValueError(
+                "There is no reward. Give a `reward_model` or `step_reward_funcs` (dense), `reward_funcs` (outcome), "
+                "or several of them."
+            )
         if value_model is not None and args.advantage != "gae":
             raise ValueError(
                 f"`advantage='{args.advantage}'` uses no `value_model`. Leave it out or set `advantage='gae'`."
             )
-        self.step_scores: StepScoreReward | None = None
-        if reward_model is not None:
-            if not isinstance(reward_model, StepRewardModel):
-                reward_model = StepRewardModel.from_pretrained(reward_model)
-            if isinstance(train_dataset, Dataset) and len(train_dataset) and "prompt" in train_dataset.column_names:
-                reward_model.check_prompts([train_dataset[0]["prompt"]])  # a column holds one kind; before any rollout
-            # The tokenizer is set once TRL has loaded it.
-            self.step_scores = StepScoreReward(reward_model, processing_class, args.reward_model_batch_size)
-            add_to_outcomes(self.step_scores, functions, args, kwargs)
+        check_setup(args, model, processing_class, eval_dataset)
+        check_step_functions(own, args, train_dataset)
+        reward_models = load_reward_models(reward_model)
+        check_reward_models(reward_models, args, train_dataset)
+        self.sources = make_sources(reward_models, own, args, [get_callable_name(function) for function in functions])
+        add_to_outcomes(self.sources, functions, args, kwargs)
         self.value_model: Any = None
         self._rollout: Rollout | None = None
-        self.step_rewards, self.kl_reward = StepRewards(args, self.step_scores, self._log), KLReward(args)
+        self.step_rewards, self.kl_reward = StepRewards(args, self.sources, self._log), KLReward(args)
         self.alarm_actions = AlarmActions(args, self.step_rewards)
         with lent_beta(args, wanted=self.kl_reward.on):
             super().__init__(
@@ -124,19 +141,24 @@ class StepPPOTrainer(GRPOTrainer):
         self.step_rewards.ending_ids = ending_ids(self._tokenizer, self.accelerator.unwrap_model(self.model))
         if args.on_alarm == "rollback" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`on_alarm='rollback'` cannot put sharded weights back. Use `on_alarm='stop'`.")
-        if self.step_scores is not None:
-            self.step_scores.tokenizer = self._tokenizer
-            self.step_scores.reward_model.scorer.to(self.accelerator.device)
+        for source in self.sources:
+            source.prepare(self._tokenizer, self.accelerator.device)
+        self._is_outcome = torch.tensor([not isinstance(function, DenseSource) for function in self.reward_funcs])
         if args.advantage == "gae":
             self.value_model = self.accelerator.prepare_model(
                 make_value_model(
                     self.accelerator.unwrap_model(self.model),
                     value_model,
-                    reward_model=reward_model,
+                    reward_model=self.step_scores.reward_model if self.step_scores else None,
                     tokenizer=self._tokenizer,
                 )
             )
             self.add_callback(ValueGradients(self.value_model))
+
+    @property
+    def step_scores(self) -> StepScoreReward | None:
+        """The first reward model; None without one."""
+        return next((source for source in self.sources if isinstance(source, StepScoreReward)), None)
 
     # Rollouts: rewards and advantages -----------------------------------------------------------------------------
 
@@ -151,33 +173,37 @@ class StepPPOTrainer(GRPOTrainer):
         return super().get_train_dataloader()
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if self.step_scores is not None and len(self.reward_funcs) > 1:
+        with checked_reward_functions(self):
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        is_outcome = self._is_outcome.to(rewards_per_func.device)
+        if self.sources and is_outcome.any():
             # TRL leaves out what no function could judge. Step scores must not make a judged outcome of 0 of it.
-            rewards_per_func[rewards_per_func[:, :-1].isnan().all(dim=1), -1] = torch.nan
+            unjudged = rewards_per_func[:, is_outcome].isnan().all(dim=1)
+            rewards_per_func[unjudged.unsqueeze(1) & ~is_outcome] = torch.nan
         local = slice(
             self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts)
         )
-        self._rollout = Rollout(prompts, completion_ids_list, rewards_per_func[local])
+        check_model_rewards(self, rewards_per_func[local], prompts, completions)
+        self._rollout = Rollout(prompts, completion_ids_list, rewards_per_func[local], is_outcome)
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output, rollout = self._roll_out(inputs)
-        if not self.model.training or (self.args.advantage == "group" and self.step_scores is None):
+        if not self.model.training or (self.args.advantage == "group" and not self.sources):
             return output  # evaluation only logs rewards; without step scores the group baseline is TRL's own
         if self._went_back(rollout):
             output, rollout = self._roll_out(inputs)  # by the policy that there is now
         mask, step = self._policy_mask(output), self.state.global_step
-        rewards, ends, placement = self.step_rewards.steps(rollout, mask, self.num_generations)
+        shaped = self.step_rewards.steps(rollout, mask, self.num_generations)
         if self.args.advantage == "group":
             output["advantages"] = self.step_rewards.group_advantages(
-                rollout, rewards, ends, output["advantages"], mask, self.num_generations, step=step
+                rollout, shaped, output["advantages"], mask, self.num_generations, step=step
             )
             self._show_advantages(output["advantages"], mask)
             return output
-        if self.args.outcome_weight and len(self.reward_funcs) > (self.step_scores is not None):
+        if self.args.outcome_weight and len(self.reward_funcs) > len(self.sources):
             mask = mask & rollout.judged.unsqueeze(1)  # no outcome is not an outcome of 0
-        token_rewards = self.step_rewards.tokens(rollout, placement, self.reward_weights, mask, step=step)
+        token_rewards = self.step_rewards.tokens(rollout, shaped, self.reward_weights, mask, step=step)
         if self.kl_reward.on and rollout.kl is not None:
             token_rewards = token_rewards - self.kl_reward.penalty(rollout.kl, self.accelerator, self._log)
         if self.args.whiten_rewards:
@@ -205,8 +231,8 @@ class StepPPOTrainer(GRPOTrainer):
 
     def _went_back(self, rollout: Rollout) -> bool:
         """Show a rollout to the guards and act on their alarms; whether the policy is now that of a checkpoint."""
-        scored = None if self.step_scores is None else self.step_scores.scored
-        seen = as_rollouts(rollout, self.step_rewards.ending_ids, scored, self.reward_weights)
+        watched = self.sources[0] if self.sources else None
+        seen = as_rollouts(rollout, self.step_rewards.ending_ids, watched, self.reward_weights)
         measured, alarms = self.alarm_actions.watch(seen, step=self.state.global_step)
         for name, value in measured.items():
             self._log(f"guards/{name}", value)
@@ -300,7 +326,7 @@ class StepPPOTrainer(GRPOTrainer):
     def _stateful(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and optimizer: running statistics, the KL coefficient, the guards."""
         return {
-            "step_rewards": self.step_rewards.moments,
+            "step_rewards": self.step_rewards,
             "kl_reward": self.kl_reward.adaptive,
             "alarms": self.alarm_actions,
         }

@@ -1,25 +1,24 @@
 """The step rewards of `StepPPOTrainer`: scores of sampled completions, shaped, with the token where each step ends."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from fractal_rm.advantages import group_step_advantages
-from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.reward_model import StepScores
 from fractal_rm.rewards import (
     Placement,
-    completion_text,
     place_outcome,
     place_step_rewards,
     step_end_tokens,
     token_end_characters,
 )
 from fractal_rm.shaping import RunningMoments, limit_step_rewards, shape_step_scores
+from fractal_rm.trainers.dense_sources import DenseSource
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 
 
@@ -31,12 +30,14 @@ class Rollout:
         prompts: Their prompts.
         completion_ids: Sampled ids, without padding.
         rewards: Reward of each function (B, functions), NaN where it gave None.
+        is_outcome: Which functions are outcome rewards, and no source of step rewards (functions,).
         kl: KL divergence from the reference at each token (B, T), where it is part of the reward, or known anyway.
     """
 
     prompts: list[Any]
     completion_ids: list[list[int]]
     rewards: Tensor
+    is_outcome: Tensor
     kl: Tensor | None = None
 
     @property
@@ -49,110 +50,80 @@ class Rollout:
         return (self.rewards * weights.to(self.rewards.device)).nansum(dim=1)
 
 
-class StepScoreReward:
-    """The reward model seen by TRL: logs P(response is good) as `rewards/step_reward_model` and keeps the step scores.
+class ShapedSteps(NamedTuple):
+    """Rewards of one source's steps, before its weight.
 
-    Its weight among TRL's outcome rewards is 0: the trainer uses the step scores instead.
+    Attributes:
+        weight: Of the source.
+        rewards: Of every step of every completion.
+        ends: Token where each step ends, None where there is none.
+        placement: The rewards on the tokens.
     """
 
-    __name__ = "step_reward_model"
-
-    def __init__(self, reward_model: StepRewardModel, tokenizer: Any, batch_size: int | None) -> None:
-        self.reward_model, self.tokenizer, self.batch_size = reward_model, tokenizer, batch_size
-        self.scored: list[StepScores] = []
-
-    def __call__(self, prompts: list[Any], completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
-        # Not TRL's `completions`: placement counts the characters of exactly this decoding.
-        texts = [completion_text(ids, self.tokenizer) for ids in completion_ids]
-        self.scored = self.reward_model.score(prompts, texts, batch_size=self.batch_size, progress=False)
-        for row, scored in enumerate(self.scored):
-            if not all(map(math.isfinite, scored.step_scores)):
-                raise ValueError(
-                    f"The reward model scored the steps of completion {row} as {scored.step_scores}: "
-                    f"{scored.response!r}. "
-                    "Its weights or their precision are broken: check them with `StepRewardModel.score` on that text."
-                )
-        return [None if scored.error else scored.score for scored in self.scored]
-
-
-def add_to_outcomes(step_scores: StepScoreReward, functions: list[Any], args: StepPPOConfig, kwargs: dict) -> None:
-    """Show the reward model to TRL as one more reward function, of weight 0.
-
-    Args:
-        step_scores: The reward model.
-        functions: The outcome rewards, of which it becomes the last.
-        args: The configuration, whose `reward_weights` become one more.
-        kwargs: Arguments of `GRPOTrainer`, whose `reward_processing_classes` become one more, if there are any.
-
-    Raises:
-        ValueError: If there are not as many weights as outcome rewards.
-    """
-    weights = args.reward_weights or [1.0] * len(functions)
-    if len(weights) != len(functions):
-        raise ValueError(
-            f"`reward_weights` has {len(weights)} numbers for {len(functions)} `reward_funcs`. Give one each; "
-            "the reward model's is `step_weight`."
-        )
-    args.reward_weights = [*weights, 0.0]
-    functions.append(step_scores)
-    theirs = kwargs.get("reward_processing_classes")
-    if theirs is not None:
-        kwargs["reward_processing_classes"] = [*(theirs if isinstance(theirs, list) else [theirs]), None]
+    weight: float
+    rewards: list[list[float]]
+    ends: list[list[int | None]]
+    placement: Placement
 
 
 class StepRewards:
     """Rewards of a rollout's steps and tokens, as the configuration wants them.
 
+    Every source is shaped, normalised and placed by itself, with its own steps; what adds up is token rewards, or
+    advantages of a group.
+
     Args:
         args: The configuration: form, baseline, limits, weights.
-        scores: The reward model; None: outcomes only.
+        sources: What scores steps; none: outcomes only.
         log: Takes the name and the value of a number to log.
 
     Attributes:
-        moments: Of the shaped rewards of the whole run, for `normalize_step_rewards`.
         ending_ids: Ids that a finished completion may end with.
         scale: What rollbacks have left of `step_weight`.
     """
 
-    def __init__(self, args: StepPPOConfig, scores: StepScoreReward | None, log: Callable[[str, float], None]) -> None:
-        self.args, self.scores, self.log = args, scores, log
-        self.moments = RunningMoments()
+    def __init__(self, args: StepPPOConfig, sources: Sequence[DenseSource], log: Callable[[str, float], None]) -> None:
+        self.args, self.sources, self.log = args, sources, log
         self.ending_ids: set[int] = set()
         self.scale = 1.0
 
-    def steps(
-        self, rollout: Rollout, mask: Tensor, group_size: int
-    ) -> tuple[list[list[float]], list[list[int | None]], Placement]:
-        """Shaped reward and end token of every step, and their placement; no steps without a reward model.
+    def steps(self, rollout: Rollout, mask: Tensor, group_size: int) -> list[ShapedSteps]:
+        """Shaped reward and end token of every step, and their placement, for each source.
 
         A completion that TRL masks as a whole (`mask_truncated_completions`) has no steps, rather than unplaced ones.
         """
-        rewards: list[list[float]] = [[] for _ in rollout.prompts]
-        ends: list[list[int | None]] = [[] for _ in rollout.prompts]
-        if self.scores is not None:
-            used = mask.any(dim=1).tolist()
+        used = mask.any(dim=1).tolist()
+        found: list[ShapedSteps] = []
+        token_ends: list[list[int]] = []
+        for number, source in enumerate(self.sources):
+            token_ends = token_ends or [token_end_characters(ids, source.tokenizer) for ids in rollout.completion_ids]
             scored = [
                 scored if keep else StepScores(scored.response)
-                for scored, keep in zip(self.scores.scored, used, strict=True)
+                for scored, keep in zip(source.scored, used, strict=True)
             ]
-            ends = [
-                step_end_tokens(token_end_characters(ids, self.scores.tokenizer), result.spans)
-                for ids, result in zip(rollout.completion_ids, scored, strict=True)
-            ]
-            flat = [score for result in scored for score in result.step_scores]
-            rewards = self.shape([result.step_scores for result in scored], group_size)
-            self.log("steps/score", sum(flat) / max(len(flat), 1))
-            self.log("steps/per_response", len(flat) / max(len(scored), 1))
-        placement = place_step_rewards(rewards, ends, mask)
-        self.log("placement/unplaced_steps", placement.unplaced)
-        return rewards, ends, placement
+            ends = [step_end_tokens(at, result.spans) for at, result in zip(token_ends, scored, strict=True)]
+            rewards = self.shape([result.step_scores for result in scored], group_size, source.moments)
+            found.append(ShapedSteps(source.weight, rewards, ends, place_step_rewards(rewards, ends, mask)))
+            if number == 0:
+                flat = [score for result in scored for score in result.step_scores]
+                self.log("steps/score", sum(flat) / max(len(flat), 1))
+                self.log("steps/per_response", len(flat) / max(len(scored), 1))
+            earned = torch.tensor([reward for row in rewards for reward in row], dtype=torch.float64)
+            if len(earned):
+                self.log(f"step_rewards/{source.__name__}/mean", earned.mean().item())
+                self.log(f"step_rewards/{source.__name__}/std", earned.std(correction=0).item())
+        self.log("placement/unplaced_steps", sum(one.placement.unplaced for one in found))
+        return found
 
-    def shape(self, step_scores: Sequence[Sequence[float]], group_size: int) -> list[list[float]]:
-        """Rewards from scores, as many.
+    def shape(
+        self, step_scores: Sequence[Sequence[float]], group_size: int, moments: RunningMoments
+    ) -> list[list[float]]:
+        """Rewards from a source's scores, as many.
 
         Args:
-            step_scores: P(step is good) of every step of every completion of this process.
+            step_scores: Score of every step of every completion of this process.
             group_size: Completions per prompt.
+            moments: Of the source's shaped rewards of the whole run, for `normalize_step_rewards`.
         """
         args, width = self.args, max(map(len, step_scores), default=0)
         rows = [[*row, *[0.0] * (width - len(row))] for row in step_scores]
@@ -169,8 +140,8 @@ class StepRewards:
         )
         if args.normalize_step_rewards:
             # One scale for all processes, from the rewards of all.
-            self.moments.update(torch.tensor(gather_object(rewards[mask].tolist()), dtype=torch.float64))
-            rewards = rewards / self.moments.std
+            moments.update(torch.tensor(gather_object(rewards[mask].tolist()), dtype=torch.float64))
+            rewards = rewards / moments.std
         rewards = limit_step_rewards(rewards, mask, clip=args.step_reward_clip, length_neutral=args.length_neutral)
         return [values[: len(row)] for values, row in zip(rewards.tolist(), step_scores, strict=True)]
 
@@ -189,44 +160,57 @@ class StepRewards:
         cut = [bool(ids) and ids[-1] not in self.ending_ids for ids in rollout.completion_ids]
         return self.args.missing_eos_penalty * torch.tensor(cut, dtype=torch.float32, device=rollout.rewards.device)
 
-    def tokens(self, rollout: Rollout, placement: Placement, weights: Tensor, mask: Tensor, *, step: int) -> Tensor:
+    def tokens(
+        self, rollout: Rollout, shaped: Sequence[ShapedSteps], weights: Tensor, mask: Tensor, *, step: int
+    ) -> Tensor:
         """Rewards of steps, outcomes and endings on the tokens (B, T).
 
         Args:
             rollout: The completions.
-            placement: Their step rewards.
+            shaped: Their step rewards, of each source.
             weights: Of the reward functions.
             mask: True where the policy wrote a token that is learned from.
             step: The optimizer step.
         """
         step_weight, outcome_weight = self.weights(step)
-        rewards = step_weight * placement.rewards + outcome_weight * place_outcome(rollout.outcome(weights), mask)
+        dense = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        for one in shaped:
+            dense = dense + one.weight * one.placement.rewards
+        rewards = step_weight * dense + outcome_weight * place_outcome(rollout.outcome(weights), mask)
         return rewards - place_outcome(self.penalties(rollout), mask) if self.args.missing_eos_penalty else rewards
 
     def group_advantages(
-        self, rollout: Rollout, rewards: Any, ends: Any, outcome: Tensor, mask: Tensor, group_size: int, *, step: int
+        self,
+        rollout: Rollout,
+        shaped: Sequence[ShapedSteps],
+        outcome: Tensor,
+        mask: Tensor,
+        group_size: int,
+        *,
+        step: int,
     ) -> Tensor:
         """Steps against those of the prompt's other completions (B, T), beside the advantages of outcomes.
 
         Args:
             rollout: The completions.
-            rewards: Their step rewards.
-            ends: Tokens where the steps end.
+            shaped: Their step rewards, of each source.
             outcome: Advantages of the outcomes (B,), which TRL computed.
             mask: True where the policy wrote a token.
             group_size: Completions per prompt.
             step: The optimizer step.
         """
-        dense = group_step_advantages(
-            rewards,
-            ends,
-            mask,
-            group_size,
-            gamma=self.args.step_gamma,
-            scale=self.args.scale_rewards != "none",
-            baseline=self.args.group_baseline,
-            leave_one_out=self.args.leave_one_out,
-        )
+        dense = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        for one in shaped:
+            dense = dense + one.weight * group_step_advantages(
+                one.rewards,
+                one.ends,
+                mask,
+                group_size,
+                gamma=self.args.step_gamma,
+                scale=self.args.scale_rewards != "none",
+                baseline=self.args.group_baseline,
+                leave_one_out=self.args.leave_one_out,
+            )
         step_weight, outcome_weight = self.weights(step)
         advantages = outcome_weight * (outcome.unsqueeze(1) * mask) + step_weight * dense
         if not self.args.missing_eos_penalty:
@@ -234,3 +218,22 @@ class StepRewards:
         penalties = self.penalties(rollout).view(-1, group_size)
         penalties = (penalties - penalties.mean(dim=1, keepdim=True)).view(-1, 1)
         return advantages - penalties * mask
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running statistics of each source, for JSON."""
+        return {source.__name__: source.moments.state_dict() for source in self.sources}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            ValueError: If it belongs to other sources.
+        """
+        names = [source.__name__ for source in self.sources]
+        if sorted(state) != sorted(names):
+            raise ValueError(
+                f"The checkpoint holds running statistics of the step rewards {sorted(state)}, but there are "
+                f"{sorted(names)}. Resume with the reward models and `step_reward_funcs` of that run, or start again."
+            )
+        for source in self.sources:
+            source.moments.load_state_dict(state[source.__name__])

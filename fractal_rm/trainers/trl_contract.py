@@ -58,6 +58,8 @@ ATTRIBUTES = {
     "control": (),
     "model_wrapped": (),
     "num_generations": (),
+    "reward_func_names": (),
+    "reward_funcs": (),
     "reward_weights": (),
 }
 
