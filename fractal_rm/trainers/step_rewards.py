@@ -13,6 +13,7 @@ from fractal_rm.advantages import group_step_advantages
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.rewards import (
     Placement,
+    Span,
     completion_text,
     place_outcome,
     place_step_rewards,
@@ -60,6 +61,11 @@ class StepScoreReward:
     def __init__(self, reward_model: StepRewardModel, tokenizer: Any, batch_size: int | None) -> None:
         self.reward_model, self.tokenizer, self.batch_size = reward_model, tokenizer, batch_size
         self.scored: list[StepScores] = []
+        self._pieces: dict[int, str] = {}
+
+    def step_ends(self, completion_ids: Sequence[int], spans: Sequence[Span]) -> list[int | None]:
+        """Token of a completion that holds the last character of each step."""
+        return step_end_tokens(token_end_characters(completion_ids, self.tokenizer, self._pieces), spans)
 
     def __call__(self, prompts: list[Any], completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
         # Not TRL's `completions`: placement counts the characters of exactly this decoding.
@@ -136,7 +142,7 @@ class StepRewards:
                 for scored, keep in zip(self.scores.scored, used, strict=True)
             ]
             ends = [
-                step_end_tokens(token_end_characters(ids, self.scores.tokenizer), result.spans)
+                self.scores.step_ends(ids, result.spans)
                 for ids, result in zip(rollout.completion_ids, scored, strict=True)
             ]
             flat = [score for result in scored for score in result.step_scores]
