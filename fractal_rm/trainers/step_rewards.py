@@ -33,12 +33,14 @@ class Rollout:
         completion_ids: Sampled ids, without padding.
         rewards: Reward of each function (B, functions), NaN where it gave None.
         kl: KL divergence from the reference at each token (B, T), where it is part of the reward, or known anyway.
+        logprobs: The policy's log-probabilities of the tokens (B, T), where they were computed.
     """
 
     prompts: list[Any]
     completion_ids: list[list[int]]
     rewards: Tensor
     kl: Tensor | None = None
+    logprobs: Tensor | None = None
 
     @property
     def judged(self) -> Tensor:
