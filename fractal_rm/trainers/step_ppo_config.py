@@ -118,7 +118,7 @@ class StepPPOConfig(GRPOConfig):
     value_gradients_to_policy: bool = field(
         default=False,
         metadata={
-            "help": "With `value_model=shared`: the value loss trains the policy's backbone as well, not the head alone."
+            "help": "With `value_model=shared`: the value loss trains the policy's backbone too, not the head alone."
         },
     )
     whiten_rewards: bool = field(

@@ -16,7 +16,9 @@ from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 from fractal_rm.trainers.value_model import checkpoint_layers, clipped_value_loss, explained_variance
 
 VALUE_FOLDER = "value_model"
-_WEIGHTS, _ADAPTER = "model.safetensors", "adapter_model.safetensors"
+_WEIGHTS = "model.safetensors"
+# One folder deeper: whatever adapter lies in a folder of a checkpoint, `Trainer` loads into the policy.
+_ADAPTER_FOLDER, _ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"
 _INPUTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 
 
@@ -148,9 +150,10 @@ class ValueLearning:
     def save(self, checkpoint: Path) -> None:
         """Write `value_model/`: an ordinary folder of a model, or of its PEFT adapter, or the weights of a head."""
         model, folder = self.accelerator.unwrap_model(self.model), checkpoint / VALUE_FOLDER
+        if _is_adapted(model):
+            return model.save_pretrained(folder / _ADAPTER_FOLDER, save_embedding_layers=False)
         if self.shared is None:
-            model.save_pretrained(folder, **({"save_embedding_layers": False} if _is_adapted(model) else {}))
-            return
+            return model.save_pretrained(folder)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{_WEIGHTS}.{os.getpid()}.tmp"
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
@@ -162,8 +165,8 @@ class ValueLearning:
         Raises:
             ValueError: If the checkpoint holds no such value model.
         """
-        model = self.accelerator.unwrap_model(self.model)
-        file = checkpoint / VALUE_FOLDER / (_ADAPTER if _is_adapted(model) else _WEIGHTS)
+        model, folder = self.accelerator.unwrap_model(self.model), checkpoint / VALUE_FOLDER
+        file = folder / _ADAPTER_FOLDER / _ADAPTER_WEIGHTS if _is_adapted(model) else folder / _WEIGHTS
         if not file.is_file():
             raise ValueError(
                 f"{file} is missing, so the value model cannot be resumed. Resume from a checkpoint of "
