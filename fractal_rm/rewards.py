@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -48,19 +49,25 @@ def completion_text(token_ids: Sequence[int], tokenizer: Decoder) -> str:
     return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def token_end_characters(token_ids: Sequence[int], tokenizer: Decoder) -> list[int]:
+def token_end_characters(
+    token_ids: Sequence[int], tokenizer: Decoder, pieces: dict[int, str] | None = None
+) -> list[int]:
     """Number of characters of the completion text that are complete once each token is there.
 
     A character whose bytes are split over tokens is complete with the last of them. Special tokens add nothing. A token
     ends where decoding up to it (without trailing U+FFFD, which marks an unfinished character) stops agreeing with
     the whole text; ends never decrease, and the last token that is text ends with the text, even inside a character.
 
-    Ids are decoded in windows of a few tokens, so the cost grows linearly with length. Where the windows do not add up
-    to the text (a decoder that looks back further, invalid bytes), every prefix is decoded, in quadratic time.
+    Where the texts of single ids add up to the whole text, their lengths say it all. Otherwise (a character in several
+    tokens, a decoder that looks at neighbours) ids are decoded in windows of a few tokens, so the cost still grows
+    linearly with length. Where these do not add up either (a decoder that looks back further, invalid bytes), every
+    prefix is decoded, in quadratic time.
 
     Args:
         token_ids: Sampled ids of one completion; EOS and padding may be among them.
         tokenizer: The policy's tokenizer.
+        pieces: Texts of single ids; those that are missing are added. Keep one dictionary for all completions of a
+            tokenizer and each id is decoded once.
 
     Returns:
         One number per id, non-decreasing.
@@ -76,6 +83,9 @@ def token_end_characters(token_ids: Sequence[int], tokenizer: Decoder) -> list[i
     """
     token_ids = list(token_ids)
     text = completion_text(token_ids, tokenizer)
+    ends = _piece_ends(token_ids, text, tokenizer, {} if pieces is None else pieces)
+    if ends is not None:
+        return ends
     special = set(tokenizer.all_special_ids)
     special |= {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
     is_text = [i not in special for i in token_ids]
@@ -96,6 +106,16 @@ def token_end_characters(token_ids: Sequence[int], tokenizer: Decoder) -> list[i
         seen += keep
         ends.append(text_ends[seen - 1] if seen else 0)
     return ends
+
+
+def _piece_ends(token_ids: list[int], text: str, tokenizer: Decoder, pieces: dict[int, str]) -> list[int] | None:
+    """End characters from the texts of single ids, or None where these do not add up to `text` by whole characters."""
+    for token_id in set(token_ids) - pieces.keys():
+        pieces[token_id] = completion_text([token_id], tokenizer)
+    texts = [pieces[token_id] for token_id in token_ids]
+    if REPLACEMENT in text or "".join(texts) != text:
+        return None
+    return list(accumulate(map(len, texts)))
 
 
 def _window_ends(count: int, text: str, decode: Callable[[int, int], str]) -> list[int] | None:

@@ -290,6 +290,15 @@ def test_the_cost_grows_linearly_with_the_length(name):
     assert counting.decoded < 25 * len(ids)  # every prefix would be more than 400 times the length
 
 
+def test_with_the_pieces_kept_a_second_completion_costs_one_decoding_of_its_text():
+    counting, pieces = CountingDecoder(byte_level()), {}
+    ids = counting.tokenizer.encode(CORPUS[0], add_special_tokens=False)
+    first = token_end_characters(ids, counting, pieces)
+    counting.decoded = 0
+    assert token_end_characters(ids, counting, pieces) == first == ends_by_definition(ids, counting.tokenizer)
+    assert counting.decoded == len(ids)
+
+
 @given(
     ends=st.lists(st.integers(0, 12), max_size=10).map(sorted),
     spans=st.lists(st.tuples(st.integers(0, 14), st.integers(0, 14)), max_size=4),

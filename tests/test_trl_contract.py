@@ -253,7 +253,8 @@ def test_every_private_name_that_the_trainer_uses_is_in_the_contract():
     listed = {*trl_contract.METHODS, *trl_contract.ATTRIBUTES, *(name for pair in trl_contract.CALLS for name in pair)}
     theirs = {name for parent in GRPOTrainer.__mro__[:-1] for name in vars(parent)} | set(trl_contract.ATTRIBUTES)
     used = set()
-    for name in ("step_ppo_trainer", "step_rewards", "kl_reward", "rollout_guards", "value_model"):
+    modules = ["step_ppo_trainer", "step_rewards", "kl_reward", "rollout_guards"]
+    for name in (*modules, "value_model", "value_learning", "shared_backbone"):
         tree = ast.parse(Path(trl_contract.__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
         used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         used |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}

@@ -46,8 +46,10 @@ class KLReward:
         self.args, self.on = args, args.kl_coef > 0
         self.adaptive = AdaptiveKL(args.kl_coef, target=args.kl_target)
 
-    def measure(self, trainer: Any, output: dict[str, Any], mask: Tensor) -> Tensor:
-        """KL divergence (B, T) of the policy that sampled from the reference; takes what only it needs from `output`.
+    def measure(self, trainer: Any, output: dict[str, Any], mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the policy that sampled, and its KL divergence from the reference, (B, T) each.
+
+        Takes what only it needs from `output`.
 
         TRL has the policy's log-probabilities in the rollout where updates and rollouts are not in step; otherwise they
         are one more forward pass.
@@ -63,7 +65,7 @@ class KLReward:
                     output["completion_ids"].size(1),
                     batch_size=trainer.args.per_device_train_batch_size,
                 )[0]
-        return kl_estimates(logprobs, reference, mask, estimator=self.args.kl_estimator)
+        return logprobs, kl_estimates(logprobs, reference, mask, estimator=self.args.kl_estimator)
 
     def penalty(self, kl: Tensor, accelerator: Any, log: Callable[[str, float], None]) -> Tensor:
         """What each token pays (B, T); the coefficient then follows its target."""

@@ -195,9 +195,13 @@ class PPOArguments:
     value_model: str | None = field(
         default=None,
         metadata={
-            "help": "Token classification model with one label, for `advantage=gae`, or `reward_model` for the reward "
-            "model's backbone; default: made of the policy."
+            "help": "Token classification model with one label, for `advantage=gae`; or `reward_model` for the reward "
+            "model's backbone, `shared` for a head on the policy's own; default: made of the policy."
         },
+    )
+    value_use_peft: bool = field(
+        default=True,
+        metadata={"help": "With `use_peft`: low-rank adapters for the value model too, in place of all its weights."},
     )
     task: Literal["arithmetic", "gsm8k"] | None = field(
         default=None,

@@ -38,8 +38,9 @@ def ppo(argv: Sequence[str]) -> None:
     names = [*reward_models, *([arguments.reward_function] if arguments.reward_function else [])]
     if not names:
         raise ValueError("There is no reward. Give `reward_model` (dense), `reward_function` (outcome), or both.")
-    # The value model may also be the word that stands for the reward model's backbone.
-    given_value = None if arguments.value_model == "reward_model" else arguments.value_model
+    # The value model may also be a word that stands for a backbone that there is already.
+    given_value = None if arguments.value_model in ("reward_model", "shared") else arguments.value_model
+    adapt_value = arguments.value_use_peft and config.advantage == "gae" and arguments.value_model != "shared"
     for path in (arguments.model, *reward_models, given_value):
         if path is not None:
             check_model(path)
@@ -59,6 +60,7 @@ def ppo(argv: Sequence[str]) -> None:
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         value_model=arguments.value_model,
         peft_config=lora.config(),
+        value_peft_config=lora.config() if adapt_value else None,
     )
     with RichProgress(trainer, "PPO"):
         result = trainer.train(resume_from_checkpoint=checkpoint)

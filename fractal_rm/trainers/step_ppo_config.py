@@ -143,6 +143,12 @@ class StepPPOConfig(GRPOConfig):
     value_warmup_steps: int = field(
         default=0, metadata={"help": "Optimizer steps at the start in which the value model learns and the policy not."}
     )
+    value_gradients_to_policy: bool = field(
+        default=False,
+        metadata={
+            "help": "With `value_model=shared`: the value loss trains the policy's backbone too, not the head alone."
+        },
+    )
     whiten_rewards: bool = field(
         default=False, metadata={"help": "Divide token rewards by their standard deviation over the rollout batch."}
     )

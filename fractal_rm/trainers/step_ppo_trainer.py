@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from safetensors.torch import load_model as load_weights
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -23,7 +22,7 @@ from transformers import (
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import get_callable_name
 
-from fractal_rm.advantages import gae, global_advantages, whiten
+from fractal_rm.advantages import global_advantages, whiten
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.trainers.dense_sources import (
     DenseSource,
@@ -37,12 +36,13 @@ from fractal_rm.trainers.finite_rewards import check_model_rewards, checked_rewa
 from fractal_rm.trainers.kl_reward import KLReward, lent_beta
 from fractal_rm.trainers.ppo_checks import check_reward_models, check_setup, check_step_functions
 from fractal_rm.trainers.rollout_guards import AlarmActions, as_rollouts, ending_ids
+from fractal_rm.trainers.shared_backbone import SharedBackbone, make_value_head
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 from fractal_rm.trainers.step_rewards import Rollout, StepRewards
 from fractal_rm.trainers.trl_contract import check_contract
-from fractal_rm.trainers.value_model import ValueGradients, clipped_value_loss, explained_variance, make_value_model
+from fractal_rm.trainers.value_learning import ValueLearning, check_value_arguments
+from fractal_rm.trainers.value_model import ValueGradients, make_value_model
 
-_VALUE_FOLDER = "value_model"
 _STATE_FILE = "step_ppo_state.json"
 
 
@@ -66,9 +66,11 @@ class StepPPOTrainer(GRPOTrainer):
         processing_class: The policy's tokenizer.
         value_model: For `advantage="gae"`: path or instance of a token classification model with one label that shares
             the policy's tokenizer. None: made from the policy's backbone, with a head that starts at 0;
-            `"reward_model"`: from the reward model's backbone, with such a head.
+            `"reward_model"`: from the reward model's backbone, with such a head; `"shared"`: a head alone, on the
+            policy's own hidden states.
         callbacks: As for `GRPOTrainer`.
-        peft_config: As for `GRPOTrainer`.
+        peft_config: As for `GRPOTrainer`: the policy trains an adapter, and is the reference without it.
+        value_peft_config: The value model trains an adapter and its head, in place of all its weights.
         step_reward_funcs: Dense rewards of your own, one or a list: called as TRL calls `reward_funcs`, and with
             `steps`, the texts of each completion's steps; they return one score per step for each completion.
         kwargs: Further arguments of `GRPOTrainer`.
@@ -97,6 +99,7 @@ class StepPPOTrainer(GRPOTrainer):
         value_model: str | Path | PreTrainedModel | None = None,
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
+        value_peft_config: Any = None,
         step_reward_funcs: Callable[..., Any] | list[Callable[..., Any]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -110,17 +113,14 @@ class StepPPOTrainer(GRPOTrainer):
                 "There is no reward. Give a `reward_model` or `step_reward_funcs` (dense), `reward_funcs` (outcome), "
                 "or several of them."
             )
-        if value_model is not None and args.advantage != "gae":
-            raise ValueError(
-                f"`advantage='{args.advantage}'` uses no `value_model`. Leave it out or set `advantage='gae'`."
-            )
+        check_value_arguments(args, value_model, value_peft_config)
         check_setup(args, model, processing_class, eval_dataset)
         check_step_functions(own, args, train_dataset)
         reward_models = load_reward_models(reward_model)
         check_reward_models(reward_models, args, train_dataset)
         self.sources = make_sources(reward_models, own, args, [get_callable_name(function) for function in functions])
         add_to_outcomes(self.sources, functions, args, kwargs)
-        self.value_model: Any = None
+        self.value_learning: ValueLearning | None = None
         self._rollout: Rollout | None = None
         self.step_rewards, self.kl_reward = StepRewards(args, self.sources, self._log), KLReward(args)
         self.alarm_actions = AlarmActions(args, self.step_rewards)
@@ -145,15 +145,25 @@ class StepPPOTrainer(GRPOTrainer):
             source.prepare(self._tokenizer, self.accelerator.device)
         self._is_outcome = torch.tensor([not isinstance(function, DenseSource) for function in self.reward_funcs])
         if args.advantage == "gae":
-            self.value_model = self.accelerator.prepare_model(
-                make_value_model(
-                    self.accelerator.unwrap_model(self.model),
-                    value_model,
-                    reward_model=self.step_scores.reward_model if self.step_scores else None,
-                    tokenizer=self._tokenizer,
-                )
-            )
-            self.add_callback(ValueGradients(self.value_model))
+            self.value_learning = self._make_value_learning(value_model, value_peft_config)
+            self.add_callback(ValueGradients(self.value_learning.model, args.value_warmup_steps))
+
+    def _make_value_learning(self, value_model: Any, peft_config: Any) -> ValueLearning:
+        policy = self.accelerator.unwrap_model(self.model)
+        shared = None
+        if isinstance(value_model, str) and value_model == "shared":
+            model: Any = make_value_head(policy)
+            shared = SharedBackbone(lambda: self.accelerator.unwrap_model(self.model), model)
+        else:
+            reward_model = self.step_scores.reward_model if self.step_scores else None
+            tokens = {"reward_model": reward_model, "tokenizer": self._tokenizer}
+            model = make_value_model(policy, value_model, **tokens, peft_config=peft_config)
+        return ValueLearning(model, shared, self.args, self.accelerator, self._log)
+
+    @property
+    def value_model(self) -> Any:
+        """The value model, or the value head on a shared backbone; None without one."""
+        return None if self.value_learning is None else self.value_learning.model
 
     @property
     def step_scores(self) -> StepScoreReward | None:
@@ -208,8 +218,8 @@ class StepPPOTrainer(GRPOTrainer):
             token_rewards = token_rewards - self.kl_reward.penalty(rollout.kl, self.accelerator, self._log)
         if self.args.whiten_rewards:
             token_rewards = whiten(token_rewards, mask, shift_mean=False)
-        if self.args.advantage == "gae":
-            output |= self._value_advantages(output, token_rewards, mask)
+        if self.value_learning is not None:
+            output |= self.value_learning.advantages(output, token_rewards, mask, rollout.logprobs)
         else:
             output["advantages"] = global_advantages(
                 token_rewards, mask, gamma=self.args.gamma, scale=self.args.whiten_advantages
@@ -226,7 +236,9 @@ class StepPPOTrainer(GRPOTrainer):
         assert rollout is not None
         known = self.model.training and {"ref_per_token_logps", "old_per_token_logps"} <= output.keys()
         if in_reward or known:
-            rollout.kl = self.kl_reward.measure(self, output, self._policy_mask(output))
+            rollout.logprobs, rollout.kl = self.kl_reward.measure(self, output, self._policy_mask(output))
+        else:
+            rollout.logprobs = output.get("old_per_token_logps")
         return output, rollout
 
     def _went_back(self, rollout: Rollout) -> bool:
@@ -243,7 +255,8 @@ class StepPPOTrainer(GRPOTrainer):
             self.control.should_training_stop = True
             return False
         super()._load_from_checkpoint(str(checkpoint))
-        self._load_value_model(checkpoint)
+        if self.value_learning is not None:
+            self.value_learning.load(checkpoint)
         optimizer: Any = self.optimizer
         optimizer.state.clear()  # its moments are those of the weights that strayed
         self.alarm_actions.rolled_back(checkpoint, alarms)
@@ -254,24 +267,6 @@ class StepPPOTrainer(GRPOTrainer):
         """True where the policy wrote a token (B, T)."""
         mask = output["completion_mask"].bool()
         return mask & output["tool_mask"].bool() if "tool_mask" in output else mask
-
-    def _value_advantages(self, output: dict[str, Any], token_rewards: Tensor, mask: Tensor) -> dict[str, Any]:
-        """GAE, with what the value model needs to learn from."""
-        with torch.no_grad():
-            values = torch.cat(
-                [
-                    self._values({name: output[name][rows] for name in _VALUE_INPUTS})
-                    for rows in torch.arange(len(mask)).split(self.args.per_device_train_batch_size)
-                ]
-            )
-        advantages, returns = gae(token_rewards, values, mask, gamma=self.args.gamma, lam=self.args.lam)
-        self._log("value/explained_variance", explained_variance(values[mask], returns[mask]))
-        self._log("value/mean", values[mask].mean().item())
-        advantages = whiten(advantages, mask) if self.args.whiten_advantages else advantages
-        # The value loss is a mean over the tokens of a rollout batch, as the loss of TRL's default `loss_type` is.
-        tokens = self.accelerator.reduce(mask.sum().float(), reduction="mean")
-        learned = {"values": values, "returns": returns, "value_mask": mask, "value_tokens": tokens}
-        return learned | {"advantages": advantages}
 
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(float(value))
@@ -286,39 +281,28 @@ class StepPPOTrainer(GRPOTrainer):
 
     # The value model ----------------------------------------------------------------------------------------------
 
-    def _values(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Value of the state before each completion token, (B, T) in float32."""
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        with self.accelerator.autocast():
-            logits = self.value_model(input_ids=input_ids, attention_mask=attention_mask).logits[..., 0]
-        return logits[:, inputs["prompt_ids"].size(1) - 1 : -1].float()
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        log_probs = super()._get_per_token_logps_and_entropies
+        if self.value_learning is None or self.value_learning.shared is None or not self.model.training:
+            return log_probs(*args, **kwargs)
+        return self.value_learning.shared.read(log_probs, *args, **kwargs)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         loss = super()._compute_loss(model, inputs)
         if "returns" not in inputs:
             return loss
-        if self.state.global_step < self.args.value_warmup_steps:
-            loss = 0.0 * loss
-        mask = inputs["value_mask"]
-        value_loss = clipped_value_loss(
-            self._values(inputs), inputs["values"], inputs["returns"], mask, self.args.cliprange_value
+        assert self.value_learning is not None
+        warming_up = self.state.global_step < self.args.value_warmup_steps
+        value_loss = self.value_learning.loss(
+            inputs, accumulation=self.current_gradient_accumulation_steps, warming_up=warming_up
         )
-        self._log("value/loss", value_loss.item())
-        # One batch or several with accumulation: every token of the window counts the same.
-        window = inputs["value_tokens"] * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        return loss + self.args.vf_coef * value_loss * mask.sum() / window.clamp(min=1.0)
+        return (0.0 * loss if warming_up else loss) + value_loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """The policy's optimizer with the value model as one more parameter group."""
         optimizer: Any = super().create_optimizer() if model is None else super().create_optimizer(model)
-        if self.value_model is not None:
-            known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            new = [p for p in self.value_model.parameters() if p.requires_grad and id(p) not in known]
-            if new:
-                rate = self.args.value_learning_rate
-                rate = self.args.learning_rate if rate is None else rate
-                optimizer.add_param_group({"params": new, "lr": rate, "weight_decay": self.args.weight_decay})
+        if self.value_learning is not None:
+            self.value_learning.add_to(optimizer)
         return optimizer
 
     # Checkpoints --------------------------------------------------------------------------------------------------
@@ -336,12 +320,13 @@ class StepPPOTrainer(GRPOTrainer):
         folder = Path(output_dir or self.args.output_dir or ".")
         state = {name: part.state_dict() for name, part in self._stateful().items()}
         (folder / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        if self.value_model is not None:
-            self.accelerator.unwrap_model(self.value_model).save_pretrained(folder / _VALUE_FOLDER)
+        if self.value_learning is not None:
+            self.value_learning.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model=model)
-        self._load_value_model(Path(resume_from_checkpoint))
+        if self.value_learning is not None:
+            self.value_learning.load(Path(resume_from_checkpoint))
         file = Path(resume_from_checkpoint) / _STATE_FILE
         if not file.is_file():
             raise ValueError(
@@ -351,17 +336,3 @@ class StepPPOTrainer(GRPOTrainer):
         state = json.loads(file.read_text(encoding="utf-8"))
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
-
-    def _load_value_model(self, checkpoint: Path) -> None:
-        if self.value_model is None:
-            return
-        file = checkpoint / _VALUE_FOLDER / "model.safetensors"
-        if not file.is_file():
-            raise ValueError(
-                f"{file} is missing, so the value model cannot be resumed. Resume from a checkpoint of "
-                "`advantage='gae'`, or start again without `resume_from_checkpoint`."
-            )
-        load_weights(self.accelerator.unwrap_model(self.value_model), file)
-
-
-_VALUE_INPUTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")

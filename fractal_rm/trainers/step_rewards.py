@@ -32,6 +32,7 @@ class Rollout:
         rewards: Reward of each function (B, functions), NaN where it gave None.
         is_outcome: Which functions are outcome rewards, and no source of step rewards (functions,).
         kl: KL divergence from the reference at each token (B, T), where it is part of the reward, or known anyway.
+        logprobs: The policy's log-probabilities of the tokens (B, T), where they were computed.
     """
 
     prompts: list[Any]
@@ -39,6 +40,7 @@ class Rollout:
     rewards: Tensor
     is_outcome: Tensor
     kl: Tensor | None = None
+    logprobs: Tensor | None = None
 
     @property
     def judged(self) -> Tensor:
@@ -86,6 +88,7 @@ class StepRewards:
         self.args, self.sources, self.log = args, sources, log
         self.ending_ids: set[int] = set()
         self.scale = 1.0
+        self._pieces: dict[int, str] = {}  # texts of the tokens seen so far
 
     def steps(self, rollout: Rollout, mask: Tensor, group_size: int) -> list[ShapedSteps]:
         """Shaped reward and end token of every step, and their placement, for each source.
@@ -96,7 +99,9 @@ class StepRewards:
         found: list[ShapedSteps] = []
         token_ends: list[list[int]] = []
         for number, source in enumerate(self.sources):
-            token_ends = token_ends or [token_end_characters(ids, source.tokenizer) for ids in rollout.completion_ids]
+            token_ends = token_ends or [
+                token_end_characters(ids, source.tokenizer, self._pieces) for ids in rollout.completion_ids
+            ]
             scored = [
                 scored if keep else StepScores(scored.response)
                 for scored, keep in zip(source.scored, used, strict=True)

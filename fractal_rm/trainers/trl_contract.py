@@ -31,6 +31,7 @@ METHODS = {
 CALLS = (
     ("_prepare_inputs", "_generate_and_score_completions"),
     ("_generate_and_score_completions", "_calculate_rewards"),
+    ("_generate_and_score_completions", "_get_per_token_logps_and_entropies"),
     ("compute_loss", "_compute_loss"),
     ("_compute_loss", "_get_per_token_logps_and_entropies"),
 )

@@ -2,11 +2,13 @@
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForTokenClassification,
     PreTrainedModel,
@@ -15,13 +17,21 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.scorers.settings import Settings
+from fractal_rm.trainers.model_setup import add_adapter
 
 
 def make_value_model(
-    policy: Any, value_model: Any = None, *, reward_model: StepRewardModel | None = None, tokenizer: Any = None
-) -> PreTrainedModel:
+    policy: Any,
+    value_model: Any = None,
+    *,
+    reward_model: StepRewardModel | None = None,
+    tokenizer: Any = None,
+    peft_config: Any = None,
+) -> Any:
     """A token classification model with one label, whose output before a token is the value of that state.
 
     Args:
@@ -30,24 +40,33 @@ def make_value_model(
             the policy's backbone with such a head.
         reward_model: The reward model, for `"reward_model"`.
         tokenizer: The policy's tokenizer, which the reward model must share for `"reward_model"`.
+        peft_config: PEFT configuration of an adapter to train, and the head, in place of all weights.
 
     Returns:
         The model, in evaluation mode for good: clipping compares with the rollout's values, and with dropout both would
-        not see the same network.
+        not see the same network. Made from a policy that trains an adapter, and with one itself, it holds the policy's
+        own frozen weights and no copy of them.
 
     Raises:
-        ValueError: If the architecture has no token classification model, the given model has several labels, or the
-            reward model reads other tokens than the policy writes.
+        ValueError: If the architecture has no token classification model, the given model has several labels, the
+            reward model reads other tokens than the policy writes, or the adapter is one that adds tokens.
     """
+    copied_from = None
     if value_model == "reward_model":
         value_model = _with_new_head(_reward_backbone(reward_model, tokenizer))
     elif value_model is None:
-        value_model = _with_new_head(policy.get_base_model() if hasattr(policy, "peft_config") else policy)
+        copied_from = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+        value_model = _with_new_head(copied_from)
     elif isinstance(value_model, str | Path):
         value_model = AutoModelForTokenClassification.from_pretrained(value_model, num_labels=1)
     if value_model.config.num_labels != 1:
         labels = value_model.config.num_labels
         raise ValueError(f"The value model has {labels} labels. Give one with `num_labels=1`.")
+    value_model.config.use_cache = False  # whole texts only: keys and values of the past would be kept for nothing
+    if peft_config is not None:
+        value_model = add_adapter(value_model, peft_config, Settings(scorer="token"))
+        if copied_from is not None:
+            _share_frozen_weights(value_model.get_base_model(), copied_from)
     return value_model.eval()
 
 
@@ -76,16 +95,42 @@ def _with_new_head(source: Any) -> PreTrainedModel:
             "classification model for it. Give `value_model`, or set `advantage='group'`."
         ) from error
     # A fresh PEFT adapter changes nothing yet, so the weights under it are the policy's.
-    weights = {
-        name.replace(".base_layer", "").replace(".original_module", ""): value
-        for name, value in source.base_model.state_dict().items()
-    }
+    weights = {_without_peft(name): value for name, value in source.base_model.state_dict().items()}
     model.base_model.load_state_dict({name: weights[name] for name in model.base_model.state_dict() if name in weights})
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.out_features == 1:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias) if module.bias is not None else None
     return model
+
+
+def _without_peft(name: str) -> str:
+    """The name that a weight has without the PEFT layer around it."""
+    return name.replace(".base_layer", "").replace(".original_module", "")
+
+
+def _share_frozen_weights(model: nn.Module, source: Any) -> None:
+    """Let frozen weights of a copied backbone be those that it was copied from, where they are frozen there too."""
+    frozen = {
+        _without_peft(name): parameter
+        for name, parameter in source.base_model.named_parameters()
+        if not parameter.requires_grad
+    }
+    backbone: Any = model.base_model
+    for name, parameter in backbone.named_parameters():
+        twin = None if parameter.requires_grad else frozen.get(_without_peft(name))
+        if twin is not None and twin.dtype == parameter.dtype:
+            parameter.data = twin.data
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Recompute the activations of each layer in the backward pass, to save memory: `gradient_checkpointing`.
+
+    Transformers does so in training mode only, which a value model is never in.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float) -> Tensor:
@@ -115,14 +160,20 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 class ValueGradients(TrainerCallback):
-    """Clips the value model's gradients by their own norm and clears them: Trainer does both to the policy's only."""
+    """Clips the value model's gradients by their own norm and clears them: Trainer does both to the policy's only.
 
-    def __init__(self, value_model: nn.Module) -> None:
-        self.value_model = value_model
+    In the value model's warm-up it takes the policy's gradients away: with gradients of 0, weight decay would move it.
+    """
+
+    def __init__(self, value_model: nn.Module, warmup_steps: int = 0) -> None:
+        self.value_model, self.warmup_steps = value_model, warmup_steps
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if state.global_step < self.warmup_steps:
+            for parameter in kwargs["model"].parameters():
+                parameter.grad = None
         if args.max_grad_norm:
             nn.utils.clip_grad_norm_(self.value_model.parameters(), args.max_grad_norm)
 
