@@ -23,6 +23,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from fractal_rm.advantages import gae, global_advantages, whiten
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.trainers.finite_logs import FiniteLogs
 from fractal_rm.trainers.kl_reward import KLReward, lent_beta
 from fractal_rm.trainers.rollout_guards import AlarmActions, as_rollouts, ending_ids
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
@@ -34,7 +35,7 @@ _VALUE_FOLDER = "value_model"
 _STATE_FILE = "step_ppo_state.json"
 
 
-class StepPPOTrainer(GRPOTrainer):
+class StepPPOTrainer(GRPOTrainer, FiniteLogs):
     """PPO with a reward for every step.
 
     A completion that no reward function judges (all give None) is left out of what is learned, as in TRL.
@@ -62,6 +63,9 @@ class StepPPOTrainer(GRPOTrainer):
         ValueError: If there is no reward, the prompts are chats and the reward model was trained on texts (or the
             other way round), or the value model cannot be made.
         RuntimeError: If the installed TRL has moved a name that this class relies on.
+
+    Attributes:
+        last_rollout: The completions of this process that were trained on last, with rewards and step scores.
     """
 
     _tag_names = ("trl", "fractal-rm", "step-ppo")
@@ -105,6 +109,7 @@ class StepPPOTrainer(GRPOTrainer):
             add_to_outcomes(self.step_scores, functions, args, kwargs)
         self.value_model: Any = None
         self._rollout: Rollout | None = None
+        self.last_rollout: Rollout | None = None
         self.step_rewards, self.kl_reward = StepRewards(args, self.step_scores, self._log), KLReward(args)
         self.alarm_actions = AlarmActions(args, self.step_rewards)
         with lent_beta(args, wanted=self.kl_reward.on):
@@ -158,7 +163,8 @@ class StepPPOTrainer(GRPOTrainer):
         local = slice(
             self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts)
         )
-        self._rollout = Rollout(prompts, completion_ids_list, rewards_per_func[local])
+        scored = None if self.step_scores is None else self.step_scores.scored
+        self._rollout = Rollout(prompts, completion_ids_list, rewards_per_func[local], scored)
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
@@ -167,6 +173,7 @@ class StepPPOTrainer(GRPOTrainer):
             return output  # evaluation only logs rewards; without step scores the group baseline is TRL's own
         if self._went_back(rollout):
             output, rollout = self._roll_out(inputs)  # by the policy that there is now
+        self.last_rollout = rollout
         mask, step = self._policy_mask(output), self.state.global_step
         rewards, ends, placement = self.step_rewards.steps(rollout, mask, self.num_generations)
         if self.args.advantage == "group":

@@ -31,12 +31,14 @@ class Rollout:
         prompts: Their prompts.
         completion_ids: Sampled ids, without padding.
         rewards: Reward of each function (B, functions), NaN where it gave None.
+        scored: Their step scores; None without a reward model.
         kl: KL divergence from the reference at each token (B, T), where it is part of the reward, or known anyway.
     """
 
     prompts: list[Any]
     completion_ids: list[list[int]]
     rewards: Tensor
+    scored: Sequence[StepScores] | None = None
     kl: Tensor | None = None
 
     @property
@@ -61,7 +63,13 @@ class StepScoreReward:
         self.reward_model, self.tokenizer, self.batch_size = reward_model, tokenizer, batch_size
         self.scored: list[StepScores] = []
 
-    def __call__(self, prompts: list[Any], completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
+    def __call__(
+        self,
+        prompts: list[Any],
+        completion_ids: list[list[int]],
+        log_extra: Callable[[str, list[str]], None] | None = None,
+        **kwargs: Any,
+    ) -> list[float | None]:
         # Not TRL's `completions`: placement counts the characters of exactly this decoding.
         texts = [completion_text(ids, self.tokenizer) for ids in completion_ids]
         self.scored = self.reward_model.score(prompts, texts, batch_size=self.batch_size, progress=False)
@@ -72,7 +80,25 @@ class StepScoreReward:
                     f"{scored.response!r}. "
                     "Its weights or their precision are broken: check them with `StepRewardModel.score` on that text."
                 )
+        if log_extra is not None:  # a column of TRL's table of completions, for `log_completions`
+            log_extra(f"steps/{self.__name__}", [step_lines(scored) for scored in self.scored])
         return [None if scored.error else scored.score for scored in self.scored]
+
+
+def step_lines(scored: StepScores) -> str:
+    """Steps with their scores as text, one a line.
+
+    Example:
+        >>> from fractal_rm.reward_model import Step
+        >>> steps = [Step("2+2=4", 0, 5, 0.98), Step("4+1=6", 6, 11, 0.07)]
+        >>> print(step_lines(StepScores("2+2=4 4+1=6", steps, 0.07)))
+        0.98  2+2=4
+        0.07  4+1=6
+    """
+    lines = [f"{step.score:.2f}  {step.text}" for step in scored.steps]
+    if scored.truncated_steps:
+        lines.append(f"{scored.truncated_steps} more beyond `max_length`")
+    return f"not scored: {scored.error}" if scored.error else "\n".join(lines)
 
 
 def add_to_outcomes(step_scores: StepScoreReward, functions: list[Any], args: StepPPOConfig, kwargs: dict) -> None:

@@ -58,6 +58,7 @@ ATTRIBUTES = {
     "control": (),
     "model_wrapped": (),
     "num_generations": (),
+    "reward_func_names": (),
     "reward_weights": (),
 }
 

@@ -1,0 +1,34 @@
+"""What a trainer may log: numbers that every tracker and JSON can hold."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Trainer
+
+
+class FiniteLogs(Trainer):
+    """A trainer whose logs are plain finite numbers; what is not is left out.
+
+    TRL logs None where a number is not known, metrics are NaN where they are not defined, and a training that diverges
+    logs NaN: each tracker drops these or fails in its own way, and strict JSON has none of them.
+    """
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `transformers.Trainer`; the dictionary itself, which `evaluate` returns, keeps its NaN."""
+        kept = finite(logs)
+        super().log(kept, start_time)
+        logs.update(kept)  # with what `Trainer` adds, such as the epoch
+
+
+def finite(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that are finite numbers, as plain Python ones.
+
+    Example:
+        >>> import numpy as np
+        >>> finite({"loss": np.float32(0.5), "steps": 3, "kl": None, "auc": float("nan"), "ratio": float("inf")})
+        {'loss': 0.5, 'steps': 3}
+    """
+    # Scalars of numpy and torch have no axes.
+    plain = {name: value.item() if getattr(value, "ndim", None) == 0 else value for name, value in logs.items()}
+    return {name: value for name, value in plain.items() if isinstance(value, int | float) and math.isfinite(value)}
