@@ -90,6 +90,8 @@ def test_a_configuration_runs_for_two_steps(path, stand_ins, tmp_path):
     assert max(logs["step"] for logs in history) == 2
     assert (output / "model.safetensors").is_file() or (output / "adapter_model.safetensors").is_file()
     assert (output / "README.md").is_file()
+    if "page_steps" in config:
+        assert (output / "step_scores" / "step-000002.html").is_file()
     if "pseudo_labels" in config:
         assert {logs["stage"] for logs in history} == {"stage-joint", "stage-pseudo-1"}
 
