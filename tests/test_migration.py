@@ -160,7 +160,7 @@ def test_the_prm_example_repeats_their_defaults_and_reads_gold_labels_only(tmp_p
 
 def test_numbers_that_are_named_are_logged(tmp_path):
     def score(completions: list[str], **_: Any) -> list[float]:
-        return [float(len(text) % 2) for text in completions]
+        return [float(sum(map(ord, text)) % 2) for text in completions]
 
     trainer = make(
         tmp_path,
