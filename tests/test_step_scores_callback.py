@@ -217,6 +217,15 @@ def test_tensorboard_gets_the_numbers_of_steps(run):
     assert all(type(value) in (int, float) and math.isfinite(value) for value in values)
 
 
+def test_a_loss_that_is_no_number_is_left_out_with_a_warning(run, caplog):
+    run.trainer.log({"loss": math.nan, "grad_norm": 1.0})
+    assert "loss" not in run.trainer.state.log_history[-1]
+    assert run.trainer.state.log_history[-1]["grad_norm"] == 1.0
+    assert [record.getMessage() for record in caplog.records] == [
+        "`loss` is nan at step 5: the training diverges. Lower `learning_rate`, or go back to a checkpoint."
+    ]
+
+
 def test_trl_itself_logs_none_for_what_is_unknown(tmp_path):
     trainer = make(
         tmp_path,
