@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fractal_rm.trainers.fractal_trainer import FractalTrainer
     from fractal_rm.trainers.step_ppo_config import StepPPOConfig
     from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
+    from fractal_rm.trainers.step_scores_callback import StepScoresCallback
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "StepPPOTrainer",
     "StepRewardModel",
     "StepScores",
+    "StepScoresCallback",
     "__version__",
     "read_bags",
 ]
@@ -44,6 +46,7 @@ _MODULES = {
     "StepPPOTrainer": "fractal_rm.trainers.step_ppo_trainer",
     "StepRewardModel": "fractal_rm.reward_model",
     "StepScores": "fractal_rm.reward_model",
+    "StepScoresCallback": "fractal_rm.trainers.step_scores_callback",
     "read_bags": "fractal_rm.readers",
 }
 

@@ -37,8 +37,8 @@ ROWS = (
     ),
     ("scorers", "tasks", "datasets"),
     ("reward_model",),
-    ("trainers", "evaluation"),
-    ("report", "quickstart", "cli"),
+    ("trainers", "evaluation", "report"),
+    ("quickstart", "cli"),
 )
 ROW_OF = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -22,6 +23,19 @@ def name(path: Path) -> str:
 def command_of(config: Path) -> str:
     """The command line in the first line of a configuration file."""
     return config.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+
+
+def script(path: Path) -> ModuleType:
+    """A script of a recipe as a module."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Configurations of scripts, and those of `fractal-rm`.
+SCRIPTED = [path for path in CONFIGS if command_of(path).startswith("python ")]
+CONFIGURED = [path for path in CONFIGS if path not in SCRIPTED]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +78,7 @@ def small(command: str, config: dict, stand_ins: Path) -> list[str]:
     return flags
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name)
+@pytest.mark.parametrize("path", CONFIGURED, ids=name)
 def test_a_configuration_runs_for_two_steps(path, stand_ins, tmp_path):
     program, command, *rest = command_of(path).split()
     assert (program, rest) == ("fractal-rm", ["--config", f"recipes/{name(path)}"])
@@ -76,8 +90,30 @@ def test_a_configuration_runs_for_two_steps(path, stand_ins, tmp_path):
     assert max(logs["step"] for logs in history) == 2
     assert (output / "model.safetensors").is_file() or (output / "adapter_model.safetensors").is_file()
     assert (output / "README.md").is_file()
+    if "page_steps" in config:
+        assert (output / "step_scores" / "step-000002.html").is_file()
     if "pseudo_labels" in config:
         assert {logs["stage"] for logs in history} == {"stage-joint", "stage-pseudo-1"}
+
+
+@pytest.mark.parametrize("path", SCRIPTED, ids=name)
+def test_a_script_runs_for_two_steps(path, stand_ins, tmp_path):
+    program, file, trainer, *rest = command_of(path).split()
+    assert (program, file, rest) == (
+        "python",
+        f"recipes/{name(path.parent)}/train.py",
+        ["--config", f"recipes/{name(path)}"],
+    )
+    flags = small("ppo", yaml.safe_load(path.read_text(encoding="utf-8")), stand_ins)
+    output = tmp_path / "out"
+    script(path.parent / "train.py").main([trainer, "--config", str(path), *flags, "--output_dir", str(output)])
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert max(logs["step"] for logs in history) == 2
+    rewards = [logs["rewards/fractal_reward/mean"] for logs in history if "rewards/fractal_reward/mean" in logs]
+    assert len(rewards) == 2
+    assert all(0 < reward < 1 for reward in rewards)
+    assert len([logs for logs in history if "eval_rewards/exact_answer/mean" in logs]) == 2  # before and after
+    assert (output / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name)
@@ -100,10 +136,7 @@ def test_the_arithmetic_recipe_says_how_to_get_its_models(tmp_path, monkeypatch,
 
 
 def test_sampled_solutions_of_gsm8k_are_labelled_and_split_by_question(stand_ins, tmp_path):
-    path = RECIPES / "gsm8k_ppo" / "sample.py"
-    spec = importlib.util.spec_from_file_location("gsm8k_ppo_sample", path)
-    sample = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sample)
+    sample = script(RECIPES / "gsm8k_ppo" / "sample.py")
     problems = write_jsonl(tmp_path / "problems.jsonl", gsm8k_problems(20))
     arguments = ["--model", str(stand_ins / "policy"), "--train_file", problems, "--output_dir", str(tmp_path / "out")]
     sample.main([*arguments, "--samples", "2", "--max_new_tokens", "6", "--batch_size", "8"])

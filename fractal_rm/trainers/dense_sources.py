@@ -65,7 +65,13 @@ class StepScoreReward(DenseSource):
         super().prepare(tokenizer, device)
         self.reward_model.scorer.to(device)
 
-    def __call__(self, prompts: list[Any], completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
+    def __call__(
+        self,
+        prompts: list[Any],
+        completion_ids: list[list[int]],
+        log_extra: Callable[[str, list[str]], None] | None = None,
+        **kwargs: Any,
+    ) -> list[float | None]:
         texts = self.texts(completion_ids)
         self.scored = self.reward_model.score(prompts, texts, batch_size=self.batch_size, progress=False)
         for row, scored in enumerate(self.scored):
@@ -75,7 +81,25 @@ class StepScoreReward(DenseSource):
                     f"{scored.step_scores}. Its weights or their precision are broken: check them with "
                     "`StepRewardModel.score` on that text."
                 )
+        if log_extra is not None:  # a column of TRL's table of completions, for `log_completions`
+            log_extra(f"steps/{self.__name__}", [step_lines(scored) for scored in self.scored])
         return [None if scored.error else scored.score for scored in self.scored]
+
+
+def step_lines(scored: StepScores) -> str:
+    """Steps with their scores as text, one a line.
+
+    Example:
+        >>> from fractal_rm.reward_model import Step
+        >>> steps = [Step("2+2=4", 0, 5, 0.98), Step("4+1=6", 6, 11, 0.07)]
+        >>> print(step_lines(StepScores("2+2=4 4+1=6", steps, 0.07)))
+        0.98  2+2=4
+        0.07  4+1=6
+    """
+    lines = [f"{step.score:.2f}  {step.text}" for step in scored.steps]
+    if scored.truncated_steps:
+        lines.append(f"{scored.truncated_steps} more beyond `max_length`")
+    return f"not scored: {scored.error}" if scored.error else "\n".join(lines)
 
 
 class StepFunctionReward(DenseSource):

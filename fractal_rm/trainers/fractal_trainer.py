@@ -15,7 +15,6 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
@@ -29,6 +28,7 @@ from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.step_scorer import StepScorer
 from fractal_rm.trainers.bag_data import BagCollator, BagDataset, Records, fingerprint, joins_without_a_gap, to_bags
+from fractal_rm.trainers.finite_logs import FiniteLogs
 from fractal_rm.trainers.fractal_config import FractalConfig
 from fractal_rm.trainers.logit_metrics import by_item, by_row, evaluate_logits
 from fractal_rm.trainers.model_setup import make_trainable, move_to_group
@@ -42,7 +42,7 @@ _TRAINABLE_FILE = "trainable.safetensors"
 _SCALE_RESPONSES = 256
 
 
-class FractalTrainer(Trainer):
+class FractalTrainer(FiniteLogs):
     """Trains a step reward model from response labels.
 
     Args:

@@ -215,6 +215,13 @@ class PPOArguments:
     chat: bool = field(
         default=True, metadata={"help": "Task gsm8k: ask in a chat, for models with a chat template; else as text."}
     )
+    page_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps from one page of completions with their step scores to the next, in "
+            "`output_dir/step_scores`; 0: no pages."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.reward_model == ["none"]:

@@ -23,6 +23,7 @@ from fractal_rm.trainers.script_checks import (
 )
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
+from fractal_rm.trainers.step_scores_callback import StepScoresCallback
 
 # What the screen and the model card show of some thirty numbers; metrics.json holds all of them.
 _SHOWN = ("train_runtime", "train_loss", "eval_rewards/", "eval_completions/mean_length", "eval_kl")
@@ -62,6 +63,8 @@ def ppo(argv: Sequence[str]) -> None:
         peft_config=lora.config(),
         value_peft_config=lora.config() if adapt_value else None,
     )
+    if arguments.page_steps:
+        trainer.add_callback(StepScoresCallback(trainer, every_n_steps=arguments.page_steps))
     with RichProgress(trainer, "PPO"):
         result = trainer.train(resume_from_checkpoint=checkpoint)
         metrics: dict[str, Any] = {"train": result.metrics}

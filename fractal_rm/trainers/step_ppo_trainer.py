@@ -32,6 +32,7 @@ from fractal_rm.trainers.dense_sources import (
     load_reward_models,
     make_sources,
 )
+from fractal_rm.trainers.finite_logs import FiniteLogs
 from fractal_rm.trainers.finite_rewards import check_model_rewards, checked_reward_functions
 from fractal_rm.trainers.kl_reward import KLReward, lent_beta
 from fractal_rm.trainers.ppo_checks import check_reward_models, check_setup, check_step_functions
@@ -46,7 +47,7 @@ from fractal_rm.trainers.value_model import ValueGradients, make_value_model
 _STATE_FILE = "step_ppo_state.json"
 
 
-class StepPPOTrainer(GRPOTrainer):
+class StepPPOTrainer(GRPOTrainer, FiniteLogs):
     """PPO with a reward for every step.
 
     A completion that no reward function judges (all give None) is left out of what is learned, as in TRL.
@@ -80,6 +81,9 @@ class StepPPOTrainer(GRPOTrainer):
         ValueError: If there is no reward, a reward model does not suit the prompts or the configuration, there is no
             tokenizer, batches and groups do not divide, or the value model cannot be made.
         RuntimeError: If the installed TRL has moved a name that this class relies on.
+
+    Attributes:
+        last_rollout: The completions of this process that were trained on last, with rewards and step scores.
     """
 
     _tag_names = ("trl", "fractal-rm", "step-ppo")
@@ -122,6 +126,7 @@ class StepPPOTrainer(GRPOTrainer):
         add_to_outcomes(self.sources, functions, args, kwargs)
         self.value_learning: ValueLearning | None = None
         self._rollout: Rollout | None = None
+        self.last_rollout: Rollout | None = None
         self.step_rewards, self.kl_reward = StepRewards(args, self.sources, self._log), KLReward(args)
         self.alarm_actions = AlarmActions(args, self.step_rewards)
         with lent_beta(args, wanted=self.kl_reward.on):
@@ -194,7 +199,8 @@ class StepPPOTrainer(GRPOTrainer):
             self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts)
         )
         check_model_rewards(self, rewards_per_func[local], prompts, completions)
-        self._rollout = Rollout(prompts, completion_ids_list, rewards_per_func[local], is_outcome)
+        scored = self.sources[0].scored if self.sources else None
+        self._rollout = Rollout(prompts, completion_ids_list, rewards_per_func[local], is_outcome, scored)
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
@@ -203,6 +209,7 @@ class StepPPOTrainer(GRPOTrainer):
             return output  # evaluation only logs rewards; without step scores the group baseline is TRL's own
         if self._went_back(rollout):
             output, rollout = self._roll_out(inputs)  # by the policy that there is now
+        self.last_rollout = rollout
         mask, step = self._policy_mask(output), self.state.global_step
         shaped = self.step_rewards.steps(rollout, mask, self.num_generations)
         if self.args.advantage == "group":

@@ -31,6 +31,7 @@ class Rollout:
         completion_ids: Sampled ids, without padding.
         rewards: Reward of each function (B, functions), NaN where it gave None.
         is_outcome: Which functions are outcome rewards, and no source of step rewards (functions,).
+        scored: Step scores of the first dense source; None without one.
         kl: KL divergence from the reference at each token (B, T), where it is part of the reward, or known anyway.
         logprobs: The policy's log-probabilities of the tokens (B, T), where they were computed.
     """
@@ -39,6 +40,7 @@ class Rollout:
     completion_ids: list[list[int]]
     rewards: Tensor
     is_outcome: Tensor
+    scored: Sequence[StepScores] | None = None
     kl: Tensor | None = None
     logprobs: Tensor | None = None
 
