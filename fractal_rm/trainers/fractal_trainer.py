@@ -29,6 +29,7 @@ from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.step_scorer import StepScorer
 from fractal_rm.trainers.bag_data import BagCollator, BagDataset, Records, fingerprint, joins_without_a_gap, to_bags
+from fractal_rm.trainers.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
 from fractal_rm.trainers.fractal_config import FractalConfig
 from fractal_rm.trainers.logit_metrics import by_item, by_row, evaluate_logits
 from fractal_rm.trainers.model_setup import make_trainable, move_to_group
@@ -42,7 +43,7 @@ _TRAINABLE_FILE = "trainable.safetensors"
 _SCALE_RESPONSES = 256
 
 
-class FractalTrainer(Trainer):
+class FractalTrainer(WholeCheckpoints, Trainer):
     """Trains a step reward model from response labels.
 
     Args:
@@ -163,7 +164,8 @@ class FractalTrainer(Trainer):
         stages = plan(self.args)
         if len(stages) > 1:
             return train_in_stages(self, resume=bool(resume_from_checkpoint), **kwargs)
-        return self.train_stage(stages[0], resume_from_checkpoint, **kwargs)
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return take_up(self, checkpoint) or self.train_stage(stages[0], checkpoint, **kwargs)
 
     def train_stage(self, stage: Stage, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train one stage from the weights of now; the likelihood scorer's weight and bias are fitted at the start."""
@@ -319,7 +321,10 @@ class FractalTrainer(Trainer):
     # Checkpoints --------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return  # another process writes
         folder = Path(output_dir or str(self.args.output_dir))
+        begin_checkpoint(folder)
         save_scorer(folder, self.scorer, self.processor, self.settings)
         if self.scorer.is_adapted:
             trainable = {name: p.detach().contiguous() for name, p in self.scorer.named_parameters() if p.requires_grad}

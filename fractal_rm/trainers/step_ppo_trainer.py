@@ -23,6 +23,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from fractal_rm.advantages import gae, global_advantages, whiten
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.trainers.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
 from fractal_rm.trainers.kl_reward import KLReward, lent_beta
 from fractal_rm.trainers.rollout_guards import AlarmActions, as_rollouts, ending_ids
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
@@ -34,7 +35,7 @@ _VALUE_FOLDER = "value_model"
 _STATE_FILE = "step_ppo_state.json"
 
 
-class StepPPOTrainer(GRPOTrainer):
+class StepPPOTrainer(WholeCheckpoints, GRPOTrainer):
     """PPO with a reward for every step.
 
     A completion that no reward function judges (all give None) is left out of what is learned, as in TRL.
@@ -297,6 +298,11 @@ class StepPPOTrainer(GRPOTrainer):
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; `resume_from_checkpoint=True` is the last checkpoint that is whole."""
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return take_up(self, checkpoint) or super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
     def _stateful(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and optimizer: running statistics, the KL coefficient, the guards."""
         return {
@@ -306,8 +312,11 @@ class StepPPOTrainer(GRPOTrainer):
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
         folder = Path(output_dir or self.args.output_dir or ".")
+        begin_checkpoint(folder)
+        super()._save(output_dir, state_dict=state_dict)
+        if not self.args.should_save:
+            return  # another process writes
         state = {name: part.state_dict() for name, part in self._stateful().items()}
         (folder / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         if self.value_model is not None:
