@@ -28,7 +28,6 @@ from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 from transformers.utils.logging import disable_progress_bar
 
-from fractal_rm.bags import Bag
 from fractal_rm.results import ResultsFile
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import make_scorer

@@ -46,7 +46,7 @@ def test_a_run_that_was_killed_equals_one_that_never_was(benchmark, tmp_path, ki
 def test_the_comparison_sees_one_bit_in_any_file(benchmark, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name / "value_model").mkdir(parents=True)
-        (tmp_path / name / STATE).write_text('{"log_history": [{"loss": 1.0, "step_time": %d}]}' % ord(name))
+        (tmp_path / name / STATE).write_text(json.dumps({"log_history": [{"loss": 1.0, "step_time": ord(name)}]}))
         (tmp_path / name / "value_model" / "model.safetensors").write_bytes(b"\x00\x01")
     compare = benchmark.differences
     assert compare(tmp_path / "a", tmp_path / "b") == []

@@ -35,6 +35,7 @@ from fractal_rm.trainers.logit_metrics import by_item, by_row, evaluate_logits
 from fractal_rm.trainers.model_setup import make_trainable, move_to_group
 from fractal_rm.trainers.objective import StageKind, loss_terms, term_weights
 from fractal_rm.trainers.prior_targets import prior_targets
+from fractal_rm.trainers.processes import logged_means, mean_terms
 from fractal_rm.trainers.stages import Stage, plan, reveal_gold, train_in_stages, withhold_gold
 
 # Trainable weights of a PEFT run, unmerged: what resuming needs and the ordinary folder cannot hold.
@@ -233,7 +234,12 @@ class FractalTrainer(WholeCheckpoints, Trainer):
         progress = self.state.global_step / max(self.state.max_steps, 1)
         weights = term_weights(self.args, self._stage if model.training else "joint", progress)
         terms = loss_terms(logits, inputs, set(weights), self.args, base_rate=self._base_rate)
-        loss = sum(weights[name] * term.mean() for name, term in terms.items())
+        if model.training:
+            means = mean_terms(terms, list(weights), self.accelerator)
+        else:  # evaluation pads its last batch: processes need not be in step
+            means = {name: term.mean() for name, term in terms.items()}
+        # A batch without anything to learn has a gradient all the same, or other processes would wait for it.
+        loss = sum(weights[name] * mean for name, mean in means.items()) if means else 0.0 * logits.nan_to_num().sum()
         for name, term in terms.items():
             self._terms["loss" if model.training else "eval", name].append(term.detach())
         return (loss, logits) if return_outputs else loss
@@ -251,9 +257,10 @@ class FractalTrainer(WholeCheckpoints, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every named loss term, averaged over the bags since the last log or of the evaluation."""
         total = next((name for name in logs if name.endswith("loss") and name != "train_loss"), None)
-        for kind, term in list(self._terms):
-            if total is not None and kind == ("loss" if total == "loss" else "eval"):
-                logs[f"{total}/{term}"] = torch.cat(self._terms.pop((kind, term))).mean().item()
+        if total is not None:
+            wanted = "loss" if total == "loss" else "eval"
+            seen = {term: self._terms.pop((kind, term)) for kind, term in list(self._terms) if kind == wanted}
+            logs |= {f"{total}/{term}": mean for term, mean in logged_means(seen).items()}
         super().log(logs, start_time)
 
     # Evaluation ---------------------------------------------------------------------------------------------------

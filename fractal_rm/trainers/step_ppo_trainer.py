@@ -25,6 +25,7 @@ from fractal_rm.advantages import gae, global_advantages, whiten
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.trainers.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
 from fractal_rm.trainers.kl_reward import KLReward, lent_beta
+from fractal_rm.trainers.processes import share_metrics
 from fractal_rm.trainers.rollout_guards import AlarmActions, as_rollouts, ending_ids
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 from fractal_rm.trainers.step_rewards import Rollout, StepRewards, StepScoreReward, add_to_outcomes
@@ -172,7 +173,7 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer):
         rewards, ends, placement = self.step_rewards.steps(rollout, mask, self.num_generations)
         if self.args.advantage == "group":
             output["advantages"] = self.step_rewards.group_advantages(
-                rollout, rewards, ends, output["advantages"], mask, self.num_generations, step=step
+                rollout, rewards, ends, output["advantages"], mask, self.num_generations, self.accelerator, step=step
             )
             self._show_advantages(output["advantages"], mask)
             return output
@@ -182,12 +183,12 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer):
         if self.kl_reward.on and rollout.kl is not None:
             token_rewards = token_rewards - self.kl_reward.penalty(rollout.kl, self.accelerator, self._log)
         if self.args.whiten_rewards:
-            token_rewards = whiten(token_rewards, mask, shift_mean=False)
+            token_rewards = whiten(token_rewards, mask, shift_mean=False, add_up=self._add_up)
         if self.args.advantage == "gae":
             output |= self._value_advantages(output, token_rewards, mask)
         else:
             output["advantages"] = global_advantages(
-                token_rewards, mask, gamma=self.args.gamma, scale=self.args.whiten_advantages
+                token_rewards, mask, gamma=self.args.gamma, scale=self.args.whiten_advantages, add_up=self._add_up
             )
         self._show_advantages(output["advantages"], mask)
         return output
@@ -242,14 +243,25 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer):
         advantages, returns = gae(token_rewards, values, mask, gamma=self.args.gamma, lam=self.args.lam)
         self._log("value/explained_variance", explained_variance(values[mask], returns[mask]))
         self._log("value/mean", values[mask].mean().item())
-        advantages = whiten(advantages, mask) if self.args.whiten_advantages else advantages
+        advantages = whiten(advantages, mask, add_up=self._add_up) if self.args.whiten_advantages else advantages
         # The value loss is a mean over the tokens of a rollout batch, as the loss of TRL's default `loss_type` is.
         tokens = self.accelerator.reduce(mask.sum().float(), reduction="mean")
         learned = {"values": values, "returns": returns, "value_mask": mask, "value_tokens": tokens}
         return learned | {"advantages": advantages}
 
+    def _add_up(self, total: Tensor) -> Tensor:
+        """The sum over all processes."""
+        summed: Any = self.accelerator.reduce(total, reduction="sum")
+        return summed
+
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(float(value))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `GRPOTrainer`; numbers that each process measured on its own rollouts become those of all."""
+        if self.accelerator.num_processes > 1:
+            share_metrics(self._metrics["train" if self.model.training else "eval"])
+        super().log(logs, start_time)
 
     def _show_advantages(self, advantages: Tensor, mask: Tensor) -> None:
         """Put each completion's mean advantage into TRL's table of completions, in place of TRL's own."""

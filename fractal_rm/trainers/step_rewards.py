@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate import Accelerator
 from torch import Tensor
 
 from fractal_rm.advantages import group_step_advantages
@@ -20,6 +20,7 @@ from fractal_rm.rewards import (
     token_end_characters,
 )
 from fractal_rm.shaping import RunningMoments, limit_step_rewards, shape_step_scores
+from fractal_rm.trainers.processes import masks_of_all, rows_of_all
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 
 
@@ -150,15 +151,18 @@ class StepRewards:
     def shape(self, step_scores: Sequence[Sequence[float]], group_size: int) -> list[list[float]]:
         """Rewards from scores, as many.
 
+        Baselines and deviations are those of the batch of all processes, and groups may reach over several: every
+        process shapes all rows and keeps its own.
+
         Args:
             step_scores: P(step is good) of every step of every completion of this process.
             group_size: Completions per prompt.
         """
-        args, width = self.args, max(map(len, step_scores), default=0)
-        rows = [[*row, *[0.0] * (width - len(row))] for row in step_scores]
+        everyone, ours = rows_of_all([list(row) for row in step_scores])
+        args, width = self.args, max(map(len, everyone), default=0)
+        rows = [[*row, *[0.0] * (width - len(row))] for row in everyone]
         scores = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), width)
-        mask = torch.arange(width) < torch.tensor([len(row) for row in step_scores])[:, None]
-        # Every process centres by its own rollouts: a constant, which no step can change by much.
+        mask = torch.arange(width) < torch.tensor([len(row) for row in everyone])[:, None]
         rewards = shape_step_scores(
             scores,
             mask,
@@ -168,11 +172,10 @@ class StepRewards:
             group_size=group_size,
         )
         if args.normalize_step_rewards:
-            # One scale for all processes, from the rewards of all.
-            self.moments.update(torch.tensor(gather_object(rewards[mask].tolist()), dtype=torch.float64))
+            self.moments.update(rewards[mask])
             rewards = rewards / self.moments.std
         rewards = limit_step_rewards(rewards, mask, clip=args.step_reward_clip, length_neutral=args.length_neutral)
-        return [values[: len(row)] for values, row in zip(rewards.tolist(), step_scores, strict=True)]
+        return [values[: len(row)] for values, row in zip(rewards[ours].tolist(), step_scores, strict=True)]
 
     def weights(self, step: int) -> tuple[float, float]:
         """Weights of step and outcome rewards at an optimizer step: each rises from 0 in a straight line."""
@@ -204,7 +207,16 @@ class StepRewards:
         return rewards - place_outcome(self.penalties(rollout), mask) if self.args.missing_eos_penalty else rewards
 
     def group_advantages(
-        self, rollout: Rollout, rewards: Any, ends: Any, outcome: Tensor, mask: Tensor, group_size: int, *, step: int
+        self,
+        rollout: Rollout,
+        rewards: Any,
+        ends: Any,
+        outcome: Tensor,
+        mask: Tensor,
+        group_size: int,
+        accelerator: Accelerator,
+        *,
+        step: int,
     ) -> Tensor:
         """Steps against those of the prompt's other completions (B, T), beside the advantages of outcomes.
 
@@ -214,23 +226,26 @@ class StepRewards:
             ends: Tokens where the steps end.
             outcome: Advantages of the outcomes (B,), which TRL computed.
             mask: True where the policy wrote a token.
-            group_size: Completions per prompt.
+            group_size: Completions per prompt; those of one prompt may be spread over processes.
+            accelerator: Knows the other processes.
             step: The optimizer step.
         """
+        (all_rewards, ours), (all_ends, _) = rows_of_all(rewards), rows_of_all(ends)
         dense = group_step_advantages(
-            rewards,
-            ends,
-            mask,
+            all_rewards,
+            all_ends,
+            masks_of_all(mask, accelerator),
             group_size,
             gamma=self.args.step_gamma,
             scale=self.args.scale_rewards != "none",
             baseline=self.args.group_baseline,
             leave_one_out=self.args.leave_one_out,
-        )
+        )[ours, : mask.size(1)]
         step_weight, outcome_weight = self.weights(step)
         advantages = outcome_weight * (outcome.unsqueeze(1) * mask) + step_weight * dense
         if not self.args.missing_eos_penalty:
             return advantages
-        penalties = self.penalties(rollout).view(-1, group_size)
-        penalties = (penalties - penalties.mean(dim=1, keepdim=True)).view(-1, 1)
+        everyone: Any = accelerator.gather(self.penalties(rollout))
+        penalties = everyone.view(-1, group_size)
+        penalties = (penalties - penalties.mean(dim=1, keepdim=True)).view(-1, 1)[ours]
         return advantages - penalties * mask

@@ -25,6 +25,7 @@ METHODS = {
     "_compute_loss": ("model", "inputs"),
     "_save": ("output_dir", "state_dict"),
     "_save_rng_state": ("output_dir",),
+    "log": ("logs", "start_time"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
 }
 
