@@ -49,7 +49,7 @@ def rollouts() -> Callable[..., dict[str, Any]]:
 
 
 def ppo(folder: Path, batch: int, **changed: Any) -> dict[str, torch.Tensor]:
-    """Weights of policy and value model after a few updates, running statistics, and scores as they were logged."""
+    """Weights of policy and value model after a few updates, running statistics, and what was logged of the steps."""
     if changed.get("kl_coef"):  # the reference is loaded from where the policy comes from
         changed["model"] = str(folder / "policy")
     options = {"reward_model": reward_model(), "reward_funcs": count_of_a, "rollout_func": rollouts(), "max_steps": 4}
@@ -65,7 +65,7 @@ def ppo(folder: Path, batch: int, **changed: Any) -> dict[str, torch.Tensor]:
         for key, tensor in trainer.accelerator.unwrap_model(model).state_dict().items()
     }
     moments = trainer.step_rewards.moments
-    logged = [row["steps/score"] for row in trainer.state.log_history if "steps/score" in row]
+    logged = [row["steps/per_response"] for row in trainer.state.log_history if "steps/per_response" in row]
     return result | {
         "moments": torch.tensor([moments.mean, moments.std, trainer.kl_reward.adaptive.coef]),
         "logged": torch.tensor(logged),

@@ -34,6 +34,7 @@ from fractal_rm.trainers.fractal_config import FractalConfig
 from fractal_rm.trainers.logit_metrics import by_item, by_row, evaluate_logits
 from fractal_rm.trainers.model_setup import make_trainable, move_to_group
 from fractal_rm.trainers.objective import StageKind, loss_terms, term_weights
+from fractal_rm.trainers.parallelism import check_unsharded
 from fractal_rm.trainers.prior_targets import prior_targets
 from fractal_rm.trainers.processes import logged_means, mean_terms
 from fractal_rm.trainers.stages import Stage, plan, reveal_gold, train_in_stages, withhold_gold
@@ -119,6 +120,7 @@ class FractalTrainer(WholeCheckpoints, Trainer):
             optimizers=optimizers,
             compute_metrics=self._metrics,
         )
+        check_unsharded(self)
         self._terms: defaultdict[tuple[str, str], list[Tensor]] = defaultdict(list)
         self._stage: StageKind = "joint"
 

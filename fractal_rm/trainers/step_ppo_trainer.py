@@ -25,6 +25,7 @@ from fractal_rm.advantages import gae, global_advantages, whiten
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.trainers.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
 from fractal_rm.trainers.kl_reward import KLReward, lent_beta
+from fractal_rm.trainers.parallelism import check_separate_value_model, check_whole_model
 from fractal_rm.trainers.processes import share_metrics
 from fractal_rm.trainers.rollout_guards import AlarmActions, as_rollouts, ending_ids
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
@@ -126,7 +127,10 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer):
         self.step_rewards.ending_ids = ending_ids(self._tokenizer, self.accelerator.unwrap_model(self.model))
         if args.on_alarm == "rollback" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`on_alarm='rollback'` cannot put sharded weights back. Use `on_alarm='stop'`.")
+        if args.advantage == "gae":
+            check_separate_value_model(self)
         if self.step_scores is not None:
+            check_whole_model(self, self.step_scores.reward_model.scorer, "the reward model")
             self.step_scores.tokenizer = self._tokenizer
             self.step_scores.reward_model.scorer.to(self.accelerator.device)
         if args.advantage == "gae":
@@ -313,6 +317,8 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; `resume_from_checkpoint=True` is the last checkpoint that is whole."""
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint and self.is_deepspeed_enabled:  # it loads weights its own way, and nothing else
+            self._load_state(Path(checkpoint))
         return take_up(self, checkpoint) or super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _stateful(self) -> dict[str, Any]:
@@ -337,7 +343,10 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model=model)
         self._load_value_model(Path(resume_from_checkpoint))
-        file = Path(resume_from_checkpoint) / _STATE_FILE
+        self._load_state(Path(resume_from_checkpoint))
+
+    def _load_state(self, checkpoint: Path) -> None:
+        file = checkpoint / _STATE_FILE
         if not file.is_file():
             raise ValueError(
                 f"{file} is missing, so running statistics cannot be resumed. Resume from a checkpoint that "
