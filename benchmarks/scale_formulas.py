@@ -3,14 +3,15 @@
 Bytes and seconds are those of one GPU. Models are of Llama's kind.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 Plan = Literal["ddp", "zero2", "fsdp2", "lora"]
 
 # Bytes a number. bf16 with Adam: weight 2, gradient 2, and 4 each for the float32 copy and two moments: 16 in all
-# (Rajbhandari et al., "ZeRO", 2020, section 3.1). float32 with autocast, which transformers' Trainer does, has 4 + 4 + 8
-# instead: 16 as well.
+# (Rajbhandari et al., "ZeRO", 2020, section 3.1). float32 with autocast, which transformers' Trainer does, has
+# 4 + 4 + 8 instead: 16 as well.
 WEIGHT, GRADIENT, OPTIMIZER = 2, 2, 12
 FLOAT32_WEIGHT, FLOAT32_GRADIENT, FLOAT32_ADAM = 4, 4, 8
 # A layer's activations in bf16, of each token and hidden unit, with attention that keeps no square matrix: 34 bytes;
@@ -106,6 +107,7 @@ class Work:
         completion: Tokens of a completion.
         epochs: Over the batch.
         micro_batch: Completions on a GPU at once in training.
+        generated: Completions on a GPU at once while generating, if there are as many.
         adapters: Share of the weights that a LoRA adapter has.
     """
 
@@ -114,6 +116,7 @@ class Work:
     completion: int = 1536
     epochs: int = 1
     micro_batch: int = 1
+    generated: int = 16
     adapters: float = 0.005
 
     @property
@@ -142,15 +145,31 @@ def activation_bytes(shape: Shape, work: Work) -> float:
     return layers + work.micro_batch * work.completion * shape.vocabulary * LOGITS
 
 
+def generating(policy: Shape, gpus: int, work: Work, gpu: GPU) -> tuple[int, float]:
+    """GPUs that share one copy of the weights to generate (a power of two, half their memory at most); sequences each.
+
+    Args:
+        policy: The policy.
+        gpus: How many there are.
+        work: The batch.
+        gpu: Its memory.
+    """
+    needed = math.ceil(policy.parameters * WEIGHT / (0.5 * gpu.memory))
+    return 2 ** math.ceil(math.log2(needed)), min(work.completions / gpus, work.generated)
+
+
 def cache_bytes(shape: Shape, sequences: float, length: int) -> float:
     """Keys and values of the sequences that one GPU generates at once, in bf16."""
     return sequences * length * 2 * shape.kv_width * WEIGHT * shape.layers
 
 
 def memory(
-    policy: Shape, reward: Shape, plan: Plan, gpus: int, work: Work, *, value: Shape | None, reference: bool
+    policy: Shape, reward: Shape, plan: Plan, gpus: int, work: Work, gpu: GPU, *, value: Shape | None, reference: bool
 ) -> dict[str, float]:
     """Bytes on one GPU by what they are for; training and generation take turns, so the larger of the two counts.
+
+    Weights in pieces are put together to generate: a copy in bf16 over as few GPUs as hold it (vLLM in the same
+    processes, with tensor parallelism and sleep mode).
 
     Args:
         policy: The policy.
@@ -158,6 +177,7 @@ def memory(
         plan: How the policy is laid out; a value model is laid out the same way, which only `ddp` and `lora` can.
         gpus: How many.
         work: The batch.
+        gpu: Its memory.
         value: The value model; None: advantages without one.
         reference: Whether there is a reference model; with `lora` it is the policy without its adapter.
     """
@@ -167,9 +187,11 @@ def memory(
     parts["reference"] = policy.parameters * WEIGHT / pieces if reference and plan != "lora" else 0.0
     parts["reward"] = reward.scorer_parameters * float(WEIGHT)
     parts["activations"] = activation_bytes(policy, work)
-    parts["kv_cache"] = cache_bytes(policy, work.completions / gpus, work.length)
-    held = sum(parts.values()) - parts["activations"] - parts["kv_cache"]
-    return parts | {"total": held + max(parts["activations"], parts["kv_cache"])}
+    share, sequences = generating(policy, gpus, work, gpu)
+    copy = policy.parameters * WEIGHT / share if plan == "fsdp2" else 0.0
+    parts["generation"] = copy + cache_bytes(policy, sequences, work.length)
+    held = sum(parts.values()) - parts["activations"] - parts["generation"]
+    return parts | {"total": held + max(parts["activations"], parts["generation"])}
 
 
 def seconds(
@@ -177,24 +199,25 @@ def seconds(
 ) -> dict[str, float]:
     """Seconds of a rollout batch by what they are spent on; communication is not in them.
 
-    Generation reads all weights and the cache so far for every token that the sequences of a GPU take together, or
-    computes them if that takes longer. The weights may lie on several GPUs that read their parts at once.
+    Generation reads all weights and the cache so far for every token that its sequences take together, or computes
+    them if that takes longer; GPUs that share the weights do so at once. What does not fit at once comes after.
     """
     tokens = work.completions * work.length
     rate = gpus * gpu.operations * gpu.used
-    copies = max(1, round(policy.parameters * WEIGHT / (0.5 * gpu.memory)))  # GPUs that hold one copy to generate
-    sequences = work.completions / gpus * copies
+    share, each = generating(policy, gpus, work, gpu)
+    sequences = each * share
     read = policy.parameters * WEIGHT + cache_bytes(policy, sequences, work.prompt + work.completion // 2)
     step = max(
-        read / (copies * gpu.bandwidth * gpu.read),
-        FORWARD * policy.parameters * sequences / (copies * gpu.operations * gpu.used),
+        read / (share * gpu.bandwidth * gpu.read),
+        FORWARD * policy.parameters * sequences / (share * gpu.operations * gpu.used),
     )
+    rounds = math.ceil(work.completions / gpus / each)
     scored = FORWARD * tokens * reward.scorer_parameters
     seen = FORWARD * tokens * (policy.parameters * (1 + reference) + (value.scorer_parameters if value else 0))
     updated = policy.parameters + (value.scorer_parameters if value else 0)
     update = work.epochs * tokens * updated * (FORWARD + BACKWARD + RECOMPUTED)
     parts = {
-        "generate": work.completion * step,
+        "generate": rounds * work.completion * step,
         "score": scored / rate,
         "evaluate": seen / rate,
         "update": update / rate,

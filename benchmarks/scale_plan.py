@@ -39,9 +39,9 @@ from scale_formulas import (
     memory,
     seconds,
 )
+from scale_page import MEMORY, TIME
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.results import ResultsFile
 from fractal_rm.tasks.base_policy import SHIPPED_POLICY
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
@@ -61,8 +61,6 @@ PLANS: dict[str, tuple[Plan, bool, bool]] = {
     "fsdp2, group": ("fsdp2", False, False),
     "fsdp2, group, reference": ("fsdp2", False, True),
 }
-MEMORY = ("weights", "gradients", "optimizer", "value", "reference", "reward", "activations", "kv_cache", "total")
-TIME = ("generate", "score", "evaluate", "update", "rollout")
 
 
 def planned(size: str, gpus: int, name: str) -> dict[str, Any]:
@@ -70,7 +68,7 @@ def planned(size: str, gpus: int, name: str) -> dict[str, Any]:
     plan, has_value, reference = PLANS[name]
     policy, reward, work, gpu = POLICIES[size], LLAMA_7B, Work(), GPU()
     value = policy if has_value else None
-    held = memory(policy, reward, plan, gpus, work, value=value, reference=reference)
+    held = memory(policy, reward, plan, gpus, work, gpu, value=value, reference=reference)
     spent = seconds(policy, reward, gpus, work, gpu, value=value, reference=reference)
     return {
         **{f"{part}_gb": held[part] / GIGABYTE for part in MEMORY},
@@ -186,21 +184,6 @@ def measured_in_a_process() -> dict[str, float]:
     return found
 
 
-def page(text: str, rows: list[dict[str, Any]]) -> str:
-    """docs/scale.md with its tables made anew from rows."""
-    plans = [row for row in rows if row["arm"].startswith("plan")]
-    for size in POLICIES:
-        chosen = [row | {"arm": row["arm"].split(": ")[1]} for row in plans if f" {size} " in row["arm"]]
-        for kind, names in (("memory", [f"{part}_gb" for part in MEMORY]), ("time", [f"{part}_s" for part in TIME])):
-            shown = [*names, "fits"] if kind == "memory" else names
-            table = markdown_table([row for row in chosen if kind == "memory" or row["metrics"]["fits"]], metrics=shown)
-            text = replace_table(text, f"scale_{kind}_{size}", table)
-    counted = [row for row in rows if row["arm"] == "measured bytes"]
-    trained = [row for row in rows if row["arm"] == "measured training"]
-    text = replace_table(text, "scale_bytes", markdown_table(counted))
-    return replace_table(text, "scale_training", markdown_table(trained))
-
-
 def main() -> None:
     """Append the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -209,23 +192,23 @@ def main() -> None:
     for size in POLICIES:
         for gpus in (8, 64):
             for name in PLANS:
-                add(results, f"plan {size} : {name}, {gpus} GPUs", planned(size, gpus, name), 0.0)
-    for arm, measure in (("measured bytes", count_bytes), ("measured training", measured_in_a_process)):
+                add(results, f"{gpus} GPUs: {name}", planned(size, gpus, name), 0.0, size)
+    for arm, measure in (("bytes", count_bytes), ("training", measured_in_a_process)):
         start = time.perf_counter()
         found = measure()
         add(results, arm, found, time.perf_counter() - start)
 
 
-def add(results: ResultsFile, arm: str, metrics: dict[str, Any], spent: float) -> None:
-    """Append a row."""
+def add(results: ResultsFile, arm: str, metrics: dict[str, Any], spent: float, size: str | None = None) -> None:
+    """Append a row: of a plan for a size of policies, or of a measurement."""
     results.append(
         benchmark="scale_plan",
         arm=arm,
-        dataset="none",
+        dataset=size or "none",
         seed=None,
-        split="plan" if arm.startswith("plan") else "measured",
+        split="plan" if size else "measured",
         metrics=metrics,
-        config={"work": vars(Work()), "gpu": vars(GPU())} if arm.startswith("plan") else {},
+        config={"work": vars(Work()), "gpu": vars(GPU())} if size else {},
         seconds=spent,
     )
 

@@ -51,7 +51,8 @@ def engine(monkeypatch) -> Any:
         def postprocess(self: Any) -> None:
             made(self)
             setattr(self, f"is_{name}_enabled", True)
-            monkeypatch.setattr(type(self.accelerator.state), "deepspeed_plugin", SimpleNamespace(zero_stage=stage))
+            if name == "deepspeed":
+                monkeypatch.setattr(type(self.accelerator.state), "deepspeed_plugin", SimpleNamespace(zero_stage=stage))
 
         monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", postprocess)
 

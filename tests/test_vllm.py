@@ -60,9 +60,7 @@ def vllm(folder: Path, **changed: Any) -> Any:
 
 @pytest.mark.parametrize("mode", ["server", "colocate"])
 def test_the_generator_gets_our_configuration_and_the_new_weights_of_every_rollout(tmp_path, generation, mode):
-    options = (
-        {"vllm_server_base_url": "http://localhost:8000"} if mode == "server" else {"vllm_tensor_parallel_size": 1}
-    )
+    options = {"vllm_server_base_url": "http://localhost:8000"} if mode == "server" else {}
     trainer = vllm(tmp_path, vllm_mode=mode, num_iterations=2, max_steps=4, temperature=0.7, **options)
     start = weights(trainer.model)
     trainer.train()
@@ -74,24 +72,24 @@ def test_the_generator_gets_our_configuration_and_the_new_weights_of_every_rollo
     assert generator.asked == [2, 2]  # a rollout serves two epochs
     assert len(generator.synced) == 2
     assert same(generator.synced[0], start)
-    after = trainer.batches[1], trainer.rollouts  # the second rollout was written by the weights of step 2
-    assert not same(generator.synced[1], start)
-    assert len(after[1]) == 2
-    moved = trainer.accelerator.unwrap_model(trainer.model).state_dict()
-    assert not same(generator.synced[1], weights(trainer.model))
-    assert moved.keys() == generator.synced[1].keys()
+    assert not same(generator.synced[1], start)  # the second rollout is written by the weights of step 2
+    assert not same(generator.synced[1], weights(trainer.model))  # which step 4 has left behind
 
 
 @pytest.mark.parametrize("mode", ["server", "colocate"])
 @pytest.mark.parametrize("advantage", ["gae", "group", "global"])
 def test_the_same_completions_have_the_same_advantages_with_and_without_vllm(tmp_path, generation, mode, advantage):
-    changed = {"advantage": advantage, "value_model": value_model() if advantage == "gae" else None, "max_steps": 1}
-    with_vllm = vllm(tmp_path / "with", vllm_mode=mode, **changed)
-    without = make(
-        tmp_path / "without",
-        rollout_func=replay(RAGGED),
-        **{"reward_model": reward_model(), "reward_funcs": count_of_a, **changed},
-    )
+    def changed() -> dict[str, Any]:
+        return {
+            "reward_model": reward_model(),
+            "reward_funcs": count_of_a,
+            "advantage": advantage,
+            "value_model": value_model() if advantage == "gae" else None,
+            "max_steps": 1,
+        }
+
+    with_vllm = vllm(tmp_path / "with", vllm_mode=mode, **changed())
+    without = make(tmp_path / "without", rollout_func=replay(RAGGED), **changed())
     for trainer in (with_vllm, without):
         trainer.train()
     ours, theirs = with_vllm.rollouts[0], without.rollouts[0]
@@ -115,13 +113,11 @@ def test_the_correction_weighs_the_policy_loss_of_each_token_and_not_the_value_l
     output = trainer._generate_and_score_completions(rows)
     ratio, mask, advantages = output["importance_sampling_ratio"], output["value_mask"], output["advantages"]
     assert ratio.shape == (8, width)
-    lengths = mask.sum(dim=1, keepdim=True)
-    exact = (OFFSET * (mask if width == 8 else lengths)).exp()  # the trainer's log-probabilities lie above by OFFSET
+    # The trainer's log-probabilities lie above the generator's by OFFSET.
+    exact = (OFFSET * (mask if width == 8 else mask.sum(dim=1, keepdim=True))).exp()
     expected = exact.clamp(max=1.2) if mode.endswith("truncate") else exact.masked_fill(exact > 1.2, 0.0)
-    torch.testing.assert_close(
-        ratio.masked_fill(~mask if width == 8 else ~mask.any(1, keepdim=True), 0.0)[mask.any(1)],
-        expected.masked_fill(~mask, 0.0)[mask.any(1)] if width == 8 else expected[mask.any(1)],
-    )
+    real = mask if width == 8 else mask.any(dim=1, keepdim=True)
+    torch.testing.assert_close(ratio[real], expected[real])
     trainer.current_gradient_accumulation_steps = 1
     with torch.no_grad():
         loss = StepPPOTrainer._compute_loss(trainer, trainer.model, output)
