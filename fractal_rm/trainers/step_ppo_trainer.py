@@ -331,7 +331,8 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
-        begin_checkpoint(folder)
+        if self.args.should_save:
+            begin_checkpoint(folder)
         super()._save(output_dir, state_dict=state_dict)
         if not self.args.should_save:
             return  # another process writes
