@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from disaggregation_page import FIGURE, draw_figure, page
+from scale_page import scale_page
 
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.results import read_results, write_atomic
@@ -36,8 +37,12 @@ def documents() -> dict[Path, str]:
     text = replace_table(text, "quickstart_own_policy", markdown_table(own, metrics=shown[:5]))
     disaggregation = REPOSITORY / "docs" / "disaggregation.md"
     tables = page(disaggregation.read_text(encoding="utf-8"), read_results(RESULTS / "disaggregation.jsonl"))
+    scale = REPOSITORY / "docs" / "scale.md"
+    plan = scale_page(scale.read_text(encoding="utf-8"), read_results(RESULTS / "scale_plan.jsonl"))
+    killed = markdown_table(read_results(RESULTS / "kill_and_resume.jsonl"))
     return {
         disaggregation: tables,
+        scale: replace_table(plan, "kill_and_resume", killed),
         readme: replace_table(readme.read_text(encoding="utf-8"), "quickstart", short),
         quickstart: text,
     }

@@ -4,7 +4,7 @@ Interior masked tokens (the output of a tool) are no decisions of the policy. Th
 there are ignored, and what follows them is carried over as if they were not there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -90,13 +90,25 @@ def gae(
     return advantages, advantages + values
 
 
-def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, shift_mean: bool = True) -> Float[Tensor, "B T"]:
+def _here(total: Tensor) -> Tensor:
+    """The sum over the only process there is."""
+    return total
+
+
+def whiten(
+    x: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    shift_mean: bool = True,
+    add_up: Callable[[Tensor], Tensor] = _here,
+) -> Float[Tensor, "B T"]:
     """Scale to standard deviation 1 over all real tokens of the batch, by default with mean 0.
 
     Args:
         x: What to whiten. Values at masked positions are ignored.
         mask: True where a token is real.
         shift_mean: Remove the mean. False keeps it, as is usual for rewards.
+        add_up: Turns a sum over this process's rows into that over the rows of all, where several share a batch.
 
     Returns:
         Whitened values, 0 at masked positions, in float32 or wider. A single real token has no spread: it becomes 0,
@@ -107,16 +119,21 @@ def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, shift_mean: bo
         tensor([[-0.7071,  0.7071,  0.0000]])
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~mask, 0.0)
-    count = mask.sum()
-    mean = x.sum() / count.clamp(min=1)
+    count = add_up(mask.sum())
+    mean = add_up(x.sum()) / count.clamp(min=1)
     centred = (x - mean).masked_fill(~mask, 0.0)
-    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    variance = add_up(centred.square().sum()) / (count - 1).clamp(min=1)
     whitened = centred * torch.rsqrt(variance + WHITEN_EPSILON)
     return whitened if shift_mean else (whitened + mean).masked_fill(~mask, 0.0)
 
 
 def global_advantages(
-    rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, gamma: float = 1.0, scale: bool = True
+    rewards: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    gamma: float = 1.0,
+    scale: bool = True,
+    add_up: Callable[[Tensor], Tensor] = _here,
 ) -> Float[Tensor, "B T"]:
     """Discounted rewards to go against their mean over all tokens of the batch: no value model, no groups.
 
@@ -125,6 +142,7 @@ def global_advantages(
         mask: True where the policy wrote the token.
         gamma: Discount per real token.
         scale: Divide by the standard deviation over the batch as well.
+        add_up: As for [`whiten`].
 
     Returns:
         Advantages, 0 at masked positions, in float32 or wider.
@@ -140,8 +158,8 @@ def global_advantages(
     """
     to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
     if scale:
-        return whiten(to_go, mask)
-    return (to_go - to_go.sum() / mask.sum().clamp(min=1)).masked_fill(~mask, 0.0)
+        return whiten(to_go, mask, add_up=add_up)
+    return (to_go - add_up(to_go.sum()) / add_up(mask.sum()).clamp(min=1)).masked_fill(~mask, 0.0)
 
 
 class _Step(NamedTuple):

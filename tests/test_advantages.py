@@ -163,6 +163,27 @@ def test_whitened_tokens_have_mean_0_and_deviation_1(batch):
             torch.testing.assert_close(kept, whitened[mask] + x[mask].mean())
 
 
+@given(rollouts())
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whitening_over_processes_is_whitening_of_their_rows_together(shift_mean, batch):
+    x, _, mask = batch
+    totals: list[torch.Tensor] = []
+    together = whiten(x, mask, shift_mean=shift_mean, add_up=lambda total: totals.append(total) or total)
+    parts: list[list[torch.Tensor]] = []
+    for rows in (slice(0, 1), slice(1, None)):  # two processes, which learn of each other by sums only
+        seen, known = [], iter(totals)
+        apart = whiten(
+            x[rows],
+            mask[rows],
+            shift_mean=shift_mean,
+            add_up=lambda total, seen=seen, known=known: (seen.append(total), next(known))[1],
+        )
+        torch.testing.assert_close(apart, together[rows])
+        parts.append(seen)
+    for here, there, total in zip(*parts, totals, strict=True):
+        torch.testing.assert_close(here + there, total)
+
+
 def test_one_token_or_none_has_no_spread_to_whiten():
     one = torch.tensor([[False, True]])
     x = torch.tensor([[3.0, 5.0]])

@@ -12,8 +12,9 @@ from stand_ins import gsm8k_problems, preferences, save_encoder, save_policy, sa
 from fractal_rm.cli import main
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-CONFIGS = sorted(RECIPES.glob("*/*.yaml"))
-FOLDERS = sorted(path for path in RECIPES.iterdir() if path.is_dir())
+# `accelerate` holds configurations of launches, which test_parallelism.py reads.
+FOLDERS = sorted(path for path in RECIPES.iterdir() if path.is_dir() and path.name != "accelerate")
+CONFIGS = sorted(path for folder in FOLDERS for path in folder.glob("*.yaml"))
 
 
 def name(path: Path) -> str:

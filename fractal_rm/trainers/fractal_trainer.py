@@ -28,12 +28,15 @@ from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.step_scorer import StepScorer
 from fractal_rm.trainers.bag_data import BagCollator, BagDataset, Records, fingerprint, joins_without_a_gap, to_bags
+from fractal_rm.trainers.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
 from fractal_rm.trainers.finite_logs import FiniteLogs
 from fractal_rm.trainers.fractal_config import FractalConfig
 from fractal_rm.trainers.logit_metrics import by_item, by_row, evaluate_logits
 from fractal_rm.trainers.model_setup import make_trainable, move_to_group
 from fractal_rm.trainers.objective import StageKind, loss_terms, term_weights
+from fractal_rm.trainers.parallelism import check_unsharded
 from fractal_rm.trainers.prior_targets import prior_targets
+from fractal_rm.trainers.processes import logged_means, mean_terms
 from fractal_rm.trainers.stages import Stage, plan, reveal_gold, train_in_stages, withhold_gold
 
 # Trainable weights of a PEFT run, unmerged: what resuming needs and the ordinary folder cannot hold.
@@ -42,7 +45,7 @@ _TRAINABLE_FILE = "trainable.safetensors"
 _SCALE_RESPONSES = 256
 
 
-class FractalTrainer(FiniteLogs):
+class FractalTrainer(WholeCheckpoints, FiniteLogs):
     """Trains a step reward model from response labels.
 
     Args:
@@ -123,6 +126,7 @@ class FractalTrainer(FiniteLogs):
             optimizers=optimizers,
             compute_metrics=self._metrics,
         )
+        check_unsharded(self)
         self._terms: defaultdict[tuple[str, str], list[Tensor]] = defaultdict(list)
         self._stage: StageKind = "joint"
 
@@ -169,7 +173,8 @@ class FractalTrainer(FiniteLogs):
         stages = plan(self.args)
         if len(stages) > 1:
             return train_in_stages(self, resume=bool(resume_from_checkpoint), **kwargs)
-        return self.train_stage(stages[0], resume_from_checkpoint, **kwargs)
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return take_up(self, checkpoint) or self.train_stage(stages[0], checkpoint, **kwargs)
 
     def train_stage(self, stage: Stage, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train one stage from the weights of now; the likelihood scorer's weight and bias are fitted at the start."""
@@ -237,7 +242,12 @@ class FractalTrainer(FiniteLogs):
         progress = self.state.global_step / max(self.state.max_steps, 1)
         weights = term_weights(self.args, self._stage if model.training else "joint", progress)
         terms = loss_terms(logits, inputs, set(weights), self.args, base_rate=self._base_rate)
-        loss = sum(weights[name] * term.mean() for name, term in terms.items())
+        if model.training:
+            means = mean_terms(terms, list(weights), self.accelerator)
+        else:  # evaluation pads its last batch: processes need not be in step
+            means = {name: term.mean() for name, term in terms.items()}
+        # A batch without anything to learn has a gradient all the same, or other processes would wait for it.
+        loss = sum(weights[name] * mean for name, mean in means.items()) if means else 0.0 * logits.nan_to_num().sum()
         for name, term in terms.items():
             self._terms["loss" if model.training else "eval", name].append(term.detach())
         return (loss, logits) if return_outputs else loss
@@ -255,9 +265,10 @@ class FractalTrainer(FiniteLogs):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every named loss term, averaged over the bags since the last log or of the evaluation."""
         total = next((name for name in logs if name.endswith("loss") and name != "train_loss"), None)
-        for kind, term in list(self._terms):
-            if total is not None and kind == ("loss" if total == "loss" else "eval"):
-                logs[f"{total}/{term}"] = torch.cat(self._terms.pop((kind, term))).mean().item()
+        if total is not None:
+            wanted = "loss" if total == "loss" else "eval"
+            seen = {term: self._terms.pop((kind, term)) for kind, term in list(self._terms) if kind == wanted}
+            logs |= {f"{total}/{term}": mean for term, mean in logged_means(seen).items()}
         super().log(logs, start_time)
 
     # Evaluation ---------------------------------------------------------------------------------------------------
@@ -325,7 +336,10 @@ class FractalTrainer(FiniteLogs):
     # Checkpoints --------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return  # another process writes
         folder = Path(output_dir or str(self.args.output_dir))
+        begin_checkpoint(folder)
         save_scorer(folder, self.scorer, self.processor, self.settings)
         if self.scorer.is_adapted:
             trainable = {name: p.detach().contiguous() for name, p in self.scorer.named_parameters() if p.requires_grad}

@@ -83,8 +83,16 @@ class AlarmActions(TrainerCallback):
         self.checkpoints: dict[int, Path] = {}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        step = state.global_step
-        self.checkpoints[step] = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        self.checkpoints[state.global_step] = self._folder(state.global_step)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step:  # resumed, from a checkpoint that could not know of itself
+            self.on_save(args, state, control)
+
+    def _folder(self, step: int) -> Path:
+        return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
     def watch(self, rollouts: Rollouts, *, step: int) -> tuple[dict[str, float], list[Alarm]]:
         """Measure a rollout, and say what has gone wrong: the same on every process."""
@@ -115,9 +123,14 @@ class AlarmActions(TrainerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything there is to save, for JSON."""
-        return {"guards": self.guards.state_dict(), "step_weight_scale": self.rewards.scale}
+        return {
+            "guards": self.guards.state_dict(),
+            "step_weight_scale": self.rewards.scale,
+            "checkpoints": sorted(self.checkpoints),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         self.guards.load_state_dict(state["guards"])
         self.rewards.scale = state["step_weight_scale"]
+        self.checkpoints = {step: self._folder(step) for step in state["checkpoints"]}

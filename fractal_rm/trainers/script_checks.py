@@ -98,24 +98,25 @@ def check_chat_templates(model: str, reward_models: Sequence[Any]) -> None:
 
 
 def checkpoint_to_resume(config: Any) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` means: a path, or with `true` the last one, if there is one.
+    """The checkpoint that `resume_from_checkpoint` means: a path, or with `true` the last whole one, if there is one.
 
     Args:
         config: `TrainingArguments`.
 
     Raises:
         FileNotFoundError: If a path is given and is not there.
+        ValueError: If it holds a part of a checkpoint.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    from fractal_rm.trainers.checkpoints import find_checkpoint, last_checkpoint
 
     wanted = config.resume_from_checkpoint
     if wanted is None or str(wanted).lower() in ("false", "none", "no"):
         return None
     if str(wanted).lower() in ("true", "yes"):
-        return get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+        return last_checkpoint(config.output_dir)
     if not Path(wanted).is_dir():
         raise FileNotFoundError(f"There is no checkpoint {wanted}. Give `resume_from_checkpoint` a folder, or `true`.")
-    return str(wanted)
+    return find_checkpoint(wanted, config.output_dir)
 
 
 def hide_loading_bars() -> None:

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerState, set_seed
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from fractal_rm.aggregation import meaning
 from fractal_rm.ordinal import expected_grades, ordinal_pseudo_labels
 from fractal_rm.preferences import preference_pseudo_labels
 from fractal_rm.pseudo_labels import posteriors, pseudo_labels
 from fractal_rm.trainers.bag_data import BagDataset
+from fractal_rm.trainers.checkpoints import last_checkpoint, take_up, train_output
 from fractal_rm.trainers.fractal_config import FractalConfig
 from fractal_rm.trainers.objective import StageKind
 
@@ -96,15 +96,15 @@ def train_in_stages(trainer: "FractalTrainer", *, resume: bool, **kwargs: Any) -
             trainer.scorer.load_state_dict(load_file(folder / _WEIGHTS), strict=False)
             logits = load_file(folder / _LOGITS)["logits"]
             trainer.state = TrainerState.load_from_json(str(folder / _STATE))
-            result = _result(trainer.state)
+            result = train_output(trainer.state)
         else:
-            checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+            checkpoint = last_checkpoint(folder) if resume else None
             args.output_dir = str(folder)
             # A stage must not depend on whether the ones before it ran in this process.
             set_seed(args.seed)
             trainer.optimizer = trainer.lr_scheduler = None
             try:
-                result = _take_up(trainer, checkpoint) or trainer.train_stage(stage, checkpoint, **kwargs)
+                result = take_up(trainer, checkpoint) or trainer.train_stage(stage, checkpoint, **kwargs)
             finally:
                 args.output_dir = str(output)
             logits = torch.cat([row.flatten() for row in trainer.step_logits(data)]).cpu()
@@ -128,25 +128,6 @@ def _finish(trainer: "FractalTrainer", folder: Path, logits: Tensor) -> None:
             save_file(tensors, folder / f"{name}.tmp")
             os.replace(folder / f"{name}.tmp", folder / name)
     trainer.accelerator.wait_for_everyone()
-
-
-def _take_up(trainer: "FractalTrainer", checkpoint: str | None) -> TrainOutput | None:
-    """Load a checkpoint that was written after the last step: `Trainer.train` would make one step more."""
-    if checkpoint is None:
-        return None
-    state = TrainerState.load_from_json(str(Path(checkpoint) / _STATE))
-    if state.global_step < state.max_steps:
-        return None
-    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    trainer._load_from_checkpoint(best or checkpoint)
-    trainer.state = state
-    return _result(state)
-
-
-def _result(state: TrainerState) -> TrainOutput:
-    """What `Trainer.train` returned for a stage that is finished, as far as its log says it."""
-    metrics = {name: value for name, value in state.log_history[-1].items() if name.startswith("train_")}
-    return TrainOutput(state.global_step, metrics.get("train_loss", math.nan), metrics)
 
 
 def _trainable(trainer: "FractalTrainer") -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from trl.trainer.utils import get_callable_name
 
 from fractal_rm.advantages import global_advantages, whiten
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.trainers.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
 from fractal_rm.trainers.dense_sources import (
     DenseSource,
     StepScoreReward,
@@ -35,7 +36,9 @@ from fractal_rm.trainers.dense_sources import (
 from fractal_rm.trainers.finite_logs import FiniteLogs
 from fractal_rm.trainers.finite_rewards import check_model_rewards, checked_reward_functions
 from fractal_rm.trainers.kl_reward import KLReward, lent_beta
+from fractal_rm.trainers.parallelism import check_separate_value_model, check_whole_model
 from fractal_rm.trainers.ppo_checks import check_reward_models, check_setup, check_step_functions
+from fractal_rm.trainers.processes import add_up, share_metrics
 from fractal_rm.trainers.rollout_guards import AlarmActions, as_rollouts, ending_ids
 from fractal_rm.trainers.shared_backbone import SharedBackbone, make_value_head
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
@@ -47,7 +50,7 @@ from fractal_rm.trainers.value_model import ValueGradients, make_value_model
 _STATE_FILE = "step_ppo_state.json"
 
 
-class StepPPOTrainer(GRPOTrainer, FiniteLogs):
+class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
     """PPO with a reward for every step.
 
     A completion that no reward function judges (all give None) is left out of what is learned, as in TRL.
@@ -146,6 +149,10 @@ class StepPPOTrainer(GRPOTrainer, FiniteLogs):
         self.step_rewards.ending_ids = ending_ids(self._tokenizer, self.accelerator.unwrap_model(self.model))
         if args.on_alarm == "rollback" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`on_alarm='rollback'` cannot put sharded weights back. Use `on_alarm='stop'`.")
+        if args.advantage == "gae":
+            check_separate_value_model(self)
+        for scoring in reward_models:
+            check_whole_model(self, scoring.scorer, "the reward model")
         for source in self.sources:
             source.prepare(self._tokenizer, self.accelerator.device)
         self._is_outcome = torch.tensor([not isinstance(function, DenseSource) for function in self.reward_funcs])
@@ -214,7 +221,7 @@ class StepPPOTrainer(GRPOTrainer, FiniteLogs):
         shaped = self.step_rewards.steps(rollout, mask, self.num_generations)
         if self.args.advantage == "group":
             output["advantages"] = self.step_rewards.group_advantages(
-                rollout, shaped, output["advantages"], mask, self.num_generations, step=step
+                rollout, shaped, output["advantages"], mask, self.num_generations, self.accelerator, step=step
             )
             self._show_advantages(output["advantages"], mask)
             return output
@@ -224,12 +231,16 @@ class StepPPOTrainer(GRPOTrainer, FiniteLogs):
         if self.kl_reward.on and rollout.kl is not None:
             token_rewards = token_rewards - self.kl_reward.penalty(rollout.kl, self.accelerator, self._log)
         if self.args.whiten_rewards:
-            token_rewards = whiten(token_rewards, mask, shift_mean=False)
+            token_rewards = whiten(token_rewards, mask, shift_mean=False, add_up=add_up(self.accelerator))
         if self.value_learning is not None:
             output |= self.value_learning.advantages(output, token_rewards, mask, rollout.logprobs)
         else:
             output["advantages"] = global_advantages(
-                token_rewards, mask, gamma=self.args.gamma, scale=self.args.whiten_advantages
+                token_rewards,
+                mask,
+                gamma=self.args.gamma,
+                scale=self.args.whiten_advantages,
+                add_up=add_up(self.accelerator),
             )
         self._show_advantages(output["advantages"], mask)
         return output
@@ -278,6 +289,12 @@ class StepPPOTrainer(GRPOTrainer, FiniteLogs):
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(float(value))
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `GRPOTrainer`; numbers that each process measured on its own rollouts become those of all."""
+        if self.accelerator.num_processes > 1:
+            share_metrics(self._metrics["train" if self.model.training else "eval"])
+        super().log(logs, start_time)
+
     def _show_advantages(self, advantages: Tensor, mask: Tensor) -> None:
         """Put each completion's mean advantage into TRL's table of completions, in place of TRL's own."""
         means = (advantages.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).detach()
@@ -314,6 +331,13 @@ class StepPPOTrainer(GRPOTrainer, FiniteLogs):
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; `resume_from_checkpoint=True` is the last checkpoint that is whole."""
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint and self.is_deepspeed_enabled:  # it loads weights its own way, and nothing else
+            self._load_state(Path(checkpoint))
+        return take_up(self, checkpoint) or super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
     def _stateful(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and optimizer: running statistics, the KL coefficient, the guards."""
         return {
@@ -323,8 +347,12 @@ class StepPPOTrainer(GRPOTrainer, FiniteLogs):
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
         folder = Path(output_dir or self.args.output_dir or ".")
+        if self.args.should_save:
+            begin_checkpoint(folder)
+        super()._save(output_dir, state_dict=state_dict)
+        if not self.args.should_save:
+            return  # another process writes
         state = {name: part.state_dict() for name, part in self._stateful().items()}
         (folder / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         if self.value_learning is not None:
@@ -334,7 +362,10 @@ class StepPPOTrainer(GRPOTrainer, FiniteLogs):
         super()._load_from_checkpoint(resume_from_checkpoint, model=model)
         if self.value_learning is not None:
             self.value_learning.load(Path(resume_from_checkpoint))
-        file = Path(resume_from_checkpoint) / _STATE_FILE
+        self._load_state(Path(resume_from_checkpoint))
+
+    def _load_state(self, checkpoint: Path) -> None:
+        file = checkpoint / _STATE_FILE
         if not file.is_file():
             raise ValueError(
                 f"{file} is missing, so running statistics cannot be resumed. Resume from a checkpoint that "

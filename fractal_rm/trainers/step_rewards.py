@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
+from accelerate import Accelerator
 from torch import Tensor
 
 from fractal_rm.advantages import group_step_advantages
@@ -19,6 +19,7 @@ from fractal_rm.rewards import (
 )
 from fractal_rm.shaping import RunningMoments, limit_step_rewards, shape_step_scores
 from fractal_rm.trainers.dense_sources import DenseSource
+from fractal_rm.trainers.processes import masks_of_all, rows_of_all
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 
 
@@ -127,16 +128,19 @@ class StepRewards:
     ) -> list[list[float]]:
         """Rewards from a source's scores, as many.
 
+        Baselines and deviations are those of the batch of all processes, and groups may reach over several: every
+        process shapes all rows and keeps its own.
+
         Args:
             step_scores: Score of every step of every completion of this process.
             group_size: Completions per prompt.
             moments: Of the source's shaped rewards of the whole run, for `normalize_step_rewards`.
         """
-        args, width = self.args, max(map(len, step_scores), default=0)
-        rows = [[*row, *[0.0] * (width - len(row))] for row in step_scores]
+        everyone, ours = rows_of_all([list(row) for row in step_scores])
+        args, width = self.args, max(map(len, everyone), default=0)
+        rows = [[*row, *[0.0] * (width - len(row))] for row in everyone]
         scores = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), width)
-        mask = torch.arange(width) < torch.tensor([len(row) for row in step_scores])[:, None]
-        # Every process centres by its own rollouts: a constant, which no step can change by much.
+        mask = torch.arange(width) < torch.tensor([len(row) for row in everyone])[:, None]
         rewards = shape_step_scores(
             scores,
             mask,
@@ -146,11 +150,10 @@ class StepRewards:
             group_size=group_size,
         )
         if args.normalize_step_rewards:
-            # One scale for all processes, from the rewards of all.
-            moments.update(torch.tensor(gather_object(rewards[mask].tolist()), dtype=torch.float64))
+            moments.update(rewards[mask])
             rewards = rewards / moments.std
         rewards = limit_step_rewards(rewards, mask, clip=args.step_reward_clip, length_neutral=args.length_neutral)
-        return [values[: len(row)] for values, row in zip(rewards.tolist(), step_scores, strict=True)]
+        return [values[: len(row)] for values, row in zip(rewards[ours].tolist(), step_scores, strict=True)]
 
     def weights(self, step: int) -> tuple[float, float]:
         """Weights of step and outcome rewards at an optimizer step: each rises from 0 in a straight line."""
@@ -193,6 +196,7 @@ class StepRewards:
         outcome: Tensor,
         mask: Tensor,
         group_size: int,
+        accelerator: Accelerator,
         *,
         step: int,
     ) -> Tensor:
@@ -203,27 +207,31 @@ class StepRewards:
             shaped: Their step rewards, of each source.
             outcome: Advantages of the outcomes (B,), which TRL computed.
             mask: True where the policy wrote a token.
-            group_size: Completions per prompt.
+            group_size: Completions per prompt; those of one prompt may be spread over processes.
+            accelerator: Knows the other processes.
             step: The optimizer step.
         """
-        dense = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        _, ours = rows_of_all([None] * len(mask))
+        masks, dense = masks_of_all(mask, accelerator), torch.zeros(mask.shape, device=mask.device)
         for one in shaped:
-            dense = dense + one.weight * group_step_advantages(
-                one.rewards,
-                one.ends,
-                mask,
+            advantages = group_step_advantages(
+                rows_of_all(one.rewards)[0],
+                rows_of_all(one.ends)[0],
+                masks,
                 group_size,
                 gamma=self.args.step_gamma,
                 scale=self.args.scale_rewards != "none",
                 baseline=self.args.group_baseline,
                 leave_one_out=self.args.leave_one_out,
             )
+            dense = dense + one.weight * advantages[ours, : mask.size(1)]
         step_weight, outcome_weight = self.weights(step)
         advantages = outcome_weight * (outcome.unsqueeze(1) * mask) + step_weight * dense
         if not self.args.missing_eos_penalty:
             return advantages
-        penalties = self.penalties(rollout).view(-1, group_size)
-        penalties = (penalties - penalties.mean(dim=1, keepdim=True)).view(-1, 1)
+        everyone: Any = accelerator.gather(self.penalties(rollout))
+        penalties = everyone.view(-1, group_size)
+        penalties = (penalties - penalties.mean(dim=1, keepdim=True)).view(-1, 1)[ours]
         return advantages - penalties * mask
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,13 +17,15 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 # The versions that the tests ran with, oldest first.
 TESTED_TRL = ("1.14.2", "1.16.0")
 
-# Methods that we override or call, with their parameters after `self`. The last two come from `transformers.Trainer`.
+# Methods that we override or call, with their parameters after `self`. The last three come from `transformers.Trainer`.
 METHODS = {
     "_generate_and_score_completions": ("inputs",),
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
     "_prepare_inputs": ("generation_batch",),
     "_compute_loss": ("model", "inputs"),
     "_save": ("output_dir", "state_dict"),
+    "_save_rng_state": ("output_dir",),
+    "log": ("logs", "start_time"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
 }
 

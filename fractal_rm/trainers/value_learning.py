@@ -11,6 +11,7 @@ from safetensors.torch import load_model as load_weights
 from torch import Tensor, nn
 
 from fractal_rm.advantages import gae, whiten
+from fractal_rm.trainers.processes import add_up
 from fractal_rm.trainers.shared_backbone import SharedBackbone
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 from fractal_rm.trainers.value_model import checkpoint_layers, clipped_value_loss, explained_variance
@@ -109,7 +110,8 @@ class ValueLearning:
         advantages, returns = gae(token_rewards, values, mask, gamma=args.gamma, lam=args.lam)
         self.log("value/explained_variance", explained_variance(values[mask], returns[mask]))
         self.log("value/mean", values[mask].mean().item())
-        advantages = whiten(advantages, mask) if args.whiten_advantages else advantages
+        if args.whiten_advantages:
+            advantages = whiten(advantages, mask, add_up=add_up(self.accelerator))
         # The value loss is a mean over the tokens of a rollout batch, as the loss of TRL's default `loss_type` is.
         tokens = self.accelerator.reduce(mask.sum().float(), reduction="mean")
         learned = {"values": values, "returns": returns, "value_mask": mask, "value_tokens": tokens}

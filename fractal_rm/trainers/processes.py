@@ -1,0 +1,80 @@
+"""Several processes that share a batch: what has to be known of all rows before a process can go on with its own.
+
+A rollout or batch is split into consecutive rows, as many for each process. Means and deviations of the batch, and the
+completions of one prompt, may reach beyond them. In one process everything here returns what it was given.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+
+Row = TypeVar("Row")
+
+
+def rows_of_all(rows: Sequence[Row]) -> tuple[list[Row], slice]:
+    """The rows of all processes in order, and where those of this one are among them.
+
+    Args:
+        rows: Of this process; plain values, as many as every other has.
+    """
+    first = PartialState().process_index * len(rows)
+    return gather_object(list(rows)), slice(first, first + len(rows))
+
+
+def masks_of_all(mask: Tensor, accelerator: Accelerator) -> Tensor:
+    """The masks (B, T) of all processes in order, padded with False to the longest."""
+    padded: Any = accelerator.pad_across_processes(mask.int(), dim=1)
+    gathered: Any = accelerator.gather(padded)
+    return gathered.bool()
+
+
+def add_up(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
+    """What turns a process's sum into that of all processes."""
+
+    def summed(total: Tensor) -> Tensor:
+        everyone: Any = accelerator.reduce(total, reduction="sum")
+        return everyone
+
+    return summed
+
+
+def mean_terms(terms: Mapping[str, Tensor], names: Sequence[str], accelerator: Accelerator) -> dict[str, Tensor]:
+    """The mean of each loss term over the batch that all processes share.
+
+    Processes may hold different numbers of what a term applies to, down to none. Gradients are averaged over processes,
+    so each mean is this process's sum over the count of all, times the number of processes.
+
+    Args:
+        terms: Name to values, of this process.
+        names: Every term that some process may have: the same on all.
+        accelerator: Knows the others.
+    """
+    if accelerator.num_processes == 1:
+        return {name: term.mean() for name, term in terms.items()}
+    counts = [float(terms[name].numel()) if name in terms else 0.0 for name in names]
+    everyone: Any = accelerator.reduce(torch.tensor(counts, device=accelerator.device), reduction="mean")
+    shares = dict(zip(names, everyone, strict=True))
+    return {name: term.sum() / shares[name].clamp(min=1.0 / accelerator.num_processes) for name, term in terms.items()}
+
+
+def share_metrics(metrics: dict[str, list[float]]) -> None:
+    """Put what all processes measured into each one's lists of numbers to log, whose means are then those of all."""
+    everyone: list[dict[str, list[float]]] = gather_object([dict(metrics)])
+    for name in dict.fromkeys(name for one in everyone for name in one):
+        metrics[name] = [value for one in everyone for value in one.get(name, [])]
+
+
+def logged_means(terms: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+    """The mean of each term over what all processes have of it since the last log."""
+    here = {name: (float(sum(part.sum() for part in parts)), sum(map(len, parts))) for name, parts in terms.items()}
+    everyone = gather_object([here])
+    names = dict.fromkeys(name for one in everyone for name in one)
+    means = {}
+    for name in names:
+        totals = [one[name] for one in everyone if name in one]
+        means[name] = sum(total for total, _ in totals) / max(sum(count for _, count in totals), 1)
+    return means

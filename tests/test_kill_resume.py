@@ -1,0 +1,153 @@
+"""Runs that are killed with SIGKILL and resumed, against the run that never was; and checkpoints that are not whole."""
+
+import importlib
+import json
+import random
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from test_step_ppo_trainer import RESUMABLE, logs, make, reward_model, same, weights
+
+from fractal_rm.trainers.checkpoints import STATE, begin_checkpoint, find_checkpoint, is_complete, last_checkpoint
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    yield importlib.import_module("kill_and_resume")
+    sys.path.remove(str(REPOSITORY / "benchmarks"))
+
+
+@pytest.mark.parametrize(("kind", "kills"), [("step_ppo", 3), ("fractal", 2)])
+def test_a_run_that_was_killed_equals_one_that_never_was(benchmark, tmp_path, kind, kills):
+    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(kind)
+    seconds = benchmark.finish(kind, whole, STEPS)
+    found = []
+    for number in range(kills):  # while a checkpoint is written, and whenever
+        after, in_save = rng.uniform(0.2, 0.8) * seconds * (number % 2), number % 2 == 0
+        found.append(benchmark.kill(kind, killed, STEPS, after=after, in_save=in_save))
+    assert found[0] == {"killed": True, "checkpoint_step": 0, "checkpoint_torn": True}
+    benchmark.finish(kind, killed, STEPS)
+    last = f"checkpoint-{STEPS}"
+    assert benchmark.differences(killed / last, whole / last) == []
+    names = {path.name for path in (whole / last).rglob("*")}
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE} <= names
+    assert kind == "fractal" or {"value_model", "step_ppo_state.json"} <= names
+
+
+def test_the_comparison_sees_one_bit_in_any_file(benchmark, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "value_model").mkdir(parents=True)
+        (tmp_path / name / STATE).write_text(json.dumps({"log_history": [{"loss": 1.0, "step_time": ord(name)}]}))
+        (tmp_path / name / "value_model" / "model.safetensors").write_bytes(b"\x00\x01")
+    compare = benchmark.differences
+    assert compare(tmp_path / "a", tmp_path / "b") == []
+    (tmp_path / "b" / "value_model" / "model.safetensors").write_bytes(b"\x00\x00")
+    (tmp_path / "b" / "replay.safetensors").write_bytes(b"")
+    (tmp_path / "b" / STATE).write_text('{"log_history": [{"loss": 2.0}]}')
+    expected = ["replay.safetensors", "value_model/model.safetensors", STATE]
+    assert compare(tmp_path / "a", tmp_path / "b") == expected
+
+
+# Which checkpoint is whole --------------------------------------------------------------------------------------------
+
+
+def checkpoint(folder: Path, step: int, content: str | None = None) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    content = json.dumps({"global_step": step, "log_history": []}, indent=2) if content is None else content
+    (path / STATE).write_text(content)
+    return path
+
+
+def test_the_last_checkpoint_is_the_last_that_is_whole(tmp_path):
+    assert last_checkpoint(tmp_path / "not there") is None
+    checkpoint(tmp_path, 2)
+    checkpoint(tmp_path, 10)
+    checkpoint(tmp_path, 12, json.dumps({"global_step": 12})[:-1])  # cut
+    (tmp_path / "checkpoint-14").mkdir()  # no state yet
+    checkpoint(tmp_path, 16, json.dumps({"global_step": 12}))  # of another step
+    checkpoint(tmp_path, 18, "")
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert find_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-10")
+    assert [find_checkpoint(nothing, tmp_path) for nothing in (None, False, "")] == [None] * 3
+
+
+@pytest.mark.parametrize("cut", range(0, 60, 7))
+def test_a_state_that_is_cut_anywhere_is_not_whole(tmp_path, cut):
+    path = checkpoint(tmp_path, 3)
+    text = (path / STATE).read_text()
+    assert is_complete(path)
+    (path / STATE).write_text(text[: min(cut, len(text) - 1)])
+    assert not is_complete(path)
+
+
+def test_a_part_of_a_checkpoint_is_refused_by_its_name(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(ValueError, match=r"checkpoint-4 is no whole checkpoint: its trainer_state\.json, which is"):
+        find_checkpoint(tmp_path / "checkpoint-4", tmp_path)
+    with pytest.raises(ValueError, match=r"holds no whole checkpoint\. Start without `resume_from_checkpoint`"):
+        find_checkpoint(True, tmp_path)
+
+
+def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(tmp_path):
+    path, other = checkpoint(tmp_path, 4), tmp_path / STATE
+    other.write_text("{}")
+    begin_checkpoint(path)
+    begin_checkpoint(tmp_path)  # the output folder holds a state of its own
+    assert not is_complete(path)
+    assert other.is_file()
+
+
+def test_the_state_is_written_after_everything_else(tmp_path, monkeypatch):
+    written: list[Any] = []
+    trainer = make(tmp_path, reward_model=reward_model(), max_steps=2, **RESUMABLE)
+    monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: written.append("everyone is here"))
+    save = trainer.state.save_to_json
+
+    def saved(path: str) -> None:
+        written.append(sorted(file.name for file in Path(path).parent.iterdir()))
+        save(path)
+
+    monkeypatch.setattr("transformers.TrainerState.save_to_json", lambda self, path: saved(path))
+    trainer.train()
+    before = written.index("everyone is here")
+    assert {"optimizer.pt", "rng_state.pth", "step_ppo_state.json", "value_model"} <= set(written[before + 1])
+    assert STATE not in written[before + 1]
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_makes_no_step_more(tmp_path):
+    shared = {"reward_model": reward_model(), "max_steps": 4, **RESUMABLE}
+    whole = make(tmp_path, **shared)
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    again = make(tmp_path, **shared)
+    result = again.train(resume_from_checkpoint=True)
+    assert result.global_step == again.state.global_step == 4
+    assert again.rollouts == []
+    assert same(weights(again.model), weights(whole.model))
+    assert same(weights(again.value_model), weights(whole.value_model))
+    assert logs(again) == [row for row in logs(whole) if "train_loss" not in row]
+    longer = make(tmp_path, **shared | {"max_steps": 6})
+    longer.train(resume_from_checkpoint=True)
+    assert (longer.state.global_step, len(longer.rollouts)) == (6, 1)
+
+
+def test_the_checkpoints_to_go_back_to_are_resumed(tmp_path):
+    shared = {"reward_model": reward_model(), "on_alarm": "rollback", "max_steps": 4, **RESUMABLE}
+    whole = make(tmp_path, **shared)
+    whole.train()
+    assert sorted(whole.alarm_actions.checkpoints) == [2, 4]
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = make(tmp_path, **shared)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.alarm_actions.checkpoints == whole.alarm_actions.checkpoints

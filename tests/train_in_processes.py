@@ -1,0 +1,131 @@
+"""Trainings that `test_processes.py` runs in one process and in two: the same batches, split.
+
+Run by `accelerate launch`; each process trains every case, and the first writes what came out.
+"""
+
+import itertools
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import byte_tokenizer, make_model, sums
+from safetensors.torch import save_file
+from stand_ins import preferences, solutions
+from test_step_ppo_trainer import (
+    RAGGED,
+    count_of_a,
+    make,
+    reward_model,
+    value_model,
+)
+
+from fractal_rm.readers import read_bags
+from fractal_rm.segmentation import Segmentation
+from fractal_rm.trainers.fractal_config import FractalConfig
+from fractal_rm.trainers.fractal_trainer import FractalTrainer
+from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
+
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rollouts() -> Callable[..., dict[str, Any]]:
+    """A `rollout_func` that gives row n of the batch of all processes the same completion, whoever holds it."""
+    calls = itertools.count()
+
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        first = trainer.accelerator.process_index * len(prompts) + 3 * next(calls)
+        rows = [list(RAGGED[(first + row) % len(RAGGED)]) for row in range(len(prompts))]
+        return {
+            "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
+            "completion_ids": rows,
+            "logprobs": [[0.0] * len(ids) for ids in rows],
+        }
+
+    return rollout
+
+
+def ppo(folder: Path, batch: int, **changed: Any) -> dict[str, torch.Tensor]:
+    """Weights of policy and value model after a few updates, running statistics, and what was logged of the steps."""
+    if changed.get("kl_coef"):  # the reference is loaded from where the policy comes from
+        changed["model"] = str(folder / "policy")
+    options = {"reward_model": reward_model(), "reward_funcs": count_of_a, "rollout_func": rollouts(), "max_steps": 4}
+    trainer = make(
+        folder, trainer=StepPPOTrainer, **options | {"per_device_train_batch_size": batch // PROCESSES} | changed
+    )
+    trainer.train()
+    models = {"policy": trainer.model, "value": trainer.value_model}
+    result = {
+        f"{name}.{key}": tensor.detach().clone()
+        for name, model in models.items()
+        if model is not None
+        for key, tensor in trainer.accelerator.unwrap_model(model).state_dict().items()
+    }
+    moments = trainer.step_rewards.moments
+    logged = [row["steps/per_response"] for row in trainer.state.log_history if "steps/per_response" in row]
+    return result | {
+        "moments": torch.tensor([moments.mean, moments.std, trainer.kl_reward.adaptive.coef]),
+        "logged": torch.tensor(logged),
+    }
+
+
+def fractal(folder: Path, rows: list[Any], **changed: Any) -> dict[str, torch.Tensor]:
+    """Weights of the reward model after an epoch."""
+    args = FractalConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=8 // PROCESSES,
+        learning_rate=1e-2,
+        num_train_epochs=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        max_length=256,
+        **changed,
+    )
+    trainer = FractalTrainer(
+        make_model("likelihood", "llama"), args, train_dataset=rows, processing_class=byte_tokenizer()
+    )
+    trainer.train()
+    logged = [row["loss/bag"] for row in trainer.state.log_history if "loss/bag" in row]
+    result = {name: tensor.detach().clone() for name, tensor in trainer.scorer.state_dict().items()}
+    return result | {"logged": torch.tensor(logged)}
+
+
+def mixed() -> list[Any]:
+    """Labelled responses and preferences, unevenly spread: some processes hold one kind only."""
+    labelled = read_bags(solutions(12), Segmentation())
+    pairs = read_bags(preferences(12), Segmentation())
+    return [*labelled[:9], *pairs[:10], *labelled[9:], *pairs[10:]]
+
+
+GAE = {"num_iterations": 2, "normalize_step_rewards": True, "whiten_rewards": True, "kl_coef": 0.1, "kl_target": 0.5}
+CASES: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {
+    "gae": lambda folder: ppo(folder, 8, value_model=value_model(), **GAE),
+    "gae with accumulation": lambda folder: ppo(folder, 4, value_model=value_model(), gradient_accumulation_steps=2),
+    "groups over two processes": lambda folder: ppo(
+        folder, 4, num_generations=4, advantage="group", center="group", missing_eos_penalty=0.3, leave_one_out=True
+    ),
+    "global": lambda folder: ppo(folder, 8, advantage="global", whiten_advantages=False),
+    "bags": lambda folder: fractal(folder, sums(24)),
+    "bags and preferences": lambda folder: fractal(folder, mixed()),
+}
+
+
+def train_all(folder: Path) -> None:
+    """Train every case and write its weights, as `<case>.safetensors`."""
+    for name, train in CASES.items():
+        result = train(folder)
+        if int(os.environ.get("RANK", "0")) == 0:
+            save_file({key: tensor.contiguous() for key, tensor in result.items()}, folder / f"{name}.safetensors")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    train_all(Path(sys.argv[1]))
