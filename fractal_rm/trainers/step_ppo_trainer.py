@@ -19,11 +19,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from fractal_rm.advantages import gae, global_advantages, whiten
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.trainers.bag_data import Records
 from fractal_rm.trainers.kl_reward import KLReward, lent_beta
+from fractal_rm.trainers.online_reward import OnlineReward
 from fractal_rm.trainers.rollout_guards import AlarmActions, as_rollouts, ending_ids
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 from fractal_rm.trainers.step_rewards import Rollout, StepRewards, StepScoreReward, add_to_outcomes
@@ -56,6 +59,8 @@ class StepPPOTrainer(GRPOTrainer):
             `"reward_model"`: from the reward model's backbone, with such a head.
         callbacks: As for `GRPOTrainer`.
         peft_config: As for `GRPOTrainer`.
+        reward_model_dataset: For `rm_update_every`: labelled responses that the reward model was trained on, mixed in
+            so that it does not forget them. Records or bags, as for [`FractalTrainer`].
         kwargs: Further arguments of `GRPOTrainer`.
 
     Raises:
@@ -81,6 +86,7 @@ class StepPPOTrainer(GRPOTrainer):
         value_model: str | Path | PreTrainedModel | None = None,
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
+        reward_model_dataset: Records | None = None,
         **kwargs: Any,
     ) -> None:
         moved = check_contract()
@@ -94,6 +100,12 @@ class StepPPOTrainer(GRPOTrainer):
             raise ValueError(
                 f"`advantage='{args.advantage}'` uses no `value_model`. Leave it out or set `advantage='gae'`."
             )
+        if reward_model_dataset is not None and not args.rm_update_every:
+            raise ValueError(
+                "`reward_model_dataset` is for `rm_update_every`, which is 0. Set it, or leave the data out."
+            )
+        if reward_model is None and args.rm_update_every:
+            raise ValueError("`rm_update_every` needs a `reward_model` to update. Give one, or set it to 0.")
         self.step_scores: StepScoreReward | None = None
         if reward_model is not None:
             if not isinstance(reward_model, StepRewardModel):
@@ -127,6 +139,15 @@ class StepPPOTrainer(GRPOTrainer):
         if self.step_scores is not None:
             self.step_scores.tokenizer = self._tokenizer
             self.step_scores.reward_model.scorer.to(self.accelerator.device)
+        self.online_reward: OnlineReward | None = None
+        if isinstance(reward_model, StepRewardModel) and args.rm_update_every:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "`rm_update_every` does not work with FSDP and DeepSpeed yet. Use DDP, or set it to 0."
+                )
+            self.online_reward = OnlineReward(
+                reward_model, args, reward_model_dataset, self.reward_weights, self.accelerator, self._log
+            )
         if args.advantage == "gae":
             self.value_model = self.accelerator.prepare_model(
                 make_value_model(
@@ -167,6 +188,8 @@ class StepPPOTrainer(GRPOTrainer):
             return output  # evaluation only logs rewards; without step scores the group baseline is TRL's own
         if self._went_back(rollout):
             output, rollout = self._roll_out(inputs)  # by the policy that there is now
+        if self.online_reward is not None and self.step_scores is not None:
+            self.online_reward.take(rollout, self.step_scores.scored, self.reward_weights)
         mask, step = self._policy_mask(output), self.state.global_step
         rewards, ends, placement = self.step_rewards.steps(rollout, mask, self.num_generations)
         if self.args.advantage == "group":
@@ -299,11 +322,12 @@ class StepPPOTrainer(GRPOTrainer):
 
     def _stateful(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and optimizer: running statistics, the KL coefficient, the guards."""
-        return {
+        parts = {
             "step_rewards": self.step_rewards.moments,
             "kl_reward": self.kl_reward.adaptive,
             "alarms": self.alarm_actions,
         }
+        return parts if self.online_reward is None else parts | {"online_reward": self.online_reward}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
@@ -312,10 +336,14 @@ class StepPPOTrainer(GRPOTrainer):
         (folder / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         if self.value_model is not None:
             self.accelerator.unwrap_model(self.value_model).save_pretrained(folder / _VALUE_FOLDER)
+        if self.online_reward is not None:
+            self.online_reward.save(folder, resumable=folder.name.startswith(PREFIX_CHECKPOINT_DIR))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model=model)
         self._load_value_model(Path(resume_from_checkpoint))
+        if self.online_reward is not None:
+            self.online_reward.load(Path(resume_from_checkpoint))
         file = Path(resume_from_checkpoint) / _STATE_FILE
         if not file.is_file():
             raise ValueError(
