@@ -1,4 +1,4 @@
-"""A reward model that keeps learning: what it learns from, when it goes back, and that a resumed run is the same run."""
+"""A reward model that keeps learning: what from, when an update is taken back, and that a resumed run is the same."""
 
 import json
 from collections import Counter
@@ -251,7 +251,8 @@ def test_a_batch_has_its_share_of_original_responses_and_none_that_is_held_out(t
         assert len(items) == 16
         assert sum(tuple(item["encoded"][0].input_ids) in originals for item in items) == 4
     apart = {b.prompt for b in online.original.bags}, {b.prompt for b in online.original_held_out.bags}  # type: ignore[union-attr]
-    assert apart[0] and apart[1] and not apart[0] & apart[1]
+    assert all(apart)
+    assert not apart[0] & apart[1]
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.1, 1.0), (0.9, 0.0)])
