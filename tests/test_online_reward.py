@@ -181,7 +181,7 @@ def test_an_update_with_wrong_outcomes_is_taken_back_to_the_last_bit(tmp_path):
     online, logged = make(token_model(), tmp_path)
     feed(online, responses(160))
     before, scores = bits(online), online.reward_model.score(["q\n"], ["aa.\nzz."])
-    feed(online, responses(800, start=160), flip_learned=True)
+    feed(online, responses(480, start=160), flip_learned=True)
     assert [value for name, value in logged if name == "rm_update/kept"] == [1.0, 0.0]
     assert [value for name, value in logged if name.endswith("auc_after")][-1] < 0.5
     assert equal(bits(online), before)

@@ -42,8 +42,9 @@ class StepPPOTrainer(GRPOTrainer):
 
     A completion that no reward function judges (all give None) is left out of what is learned, as in TRL.
 
-    Checkpoints hold the value model in `value_model/`. A resumed run equals an uninterrupted one if the checkpoint was
-    written between rollouts, when `save_steps` is a multiple of `num_iterations * steps_per_generation /
+    Checkpoints hold the value model in `value_model/`, and a reward model that goes on learning (`rm_update_every`) in
+    `reward_model/`; an instance that is given learns in place. A resumed run equals an uninterrupted one if the
+    checkpoint was written between rollouts, when `save_steps` is a multiple of `num_iterations * steps_per_generation /
     gradient_accumulation_steps`: TRL does not save a rollout, and samples anew what was left of it.
 
     Args:
@@ -64,8 +65,9 @@ class StepPPOTrainer(GRPOTrainer):
         kwargs: Further arguments of `GRPOTrainer`.
 
     Raises:
-        ValueError: If there is no reward, the prompts are chats and the reward model was trained on texts (or the
-            other way round), or the value model cannot be made.
+        ValueError: If there is no reward, the reward model cannot learn where it should (`rm_update_every`), the
+            prompts are chats and the reward model was trained on texts (or the other way round), or the value model
+            cannot be made.
         RuntimeError: If the installed TRL has moved a name that this class relies on.
     """
 
