@@ -34,7 +34,7 @@ def whole_runs(name: str) -> list[dict[str, Any]]:
 
 
 def online_table() -> str:
-    """Frozen against online reward models: the policy's accuracy on the way, and what the model tells apart at its end."""
+    """Frozen against online reward models: accuracy on the way, and what the model tells apart at the end."""
     if not (RESULTS / "online_reward.jsonl").is_file():
         return "No rows yet."
     runs = whole_runs("online_reward.jsonl")
