@@ -338,7 +338,7 @@ class StepPPOTrainer(GRPOTrainer):
         (folder / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         if self.value_model is not None:
             self.accelerator.unwrap_model(self.value_model).save_pretrained(folder / _VALUE_FOLDER)
-        if self.online_reward is not None:
+        if self.online_reward is not None and self.args.should_save:  # transformers asks every process
             self.online_reward.save(folder, resumable=folder.name.startswith(PREFIX_CHECKPOINT_DIR))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
