@@ -24,6 +24,25 @@ def last_rows(name: str, arms: tuple[str, ...] | None = None) -> list[dict[str, 
     return sorted(chosen, key=lambda row: (row["arm"], row["seed"]))
 
 
+def whole_runs(name: str) -> list[dict[str, Any]]:
+    """One row for each run of a results file of curves: accuracy by rollouts, and what its last evaluation adds."""
+    runs: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in sorted(read_results(RESULTS / name), key=lambda row: (row["arm"], row["seed"])):
+        run = runs.setdefault((row["arm"], row["seed"]), row | {"metrics": {}})
+        metrics = dict(row["metrics"])
+        run["metrics"] |= {f"accuracy at {metrics.pop('rollouts'):,}": metrics.pop("accuracy")} | metrics
+    return list(runs.values())
+
+
+def online_table() -> str:
+    """Frozen against online reward models: accuracy on the way, and what the model tells apart at the end."""
+    if not (RESULTS / "online_reward.jsonl").is_file():
+        return "No rows yet."
+    runs = whole_runs("online_reward.jsonl")
+    curve = list(dict.fromkeys(name for run in runs for name in run["metrics"] if name.startswith("accuracy at")))
+    return markdown_table(runs, metrics=[*curve, "accuracy_greedy", "step_accuracy", "bag_auc", "step_auc"])
+
+
 def documents() -> dict[Path, str]:
     """Each document with its tables made anew."""
     shown = ["accuracy", "accuracy_greedy", "step_accuracy", "step_auc", "within_bag_auc", "rollouts"]
@@ -40,9 +59,11 @@ def documents() -> dict[Path, str]:
     scale = REPOSITORY / "docs" / "scale.md"
     plan = scale_page(scale.read_text(encoding="utf-8"), read_results(RESULTS / "scale_plan.jsonl"))
     killed = markdown_table(read_results(RESULTS / "kill_and_resume.jsonl"))
+    online = REPOSITORY / "docs" / "online_reward.md"
     return {
         disaggregation: tables,
         scale: replace_table(plan, "kill_and_resume", killed),
+        online: replace_table(online.read_text(encoding="utf-8"), "online_reward", online_table()),
         readme: replace_table(readme.read_text(encoding="utf-8"), "quickstart", short),
         quickstart: text,
     }

@@ -31,6 +31,19 @@ def check_separate_value_model(trainer: Any) -> None:
         )
 
 
+def check_online_training(trainer: Any) -> None:
+    """Raise if a reward model is to go on learning beside a policy in pieces.
+
+    Args:
+        trainer: A `transformers.Trainer`.
+
+    Raises:
+        ValueError: Under FSDP and DeepSpeed.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError("`rm_update_every` does not work with FSDP and DeepSpeed yet. Use DDP, or set it to 0.")
+
+
 def check_whole_model(trainer: Any, model: nn.Module, name: str) -> None:
     """Raise if a model that only scores was not loaded as a whole in every process.
 

@@ -181,6 +181,34 @@ class StepPPOConfig(GRPOConfig):
     guard_patience: int = field(
         default=3, metadata={"help": "Rollout batches in a row beyond a limit before an alarm."}
     )
+    rm_update_every: int = field(
+        default=0,
+        metadata={
+            "help": "Rollout batches between updates of the reward model, which then goes on learning from the "
+            "rollouts and their outcomes (`reward_funcs`, in [0, 1]); 0: it stays as it is."
+        },
+    )
+    rm_learning_rate: float = field(
+        default=1e-5,
+        metadata={
+            "help": "Learning rate of these updates; ten times that for the scorer's own weight and bias, or head."
+        },
+    )
+    rm_update_steps: int = field(default=8, metadata={"help": "Optimizer steps of an update."})
+    rm_batch_size: int = field(default=32, metadata={"help": "Responses in a batch of an update."})
+    rm_replay_size: int = field(
+        default=2048, metadata={"help": "Rollouts that updates draw from and are judged by: the latest ones."}
+    )
+    rm_holdout_share: float = field(
+        default=0.2, metadata={"help": "Share of the prompts whose responses only judge updates."}
+    )
+    rm_original_share: float = field(
+        default=0.25,
+        metadata={
+            "help": "Share of original responses (`reward_model_dataset`) in every batch of an update, and their "
+            "weight in judging it."
+        },
+    )
 
     @property
     def function_segmentation(self) -> Segmentation | None:
@@ -230,9 +258,30 @@ class StepPPOConfig(GRPOConfig):
         for number, weight in enumerate(self.step_reward_weights or (), 1):
             if not math.isfinite(weight):
                 raise ValueError(f"Number {number} of `step_reward_weights` is {weight}. Give finite numbers.")
-        for name in ("guard_reference_batches", "guard_patience"):
+        for name in ("guard_reference_batches", "guard_patience", "rm_update_steps", "rm_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
+        self._check_online_ranges()
+
+    def _check_online_ranges(self) -> None:
+        if self.rm_update_every < 0:
+            raise ValueError(
+                f"`rm_update_every` is {self.rm_update_every}. Give a number of rollout batches, 0 for never."
+            )
+        if not 0 < self.rm_learning_rate < math.inf:
+            raise ValueError(f"`rm_learning_rate` is {self.rm_learning_rate}. Give a number above 0.")
+        if not 0 < self.rm_holdout_share < 1:
+            raise ValueError(
+                f"`rm_holdout_share` is {self.rm_holdout_share}. Give a share above 0 (to judge by) and below 1 (to "
+                "learn from the others)."
+            )
+        if not 0 <= self.rm_original_share < 1:
+            raise ValueError(f"`rm_original_share` is {self.rm_original_share}. Give a share from 0 to below 1.")
+        if not 1 <= round(self.rm_replay_size * self.rm_holdout_share) < self.rm_replay_size:
+            raise ValueError(
+                f"`rm_replay_size` is {self.rm_replay_size}: no room for rollouts to learn from and to judge by "
+                f"(`rm_holdout_share` {self.rm_holdout_share}). Raise it."
+            )
 
     def _check_combinations(self) -> None:
         """Refuse options that would have no effect, or not the one they are named for."""

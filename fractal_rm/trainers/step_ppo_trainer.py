@@ -19,11 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import get_callable_name
 
 from fractal_rm.advantages import global_advantages, whiten
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.trainers.bag_data import Records
 from fractal_rm.trainers.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
 from fractal_rm.trainers.dense_sources import (
     DenseSource,
@@ -36,7 +38,8 @@ from fractal_rm.trainers.dense_sources import (
 from fractal_rm.trainers.finite_logs import FiniteLogs
 from fractal_rm.trainers.finite_rewards import check_model_rewards, checked_reward_functions
 from fractal_rm.trainers.kl_reward import KLReward, lent_beta
-from fractal_rm.trainers.parallelism import check_separate_value_model, check_whole_model
+from fractal_rm.trainers.online_reward import OnlineReward, check_online_arguments
+from fractal_rm.trainers.parallelism import check_online_training, check_separate_value_model, check_whole_model
 from fractal_rm.trainers.ppo_checks import check_reward_models, check_setup, check_step_functions
 from fractal_rm.trainers.processes import add_up, share_metrics
 from fractal_rm.trainers.rollout_guards import AlarmActions, as_rollouts, ending_ids
@@ -55,8 +58,9 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
 
     A completion that no reward function judges (all give None) is left out of what is learned, as in TRL.
 
-    Checkpoints hold the value model in `value_model/`. A resumed run equals an uninterrupted one if the checkpoint was
-    written between rollouts, when `save_steps` is a multiple of `num_iterations * steps_per_generation /
+    Checkpoints hold the value model in `value_model/`, and a reward model that goes on learning (`rm_update_every`) in
+    `reward_model/`; an instance that is given learns in place. A resumed run equals an uninterrupted one if the
+    checkpoint was written between rollouts, when `save_steps` is a multiple of `num_iterations * steps_per_generation /
     gradient_accumulation_steps`: TRL does not save a rollout, and samples anew what was left of it.
 
     Args:
@@ -77,12 +81,15 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
         value_peft_config: The value model trains an adapter and its head, in place of all its weights.
         step_reward_funcs: Dense rewards of your own, one or a list: called as TRL calls `reward_funcs`, and with
             `steps`, the texts of each completion's steps; they return one score per step for each completion.
+        reward_model_dataset: For `rm_update_every`, by which the first reward model goes on learning: labelled
+            responses that it was trained on, mixed in so that it does not forget them. Records or bags, as for
+            [`FractalTrainer`].
         kwargs: Further arguments of `GRPOTrainer`.
 
     Raises:
         ConnectionError: If there is no vLLM server where one should be.
-        ValueError: If there is no reward, a reward model does not suit the prompts or the configuration, there is no
-            tokenizer, batches and groups do not divide, or the value model cannot be made.
+        ValueError: If there is no reward, a reward model does not suit the prompts or the configuration or cannot learn
+            where it should, there is no tokenizer, batches and groups do not divide, or the value model cannot be made.
         RuntimeError: If the installed TRL has moved a name that this class relies on.
 
     Attributes:
@@ -108,6 +115,7 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
         peft_config: Any = None,
         value_peft_config: Any = None,
         step_reward_funcs: Callable[..., Any] | list[Callable[..., Any]] | None = None,
+        reward_model_dataset: Records | None = None,
         **kwargs: Any,
     ) -> None:
         moved = check_contract()
@@ -125,6 +133,7 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
         check_step_functions(own, args, train_dataset)
         reward_models = load_reward_models(reward_model)
         check_reward_models(reward_models, args, train_dataset)
+        check_online_arguments(args, reward_models, reward_model_dataset)
         self.sources = make_sources(reward_models, own, args, [get_callable_name(function) for function in functions])
         add_to_outcomes(self.sources, functions, args, kwargs)
         self.value_learning: ValueLearning | None = None
@@ -156,6 +165,13 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
         for source in self.sources:
             source.prepare(self._tokenizer, self.accelerator.device)
         self._is_outcome = torch.tensor([not isinstance(function, DenseSource) for function in self.reward_funcs])
+        self.online_reward: OnlineReward | None = None
+        if args.rm_update_every:
+            check_online_training(self)
+            weights = self.reward_weights
+            self.online_reward = OnlineReward(
+                reward_models[0], args, reward_model_dataset, weights, self.accelerator, self._log
+            )
         if args.advantage == "gae":
             self.value_learning = self._make_value_learning(value_model, value_peft_config)
             self.add_callback(ValueGradients(self.value_learning.model, args.value_warmup_steps))
@@ -217,6 +233,8 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
         if self._went_back(rollout):
             output, rollout = self._roll_out(inputs)  # by the policy that there is now
         self.last_rollout = rollout
+        if self.online_reward is not None and self.step_scores is not None:
+            self.online_reward.take(rollout, self.step_scores.scored, self.reward_weights)
         mask, step = self._policy_mask(output), self.state.global_step
         shaped = self.step_rewards.steps(rollout, mask, self.num_generations)
         if self.args.advantage == "group":
@@ -340,11 +358,12 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
 
     def _stateful(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and optimizer: running statistics, the KL coefficient, the guards."""
-        return {
+        parts = {
             "step_rewards": self.step_rewards,
             "kl_reward": self.kl_reward.adaptive,
             "alarms": self.alarm_actions,
         }
+        return parts if self.online_reward is None else parts | {"online_reward": self.online_reward}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
@@ -357,11 +376,15 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
         (folder / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         if self.value_learning is not None:
             self.value_learning.save(folder)
+        if self.online_reward is not None:
+            self.online_reward.save(folder, resumable=folder.name.startswith(PREFIX_CHECKPOINT_DIR))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model=model)
         if self.value_learning is not None:
             self.value_learning.load(Path(resume_from_checkpoint))
+        if self.online_reward is not None:
+            self.online_reward.load(Path(resume_from_checkpoint))
         self._load_state(Path(resume_from_checkpoint))
 
     def _load_state(self, checkpoint: Path) -> None:
