@@ -299,6 +299,28 @@ def test_ppo_takes_several_reward_models_with_weights(models, tmp_path):
         assert (tmp_path / "ppo" / "README.md").read_text().count("`reward_model`") == len(names)
 
 
+@pytest.mark.parametrize(
+    ("flags", "saved"),
+    [
+        (["--value_model", "shared"], "model.safetensors"),
+        (["--use_peft", "--lora_r", "2"], "adapter/adapter_model.safetensors"),
+        (["--use_peft", "--lora_r", "2", "--value_use_peft", "false"], "model.safetensors"),
+        (["--use_peft", "--lora_r", "2", "--value_model", "shared"], "model.safetensors"),
+    ],
+)
+def test_ppo_takes_the_value_model_that_its_flags_say(models, tmp_path, flags, saved):
+    arguments = ["--model", str(models / "policy"), "--reward_function", "exact_answer", "--task", "arithmetic"]
+    arguments += ["--num_problems", "4", "--num_eval_problems", "0", "--num_generations", "1", "--max_steps", "1"]
+    arguments += ["--max_completion_length", "4", "--bf16", "false", *TINY, "--output_dir", str(tmp_path / "ppo")]
+    assert main(["ppo", *arguments, *flags]) == 0
+    assert [
+        name
+        for name in ("model.safetensors", "adapter/adapter_model.safetensors")
+        if (tmp_path / "ppo" / "value_model" / name).is_file()
+    ] == [saved]
+    assert (tmp_path / "ppo" / "adapter_model.safetensors").is_file() == ("--use_peft" in flags)
+
+
 def test_a_flag_takes_the_reward_model_of_the_file_out(models, tmp_path):
     (tmp_path / "ppo.yaml").write_text("reward_model: runs/none\nreward_function: exact_answer\ntask: arithmetic\n")
     arguments = ["--config", str(tmp_path / "ppo.yaml"), "--model", str(models / "policy"), "--bf16", "false", *TINY]

@@ -152,6 +152,7 @@ def test_weight_decay_does_not_move_the_policy_in_the_value_models_warm_up(tmp_p
     start = weights(trainer.value_model)
     trainer.train()
     assert same(weights(trainer.model), weights(policy()))
+    assert [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row] == [0.0, 0.0]
     assert not same(weights(trainer.value_model), start)
     assert not same(weights(train(tmp_path / "b", **options, max_steps=3).model), weights(policy()), atol=1e-4)
 

@@ -129,7 +129,8 @@ def checkpoint_layers(model: nn.Module) -> None:
     Transformers does so in training mode only, which a value model is never in.
     """
     for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
+        wrapped = isinstance(layer.forward, partial)  # by an earlier trainer
+        if isinstance(layer, GradientCheckpointingLayer) and not wrapped:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
