@@ -25,7 +25,6 @@ SHARED: dict[str, Any] = {
     "lam": 0.95,
     "vf_coef": 0.1,
     "cliprange_value": 0.2,
-    "kl_coef": 0.05,
     "bf16": False,
     "gradient_checkpointing": False,
     "logging_steps": 1,
@@ -35,6 +34,7 @@ SHARED: dict[str, Any] = {
     "seed": 0,
 }
 RESPONSE_LENGTH = 64
+KL_COEF = 0.05
 
 
 def step_ppo(arguments: argparse.Namespace, blocks: Blocks, prompts: list[str], folder: str) -> Any:
@@ -45,10 +45,10 @@ def step_ppo(arguments: argparse.Namespace, blocks: Blocks, prompts: list[str], 
 
     models = Path(arguments.models)
     reward_model = str(models / "reward_model")
-    rewards = {
-        "dense": {"reward_model": reward_model},
-        "outcome": {"reward_funcs": [FractalReward(reward_model)]} if arguments.arm == "outcome" else {},
-        "rule": {"reward_funcs": [exact_answer]},
+    rewards: dict[str, Any] = {
+        "dense": lambda: {"reward_model": reward_model},
+        "outcome": lambda: {"reward_funcs": [FractalReward(reward_model)]},
+        "rule": lambda: {"reward_funcs": [exact_answer]},
     }
     return StepPPOTrainer(
         model=str(models / "policy"),
@@ -56,6 +56,7 @@ def step_ppo(arguments: argparse.Namespace, blocks: Blocks, prompts: list[str], 
         args=StepPPOConfig(
             output_dir=folder,
             **SHARED,
+            **{"kl_coef" if arguments.kl == "reward" else "beta": KL_COEF},
             advantage="gae",
             num_generations=1,
             num_iterations=1,
@@ -68,7 +69,7 @@ def step_ppo(arguments: argparse.Namespace, blocks: Blocks, prompts: list[str], 
         ),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         callbacks=[blocks],
-        **rewards[arguments.arm],
+        **rewards[arguments.arm](),
     )
 
 
@@ -87,6 +88,7 @@ def trl_ppo(arguments: argparse.Namespace, blocks: Blocks, prompts: list[str], f
         args=PPOConfig(
             output_dir=folder,
             **SHARED,
+            kl_coef=KL_COEF,
             num_ppo_epochs=1,
             num_mini_batches=1,
             per_device_train_batch_size=arguments.rollouts,
@@ -138,6 +140,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--kl", choices=["reward", "loss"], default="reward", help="Where our trainer puts it.")
     parser.add_argument("--stages", help="File for the seconds of each stage; timing them costs some time.")
     arguments = parser.parse_args()
     line = Line()

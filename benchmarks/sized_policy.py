@@ -45,6 +45,7 @@ def grow(width: int, layers: int, *, seed: int = 0) -> LlamaForCausalLM:
             "num_attention_heads": width // head,
             "num_key_value_heads": width // head,
             "head_dim": head,
+            "use_cache": True,  # the policy was saved without, and generation would follow
             # A norm divides by a mean over all units, most of which are 0 now.
             "rms_norm_eps": config.rms_norm_eps * known / width,
         }
