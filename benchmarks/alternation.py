@@ -9,12 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from fractal_rm.results import ResultsFile
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 DRAWS = 2000
+
+
+class Worker(Protocol):
+    """What works in blocks."""
+
+    def block(self, updates: int) -> dict[str, Any]:
+        """Do some updates; see [`Side.block`]."""
+        ...
 
 
 class Side:
@@ -83,7 +93,7 @@ class Side:
         self._errors.close()
 
 
-def alternate(ours: Side, rival: Side, *, blocks: int, updates: int) -> dict[str, float | None]:
+def alternate(ours: Worker, rival: Worker, *, blocks: int, updates: int) -> dict[str, float]:
     """Let two sides work in turns and compare them.
 
     The first block of each is not counted: caches and thread pools are made in it. Who goes first changes every round.
@@ -95,7 +105,8 @@ def alternate(ours: Side, rival: Side, *, blocks: int, updates: int) -> dict[str
         updates: Updates in a block.
 
     Returns:
-        See [`compare`], and `peak_memory_ratio`, `ours_peak_mb`, `rival_peak_mb`.
+        See [`compare`]; `cpu_time_ratio`, the same by the time that the processor gave each, which other work on the
+        machine disturbs less; `peak_memory_ratio`, and the memory behind it in MiB.
     """
     measured: dict[str, list[dict[str, Any]]] = {"ours": [], "rival": []}
     sides = {"ours": ours, "rival": rival}
@@ -148,3 +159,16 @@ def compare(ours: Sequence[float], rival: Sequence[float], *, seed: int = 0) -> 
         "ratio_low": float(low),
         "ratio_high": float(high),
     }
+
+
+def record(file: ResultsFile, *, arm: str, metrics: dict[str, Any], **fields: Any) -> None:
+    """Append a row about the arithmetic task and show it.
+
+    Args:
+        file: Of the benchmark.
+        arm: The rival, or what was measured.
+        metrics: What was found.
+        fields: The other fields of a row: `benchmark`, `split`, `config`, `seconds`.
+    """
+    file.append(arm=arm, metrics=metrics, dataset="arithmetic", seed=0, **fields)
+    print(f"{arm}, {fields['split']}: " + ", ".join(f"{key} {value:.3g}" for key, value in metrics.items()), flush=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from alternation import REPOSITORY, Side, alternate
+from alternation import REPOSITORY, Side, alternate, record
 from sized_policy import SIZES, save_models
 
 from fractal_rm.results import ResultsFile
@@ -91,17 +91,15 @@ class Bench:
         """Write a row and show it."""
         given = self.arguments
         settings = ("rollouts", "blocks", "updates", "device", "dtype", "threads")
-        self.results.append(
-            benchmark="ppo_speed",
+        record(
+            self.results,
             arm=arm,
-            dataset="arithmetic",
-            seed=0,
-            split=f"{size}, {given.device}",
             metrics=metrics,
+            benchmark="ppo_speed",
+            split=f"{size}, {given.device}",
             config=described | {name: getattr(given, name) for name in settings},
             seconds=seconds,
         )
-        print(f"{arm}, {size}: " + ", ".join(f"{key} {value:.3g}" for key, value in metrics.items()), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
