@@ -53,6 +53,14 @@ bench-disaggregation: $(VENV)/.installed-test
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/disaggregation.py --data-dir "$(DATA_DIR)" --jobs 2
 	$(VENV)/bin/python benchmarks/tables.py
 
+# An hour or so on an idle machine; the more it does beside, the wider the intervals. On a GPU: SPEED="--device cuda".
+SPEED ?=
+bench-speed: $(VENV)/.installed-test peer-env
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/ppo_speed.py $(SPEED)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/rm_speed.py $(SPEED)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/scoring_speed.py $(SPEED)
+	$(VENV)/bin/python benchmarks/tables.py
+
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) $(PPO_VENV) $(PRM_VENV) build dist .hypothesis .pytest_cache .ruff_cache
 	find fractal_rm tests -type d -name __pycache__ -prune -exec rm -rf {} +

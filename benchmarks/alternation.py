@@ -36,8 +36,10 @@ class Side:
         arguments: Its arguments.
         python: The interpreter, of the environment that it needs.
 
+    Entering it waits until it is ready, so that two sides can get ready at the same time.
+
     Raises:
-        RuntimeError: If it ends before it is ready; the sentence holds the end of what it said.
+        RuntimeError: If it ends by itself; the sentence holds the end of what it said.
     """
 
     def __init__(self, name: str, script: str, arguments: Sequence[str], *, python: Path | None = None) -> None:
@@ -53,7 +55,6 @@ class Side:
             text=True,
             env=environment,
         )
-        self._listen()
 
     def _listen(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -61,7 +62,7 @@ class Side:
         if not answer:
             self._process.wait()
             self._errors.seek(0)
-            said = self._errors.read()[-2000:]
+            said = self._errors.read()[-2000:].strip()
             raise RuntimeError(f"{self.name} ended with status {self._process.returncode}. It said:\n{said}")
         return json.loads(answer)
 
@@ -80,6 +81,7 @@ class Side:
         return self._listen()
 
     def __enter__(self) -> "Side":
+        self._listen()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -71,7 +71,8 @@ class Bench:
     def compare(self, name: str, size: str, models: Path, described: dict[str, Any]) -> None:
         """One comparison, one row."""
         arm, start = ARMS[name], time.perf_counter()
-        with self.side(arm.ours, models, arm.kl) as ours, self.side(arm.rival, models, arm.kl) as rival:
+        ours, rival = self.side(arm.ours, models, arm.kl), self.side(arm.rival, models, arm.kl)
+        with ours, rival:
             metrics = alternate(ours, rival, blocks=self.arguments.blocks, updates=self.arguments.updates)
         self.append(name, size, metrics, described | {"kl": arm.kl}, time.perf_counter() - start)
 

@@ -54,7 +54,8 @@ def compare(name: str, size: str, policy: Path, described: dict[str, object], gi
         python = given.peer_python if kind == "prm" else None
         return Side(kind, "rm_speed_side.py", [kind, *arguments], python=python)
 
-    with side(arm.ours) as ours, side(arm.rival) as rival:
+    ours, rival = side(arm.ours), side(arm.rival)
+    with ours, rival:
         metrics = alternate(ours, rival, blocks=given.blocks, updates=given.updates)
     settings = ("batch", "rows", "blocks", "updates", "device", "threads")
     record(

@@ -97,7 +97,9 @@ def main() -> None:
         scored = StepRewardModel.from_pretrained(folder, device="cpu").score(prompts, responses, progress=False)
         ours = torch.tensor([result.step_scores[-1] for result in scored])
         gap = (rewards.sigmoid() - ours).abs().max().item()
-        print(f"{len(responses)} responses: the sigmoid of TRL's reward differs from the last step's score by {gap:.1e}.")
+        print(
+            f"{len(responses)} responses: the sigmoid of TRL's reward differs from the last step's score by {gap:.1e}."
+        )
         token = AutoModelForTokenClassification.from_pretrained(folder)
         sequence = AutoModelForSequenceClassification.from_pretrained(folder)
         same = torch.equal(token.score.weight, sequence.score.weight)

@@ -20,6 +20,7 @@ from fractal_rm.trainers.value_model import clipped_value_loss
 FIXTURE = Path(__file__).parent / "data" / "trl_ppo_1.12.json"
 PEER = REPOSITORY / ".venv-peer" / "bin" / "python"
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
+needs_peer = pytest.mark.skipif(not PEER.exists(), reason="TRL 1.12 is not here: `make peer-env` installs it")
 
 
 def tensors(part):
@@ -31,7 +32,8 @@ def peer():
     """What TRL computed: settings, a rollout batch of its second update, and the last minibatch of its second epoch."""
     found = json.loads(FIXTURE.read_text(encoding="utf-8"))
     return SimpleNamespace(
-        **{part: tensors(found[part]) for part in ("rollout", "minibatch")}, settings=SimpleNamespace(**found["settings"])
+        **{part: tensors(found[part]) for part in ("rollout", "minibatch")},
+        settings=SimpleNamespace(**found["settings"]),
     )
 
 
@@ -126,7 +128,7 @@ def test_the_clipped_policy_loss_with_loss_type_bnpo_equals_that_of_trl(peer, tr
     torch.testing.assert_close(trainer._compute_loss(trainer.model, inputs), seen.pg_loss, **CLOSE)
 
 
-@pytest.mark.skipif(not PEER.exists(), reason="TRL 1.12 is not here: `make peer-env` installs it")
+@needs_peer
 def test_the_fixture_is_what_trl_computes_today(tmp_path):
     command = [PEER, REPOSITORY / "benchmarks" / "trl_parity.py", tmp_path / "found.json"]
     subprocess.run(command, check=True, capture_output=True)
@@ -134,3 +136,9 @@ def test_the_fixture_is_what_trl_computes_today(tmp_path):
     assert found["trl"] == kept["trl"]
     for name in ("pg_loss", "vf_loss"):
         assert found["minibatch"][name] == pytest.approx(kept["minibatch"][name], rel=1e-3)
+
+
+@needs_peer
+def test_ppo_of_trl_takes_our_checkpoint_as_it_is():
+    command = [PEER, REPOSITORY / "benchmarks" / "trl_ppo_reads_our_checkpoint.py"]
+    subprocess.run(command, check=True, capture_output=True)  # it compares, and fails where rewards differ
