@@ -8,7 +8,6 @@ import argparse
 import random
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch

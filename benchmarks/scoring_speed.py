@@ -6,8 +6,8 @@ response by itself, as most step reward models are used.
     python benchmarks/scoring_speed.py
 
 All in one process, in alternated blocks. Rows go to `benchmarks/results/scoring_speed.jsonl`. Beside the ratios: how
-many times more tokens prefixes have (`tokens_ratio`), and how long it takes to find the policy tokens where the steps of
-a response end (`alignment_ms`).
+many times more tokens prefixes have (`tokens_ratio`), and how long it takes to find the policy tokens where the steps
+of a response end (`alignment_ms`).
 """
 
 import argparse
@@ -114,7 +114,7 @@ class Scoring:
         self.reward_model.score(prompts, responses, progress=False)
 
     def alignment(self, repeats: int) -> dict[str, float]:
-        """Milliseconds a response to find the policy tokens where steps end, from the sampled ids on; and of CPU time."""
+        """Milliseconds a response to find the policy tokens where steps end, from the sampled ids on; wall and CPU."""
         tokenizer: Any = self.reward_model.tokenizer
         sampled = tokenizer(self.responses)["input_ids"]
         spans = [scored.spans for scored in self.reward_model.score(self.prompts, self.responses, progress=False)]

@@ -50,8 +50,8 @@ class Line:
 class PeakMemory:
     """Most memory that this process has held since it was made, in MiB: of the GPU, or resident on a CPU.
 
-    Linux keeps the most that was ever resident, which would be that of the imports, but sets it back when asked. Where it
-    cannot be set back, it is that of the whole process.
+    Linux keeps the most that was ever resident, which would be that of the imports, but sets it back when asked. Where
+    it cannot be set back, it is that of the whole process.
     """
 
     def __init__(self) -> None:

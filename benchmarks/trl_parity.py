@@ -1,6 +1,6 @@
 """Writes down what TRL 1.12's own PPOTrainer computes on one set of rollouts, for `tests/test_trl_parity.py`.
 
-Command, in the environment of `make peer-env`: .venv-peer/bin/python benchmarks/trl_parity.py tests/data/trl_ppo_1.12.json
+In the environment of `make peer-env`: .venv-peer/bin/python benchmarks/trl_parity.py tests/data/trl_ppo_1.12.json
 
 The numbers are local variables of `PPOTrainer.train`, read while it runs and as it runs: nothing of it is copied. The
 second update is kept, where the policy has left the reference, and of it the last minibatch of the second epoch, where

@@ -1,11 +1,11 @@
 """Shows that TRL 1.12's PPOTrainer takes a token scorer's checkpoint as it is, as `reward_model` and as `value_model`.
 
-Command, in the environment of `make peer-env`: .venv-peer/bin/python benchmarks/trl_ppo_reads_our_checkpoint.py [FOLDER]
+In the environment of `make peer-env`: .venv-peer/bin/python benchmarks/trl_ppo_reads_our_checkpoint.py [FOLDER]
 
-The folder is one that FractalTrainer saved with `scorer="token"`; without it, one with a random head is made. PPOTrainer
-reads one number a response: that of the last token before the first padding token. Where the padding token is the end
-token (as with many tokenizers that have no padding token of their own), that is the last token of the text, where our
-last step ends; with another padding token it is the end token, where no step ends.
+The folder is one that FractalTrainer saved with `scorer="token"`; without it, one with a random head is made.
+PPOTrainer reads one number a response: that of the last token before the first padding token. Where the padding token
+is the end token (as with many tokenizers that have no padding token of their own), that is the last token of the text,
+where our last step ends; with another padding token it is the end token, where no step ends.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The speed benchmarks run from end to end, without the environments of the rivals; how long they take is not asserted."""
+"""The speed benchmarks run from end to end, without the environments of the rivals. No time is asserted."""
 
 import importlib
 import io
