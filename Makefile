@@ -4,12 +4,19 @@
 #   make test         makes the same .venv, installs the test extra, and runs every check
 #
 # Further: `make contract-oldest` (the oldest TRL that we support, in an environment of its own), `make clean`,
+# `make peer-env` (the TRL versions that we are compared with), `make bench-speed` (docs/speed.md),
 # `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md).
 # Another Python: `make test PYTHON=/path/to/python3.12`.
 
 VENV := .venv
 OLDEST_TRL := 1.14.2
 OLDEST_VENV := .venv-trl-1.14
+
+# The last TRL with a PPOTrainer, and the last with a PRMTrainer: rivals in benchmarks/, never imported by the package.
+PPO_TRL := 1.12.0
+PPO_VENV := .venv-peer
+PRM_TRL := 1.13.0
+PRM_VENV := .venv-peer-prm
 
 # The first interpreter that runs and is new enough: a name on PATH alone proves nothing (pyenv has shims for all).
 CANDIDATES := python3.11 python3.12 python3.13 python3 python
@@ -21,7 +28,7 @@ endif
 # Nothing here needs the network once pip is done, and nothing is to be sent anywhere.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test contract-oldest bench-disaggregation clean
+.PHONY: quickstart test contract-oldest peer-env bench-disaggregation bench-speed clean
 .SECONDARY:   # keeps the .created stamps
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -38,14 +45,24 @@ contract-oldest: $(OLDEST_VENV)/.installed-test
 	$(OFFLINE) $(OLDEST_VENV)/bin/python -m pytest --durations=15 \
 	    tests/test_trl_contract.py $(wildcard tests/test_step_ppo_trainer.py)
 
+peer-env: $(PPO_VENV)/.installed-peer $(PRM_VENV)/.installed-peer
+
 # Hours on two cores; goes on where it was. DATA_DIR names the folder of the data sets.
 DATA_DIR ?= $(FRACTAL_RM_DATA)
 bench-disaggregation: $(VENV)/.installed-test
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/disaggregation.py --data-dir "$(DATA_DIR)" --jobs 2
 	$(VENV)/bin/python benchmarks/tables.py
 
+# An hour or so on an idle machine; the more it does beside, the wider the intervals. On a GPU: SPEED="--device cuda".
+SPEED ?=
+bench-speed: $(VENV)/.installed-test peer-env
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/ppo_speed.py $(SPEED)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/rm_speed.py $(SPEED)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/scoring_speed.py $(SPEED)
+	$(VENV)/bin/python benchmarks/tables.py
+
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) build dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST_VENV) $(PPO_VENV) $(PRM_VENV) build dist .hypothesis .pytest_cache .ruff_cache
 	find fractal_rm tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is the last thing that is written: an environment that was interrupted half way is made again.
@@ -64,4 +81,14 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
 $(OLDEST_VENV)/.installed-%: pyproject.toml constraints.txt Makefile | $(OLDEST_VENV)/.created
 	sed 's/^trl==.*/trl==$(OLDEST_TRL)/' constraints.txt > $(OLDEST_VENV)/constraints.txt
 	$(OLDEST_VENV)/bin/python -m pip install -c $(OLDEST_VENV)/constraints.txt -e '.[$*]'
+	@touch $@
+
+# The same pins again. This package needs a newer TRL, so it goes in without its dependencies: all but its trainers work.
+PEER_NEEDS := torch transformers accelerate datasets peft safetensors scikit-learn sentencex jaxtyping rich
+$(PPO_VENV)/.installed-peer: TRL = $(PPO_TRL)
+$(PRM_VENV)/.installed-peer: TRL = $(PRM_TRL)
+$(PPO_VENV)/.installed-peer $(PRM_VENV)/.installed-peer: %/.installed-peer: constraints.txt Makefile | %/.created
+	sed 's/^trl==.*/trl==$(TRL)/' constraints.txt > $*/constraints.txt
+	$*/bin/python -m pip install -c $*/constraints.txt trl==$(TRL) $(PEER_NEEDS)
+	$*/bin/python -m pip install --no-deps -e .
 	@touch $@

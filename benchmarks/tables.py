@@ -8,6 +8,7 @@ from typing import Any
 
 from disaggregation_page import FIGURE, draw_figure, page
 from scale_page import scale_page
+from speed_page import page as speed_page
 
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.results import read_results, write_atomic
@@ -60,7 +61,9 @@ def documents() -> dict[Path, str]:
     plan = scale_page(scale.read_text(encoding="utf-8"), read_results(RESULTS / "scale_plan.jsonl"))
     killed = markdown_table(read_results(RESULTS / "kill_and_resume.jsonl"))
     online = REPOSITORY / "docs" / "online_reward.md"
+    speed = REPOSITORY / "docs" / "speed.md"
     return {
+        speed: speed_page(speed.read_text(encoding="utf-8"), RESULTS),
         disaggregation: tables,
         scale: replace_table(plan, "kill_and_resume", killed),
         online: replace_table(online.read_text(encoding="utf-8"), "online_reward", online_table()),
