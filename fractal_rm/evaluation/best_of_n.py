@@ -4,6 +4,7 @@ With N samples a question, the best of n < N is averaged over all subsets of n, 
 equally good solutions each is taken equally often, so a score that says nothing gives the share of right solutions.
 """
 
+import itertools
 import json
 import math
 import re
@@ -20,8 +21,8 @@ from fractal_rm.readers import read_bags
 from fractal_rm.reward_model import StepScores
 from fractal_rm.segmentation import Segmentation
 
-# Subsets a question that a vote is averaged over: it has no closed form.
-VOTE_DRAWS = 200
+# Subsets a question that a vote is averaged over at most: it has no closed form.
+VOTE_DRAWS = 500
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def majority_of(answers: Sequence[str | None], right: np.ndarray, n: int, *, see
         answers: Final answer of each solution of a question; None has no vote.
         right: Whether each solution is right (N,).
         n: How many are drawn without replacement; at most N.
-        seed: Seed of the subsets. All N are one subset; of fewer, 200 are drawn.
+        seed: Seed of the subsets, where there are more than 500 of them: then 500 are drawn, else all are taken.
 
     Returns:
         The average over subsets. Among equally frequent answers each is taken equally often; without any answer, each
@@ -172,9 +173,10 @@ def majority_of(answers: Sequence[str | None], right: np.ndarray, n: int, *, see
     """
     names = sorted({answer for answer in answers if answer is not None})
     place = np.array([len(names) if answer is None else names.index(answer) for answer in answers])
-    generator = np.random.default_rng(seed)
-    everything = np.arange(len(right))[None]
-    drawn = everything if n == len(right) else generator.random((VOTE_DRAWS, len(right))).argsort(1)[:, :n]
+    if math.comb(len(right), n) <= VOTE_DRAWS:
+        drawn = np.array(list(itertools.combinations(range(len(right)), n)))
+    else:
+        drawn = np.random.default_rng(seed).random((VOTE_DRAWS, len(right))).argsort(1)[:, :n]
     votes = np.zeros((len(drawn), len(names) + 1))
     good = np.zeros_like(votes)
     rows = np.arange(len(drawn))[:, None]
