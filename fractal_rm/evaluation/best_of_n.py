@@ -69,8 +69,6 @@ def read_questions(
     given = list(rows)
     bags = read_bags(given, segmentation, source=source)
     for number, bag in enumerate(bags, 1):
-        if bag.label is None:
-            raise ValueError(f"{source}, row {number}: it is not known whether the solution is right; give a `label`.")
         if bag.pair_id is not None:
             raise ValueError(f"{source}, row {number}: preferences are no sampled solutions; give one response a row.")
     groups: dict[str, list[int]] = {}
