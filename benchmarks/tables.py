@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from disaggregation_page import FIGURE, draw_figure, page
+from evaluation_page import page as evaluation_page
 
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.results import read_results, write_atomic
@@ -36,8 +37,11 @@ def documents() -> dict[Path, str]:
     text = replace_table(text, "quickstart_own_policy", markdown_table(own, metrics=shown[:5]))
     disaggregation = REPOSITORY / "docs" / "disaggregation.md"
     tables = page(disaggregation.read_text(encoding="utf-8"), read_results(RESULTS / "disaggregation.jsonl"))
+    evaluation = REPOSITORY / "docs" / "evaluation.md"
+    judged = (read_results(RESULTS / f"{name}.jsonl") for name in ("processbench", "best_of_n"))
     return {
         disaggregation: tables,
+        evaluation: evaluation_page(evaluation.read_text(encoding="utf-8"), *judged),
         readme: replace_table(readme.read_text(encoding="utf-8"), "quickstart", short),
         quickstart: text,
     }

@@ -84,7 +84,9 @@ def test_every_command_of_the_page_runs(work, evaluate, tmp_path, capsys):
 def test_processbench_reports_three_thresholds_and_the_curve(evaluate):
     found = evaluate("--benchmark", "processbench", "--data", "processbench")
     assert (found["responses"], found["responses_gsm8k"], found["unscored"], found["truncated"]) == (12, 3, 0, 0)
-    assert {"f1", "f1_low", "f1_omnimath", "tuned_f1", "best_f1", "tuned_threshold", "responses_per_second"} <= set(found)
+    assert {"f1", "f1_low", "f1_omnimath", "tuned_f1", "best_f1", "tuned_threshold", "responses_per_second"} <= set(
+        found
+    )
     assert found["threshold"] == 0.5
     assert max(point["f1"] for point in found["thresholds"]) == pytest.approx(found["best_f1"])
     assert found["tuned_f1"] <= found["best_f1"]
@@ -153,7 +155,10 @@ def test_prompts_become_chats_for_a_model_that_was_trained_on_chats(work, tmp_pa
     [
         ([], "There is nothing to judge on. Give `data`, or a `benchmark` that the hub has."),
         (["--benchmark", "best_of_n"], "best_of_n is no data set of the hub."),
-        (["--benchmark", "processbench", "--data", "held_out.jsonl"], "held_out.jsonl, row 1: unknown subset 'solution'"),
+        (
+            ["--benchmark", "processbench", "--data", "held_out.jsonl"],
+            "held_out.jsonl, row 1: unknown subset 'solution'",
+        ),
         (["--data", "held_out.jsonl", "--compare_to", "none/here/x"], "There is no model folder none/here/x."),
         (["--data", "empty"], "empty holds no .json or .jsonl file."),
     ],
