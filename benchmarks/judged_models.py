@@ -59,7 +59,7 @@ def train(
         seed: Seed of the training.
         whole: Make an outcome model: every response counts as one step.
     """
-    splits = [[replace(bag, step_labels=None) for bag in part] for part in (bags, validation)]
+    splits = [without_gold(part) for part in (bags, validation)]
     if whole:
         splits = [whole_responses(part) for part in splits]
     with tempfile.TemporaryDirectory() as folder:
@@ -68,6 +68,11 @@ def train(
         trainer.train()
         trainer.calibrate()
     return trainer.reward_model()
+
+
+def without_gold(bags: Sequence[Bag]) -> list[Bag]:
+    """The same responses without gold step labels."""
+    return [replace(bag, step_labels=None) for bag in bags]
 
 
 def encoder(path: str, cache_dir: Path) -> SentenceEncoder:

@@ -10,7 +10,9 @@ from conftest import REPOSITORY
 from stand_ins import save_encoder, save_reward_model, solutions, write_jsonl
 
 from fractal_rm.evaluation.processbench import SUBSETS
+from fractal_rm.readers import read_bags
 from fractal_rm.results import read_results
+from fractal_rm.segmentation import Segmentation
 
 
 @pytest.fixture(scope="module")
@@ -107,23 +109,8 @@ def test_models_at_hand_are_named_with_their_folder(modules):
         next(modules.judged_models.models_at_hand(["likelihood"]))
 
 
-def test_training_data_of_the_benchmarks_has_no_gold_steps(modules, folder, monkeypatch):
-    seen = {}
-
-    class Recorder(Exception):
-        pass
-
-    def stop(model, config, train_dataset, eval_dataset):
-        seen["bags"] = [*train_dataset, *eval_dataset]
-        raise Recorder
-
-    monkeypatch.setattr(modules.judged_models, "FractalTrainer", stop)
-    bags = modules.processbench.read_cases([row for row in _gold_rows()]).bags
-    with pytest.raises(Recorder):
-        modules.judged_models.train("x", bags, bags, {"use_cpu": True}, 0)
-    assert seen["bags"]
-    assert all(bag.step_labels is None for bag in seen["bags"])
-
-
-def _gold_rows() -> list[dict]:
-    return [row | {"step_labels": [1, row["label"], 1], "meta": {"subset": "math"}} for row in solutions(4)]
+def test_models_are_trained_without_gold_steps(modules):
+    bags = read_bags([row | {"step_labels": [1, row["label"], 1]} for row in solutions(4)], Segmentation())
+    assert all(bag.step_labels is not None for bag in bags)
+    bare = modules.judged_models.without_gold(bags)
+    assert [(bag.response, bag.label, bag.step_labels) for bag in bare] == [(b.response, b.label, None) for b in bags]
