@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from disaggregation_page import FIGURE, draw_figure, page
+from evaluation_page import page as evaluation_page
 from scale_page import scale_page
 from speed_page import page as speed_page
 
@@ -62,11 +63,14 @@ def documents() -> dict[Path, str]:
     killed = markdown_table(read_results(RESULTS / "kill_and_resume.jsonl"))
     online = REPOSITORY / "docs" / "online_reward.md"
     speed = REPOSITORY / "docs" / "speed.md"
+    evaluation = REPOSITORY / "docs" / "evaluation.md"
+    judged = (read_results(RESULTS / f"{name}.jsonl") for name in ("processbench", "best_of_n"))
     return {
         speed: speed_page(speed.read_text(encoding="utf-8"), RESULTS),
         disaggregation: tables,
         scale: replace_table(plan, "kill_and_resume", killed),
         online: replace_table(online.read_text(encoding="utf-8"), "online_reward", online_table()),
+        evaluation: evaluation_page(evaluation.read_text(encoding="utf-8"), *judged),
         readme: replace_table(readme.read_text(encoding="utf-8"), "quickstart", short),
         quickstart: text,
     }

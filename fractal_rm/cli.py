@@ -87,37 +87,10 @@ def score(argv: Sequence[str]) -> int:
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """Metrics of a step reward model on labelled responses."""
-    from fractal_rm.trainers.command_parser import parse
-    from fractal_rm.trainers.data_files import find_file, find_split
-    from fractal_rm.trainers.script_arguments import EvaluateArguments
-    from fractal_rm.trainers.script_checks import (
-        check_model,
-        check_writable_file,
-        load_reward_model,
-        print_metrics,
-        to_json,
-    )
+    """Judge a step reward model on labelled responses or a benchmark, or compare two."""
+    from fractal_rm.trainers.script_evaluate import evaluate
 
-    (arguments,) = parse("evaluate", [EvaluateArguments], argv)
-    check_writable_file(arguments.output)
-    check_model(arguments.model)
-    from fractal_rm.evaluation.evaluate import evaluate as evaluate_model
-    from fractal_rm.readers import read_jsonl
-    from fractal_rm.results import write_atomic
-    from fractal_rm.trainers.bag_data import to_bags
-
-    split = find_split(arguments.data, arguments.split, arguments.data_dir)
-    paths = [split or find_file(arguments.data, arguments.data_dir)]
-    if arguments.threshold_file is not None:
-        paths.append(find_file(arguments.threshold_file, arguments.data_dir))
-    rows = [read_jsonl(path)[: arguments.limit] for path in paths]
-    reward_model = load_reward_model(arguments.model, arguments.batch_size)
-    bags = [to_bags(found, reward_model.settings, source=str(path)) for found, path in zip(rows, paths, strict=True)]
-    metrics = evaluate_model(reward_model, bags[0], validation=bags[1] if len(bags) > 1 else None)
-    write_atomic(arguments.output, to_json(metrics))
-    print_metrics({f"{arguments.data} ({arguments.split})" if split else paths[0].name: metrics})
-    print(f"{arguments.output} holds these numbers.")
+    evaluate(argv)
     return 0
 
 

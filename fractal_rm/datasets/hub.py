@@ -92,6 +92,22 @@ def load_hub(name: str, split: str, *, config: str | None = None, **options: Any
             ...
         ValueError: Qwen/ProcessBench has no split 'train'; use one of gsm8k, math, olympiadbench, omnimath.
     """
+    rows = load_hub_rows(name, split, config=config)
+    known = HUB[name]
+    return known.reader(rows, source=f"{known.path} ({split})", **options)
+
+
+def load_hub_rows(name: str, split: str, *, config: str | None = None) -> Any:
+    """Rows of a data set on the Hugging Face Hub, as its authors published them.
+
+    Args:
+        name: A key of `HUB`.
+        split: One of its splits.
+        config: One of its configurations; None takes the first.
+
+    Raises:
+        ValueError: If the name, the split or the configuration is unknown, or the data cannot be loaded.
+    """
     if name not in HUB:
         raise ValueError(f"Unknown data set {name!r}; use one of {', '.join(HUB)}, or read its files.")
     known = HUB[name]
@@ -100,8 +116,7 @@ def load_hub(name: str, split: str, *, config: str | None = None, **options: Any
     if config is not None and config not in known.configs:
         found = f"use one of {', '.join(known.configs)}" if known.configs else "leave it out"
         raise ValueError(f"{known.path} has no configuration {config!r}; {found}.")
-    rows = _load(known, split, config or next(iter(known.configs), None))
-    return known.reader(rows, source=f"{known.path} ({split})", **options)
+    return _load(known, split, config or next(iter(known.configs), None))
 
 
 def _load(known: HubSet, split: str, config: str | None) -> Any:

@@ -11,7 +11,7 @@ from fractal_rm.bags import Bag
 from fractal_rm.reward_model import StepRewardModel, StepScores
 
 # A step that was not scored is a step that was not called wrong.
-_NOT_SCORED = 1.0
+NOT_SCORED = 1.0
 
 
 def score_bags(
@@ -50,7 +50,7 @@ def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold
         there are preferences (the share whose chosen response scores higher) and, if any gold step label is known,
         `step_auc`, `within_bag_auc`, those of [`~fractal_rm.metrics.first_error_accuracy`] and the `threshold`.
     """
-    labels = _labels(bags)
+    labels = response_labels(bags)
     have = [not math.isnan(result.score) for result in scored]
     results: dict[str, float] = {
         "responses": len(bags),
@@ -64,12 +64,12 @@ def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold
     pairs = _pairs(scored, bags)
     if pairs:
         results["pair_accuracy"] = sum(better > worse for better, worse in pairs) / len(pairs)
-    gold = [_gold(bag) for bag in bags]
+    gold = [gold_labels(bag) for bag in bags]
     if all(np.isnan(row).all() for row in gold):
         return results
     scores = [np.array(result.step_scores) for result in scored]
     known = [row[: len(found)] for row, found in zip(gold, scores, strict=True)]
-    whole = [np.append(found, [_NOT_SCORED] * (len(row) - len(found))) for row, found in zip(gold, scores, strict=True)]
+    whole = [np.append(found, [NOT_SCORED] * (len(row) - len(found))) for row, found in zip(gold, scores, strict=True)]
     return {
         **results,
         "step_auc": metrics.step_auc(scores, known),
@@ -120,10 +120,11 @@ def choose_threshold(scored: Sequence[StepScores], bags: Sequence[Bag], *, aggre
             decides; otherwise the lowest.
     """
     rule = "max" if meaning(aggregation) == "max" else "min"
-    return metrics.choose_threshold([result.step_scores for result in scored], _labels(bags), rule=rule)
+    return metrics.choose_threshold([result.step_scores for result in scored], response_labels(bags), rule=rule)
 
 
-def _labels(bags: Sequence[Bag]) -> list[float]:
+def response_labels(bags: Sequence[Bag]) -> list[float]:
+    """Label of each response on the scale of scores, NaN where it is not known."""
     return [_share(bag.label, bag) for bag in bags]
 
 
@@ -136,7 +137,8 @@ def _pairs(scored: Sequence[StepScores], bags: Sequence[Bag]) -> list[tuple[floa
     return [(found[1.0], found[0.0]) for found in sides.values() if found.keys() >= {0.0, 1.0}]
 
 
-def _gold(bag: Bag) -> np.ndarray:
+def gold_labels(bag: Bag) -> np.ndarray:
+    """Gold label of each step on the scale of scores, NaN where it is not known."""
     known = bag.step_labels or [None] * len(bag.step_spans)
     return np.array([_share(label, bag) for label in known])
 

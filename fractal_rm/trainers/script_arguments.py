@@ -152,8 +152,22 @@ class EvaluateArguments:
     """Arguments of `fractal-rm evaluate`."""
 
     model: str = field(metadata={"help": "Step reward model: the folder that `fractal-rm train` wrote, or a hub id."})
-    data: str = field(
-        metadata={"help": "Rows with `label` and, where known, `step_labels`: a file, or a data set in `data_dir`."}
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows with `label` and, where known, `step_labels`: a file, or a data set in `data_dir`; of a "
+            "benchmark its official files, or none to take them from the hub."
+        },
+    )
+    benchmark: Literal["processbench", "prmbench", "best_of_n"] | None = field(
+        default=None,
+        metadata={
+            "help": "Judge by the rule of a benchmark; `best_of_n` takes rows of sampled solutions with `prompt`, "
+            "`response`, `label` (is it right?) and, for majority votes, `answer`."
+        },
+    )
+    compare_to: str | None = field(
+        default=None, metadata={"help": "A second model, judged on the same responses: paired differences."}
     )
     split: str = field(default="test", metadata={"help": "Split, where `data` is the name of a data set."})
     output: str = field(default="metrics.json", metadata={"help": "Where to write the metrics."})
@@ -163,6 +177,19 @@ class EvaluateArguments:
             "help": "Other rows with `label`, to choose the threshold on below which a step is called wrong; default: "
             "the threshold that the checkpoint remembers."
         },
+    )
+    tune_on: Literal["gsm8k", "math", "olympiadbench", "omnimath"] = field(
+        default="gsm8k",
+        metadata={"help": "processbench: the subset on whose gold labels a second threshold is chosen."},
+    )
+    answer_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "best_of_n: regular expression whose first group is the final answer, where rows have no `answer`."
+        },
+    )
+    outcome_model: str | None = field(
+        default=None, metadata={"help": "best_of_n: a model that scores each response as one step, as a control."}
     )
     data_dir: str | None = field(
         default=None,

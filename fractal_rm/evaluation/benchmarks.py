@@ -1,0 +1,129 @@
+"""Judging a reward model on a benchmark: read its data, score it in one pass, measure, and say how fast that was."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fractal_rm.bags import Bag
+from fractal_rm.datasets.hub import HUB, load_hub_rows
+from fractal_rm.evaluation.best_of_n import judge_best_of_n, read_questions
+from fractal_rm.evaluation.evaluate import score_bags
+from fractal_rm.evaluation.intervals import Judgement
+from fractal_rm.evaluation.prmbench import judge_prmbench, read_solutions
+from fractal_rm.evaluation.processbench import TUNED_ON, judge_processbench, missing_cases, read_cases
+from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.segmentation import Segmentation
+
+Benchmark = Literal["processbench", "prmbench", "best_of_n"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark whose data is read: what to score, and what to make of the scores.
+
+    Args:
+        bags: The responses.
+        measure: From scores, and the threshold below which a step is called wrong, to a judgement.
+        remark: What whoever reads the numbers must know of the data, in one sentence; None if nothing.
+    """
+
+    bags: list[Bag]
+    measure: Callable[[Sequence[StepScores], float], Judgement]
+    remark: str | None = None
+
+
+def read_task(
+    benchmark: Benchmark,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    source: str = "data",
+    segmentation: Segmentation | None = None,
+    tuned_on: str = TUNED_ON,
+    answer_pattern: str | None = None,
+    outcome_model: StepRewardModel | None = None,
+) -> Task:
+    """Read the data of a benchmark.
+
+    Args:
+        benchmark: `"processbench"`, `"prmbench"` or `"best_of_n"`.
+        rows: Its rows, in the official format or in this package's schema.
+        source: Name of the data in messages.
+        segmentation: How responses that are not cut yet become steps; used by best-of-n only.
+        tuned_on: ProcessBench: the subset on which the second threshold is chosen.
+        answer_pattern: Best-of-n: a regular expression whose first group is the final answer.
+        outcome_model: Best-of-n: a model that scores whole responses, as a control.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If the rows are not what the benchmark needs.
+    """
+    if benchmark == "processbench":
+        cases = read_cases(rows, source=source)
+
+        def by_first_error(scored: Sequence[StepScores], threshold: float) -> Judgement:
+            return judge_processbench(scored, cases, threshold, tuned_on=tuned_on)
+
+        return Task(cases.bags, by_first_error, missing_cases(cases))
+    if benchmark == "prmbench":
+        solutions = read_solutions(rows, source=source)
+        return Task(solutions.bags, lambda scored, threshold: judge_prmbench(scored, solutions, threshold))
+    questions = read_questions(rows, segmentation or Segmentation(), source=source, answer_pattern=answer_pattern)
+    outcome = None if outcome_model is None else score_whole(outcome_model, questions.bags)
+    return Task(questions.bags, lambda scored, _: judge_best_of_n(scored, questions, outcome=outcome))
+
+
+def rows_from_hub(benchmark: Benchmark) -> list[Mapping[str, Any]]:
+    """The official rows of a benchmark from the Hugging Face Hub, all of its subsets.
+
+    Raises:
+        ValueError: If the benchmark is not there, or cannot be loaded.
+    """
+    if benchmark not in HUB:
+        raise ValueError(f"{benchmark} is no data set of the hub. Give `data`: a file with rows.")
+    return [row for split in HUB[benchmark].splits for row in load_hub_rows(benchmark, split)]
+
+
+def judge(
+    reward_model: StepRewardModel, task: Task, *, threshold: float | None = None, batch_size: int | None = None
+) -> Judgement:
+    """Score the responses of a benchmark in one pass and measure.
+
+    Args:
+        reward_model: The model. If it was trained on chats, prompts that are texts become chats of one message.
+        task: The benchmark.
+        threshold: A step that scores below it is called wrong; default: the threshold that the model remembers.
+        batch_size: Responses in a forward; default: that of the model.
+
+    Returns:
+        The judgement, with `seconds` and `responses_per_second` of scoring among its counts.
+    """
+    bags = as_learned(reward_model, task.bags)
+    start = time.perf_counter()
+    scored = score_bags(reward_model, bags, batch_size=batch_size)
+    seconds = time.perf_counter() - start
+    judgement = task.measure(scored, reward_model.settings.threshold if threshold is None else threshold)
+    speed = {"seconds": seconds, "responses_per_second": len(bags) / seconds}
+    return replace(judgement, counts={**judgement.counts, **speed})
+
+
+def as_learned(reward_model: StepRewardModel, bags: Sequence[Bag]) -> list[Bag]:
+    """Bags with prompts of the kind that the model was trained on: a text becomes a chat of one message of the user.
+
+    A chat does not become a text: the model's own check names it.
+    """
+    if not reward_model.settings.chat:
+        return list(bags)
+    return [
+        replace(bag, prompt=[{"role": "user", "content": bag.prompt}]) if isinstance(bag.prompt, str) else bag
+        for bag in bags
+    ]
+
+
+def score_whole(outcome_model: StepRewardModel, bags: Sequence[Bag]) -> list[StepScores]:
+    """Scores of responses that count as one step each: what an outcome model gives."""
+    whole = [
+        replace(bag, step_spans=((bag.step_spans[0][0], bag.step_spans[-1][1]),), step_labels=None, teacher_scores=None)
+        for bag in bags
+    ]
+    return score_bags(outcome_model, as_learned(outcome_model, whole))

@@ -1,0 +1,272 @@
+"""Best-of-n: how often the solution that a score prefers among n sampled ones is right.
+
+With N samples a question, the best of n < N is averaged over all subsets of n, in closed form: no draw adds noise. Of
+equally good solutions each is taken equally often, so a score that says nothing gives the share of right solutions.
+"""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fractal_rm.bags import Bag
+from fractal_rm.evaluation.intervals import Judgement, Statistic, mean_of
+from fractal_rm.metrics import GOOD
+from fractal_rm.readers import read_bags
+from fractal_rm.reward_model import StepScores
+from fractal_rm.segmentation import Segmentation
+
+# Subsets a question that a vote is averaged over at most: it has no closed form.
+VOTE_DRAWS = 500
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Sampled solutions, grouped by their question.
+
+    Args:
+        bags: The solutions; their label says whether the final answer is right.
+        groups: The solutions of each question, as places in `bags`.
+        answers: The final answer of each solution, None where it states none; None if answers are not known at all.
+    """
+
+    bags: list[Bag]
+    groups: list[list[int]]
+    answers: list[str | None] | None
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether each solution is right (N,)."""
+        return np.array([float(bag.label or 0.0) >= GOOD for bag in self.bags])
+
+
+def read_questions(
+    rows: Iterable[Mapping[str, Any]],
+    segmentation: Segmentation,
+    *,
+    source: str = "data",
+    answer_pattern: str | None = None,
+) -> Questions:
+    """Questions from rows of sampled solutions, in any order.
+
+    Args:
+        rows: Rows with `prompt`, `response` (or `completion`, or `steps`), `label` (is the final answer right?) and,
+            for majority votes, `answer`. Rows with equal prompts belong to one question.
+        segmentation: How responses are cut into steps.
+        source: Name of the data in messages.
+        answer_pattern: A regular expression whose first group is the final answer; its last match in the response
+            counts. It takes the place of the column `answer`.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a label is missing, or a row is wrong, or the pattern is no regular expression with a group.
+    """
+    given = list(rows)
+    bags = read_bags(given, segmentation, source=source)
+    for number, bag in enumerate(bags, 1):
+        if bag.pair_id is not None:
+            raise ValueError(f"{source}, row {number}: preferences are no sampled solutions; give one response a row.")
+    groups: dict[str, list[int]] = {}
+    for place, bag in enumerate(bags):
+        groups.setdefault(json.dumps(bag.prompt, sort_keys=True), []).append(place)
+    return Questions(bags, list(groups.values()), _answers(given, bags, answer_pattern))
+
+
+def _answers(rows: Sequence[Mapping[str, Any]], bags: Sequence[Bag], pattern: str | None) -> list[str | None] | None:
+    if pattern is None:
+        if not any(row.get("answer") is not None for row in rows):
+            return None
+        return [None if row.get("answer") is None else str(row["answer"]).strip() for row in rows]
+    try:
+        search = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"`answer_pattern` is no regular expression ({error}). Mend it.") from None
+    if search.groups < 1:
+        raise ValueError(f"`answer_pattern` {pattern!r} has no group. Put the answer into brackets: `Answer: (.*)`.")
+    found = [[match[1] for match in search.finditer(bag.response)] for bag in bags]
+    return [matches[-1].strip() if matches and matches[-1] is not None else None for matches in found]
+
+
+def solution_scores(scored: Sequence[StepScores]) -> dict[str, np.ndarray]:
+    """Scores of solutions by several readings of their step scores; -inf where nothing was scored.
+
+    Args:
+        scored: Scores of each solution.
+
+    Returns:
+        `own` (the model's aggregation), `min`, `product`, `mean` and `last`: each (N,).
+    """
+    steps = [np.array(result.step_scores, dtype=float) for result in scored]
+    own = np.array([-math.inf if math.isnan(result.score) else result.score for result in scored])
+    with np.errstate(divide="ignore"):  # a score of 0 is the worst there is
+        readings = {
+            "min": [np.min(row) if len(row) else -math.inf for row in steps],
+            # Sums of logarithms: products of many scores would all be 0.
+            "product": [np.log(row).sum() if len(row) else -math.inf for row in steps],
+            "mean": [np.mean(row) if len(row) else -math.inf for row in steps],
+            "last": [row[-1] if len(row) else -math.inf for row in steps],
+        }
+    return {"own": own} | {name: np.array(values) for name, values in readings.items()}
+
+
+def best_of(scores: np.ndarray, right: np.ndarray, n: int) -> float:
+    """Chance that the solution with the highest score among n drawn ones is right.
+
+    Args:
+        scores: Score of each solution of a question (N,).
+        right: Whether it is right (N,).
+        n: How many are drawn without replacement; at most N.
+
+    Returns:
+        The exact average over all subsets of n; in a tie each of the best is taken equally often.
+
+    Example:
+        >>> best_of(np.array([0.9, 0.5, 0.4, 0.1]), np.array([True, False, False, False]), 2)  # in 3 of 6 pairs
+        0.5
+    """
+    place = np.unique(scores, return_inverse=True)[1]
+    up_to = np.cumsum(np.bincount(place))
+    total = math.comb(len(scores), n)
+    # The highest score of the subset is at most this one / exactly this one.
+    at_most = [math.comb(int(count), n) / total for count in up_to]
+    exactly = np.diff([0.0, *at_most])
+    share = np.bincount(place, weights=right.astype(float)) / np.bincount(place)
+    return float(exactly @ share)
+
+
+def pass_at(right: np.ndarray, n: int) -> float:
+    """Chance that at least one of n drawn solutions is right: what no choice among them can beat.
+
+    Source:
+        Chen et al., "Evaluating Large Language Models Trained on Code", 2021: the unbiased estimator of pass@k.
+
+    Example:
+        >>> pass_at(np.array([True, False, False, False]), 2)
+        0.5
+    """
+    return 1 - math.comb(int((~right).sum()), n) / math.comb(len(right), n)
+
+
+def majority_of(answers: Sequence[str | None], right: np.ndarray, n: int, *, seed: int = 0) -> float:
+    """Chance that the most frequent answer among n drawn solutions is right.
+
+    Args:
+        answers: Final answer of each solution of a question; None has no vote.
+        right: Whether each solution is right (N,).
+        n: How many are drawn without replacement; at most N.
+        seed: Seed of the subsets, where there are more than 500 of them: then 500 are drawn, else all are taken.
+
+    Returns:
+        The average over subsets. Among equally frequent answers each is taken equally often; without any answer, each
+        solution.
+
+    Example:
+        >>> majority_of(["7", "7", "8"], np.array([True, True, False]), 3)
+        1.0
+    """
+    names = sorted({answer for answer in answers if answer is not None})
+    place = np.array([len(names) if answer is None else names.index(answer) for answer in answers])
+    if math.comb(len(right), n) <= VOTE_DRAWS:
+        drawn = np.array(list(itertools.combinations(range(len(right)), n)))
+    else:
+        drawn = np.random.default_rng(seed).random((VOTE_DRAWS, len(right))).argsort(1)[:, :n]
+    votes = np.zeros((len(drawn), len(names) + 1))
+    good = np.zeros_like(votes)
+    rows = np.arange(len(drawn))[:, None]
+    np.add.at(votes, (rows, place[drawn]), 1.0)
+    np.add.at(good, (rows, place[drawn]), right[drawn])
+    silent = votes[:, :-1].sum(1) == 0
+    votes[~silent, -1] = 0  # whoever states no answer has no vote, unless nobody has
+    share = np.divide(good, votes, out=np.zeros_like(good), where=votes > 0)
+    winners = votes == votes.max(1, keepdims=True)
+    return float(((share * winners).sum(1) / winners.sum(1)).mean())
+
+
+def sizes_of(questions: Questions) -> list[int]:
+    """The n to report: powers of two up to the largest number of solutions of a question, and that number.
+
+    Example:
+        >>> [bag] = read_questions([{"prompt": "1+1?", "response": "2", "label": 1}], Segmentation()).bags
+        >>> sizes_of(Questions([bag] * 6, [[0, 1, 2, 3, 4, 5]], None))
+        [1, 2, 4, 6]
+    """
+    most = max((len(group) for group in questions.groups), default=0)
+    return sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | ({most} if most else set()))
+
+
+def judge_best_of_n(
+    scored: Sequence[StepScores],
+    questions: Questions,
+    *,
+    outcome: Sequence[StepScores] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Judgement:
+    """Best-of-n of scores, beside what needs no step scores.
+
+    Args:
+        scored: Scores of each solution.
+        questions: The solutions.
+        outcome: Scores of each solution by an outcome model, as a control.
+        sizes: The n to report; default: [`sizes_of`].
+
+    Returns:
+        For every n: `own@n`, `min@n`, `product@n`, `mean@n`, `last@n` (readings of the step scores), `majority@n` where
+        answers are known, `outcome@n` where an outcome model is given, and `pass@n`, the ceiling; all are accuracies
+        over questions, which are the items that intervals are drawn over. Counts: questions, solutions, and for every n
+        the questions with fewer solutions, which are left out at that n (`skipped@n`).
+
+    Raises:
+        ValueError: If there are no questions.
+    """
+    if not questions.groups:
+        raise ValueError("There are no questions to choose solutions for. Give some.")
+    readings = solution_scores(scored)
+    if outcome is not None:
+        readings["outcome"] = solution_scores(outcome)["own"]
+    right = questions.right
+    chosen = list(sizes or sizes_of(questions))
+    accuracies: dict[str, list[float]] = {}
+    for group in questions.groups:
+        for n in chosen:
+            for name, value in _one_question(readings, right, questions.answers, group, n).items():
+                accuracies.setdefault(f"{name}@{n}", []).append(value)
+    statistics: dict[str, Statistic] = {
+        name: mean_of(values) for name, values in sorted(accuracies.items(), key=_order)
+    }
+    counts: dict[str, float] = {
+        "questions": len(questions.groups),
+        "responses": len(questions.bags),
+        "unscored": sum(math.isnan(result.score) for result in scored),
+        "truncated": sum(result.truncated_steps > 0 for result in scored),
+    }
+    if questions.answers is not None:
+        counts["without_answer"] = sum(answer is None for answer in questions.answers)
+    counts |= {f"skipped@{n}": short for n in chosen if (short := sum(len(group) < n for group in questions.groups))}
+    return Judgement(len(questions.groups), statistics, counts)
+
+
+def _one_question(
+    readings: Mapping[str, np.ndarray],
+    right: np.ndarray,
+    answers: Sequence[str | None] | None,
+    group: list[int],
+    n: int,
+) -> dict[str, float]:
+    """Accuracy of every way to choose for one question; NaN if it has fewer than n solutions."""
+    names = [*readings, *(["majority"] if answers is not None else []), "pass"]
+    if len(group) < n:
+        return dict.fromkeys(names, math.nan)
+    good = right[group]
+    found = {name: best_of(scores[group], good, n) for name, scores in readings.items()}
+    if answers is not None:
+        found["majority"] = majority_of([answers[place] for place in group], good, n)
+    return found | {"pass": pass_at(good, n)}
+
+
+def _order(item: tuple[str, Any]) -> int:
+    return int(item[0].partition("@")[2])

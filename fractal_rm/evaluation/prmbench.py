@@ -1,0 +1,169 @@
+"""PRMBench by its official rule: PRMScore, over all steps and by the kind of error that was written in.
+
+A step that scores below the threshold is called wrong. PRMScore is the plain average of two F1 scores of that call: one
+with right steps as what is looked for, one with wrong steps.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fractal_rm import metrics
+from fractal_rm.bags import Bag
+from fractal_rm.datasets.math_sets import read_prmbench
+from fractal_rm.evaluation.evaluate import NOT_SCORED, gold_labels
+from fractal_rm.evaluation.intervals import Judgement, Statistic, divided, mean_of
+from fractal_rm.evaluation.responses import judge_responses, known_steps
+from fractal_rm.metrics import GOOD
+from fractal_rm.readers import read_bags
+from fractal_rm.reward_model import StepScores
+from fractal_rm.segmentation import Segmentation
+
+# Kinds of error under the three headings of the paper. The last one has none: right in another way.
+CATEGORIES = {
+    "simplicity": ("redundency", "circular"),
+    "soundness": ("counterfactual", "step_contradiction", "domain_inconsistency", "confidence"),
+    "sensitivity": ("missing_condition", "deception", "multi_solutions"),
+}
+KINDS = tuple(kind for kinds in CATEGORIES.values() for kind in kinds)
+# What the solutions into which the errors were written are called; the official score leaves them out.
+UNCHANGED = ("correct", "original")
+
+
+class Solutions(NamedTuple):
+    """Solutions of PRMBench and the kind of error of each."""
+
+    bags: list[Bag]
+    kinds: list[str]
+
+
+def read_solutions(rows: Iterable[Mapping[str, Any]], *, source: str = "data") -> Solutions:
+    """Solutions from rows in the official format (as the Hub has them) or in this package's schema.
+
+    Args:
+        rows: Rows of `prmbench_preview.jsonl`; or with `prompt`, `steps`, `step_labels` and `meta.classification`.
+        source: Name of the data in messages.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a column is missing, or the kind of an error is unknown.
+
+    Warns:
+        UserWarning: If official rows name an error step that the solution does not have; they are left out.
+    """
+    given = list(rows)
+    if given and "modified_process" in given[0]:
+        bags = read_prmbench(given, source=source)
+        kinds = [
+            next((kind for kind in (*KINDS, *UNCHANGED) if str(bag.id).startswith(f"{kind}_")), bag.id) for bag in bags
+        ]
+    else:
+        bags = read_bags(given, Segmentation("given"), source=source)
+        kinds = [(row.get("meta") or {}).get("classification") for row in given]
+    for number, kind in enumerate(kinds, 1):
+        if kind not in KINDS and kind not in UNCHANGED:
+            raise ValueError(f"{source}, solution {number}: unknown kind of error {kind!r}; use {', '.join(KINDS)}.")
+    return Solutions(bags, [str(kind) for kind in kinds])
+
+
+def judge_prmbench(scored: Sequence[StepScores], solutions: Solutions, threshold: float) -> Judgement:
+    """PRMScore of step scores, over all and by heading and kind.
+
+    Args:
+        scored: Scores of each solution.
+        solutions: The solutions.
+        threshold: A step that scores below it is called wrong. A step that was not scored is not.
+
+    Returns:
+        `prmscore` over the steps of all changed solutions, its two parts `f1_right_steps` and `f1_wrong_steps`, and
+        `prmscore_<heading>`, `prmscore_<kind>`, `within_bag_auc_<kind>`; for `multi_solutions`, which has no wrong
+        steps, `accuracy_multi_solutions`, the share of its steps that are not called wrong; and what
+        [`judge_responses`] says of rankings. Counts: solutions of each kind.
+
+    Raises:
+        ValueError: If there are no solutions.
+
+    Source:
+        Song et al., PRMBench, 2025 (arXiv 2501.03124), and its public code: sums over steps, the unchanged solutions
+        left out. Its code gives -1 where no score is defined; here it is NaN.
+    """
+    if not solutions.bags:
+        raise ValueError("There are no solutions of PRMBench to judge on. Give some.")
+    kinds = np.array(solutions.kinds)
+    calls = call_counts(scored, solutions.bags, threshold)
+    changed = ~np.isin(kinds, UNCHANGED)
+    statistics = prmscore_of(calls, changed)
+    for heading, members in CATEGORIES.items():
+        if np.isin(kinds, members).any():
+            statistics[f"prmscore_{heading}"] = prmscore_of(calls, np.isin(kinds, members))["prmscore"]
+    aucs = metrics.bag_aucs(*known_steps(scored, solutions.bags))
+    for kind in KINDS:
+        chosen = kinds == kind
+        if not chosen.any():
+            continue
+        if kind == "multi_solutions":
+            statistics[f"accuracy_{kind}"] = right_step_accuracy_of(calls, chosen)
+            continue
+        statistics[f"prmscore_{kind}"] = prmscore_of(calls, chosen)["prmscore"]
+        statistics[f"within_bag_auc_{kind}"] = mean_of(np.where(chosen, aucs, np.nan))
+    general = judge_responses(scored, solutions.bags, threshold)
+    for name in ("bag_auc", "step_auc", "within_bag_auc"):
+        if name in general.statistics:
+            statistics[name] = general.statistics[name]
+    counts = {**general.counts, "threshold": threshold}
+    counts |= {
+        f"responses_{kind}": int((kinds == kind).sum()) for kind in (*KINDS, *UNCHANGED) if (kinds == kind).any()
+    }
+    return Judgement(len(solutions.bags), statistics, counts)
+
+
+def call_counts(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float) -> np.ndarray:
+    """How often steps of each response are called what: (N, 4).
+
+    The columns: right steps called right and called wrong, wrong steps called right and called wrong.
+    """
+    counts = np.zeros((len(bags), 4))
+    for row, result, bag in zip(counts, scored, bags, strict=True):
+        gold = gold_labels(bag)
+        missing = [NOT_SCORED] * (len(gold) - len(result.steps))
+        called_wrong = np.array([*result.step_scores, *missing]) < threshold
+        for wrong in (False, True):
+            kind = (gold < GOOD) if wrong else (gold >= GOOD)
+            row[2 * wrong : 2 * wrong + 2] = (kind & ~called_wrong).sum(), (kind & called_wrong).sum()
+    return counts
+
+
+def prmscore_of(calls: np.ndarray, chosen: np.ndarray) -> dict[str, Statistic]:
+    """PRMScore and its two parts, over the chosen responses.
+
+    Args:
+        calls: What steps are called, of [`call_counts`] (N, 4).
+        chosen: Which responses count (N,).
+    """
+    counts = calls * chosen[:, None]
+
+    def right(weights: np.ndarray) -> np.ndarray:
+        hit, missed, false, _ = (weights @ counts).T
+        return divided(2 * hit, 2 * hit + missed + false)
+
+    def wrong(weights: np.ndarray) -> np.ndarray:
+        _, false, missed, hit = (weights @ counts).T
+        # Without a wrong step there is none to find, whatever was called.
+        return np.where(hit + missed == 0, np.nan, divided(2 * hit, 2 * hit + missed + false))
+
+    def score(weights: np.ndarray) -> np.ndarray:
+        return (right(weights) + wrong(weights)) / 2
+
+    return {"prmscore": score, "f1_right_steps": right, "f1_wrong_steps": wrong}
+
+
+def right_step_accuracy_of(calls: np.ndarray, chosen: np.ndarray) -> Statistic:
+    """Share of the right steps of the chosen responses that are not called wrong."""
+    counts = calls * chosen[:, None]
+
+    def accuracy(weights: np.ndarray) -> np.ndarray:
+        hit, missed, _, _ = (weights @ counts).T
+        return divided(hit, hit + missed)
+
+    return accuracy

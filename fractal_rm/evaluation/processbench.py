@@ -1,0 +1,234 @@
+"""ProcessBench by its official rule: the first step under a threshold is the first wrong one, or there is none.
+
+A case is a hit if the first wrong step is found, or if none is called wrong in a solution without one. F1 is the
+harmonic mean of the hit rates on the two kinds, the headline its plain average over four subsets. Each case is a hit
+for the thresholds of one interval: from there come the whole curve and the best threshold, exactly.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fractal_rm.bags import Bag
+from fractal_rm.datasets.math_sets import read_processbench
+from fractal_rm.evaluation.evaluate import gold_labels
+from fractal_rm.evaluation.intervals import Judgement, Statistic, average_of, harmonic_mean_of, mean_of
+from fractal_rm.evaluation.reliability import as_points
+from fractal_rm.evaluation.responses import judge_responses
+from fractal_rm.metrics import GOOD
+from fractal_rm.readers import read_bags
+from fractal_rm.reward_model import StepScores
+from fractal_rm.segmentation import Segmentation
+
+# Cases of the official subsets: with a wrong step, without one.
+SUBSETS = {"gsm8k": (207, 193), "math": (594, 406), "olympiadbench": (661, 339), "omnimath": (759, 241)}
+# The subset that the official evaluation of reward models chooses its threshold on.
+TUNED_ON = "gsm8k"
+
+
+class Cases(NamedTuple):
+    """Cases of ProcessBench and the subset of each."""
+
+    bags: list[Bag]
+    subsets: list[str]
+
+
+class Point(NamedTuple):
+    """What a threshold is worth: averages over the subsets."""
+
+    threshold: float
+    first_error_accuracy: float
+    all_correct_accuracy: float
+    f1: float
+
+
+def read_cases(rows: Iterable[Mapping[str, Any]], *, source: str = "data") -> Cases:
+    """Cases from rows in the official format (as the Hub has them) or in this package's schema.
+
+    Args:
+        rows: Rows with `problem`, `steps`, `label` (the index of the first wrong step or -1) and an `id` that begins
+            with the subset; or with `prompt`, `steps`, `step_labels` and `meta.subset`.
+        source: Name of the data in messages.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a column is missing, a subset is unknown, or the first wrong step of a row is not known.
+    """
+    given = list(rows)
+    official = bool(given) and "problem" in given[0]
+    bags = (
+        read_processbench(given, source=source) if official else read_bags(given, Segmentation("given"), source=source)
+    )
+    subsets = []
+    for number, (row, bag) in enumerate(zip(given, bags, strict=True), 1):
+        meta = row.get("meta") or {}
+        subset = meta.get("subset") or str(row.get("id")).removeprefix("processbench-").partition("-")[0]
+        if subset not in SUBSETS:
+            raise ValueError(f"{source}, row {number}: unknown subset {subset!r}; use {', '.join(SUBSETS)}.")
+        gold = gold_labels(bag)
+        if np.isnan(gold[: first_wrong(gold)]).any():
+            raise ValueError(f"{source}, row {number}: a step before the first wrong one has no label; label it.")
+        subsets.append(subset)
+    return Cases(bags, subsets)
+
+
+def first_wrong(gold: np.ndarray) -> int | None:
+    """Index of the first step that is labelled wrong, None if there is none."""
+    wrong = np.flatnonzero(gold < GOOD)
+    return int(wrong[0]) if len(wrong) else None
+
+
+def hit_range(step_scores: Sequence[float], first: int | None) -> tuple[float, float]:
+    """The thresholds `low < threshold <= high` at which a case is a hit; empty if `low >= high`.
+
+    Args:
+        step_scores: Scores of the steps, as many as were scored.
+        first: Index of the first wrong step, None if there is none.
+
+    Returns:
+        Low and high. A wrong step that was not scored is never found; a case without any score is never a hit.
+
+    Example:
+        >>> hit_range([0.9, 0.2, 0.1], 1)  # found by thresholds above 0.2, up to 0.9
+        (0.2, 0.9)
+        >>> hit_range([0.9, 0.4], None)
+        (-inf, 0.4)
+    """
+    if not len(step_scores) or (first is not None and first >= len(step_scores)):
+        return math.inf, -math.inf
+    before = step_scores if first is None else step_scores[:first]
+    return -math.inf if first is None else step_scores[first], min(before, default=math.inf)
+
+
+class Hits:
+    """At which thresholds each case is a hit.
+
+    Args:
+        scored: Scores of each case.
+        cases: The cases.
+    """
+
+    def __init__(self, scored: Sequence[StepScores], cases: Cases) -> None:
+        firsts = [first_wrong(gold_labels(bag)) for bag in cases.bags]
+        ranges = [hit_range(result.step_scores, first) for result, first in zip(scored, firsts, strict=True)]
+        self.low, self.high = np.array(ranges, dtype=float).reshape(-1, 2).T
+        self.wrong = np.array([first is not None for first in firsts], dtype=bool)
+        self.subset = np.array(cases.subsets)
+
+    @property
+    def subsets(self) -> list[str]:
+        """Subsets that have cases, in the official order."""
+        return [name for name in SUBSETS if (self.subset == name).any()]
+
+    def at(self, threshold: float) -> np.ndarray:
+        """Whether each case is a hit (N,)."""
+        return (self.low < threshold) & (threshold <= self.high)
+
+    def curve(self, subsets: Sequence[str]) -> list[Point]:
+        """What every threshold is worth, averaged over subsets; between neighbouring points nothing changes.
+
+        A point's threshold stands for those from the point before (excluded) up to it.
+        """
+        ends = np.unique(np.concatenate([self.low, self.high]))
+        ends = np.append(ends[np.isfinite(ends)], np.inf)
+        rates = {kind: np.array([self._rates(kind, name, ends) for name in subsets]) for kind in (True, False)}
+        total = rates[True] + rates[False]
+        f1 = np.divide(2 * rates[True] * rates[False], total, out=np.zeros_like(total), where=total != 0)
+        columns = (ends, rates[True].mean(0), rates[False].mean(0), f1.mean(0))
+        return [Point(*map(float, row)) for row in zip(*columns, strict=True)]
+
+    def _rates(self, wrong: bool, subset: str, ends: np.ndarray) -> np.ndarray:
+        """Share of hits among the cases of a kind at each threshold; NaN if there is none."""
+        chosen = (self.wrong == wrong) & (self.subset == subset) & (self.low < self.high)
+        # Hits whose interval has begun, less those whose interval has ended.
+        begun = np.searchsorted(np.sort(self.low[chosen]), ends, side="left")
+        over = np.searchsorted(np.sort(self.high[chosen]), ends, side="left")
+        count = ((self.wrong == wrong) & (self.subset == subset)).sum()
+        return (begun - over) / count if count else np.full(len(ends), np.nan)
+
+    def statistics(self, threshold: float, prefix: str = "") -> dict[str, Statistic]:
+        """`first_error_accuracy`, `all_correct_accuracy` and `f1`: averages over subsets, then of each subset."""
+        hits = self.at(threshold).astype(float)
+        names = ("f1", "first_error_accuracy", "all_correct_accuracy")
+        found: dict[str, dict[str, Statistic]] = {name: {} for name in names}
+        for subset in self.subsets:
+            inside = self.subset == subset
+            first, right = (mean_of(np.where(inside & (self.wrong == kind), hits, np.nan)) for kind in (True, False))
+            values = (harmonic_mean_of(first, right), first, right)
+            for name, value in zip(names, values, strict=True):
+                found[name][f"{prefix}{name}_{subset}"] = value
+        averages = {f"{prefix}{name}": average_of(list(parts.values())) for name, parts in found.items()}
+        return averages | {name: value for parts in found.values() for name, value in parts.items()}
+
+
+def best_threshold(curve: Sequence[Point]) -> Point:
+    """The point with the highest F1; of equal ones the lowest threshold. Its threshold lies inside its interval."""
+    defined = [i for i, point in enumerate(curve) if not math.isnan(point.f1)]
+    if not defined:
+        return Point(*[math.nan] * 4)
+    i = max(defined, key=lambda i: (curve[i].f1, -i))
+    before = curve[i - 1].threshold if i else curve[i].threshold
+    here = curve[i].threshold
+    return curve[i]._replace(threshold=(before + here) / 2 if math.isfinite(here) else math.nextafter(before, math.inf))
+
+
+def judge_processbench(
+    scored: Sequence[StepScores], cases: Cases, threshold: float, *, tuned_on: str = TUNED_ON
+) -> Judgement:
+    """ProcessBench of scores at three thresholds.
+
+    Args:
+        scored: Scores of each case.
+        cases: The cases.
+        threshold: One that no gold step label has touched: the model's own.
+        tuned_on: The subset on whose gold labels a second threshold is chosen, as the official evaluation of reward
+            models does. Its hits are in the average, as they are there.
+
+    Returns:
+        `f1`, `first_error_accuracy`, `all_correct_accuracy` (averages over the subsets) and the same with `_<subset>`
+        behind; `tuned_...` with the threshold that was chosen on the gold labels of `tuned_on`; the metrics of
+        [`judge_responses`] that ask for no threshold. Counts: cases, `best_f1` (the top of the curve, a ceiling: it
+        reads all gold labels) and the thresholds. Curve: `thresholds`.
+
+    Raises:
+        ValueError: If there are no cases.
+
+    Source:
+        Zheng et al., ProcessBench, 2024 (arXiv 2412.06559), and its public code for reward models.
+    """
+    if not cases.bags:
+        raise ValueError("There are no cases of ProcessBench to judge on. Give some.")
+    hits = Hits(scored, cases)
+    general = judge_responses(scored, cases.bags, threshold)
+    ranking = {
+        name: general.statistics[name]
+        for name in ("bag_auc", "step_auc", "within_bag_auc")
+        if name in general.statistics
+    }
+    statistics = hits.statistics(threshold)
+    curve = hits.curve(hits.subsets)
+    best = best_threshold(curve)
+    counts = {**general.counts, "threshold": threshold, "best_f1": best.f1, "best_threshold": best.threshold}
+    if tuned_on in hits.subsets:
+        tuned = best_threshold(hits.curve([tuned_on])).threshold
+        counts["tuned_threshold"] = tuned
+        statistics |= hits.statistics(tuned, "tuned_")
+    counts |= {f"responses_{name}": int((hits.subset == name).sum()) for name in hits.subsets}
+    return Judgement(len(cases.bags), statistics | ranking, counts, {"thresholds": as_points(curve, most=201)})
+
+
+def missing_cases(cases: Cases) -> str | None:
+    """What is missing from the official test set, in one sentence; None if nothing is."""
+    hits = {name: [0, 0] for name in SUBSETS}
+    for bag, subset in zip(cases.bags, cases.subsets, strict=True):
+        hits[subset][first_wrong(gold_labels(bag)) is None] += 1
+    parts = [
+        f"{name} {sum(found)} of {sum(SUBSETS[name])}" for name, found in hits.items() if tuple(found) != SUBSETS[name]
+    ]
+    return (
+        f"This is not all of ProcessBench: {', '.join(parts)}. Averages are over the subsets there are."
+        if parts
+        else None
+    )
