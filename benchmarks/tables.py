@@ -6,8 +6,11 @@ Command: python benchmarks/tables.py
 from pathlib import Path
 from typing import Any
 
+import yaml
 from disaggregation_page import FIGURE, draw_figure, page
 
+from fractal_rm.comparison.page import chosen_table, draw_curves
+from fractal_rm.comparison.page import tables as evidence_tables
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.results import read_results, write_atomic
 
@@ -23,6 +26,21 @@ def last_rows(name: str, arms: tuple[str, ...] | None = None) -> list[dict[str, 
     return sorted(chosen, key=lambda row: (row["arm"], row["seed"]))
 
 
+def evidence_rows() -> list[dict[str, Any]]:
+    """Rows of dense_vs_outcome.py, if there are any yet."""
+    path = RESULTS / "dense_vs_outcome.jsonl"
+    return read_results(path) if path.is_file() else []
+
+
+def evidence_page(document: str) -> str:
+    """The page of the evidence with its tables made anew."""
+    chosen = RESULTS.parent / "dense_vs_outcome.yaml"
+    known = yaml.safe_load(chosen.read_text(encoding="utf-8")) if chosen.is_file() else {}
+    for name, table in {**evidence_tables(evidence_rows()), "chosen": chosen_table(known)}.items():
+        document = replace_table(document, f"evidence {name}", table)
+    return document
+
+
 def documents() -> dict[Path, str]:
     """Each document with its tables made anew."""
     shown = ["accuracy", "accuracy_greedy", "step_accuracy", "step_auc", "within_bag_auc", "rollouts"]
@@ -36,7 +54,9 @@ def documents() -> dict[Path, str]:
     text = replace_table(text, "quickstart_own_policy", markdown_table(own, metrics=shown[:5]))
     disaggregation = REPOSITORY / "docs" / "disaggregation.md"
     tables = page(disaggregation.read_text(encoding="utf-8"), read_results(RESULTS / "disaggregation.jsonl"))
+    evidence = REPOSITORY / "docs" / "evidence.md"
     return {
+        evidence: evidence_page(evidence.read_text(encoding="utf-8")),
         disaggregation: tables,
         readme: replace_table(readme.read_text(encoding="utf-8"), "quickstart", short),
         quickstart: text,
@@ -47,3 +67,4 @@ if __name__ == "__main__":
     for path, text in documents().items():
         write_atomic(path, text)
     draw_figure(REPOSITORY / "docs" / FIGURE, read_results(RESULTS / "disaggregation.jsonl"))
+    draw_curves(REPOSITORY / "docs" / "evidence.png", evidence_rows())

@@ -96,7 +96,9 @@ def test_a_mistake_makes_one_wrong_line_and_lines_after_it_are_judged_by_what_is
             if current == "Answer":
                 good = stated["Answer"] == stated["Both"]
         else:
-            left, operator, right, result = re.fullmatch(r"(.*?) ?(add|subtract|multiply by) (\d) -> (\d)", line).groups()
+            left, operator, right, result = re.fullmatch(
+                r"(.*?) ?(add|subtract|multiply by) (\d) -> (\d)", line
+            ).groups()
             owner = "Both" if left.startswith("Both") else current
             value = int(left[-1]) if owner == "Both" else stated[current]
             sign = {"add": "+", "subtract": "-", "multiply by": "*"}[operator]

@@ -62,7 +62,9 @@ ARMS = {
     arm.name: arm
     for arm in (
         Arm("outcome_grpo", outcome=True, variants=_SCALES),
-        Arm("outcome_ppo", outcome=True, variants=({"advantage": "gae", "lam": 0.95}, {"advantage": "gae", "lam": 1.0})),
+        Arm(
+            "outcome_ppo", outcome=True, variants=({"advantage": "gae", "lam": 0.95}, {"advantage": "gae", "lam": 1.0})
+        ),
         Arm("fractal", steps="fractal"),
         Arm("fractal_mix", steps="fractal", outcome=True, variants=_MIX),
         # Runs where the trainer can update its reward model: `available` leaves it out elsewhere.

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fractal_rm.comparison.arms import ARMS, available
+from fractal_rm.comparison.page import draw_curves, tables
 from fractal_rm.comparison.reward_models import Size
 from fractal_rm.comparison.run import Budget
 from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS
 from fractal_rm.comparison.statistics import verdicts
 from fractal_rm.comparison.study import Study, read_chosen, study_units, tuning_units, write_chosen
-from fractal_rm.results import portable_command
+from fractal_rm.report.plots import require_matplotlib
+from fractal_rm.results import portable_command, write_atomic
 from fractal_rm.trainers.command_parser import parse
 from fractal_rm.trainers.script_checks import check_writable_folder
 
@@ -74,6 +76,7 @@ def run_comparison(arguments: CompareArguments) -> None:
     check_writable_folder(folder)
     results = Path(arguments.results or folder / "results.jsonl")
     chosen_file = Path(arguments.chosen or folder / "chosen.yaml")
+    require_matplotlib()  # before the work, not after
     arms = available(arguments.arms or ARMS)
     settings = arguments.settings or [*MAIN_SETTINGS, *(name for name in SETTINGS if name not in MAIN_SETTINGS)]
     size = SMOKE_SIZE if arguments.smoke else Size()
@@ -90,6 +93,11 @@ def run_comparison(arguments: CompareArguments) -> None:
     budget = SMOKE_BUDGET if arguments.smoke else Budget()
     study = Study(results, folder, budget, size, read_chosen(chosen_file, arms))
     study.run_all(study_units(settings, arms, arguments.seeds), arguments.jobs)
-    for line in verdicts(study.rows()):
-        print(line)
-    print(f"{results} holds the rows.")
+    rows = study.rows()
+    sentences = verdicts(rows)
+    made = [f"## {name}\n\n{table}" for name, table in tables(rows).items()]
+    write_atomic(folder / "report.md", "\n\n".join(["# Dense against outcome-only rewards", *sentences, *made]) + "\n")
+    draw_curves(folder / "curves.png", rows)
+    for sentence in sentences:
+        print(sentence)
+    print(f"{results} holds the rows, {folder} report.md and curves.png.")

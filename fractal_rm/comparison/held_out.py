@@ -1,4 +1,4 @@
-"""What a policy is worth: accuracy on held-out problems, by the checker, and how far it has gone from where it began."""
+"""What a policy is worth: accuracy on held-out problems, by the checker, and how far it has gone from its start."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -63,9 +63,7 @@ def response_logprobs(model: Any, tokenizer: Any, prompts: Sequence[str], respon
     for start in range(0, len(prompts), BATCH):
         rows = slice(start, start + BATCH)
         heads, tails = (tokenizer(list(texts[rows]))["input_ids"] for texts in (prompts, responses))
-        ids = [
-            torch.tensor([*head, *tail, tokenizer.eos_token_id]) for head, tail in zip(heads, tails, strict=True)
-        ]
+        ids = [torch.tensor([*head, *tail, tokenizer.eos_token_id]) for head, tail in zip(heads, tails, strict=True)]
         batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
         starts, ends = torch.tensor([len(head) for head in heads]), torch.tensor([len(row) for row in ids])
         places = torch.arange(batch.size(1))

@@ -129,7 +129,7 @@ class Assets:
     # Labelled responses -------------------------------------------------------------------------------------------
 
     def labelled(self) -> Path:
-        """Folder with responses of the base policy in `rows.jsonl`: outcome labels, and gold step labels beside."""
+        """Folder with responses of the base policy and their outcome labels in `rows.jsonl`."""
 
         def make(folder: Path) -> None:
             model, tokenizer = self.load_policy()
@@ -143,9 +143,8 @@ class Assets:
                     "prompt": prompt,
                     "response": text,
                     "label": self.setting.label(prompt, text),
-                    "gold": [float(good) for good in problem.check_steps(text)],
                 }
-                for problem, prompt, text in zip(problems, prompts, texts, strict=True)
+                for prompt, text in zip(prompts, texts, strict=True)
                 if text.strip()
             ]
             write_atomic(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -154,14 +153,16 @@ class Assets:
         return made_once(self.own / "labelled", make)
 
     def bags(self, kind: str) -> list[Bag]:
-        """Training data of a kind of reward model; gold step labels go to `supervised` only."""
+        """Training data of a kind of reward model; gold step labels are made for `supervised` only."""
         cut, bags = Segmentation("lines"), []
         for line in (self.labelled() / "rows.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             spans = tuple(cut(row["response"]))
             if kind == "response":
                 spans = ((spans[0][0], spans[-1][1]),)
-            gold = tuple(row["gold"]) if kind == "supervised" else None
+            gold = None
+            if kind == "supervised":
+                gold = tuple(oracle(row["prompt"], [row["response"][a:b] for a, b in spans]))
             bags.append(Bag(row["prompt"], row["response"], spans, row["label"], step_labels=gold))
         return bags
 
@@ -223,9 +224,7 @@ class ImplicitRewardModel(ScriptedRewardModel):
         rows = [i for i, text in enumerate(responses) if text.strip()]
         bags = [Bag(prompts[i], responses[i], tuple(cut(responses[i])), None) for i in rows]
         found = dict(zip(rows, self.model.score(bags), strict=True))
-        return [
-            found.get(i) or StepScores(text, error="The response is empty.") for i, text in enumerate(responses)
-        ]
+        return [found.get(i) or StepScores(text, error="The response is empty.") for i, text in enumerate(responses)]
 
 
 class WholeResponseReward:

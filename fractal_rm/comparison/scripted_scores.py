@@ -11,8 +11,8 @@ from fractal_rm.scorers.settings import Settings
 from fractal_rm.segmentation import Segmentation
 from fractal_rm.tasks.variants import read_problem
 
-# Prompt and response -> a score in [0, 1] for each line.
-Rule = Callable[[str, str], list[float]]
+# Prompt and the texts of the steps -> a score in [0, 1] for each step.
+Rule = Callable[[str, list[str]], list[float]]
 
 
 class ScriptedRewardModel(StepRewardModel):
@@ -39,24 +39,20 @@ class ScriptedRewardModel(StepRewardModel):
         spans = self.settings.segmentation(text) if text.strip() else []
         if not spans:
             return StepScores(text, error="The response is empty.")
-        scores = self.rule(prompt, text)
+        scores = self.rule(prompt, [text[a:b] for a, b in spans])
         steps = [Step(text[a:b], a, b, score) for (a, b), score in zip(spans, scores, strict=True)]
         return StepScores(text, steps, min(scores))
 
 
-def oracle(prompt: str, response: str) -> list[float]:
+def oracle(prompt: str, steps: list[str]) -> list[float]:
     """The checker's own step labels."""
-    return [float(good) for good in read_problem(prompt).check_steps(response)]
+    return [float(good) for good in read_problem(prompt).check_steps("\n".join(steps))]
 
 
-def random_steps(prompt: str, response: str) -> list[float]:
+def random_steps(prompt: str, steps: list[str]) -> list[float]:
     """Uniform noise, the same for the same step of the same response."""
-    lines = [line for line in response.split("\n") if line.strip()]
-    digests = [
-        hashlib.blake2b(f"{prompt}\0{response}\0{number}".encode(), digest_size=4).digest()
-        for number in range(len(lines))
-    ]
-    return [int.from_bytes(digest, "big") / 2**32 for digest in digests]
+    keys = [f"{prompt}\0{steps}\0{number}".encode() for number in range(len(steps))]
+    return [int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") / 2**32 for key in keys]
 
 
 def copy_label(label: Callable[[str, str], float]) -> Rule:
@@ -65,8 +61,4 @@ def copy_label(label: Callable[[str, str], float]) -> Rule:
     Args:
         label: Gives the outcome label of a prompt and a response.
     """
-
-    def rule(prompt: str, response: str) -> list[float]:
-        return [label(prompt, response) for line in response.split("\n") if line.strip()]
-
-    return rule
+    return lambda prompt, steps: [label(prompt, "\n".join(steps))] * len(steps)

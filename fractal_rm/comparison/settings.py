@@ -74,9 +74,7 @@ class Setting:
         lengths = (self.min_steps, self.max_steps)
         if stream == "reward_model":
             lengths = self.reward_model_steps or lengths
-        made = MAKERS[self.kind](
-            count, seed=10 * seed + _STREAMS[stream], min_steps=lengths[0], max_steps=lengths[1]
-        )
+        made = MAKERS[self.kind](count, seed=10 * seed + _STREAMS[stream], min_steps=lengths[0], max_steps=lengths[1])
         return list(made)
 
     def label(self, prompt: str, response: str) -> float:

@@ -1,7 +1,7 @@
 """What the rows of the comparison say: curves, paired differences with intervals, and the claims, met or not.
 
-A run's curve is its held-out accuracy at fixed numbers of rollouts. Seeds pair the arms: seed for seed they have the same
-policy, prompts and held-out problems. Intervals are percentile bootstraps over seeds.
+A run's curve is its held-out accuracy at fixed numbers of rollouts. Seeds pair the arms: seed for seed they have the
+same policy, prompts and held-out problems. Intervals are percentile bootstraps over seeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -273,7 +273,9 @@ def claims(rows: Rows, arm: str) -> list[Claim]:
             len(long),
             known,
         ),
-        Claim("at most half of the rollouts to reach its end", where(lambda _, r: r.reach <= 0.5), WANTED_SETTINGS, known),
+        Claim(
+            "at most half of the rollouts to reach its end", where(lambda _, r: r.reach <= 0.5), WANTED_SETTINGS, known
+        ),
         Claim(
             "ahead with the reward model's rollouts counted in",
             where(lambda _, r: r.with_rollouts is not None and r.with_rollouts.difference > 0),

@@ -62,7 +62,7 @@ class Study:
         )
 
     def run(self, unit: Unit) -> None:
-        """Do a run, unless it is done; a run that was stopped half-way starts again, and its rows replace the old ones."""
+        """Do a run, unless it is done; one that was stopped half-way starts again, its rows replace the old ones."""
         if self.is_done(unit, self.rows()):
             return
         start = time.monotonic()
@@ -153,13 +153,7 @@ def study_units(settings: Sequence[str], arms: Sequence[str], seeds: int) -> lis
         arms: Names of arms.
         seeds: How many seeds the core arms have; the others have at most five, on two settings.
     """
-    core = [
-        Unit(setting, seed, arm)
-        for seed in range(seeds)
-        for setting in settings
-        for arm in arms
-        if ARMS[arm].core
-    ]
+    core = [Unit(setting, seed, arm) for seed in range(seeds) for setting in settings for arm in arms if ARMS[arm].core]
     further = [
         Unit(setting, seed, arm)
         for seed in range(min(seeds, FURTHER_SEEDS))
@@ -222,5 +216,3 @@ class quiet(warnings.catch_warnings):
         entered = super().__enter__()
         warnings.simplefilter("ignore")
         return entered
-
-

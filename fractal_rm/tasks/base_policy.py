@@ -122,9 +122,7 @@ def train_base_policy(
     rng = random.Random(f"demonstrations-{seed}")
     problems = make_problems(num_texts, seed=1_000_000 + seed, min_steps=min_steps, max_steps=max_steps)
     texts = [(p.prompt, beliefs.respond(p, rng)) for p in problems]
-    train_on_texts(
-        output_dir, texts, make_tokenizer(), seed=seed, hidden_size=hidden_size, num_layers=num_layers
-    )
+    train_on_texts(output_dir, texts, make_tokenizer(), seed=seed, hidden_size=hidden_size, num_layers=num_layers)
 
 
 def train_on_texts(

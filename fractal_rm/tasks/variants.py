@@ -178,9 +178,7 @@ class BranchingProblem:
                 values[2 if kind == "both" else branch] = stated
         return flags
 
-    def _check_line(
-        self, line: str, kind: str, branch: int, number: int, values: list[int]
-    ) -> tuple[bool, int | None]:
+    def _check_line(self, line: str, kind: str, branch: int, number: int, values: list[int]) -> tuple[bool, int | None]:
         """Whether a line is right, and the value that it states; None if it is not of the kind that is due."""
         if kind == "start" and (found := _START.fullmatch(line)) and found[1] in self.names:
             stated = int(found[2])
@@ -251,9 +249,7 @@ def make_distracted_problems(count: int, *, seed: int, min_steps: int, max_steps
         distractors = sorted(
             (rng.randint(0, steps), rng.choice(others), *_changes(rng, 1)) for _ in range(rng.randint(1, 3))
         )
-        problems.append(
-            DistractedProblem(name, rng.randrange(MODULUS), _changes(rng, steps), tuple(distractors))
-        )
+        problems.append(DistractedProblem(name, rng.randrange(MODULUS), _changes(rng, steps), tuple(distractors)))
     return problems
 
 
