@@ -4,7 +4,7 @@
 #   make test         makes the same .venv, installs the test extra, and runs every check
 #
 # Further: `make contract-oldest` (the oldest TRL that we support, in an environment of its own), `make clean`,
-# `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md).
+# `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md), `make bench-evidence` (docs/evidence.md).
 # Another Python: `make test PYTHON=/path/to/python3.12`.
 
 VENV := .venv
@@ -21,7 +21,7 @@ endif
 # Nothing here needs the network once pip is done, and nothing is to be sent anywhere.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test contract-oldest bench-disaggregation clean
+.PHONY: quickstart test contract-oldest bench-disaggregation bench-evidence clean
 .SECONDARY:   # keeps the .created stamps
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -42,6 +42,12 @@ contract-oldest: $(OLDEST_VENV)/.installed-test
 DATA_DIR ?= $(FRACTAL_RM_DATA)
 bench-disaggregation: $(VENV)/.installed-test
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/disaggregation.py --data-dir "$(DATA_DIR)" --jobs 2
+	$(VENV)/bin/python benchmarks/tables.py
+
+# Hours on two cores; goes on where it was. The settings of the arms are committed: --tune true makes them anew.
+JOBS ?= 2
+bench-evidence: $(VENV)/.installed-test
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/dense_vs_outcome.py --jobs $(JOBS)
 	$(VENV)/bin/python benchmarks/tables.py
 
 clean:

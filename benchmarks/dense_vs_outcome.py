@@ -1,8 +1,8 @@
 """Question: do step rewards learned from response labels train a better policy than the response labels themselves?
 
 Rivals: the outcome alone, with TRL's group baseline and with PPO's value model; a reward model that scores whole
-responses. Bounds: reward models of gold step labels, the checker's own steps. Controls: random step scores, the response
-label at every step. Same base policies, prompts, rollouts and updates for all; several settings, paired seeds.
+responses. Bounds: reward models of gold step labels, the checker's own steps. Controls: random step scores, the
+response label at every step. Same base policies, prompts, rollouts and updates for all; several settings, paired seeds.
 
     python benchmarks/dense_vs_outcome.py --tune true          # trials on the tuning seed -> dense_vs_outcome.yaml
     python benchmarks/dense_vs_outcome.py --jobs 2             # the study
@@ -17,7 +17,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from fractal_rm.comparison.arms import ARMS
 from fractal_rm.comparison.command import CompareArguments, run_comparison
+from fractal_rm.comparison.study import write_chosen
 from fractal_rm.trainers.command_parser import parse
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments.output_dir = folder
         arguments.settings = arguments.settings or ["easy", "branching"]
-        arguments.chosen = arguments.chosen or str(CHOSEN)
+        arguments.chosen = f"{folder}/chosen.yaml"
+        write_chosen(Path(arguments.chosen), {name: arm.trials[0] for name, arm in ARMS.items()}, "a smoke run")
         arguments.seeds = 1
         run_comparison(arguments)
 
