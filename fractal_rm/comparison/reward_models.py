@@ -64,14 +64,14 @@ class Size:
 
     Args:
         form_texts: Responses from which one model learns the forms.
-        texts: Responses with wrong beliefs that a base policy is fine-tuned on.
+        texts: Responses with wrong beliefs that a base policy is fine-tuned on; None: those of the setting.
         hidden_size: Width of the policy.
         responses: Labelled responses of a reward model; None: those of the setting.
         max_steps: Optimizer steps of a reward model; -1: as many as its epochs have.
     """
 
     form_texts: int = 43008
-    texts: int = 8192
+    texts: int | None = None
     hidden_size: int = 64
     responses: int | None = None
     max_steps: int = -1
@@ -102,7 +102,7 @@ class Assets:
             start = self._forms()
             train_on_texts(
                 folder,
-                self.setting.texts(self.policy_number, self.size.texts),
+                self.setting.texts(self.policy_number, self.size.texts or self.setting.policy_texts),
                 AutoTokenizer.from_pretrained(start),
                 seed=self.policy_number,
                 in_order=True,

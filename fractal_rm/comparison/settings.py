@@ -41,6 +41,7 @@ class Setting:
         responses: Labelled responses that a reward model learns from.
         reward_model_steps: Fewest and most changes in the problems of those responses; None: as the policy's.
         flipped: Share of outcome labels that are wrong, wherever somebody learns from one.
+        policy_texts: Responses with wrong beliefs that a base policy is fine-tuned on, enough for it to settle.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Setting:
     responses: int = 3072
     reward_model_steps: tuple[int, int] | None = None
     flipped: float = 0.0
+    policy_texts: int = 8192
 
     @property
     def policy_name(self) -> str:
@@ -140,8 +142,8 @@ SETTINGS = {
         Setting("easy", "chain", 3, 6, 0.2),
         Setting("medium", "chain", 6, 10, 0.3),
         Setting("hard", "chain", 10, 16, 0.4, updates=30),
-        Setting("distractors", "distracted", 4, 7, 0.3),
-        Setting("branching", "branching", 4, 7, 0.3),
+        Setting("distractors", "distracted", 4, 7, 0.3, policy_texts=16_384),
+        Setting("branching", "branching", 4, 7, 0.3, policy_texts=28_672),
         Setting("shift", "chain", 7, 10, 0.3, reward_model_steps=(3, 5)),
         Setting("noise_10", "chain", 3, 6, 0.2, flipped=0.1),
         Setting("noise_20", "chain", 3, 6, 0.2, flipped=0.2),

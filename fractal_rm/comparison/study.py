@@ -2,21 +2,19 @@
 
 import multiprocessing
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import torch
-import transformers
 import yaml
 
 from fractal_rm.comparison.arms import ARMS, Options
 from fractal_rm.comparison.reward_models import Assets, Size
 from fractal_rm.comparison.run import Budget, run_arm
 from fractal_rm.comparison.settings import SETTINGS
+from fractal_rm.quickstart import quiet
 from fractal_rm.results import ResultsFile, read_results, write_atomic
 
 BENCHMARK = "dense_vs_outcome"
@@ -204,15 +202,3 @@ def write_chosen(path: Path, chosen: Mapping[str, Options], command: str) -> Non
     known = {**(before or {}), **chosen}
     ordered = {name: dict(known[name]) for name in ARMS if name in known}
     write_atomic(path, f"# Written by: {command}\n{yaml.safe_dump(ordered, sort_keys=False)}")
-
-
-class quiet(warnings.catch_warnings):
-    """Silences the libraries' own bars and notes."""
-
-    def __enter__(self) -> Any:
-        datasets.disable_progress_bars()
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        entered = super().__enter__()
-        warnings.simplefilter("ignore")
-        return entered
