@@ -31,6 +31,8 @@ from fractal_rm.trainers.fractal_trainer import FractalTrainer
 # How many different base policies (beliefs, weights) a setting has; seeds take turns.
 POLICIES = 2
 BELIEF_LEARNING_RATE = 2e-3
+# Policies are measured on at most as many problems, none of which a reward model has seen.
+HELD_OUT = 1024
 TRAINING: dict[str, Any] = {
     "aggregation": "product",
     "learning_rate": 1e-3,
@@ -133,8 +135,9 @@ class Assets:
 
         def make(folder: Path) -> None:
             model, tokenizer = self.load_policy()
+            held_out = {problem.prompt for problem in self.setting.problems("held_out", HELD_OUT, self.seed)}
             problems = self.setting.problems("reward_model", self.responses, self.seed)
-            prompts = [problem.prompt for problem in problems]
+            prompts = [problem.prompt for problem in problems if problem.prompt not in held_out]
             texts = sample_responses(
                 model, tokenizer, prompts, max_new_tokens=self.setting.max_new_tokens, seed=self.seed
             )

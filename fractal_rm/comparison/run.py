@@ -74,13 +74,11 @@ def run_arm(arm: Arm, options: Options, assets: Assets, budget: Budget, report: 
     """
     setting = assets.setting
     updates = budget.updates or setting.updates
-    steps = assets.reward_model(arm.steps) if arm.steps else None
+    kind = "response" if arm.response_model else arm.steps
+    judge = assets.reward_model(kind) if kind else None
     functions: list[Any] = [setting.outcome] if arm.outcome else []
-    cost = assets.cost(arm.steps)
-    if arm.response_model:
-        steps_of_response = assets.reward_model("response")
-        functions.append(WholeResponseReward(steps_of_response))
-        cost = assets.cost("response")
+    if arm.response_model and judge is not None:
+        functions.append(WholeResponseReward(judge))
     held_out = setting.problems("held_out", budget.held_out, assets.seed)
     known = {problem.prompt for problem in held_out}
     count = updates * budget.rollouts_per_update // PPO_SETTINGS["num_generations"]
@@ -90,7 +88,7 @@ def run_arm(arm: Arm, options: Options, assets: Assets, budget: Budget, report: 
     try:
         trainer = StepPPOTrainer(
             model=str(assets.policy()),
-            reward_model=steps,
+            reward_model=None if arm.response_model else judge,
             reward_funcs=functions or None,
             args=StepPPOConfig(
                 output_dir=str(folder),
@@ -103,8 +101,7 @@ def run_arm(arm: Arm, options: Options, assets: Assets, budget: Budget, report: 
             train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         )
         trainer.remove_callback(PrinterCallback)
-        judge = functions[-1].reward_model if arm.response_model else steps
-        curve = Curve(trainer, assets, budget, held_out, judge, alarms, cost, report)
+        curve = Curve(trainer, assets, budget, held_out, judge, alarms, assets.cost(kind), report)
         trainer.add_callback(curve)
         with alarms:
             trainer.train()
