@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from disaggregation_page import FIGURE, draw_figure, page
 
-from fractal_rm.comparison.page import chosen_table, draw_curves
+from fractal_rm.comparison.page import NOTHING, chosen_table, draw_curves
 from fractal_rm.comparison.page import tables as evidence_tables
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.results import read_results, write_atomic
@@ -36,7 +36,9 @@ def evidence_page(document: str) -> str:
     """The page of the evidence with its tables made anew."""
     chosen = RESULTS.parent / "dense_vs_outcome.yaml"
     known = yaml.safe_load(chosen.read_text(encoding="utf-8")) if chosen.is_file() else {}
-    for name, table in {**evidence_tables(evidence_rows()), "chosen": chosen_table(known)}.items():
+    rows = evidence_rows()
+    figure = "![Held-out accuracy against rollouts, by setting and arm](evidence.png)" if rows else NOTHING
+    for name, table in {**evidence_tables(rows), "chosen": chosen_table(known), "figure": figure}.items():
         document = replace_table(document, f"evidence {name}", table)
     return document
 
