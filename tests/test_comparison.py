@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fractal_rm.comparison import page, statistics
-from fractal_rm.comparison.arms import ARMS, available
+from fractal_rm.comparison.arms import ARMS
+from fractal_rm.comparison.rows import BENCHMARK, latest
 from fractal_rm.comparison.scripted_scores import ScriptedRewardModel, copy_label, oracle, random_steps
 from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS
-from fractal_rm.comparison.study import BENCHMARK, TUNING_SEED, Unit, latest, study_units, tuning_units
+from fractal_rm.comparison.study import TUNING_SEED, Unit, available, study_units, tuning_units
 from fractal_rm.tasks.arithmetic import Beliefs
 from fractal_rm.tasks.variants import read_problem
 

@@ -1,10 +1,7 @@
 """The arms of the comparison: where the reward comes from, and which settings compete for it on the tuning seed."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
-
-from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 
 Options = dict[str, Any]
 # Every arm is tried with two learning rates times two settings of its own, so that none wins by trying more often.
@@ -84,22 +81,3 @@ ARMS = {
         Arm("fractal_pseudo", steps="fractal_pseudo", core=False),
     )
 }
-
-
-def available(names: Iterable[str]) -> list[str]:
-    """Those arms whose settings the trainer has.
-
-    Args:
-        names: Names of arms.
-
-    Raises:
-        ValueError: If there is no such arm.
-    """
-    known = {field.name for field in fields(StepPPOConfig)}
-    found = []
-    for name in names:
-        if name not in ARMS:
-            raise ValueError(f"There is no arm {name!r}. Choose from {', '.join(ARMS)}.")
-        if {option for trial in ARMS[name].trials for option in trial} <= known:
-            found.append(name)
-    return found

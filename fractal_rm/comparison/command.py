@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal_rm.comparison.arms import ARMS, available
+from fractal_rm.comparison.arms import ARMS
 from fractal_rm.comparison.page import draw_curves, tables
 from fractal_rm.comparison.reward_models import Size
 from fractal_rm.comparison.run import Budget
 from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS
 from fractal_rm.comparison.statistics import verdicts
-from fractal_rm.comparison.study import Study, read_chosen, study_units, tuning_units, write_chosen
+from fractal_rm.comparison.study import Study, available, read_chosen, study_units, tuning_units, write_chosen
 from fractal_rm.report.plots import require_matplotlib
 from fractal_rm.results import portable_command, write_atomic
 from fractal_rm.trainers.command_parser import parse

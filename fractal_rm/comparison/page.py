@@ -7,17 +7,16 @@ from typing import Any
 import numpy as np
 
 from fractal_rm.comparison.arms import ARMS, CEILING, OUTCOME_ONLY
+from fractal_rm.comparison.rows import Rows, latest
 from fractal_rm.comparison.settings import SETTINGS
 from fractal_rm.comparison.statistics import (
     Curves,
-    Rows,
     area,
     claims,
     compare_arm,
     curves,
     interquartile_mean,
 )
-from fractal_rm.comparison.study import latest
 from fractal_rm.metrics import PairedDifference
 from fractal_rm.report.drawing import PICTURE, new_figure, style_axes, to_bytes
 from fractal_rm.report.tables import MISSING, format_number

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from fractal_rm.comparison.arms import CEILING, OUTCOME_ONLY
+from fractal_rm.comparison.rows import Rows, latest
 from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS
-from fractal_rm.comparison.study import latest
 from fractal_rm.metrics import PairedDifference, paired_bootstrap
 
-Rows = Sequence[Mapping[str, Any]]
 # The claims: points of accuracy, and shares.
 GAIN, LONG_GAIN, LONG = 0.05, 0.15, 6
 NEAR_CEILING = COLLAPSE = 0.02

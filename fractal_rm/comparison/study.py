@@ -2,8 +2,8 @@
 
 import multiprocessing
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +12,13 @@ import yaml
 
 from fractal_rm.comparison.arms import ARMS, Options
 from fractal_rm.comparison.reward_models import Assets, Size
+from fractal_rm.comparison.rows import BENCHMARK, latest
 from fractal_rm.comparison.run import Budget, run_arm
 from fractal_rm.comparison.settings import SETTINGS
 from fractal_rm.quickstart import quiet
 from fractal_rm.results import ResultsFile, read_results, write_atomic
+from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 
-BENCHMARK = "dense_vs_outcome"
 # Trials use seeds that are never reported; they differ in their problems, samples and reward models.
 TUNING_SEED = 1000
 # Settings on which the arms beyond the core run too.
@@ -143,6 +144,25 @@ class Study:
         return found
 
 
+def available(names: Iterable[str]) -> list[str]:
+    """Those arms whose settings the trainer has.
+
+    Args:
+        names: Names of arms.
+
+    Raises:
+        ValueError: If there is no such arm.
+    """
+    known = {field.name for field in fields(StepPPOConfig)}
+    found = []
+    for name in names:
+        if name not in ARMS:
+            raise ValueError(f"There is no arm {name!r}. Choose from {', '.join(ARMS)}.")
+        if {option for trial in ARMS[name].trials for option in trial} <= known:
+            found.append(name)
+    return found
+
+
 def study_units(settings: Sequence[str], arms: Sequence[str], seeds: int) -> list[Unit]:
     """All runs: core arms first, then seed by seed, so that partial results are balanced.
 
@@ -168,16 +188,6 @@ def tuning_units(setting: str, arms: Sequence[str]) -> Iterator[Unit]:
     for arm in arms:
         for trial in range(len(ARMS[arm].trials)):
             yield Unit(setting, TUNING_SEED, arm, trial)
-
-
-def latest(rows: Sequence[Mapping[str, Any]], *, split: str = "held_out") -> list[Mapping[str, Any]]:
-    """One row for each run and number of rollouts: the last one, if a run was stopped and started again."""
-    found = {
-        (row["dataset"], row["seed"], row["arm"], row["config"].get("trial"), row["metrics"]["rollouts"]): row
-        for row in rows
-        if row["split"] == split and row["benchmark"] == BENCHMARK
-    }
-    return list(found.values())
 
 
 def read_chosen(path: Path, arms: Sequence[str]) -> dict[str, Options]:
