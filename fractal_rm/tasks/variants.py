@@ -247,7 +247,7 @@ def make_distracted_problems(count: int, *, seed: int, min_steps: int, max_steps
         name, steps = rng.choice(NAMES), rng.randint(min_steps, max_steps)
         others = [other for other in NAMES if other != name]
         distractors = sorted(
-            (rng.randint(0, steps), rng.choice(others), *_changes(rng, 1)) for _ in range(rng.randint(1, 3))
+            (rng.randint(0, steps), rng.choice(others), _changes(rng, 1)[0]) for _ in range(rng.randint(1, 3))
         )
         problems.append(DistractedProblem(name, rng.randrange(MODULUS), _changes(rng, steps), tuple(distractors)))
     return problems
