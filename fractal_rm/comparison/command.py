@@ -20,7 +20,7 @@ from fractal_rm.trainers.script_checks import check_writable_folder
 TUNING_SETTING = "easy"
 # Trials do this share of the updates of a run, and are measured at its middle and its end.
 TUNING_SHARE, TUNING_POINTS = 0.6, (0.5, 1.0)
-SMOKE_BUDGET = Budget(rollouts_per_update=16, held_out=16, updates=2, points=(0.5, 1.0))
+SMOKE_BUDGET = Budget(rollouts_per_update=16, held_out=8, updates=2, points=(1.0,))
 SMOKE_SIZE = Size(form_texts=384, texts=64, hidden_size=16, responses=48, max_steps=2)
 
 
