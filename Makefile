@@ -5,7 +5,7 @@
 #
 # Further: `make contract-oldest` (the oldest TRL that we support, in an environment of its own), `make clean`,
 # `make peer-env` (the TRL versions that we are compared with), `make bench-speed` (docs/speed.md),
-# `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md).
+# `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md), `make bench-evidence` (docs/evidence.md).
 # Another Python: `make test PYTHON=/path/to/python3.12`.
 
 VENV := .venv
@@ -28,7 +28,7 @@ endif
 # Nothing here needs the network once pip is done, and nothing is to be sent anywhere.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test contract-oldest peer-env bench-disaggregation bench-speed clean
+.PHONY: quickstart test contract-oldest peer-env bench-disaggregation bench-speed bench-evidence clean
 .SECONDARY:   # keeps the .created stamps
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -59,6 +59,12 @@ bench-speed: $(VENV)/.installed-test peer-env
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/ppo_speed.py $(SPEED)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/rm_speed.py $(SPEED)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/scoring_speed.py $(SPEED)
+	$(VENV)/bin/python benchmarks/tables.py
+
+# Hours on two cores; goes on where it was. The settings of the arms are committed: --tune true makes them anew.
+JOBS ?= 2
+bench-evidence: $(VENV)/.installed-test
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/dense_vs_outcome.py --jobs $(JOBS)
 	$(VENV)/bin/python benchmarks/tables.py
 
 clean:

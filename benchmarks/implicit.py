@@ -1,91 +1,17 @@
-"""The implicit process reward: a rival that needs a second, frozen copy of the language model.
+"""The implicit process reward as a rival in `disaggregation.py`: its trials, and the scores of the chosen one."""
 
-A step scores `beta` times the log-ratio of its likelihood under the trained and under the reference model; a response
-scores as their sum, which the response label trains (Yuan et al., "Free Process Rewards without Process Labels", 2024;
-updated online in PRIME, Cui et al., 2025).
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from fractal_rm.bags import Bag
+from fractal_rm.comparison.implicit import EPOCHS, ImplicitReward
 from fractal_rm.metrics import bag_metrics
-from fractal_rm.reward_model import Step, StepScores
-from fractal_rm.scorers.checkpoint import load_model, load_tokenizer, make_scorer
-from fractal_rm.scorers.inputs import TokenInputs
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.reward_model import StepScores
 
 # Trials, as many as other arms have: learning rate, weight of the log-ratio.
 GRID = ((1e-3, 0.1), (1e-3, 0.5), (2e-3, 0.1), (2e-3, 0.5))
-EPOCHS = 3
-BATCH_SIZE = 64
-
-
-class ImplicitReward:
-    """Trains a causal language model so that its log-ratio to the reference tells good responses from bad ones.
-
-    Args:
-        path: The language model, which is also the reference.
-        beta: Weight of the log-ratio.
-        seed: Seed of the order of the data.
-    """
-
-    def __init__(self, path: Path, beta: float, seed: int) -> None:
-        torch.manual_seed(seed)
-        self.settings = Settings(scorer="likelihood", reduction="sum")
-        self.inputs = TokenInputs(load_tokenizer(path), self.settings)
-        models = [load_model(path, self.settings, dtype=torch.float32)[0] for _ in range(2)]
-        # Weight 1 and offset 0: the log-likelihood itself.
-        self.scorer, self.reference = (make_scorer(model, self.settings).eval() for model in models)
-        self.beta = beta
-
-    def ratios(self, batch: dict[str, Tensor]) -> Tensor:
-        """Step scores (B, S), 0 at padding."""
-        with torch.no_grad():
-            reference = self.reference(**batch)
-        return (self.beta * (self.scorer(**batch) - reference)).masked_fill(~batch["mask"], 0.0)
-
-    def encode(self, bags: Sequence[Bag]) -> list[Any]:
-        """Token ids of bags."""
-        return self.inputs.encode(
-            [bag.prompt for bag in bags], [bag.response for bag in bags], [bag.step_spans for bag in bags]
-        )
-
-    def train(self, bags: Sequence[Bag], learning_rate: float, max_steps: int | None) -> None:
-        """Cross entropy of the summed log-ratio and the response label."""
-        encoded, labels = self.encode(bags), torch.tensor([float(bag.label or 0.0) for bag in bags])
-        optimizer = torch.optim.AdamW(self.scorer.model.parameters(), lr=learning_rate, weight_decay=0.01)
-        order = torch.cat([torch.randperm(len(bags)) for _ in range(EPOCHS)]).split(BATCH_SIZE)[:max_steps]
-        for number, rows in enumerate(order):
-            optimizer.param_groups[0]["lr"] = learning_rate * (1 - number / len(order))
-            ratios = self.ratios(self.inputs.pad([encoded[i] for i in rows]))
-            loss = F.binary_cross_entropy_with_logits(ratios.sum(dim=1), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.scorer.model.parameters(), 1.0)
-            optimizer.step()
-
-    @torch.no_grad()
-    def score(self, bags: Sequence[Bag]) -> list[StepScores]:
-        """Scores in (0, 1): the sigmoid of log-ratios."""
-        encoded, scored = self.encode(bags), []
-        for start in range(0, len(bags), BATCH_SIZE):
-            part = bags[start : start + BATCH_SIZE]
-            ratios = self.ratios(self.inputs.pad(encoded[start : start + BATCH_SIZE]))
-            for bag, row in zip(part, ratios, strict=True):
-                values = row[: len(bag.steps)]
-                steps = [
-                    Step(text, *span, score)
-                    for text, span, score in zip(bag.steps, bag.step_spans, values.sigmoid().tolist(), strict=True)
-                ]
-                scored.append(StepScores(bag.response, steps, values.sum().sigmoid().item()))
-        return scored
 
 
 def implicit_scores(

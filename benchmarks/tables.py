@@ -6,11 +6,14 @@ Command: python benchmarks/tables.py
 from pathlib import Path
 from typing import Any
 
+import yaml
 from disaggregation_page import FIGURE, draw_figure, page
 from evaluation_page import page as evaluation_page
 from scale_page import scale_page
 from speed_page import page as speed_page
 
+from fractal_rm.comparison.page import NOTHING, chosen_table, draw_curves
+from fractal_rm.comparison.page import tables as evidence_tables
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.results import read_results, write_atomic
 
@@ -45,6 +48,23 @@ def online_table() -> str:
     return markdown_table(runs, metrics=[*curve, "accuracy_greedy", "step_accuracy", "bag_auc", "step_auc"])
 
 
+def evidence_rows() -> list[dict[str, Any]]:
+    """Rows of dense_vs_outcome.py, if there are any yet."""
+    path = RESULTS / "dense_vs_outcome.jsonl"
+    return read_results(path) if path.is_file() else []
+
+
+def evidence_page(document: str) -> str:
+    """The page of the evidence with its tables made anew."""
+    chosen = RESULTS.parent / "dense_vs_outcome.yaml"
+    known = yaml.safe_load(chosen.read_text(encoding="utf-8")) if chosen.is_file() else {}
+    rows = evidence_rows()
+    figure = "![Held-out accuracy against rollouts, by setting and arm](evidence.png)" if rows else NOTHING
+    for name, table in {**evidence_tables(rows), "chosen": chosen_table(known), "figure": figure}.items():
+        document = replace_table(document, f"evidence {name}", table)
+    return document
+
+
 def documents() -> dict[Path, str]:
     """Each document with its tables made anew."""
     shown = ["accuracy", "accuracy_greedy", "step_accuracy", "step_auc", "within_bag_auc", "rollouts"]
@@ -65,7 +85,9 @@ def documents() -> dict[Path, str]:
     speed = REPOSITORY / "docs" / "speed.md"
     evaluation = REPOSITORY / "docs" / "evaluation.md"
     judged = (read_results(RESULTS / f"{name}.jsonl") for name in ("processbench", "best_of_n"))
+    evidence = REPOSITORY / "docs" / "evidence.md"
     return {
+        evidence: evidence_page(evidence.read_text(encoding="utf-8")),
         speed: speed_page(speed.read_text(encoding="utf-8"), RESULTS),
         disaggregation: tables,
         scale: replace_table(plan, "kill_and_resume", killed),
@@ -80,3 +102,4 @@ if __name__ == "__main__":
     for path, text in documents().items():
         write_atomic(path, text)
     draw_figure(REPOSITORY / "docs" / FIGURE, read_results(RESULTS / "disaggregation.jsonl"))
+    draw_curves(REPOSITORY / "docs" / "evidence.png", evidence_rows())

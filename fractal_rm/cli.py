@@ -102,6 +102,14 @@ def ppo(argv: Sequence[str]) -> int:
     return 0
 
 
+def compare(argv: Sequence[str]) -> int:
+    """Dense against outcome-only rewards on arithmetic settings, over paired seeds."""
+    from fractal_rm.comparison.command import compare
+
+    compare(argv)
+    return 0
+
+
 def report(argv: Sequence[str]) -> int:
     """Tables from rows of results.jsonl."""
     from fractal_rm.trainers.command_parser import parse
@@ -136,7 +144,7 @@ def report(argv: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    command.__name__: command for command in (quickstart, train, score, evaluate, ppo, report)
+    command.__name__: command for command in (quickstart, train, score, evaluate, ppo, compare, report)
 }
 
 

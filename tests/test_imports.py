@@ -38,7 +38,7 @@ ROWS = (
     ("scorers", "tasks", "datasets"),
     ("reward_model",),
     ("trainers", "evaluation", "report"),
-    ("quickstart", "cli"),
+    ("quickstart", "comparison", "cli"),
 )
 ROW_OF = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
 

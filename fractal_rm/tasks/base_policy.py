@@ -7,6 +7,7 @@ The one that the package ships (`SHIPPED_POLICY`, 0.2 M parameters, beliefs and 
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,21 +26,33 @@ from fractal_rm.tasks.arithmetic import Beliefs, make_problems
 SHIPPED_POLICY = Path(__file__).parent / "policy"
 
 
-def make_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the task's own text; digits stay single tokens."""
+# "2:" and " 7" are one token each, so that looking up a change takes one step of attention.
+PIECES = "[0-9]+:| ?[0-9]| ?[A-Za-z']+|[^A-Za-z0-9]"
+
+
+def make_tokenizer(
+    vocab_size: int = 384, *, texts: Sequence[str] | None = None, pieces: str = PIECES
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the task's own text; digits stay single tokens.
+
+    Args:
+        vocab_size: Most tokens.
+        texts: What it is trained on; None: responses to chains of changes.
+        pieces: Regular expression of what no token crosses.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        # "2:" and " 7" are one token each, so that looking up a change takes one step of attention.
         [
-            pre_tokenizers.Split(Regex("[0-9]+:| ?[0-9]| ?[A-Za-z']+|[^A-Za-z0-9]"), "isolated"),
+            pre_tokenizers.Split(Regex(pieces), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    rng = random.Random("tokenizer")
-    texts = [p.prompt + Beliefs(0.0).respond(p, rng) for p in make_problems(500, seed=-1)]
+    if texts is None:
+        rng = random.Random("tokenizer")
+        texts = [p.prompt + Beliefs(0.0).respond(p, rng) for p in make_problems(500, seed=-1)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=["<pad>", "<eos>"],
@@ -106,11 +119,39 @@ def train_base_policy(
         hidden_size: Width of the model.
         num_layers: Depth of the model.
     """
-    set_seed(seed)
-    tokenizer = make_tokenizer()
     rng = random.Random(f"demonstrations-{seed}")
     problems = make_problems(num_texts, seed=1_000_000 + seed, min_steps=min_steps, max_steps=max_steps)
-    data = _Demonstrations([(p.prompt, beliefs.respond(p, rng)) for p in problems], tokenizer)
+    texts = [(p.prompt, beliefs.respond(p, rng)) for p in problems]
+    train_on_texts(output_dir, texts, make_tokenizer(), seed=seed, hidden_size=hidden_size, num_layers=num_layers)
+
+
+def train_on_texts(
+    output_dir: str | Path,
+    texts: list[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int = 0,
+    hidden_size: int = 64,
+    num_layers: int = 3,
+    in_order: bool = False,
+    start: str | Path | None = None,
+    learning_rate: float = 3e-3,
+) -> None:
+    """Train a small Llama on pairs of prompt and response, and save it with its tokenizer.
+
+    Args:
+        output_dir: Where the ordinary Hugging Face folder goes.
+        texts: Prompts and responses, seen once.
+        tokenizer: Its tokenizer.
+        seed: Seed of the weights and the order.
+        hidden_size: Width of the model.
+        num_layers: Depth of the model.
+        in_order: Take the texts as they come, 32 a batch, and not shuffled.
+        start: Folder of the model to start from; None: random weights.
+        learning_rate: The highest one.
+    """
+    set_seed(seed)
+    data = _Demonstrations(texts, tokenizer)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -124,14 +165,14 @@ def train_base_policy(
         eos_token_id=_id(tokenizer, "eos"),
         bos_token_id=None,
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config) if start is None else LlamaForCausalLM.from_pretrained(start)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(Path(output_dir) / "trainer"),
             per_device_train_batch_size=32,
             num_train_epochs=1,
-            learning_rate=3e-3,
+            learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=50,
             weight_decay=0.01,
@@ -140,6 +181,7 @@ def train_base_policy(
             save_strategy="no",
             report_to=[],
             seed=seed,
+            train_sampling_strategy="sequential" if in_order else "random",
             use_cpu=not torch.cuda.is_available(),
             remove_unused_columns=False,
         ),

@@ -1,0 +1,48 @@
+"""Question: do step rewards learned from response labels train a better policy than the response labels themselves?
+
+Rivals: the outcome alone, with TRL's group baseline and with PPO's value model; a reward model that scores whole
+responses. Bounds: reward models of gold step labels, the checker's own steps. Controls: random step scores, the
+response label at every step. Same base policies, prompts, rollouts and updates for all; several settings, paired seeds.
+
+    python benchmarks/dense_vs_outcome.py --tune true          # trials on the tuning seed -> dense_vs_outcome.yaml
+    python benchmarks/dense_vs_outcome.py --jobs 2             # the study
+    python benchmarks/dense_vs_outcome.py --smoke true         # minutes; rows and models in a temporary folder
+
+These are `fractal-rm compare` with the files of this repository. Rows go to `benchmarks/results/dense_vs_outcome.jsonl`
+as they are made; a run that was killed goes on where it was.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from fractal_rm.comparison.arms import ARMS
+from fractal_rm.comparison.command import CompareArguments, run_comparison
+from fractal_rm.comparison.study import write_chosen
+from fractal_rm.trainers.command_parser import parse
+
+HERE = Path(__file__).resolve().parent
+CHOSEN = HERE / "dense_vs_outcome.yaml"
+RESULTS = HERE / "results" / "dense_vs_outcome.jsonl"
+TUNING = HERE / "results" / "dense_vs_outcome_tuning.jsonl"
+
+
+def main(argv: Sequence[str]) -> None:
+    (arguments,) = parse("compare", [CompareArguments], argv)
+    if not arguments.smoke:
+        arguments.results = arguments.results or str(TUNING if arguments.tune else RESULTS)
+        arguments.chosen = arguments.chosen or str(CHOSEN)
+        run_comparison(arguments)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.output_dir = folder
+        arguments.settings = arguments.settings or ["easy", "branching"]
+        arguments.chosen = f"{folder}/chosen.yaml"
+        write_chosen(Path(arguments.chosen), {name: arm.trials[0] for name, arm in ARMS.items()}, "a smoke run")
+        arguments.seeds = 1
+        run_comparison(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,83 @@
+"""The arms of the comparison: where the reward comes from, and which settings compete for it on the tuning seed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+Options = dict[str, Any]
+# Every arm is tried with two learning rates times two settings of its own, so that none wins by trying more often.
+LEARNING_RATES = (6e-4, 1.2e-3)
+_BASELINES = ({"advantage": "group"}, {"advantage": "gae"})
+_SCALES = (
+    {"advantage": "group", "scale_rewards": "group"},
+    {"advantage": "group", "scale_rewards": "none"},
+)
+# Sums of later rewards are what these forms are about: the group's advantages must look ahead.
+_SUMS = ({"advantage": "group", "step_gamma": 1.0}, {"advantage": "gae"})
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to reward the policy; everything else is the same in all arms.
+
+    Args:
+        name: Its name in the rows.
+        steps: What scores steps: a kind of reward model (`reward_models.py`), a rule (`scripted_scores.py`), or None.
+        outcome: Whether the checker's outcome labels are a reward.
+        response_model: A reward model that scores whole responses is the outcome reward.
+        variants: Two settings that compete.
+        options: Settings of all trials.
+        core: Whether it runs on every setting with every seed.
+    """
+
+    name: str
+    steps: str | None = None
+    outcome: bool = False
+    response_model: bool = False
+    variants: tuple[Options, Options] = _BASELINES
+    options: tuple[tuple[str, Any], ...] = ()
+    core: bool = True
+
+    @property
+    def trials(self) -> list[Options]:
+        """What competes on the tuning seed."""
+        return [
+            {**dict(self.options), **variant, "learning_rate": rate}
+            for rate in LEARNING_RATES
+            for variant in self.variants
+        ]
+
+
+_MIX = (
+    {"advantage": "group", "outcome_weight": 0.3},
+    {"advantage": "group", "outcome_weight": 1.0},
+)
+
+OUTCOME_ONLY = ("outcome_grpo", "outcome_ppo")
+CEILING = "supervised"
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("outcome_grpo", outcome=True, variants=_SCALES),
+        Arm(
+            "outcome_ppo", outcome=True, variants=({"advantage": "gae", "lam": 0.95}, {"advantage": "gae", "lam": 1.0})
+        ),
+        Arm("fractal", steps="fractal"),
+        Arm("fractal_mix", steps="fractal", outcome=True, variants=_MIX),
+        # Runs where the trainer can update its reward model: `available` leaves it out elsewhere.
+        Arm("fractal_online", steps="fractal", outcome=True, variants=_MIX, options=(("rm_update_every", 4),)),
+        Arm("orm", response_model=True, variants=_SCALES),
+        Arm("supervised", steps="supervised"),
+        Arm("oracle", steps="oracle"),
+        Arm("random_steps", steps="random_steps"),
+        Arm("copy_label", steps="copy_label", core=False),
+        Arm("fractal_raw", steps="fractal", options=(("shaping", "raw"),), core=False),
+        Arm("fractal_delta", steps="fractal", options=(("shaping", "delta"),), core=False),
+        Arm("fractal_min_form", steps="fractal", options=(("shaping", "min_form"),), variants=_SUMS, core=False),
+        Arm("fractal_log_odds", steps="fractal", options=(("shaping", "log_odds"),), core=False),
+        Arm("lca", steps="lca", core=False),
+        Arm("implicit", steps="implicit", core=False),
+        Arm("fractal_priors", steps="fractal_priors", core=False),
+        Arm("fractal_pseudo", steps="fractal_pseudo", core=False),
+    )
+}

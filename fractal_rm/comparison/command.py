@@ -1,0 +1,103 @@
+"""`fractal-rm compare`: dense against outcome-only rewards on the arithmetic settings."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fractal_rm.comparison.arms import ARMS
+from fractal_rm.comparison.page import draw_curves, tables
+from fractal_rm.comparison.reward_models import Size
+from fractal_rm.comparison.run import Budget
+from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS
+from fractal_rm.comparison.statistics import verdicts
+from fractal_rm.comparison.study import Study, available, read_chosen, study_units, tuning_units, write_chosen
+from fractal_rm.report.plots import require_matplotlib
+from fractal_rm.results import portable_command, write_atomic
+from fractal_rm.trainers.command_parser import parse
+from fractal_rm.trainers.script_checks import check_writable_folder
+
+TUNING_SETTING = "easy"
+# Trials do this share of the updates of a run, and are measured at its middle and its end.
+TUNING_SHARE, TUNING_POINTS = 0.6, (0.5, 1.0)
+SMOKE_BUDGET = Budget(rollouts_per_update=16, held_out=8, updates=2, points=(1.0,))
+SMOKE_SIZE = Size(form_texts=384, texts=64, hidden_size=16, responses=48, max_steps=2)
+
+
+@dataclass
+class CompareArguments:
+    """Arguments of `fractal-rm compare`."""
+
+    output_dir: str = field(
+        default="runs/compare", metadata={"help": "Where base policies, reward models and, by default, rows go."}
+    )
+    results: str | None = field(
+        default=None, metadata={"help": "The file of rows; None: `results.jsonl` in `output_dir`."}
+    )
+    chosen: str | None = field(
+        default=None,
+        metadata={"help": "YAML file with the settings of each arm; None: `chosen.yaml` in `output_dir`."},
+    )
+    settings: list[str] | None = field(
+        default=None, metadata={"help": "Settings, the most important first; None: all of them."}
+    )
+    arms: list[str] | None = field(default=None, metadata={"help": "Arms; None: all of them."})
+    seeds: int = field(default=10, metadata={"help": "Seeds of the core arms; the others have five at most."})
+    jobs: int = field(default=1, metadata={"help": "Processes, each with one thread."})
+    tune: bool = field(
+        default=False,
+        metadata={"help": "Run the trials of each arm on the tuning seed and write the best to `chosen`; no study."},
+    )
+    smoke: bool = field(default=False, metadata={"help": "A tiny study that proves nothing but that all of it runs."})
+
+    def __post_init__(self) -> None:
+        unknown = next((name for name in self.settings or [] if name not in SETTINGS), None)
+        if unknown is not None:
+            raise ValueError(f"There is no setting {unknown!r}. Choose from {', '.join(SETTINGS)}.")
+        for name in ("seeds", "jobs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
+        available(self.arms or [])
+
+
+def compare(argv: Sequence[str]) -> None:
+    """Compare rewards on the arithmetic settings: the same policies, prompts, rollouts and updates for all."""
+    (arguments,) = parse("compare", [CompareArguments], argv)
+    run_comparison(arguments)
+
+
+def run_comparison(arguments: CompareArguments) -> None:
+    """Tune, or run what is missing of the study, and print what the rows say.
+
+    Args:
+        arguments: Those of the command.
+    """
+    folder = Path(arguments.output_dir)
+    check_writable_folder(folder)
+    results = Path(arguments.results or folder / "results.jsonl")
+    chosen_file = Path(arguments.chosen or folder / "chosen.yaml")
+    require_matplotlib()  # before the work, not after
+    arms = available(arguments.arms or ARMS)
+    settings = arguments.settings or [*MAIN_SETTINGS, *(name for name in SETTINGS if name not in MAIN_SETTINGS)]
+    size = SMOKE_SIZE if arguments.smoke else Size()
+    if arguments.tune:
+        budget = SMOKE_BUDGET
+        if not arguments.smoke:
+            updates = round(TUNING_SHARE * SETTINGS[TUNING_SETTING].updates)
+            budget = Budget(updates=updates, points=TUNING_POINTS)
+        study = Study(results, folder, budget, size, {})
+        study.run_all(list(tuning_units(TUNING_SETTING, arms)), arguments.jobs)
+        write_chosen(chosen_file, study.choose(TUNING_SETTING, arms), portable_command(sys.argv))
+        print(f"{chosen_file} holds the settings of {len(arms)} arms.")
+        return
+    budget = SMOKE_BUDGET if arguments.smoke else Budget()
+    study = Study(results, folder, budget, size, read_chosen(chosen_file, arms))
+    study.run_all(study_units(settings, arms, arguments.seeds), arguments.jobs)
+    rows = study.rows()
+    sentences = verdicts(rows)
+    made = [f"## {name}\n\n{table}" for name, table in tables(rows).items()]
+    write_atomic(folder / "report.md", "\n\n".join(["# Dense against outcome-only rewards", *sentences, *made]) + "\n")
+    draw_curves(folder / "curves.png", rows)
+    for sentence in sentences:
+        print(sentence)
+    print(f"{results} holds the rows, {folder} report.md and curves.png.")

@@ -1,0 +1,311 @@
+"""What the rows of the comparison say: curves, paired differences with intervals, and the claims, met or not.
+
+A run's curve is its held-out accuracy at fixed numbers of rollouts. Seeds pair the arms: seed for seed they have the
+same policy, prompts and held-out problems. Intervals are percentile bootstraps over seeds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fractal_rm.comparison.arms import CEILING, OUTCOME_ONLY
+from fractal_rm.comparison.rows import Rows, latest
+from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS
+from fractal_rm.metrics import PairedDifference, paired_bootstrap
+
+# The claims: points of accuracy, and shares.
+GAIN, LONG_GAIN, LONG = 0.05, 0.15, 6
+NEAR_CEILING = COLLAPSE = 0.02
+WANTED_SETTINGS, WANTED_WITH_COST = 5, 3
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The curves of an arm on a setting, one row a seed.
+
+    Args:
+        rollouts: Numbers of rollouts (P,).
+        seeds: Seeds, in the order of the rows.
+        values: A metric (seeds, P).
+        rm_rollouts: Rollouts that the reward model's training data took, the mean over seeds.
+        rm_seconds: Processor seconds that it took.
+        seconds: Processor seconds of training up to each point (P,), the mean over seeds.
+    """
+
+    rollouts: np.ndarray
+    seeds: tuple[int, ...]
+    values: np.ndarray
+    rm_rollouts: float
+    rm_seconds: float
+    seconds: np.ndarray
+
+    def of(self, seeds: Sequence[int]) -> np.ndarray:
+        """Values of these seeds (S, P)."""
+        return self.values[[self.seeds.index(seed) for seed in seeds]]
+
+
+def curves(rows: Rows, setting: str, arm: str, metric: str = "accuracy") -> Curves | None:
+    """The curves of an arm from its finished runs; None if there is none.
+
+    Args:
+        rows: Rows of the study.
+        setting: Its name.
+        arm: Its name.
+        metric: What is drawn.
+    """
+    runs: dict[int, dict[int, Mapping[str, Any]]] = {}
+    for row in latest(rows):
+        if (row["dataset"], row["arm"]) == (setting, arm):
+            runs.setdefault(row["seed"], {})[row["metrics"]["rollouts"]] = row
+    finished = {seed: run for seed, run in runs.items() if run[max(run)]["config"]["last"]}
+    if not finished:
+        return None
+    # Points that every seed has: greedy accuracy is measured at some only.
+    points = sorted(
+        set.intersection(
+            *({n for n, row in run.items() if row["metrics"].get(metric) is not None} for run in finished.values())
+        )
+    )
+    if not points:
+        return None
+    seeds = tuple(sorted(finished))
+    table = [[finished[seed][n]["metrics"] for n in points] for seed in seeds]
+
+    def mean(name: str) -> np.ndarray:
+        return np.array([[metrics[name] for metrics in line] for line in table], dtype=float).mean(axis=0)
+
+    values = np.array([[metrics[metric] for metrics in line] for line in table], dtype=float)
+    return Curves(
+        np.array(points), seeds, values, float(mean("rm_rollouts")[-1]), float(mean("rm_seconds")[-1]), mean("seconds")
+    )
+
+
+def interquartile_mean(values: Any) -> float:
+    """Mean of the middle half of the values: less moved by a single run than the mean, more precise than the median.
+
+    Where a quarter of the values is no whole number, the values at its ends count in part.
+
+    Source:
+        Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", 2021.
+
+    Example:
+        >>> interquartile_mean([0.0, 1.0, 2.0, 100.0])
+        1.5
+    """
+    ordered = np.sort(np.asarray(values, dtype=float).ravel())
+    edges = np.arange(len(ordered) + 1) / len(ordered)
+    weights = np.clip(np.minimum(edges[1:], 0.75) - np.maximum(edges[:-1], 0.25), 0.0, None)
+    return float(ordered @ weights / weights.sum())
+
+
+def improvement_probability(ours: Any, theirs: Any) -> float:
+    """Probability that a run of ours is better than one of theirs, ties counting half.
+
+    Example:
+        >>> improvement_probability([0.5, 0.7], [0.5, 0.6])
+        0.625
+    """
+    a, b = np.asarray(ours, dtype=float)[:, None], np.asarray(theirs, dtype=float)[None]
+    return float(np.mean((a > b) + 0.5 * (a == b)))
+
+
+def area(rollouts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Area under each curve (..., P), as a mean accuracy over the rollouts, by the trapezoid rule.
+
+    Example:
+        >>> float(area(np.array([0, 10, 20]), np.array([0.0, 1.0, 1.0])))
+        0.75
+    """
+    return np.trapezoid(values, rollouts, axis=-1) / (rollouts[-1] - rollouts[0])
+
+
+def rollouts_to_reach(rollouts: np.ndarray, curve: np.ndarray, target: float) -> float:
+    """Where a curve first reaches a target, by straight lines between its points; infinite if it never does.
+
+    Example:
+        >>> rollouts_to_reach(np.array([0, 100, 200]), np.array([0.2, 0.4, 0.8]), 0.6)
+        150.0
+    """
+    if curve[0] >= target:
+        return float(rollouts[0])
+    for left in range(len(curve) - 1):
+        if curve[left + 1] >= target:
+            share = (target - curve[left]) / (curve[left + 1] - curve[left])
+            return float(rollouts[left] + share * (rollouts[left + 1] - rollouts[left]))
+    return float("inf")
+
+
+def half_gain_point(curve: np.ndarray) -> int:
+    """The first evaluation at which a mean curve has made half of the gain from its start to its end."""
+    return int(np.argmax(curve >= curve[0] + 0.5 * (curve[-1] - curve[0])))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm against the better of the outcome-only arms on a setting.
+
+    Args:
+        rival: The outcome-only arm whose mean accuracy is higher at the end.
+        seeds: How many seeds both have.
+        half_rollouts: Rollouts at which the rival has made half of its gain.
+        half: Difference there.
+        end: Difference at the end.
+        area: Difference of the areas under the curves.
+        iqm: Interquartile means at the end: ours, the rival's.
+        improvement: Probability that a run of ours ends above one of the rival's.
+        reach: Share of the rival's rollouts after which our mean curve reaches the rival's end.
+        with_rollouts: Difference where ours has as many rollouts less as its reward model took; None if that is all.
+        with_seconds: Difference where both have taken the seconds of the shorter, reward model included.
+        drop: Our best mean accuracy minus the last.
+        ceiling: Difference to supervised steps at the end; None without them.
+    """
+
+    rival: str
+    seeds: int
+    half_rollouts: float
+    half: PairedDifference
+    end: PairedDifference
+    area: PairedDifference
+    iqm: tuple[float, float]
+    improvement: float
+    reach: float
+    with_rollouts: PairedDifference | None
+    with_seconds: PairedDifference | None
+    drop: float
+    ceiling: PairedDifference | None
+
+
+def compare_arm(rows: Rows, setting: str, arm: str) -> Comparison | None:
+    """An arm against the better outcome-only arm, on the seeds that both have; None if one of them has no run.
+
+    Args:
+        rows: Rows of the study.
+        setting: Its name.
+        arm: Its name.
+    """
+    ours = curves(rows, setting, arm)
+    rivals = {name: found for name in OUTCOME_ONLY if (found := curves(rows, setting, name)) is not None}
+    if ours is None or not rivals:
+        return None
+    rival = max(rivals, key=lambda name: rivals[name].values[:, -1].mean())
+    theirs = rivals[rival]
+    seeds = sorted(set(ours.seeds) & set(theirs.seeds))
+    if not seeds:
+        return None
+    a, b, rollouts = ours.of(seeds), theirs.of(seeds), ours.rollouts
+    half = half_gain_point(b.mean(axis=0))
+    supervised = curves(rows, setting, CEILING)
+    shared = sorted(set(seeds) & set(supervised.seeds)) if supervised is not None else []
+    return Comparison(
+        rival=rival,
+        seeds=len(seeds),
+        half_rollouts=float(rollouts[half]),
+        half=paired_bootstrap(a[:, half], b[:, half]),
+        end=paired_bootstrap(a[:, -1], b[:, -1]),
+        area=paired_bootstrap(area(rollouts, a), area(rollouts, b)),
+        iqm=(interquartile_mean(a[:, -1]), interquartile_mean(b[:, -1])),
+        improvement=improvement_probability(a[:, -1], b[:, -1]),
+        reach=rollouts_to_reach(rollouts, a.mean(axis=0), b.mean(axis=0)[-1]) / float(rollouts[-1]),
+        with_rollouts=_shifted(rollouts, a, rollouts, b, ours.rm_rollouts),
+        with_seconds=_shifted(ours.seconds, a, theirs.seconds, b, ours.rm_seconds),
+        drop=float(a.mean(axis=0).max() - a.mean(axis=0)[-1]),
+        ceiling=paired_bootstrap(ours.of(shared)[:, -1], supervised.of(shared)[:, -1])
+        if supervised is not None and shared
+        else None,
+    )
+
+
+def _shifted(
+    costs: np.ndarray, ours: np.ndarray, rival_costs: np.ndarray, theirs: np.ndarray, extra: float
+) -> PairedDifference | None:
+    """Difference at equal total cost: that of the shorter curve, where ours has `extra` to pay first."""
+    total = min(costs[-1] + extra, rival_costs[-1])
+    if total <= extra:
+        return None  # the rival is done before ours begins
+    a = [np.interp(total - extra, costs, curve) for curve in ours]
+    b = [np.interp(total, rival_costs, curve) for curve in theirs]
+    return paired_bootstrap(a, b)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, on how many settings it holds, and on how many of them it should."""
+
+    text: str
+    holds: tuple[str, ...]
+    asked: int
+    known: tuple[str, ...]
+
+    @property
+    def is_met(self) -> bool:
+        """Whether it holds on as many settings as it should."""
+        return len(self.holds) >= self.asked
+
+
+def claims(rows: Rows, arm: str) -> list[Claim]:
+    """The claims of the study about an arm, from the main settings that have rows.
+
+    Args:
+        rows: Rows of the study.
+        arm: Its name.
+    """
+    found = {name: result for name in MAIN_SETTINGS if (result := compare_arm(rows, name, arm)) is not None}
+    known = tuple(found)
+    long = tuple(name for name in MAIN_SETTINGS if SETTINGS[name].min_steps >= LONG)
+
+    def where(test: Any) -> tuple[str, ...]:
+        return tuple(name for name, result in found.items() if test(name, result))
+
+    return [
+        Claim(
+            f"at half of the outcome-only gain: {GAIN:.0%} more, the interval above 0",
+            where(lambda _, r: r.half.difference >= GAIN and r.half.low > 0),
+            WANTED_SETTINGS,
+            known,
+        ),
+        Claim("never significantly below at the end", where(lambda _, r: r.end.high >= 0), len(MAIN_SETTINGS), known),
+        Claim(
+            f"problems of {LONG} or more steps: {LONG_GAIN:.0%} more at that point",
+            where(lambda name, r: name in long and r.half.difference >= LONG_GAIN),
+            len(long),
+            known,
+        ),
+        Claim(
+            "at most half of the rollouts to reach its end", where(lambda _, r: r.reach <= 0.5), WANTED_SETTINGS, known
+        ),
+        Claim(
+            "ahead with the reward model's rollouts counted in",
+            where(lambda _, r: r.with_rollouts is not None and r.with_rollouts.difference > 0),
+            WANTED_WITH_COST,
+            known,
+        ),
+        Claim(
+            f"within {NEAR_CEILING:.0%} of supervised steps",
+            where(lambda _, r: r.ceiling is not None and r.ceiling.difference >= -NEAR_CEILING),
+            WANTED_SETTINGS,
+            known,
+        ),
+        Claim(
+            f"no collapse: the end within {COLLAPSE:.0%} of the best",
+            where(lambda _, r: r.drop <= COLLAPSE),
+            len(MAIN_SETTINGS),
+            known,
+        ),
+    ]
+
+
+def verdicts(rows: Rows, arms: Sequence[str] = ("fractal", "fractal_mix")) -> list[str]:
+    """A sentence for each claim and arm: met, not met, or not known yet."""
+    lines = []
+    for arm in arms:
+        for claim in claims(rows, arm):
+            if not claim.known:
+                continue
+            state = "met" if claim.is_met else "not met"
+            lines.append(
+                f"{arm}: {claim.text}: {state} ({len(claim.holds)} of {len(claim.known)} settings with rows, "
+                f"{claim.asked} asked)."
+            )
+    return lines

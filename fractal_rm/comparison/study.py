@@ -1,0 +1,214 @@
+"""The study: which runs there are, which of them are done, and running the rest in one or several processes."""
+
+import multiprocessing
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from fractal_rm.comparison.arms import ARMS, Options
+from fractal_rm.comparison.reward_models import Assets, Size
+from fractal_rm.comparison.rows import BENCHMARK, latest
+from fractal_rm.comparison.run import Budget, run_arm
+from fractal_rm.comparison.settings import SETTINGS
+from fractal_rm.quickstart import quiet
+from fractal_rm.results import ResultsFile, read_results, write_atomic
+from fractal_rm.trainers.step_ppo_config import StepPPOConfig
+
+# Trials use seeds that are never reported; they differ in their problems, samples and reward models.
+TUNING_SEED = 1000
+# Settings on which the arms beyond the core run too.
+FURTHER_SETTINGS = ("easy", "medium")
+FURTHER_SEEDS = 5
+
+
+class Unit(NamedTuple):
+    """One run; `trial` is the number of a configuration on the tuning seed, None in the study itself."""
+
+    setting: str
+    seed: int
+    arm: str
+    trial: int | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared, how much is done, and where it goes.
+
+    Args:
+        results: The file of rows.
+        work: Folder of policies and reward models.
+        budget: Of a run.
+        size: Of policies and reward models.
+        chosen: Settings of each arm.
+    """
+
+    results: Path
+    work: Path
+    budget: Budget
+    size: Size
+    chosen: Mapping[str, Options]
+
+    def is_done(self, unit: Unit, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the last evaluation of a run has its row."""
+        return any(
+            (row["dataset"], row["seed"], row["arm"], row["config"].get("trial")) == unit and row["config"]["last"]
+            for row in rows
+        )
+
+    def run(self, unit: Unit) -> None:
+        """Do a run, unless it is done; one that was stopped half-way starts again, its rows replace the old ones."""
+        if self.is_done(unit, self.rows()):
+            return
+        start = time.monotonic()
+        arm, assets = ARMS[unit.arm], Assets(self.work, SETTINGS[unit.setting], unit.seed, self.size)
+        options = self.chosen[unit.arm] if unit.trial is None else arm.trials[unit.trial]
+        budget = self.budget
+        results = ResultsFile(self.results)
+        final = (budget.updates or assets.setting.updates) * budget.rollouts_per_update
+        config = {
+            **options,
+            "budget": asdict(budget) | {"updates": budget.updates or assets.setting.updates},
+            "policy": assets.policy_number,
+            "trial": unit.trial,
+        }
+
+        def report(metrics: dict[str, Any]) -> None:
+            results.append(
+                benchmark=BENCHMARK,
+                arm=unit.arm,
+                dataset=unit.setting,
+                seed=unit.seed,
+                split="held_out" if unit.trial is None else "tuning",
+                metrics=metrics,
+                config=config | {"last": metrics["rollouts"] == final},
+                seconds=time.monotonic() - start,
+            )
+
+        with quiet():
+            run_arm(arm, options, assets, budget, report)
+        print(f"{unit.setting} seed {unit.seed} {unit.arm}: {time.monotonic() - start:.0f} s", flush=True)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far, those of other processes included."""
+        return read_results(self.results) if self.results.is_file() else []
+
+    def run_all(self, units: Sequence[Unit], jobs: int) -> None:
+        """Do the runs that are not done, in their order.
+
+        Args:
+            units: The runs.
+            jobs: Processes, each with one thread.
+        """
+        rows = self.rows()
+        waiting = [unit for unit in units if not self.is_done(unit, rows)]
+        if jobs == 1:
+            torch.set_num_threads(1)
+            for unit in waiting:
+                self.run(unit)
+            return
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.imap_unordered(self.run, waiting, chunksize=1):
+                pass
+
+    def choose(self, setting: str, arms: Sequence[str]) -> dict[str, Options]:
+        """The settings of each arm whose trial had the highest accuracy, averaged over its evaluations.
+
+        Args:
+            setting: Where the trials ran.
+            arms: Whose trials are compared.
+
+        Raises:
+            ValueError: If a trial has no rows.
+        """
+        rows = latest(self.rows(), split="tuning")
+        found: dict[str, Options] = {}
+        for name in arms:
+            values = []
+            for trial in range(len(ARMS[name].trials)):
+                points = [
+                    row["metrics"]["accuracy"]
+                    for row in rows
+                    if (row["dataset"], row["arm"], row["config"]["trial"]) == (setting, name, trial)
+                    and row["metrics"]["rollouts"]
+                ]
+                if not points:
+                    raise ValueError(f"Trial {trial} of {name} on {setting} has no rows. Run the tuning to its end.")
+                values.append(sum(points) / len(points))
+            found[name] = ARMS[name].trials[max(range(len(values)), key=values.__getitem__)]
+        return found
+
+
+def available(names: Iterable[str]) -> list[str]:
+    """Those arms whose settings the trainer has.
+
+    Args:
+        names: Names of arms.
+
+    Raises:
+        ValueError: If there is no such arm.
+    """
+    known = {field.name for field in fields(StepPPOConfig)}
+    found = []
+    for name in names:
+        if name not in ARMS:
+            raise ValueError(f"There is no arm {name!r}. Choose from {', '.join(ARMS)}.")
+        if {option for trial in ARMS[name].trials for option in trial} <= known:
+            found.append(name)
+    return found
+
+
+def study_units(settings: Sequence[str], arms: Sequence[str], seeds: int) -> list[Unit]:
+    """All runs: core arms first, then seed by seed, so that partial results are balanced.
+
+    Args:
+        settings: Names of settings, the most important first.
+        arms: Names of arms.
+        seeds: How many seeds the core arms have; the others have at most five, on two settings.
+    """
+    core = [Unit(setting, seed, arm) for seed in range(seeds) for setting in settings for arm in arms if ARMS[arm].core]
+    further = [
+        Unit(setting, seed, arm)
+        for seed in range(min(seeds, FURTHER_SEEDS))
+        for setting in settings
+        if setting in FURTHER_SETTINGS
+        for arm in arms
+        if not ARMS[arm].core
+    ]
+    return core + further
+
+
+def tuning_units(setting: str, arms: Sequence[str]) -> Iterator[Unit]:
+    """The trials of each arm."""
+    for arm in arms:
+        for trial in range(len(ARMS[arm].trials)):
+            yield Unit(setting, TUNING_SEED, arm, trial)
+
+
+def read_chosen(path: Path, arms: Sequence[str]) -> dict[str, Options]:
+    """Settings of arms from the file that the tuning wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it lacks an arm.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file. Give `chosen` the file of settings, or run with `--tune true`.")
+    chosen = yaml.safe_load(path.read_text(encoding="utf-8"))
+    lacking = [arm for arm in arms if arm not in chosen]
+    if lacking:
+        raise ValueError(f"{path} has no settings of {lacking[0]}. Run with `--tune true --arms {' '.join(lacking)}`.")
+    return {arm: chosen[arm] for arm in arms}
+
+
+def write_chosen(path: Path, chosen: Mapping[str, Options], command: str) -> None:
+    """Write the settings of arms; those of other arms in the file stay."""
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = {**(before or {}), **chosen}
+    ordered = {name: dict(known[name]) for name in ARMS if name in known}
+    write_atomic(path, f"# Written by: {command}\n{yaml.safe_dump(ordered, sort_keys=False)}")

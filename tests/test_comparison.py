@@ -1,0 +1,219 @@
+"""The statistics of the comparison, against independent computations, and its plan of runs."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from fractal_rm.comparison import page, statistics
+from fractal_rm.comparison.arms import ARMS
+from fractal_rm.comparison.rows import BENCHMARK, latest
+from fractal_rm.comparison.scripted_scores import ScriptedRewardModel, copy_label, oracle, random_steps
+from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS
+from fractal_rm.comparison.study import TUNING_SEED, Unit, available, study_units, tuning_units
+from fractal_rm.tasks.arithmetic import Beliefs
+from fractal_rm.tasks.variants import read_problem
+
+VALUES = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12)
+EXTRA = {"rm_rollouts": 0, "rm_seconds": 0.0, "response_tokens": 30.0, "kl": 0.1, "alarms": 0, "rm_score": None}
+
+
+def rows_of(setting, arm, seed, curve, *, finished=True, rm_rollouts=0, step=100):
+    """Rows of a run whose accuracy follows a curve; evaluations stand `step` rollouts and as many seconds apart."""
+    return [
+        {
+            "benchmark": BENCHMARK, "dataset": setting, "arm": arm, "seed": seed, "split": "held_out",
+            "metrics": EXTRA | {
+                "rollouts": step * i, "accuracy": value, "accuracy_greedy": value, "step_accuracy": value,
+                "seconds": float(step * i), "rm_rollouts": rm_rollouts, "rm_seconds": float(rm_rollouts),
+            },
+            "config": {"last": finished and i == len(curve) - 1},
+        }
+        for i, value in enumerate(curve)
+    ]  # fmt: skip
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=4, max_size=40).filter(lambda v: len(v) % 4 == 0))
+def test_the_interquartile_mean_is_that_of_scipy_where_quarters_are_whole(values):
+    assert statistics.interquartile_mean(values) == pytest.approx(stats.trim_mean(values, 0.25), abs=1e-9)
+
+
+@given(VALUES, VALUES)
+def test_the_probability_of_improvement_is_the_u_statistic_over_all_pairs(ours, theirs):
+    found = stats.mannwhitneyu(ours, theirs, alternative="two-sided", method="asymptotic").statistic
+    assert statistics.improvement_probability(ours, theirs) == pytest.approx(found / (len(ours) * len(theirs)))
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_the_area_of_a_straight_line_is_its_middle(start, end):
+    rollouts = np.array([0, 64, 256, 512])
+    line = start + (end - start) * rollouts / 512
+    assert statistics.area(rollouts, line) == pytest.approx((start + end) / 2)
+
+
+def test_rollouts_to_reach_are_where_the_line_crosses():
+    rollouts = np.array([0, 100, 300])
+    curve = np.array([0.2, 0.4, 0.8])
+    for target in (0.25, 0.4, 0.5, 0.8):
+        place = statistics.rollouts_to_reach(rollouts, curve, target)
+        assert np.interp(place, rollouts, curve) == pytest.approx(target)
+    assert statistics.rollouts_to_reach(rollouts, curve, 0.81) == float("inf")
+    assert statistics.rollouts_to_reach(rollouts, curve, 0.1) == 0
+
+
+def study(gain, *, seeds=10, rm_rollouts=0):
+    """A study in which `fractal` is `gain` above `outcome_grpo` after the start, on all main settings."""
+    rng, rows = np.random.default_rng(0), []
+    for setting in MAIN_SETTINGS:
+        for seed in range(seeds):
+            noise = rng.normal(0, 0.01)
+            base = [0.3 + noise, 0.4 + noise, 0.5 + noise, 0.6 + noise]
+            ours = [base[0], *(value + gain for value in base[1:])]
+            rows += rows_of(setting, "outcome_grpo", seed, base)
+            rows += rows_of(setting, "outcome_ppo", seed, [value - 0.1 for value in base])
+            rows += rows_of(setting, "supervised", seed, [value + 0.01 for value in ours])
+            rows += rows_of(setting, "fractal", seed, ours, rm_rollouts=rm_rollouts)
+    return rows
+
+
+def test_a_known_gain_over_the_better_outcome_arm_is_found_with_its_interval():
+    found = statistics.compare_arm(study(0.2), "easy", "fractal")
+    assert found.rival == "outcome_grpo"
+    assert (found.seeds, found.half_rollouts) == (10, 200)
+    for difference in (found.half, found.end):
+        assert difference.difference == pytest.approx(0.2)
+        assert difference.low == pytest.approx(0.2)
+    # The mean area differs by the gain, but for the triangle before the first evaluation.
+    assert found.area.difference == pytest.approx(0.2 * (1 - 1 / 6))
+    assert found.improvement == 1.0
+    assert found.reach == pytest.approx(1 / 3)  # .4 + .2 is where the rival ends
+    assert found.ceiling.difference == pytest.approx(-0.01)
+    assert found.drop == pytest.approx(0.0)
+
+
+def test_the_reward_models_rollouts_are_taken_from_its_arm():
+    # 100 of 300 rollouts go to the reward model: its arm is at its second evaluation when the rival is at its end.
+    found = statistics.compare_arm(study(0.3, rm_rollouts=100), "easy", "fractal")
+    assert found.with_rollouts.difference == pytest.approx(0.5 + 0.3 - 0.6)
+    assert found.with_seconds.difference == pytest.approx(0.5 + 0.3 - 0.6)
+    assert statistics.compare_arm(study(0.3, rm_rollouts=300), "easy", "fractal").with_rollouts is None
+
+
+def test_claims_are_met_by_a_gain_and_not_by_none():
+    met = {claim.text: claim.is_met for claim in statistics.claims(study(0.3), "fractal")}
+    assert all(met.values()), met
+    none = [claim for claim in statistics.claims(study(0.0), "fractal") if not claim.is_met]
+    assert len(none) == 4  # all but: not below at the end, near the ceiling, no collapse
+
+
+def test_claims_count_settings_without_rows_as_not_met():
+    rows = [row for row in study(0.3) if row["dataset"] in ("easy", "medium")]
+    (claim, *_) = statistics.claims(rows, "fractal")
+    assert claim.holds == claim.known == ("easy", "medium")
+    assert not claim.is_met
+    assert statistics.claims([], "fractal")[0].known == ()
+    assert statistics.verdicts([]) == []
+
+
+def test_half_a_run_is_no_run_and_a_run_that_was_done_again_counts_once():
+    half = rows_of("easy", "fractal", 0, [0.1, 0.2], finished=False)
+    assert statistics.curves(half, "easy", "fractal") is None
+    again = half + rows_of("easy", "fractal", 0, [0.3, 0.4, 0.5])
+    assert len(latest(again)) == 3
+    assert statistics.curves(again, "easy", "fractal").values.tolist() == [[0.3, 0.4, 0.5]]
+
+
+def test_a_metric_that_some_evaluations_lack_has_a_curve_of_the_others():
+    rows = rows_of("easy", "fractal", 0, [0.1, 0.2, 0.3])
+    rows[1]["metrics"]["accuracy_greedy"] = None
+    assert statistics.curves(rows, "easy", "fractal", "accuracy_greedy").rollouts.tolist() == [0, 200]
+    assert statistics.curves(rows, "easy", "fractal", "rm_score") is None
+
+
+def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
+    assert set(page.tables([]).values()) == {page.NOTHING}
+    made = page.tables(study(0.3))
+    assert "| easy | fractal | outcome_grpo | 10 | 200 | **+30.0** [+30.0, +30.0]" in made["gains"]
+    assert "**met**" in made["claims"]
+    assert not page.draw_curves(tmp_path / "curves.png", [])
+    assert page.draw_curves(tmp_path / "curves.png", study(0.3))
+    assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
+
+
+# The plan ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_arm_has_the_same_number_of_trials_on_a_seed_that_is_not_reported():
+    assert {len(arm.trials) for arm in ARMS.values()} == {4}
+    assert {unit.seed for unit in tuning_units("easy", list(ARMS))} == {TUNING_SEED}
+    assert TUNING_SEED not in {unit.seed for unit in study_units(list(SETTINGS), list(ARMS), 10)}
+
+
+def test_core_arms_come_first_and_seeds_before_settings():
+    units = study_units(["easy", "medium", "hard"], ["outcome_grpo", "fractal", "lca"], 6)
+    assert units[:4] == [
+        Unit("easy", 0, "outcome_grpo"), Unit("easy", 0, "fractal"), Unit("medium", 0, "outcome_grpo"),
+        Unit("medium", 0, "fractal"),
+    ]  # fmt: skip
+    assert len(units) == 6 * 3 * 2 + 5 * 2
+    assert all(unit.arm == "lca" and unit.setting != "hard" for unit in units[-10:])
+
+
+def test_an_unknown_arm_is_named():
+    with pytest.raises(ValueError, match=r"There is no arm 'dense'\. Choose from outcome_grpo, "):
+        available(["dense"])
+
+
+# Settings and rules -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_makes_problems_that_differ_by_seed_and_stream_and_fit_the_longest_response(name):
+    setting = SETTINGS[name]
+    held_out = [p.prompt for p in setting.problems("held_out", 50, 3)]
+    assert held_out == [p.prompt for p in setting.problems("held_out", 50, 3)]
+    assert held_out != [p.prompt for p in setting.problems("held_out", 50, 4)]
+    assert held_out != [p.prompt for p in setting.problems("train", 50, 3)]
+    for prompt in held_out:
+        assert read_problem(prompt).prompt == prompt
+
+
+def test_the_reward_model_of_the_shift_sees_shorter_problems_only():
+    shift = SETTINGS["shift"]
+    longest = max(len(p.changes) for p in shift.problems("reward_model", 200, 0))
+    assert longest < min(len(p.changes) for p in shift.problems("train", 200, 0))
+
+
+def test_a_fixed_share_of_labels_is_flipped_and_always_the_same_ones():
+    setting, clean = SETTINGS["noise_20"], SETTINGS["easy"]
+    prompts = [p.prompt for p in setting.problems("train", 2000, 0)]
+    answers = [f"Answer: {i % 10}" for i in range(len(prompts))]
+    noisy, true = setting.outcome(prompts, answers), clean.outcome(prompts, answers)
+    assert noisy == setting.outcome(prompts, answers)
+    assert 0.16 < np.mean(np.array(noisy) != np.array(true)) < 0.24
+
+
+def test_rules_score_every_line_as_a_reward_model_would():
+    problem = SETTINGS["easy"].problems("train", 1, 0)[0]
+    good = Beliefs(0.0).respond(problem, None)
+    bad = good.replace(f"Answer: {problem.answer}", "Answer: x")
+    prompts = [problem.prompt] * 3
+    for rule in (oracle, random_steps, copy_label(SETTINGS["easy"].label)):
+        scored = ScriptedRewardModel(rule).score(prompts, [good, bad, " \n"])
+        assert [len(row.steps) for row in scored] == [len(good.split("\n"))] * 2 + [0]
+        assert all(0 <= score <= 1 for row in scored for score in row.step_scores)
+        assert scored[2].error
+        assert "".join(good[a:b] for a, b in scored[0].spans) == good.replace("\n", "")
+    known = ScriptedRewardModel(oracle).score(prompts[:2], [good, bad])
+    assert known[0].step_scores == [1.0] * len(known[0].steps)
+    assert known[1].step_scores == [1.0] * (len(known[1].steps) - 1) + [0.0]
+    copied = ScriptedRewardModel(copy_label(SETTINGS["easy"].label)).score(prompts[:2], [good, bad])
+    assert [set(row.step_scores) for row in copied] == [{1.0}, {0.0}]
+
+
+def test_the_oracle_agrees_with_the_checker_on_text_with_strange_line_ends():
+    prompt = SETTINGS["branching"].problems("train", 1, 0)[0].prompt
+    for text in ("Mia: 3\r\nTom: 4", "Mia: 3\x0bTom: 4\x85x", "\n\n a \n"):
+        (scored,) = ScriptedRewardModel(oracle).score([prompt], [text])
+        assert len(scored.steps) == len(scored.spans) > 0

@@ -1,0 +1,119 @@
+"""The comparison of rewards at a size that proves nothing: all of it runs, goes on, and leaves what it promises."""
+
+import json
+
+import pytest
+import yaml
+
+from fractal_rm.comparison.arms import ARMS
+from fractal_rm.comparison.command import SMOKE_BUDGET, CompareArguments, run_comparison
+from fractal_rm.comparison.study import write_chosen
+from fractal_rm.results import read_results
+
+METRICS = {
+    "rollouts", "accuracy", "accuracy_greedy", "step_accuracy", "rm_score", "response_tokens", "kl", "alarms",
+    "seconds", "rm_rollouts", "rm_seconds",
+}  # fmt: skip
+RUN = ["outcome_ppo", "fractal_mix", "orm", "supervised", "oracle", "implicit"]
+VARYING = ("seconds", "rm_seconds")
+
+
+def arguments(folder, **changes):
+    known = {"output_dir": str(folder), "smoke": True, "seeds": 1, "settings": ["easy"], "arms": RUN}
+    return CompareArguments(**known | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    write_chosen(folder / "chosen.yaml", {name: ARMS[name].trials[0] for name in RUN}, "a test")
+    run_comparison(arguments(folder))
+    return folder
+
+
+def rows_of(folder):
+    return read_results(folder / "results.jsonl")
+
+
+def measured(row):
+    return {key: value for key, value in row["metrics"].items() if key not in VARYING}
+
+
+def test_every_arm_leaves_a_row_at_every_evaluation_point(finished):
+    rows = rows_of(finished)
+    assert {(row["arm"], row["metrics"]["rollouts"]) for row in rows} == {(arm, n) for arm in RUN for n in (0, 32)}
+    assert len(rows) == 2 * len(RUN)
+    assert all(set(row["metrics"]) == METRICS for row in rows)
+    assert all((row["benchmark"], row["dataset"]) == ("dense_vs_outcome", "easy") for row in rows)
+
+
+def test_all_arms_start_at_the_same_policy_without_having_moved_from_it(finished):
+    starts = [row["metrics"] for row in rows_of(finished) if row["metrics"]["rollouts"] == 0]
+    for name in ("accuracy", "accuracy_greedy", "step_accuracy", "response_tokens"):
+        assert len({start[name] for start in starts}) == 1
+    assert all(start["kl"] == pytest.approx(0.0, abs=1e-4) for start in starts)
+
+
+def test_only_arms_with_a_reward_model_pay_for_one(finished):
+    for row in rows_of(finished):
+        paid = row["arm"] not in ("outcome_ppo", "oracle")
+        assert (row["metrics"]["rm_rollouts"] > 0) == (row["metrics"]["rm_seconds"] > 0) == paid
+        assert (row["metrics"]["rm_score"] is None) == (row["arm"] == "outcome_ppo")
+
+
+def test_labelled_responses_hold_outcomes_and_no_step_labels(finished):
+    file = finished / "easy" / "seed-0" / "labelled" / "rows.jsonl"
+    assert all(set(json.loads(line)) == {"prompt", "response", "label"} for line in file.read_text().splitlines())
+
+
+def test_tables_figure_and_verdicts_are_written(finished):
+    text = (finished / "report.md").read_text()
+    assert "| easy | fractal_mix | outcome_ppo | 1 |" in text
+    assert "fractal_mix: no collapse" in text
+    assert (finished / "curves.png").stat().st_size > 5000
+
+
+def test_a_finished_study_is_not_run_again_and_half_a_run_is(finished):
+    file = finished / "results.jsonl"
+    before = rows_of(finished)
+    run_comparison(arguments(finished))
+    assert rows_of(finished) == before
+    lost = [row for row in before if row["arm"] == "outcome_ppo" and row["config"]["last"]]
+    text = file.read_text()
+    file.write_text("".join(line for line in text.splitlines(keepends=True) if json.loads(line) not in lost))
+    run_comparison(arguments(finished))
+    again = rows_of(finished)[len(before) - 1 :]
+    assert [row["arm"] for row in again] == ["outcome_ppo"] * 2
+    # The same seed gives the same run: what was lost is made again as it was.
+    assert measured(again[-1]) == measured(lost[0])
+    file.write_text(text)
+
+
+def test_tuning_runs_every_trial_and_writes_the_best_one(tmp_path, finished):
+    (tmp_path / "policies").symlink_to(finished / "policies")
+    run_comparison(arguments(tmp_path, tune=True, arms=["oracle"]))
+    rows = rows_of(tmp_path)
+    assert {row["config"]["trial"] for row in rows} == {0, 1, 2, 3}
+    assert {row["split"] for row in rows} == {"tuning"}
+    points = {trial: [] for trial in range(4)}
+    for row in rows:
+        if row["metrics"]["rollouts"]:
+            points[row["config"]["trial"]].append(row["metrics"]["accuracy"])
+    best = max(points, key=lambda trial: sum(points[trial]))
+    chosen = yaml.safe_load((tmp_path / "chosen.yaml").read_text())
+    assert chosen == {"oracle": ARMS["oracle"].trials[best]}
+    assert len(points[0]) == len(SMOKE_BUDGET.points)
+
+
+def test_bad_arguments_are_named(tmp_path):
+    with pytest.raises(ValueError, match="There is no setting 'hell'"):
+        arguments(tmp_path, settings=["hell"])
+    with pytest.raises(ValueError, match="There is no arm 'dense'"):
+        arguments(tmp_path, arms=["dense"])
+    with pytest.raises(ValueError, match="`jobs` is 0"):
+        arguments(tmp_path, jobs=0)
+    with pytest.raises(FileNotFoundError, match=r"chosen\.yaml is no file"):
+        run_comparison(arguments(tmp_path))
+    write_chosen(tmp_path / "chosen.yaml", {"oracle": {}}, "a test")
+    with pytest.raises(ValueError, match="has no settings of outcome_ppo"):
+        run_comparison(arguments(tmp_path))
