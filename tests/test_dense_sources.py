@@ -35,7 +35,8 @@ from test_step_ppo_trainer import (
 )
 
 from fractal_rm.segmentation import Segmentation
-from fractal_rm.trainers.dense_sources import StepFunctionReward, make_sources
+from fractal_rm.trainers.dense_setup import make_sources
+from fractal_rm.trainers.dense_sources import StepFunctionReward
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")

@@ -193,6 +193,8 @@ def test_a_vllm_server_that_is_not_there_is_named_at_once():
         assert time.monotonic() - start < 5
     with server([503]) as url, pytest.raises(ConnectionError, match=r"\(.*Service Unavailable\)\. Start one"):
         wait_for_vllm(url, 0.0)
+    with server([204]) as url, pytest.raises(ConnectionError, match=r"\(status 204\)"):  # TRL takes 200 only
+        wait_for_vllm(url, 0.0)
     with pytest.raises(ConnectionError, match=r"No vLLM server answers at localhost \("):
         wait_for_vllm("localhost", 0.0)
 

@@ -1,18 +1,16 @@
 """Where step rewards come from: reward models and functions of one's own, each one more reward function to TRL."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trl.trainer.utils import get_callable_name, is_async_callable
+from trl.trainer.utils import get_callable_name
 
 from fractal_rm.reward_model import Step, StepRewardModel, StepScores
 from fractal_rm.rewards import completion_text
 from fractal_rm.segmentation import Segmentation, Span
 from fractal_rm.shaping import RunningMoments
 from fractal_rm.trainers.finite_rewards import completion_in_words
-from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 
 
 class DenseSource:
@@ -212,78 +210,3 @@ def _as_list(value: Any, found: str, wanted: str) -> list[Any]:
         return list(value)
     except TypeError:
         raise TypeError(f"{found} a {type(value).__name__}. Return {wanted}.") from None
-
-
-def load_reward_models(given: Any) -> list[StepRewardModel]:
-    """Step reward models from one or several instances or paths; None: none."""
-    several = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
-    return [one if isinstance(one, StepRewardModel) else StepRewardModel.from_pretrained(one) for one in several]
-
-
-def as_functions(given: Any) -> list[Any]:
-    """Functions from one or several; None: none."""
-    return list(given) if isinstance(given, list | tuple) else [given] if given else []
-
-
-def make_sources(
-    reward_models: Sequence[StepRewardModel], functions: Sequence[Any], args: StepPPOConfig, taken: Sequence[str] = ()
-) -> list[DenseSource]:
-    """Dense sources with their weights and names, the reward models first.
-
-    Functions get steps as `step_segmentation` cuts them; without one, as the first reward model does, or by lines.
-
-    Args:
-        reward_models: Step reward models.
-        functions: Functions of one's own.
-        args: The configuration.
-        taken: Names of outcome rewards. A name that occurs more than once gets a number.
-
-    Raises:
-        ValueError: If there are not as many weights as sources.
-    """
-    segmentation = args.function_segmentation or (reward_models[0].segmentation if reward_models else Segmentation())
-    sources: list[DenseSource] = [StepScoreReward(model, args.reward_model_batch_size) for model in reward_models]
-    for function in functions:
-        kind = AsyncStepFunctionReward if is_async_callable(function) else StepFunctionReward
-        sources.append(kind(function, segmentation, bounded=args.shaping == "log_odds"))
-    weights = [1.0] * len(sources) if args.step_reward_weights is None else args.step_reward_weights
-    if len(weights) != len(sources):
-        raise ValueError(
-            f"`step_reward_weights` has {len(weights)} numbers for {len(reward_models)} reward models and "
-            f"{len(functions)} `step_reward_funcs`. Give one each, in this order."
-        )
-    counts, seen = Counter([*taken, *(source.__name__ for source in sources)]), Counter()
-    for source, weight in zip(sources, weights, strict=True):
-        source.weight = weight
-        if counts[source.__name__] > 1:
-            seen[source.__name__] += 1
-            source.__name__ += f"_{seen[source.__name__]}"
-    return sources
-
-
-def add_to_outcomes(sources: Sequence[DenseSource], functions: list[Any], args: StepPPOConfig, kwargs: dict) -> None:
-    """Show dense sources to TRL as more reward functions, of weight 0.
-
-    Args:
-        sources: The dense sources.
-        functions: The outcome rewards, of which they become the last.
-        args: The configuration, whose `reward_weights` become as many more.
-        kwargs: Arguments of `GRPOTrainer`, whose `reward_processing_classes` become as many more, if there are any.
-
-    Raises:
-        ValueError: If there are not as many weights as outcome rewards.
-    """
-    if not sources:
-        return
-    weights = args.reward_weights or [1.0] * len(functions)
-    if len(weights) != len(functions):
-        raise ValueError(
-            f"`reward_weights` has {len(weights)} numbers for {len(functions)} `reward_funcs`. Give one each; "
-            "those of step rewards are `step_weight` and `step_reward_weights`."
-        )
-    args.reward_weights = [*weights, *[0.0] * len(sources)]
-    functions.extend(sources)
-    theirs = kwargs.get("reward_processing_classes")
-    if theirs is not None:
-        theirs = theirs if isinstance(theirs, list) else [theirs]
-        kwargs["reward_processing_classes"] = [*theirs, *[None] * len(sources)]

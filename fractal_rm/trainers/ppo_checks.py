@@ -37,7 +37,7 @@ def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dat
         ValueError: If there is no tokenizer, or a batch of evaluation does not hold whole groups.
     """
     if processing_class is None:
-        _check_tokenizer(model if isinstance(model, str) else getattr(model.config, "_name_or_path", ""))
+        _check_tokenizer(model if isinstance(model, str) else getattr(model.config, "_name_or_path", None) or "")
     if eval_dataset is not None:
         generations = args.num_generations_eval or args.num_generations or 1
         batch = args.per_device_eval_batch_size * args.world_size

@@ -21,26 +21,19 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.utils import get_callable_name
 
 from fractal_rm.advantages import global_advantages, whiten
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.trainers.bag_data import Records
 from fractal_rm.trainers.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
-from fractal_rm.trainers.dense_sources import (
-    DenseSource,
-    StepScoreReward,
-    add_to_outcomes,
-    as_functions,
-    load_reward_models,
-    make_sources,
-)
+from fractal_rm.trainers.dense_setup import as_list, dense_sources
+from fractal_rm.trainers.dense_sources import DenseSource, StepScoreReward
 from fractal_rm.trainers.finite_logs import FiniteLogs
 from fractal_rm.trainers.finite_rewards import check_model_rewards, checked_reward_functions
 from fractal_rm.trainers.kl_reward import KLReward, lent_beta
 from fractal_rm.trainers.online_reward import OnlineReward, check_online_arguments
 from fractal_rm.trainers.parallelism import check_online_training, check_separate_value_model, check_whole_model
-from fractal_rm.trainers.ppo_checks import check_reward_models, check_setup, check_step_functions
+from fractal_rm.trainers.ppo_checks import check_setup
 from fractal_rm.trainers.processes import add_up, share_metrics
 from fractal_rm.trainers.rollout_guards import AlarmActions, as_rollouts, ending_ids
 from fractal_rm.trainers.shared_backbone import SharedBackbone, make_value_head
@@ -90,6 +83,7 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
         ConnectionError: If there is no vLLM server where one should be.
         ValueError: If there is no reward, a reward model does not suit the prompts or the configuration or cannot learn
             where it should, there is no tokenizer, batches and groups do not divide, or the value model cannot be made.
+        TypeError: If a function of `step_reward_funcs` cannot be called as it will be.
         RuntimeError: If the installed TRL has moved a name that this class relies on.
 
     Attributes:
@@ -122,20 +116,17 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
         if moved:
             raise RuntimeError(" ".join(moved))
         args = copy.copy(args) if args is not None else StepPPOConfig("step-ppo")
-        functions, own = as_functions(reward_funcs), as_functions(step_reward_funcs)
-        if not (functions or own or reward_model):
+        functions = as_list(reward_funcs)
+        if not (functions or as_list(step_reward_funcs) or as_list(reward_model)):
             raise ValueError(
                 "There is no reward. Give a `reward_model` or `step_reward_funcs` (dense), `reward_funcs` (outcome), "
                 "or several of them."
             )
         check_value_arguments(args, value_model, value_peft_config)
         check_setup(args, model, processing_class, eval_dataset)
-        check_step_functions(own, args, train_dataset)
-        reward_models = load_reward_models(reward_model)
-        check_reward_models(reward_models, args, train_dataset)
+        self.sources = dense_sources(reward_model, step_reward_funcs, functions, args, train_dataset, kwargs)
+        reward_models = [source.reward_model for source in self.sources if isinstance(source, StepScoreReward)]
         check_online_arguments(args, reward_models, reward_model_dataset)
-        self.sources = make_sources(reward_models, own, args, [get_callable_name(function) for function in functions])
-        add_to_outcomes(self.sources, functions, args, kwargs)
         self.value_learning: ValueLearning | None = None
         self._rollout: Rollout | None = None
         self.last_rollout: Rollout | None = None
