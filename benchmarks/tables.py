@@ -80,7 +80,9 @@ def documents() -> dict[Path, str]:
     tables = page(disaggregation.read_text(encoding="utf-8"), read_results(RESULTS / "disaggregation.jsonl"))
     scale = REPOSITORY / "docs" / "scale.md"
     plan = scale_page(scale.read_text(encoding="utf-8"), read_results(RESULTS / "scale_plan.jsonl"))
-    killed = markdown_table(read_results(RESULTS / "kill_and_resume.jsonl"))
+    # One line a trainer: shares of the runs, and the mean step of the last whole checkpoint when they were killed.
+    moments = read_results(RESULTS / "kill_and_resume.jsonl")
+    killed = markdown_table(moments, metrics=["equal", "files_that_differ", "checkpoint_torn", "checkpoint_step"])
     online = REPOSITORY / "docs" / "online_reward.md"
     speed = REPOSITORY / "docs" / "speed.md"
     evaluation = REPOSITORY / "docs" / "evaluation.md"

@@ -132,7 +132,7 @@ def feed(online: OnlineReward, rows: list[dict[str, Any]], *, flip_learned: bool
     ]  # fmt: skip
     rewards = torch.tensor([[label, 0.5] for label in labels])
     scored = online.reward_model.score(questions, texts, progress=False)
-    online.take(Rollout(questions, [[] for _ in rows], rewards), scored, WEIGHTS)
+    online.take(Rollout(questions, [[] for _ in rows], rewards, WEIGHTS > 0), scored, WEIGHTS)
 
 
 def bits(online: OnlineReward) -> list[torch.Tensor]:
@@ -234,7 +234,7 @@ def test_what_nobody_judged_and_what_has_no_steps_is_left_out(tmp_path):
     texts = ["aa.", "aa.", "  \n", "aa.\n" + 60 * "b"]
     scored = online.reward_model.score(["q\n"] * 4, texts, progress=False)
     rewards = torch.tensor([[1.0, 0.5], [torch.nan, 0.5], [0.0, torch.nan], [0.0, 0.5]])
-    online.take(Rollout(["q\n"] * 4, [[]] * 4, rewards), scored, WEIGHTS)
+    online.take(Rollout(["q\n"] * 4, [[]] * 4, rewards, WEIGHTS > 0), scored, WEIGHTS)
     kept = [*online.replay.learned, *online.replay.held_out]
     assert [(bag.response, bag.label) for bag in kept] == [("aa.", 1.0)]
 
