@@ -64,7 +64,7 @@ def ppo(folder: Path, batch: int, **changed: Any) -> dict[str, torch.Tensor]:
         if model is not None
         for key, tensor in trainer.accelerator.unwrap_model(model).state_dict().items()
     }
-    moments = trainer.step_rewards.moments
+    moments = trainer.sources[0].moments
     logged = [row["steps/per_response"] for row in trainer.state.log_history if "steps/per_response" in row]
     return result | {
         "moments": torch.tensor([moments.mean, moments.std, trainer.kl_reward.adaptive.coef]),
