@@ -334,11 +334,12 @@ class StepPPOTrainer(GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
         folder = Path(output_dir or self.args.output_dir or ".")
-        state = {name: part.state_dict() for name, part in self._stateful().items()}
-        (folder / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        if self.args.should_save:  # transformers calls this on every process
+            state = {name: part.state_dict() for name, part in self._stateful().items()}
+            (folder / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         if self.value_model is not None:
             self.accelerator.unwrap_model(self.value_model).save_pretrained(folder / _VALUE_FOLDER)
-        if self.online_reward is not None and self.args.should_save:  # transformers asks every process
+        if self.online_reward is not None and self.args.should_save:
             self.online_reward.save(folder, resumable=folder.name.startswith(PREFIX_CHECKPOINT_DIR))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
