@@ -204,7 +204,7 @@ def test_global_random_numbers_are_left_alone_and_dropout_is_repeatable(tmp_path
         online.learner.bag_auc = lambda data: 0.5  # type: ignore[method-assign]  # so that every update is kept
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        feed(online, responses(100))
+        feed(online, responses(160))
         assert online.counters.kept == 1
         assert torch.equal(torch.get_rng_state(), state)
         found.append(bits(online))
