@@ -17,6 +17,7 @@ from fractal_rm.results import ResultsFile
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DRAWS = 2000
+PATIENCE = 60  # seconds that a side has to end
 
 
 class Worker(Protocol):
@@ -63,6 +64,7 @@ class Side:
             self._process.wait()
             self._errors.seek(0)
             said = self._errors.read()[-2000:].strip()
+            self._close()
             raise RuntimeError(f"{self.name} ended with status {self._process.returncode}. It said:\n{said}")
         return json.loads(answer)
 
@@ -85,14 +87,17 @@ class Side:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._errors.close()
+        self._close()
+
+    def _close(self) -> None:
+        """End the process: a side that reads no further number of updates ends by itself."""
+        with self._process, self._errors:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            try:
+                self._process.wait(timeout=PATIENCE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
 
 
 def alternate(ours: Worker, rival: Worker, *, blocks: int, updates: int) -> dict[str, float]:
