@@ -183,6 +183,7 @@ def test_a_key_that_is_no_longer_returned_is_named():
             rewards = self._calculate_rewards(inputs, [], [], [])
             batch = {"prompt_ids": inputs, "prompt_mask": inputs, "completion_ids": inputs, "rewards": rewards}
             batch["completion_mask"] = inputs
+            batch["old_per_token_logps"] = self._get_per_token_logps_and_entropies(self.model, inputs, inputs, 1)
             return batch
 
     (sentence,) = check_contract(Moved)

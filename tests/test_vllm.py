@@ -50,6 +50,7 @@ class Generation:
 def generation(monkeypatch) -> type[Generation]:
     Generation.made = []
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Generation)
+    monkeypatch.setattr("fractal_rm.trainers.ppo_checks.wait_for_vllm", lambda url, seconds: None)
     return Generation
 
 
