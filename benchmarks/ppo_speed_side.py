@@ -38,7 +38,10 @@ KL_COEF = 0.05
 
 
 def step_ppo(arguments: argparse.Namespace, blocks: Blocks, prompts: list[str], folder: str) -> Any:
-    """Our trainer: `dense`, `outcome` (one number a response from the same reward model) or `rule`."""
+    """Our trainer: `dense`, `outcome` (one number a response from the same reward model) or `rule`.
+
+    `shared` is `dense` with a value head on the policy's backbone.
+    """
     from fractal_rm.reward_model import FractalReward
     from fractal_rm.trainers.step_ppo_config import StepPPOConfig
     from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
@@ -47,12 +50,13 @@ def step_ppo(arguments: argparse.Namespace, blocks: Blocks, prompts: list[str], 
     reward_model = str(models / "reward_model")
     rewards: dict[str, Any] = {
         "dense": lambda: {"reward_model": reward_model},
+        "shared": lambda: {"reward_model": reward_model},
         "outcome": lambda: {"reward_funcs": [FractalReward(reward_model)]},
         "rule": lambda: {"reward_funcs": [exact_answer]},
     }
     return StepPPOTrainer(
         model=str(models / "policy"),
-        value_model=str(models / "value_model"),
+        value_model="shared" if arguments.arm == "shared" else str(models / "value_model"),
         args=StepPPOConfig(
             output_dir=folder,
             **SHARED,
@@ -124,7 +128,7 @@ def watch_stages(arm: str, trainer: Any) -> Stages:
         return stages
     stages.watch(trainer, "_generate", "generation")
     stages.watch(trainer, "_calculate_rewards", "rewards")
-    stages.watch(trainer, "_values", "values")
+    stages.watch(trainer.value_learning, "values", "values")
     stages.watch(trainer, "_get_per_token_logps_and_entropies", "policy_forwards")
     stages.watch(trainer, "_compute_loss", "loss")
     stages.watch(trainer, "_generate_and_score_completions", "rest_of_rollout")
@@ -134,7 +138,7 @@ def watch_stages(arm: str, trainer: Any) -> Stages:
 def main() -> None:
     """Train until told to stop."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("arm", choices=["dense", "outcome", "rule", "trl_ppo"])
+    parser.add_argument("arm", choices=["dense", "shared", "outcome", "rule", "trl_ppo"])
     parser.add_argument("models", help="Folder with `policy`, `reward_model` and `value_model`.")
     parser.add_argument("--rollouts", type=int, default=64, help="In an update.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
