@@ -1,0 +1,49 @@
+"""Numbers next to zero cost nothing while a trainer trains on a CPU."""
+
+import pytest
+import torch
+from models import sums
+from test_fractal_trainer import make as make_fractal
+from test_step_ppo_trainer import make as make_ppo
+from test_step_ppo_trainer import reward_model
+from transformers import TrainerCallback
+
+from fractal_rm.trainers.subnormals import flush_subnormals
+
+
+def tenth_of_the_least() -> float:
+    return (torch.tensor([torch.finfo(torch.float32).tiny]) * 0.1).item()
+
+
+@pytest.fixture
+def kept():
+    torch.set_flush_denormal(False)
+    assert tenth_of_the_least() > 0
+    yield
+    torch.set_flush_denormal(False)
+
+
+class Watch(TrainerCallback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.seen.append(tenth_of_the_least())
+
+
+@pytest.mark.parametrize("kind", ["ppo", "fractal"])
+def test_subnormal_numbers_are_0_in_training_and_until_then_as_they_were(kept, tmp_path, kind):
+    watch = Watch()
+    if kind == "ppo":
+        trainer = make_ppo(tmp_path, reward_model=reward_model(), max_steps=1)
+    else:
+        trainer = make_fractal(tmp_path, sums(8), max_steps=1)
+    assert tenth_of_the_least() > 0
+    trainer.add_callback(watch)
+    trainer.train()
+    assert watch.seen == [0.0]
+
+
+def test_nothing_changes_where_training_is_not_on_a_cpu(kept):
+    flush_subnormals(torch.device("meta"))
+    assert tenth_of_the_least() > 0
