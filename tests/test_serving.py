@@ -125,16 +125,16 @@ def test_steps_that_are_given_are_scored_as_given(url, model):
 
 def test_a_bad_row_does_not_spoil_the_others_and_is_named(url, model):
     chat = [{"role": "user", "content": "2+2?"}]
-    prompts = [PROMPTS[0], PROMPTS[0], chat, [], PROMPTS[0]]
-    responses = [RESPONSES[0], "  \n", RESPONSES[0], RESPONSES[0], "x"]
-    spans = [None, None, None, None, [[0, 9]]]
+    prompts = [PROMPTS[0], PROMPTS[0], chat, [], PROMPTS[0], PROMPTS[0]]
+    responses = [RESPONSES[0], "  \n", RESPONSES[0], RESPONSES[0], "x", "\ud800"]
+    spans = [None, None, None, None, [[0, 9]], None]
     status, answer = post(url, {"prompts": prompts, "responses": responses, "spans": spans})
     assert status == 200
     good, *bad = answer["results"]
     expected = model.score(PROMPTS[:1], RESPONSES[:1])[0]
     assert (good["error"], good["score"]) == (None, pytest.approx(expected.score, abs=1e-6))
     for number, (row, told) in enumerate(
-        zip(bad, ("is empty", "no chat template", "without", "leave"), strict=True), 1
+        zip(bad, ("is empty", "no chat template", "without", "leave", "surrogate"), strict=True), 1
     ):
         assert (row["score"], row["steps"]) == (None, [])
         assert row["error"].startswith(f"row {number}: ")
@@ -179,10 +179,10 @@ def test_a_request_that_is_larger_than_a_batch_is_scored_in_several(model):
     [
         (b"", 422, "Field required"),
         (b"{", 400, "no JSON"),
-        (b"\xff\xfe", 400, ""),
-        (b"[" * 20_000, 400, ""),
+        (b"\xff\xfe", 400, "no JSON"),
+        (b"[" * 20_000, 400, "no JSON"),
         (b"[]", 422, "dictionary"),
-        (b"null", 422, "Field required"),
+        (b"null", 422, "dictionary"),
         ({"prompts": ["a"], "responses": ["b", "c"]}, 422, "1 prompts, 2 responses: give as many"),
         ({"prompts": ["a"], "responses": ["b"], "spans": []}, 422, "0 spans"),
         ({"prompts": ["a"], "responses": ["b"], "steps": [["b"]]}, 422, "one of `responses` and `steps`"),
@@ -191,7 +191,6 @@ def test_a_request_that_is_larger_than_a_batch_is_scored_in_several(model):
         ({"prompts": ["a", "b"], "responses": ["b", 5]}, 422, "`responses[1]`"),
         ({"prompts": ["a"], "responses": ["b"], "threshold": 1}, 422, "`threshold`"),
         ({"prompts": [[{"role": "user"}]], "responses": ["b"]}, 422, "`prompts[0]"),
-        (b'{"prompts": ["a"], "responses": ["\\ud800"]}', 422, "`responses[0]`"),
     ],
 )
 def test_a_malformed_request_is_refused_with_one_sentence(url, body, status, told):
@@ -237,8 +236,8 @@ def test_a_body_that_does_not_arrive_is_given_up(model):
 
 
 def test_other_paths_and_methods_are_refused(url):
-    assert post(url, {}, "/scores")[0] == 404
-    assert post(url, {}, "/health")[0] == 405
+    assert refusal(url, {}, "/scores") == (404, "There is no /scores here. /openapi.json says what there is.")
+    assert refusal(url, {}, "/health") == (405, "/health takes no POST. /openapi.json says what it takes.")
 
 
 # Limits of time and number ----------------------------------------------------------------------------------------
@@ -411,35 +410,38 @@ def test_health_and_schema_describe_the_server(url):
     assert {"text", "start", "end", "score"} == set(schema["components"]["schemas"]["ScoredStep"]["properties"])
 
 
-def test_the_command_serves_until_it_is_interrupted(tmp_path):
+def test_the_command_serves_until_it_is_interrupted(tmp_path, capsys):
     folder = save_reward_model(tmp_path / "rm", scorer="token", chat=True)
-    command = [sys.executable, "-m", "fractal_rm.cli", "serve", "--model", folder, "--port", "0"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    ) as process:
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    client = ScoringClient(f"http://127.0.0.1:{port}", retries=12, pause=0.01)
+    chat, found = [{"role": "user", "content": "2+3*4?"}], []
+
+    def ask_and_end() -> None:
+        found.append(client.health()["model"])  # from here on the server takes signals
         try:
-            said = process.stdout.readline()
-            url = re.search(r"http://127\.0\.0\.1:\d+", said)
-            assert url, said + process.stderr.read()
-            client = ScoringClient(url[0])
-            assert client.health()["model"] == "rm"
-            chat = [{"role": "user", "content": "2+3*4?"}]
-            expected = StepRewardModel.from_pretrained(folder).score([chat], RESPONSES[:1])[0].score
-            assert client.rewards([chat], RESPONSES[:1]) == pytest.approx([expected], abs=1e-6)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 0
-            assert process.stderr.read() == ""
+            found.append(client.rewards([chat], RESPONSES[:1])[0])
         finally:
-            process.kill()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask_and_end)
+        assert main(["serve", "--model", folder, "--port", str(port)]) == 0
+        asked.result()
+    expected = StepRewardModel.from_pretrained(folder).score([chat], RESPONSES[:1])[0].score
+    assert found == ["rm", pytest.approx(expected, abs=1e-6)]
+    assert f"scores at http://127.0.0.1:{port}/score" in capsys.readouterr().out
 
 
 def test_a_port_that_is_taken_is_one_sentence(tmp_path, capsys):
     folder = save_reward_model(tmp_path / "rm", scorer="token")
     with listen("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
+        capsys.readouterr()
         assert main(["serve", "--model", folder, "--port", port]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"fractal-rm: 127.0.0.1:{port} cannot be listened on (address already in use")
+    assert said.startswith(f"fractal-rm: 127.0.0.1:{port} cannot be listened on (")
+    assert "in use" in said
     assert main(["serve", "--model", folder, "--max_queued", "5"]) == 2
     assert "less than the 1024 responses that one request may hold" in capsys.readouterr().err
     assert main(["serve", "--model", folder, "--wait", "-1"]) == 2

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from fractal_rm import __version__
 from fractal_rm.reward_model import StepRewardModel, StepScores
@@ -69,6 +70,7 @@ def make_app(
     app = FastAPI(title="fractal-rm", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(BodyLimit, limits=limits)
     app.add_exception_handler(RequestValidationError, _refuse_invalid)
+    app.add_exception_handler(StarletteHTTPException, _refuse)
 
     async def scores_of(rows: list[Row]) -> list[StepScores | Exception]:
         _check_size(rows, limits)
@@ -127,6 +129,19 @@ async def _score(batcher: Batcher, rows: Sequence[Row], seconds: float) -> list[
         if isinstance(result, Exception) and not isinstance(result, ValueError | TypeError):
             logger.error("A response could not be scored.", exc_info=result)
     return results  # type: ignore[return-value]
+
+
+async def _refuse(request: Request, error: Exception) -> JSONResponse:
+    """What the framework refuses by itself, in a sentence; our own refusals are sentences."""
+    assert isinstance(error, StarletteHTTPException)
+    path = request.url.path
+    sentences = {
+        400: "The body is no JSON that can be read. Send a JSON object.",
+        404: f"There is no {path} here. /openapi.json says what there is.",
+        405: f"{path} takes no {request.method}. /openapi.json says what it takes.",
+    }
+    sentence = sentences.get(error.status_code, error.detail)
+    return JSONResponse({"detail": sentence}, error.status_code, headers=dict(error.headers or {}))
 
 
 async def _refuse_invalid(request: Request, error: Exception) -> JSONResponse:

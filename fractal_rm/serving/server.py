@@ -1,5 +1,6 @@
 """`fractal-rm serve`: the process around the application."""
 
+import os
 import socket
 from collections.abc import Sequence
 
@@ -27,7 +28,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        reason = str(getattr(error, "strerror", None) or error).lower()
+        number = getattr(error, "errno", None)  # Python adds the address to what the system says
+        reason = (os.strerror(number) if number else str(error)).lower()
         raise OSError(f"{host}:{port} cannot be listened on ({reason}). Choose another `host` or `port`.") from error
 
 
