@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fractal_rm.readers import read_bags
     from fractal_rm.reward_model import FractalReward, StepRewardModel, StepScores
     from fractal_rm.segmentation import Segmentation
+    from fractal_rm.serving.client import ScoringClient
     from fractal_rm.trainers.fractal_config import FractalConfig
     from fractal_rm.trainers.fractal_trainer import FractalTrainer
     from fractal_rm.trainers.step_ppo_config import StepPPOConfig
@@ -25,6 +26,7 @@ __all__ = [
     "FractalConfig",
     "FractalReward",
     "FractalTrainer",
+    "ScoringClient",
     "Segmentation",
     "StepPPOConfig",
     "StepPPOTrainer",
@@ -41,6 +43,7 @@ _MODULES = {
     "FractalConfig": "fractal_rm.trainers.fractal_config",
     "FractalReward": "fractal_rm.reward_model",
     "FractalTrainer": "fractal_rm.trainers.fractal_trainer",
+    "ScoringClient": "fractal_rm.serving.client",
     "Segmentation": "fractal_rm.segmentation",
     "StepPPOConfig": "fractal_rm.trainers.step_ppo_config",
     "StepPPOTrainer": "fractal_rm.trainers.step_ppo_trainer",

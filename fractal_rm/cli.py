@@ -4,6 +4,7 @@ Exit status 0; or not 0 and one sentence on standard error: what was wrong, wher
 own bugs.
 """
 
+import contextlib
 import difflib
 import json
 import linecache
@@ -110,6 +111,36 @@ def compare(argv: Sequence[str]) -> int:
     return 0
 
 
+def serve(argv: Sequence[str]) -> int:
+    """Answer requests for step scores over HTTP."""
+    from fractal_rm.trainers.command_parser import parse
+    from fractal_rm.trainers.script_arguments import ServeArguments
+    from fractal_rm.trainers.script_checks import check_model, load_reward_model
+
+    (arguments,) = parse("serve", [ServeArguments], argv)
+    check_model(arguments.model)
+    try:
+        from fractal_rm.serving.limits import Limits
+        from fractal_rm.serving.server import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn"):
+            raise
+        raise ImportError(f"The server needs {error.name}. Install it: `pip install 'fractal-rm[serve]'`.") from error
+    limits = Limits(**{name: getattr(arguments, name) for name in Limits.__dataclass_fields__})
+    reward_model = load_reward_model(arguments.model, arguments.batch_size)
+    with contextlib.suppress(KeyboardInterrupt):  # how a server is ended
+        serve(
+            reward_model,
+            name=arguments.model,
+            host=arguments.host,
+            port=arguments.port,
+            limits=limits,
+            wait=arguments.wait,
+            ends=arguments.ends or (),
+        )
+    return 0
+
+
 def report(argv: Sequence[str]) -> int:
     """Tables from rows of results.jsonl."""
     from fractal_rm.trainers.command_parser import parse
@@ -144,7 +175,7 @@ def report(argv: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    command.__name__: command for command in (quickstart, train, score, evaluate, ppo, compare, report)
+    command.__name__: command for command in (quickstart, train, score, evaluate, ppo, compare, serve, report)
 }
 
 

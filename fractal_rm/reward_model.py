@@ -20,6 +20,7 @@ from fractal_rm.aggregation import aggregate
 from fractal_rm.bags import Bag, Prompt, check_text
 from fractal_rm.ordinal import expected_grades, ordinal_max_log_probs
 from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, save_scorer
+from fractal_rm.scorers.encoding import RenderedPrompt
 from fractal_rm.scorers.inputs import Processor, make_inputs
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import Settings
@@ -131,7 +132,8 @@ class StepRewardModel:
         if self.settings.chat is None:
             return
         wrong, found, learned = (str, "a text", "chats") if self.settings.chat else (list, "a chat", "texts")
-        row = next((row for row, prompt in enumerate(prompts) if isinstance(prompt, wrong)), None)
+        unlike = (isinstance(prompt, wrong) and not isinstance(prompt, RenderedPrompt) for prompt in prompts)
+        row = next((row for row, found in enumerate(unlike) if found), None)
         if row is not None:
             raise ValueError(
                 f"row {row}: the prompt is {found}, but the reward model was trained on prompts that are {learned}. "
@@ -143,7 +145,7 @@ class StepRewardModel:
         prompts: Sequence[Prompt],
         responses: Sequence[str | Sequence[str]],
         *,
-        spans: Sequence[Sequence[Span]] | None = None,
+        spans: Sequence[Sequence[Span] | None] | None = None,
         batch_size: int | None = None,
         progress: bool | None = None,
     ) -> list[StepScores]:
@@ -155,7 +157,8 @@ class StepRewardModel:
         Args:
             prompts: Texts or chats, one for each response.
             responses: Texts, cut into steps as in training; or lists of steps that are already cut.
-            spans: Steps of responses that are texts, where they are already known, as those of a `Bag` are.
+            spans: Steps of responses that are texts, where they are already known, as those of a `Bag` are; None for a
+                response that is to be cut.
             batch_size: Responses in a forward; default: that of the model.
             progress: Show a bar; default: only on long work.
 

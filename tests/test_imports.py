@@ -37,7 +37,7 @@ ROWS = (
     ),
     ("scorers", "tasks", "datasets"),
     ("reward_model",),
-    ("trainers", "evaluation", "report"),
+    ("trainers", "evaluation", "report", "serving"),
     ("quickstart", "comparison", "cli"),
 )
 ROW_OF = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
@@ -47,6 +47,8 @@ ONLY_IN = {
     "trl": ("trainers",),
     "matplotlib": ("report",),
     "jinja2": ("report",),
+    "fastapi": ("serving",),
+    "uvicorn": ("serving",),
 }
 
 # The mathematics (the first two rows) is usable without the libraries that models and data sets come from.

@@ -17,6 +17,12 @@ from fractal_rm.scorers.settings import Settings
 from fractal_rm.segmentation import Span
 
 
+class RenderedPrompt(str):
+    """A prompt in the words that the policy sees: no template is applied to it, and it may stand for a chat."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class EncodedBag:
     """Token ids of one prompt and response.
@@ -57,6 +63,8 @@ def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_templ
     Raises:
         ValueError: If the prompt is a chat and the tokenizer has no chat template.
     """
+    if isinstance(prompt, RenderedPrompt):
+        return str(prompt)
     if isinstance(prompt, str):
         return prompt_template.replace("{prompt}", prompt)
     if not tokenizer.chat_template:
@@ -153,7 +161,8 @@ def encode(
     encoded = []
     for prompt, (ids, _), steps in zip(prompts, _tokenize(texts, tokenizer), spans, strict=True):
         # A chat template writes its special tokens itself.
-        before, after = (prefix, suffix) if isinstance(prompt, str) else ([], [])
+        is_chat = bool(settings.chat) if isinstance(prompt, RenderedPrompt) else not isinstance(prompt, str)
+        before, after = ([], []) if is_chat else (prefix, suffix)
         gaps = [start - end for (start, _), end in zip(steps, [0, *(end for _, end in steps)], strict=False)]
         parts = [next(tokenized) for _ in steps]
         room = None if settings.max_length is None else settings.max_length - len(after)

@@ -1,0 +1,1 @@
+"""A step reward model behind HTTP, and a client that stands in its place."""

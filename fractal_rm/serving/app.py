@@ -1,0 +1,156 @@
+"""The scoring server as an ASGI application."""
+
+import asyncio
+import logging
+import queue
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from fractal_rm import __version__
+from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.serving.batching import Batcher
+from fractal_rm.serving.limits import BodyLimit, Limits
+from fractal_rm.serving.rows import Row, answer, openrlhf_answer, openrlhf_rows, rows_of, score_rows
+from fractal_rm.serving.schema import Health, OpenRLHFAnswer, OpenRLHFRequest, Refusal, ScoreAnswer, ScoreRequest
+
+logger = logging.getLogger(__name__)
+
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Refusal, "description": "The body is no JSON"},
+    408: {"model": Refusal, "description": "The body took too long to arrive"},
+    413: {"model": Refusal, "description": "Too long a body, too many responses or characters"},
+    422: {"model": Refusal, "description": "The JSON does not follow the schema"},
+    503: {"model": Refusal, "description": "Too many responses are waiting"},
+    504: {"model": Refusal, "description": "Scoring took too long"},
+}
+
+
+def make_app(
+    reward_model: StepRewardModel,
+    *,
+    name: str,
+    limits: Limits | None = None,
+    wait: float = 0.005,
+    ends: Sequence[str] = (),
+) -> FastAPI:
+    """A server for a step reward model.
+
+    Args:
+        reward_model: The model; its `batch_size` is the most responses in a forward pass.
+        name: What `/health` calls it: a path by its last name.
+        limits: What a request may ask for.
+        wait: Seconds that a response waits for others to share a forward pass with.
+        ends: Texts to take off the end of OpenRLHF's responses, beside the special tokens of the model's tokenizer.
+    """
+    limits = limits or Limits()
+    tokenizer = reward_model.tokenizer
+    ends = [*ends, *(tokenizer.all_special_tokens if tokenizer is not None else [])]
+    name = Path(name).name if Path(name).exists() else name
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        batcher = Batcher(
+            lambda rows: score_rows(reward_model, rows),
+            batch_size=reward_model.batch_size,
+            wait=wait,
+            max_queued=limits.max_queued,
+        )
+        app.state.batcher = batcher
+        yield
+        await asyncio.to_thread(batcher.close)
+
+    # The pages that show the schema would load their scripts from elsewhere.
+    app = FastAPI(title="fractal-rm", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(BodyLimit, limits=limits)
+    app.add_exception_handler(RequestValidationError, _refuse_invalid)
+    app.add_exception_handler(StarletteHTTPException, _refuse)
+
+    async def scores_of(rows: list[Row]) -> list[StepScores | Exception]:
+        _check_size(rows, limits)
+        return await _score(app.state.batcher, rows, limits.seconds)
+
+    @app.get("/health")
+    async def health() -> Health:
+        """Which model answers."""
+        settings = reward_model.settings
+        return Health(
+            model=name,
+            scorer=settings.scorer,
+            aggregation=settings.aggregation,
+            threshold=settings.threshold,
+            version=__version__,
+        )
+
+    @app.post("/score", responses=_REFUSALS)
+    async def score(request: ScoreRequest) -> ScoreAnswer:
+        """Score every step of every response. A response that cannot be scored does not stop the others."""
+        return ScoreAnswer(results=answer(await scores_of(rows_of(request))))
+
+    @app.post("/openrlhf", responses=_REFUSALS)
+    async def openrlhf(request: OpenRLHFRequest) -> OpenRLHFAnswer:
+        """Response scores in the format that OpenRLHF expects of its `remote_rm_url`."""
+        return openrlhf_answer(await scores_of(openrlhf_rows(request, ends)))
+
+    return app
+
+
+def _check_size(rows: Sequence[Row], limits: Limits) -> None:
+    if len(rows) > limits.max_responses:
+        raise HTTPException(
+            413, f"{len(rows):,} responses are more than {limits.max_responses:,}. Send fewer at a time."
+        )
+    characters = sum(row.characters for row in rows)
+    if characters > limits.max_characters:
+        most = f"{limits.max_characters:,}"
+        raise HTTPException(413, f"{characters:,} characters are more than {most}. Send fewer responses at a time.")
+
+
+async def _score(batcher: Batcher, rows: Sequence[Row], seconds: float) -> list[StepScores | Exception]:
+    """Scores of rows, or why there are none, in order."""
+    try:
+        futures = batcher.submit(rows)
+    except queue.Full:
+        sentence = "Too many responses are waiting. Try again in a second, or send fewer at a time."
+        raise HTTPException(503, sentence, headers={"Retry-After": "1"}) from None
+    try:
+        async with asyncio.timeout(seconds):
+            results = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+    except TimeoutError:
+        sentence = f"Scoring took longer than {seconds:g} seconds. Send fewer responses at a time, or try again later."
+        raise HTTPException(504, sentence) from None
+    for result in results:
+        if isinstance(result, Exception) and not isinstance(result, ValueError | TypeError):
+            logger.error("A response could not be scored.", exc_info=result)
+    return results  # type: ignore[return-value]
+
+
+async def _refuse(request: Request, error: Exception) -> JSONResponse:
+    """What the framework refuses by itself, in a sentence; our own refusals are sentences."""
+    assert isinstance(error, StarletteHTTPException)
+    path = request.url.path
+    sentences = {
+        400: "The body is no JSON that can be read. Send a JSON object.",
+        404: f"There is no {path} here. /openapi.json says what there is.",
+        405: f"{path} takes no {request.method}. /openapi.json says what it takes.",
+    }
+    sentence = sentences.get(error.status_code, error.detail)
+    return JSONResponse({"detail": sentence}, error.status_code, headers=dict(error.headers or {}))
+
+
+async def _refuse_invalid(request: Request, error: Exception) -> JSONResponse:
+    """One sentence about the first thing that is wrong; what was sent is not repeated."""
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()[0]
+    if found["type"] == "json_invalid":
+        return JSONResponse({"detail": f"The body is no JSON ({found['ctx']['error']})."}, 400)
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found["loc"][1:]).lstrip(".")
+    told = found["msg"].removeprefix("Value error, ").rstrip(".")
+    sentence = f"{f'`{place}`' if place else 'The request'}: {told}. The schema is at /openapi.json."
+    return JSONResponse({"detail": sentence}, 422)

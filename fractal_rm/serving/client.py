@@ -1,0 +1,132 @@
+"""A client of the scoring server: a reward function for any trainer, wherever the reward model runs.
+
+`rewards` needs Python's standard library only, so that it works in the environment of another trainer.
+"""
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fractal_rm.bags import Prompt
+    from fractal_rm.reward_model import StepScores
+    from fractal_rm.segmentation import Span
+
+# Responses in a request: well below what a server accepts, and more than a forward pass holds.
+_AT_A_TIME = 256
+# The server is there and may answer later: it is busy, restarting behind a proxy, or took too long.
+_TRY_AGAIN = (502, 503, 504)
+
+
+class ScoringClient:
+    """Scores responses by a server that `fractal-rm serve` started.
+
+    An instance is a TRL reward function too, in place of `FractalReward`:
+
+        GRPOTrainer(..., reward_funcs=[ScoringClient("http://localhost:8000")])
+
+    Args:
+        url: Where the server is, without `/score`.
+        timeout: Seconds to wait for the server to say something.
+        retries: How often to try again if it cannot be reached or is busy.
+        pause: Seconds before the first new try; each further one waits twice as long.
+    """
+
+    def __init__(self, url: str, *, timeout: float = 90.0, retries: int = 4, pause: float = 0.5) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"The server's address is {url!r}. Give one that starts with http:// or https://.")
+        self.url, self.timeout, self.retries, self.pause = url.rstrip("/"), timeout, retries, pause
+        self.__name__ = "fractal_reward"
+
+    def health(self) -> dict[str, Any]:
+        """Which model answers: `model`, `scorer`, `aggregation`, `threshold`, `version`."""
+        return self._ask("/health")
+
+    def score(
+        self,
+        prompts: "Sequence[Prompt]",
+        responses: Sequence[str | Sequence[str]],
+        *,
+        spans: "Sequence[Sequence[Span] | None] | None" = None,
+    ) -> "list[StepScores]":
+        """As `StepRewardModel.score`: scores of every step of every response.
+
+        Args:
+            prompts: Texts or chats, one for each response.
+            responses: Texts, or all of them lists of steps.
+            spans: Steps of responses that are texts, where they are already known.
+
+        Raises:
+            ValueError: If the server refuses the request; its sentence.
+            ConnectionError: If there is no answer after all tries.
+        """
+        from fractal_rm.reward_model import Step, StepScores
+        from fractal_rm.segmentation import join_steps
+
+        scored = []
+        for given, found in zip(responses, self._results(prompts, responses, spans), strict=True):
+            text = given if isinstance(given, str) else "" if found["error"] else join_steps(given)[0]
+            score = float("nan") if found["score"] is None else found["score"]
+            steps = [Step(**step) for step in found["steps"]]
+            scored.append(StepScores(text, steps, score, found["truncated_steps"], found["error"]))
+        return scored
+
+    def rewards(self, prompts: "Sequence[Prompt]", responses: Sequence[str]) -> list[float | None]:
+        """P(response is good) of each response; None where it cannot be scored. Raises as `score`."""
+        return [found["score"] for found in self._results(prompts, responses, None)]
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
+        """Score completions (texts, or chats of one assistant message) as TRL's trainers call it."""
+        texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+        return self.rewards(prompts, texts)
+
+    def _results(self, prompts: Any, responses: Any, spans: Any) -> list[dict[str, Any]]:
+        if len(prompts) != len(responses):
+            raise ValueError(
+                f"{len(prompts)} prompts came with {len(responses)} responses. Give one prompt a response."
+            )
+        name = "responses" if all(isinstance(response, str) for response in responses) else "steps"
+        results = []
+        for start in range(0, len(prompts), _AT_A_TIME):
+            part = slice(start, start + _AT_A_TIME)
+            body = {"prompts": list(prompts[part]), name: list(responses[part])}
+            if spans is not None:
+                body["spans"] = list(spans[part])
+            results += self._ask("/score", body)["results"]
+        return results
+
+    def _ask(self, path: str, body: Any = None) -> Any:
+        """The JSON that the server answers."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        reason = ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(self.pause * 2 ** (attempt - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                reason = _sentence(error)
+                if error.code not in _TRY_AGAIN:
+                    raise ValueError(f"{self.url}{path} refused the request ({error.code}): {reason}") from None
+            except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+                reason = str(getattr(error, "reason", None) or error or type(error).__name__)
+        raise ConnectionError(
+            f"{self.url}{path} gave no answer in {self.retries + 1} tries (last: {reason.rstrip('.')}). "
+            "Start `fractal-rm serve` there, or give a longer `timeout`."
+        )
+
+
+def _sentence(error: urllib.error.HTTPError) -> str:
+    """What the server says about its refusal."""
+    with error:
+        body = error.read()
+    try:
+        return str(json.loads(body)["detail"])
+    except (ValueError, KeyError, TypeError):
+        return str(error.reason)

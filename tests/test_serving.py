@@ -1,0 +1,448 @@
+"""The scoring server over loopback: a real server, a real client, and requests that nobody should send."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from models import byte_tokenizer, reward_model, sums
+from stand_ins import save_reward_model
+from test_recipes import script
+
+from fractal_rm.cli import main
+from fractal_rm.reward_model import FractalReward, StepRewardModel
+from fractal_rm.scorers.encoding import prompt_text
+from fractal_rm.serving.app import make_app
+from fractal_rm.serving.client import ScoringClient
+from fractal_rm.serving.limits import Limits
+from fractal_rm.serving.server import listen
+
+PROMPTS = ["2+3*4?\n", "¿Cuánto es 7-4?\n", "3\u00d72 = ?\n"]
+RESPONSES = ["3*4=12.\n2+12=14.", "7\u22124 = 3 \U0001f642\nasí que 3.", "三乘二\n= 6."]
+SENTENCE = re.compile(r"\A[^\n]+\.\Z")
+
+
+@contextmanager
+def running(model: StepRewardModel, *, limits: Limits | None = None, **options: Any) -> Iterator[str]:
+    """The address of a server in a thread."""
+    app = make_app(model, name="rm", limits=limits, **options)
+    with listen("127.0.0.1", 0) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def make_model(**settings: Any) -> StepRewardModel:
+    return reward_model("token", "gpt2", aggregation="product", **settings)
+
+
+def slowed(model: StepRewardModel, seconds: float) -> list[int]:
+    """Make every forward take longer; returns a list that grows by the responses of each."""
+    sizes: list[int] = []
+
+    def wait(module: Any, arguments: Any, inputs: dict[str, Any]) -> None:
+        sizes.append(len(inputs["input_ids"]))
+        time.sleep(seconds)
+
+    model.scorer.register_forward_pre_hook(wait, with_kwargs=True)
+    return sizes
+
+
+@pytest.fixture(scope="module")
+def model() -> StepRewardModel:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def url(model) -> Iterator[str]:
+    limits = Limits(max_responses=300, max_characters=20_000, max_body_bytes=50_000, max_queued=300)
+    with running(model, limits=limits) as address:
+        yield address
+
+
+def post(url: str, body: Any, path: str = "/score", **options: Any) -> tuple[int, Any]:
+    """Status and JSON of a request; a body that is no bytes is written as JSON."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
+    try:
+        data = body if isinstance(body, bytes) or hasattr(body, "__next__") else json.dumps(body).encode()
+        connection.request("POST", path, data, {"Content-Type": "application/json"}, **options)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def refusal(url: str, body: Any, path: str = "/score", **options: Any) -> tuple[int, str]:
+    """Status and sentence of a request that is refused."""
+    status, said = post(url, body, path, **options)
+    assert list(said) == ["detail"], said
+    assert SENTENCE.match(said["detail"])
+    return status, said["detail"]
+
+
+# Scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_served_model_scores_as_a_local_one(url, model):
+    client = ScoringClient(url)
+    scored = client.score(PROMPTS, RESPONSES)
+    for ours, theirs in zip(scored, model.score(PROMPTS, RESPONSES), strict=True):
+        assert ours.spans == theirs.spans
+        assert [step.text for step in ours.steps] == [step.text for step in theirs.steps]
+        assert ours.step_scores == pytest.approx(theirs.step_scores, abs=1e-6)
+        assert (ours.response, ours.truncated_steps, ours.error) == (theirs.response, 0, None)
+    assert client.rewards(PROMPTS, RESPONSES) == pytest.approx([result.score for result in scored])
+    assert len({round(result.score, 6) for result in scored}) == 3
+
+
+def test_steps_that_are_given_are_scored_as_given(url, model):
+    client, steps, spans = ScoringClient(url), [["3*4=12.", "2+12=14."]], [[(0, 3), (4, 16)]]
+    assert client.score(PROMPTS[:1], steps)[0].spans == [(0, 7), (8, 16)]
+    assert client.score(PROMPTS[:1], steps)[0].response == RESPONSES[0]
+    assert client.score(PROMPTS[:1], RESPONSES[:1], spans=spans)[0].spans == spans[0]
+    assert len(client.score(PROMPTS[:2], RESPONSES[:2], spans=[None, [(0, 5)]])[0].steps) == 2
+    assert client.score([], []) == []
+
+
+def test_a_bad_row_does_not_spoil_the_others_and_is_named(url, model):
+    chat = [{"role": "user", "content": "2+2?"}]
+    prompts = [PROMPTS[0], PROMPTS[0], chat, [], PROMPTS[0], PROMPTS[0]]
+    responses = [RESPONSES[0], "  \n", RESPONSES[0], RESPONSES[0], "x", "\ud800"]
+    spans = [None, None, None, None, [[0, 9]], None]
+    status, answer = post(url, {"prompts": prompts, "responses": responses, "spans": spans})
+    assert status == 200
+    good, *bad = answer["results"]
+    expected = model.score(PROMPTS[:1], RESPONSES[:1])[0]
+    assert (good["error"], good["score"]) == (None, pytest.approx(expected.score, abs=1e-6))
+    for number, (row, told) in enumerate(
+        zip(bad, ("is empty", "no chat template", "without", "leave", "surrogate"), strict=True), 1
+    ):
+        assert (row["score"], row["steps"]) == (None, [])
+        assert row["error"].startswith(f"row {number}: ")
+        assert told in row["error"]
+
+
+def test_steps_beyond_the_longest_input_are_counted():
+    with running(make_model(max_length=20)) as url:
+        (found,) = ScoringClient(url).score(["2+2?\n"], ["2+2=4.\n4+4=8.\n8+8=16."])
+    assert len(found.steps) + found.truncated_steps == 3
+    assert found.truncated_steps > 0
+
+
+def test_concurrent_requests_share_forward_passes_and_keep_their_own_scores():
+    model = make_model()
+    rows = [(row["prompt"], "\n".join(row["steps"])) for row in sums(24)]
+    expected = [model.score([prompt], [response])[0].score for prompt, response in rows]
+    sizes = slowed(model, 0.02)
+    with running(model, wait=0.05) as url, ThreadPoolExecutor(24) as pool:
+        client = ScoringClient(url)
+        found = list(pool.map(lambda row: client.rewards([row[0]], [row[1]])[0], rows))
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert sum(sizes) == 24
+    assert len(sizes) < 24 / 2
+
+
+def test_a_request_that_is_larger_than_a_batch_is_scored_in_several(model):
+    rows = sums(80)
+    prompts, steps = [row["prompt"] for row in rows], [row["steps"] for row in rows]
+    small = StepRewardModel(model.scorer, model.processor, model.settings, batch_size=7)
+    with running(small) as url:
+        found = ScoringClient(url).score(prompts, steps)
+    expected = model.score(prompts, steps)
+    assert [result.score for result in found] == pytest.approx([result.score for result in expected], abs=1e-6)
+
+
+# Requests that are refused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "told"),
+    [
+        (b"", 422, "Field required"),
+        (b"{", 400, "no JSON"),
+        (b"\xff\xfe", 400, "no JSON"),
+        (b"[" * 20_000, 400, "no JSON"),
+        (b"[]", 422, "dictionary"),
+        (b"null", 422, "dictionary"),
+        ({"prompts": ["a"], "responses": ["b", "c"]}, 422, "1 prompts, 2 responses: give as many"),
+        ({"prompts": ["a"], "responses": ["b"], "spans": []}, 422, "0 spans"),
+        ({"prompts": ["a"], "responses": ["b"], "steps": [["b"]]}, 422, "one of `responses` and `steps`"),
+        ({"prompts": ["a"]}, 422, "one of `responses` and `steps`"),
+        ({"prompts": ["a"], "steps": [["b"]], "spans": [None]}, 422, "`spans` belong to `responses`"),
+        ({"prompts": ["a", "b"], "responses": ["b", 5]}, 422, "`responses[1]`"),
+        ({"prompts": ["a"], "responses": ["b"], "threshold": 1}, 422, "`threshold`"),
+        ({"prompts": [[{"role": "user"}]], "responses": ["b"]}, 422, "`prompts[0]"),
+    ],
+)
+def test_a_malformed_request_is_refused_with_one_sentence(url, body, status, told):
+    found, sentence = refusal(url, body)
+    assert found == status
+    assert told in sentence
+    assert ScoringClient(url).rewards(PROMPTS, RESPONSES)  # and the server goes on
+
+
+def test_a_request_that_is_too_large_is_refused(url):
+    status, sentence = refusal(url, {"prompts": ["a"] * 301, "responses": ["b"] * 301})
+    assert (status, "301 responses are more than 300" in sentence) == (413, True)
+    status, sentence = refusal(url, {"prompts": ["a"], "responses": ["b" * 20_000]})
+    assert (status, "20,001 characters are more than 20,000" in sentence) == (413, True)
+    status, sentence = refusal(url, {"prompts": [""], "steps": [["b" * 5_000] * 5]})
+    assert (status, "25,000 characters" in sentence) == (413, True)
+    with pytest.raises(ValueError, match=r"refused the request \(413\): 20,001 characters"):
+        ScoringClient(url).score(["a"], ["b" * 20_000])
+
+
+@pytest.mark.parametrize("length", [50_001, 350_000, 10_000_000])
+def test_a_body_that_is_too_long_is_refused_whether_or_not_its_length_is_stated(url, length):
+    assert refusal(url, b" " * min(length, 350_000)) == (
+        413,
+        "The body is longer than 50,000 bytes. Send fewer responses at a time.",
+    )
+    if length < 400_000:
+        chunks = iter([b" " * (length // 5)] * 4 + [b" " * (length - 4 * (length // 5))])
+        assert refusal(url, chunks, encode_chunked=True)[0] == 413
+    else:  # so long that it is not even read to its end
+        with pytest.raises((AssertionError, OSError)):
+            assert post(url, b" " * length)[0] == 200
+
+
+def test_a_body_that_does_not_arrive_is_given_up(model):
+    with running(model, limits=Limits(seconds=0.3)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            said = connection.makefile("rb").read()
+    assert said.startswith(b"HTTP/1.1 408")
+    assert b"longer than 0.3 seconds to arrive" in said
+
+
+def test_other_paths_and_methods_are_refused(url):
+    assert refusal(url, {}, "/scores") == (404, "There is no /scores here. /openapi.json says what there is.")
+    assert refusal(url, {}, "/health") == (405, "/health takes no POST. /openapi.json says what it takes.")
+
+
+# Limits of time and number ----------------------------------------------------------------------------------------
+
+
+def test_a_request_that_takes_too_long_is_given_up_and_its_rows_are_not_scored():
+    model = make_model()
+    model.batch_size = 1
+    sizes = slowed(model, 0.25)
+    with running(model, limits=Limits(seconds=0.4)) as url:
+        status, sentence = refusal(url, {"prompts": ["a"] * 20, "responses": ["1+1=2."] * 20})
+        assert (status, "longer than 0.4 seconds" in sentence) == (504, True)
+        begun = len(sizes)
+        client = ScoringClient(url, retries=3, pause=0.3)
+        assert len(client.rewards(["a"], ["1+1=2."])) == 1
+    assert begun <= 3
+    assert len(sizes) <= 5  # not the other rows
+
+
+def test_a_request_beyond_the_queue_is_refused_and_a_client_tries_again():
+    model = make_model()
+    slowed(model, 0.3)
+    limits = Limits(max_responses=2, max_queued=2)
+    model.batch_size = 1
+    with running(model, limits=limits, wait=0.0) as url, ThreadPoolExecutor(4) as pool:
+        client = ScoringClient(url, retries=8, pause=0.2)
+        first = [pool.submit(client.rewards, ["a"], ["1+1=2."]) for _ in range(3)]
+        time.sleep(0.15)
+        status, sentence = refusal(url, {"prompts": ["a"] * 2, "responses": ["b"] * 2})
+        assert (status, "Too many responses are waiting" in sentence) == (503, True)
+        assert len(client.rewards(["a"] * 2, ["1+1=2."] * 2)) == 2
+        assert [len(future.result()) for future in first] == [1, 1, 1]
+
+
+def test_a_request_that_has_begun_is_answered_when_the_server_ends():
+    model = make_model()
+    sizes = slowed(model, 0.5)
+    with ThreadPoolExecutor(1) as pool:
+        with running(model) as url:
+            found = pool.submit(ScoringClient(url, retries=0).rewards, ["a"], ["1+1=2."])
+            while not sizes:
+                time.sleep(0.01)
+        assert 0 < found.result()[0] < 1
+    with pytest.raises(ConnectionError, match="gave no answer in 1 tries"):
+        ScoringClient(url, retries=0).health()
+
+
+# The client -------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_without_a_server_says_so():
+    with listen("127.0.0.1", 0) as listening:
+        port = listening.getsockname()[1]
+    with pytest.raises(ConnectionError, match=rf"http://127.0.0.1:{port}/score gave no answer in 2 tries .*refused"):
+        ScoringClient(f"http://127.0.0.1:{port}", retries=1, pause=0.01).rewards(["a"], ["b"])
+    with pytest.raises(ValueError, match="starts with http"):
+        ScoringClient("localhost:8000")
+
+
+def test_a_client_does_not_wait_for_ever():
+    with listen("127.0.0.1", 0) as silent:
+        client = ScoringClient(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.1, retries=1, pause=0.01)
+        begun = time.monotonic()
+        with pytest.raises(ConnectionError, match="timed out"):
+            client.rewards(["a"], ["b"])
+    assert time.monotonic() - begun < 5
+
+
+def test_many_responses_go_in_several_requests(url):
+    found = ScoringClient(url).rewards(["a"] * 700, ["1+1=2."] * 699 + [""])
+    assert found[:-1] == pytest.approx([found[0]] * 699)
+    assert found[-1] is None
+    with pytest.raises(ValueError, match="1 prompts came with 2 responses"):
+        ScoringClient(url).rewards(["a"], ["b", "c"])
+
+
+def test_the_client_needs_the_standard_library_only():
+    code = "import sys; from fractal_rm.serving.client import ScoringClient; ScoringClient('http://x'); "
+    code += "print(sorted({'torch', 'fastapi', 'pydantic', 'uvicorn', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# Other trainers ---------------------------------------------------------------------------------------------------
+
+
+def test_a_client_is_a_trl_reward_function(url, model):
+    ours, local = ScoringClient(url), FractalReward(model)
+    completions = [*RESPONSES[:2], ""]
+    expected = local(PROMPTS, completions)
+    found = ours(prompts=PROMPTS, completions=completions, completion_ids=[[1]] * 3, answer=["14"] * 3)
+    assert ours.__name__ == local.__name__
+    assert (found[2], expected[2]) == (None, None)
+    assert found[:2] == pytest.approx(expected[:2], abs=1e-6)
+    chats = [[{"role": "assistant", "content": text}] for text in completions]
+    assert ours(prompts=PROMPTS, completions=chats) == found
+
+
+def test_openrlhf_gets_a_reward_and_a_score_for_each_query(url, model):
+    pad, end = (model.tokenizer.pad_token, model.tokenizer.eos_token)
+    queries = [
+        f"{PROMPTS[0]}{RESPONSES[0]}{end}{pad}{pad}",
+        f"<s>{PROMPTS[1]}{RESPONSES[1]}",
+        "cut prompt: 4",
+        PROMPTS[0],
+    ]
+    body = {"query": queries, "prompts": [*PROMPTS[:2], "a cut prompt: ", PROMPTS[0]], "labels": ["14", None, "", 3]}
+    status, answer = post(url, body, "/openrlhf")
+    expected = [result.score for result in model.score(PROMPTS[:2], RESPONSES[:2])]
+    assert status == 200
+    assert answer["rewards"] == pytest.approx([*expected, 0.0, 0.0], abs=1e-6)
+    assert answer["scores"] == answer["rewards"]
+    assert answer["extra_logs"] == {"unscored": [0.0, 0.0, 1.0, 1.0]}
+    status, sentence = refusal(url, {"query": queries}, "/openrlhf")
+    assert (status, "`prompts`: Field required" in sentence) == (422, True)
+    assert refusal(url, {"query": queries, "prompts": ["a"]}, "/openrlhf")[0] == 422
+    assert refusal(url, {"query": ["a" * 20_001], "prompts": ["a"]}, "/openrlhf")[0] == 413
+
+
+def test_openrlhf_prompts_are_taken_as_the_policy_sees_them():
+    tokenizer = byte_tokenizer(chat=True, bos=True)
+    model = reward_model("token", "llama", tokenizer, chat=True)
+    chat = [{"role": "user", "content": "2+3*4?"}]
+    rendered = prompt_text(chat, tokenizer, "{prompt}")
+    expected = model.score([chat], RESPONSES[:1])[0].score
+    body = {"query": [f"{rendered}{RESPONSES[0]}<|im_end|>"], "prompts": [rendered], "labels": [None]}
+    with running(model, ends=["<|im_end|>"]) as url:
+        assert post(url, body, "/openrlhf")[1]["rewards"] == pytest.approx([expected], abs=1e-6)
+        assert ScoringClient(url).rewards([chat], RESPONSES[:1]) == pytest.approx([expected], abs=1e-6)
+        assert ScoringClient(url).rewards([rendered], RESPONSES[:1]) == [None]  # a text is no chat
+    texts = reward_model("token", "llama", byte_tokenizer(), chat=False, prompt_template="Q: {prompt}\n")
+    body = {"query": [f"Q: 2+3*4?\n{RESPONSES[0]}"], "prompts": ["Q: 2+3*4?\n"]}
+    with running(texts) as url:
+        expected = texts.score(["2+3*4?"], RESPONSES[:1])[0].score
+        assert post(url, body, "/openrlhf")[1]["rewards"] == pytest.approx([expected], abs=1e-6)
+
+
+def test_verl_calls_a_function_that_asks_the_server(url, model, monkeypatch):
+    verl = script(Path(__file__).resolve().parent.parent / "recipes" / "remote_reward" / "verl_reward.py")
+    call = {"data_source": "openai/gsm8k", "solution_str": RESPONSES[0], "ground_truth": "14"}
+    monkeypatch.delenv("FRACTAL_RM_URL", raising=False)
+    with pytest.raises(ValueError, match="FRACTAL_RM_URL is not set"):
+        verl.compute_score(**call, extra_info={"prompt": PROMPTS[0]})
+    monkeypatch.setenv("FRACTAL_RM_URL", url)
+    expected = pytest.approx(model.score(PROMPTS[:1], RESPONSES[:1])[0].score, abs=1e-6)
+    assert verl.compute_score(**call, extra_info={"prompt": PROMPTS[0], "index": 3}) == expected
+    assert verl.compute_score(**call, extra_info={"question": PROMPTS[0]}, sandbox=None) == expected
+    assert verl.compute_score(**call | {"solution_str": ""}, extra_info={"prompt": PROMPTS[0]}) == 0.0
+    with pytest.raises(ValueError, match="`extra_info` holds no `prompt`"):
+        verl.compute_score(**call)
+
+
+# The command ------------------------------------------------------------------------------------------------------
+
+
+def test_health_and_schema_describe_the_server(url):
+    health = ScoringClient(url).health()
+    assert (health["status"], health["model"], health["scorer"], health["aggregation"]) == (
+        "ok",
+        "rm",
+        "token",
+        "product",
+    )
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
+    connection.request("GET", "/openapi.json")
+    schema = json.loads(connection.getresponse().read())
+    connection.close()
+    assert {"/score", "/openrlhf", "/health"} == set(schema["paths"])
+    assert {"400", "413", "422", "503", "504"} <= set(schema["paths"]["/score"]["post"]["responses"])
+    assert {"text", "start", "end", "score"} == set(schema["components"]["schemas"]["ScoredStep"]["properties"])
+
+
+def test_the_command_serves_until_it_is_interrupted(tmp_path, capsys):
+    folder = save_reward_model(tmp_path / "rm", scorer="token", chat=True)
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    client = ScoringClient(f"http://127.0.0.1:{port}", retries=12, pause=0.01)
+    chat, found = [{"role": "user", "content": "2+3*4?"}], []
+
+    def ask_and_end() -> None:
+        found.append(client.health()["model"])  # from here on the server takes signals
+        try:
+            found.append(client.rewards([chat], RESPONSES[:1])[0])
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask_and_end)
+        assert main(["serve", "--model", folder, "--port", str(port)]) == 0
+        asked.result()
+    expected = StepRewardModel.from_pretrained(folder).score([chat], RESPONSES[:1])[0].score
+    assert found == ["rm", pytest.approx(expected, abs=1e-6)]
+    assert f"scores at http://127.0.0.1:{port}/score" in capsys.readouterr().out
+
+
+def test_a_port_that_is_taken_is_one_sentence(tmp_path, capsys):
+    folder = save_reward_model(tmp_path / "rm", scorer="token")
+    with listen("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        capsys.readouterr()
+        assert main(["serve", "--model", folder, "--port", port]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"fractal-rm: 127.0.0.1:{port} cannot be listened on (")
+    assert "in use" in said
+    assert main(["serve", "--model", folder, "--max_queued", "5"]) == 2
+    assert "less than the 1024 responses that one request may hold" in capsys.readouterr().err
+    assert main(["serve", "--model", folder, "--wait", "-1"]) == 2
+    assert "`wait` is -1.0" in capsys.readouterr().err
