@@ -44,7 +44,7 @@ test: $(VENV)/.installed-test
 
 # Reads docs/, README.md, docstrings and the help of configurations; warnings are errors, and nothing is fetched.
 docs: $(VENV)/.installed-docs
-	$(OFFLINE) $(VENV)/bin/python -m mkdocs build --strict --clean
+	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --clean
 
 contract-oldest: $(OLDEST_VENV)/.installed-test
 	$(OFFLINE) $(OLDEST_VENV)/bin/python -m pytest --durations=15 \

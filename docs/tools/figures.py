@@ -163,6 +163,7 @@ def advantages(figure: "Figure") -> None:
         axes.axhline(0, color=PICTURE.muted, lw=0.8)
         axes.set_title(title, fontsize=10.5, color=PICTURE.ink, loc="left")
         axes.set_xlabel("token of the response")
+        axes.set_xticks(range(0, len(ids), 4))
         if not number:
             axes.legend(fontsize=8.5, frameon=False)
 

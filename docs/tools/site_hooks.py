@@ -9,7 +9,7 @@ import posixpath
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^(?P<indent> *)(?P<marks>```+)[^\n]*\n.*?^(?P=indent)(?P=marks)[ ]*$", re.DOTALL | re.MULTILINE)
-LINK = re.compile(r"(?P<before>!?\[[^\]]*\]\()(?P<target>[^)\s]+)(?P<after>\))")
-# TRL's way to name a class in a docstring, as mkdocstrings leaves it.
-NAMED_CLASS = re.compile(r"\[<code>~?(?P<name>[\w.]+)</code>\]")
+LINK = re.compile(r"(?P<mark>!?)\[(?P<label>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 
 
 def site_path(path: str) -> str:
@@ -54,7 +52,7 @@ def with_site_links(text: str, source: str) -> str:
         source: Its path in the repository.
 
     Returns:
-        The same with links between places in the site.
+        The same with links between places in the site; links to folders become text.
 
     Example:
         >>> with_site_links("[how](docs/data.md#bad-input)", "README.md")
@@ -63,11 +61,13 @@ def with_site_links(text: str, source: str) -> str:
     here = posixpath.dirname(site_path(source))
 
     def turned(found: re.Match[str]) -> str:
-        path, mark, anchor = found["target"].partition("#")
+        path, hash_mark, anchor = found["target"].partition("#")
         if not path or re.match(r"[a-z]+:|//", path):
             return found[0]
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-        return f"{found['before']}{posixpath.relpath(site_path(target), here or '.')}{mark}{anchor}{found['after']}"
+        target = site_path(posixpath.normpath(posixpath.join(posixpath.dirname(source), path)))
+        if (REPOSITORY / target).is_dir():
+            return found["label"]  # a folder has no page
+        return f"{found['mark']}[{found['label']}]({posixpath.relpath(target, here or '.')}{hash_mark}{anchor})"
 
     pieces, end = [], 0
     for code in FENCE.finditer(text):
@@ -149,15 +149,3 @@ def on_page_markdown(markdown: str, *, page: "Page", config: "MkDocsConfig", fil
     if page.file.generated_by is not None:
         return markdown
     return with_site_links(markdown, f"docs/{page.file.src_uri}")
-
-
-def on_page_content(html: str, *, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
-    """Make links of the classes that docstrings name."""
-
-    def linked(found: re.Match[str]) -> str:
-        name: Any = found["name"]
-        code = f"<code>{name}</code>"
-        target = site_reference.PUBLIC.get(name)
-        return f'<autoref identifier="{target}" optional>{code}</autoref>' if target else code
-
-    return NAMED_CLASS.sub(linked, html)
