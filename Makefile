@@ -5,7 +5,8 @@
 #
 # Further: `make contract-oldest` (the oldest TRL that we support, in an environment of its own), `make clean`,
 # `make peer-env` (the TRL versions that we are compared with), `make bench-speed` (docs/speed.md),
-# `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md), `make bench-evidence` (docs/evidence.md).
+# `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md), `make bench-evidence` (docs/evidence.md),
+# `make docs` (the site of the documentation, in build/site).
 # Another Python: `make test PYTHON=/path/to/python3.12`.
 
 VENV := .venv
@@ -28,7 +29,7 @@ endif
 # Nothing here needs the network once pip is done, and nothing is to be sent anywhere.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test contract-oldest peer-env bench-disaggregation bench-speed bench-evidence clean
+.PHONY: quickstart test docs contract-oldest peer-env bench-disaggregation bench-speed bench-evidence clean
 .SECONDARY:   # keeps the .created stamps
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -40,6 +41,10 @@ test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(OFFLINE) $(VENV)/bin/python -m pytest --durations=15
+
+# Reads docs/, README.md, docstrings and the help of configurations; warnings are errors, and nothing is fetched.
+docs: $(VENV)/.installed-docs
+	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --clean
 
 contract-oldest: $(OLDEST_VENV)/.installed-test
 	$(OFFLINE) $(OLDEST_VENV)/bin/python -m pytest --durations=15 \

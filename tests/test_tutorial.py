@@ -1,0 +1,82 @@
+"""The tutorial as a reader copies it, block by block, with less of everything; and the notebooks."""
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+from test_docs import FENCE
+
+from fractal_rm.cli import main
+from fractal_rm.results import read_results
+
+TUTORIAL = REPOSITORY / "docs" / "tutorial.md"
+NOTEBOOKS = sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb"))
+# Constants that say how much is done, and how little will do here.
+LESS = {"RESPONSES": 64, "HELD_OUT": 16, "UPDATES": 2}
+LESS_FLAGS = {
+    "train": "--max_steps 2 --per_device_train_batch_size 8 --use_cpu true --disable_tqdm true",
+    "ppo": "--max_steps 2 --per_device_train_batch_size 16 --num_problems 32 --use_cpu true --disable_tqdm true",
+}
+
+
+def with_less(code: str) -> str:
+    """Code with smaller numbers for the constants at its head."""
+    return re.sub(r"^([A-Z_]+) = \d+", lambda found: f"{found[1]} = {LESS[found[1]]}", code, flags=re.MULTILINE)
+
+
+def test_the_tutorial_runs_as_it_is_copied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    session = {"__name__": "tutorial"}
+    commands = []
+    for block in FENCE.finditer(TUTORIAL.read_text(encoding="utf-8")):
+        if block["language"] == "python":
+            exec(compile(with_less(block["body"]), str(TUTORIAL), "exec"), session)
+        for words in [shlex.split(line) for line in block["body"].splitlines() if line.startswith("fractal-rm ")]:
+            commands.append(words[1])
+            pages = ["--page_steps", "1"] if "--page_steps" in words else []
+            assert main([*words[1:], *shlex.split(LESS_FLAGS.get(words[1], "")), *pages]) == 0
+    assert session["RESPONSES"] == LESS["RESPONSES"]
+    assert commands == ["train", "score", "ppo", "ppo", "report", "report"]
+    rows = read_results("tutorial/results.jsonl")
+    assert [row["arm"] for row in rows] == ["policy", "outcome", "dense"]
+    assert len({(tmp_path / "tutorial" / arm / "model.safetensors").read_bytes() for arm in ("policy", "outcome", "dense")}) == 3
+    for page in ("scores.html", "report.html", "dense/step_scores/step-000002.html"):
+        assert (tmp_path / "tutorial" / page).is_file()
+    assert "label" in json.loads((tmp_path / "tutorial" / "responses.jsonl").read_text().splitlines()[0])
+    assert "step_labels" not in (tmp_path / "tutorial" / "responses.jsonl").read_text()
+    assert "step_auc" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_stored_without_outputs(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["outputs"] for cell in code] == [[]] * len(code)
+    assert [cell["execution_count"] for cell in code] == [None] * len(code)
+    assert cells[0]["cell_type"] == "markdown"  # its heading is the title of its page
+
+
+@pytest.mark.parametrize(("name", "last"), [("score_and_see", "scores.html"), ("outcome_to_dense_ppo", "dense + outcome")])
+def test_a_notebook_runs(name, last, tmp_path, monkeypatch):
+    for needed in ("nbclient", "ipykernel"):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed: pip install {needed}")
+    notebook = json.loads((REPOSITORY / "docs" / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    constants = notebook["cells"][1]
+    before = "".join(constants["source"])
+    constants["source"] = with_less(before)
+    assert constants["source"] != before
+    path = tmp_path / "notebook.ipynb"
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    # In a process of its own: the warnings of the machinery of notebooks are not ours.
+    command = [sys.executable, "-c", "from nbclient.cli import main; main()", "--inplace", "--timeout=300", str(path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert last in str(json.loads(path.read_text(encoding="utf-8"))["cells"][-1]["outputs"])
