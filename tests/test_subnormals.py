@@ -8,7 +8,7 @@ from test_step_ppo_trainer import make as make_ppo
 from test_step_ppo_trainer import reward_model
 from transformers import TrainerCallback
 
-from fractal_rm.trainers.subnormals import flush_subnormals
+from fractal_rm.trainers.subnormals import flushed_subnormals
 
 
 def tenth_of_the_least() -> float:
@@ -32,7 +32,7 @@ class Watch(TrainerCallback):
 
 
 @pytest.mark.parametrize("kind", ["ppo", "fractal"])
-def test_subnormal_numbers_are_0_in_training_and_until_then_as_they_were(kept, tmp_path, kind):
+def test_subnormal_numbers_are_0_in_training_and_as_they_were_before_and_after(kept, tmp_path, kind):
     watch = Watch()
     if kind == "ppo":
         trainer = make_ppo(tmp_path, reward_model=reward_model(), max_steps=1)
@@ -42,8 +42,16 @@ def test_subnormal_numbers_are_0_in_training_and_until_then_as_they_were(kept, t
     trainer.add_callback(watch)
     trainer.train()
     assert watch.seen == [0.0]
+    assert tenth_of_the_least() > 0
 
 
 def test_nothing_changes_where_training_is_not_on_a_cpu(kept):
-    flush_subnormals(torch.device("meta"))
-    assert tenth_of_the_least() > 0
+    with flushed_subnormals(torch.device("meta")):
+        assert tenth_of_the_least() > 0
+
+
+def test_who_had_them_flushed_before_has_them_flushed_after(kept):
+    torch.set_flush_denormal(True)
+    with flushed_subnormals(torch.device("cpu")):
+        assert tenth_of_the_least() == 0
+    assert tenth_of_the_least() == 0

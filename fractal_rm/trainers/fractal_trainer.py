@@ -38,7 +38,7 @@ from fractal_rm.trainers.parallelism import check_unsharded
 from fractal_rm.trainers.prior_targets import prior_targets
 from fractal_rm.trainers.processes import logged_means, mean_terms
 from fractal_rm.trainers.stages import Stage, plan, reveal_gold, train_in_stages, withhold_gold
-from fractal_rm.trainers.subnormals import flush_subnormals
+from fractal_rm.trainers.subnormals import flushed_subnormals
 
 # Trainable weights of a PEFT run, unmerged: what resuming needs and the ordinary folder cannot hold.
 _TRAINABLE_FILE = "trainable.safetensors"
@@ -171,12 +171,13 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         A configuration with several stages (hybrid prior, pseudo-labels, choice of gold labels by uncertainty) trains
         each in a folder of its own; with `resume_from_checkpoint`, finished ones are skipped.
         """
-        flush_subnormals(self.accelerator.device)
         stages = plan(self.args)
         if len(stages) > 1:
-            return train_in_stages(self, resume=bool(resume_from_checkpoint), **kwargs)
+            with flushed_subnormals(self.accelerator.device):
+                return train_in_stages(self, resume=bool(resume_from_checkpoint), **kwargs)
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        return take_up(self, checkpoint) or self.train_stage(stages[0], checkpoint, **kwargs)
+        with flushed_subnormals(self.accelerator.device):
+            return take_up(self, checkpoint) or self.train_stage(stages[0], checkpoint, **kwargs)
 
     def train_stage(self, stage: Stage, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train one stage from the weights of now; the likelihood scorer's weight and bias are fitted at the start."""

@@ -39,7 +39,7 @@ from fractal_rm.trainers.rollout_guards import AlarmActions, as_rollouts, ending
 from fractal_rm.trainers.shared_backbone import SharedBackbone, make_value_head
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 from fractal_rm.trainers.step_rewards import Rollout, StepRewards
-from fractal_rm.trainers.subnormals import flush_subnormals
+from fractal_rm.trainers.subnormals import flushed_subnormals
 from fractal_rm.trainers.trl_contract import check_contract
 from fractal_rm.trainers.value_learning import ValueLearning, check_value_arguments
 from fractal_rm.trainers.value_model import ValueGradients, make_value_model
@@ -343,11 +343,11 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; `resume_from_checkpoint=True` is the last checkpoint that is whole."""
-        flush_subnormals(self.accelerator.device)
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint and self.is_deepspeed_enabled:  # it loads weights its own way, and nothing else
             self._load_state(Path(checkpoint))
-        return take_up(self, checkpoint) or super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        with flushed_subnormals(self.accelerator.device):
+            return take_up(self, checkpoint) or super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _stateful(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and optimizer: running statistics, the KL coefficient, the guards."""
