@@ -91,6 +91,8 @@ def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
 
 # The token ids of a text, and the characters `start, end` of each; None from a tokenizer that does not tell.
 _Piece = tuple[list[int], list[Span] | None]
+# Rows whose tokens and offsets are held at a time: those of a whole data set would take more room than a small model.
+_ROWS_AT_ONCE = 512
 # Texts after which a tokenizer is likely to begin a new token, whatever follows.
 _ANCHORS = ("\n", "a", ".")
 
@@ -149,6 +151,20 @@ def encode(
     Returns:
         One [`EncodedBag`] for each row; `step_ends` is empty where not even the first step fits.
     """
+    encoded: list[EncodedBag] = []
+    for start in range(0, len(prompts), _ROWS_AT_ONCE):
+        some = slice(start, start + _ROWS_AT_ONCE)
+        encoded += _encode_some(prompts[some], responses[some], spans[some], tokenizer, settings)
+    return encoded
+
+
+def _encode_some(
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    spans: Sequence[Sequence[Span]],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+) -> list[EncodedBag]:
     texts = [prompt_text(prompt, tokenizer, settings.prompt_template) for prompt in prompts]
     # From the end of the step before to the end of the step.
     pieces = [
