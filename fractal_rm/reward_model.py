@@ -7,6 +7,7 @@ for scored in rm.score(prompts=["2+3*4?\\n"], responses=["3*4=12.\\n2+12=14."]):
 
 import logging
 import math
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from fractal_rm.aggregation import aggregate
 from fractal_rm.bags import Bag, Prompt, check_text
 from fractal_rm.ordinal import expected_grades, ordinal_max_log_probs
+from fractal_rm.results import write_atomic
 from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, save_scorer
 from fractal_rm.scorers.encoding import RenderedPrompt
+from fractal_rm.scorers.hub import CARD, upload
 from fractal_rm.scorers.inputs import Processor, make_inputs
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import Settings
@@ -83,6 +86,7 @@ class StepRewardModel:
     def __init__(self, scorer: StepScorer, processor: Processor, settings: Settings, *, batch_size: int = 32) -> None:
         self.scorer, self.processor, self.settings, self.batch_size = scorer, processor, settings, batch_size
         self._inputs = make_inputs(processor, settings)
+        self.card: str | None = None  # the model card of the folder that this model comes from
 
     @classmethod
     def from_pretrained(
@@ -101,11 +105,34 @@ class StepRewardModel:
         """
         scorer, processor, settings = load_scorer(path, **kwargs)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(scorer.to(device), processor, settings, batch_size=batch_size)
+        model = cls(scorer.to(device), processor, settings, batch_size=batch_size)
+        if (file := Path(path) / CARD).is_file():
+            model.card = file.read_text(encoding="utf-8")
+        return model
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write an ordinary Hugging Face folder with the `fractal` block."""
+        """Write an ordinary Hugging Face folder with the `fractal` block, and the model card where there is one."""
         save_scorer(path, self.scorer, self.processor, self.settings)
+        if self.card is not None:
+            write_atomic(Path(path) / CARD, self.card)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload the folder that `save_pretrained` writes to the Hugging Face hub.
+
+        Args:
+            repo_id: Where to: `name` or `organization/name`; it is made if it is not there.
+            private: Make it private; default: that of the organization.
+            token: Access token; default: that of `hf auth login`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ConnectionError: If the hub cannot be reached or refuses, and what to do.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, repo_id, private=private, token=token)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

@@ -67,7 +67,7 @@ def test_help_and_version_import_no_heavy_library():
     assert done.stdout.endswith("False\n")
 
 
-@pytest.mark.parametrize("command", ["train", "score", "evaluate", "ppo", "report"])
+@pytest.mark.parametrize("command", ["train", "score", "evaluate", "ppo", "serve", "report"])
 def test_a_command_explains_its_arguments(command, capsys):
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out

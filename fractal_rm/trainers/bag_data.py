@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fractal_rm.aggregation import meaning
 from fractal_rm.bags import Bag, TruncationCount, truncate_bags
+from fractal_rm.metrics import GOOD
 from fractal_rm.readers import read_bags
 from fractal_rm.scorers.inputs import BagInputs
 from fractal_rm.scorers.settings import Settings
@@ -60,6 +61,32 @@ def fingerprint(bags: Sequence[Bag]) -> str:
     for bag in bags:
         digest.update(json.dumps([bag.prompt, bag.response, bag.step_spans, bag.label]).encode())
     return digest.hexdigest()[:16]
+
+
+def describe_labels(bags: Sequence[Bag], args: Any) -> str:
+    """What there was to learn from, for the model card.
+
+    Args:
+        bags: The training data.
+        args: `FractalConfig`: says whether gold step labels were read.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> bags = [Bag("2+2?", "4", ((0, 1),), label=1.0), Bag("2+2?", "5", ((0, 1),), label=0.0)]
+        >>> describe_labels(bags, SimpleNamespace(instance_weight=0.0))
+        '2 responses in 2 steps with one label each, 1 of them good; no gold step labels'
+    """
+    steps = sum(len(bag.step_spans) for bag in bags)
+    pairs = len({bag.pair_id for bag in bags} - {None})
+    if pairs:
+        told = f"{len(bags):,} responses in {steps:,} steps, {pairs:,} preferences"
+    elif bags[0].num_grades is not None:
+        told = f"{len(bags):,} responses in {steps:,} steps with a grade of 0 to {bags[0].num_grades - 1} each"
+    else:
+        good = sum(bag.label is not None and bag.label >= GOOD for bag in bags)
+        told = f"{len(bags):,} responses in {steps:,} steps with one label each, {good:,} of them good"
+    gold = f"gold step labels of {args.gold_fraction:.3g} of them" if args.instance_weight else "no gold step labels"
+    return f"{told}; {gold}"
 
 
 def joins_without_a_gap(bags: Sequence[Bag], settings: Settings) -> bool:

@@ -21,18 +21,28 @@ from transformers import (
 
 from fractal_rm.bags import Bag, check_labels
 from fractal_rm.calibration import fit_temperature
+from fractal_rm.results import write_atomic
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import head_parameters, load_scorer, save_scorer
 from fractal_rm.scorers.inputs import make_inputs
 from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.step_scorer import StepScorer
-from fractal_rm.trainers.bag_data import BagCollator, BagDataset, Records, fingerprint, joins_without_a_gap, to_bags
+from fractal_rm.trainers.bag_data import (
+    BagCollator,
+    BagDataset,
+    Records,
+    describe_labels,
+    fingerprint,
+    joins_without_a_gap,
+    to_bags,
+)
 from fractal_rm.trainers.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
 from fractal_rm.trainers.finite_logs import FiniteLogs
 from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.logit_metrics import by_item, by_row, evaluate_logits
-from fractal_rm.trainers.model_setup import make_trainable, move_to_group
+from fractal_rm.trainers.logit_metrics import by_item, by_row, evaluate_logits, judge_logits
+from fractal_rm.trainers.model_card import RewardModelCard
+from fractal_rm.trainers.model_setup import make_trainable, model_name, move_to_group
 from fractal_rm.trainers.objective import StageKind, loss_terms, term_weights
 from fractal_rm.trainers.parallelism import check_unsharded
 from fractal_rm.trainers.prior_targets import prior_targets
@@ -98,6 +108,7 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         scorer, self.processor = make_trainable(model, args, self.settings, processing_class, peft_config)
         self.inputs = make_inputs(self.processor, self.settings)
         self._base_rate = 0.5
+        self.card = RewardModelCard(base=model_name(model))
         # Of long responses gold labels tell which to keep; where only some may be read, none do.
         datasets = {
             name: self._encoded(found, f"{name} data", reads_gold=name != "train" or args.gold_fraction == 1)
@@ -105,6 +116,7 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         }
         if "train" in bags:
             self.settings.data = fingerprint(bags["train"])
+            self.card.labels = describe_labels(bags["train"], args)
             kinds = {not isinstance(bag.prompt, str) for bag in bags["train"]}
             self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it takes both
             try:
@@ -311,7 +323,10 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         there = np.array([real.any() for real in steps])
         logits = [row[real] for row, real in zip(by_row(predictions), steps, strict=True) if real.any()]
         gold = [row[real] for row, real in zip(step_labels, steps, strict=True) if real.any()]
-        return evaluate_logits(logits, bag_labels[there], gold, self.settings, chosen=chosen[there])
+        settings, labels = replace(self.settings), bag_labels[there]
+        found = evaluate_logits(logits, labels, gold, settings, chosen=chosen[there])
+        self.card.evaluated(found, lambda: judge_logits(logits, labels, gold, settings))
+        return found
 
     def calibrate(self) -> float:
         """Fit the temperature of the scores to the response labels of the evaluation data; the checkpoint stores it.
@@ -343,11 +358,18 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
             return  # another process writes
         folder = Path(output_dir or str(self.args.output_dir))
         begin_checkpoint(folder)
-        save_scorer(folder, self.scorer, self.processor, self.settings)
+        saved = save_scorer(folder, self.scorer, self.processor, self.settings)
+        write_atomic(folder / "README.md", self.card.text(saved, self.processor))
         if self.scorer.is_adapted:
             trainable = {name: p.detach().contiguous() for name, p in self.scorer.named_parameters() if p.requires_grad}
             save_file(trainable, folder / f"{_TRAINABLE_FILE}.tmp")
             os.replace(folder / f"{_TRAINABLE_FILE}.tmp", folder / _TRAINABLE_FILE)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card of the reward model, which tells more than that of `transformers.Trainer`."""
+        if self.is_world_process_zero():
+            text = self.card.text(self.settings, self.processor)
+            write_atomic(Path(str(self.args.output_dir)) / "README.md", text)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from fractal_rm import metrics
+from fractal_rm.evaluation.intervals import Judgement, Statistic, auc_of, mean_of
+from fractal_rm.evaluation.reliability import ece_of
 from fractal_rm.reward_model import probabilities
 from fractal_rm.scorers.settings import Settings
 
@@ -32,6 +34,32 @@ def by_row(laid: np.ndarray) -> np.ndarray:
     return rows.reshape(-1, *rows.shape[2:])
 
 
+def _scores(logits: list[np.ndarray], settings: Settings) -> tuple[list[np.ndarray], np.ndarray]:
+    """Scores of the steps of each bag, and of the bags (B,)."""
+    found = [
+        probabilities(torch.tensor(row)[None], torch.ones(1, len(row), dtype=torch.bool), settings) for row in logits
+    ]
+    return [steps[0].numpy() for steps, _ in found], np.array([bag.item() for _, bag in found])
+
+
+def judge_logits(
+    logits: list[np.ndarray], bag_labels: np.ndarray, step_labels: list[np.ndarray], settings: Settings
+) -> Judgement:
+    """The metrics of [`evaluate_logits`] that have an interval, as statistics; the arguments are the same."""
+    highest = (settings.num_grades or 2) - 1
+    scores, bag_scores = _scores(logits, settings)
+    labels, gold = bag_labels / highest, [row / highest for row in step_labels]
+    statistics: dict[str, Statistic] = {
+        "bag_auc": auc_of(list(bag_scores), list(labels)),
+        "bag_accuracy": mean_of((bag_scores >= metrics.GOOD) == (labels >= metrics.GOOD)),
+        "bag_ece": ece_of(bag_scores, labels),
+    }
+    if any(not np.isnan(row).all() for row in gold):
+        statistics["step_auc"] = auc_of(scores, gold)
+        statistics["within_bag_auc"] = mean_of(metrics.bag_aucs(scores, gold))
+    return Judgement(len(logits), statistics)
+
+
 def evaluate_logits(
     logits: list[np.ndarray],
     bag_labels: np.ndarray,
@@ -54,10 +82,7 @@ def evaluate_logits(
         `within_bag_auc` if any gold step label is known. Grades count as shares of the highest.
     """
     highest = (settings.num_grades or 2) - 1
-    found = [
-        probabilities(torch.tensor(row)[None], torch.ones(1, len(row), dtype=torch.bool), settings) for row in logits
-    ]
-    scores, bag_scores = [steps[0].numpy() for steps, _ in found], np.array([bag.item() for _, bag in found])
+    scores, bag_scores = _scores(logits, settings)
     results = metrics.bag_metrics(bag_scores, bag_labels / highest)
     if chosen is not None and (chosen >= 0).any():
         results["pair_accuracy"] = float(np.mean(bag_scores[chosen == 1] > bag_scores[chosen == 0]))

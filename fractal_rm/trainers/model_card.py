@@ -1,41 +1,80 @@
 """The README.md of a trained folder: what it is, how it scored, how to use it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fractal_rm.evaluation.intervals import Estimate, Judgement, estimates
 from fractal_rm.results import package_versions
+from fractal_rm.scorers.inputs import Processor
 from fractal_rm.scorers.settings import Settings
+from fractal_rm.trainers.card_code import without_this_package
 
 
-def reward_model_card(settings: Settings, *, base: str, data: str, metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """Model card of a step reward model.
+@dataclass
+class RewardModelCard:
+    """Model card of a step reward model, filled in as its facts become known.
 
     Args:
-        settings: What the checkpoint remembers.
-        base: Model that training started from.
-        data: What it was trained on, in words.
+        base: Model that training started from: a path or hub id; None if it was made in code.
+        data: Name of the training data.
+        labels: What its labels say, and how many there are.
         metrics: For each split its metrics.
+        intervals: For each split the metrics that have an interval; they are shown in place of those in `metrics`.
+        judge: Measures the split `evaluation` of `intervals` when it is needed.
     """
-    loader = "AutoModelForCausalLM" if settings.scorer == "likelihood" else "AutoModelForTokenClassification"
-    task = "text-generation" if settings.scorer == "likelihood" else "token-classification"
-    return f"""{_header(base, task, ("fractal-rm", "process-reward-model", "reward-model"))}
+
+    base: str | None = None
+    data: str = "given in Python"
+    labels: str = "not known"
+    metrics: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    intervals: dict[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    judge: Callable[[], Judgement] | None = None
+
+    def evaluated(self, metrics: Mapping[str, Any], judge: Callable[[], Judgement]) -> None:
+        """Take the metrics of an evaluation; their intervals are computed if a card is written before the next one."""
+        self.metrics["evaluation"], self.judge = metrics, judge
+        self.intervals.pop("evaluation", None)
+
+    def text(self, settings: Settings, processor: Processor) -> str:
+        """The card.
+
+        Args:
+            settings: What the checkpoint remembers, as saved.
+            processor: Its tokenizer or sentence encoder.
+        """
+        if self.judge is not None:
+            self.intervals["evaluation"], self.judge = estimates(self.judge()), None
+        task = {"likelihood": "text-generation", "token": "token-classification"}.get(settings.scorer)
+        longest = f"{settings.max_length} tokens" if settings.max_length else "no limit"
+        template = settings.prompt_template.encode("unicode_escape").decode()
+        return f"""{_header(self.base, task, ("fractal-rm", "process-reward-model", "reward-model"))}
 # Step reward model
 
-Scores every step of a response, learned from labels on whole responses with [fractal-rm](https://pypi.org/project/fractal-rm).
+Scores every step of a response, learned with [fractal-rm](https://pypi.org/project/fractal-rm).
 
 | | |
 |---|---|
-| trained from | {_portable(base)} |
-| data | {data} (fingerprint `{settings.data}`) |
-| scorer | {settings.scorer}; the folder loads with `{loader}` |
-| response probability | {settings.aggregation} of the step probabilities |
+| trained from | {_portable(self.base)} |
+| data | {self.data} (fingerprint `{settings.data}`) |
+| labels | {self.labels} |
+| scorer | {settings.scorer} |
+| response score | {settings.aggregation} of the step probabilities |
 | steps | {settings.segmentation.method} |
-| prompt template | `{settings.prompt_template.encode("unicode_escape").decode()}` |
+| prompts | {"chats" if settings.chat else "texts" if settings.chat is False else "texts or chats"} |
+| prompt template | `{template}` |
+| longest input | {longest} |
+| temperature | {settings.temperature:.4g} |
 | a step is wrong below | {settings.threshold:.4g} |
 
-{_metrics(metrics)}
+{_metrics(self.metrics, self.intervals)}
+## Use
+
+Meant for ranking responses, for finding the first wrong step, and for dense rewards in reinforcement learning, on
+prompts like those it was trained on.
+
 ```python
 from fractal_rm import StepRewardModel
 
@@ -44,6 +83,15 @@ for scored in reward_model.score(prompts=["..."], responses=["..."]):
     print(scored.score, [(step.text, step.score) for step in scored.steps])
 ```
 
+## Limits
+
+- A score is a learned guess, no proof. Nothing is known about prompts unlike the training data, other languages, or
+  steps of another length or style.
+- Step scores follow from labels on responses: which step spoilt a response is inferred. Without gold labels in the
+  table above, nobody has checked how well.
+- A policy that is trained on these scores will find what they overlook: keep an independent check of its answers.
+
+{without_this_package(settings, processor)}
 {_versions()}
 """
 
@@ -78,26 +126,42 @@ Trained with `StepPPOTrainer` of [fractal-rm](https://pypi.org/project/fractal-r
 """
 
 
-def _header(base: str, task: str, tags: tuple[str, ...]) -> str:
-    lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
-    if not Path(base).exists():  # a hub id
+def _header(base: str | None, task: str | None, tags: tuple[str, ...]) -> str:
+    lines = ["---", f"library_name: {'transformers' if task else 'sentence-transformers'}"]
+    if task:
+        lines.append(f"pipeline_tag: {task}")
+    if base is not None and not Path(base).exists():  # a hub id
         lines.append(f"base_model: {base}")
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
 
-def _portable(path: str) -> str:
+def _portable(path: str | None) -> str:
     """A hub id as it is, a folder by its name."""
+    if path is None:
+        return "a model made in code"
     return Path(path).name if Path(path).exists() else path
 
 
-def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = ["| split | metric | value |", "|---|---|---:|"]
-    for split, values in metrics.items():
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                known = isinstance(value, int) or math.isfinite(value)
-                lines.append(f"| {split} | {name} | {f'{value:.4g}' if known else '—'} |")
-    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+def _metrics(
+    metrics: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, Mapping[str, Estimate]] | None = None
+) -> str:
+    """A table of numbers; those with an interval have it in a column of its own."""
+    rows, known = [], intervals or {}
+    for split in dict.fromkeys([*metrics, *known]):
+        values = {name: (_number(value), "") for name, value in metrics.get(split, {}).items() if _number(value)}
+        for name, (value, low, high) in known.get(split, {}).items():
+            ends = f"[{low:.4g}, {high:.4g}]" if math.isfinite(low) else ""
+            values[name] = (_number(value), ends)
+        rows += [f"| {split} | {name} | {value} | {ends} |" for name, (value, ends) in values.items()]
+    head = ["| split | metric | value | 95 % interval |", "|---|---|---:|---|"]
+    return "\n".join([*head, *rows]) + "\n" if rows else ""
+
+
+def _number(value: Any) -> str:
+    """A number in four digits, nothing for what is none."""
+    if not isinstance(value, int | float):
+        return ""
+    return f"{value:.4g}" if math.isfinite(value) else "—"
 
 
 def _versions() -> str:

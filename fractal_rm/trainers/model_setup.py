@@ -85,6 +85,14 @@ def model_source(model: str | Path | PreTrainedModel) -> str | Path:
     return model.config._name_or_path
 
 
+def model_name(model: Any) -> str | None:
+    """Path or hub id of a model or of a sentence encoder; None if it was made in code."""
+    if isinstance(model, str | Path):
+        return str(model)
+    source = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return source or None
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise if the tokenizer has tokens that the model does not know.
 

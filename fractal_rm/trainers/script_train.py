@@ -7,11 +7,13 @@ from typing import Any
 
 from fractal_rm.bags import Bag
 from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, score_bags
+from fractal_rm.evaluation.intervals import estimates
+from fractal_rm.evaluation.responses import judge_responses
+from fractal_rm.results import write_atomic
 from fractal_rm.trainers.bag_data import to_bags
 from fractal_rm.trainers.command_parser import parse
 from fractal_rm.trainers.fractal_config import FractalConfig
 from fractal_rm.trainers.fractal_trainer import FractalTrainer
-from fractal_rm.trainers.model_card import reward_model_card
 from fractal_rm.trainers.progress import RichProgress
 from fractal_rm.trainers.script_arguments import DataArguments, LoraArguments, TrainArguments
 from fractal_rm.trainers.script_checks import (
@@ -20,7 +22,7 @@ from fractal_rm.trainers.script_checks import (
     checkpoint_to_resume,
     hide_loading_bars,
     print_metrics,
-    write_outputs,
+    to_json,
 )
 from fractal_rm.trainers.stages import plan
 
@@ -62,10 +64,13 @@ def train(argv: Sequence[str]) -> None:
             trainer.settings.threshold = threshold
     for split, results in scored.items():
         metrics[split] = evaluate_scores(results, bags[split], trainer.settings.threshold)
+        judged = judge_responses(results, bags[split], trainer.settings.threshold)
+        trainer.card.intervals[split] = {k: v for k, v in estimates(judged).items() if k in metrics[split]}
+    trainer.card.metrics, trainer.card.judge, trainer.card.data = dict(metrics), None, data.name
+    trainer.card.intervals.pop("evaluation", None)  # `eval` is the same data, measured with the final threshold
     trainer.save_model()
     if trainer.is_world_process_zero():
-        card = reward_model_card(trainer.settings, base=arguments.model, data=data.name, metrics=metrics)
-        write_outputs(folder, metrics | {"history": trainer.state.log_history}, card)
+        write_atomic(folder / "metrics.json", to_json(metrics | {"history": trainer.state.log_history}))
         print_metrics(metrics)
         print(f"{folder} holds the reward model, metrics.json and README.md.")
 
