@@ -127,7 +127,9 @@ def test_a_documented_command_is_read(document, words, stop_after_parsing, monke
         assert named
         assert set((named["extras"] or "").split(",")) <= {*extras, ""}
     else:
-        pytest.fail(f"{document} names the program {program}: say here how its commands are checked, or put it in FOREIGN.")
+        pytest.fail(
+            f"{document} names the program {program}: say here how its commands are checked, or put it in FOREIGN."
+        )
 
 
 def test_commands_are_found_in_readme_docs_and_recipes():

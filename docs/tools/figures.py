@@ -120,7 +120,9 @@ def aggregations(figure: "Figure") -> None:
         assert logits.grad is not None
         axes = figure.add_subplot(2, 3, number + 1)
         style_axes(axes, PICTURE)
-        axes.bar(range(len(PROBS)), logits.grad[0].tolist(), color=[score_colour(p) for p in PROBS], ec=PICTURE.ink, lw=0.6)
+        axes.bar(
+            range(len(PROBS)), logits.grad[0].tolist(), color=[score_colour(p) for p in PROBS], ec=PICTURE.ink, lw=0.6
+        )
         axes.set_xticks(range(len(PROBS)), [f"{p:.1f}" for p in PROBS])
         axes.set_ylim(0, 1)
         axes.set_title(f"{name}: {bag.sigmoid().item():.2f}", fontsize=10.5, color=PICTURE.ink, loc="left")
