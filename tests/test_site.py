@@ -106,7 +106,7 @@ def test_the_table_of_a_configuration_holds_the_help_of_each_of_its_fields(name)
     added = {field for field in kind.__dataclass_fields__ if field not in inherited}
     assert added <= rows.keys() == set(kind.__annotations__)
     for field, line in rows.items():
-        assert kind.__dataclass_fields__[field].metadata["help"].replace("|", "\\|") in line
+        assert kind.__dataclass_fields__[field].metadata["help"] in line.replace("\\|", "|").replace("\\*", "*")
         assert f"`{kind.__dataclass_fields__[field].default!r}`" in line
 
 
