@@ -1,6 +1,7 @@
 """The site of the documentation, as far as it can be checked without building it; `make docs` builds it."""
 
-import importlib.util
+import doctest
+import importlib
 import re
 import sys
 from dataclasses import make_dataclass
@@ -120,6 +121,13 @@ def test_the_page_of_commands_holds_every_flag(command):
             assert f"(config.md#{kind.__name__.lower()})" in section
             flags |= set(kind.__dataclass_fields__)
     assert flags == set(CommandParser(command, kinds).names) - {"config"}
+
+
+@pytest.mark.parametrize("module", [site_hooks, site_reference], ids=lambda module: module.__name__)
+def test_examples_in_the_tools_hold(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_a_field_without_help_is_refused():
