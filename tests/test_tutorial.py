@@ -44,7 +44,12 @@ def test_the_tutorial_runs_as_it_is_copied(tmp_path, monkeypatch, capsys):
     assert commands == ["train", "score", "ppo", "ppo", "report", "report"]
     rows = read_results("tutorial/results.jsonl")
     assert [row["arm"] for row in rows] == ["policy", "outcome", "dense"]
-    assert len({(tmp_path / "tutorial" / arm / "model.safetensors").read_bytes() for arm in ("policy", "outcome", "dense")}) == 3
+    assert (
+        len(
+            {(tmp_path / "tutorial" / arm / "model.safetensors").read_bytes() for arm in ("policy", "outcome", "dense")}
+        )
+        == 3
+    )
     for page in ("scores.html", "report.html", "dense/step_scores/step-000002.html"):
         assert (tmp_path / "tutorial" / page).is_file()
     assert "label" in json.loads((tmp_path / "tutorial" / "responses.jsonl").read_text().splitlines()[0])
@@ -61,7 +66,9 @@ def test_a_notebook_is_stored_without_outputs(path):
     assert cells[0]["cell_type"] == "markdown"  # its heading is the title of its page
 
 
-@pytest.mark.parametrize(("name", "last"), [("score_and_see", "scores.html"), ("outcome_to_dense_ppo", "dense + outcome")])
+@pytest.mark.parametrize(
+    ("name", "last"), [("score_and_see", "scores.html"), ("outcome_to_dense_ppo", "dense + outcome")]
+)
 def test_a_notebook_runs(name, last, tmp_path, monkeypatch):
     for needed in ("nbclient", "ipykernel"):
         if importlib.util.find_spec(needed) is None:

@@ -24,6 +24,7 @@ from fractal_rm.tasks.base_policy import SHIPPED_POLICY
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
 FOLDER = Path(__file__).resolve().parents[1] / "figures"
 # A response whose second step is wrong, and scores as a good reward model might give them.
@@ -103,7 +104,7 @@ def placement(figure: "Figure") -> None:
     axes.set(xlim=(-0.1, widest + 0.1), ylim=(-1.5 * len(spans) + 0.5, 0.5))
 
 
-def _rectangle(x: float, y: float, width: float, colour: str, edge: str):  # noqa: ANN202
+def _rectangle(x: float, y: float, width: float, colour: str, edge: str) -> "Rectangle":
     from matplotlib.patches import Rectangle
 
     return Rectangle((x, y - 0.35), width, 0.7, facecolor=colour, edgecolor=edge, lw=1.0)
@@ -120,7 +121,9 @@ def aggregations(figure: "Figure") -> None:
         assert logits.grad is not None
         axes = figure.add_subplot(2, 3, number + 1)
         style_axes(axes, PICTURE)
-        axes.bar(range(len(PROBS)), logits.grad[0].tolist(), color=[score_colour(p) for p in PROBS], ec=PICTURE.ink, lw=0.6)
+        axes.bar(
+            range(len(PROBS)), logits.grad[0].tolist(), color=[score_colour(p) for p in PROBS], ec=PICTURE.ink, lw=0.6
+        )
         axes.set_xticks(range(len(PROBS)), [f"{p:.1f}" for p in PROBS])
         axes.set_ylim(0, 1)
         axes.set_title(f"{name}: {bag.sigmoid().item():.2f}", fontsize=10.5, color=PICTURE.ink, loc="left")

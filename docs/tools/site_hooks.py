@@ -24,6 +24,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^(?P<indent> *)(?P<marks>```+)[^\n]*\n.*?^(?P=indent)(?P=marks)[ ]*$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?P<mark>!?)\[(?P<label>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 
+# What a browser would fetch by itself from somewhere else.
+FETCHED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"(?:https?:)?//[^\"]*")
+
 
 def site_path(path: str) -> str:
     """Where a file of the repository stands in the site; a module is its page of the reference.
@@ -86,8 +89,12 @@ def pages_outside_docs(repository: Path = REPOSITORY) -> dict[str, str]:
 
 def recipe_list(recipes: dict[str, str]) -> str:
     """A page that names every recipe by its own heading."""
-    lines = [f"- [{text.splitlines()[0].lstrip('# ')}]({path.removeprefix('recipes/')})" for path, text in recipes.items()]
-    return "\n".join(["# Recipes", "", "Each is a folder with a configuration and the command that runs it.", "", *lines, ""])
+    lines = [
+        f"- [{text.splitlines()[0].lstrip('# ')}]({path.removeprefix('recipes/')})" for path, text in recipes.items()
+    ]
+    return "\n".join(
+        ["# Recipes", "", "Each is a folder with a configuration and the command that runs it.", "", *lines, ""]
+    )
 
 
 def notebook_page(path: Path) -> str:
@@ -149,3 +156,15 @@ def on_page_markdown(markdown: str, *, page: "Page", config: "MkDocsConfig", fil
     if page.file.generated_by is not None:
         return markdown
     return with_site_links(markdown, f"docs/{page.file.src_uri}")
+
+
+def on_post_page(output: str, *, page: "Page", config: "MkDocsConfig") -> str:
+    """Refuse a page that would fetch something from somewhere else when it is read."""
+    from mkdocs.exceptions import PluginError
+
+    found = FETCHED.search(output)
+    if found:
+        raise PluginError(
+            f"{page.file.src_uri} would fetch something: {found[0]}. Put it into the site, or leave it out."
+        )
+    return output

@@ -1,9 +1,10 @@
-"""The reference part of the site: what to read from docstrings, and tables of what configuration fields say of themselves.
+"""The reference of the site: what comes from docstrings, and tables of what fields of configurations say of themselves.
 
 `python docs/tools/site_reference.py OUTPUT_DIR` writes the pages as Markdown.
 """
 
 import dataclasses
+import inspect
 import sys
 import types
 import typing
@@ -104,7 +105,7 @@ def is_configuration(kind: object) -> bool:
 
 def own(kind: type) -> list[dataclasses.Field]:
     """The fields that a dataclass itself declares, in order."""
-    return [field for field in dataclasses.fields(kind) if field.name in kind.__dict__.get("__annotations__", {})]
+    return [field for field in dataclasses.fields(kind) if field.name in inspect.get_annotations(kind)]
 
 
 def field_table(*kinds: type) -> str:
@@ -119,9 +120,25 @@ def field_table(*kinds: type) -> str:
         for field in own(kind):
             if "help" not in field.metadata:
                 raise ValueError(f"`{kind.__name__}.{field.name}` has no help. Give it one: nothing else describes it.")
-            help_text = field.metadata["help"].replace("|", "\\|")
-            lines.append(f"| `{field.name}` | {type_text(hints[field.name])} | {default_text(field)} | {help_text} |")
+            cells = (
+                f"`{field.name}`",
+                type_text(hints[field.name]),
+                default_text(field),
+                as_cell(field.metadata["help"]),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def as_cell(text: str) -> str:
+    r"""Text as a cell of a table: what stands between backticks stays, an asterisk elsewhere is no emphasis.
+
+    Example:
+        >>> print(as_cell("power_* and `a * b | c`"))
+        power_\* and `a * b \| c`
+    """
+    parts = text.replace("|", r"\|").split("`")
+    return "`".join(part if number % 2 else part.replace("*", r"\*") for number, part in enumerate(parts))
 
 
 def type_text(hint: object) -> str:
