@@ -1,12 +1,11 @@
-"""Question: where a policy learns from step scores alone, does a reward model that keeps learning take it further than
-a frozen one?
+"""Question: does a reward model that keeps learning remove the late collapse of a frozen one?
 
 Rival: the arm `frozen`. For every seed a small reward model is trained on few responses of the base policy, and the
 policy is trained on its step scores (no outcome in the policy's reward) from the same start, on the same prompts. The
-arm `online` differs in `rm_update_every` only: the reward model goes on learning from the outcomes of the rollouts.
-The arm `outcome` has no step scores: what the same outcomes do as the policy's only reward. Each evaluation appends a
-row; the last one of a run says what the reward model makes of the final policy's responses to held-out problems (gold
-step labels are read there only).
+learning rate stays up and sampling is warm, so that a policy that exploits its reward model does so within a short
+run. The arm `online` differs in `rm_update_every` and its options only: the reward model goes on learning from the
+outcomes of the rollouts. Each evaluation appends a row; the last one of a run says what the reward model makes of the
+final policy's responses to held-out problems (gold step labels are read there only).
 
 Command: python benchmarks/online_reward.py --seeds 1 2 3
 Resumable: a finished run is not run again.
@@ -21,7 +20,6 @@ import datasets
 
 from fractal_rm.metrics import bag_metrics, step_auc, within_bag_auc
 from fractal_rm.quickstart import PPO_SETTINGS, Budget, LearningCurve, Quickstart, QuickstartArguments, quiet
-from fractal_rm.readers import read_jsonl
 from fractal_rm.results import ResultsFile, read_results
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.tasks.arithmetic import exact_answer
@@ -30,18 +28,27 @@ from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
 
 RESULTS = Path(__file__).parent / "results" / "online_reward.jsonl"
-BUDGET = Budget(responses=384, updates=48, evaluate_every=12, held_out=384, validation=400)
-# Warmed up and decayed as in the quickstart; groups need no value model, so what differs is the reward alone.
-SETTINGS = PPO_SETTINGS | {"advantage": "group", "warmup_steps": 5}
+BUDGET = Budget(responses=384, updates=32, evaluate_every=8, held_out=384, validation=100)
+# One completion a prompt, and no value model: every rollout is another problem for the reward model to learn from.
+SETTINGS = PPO_SETTINGS | {
+    "advantage": "global",
+    "num_generations": 1,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 5,
+    "temperature": 1.2,
+    "outcome_weight": 0.0,
+    "gradient_checkpointing": False,
+    "reward_model_batch_size": 128,
+}
 ARMS: dict[str, dict[str, Any]] = {
-    "frozen": {"outcome_weight": 0.0},
+    "frozen": {},
     "online": {
-        "outcome_weight": 0.0,
-        "rm_update_every": 2,
-        "rm_update_steps": 12,
+        "rm_update_every": 1,
+        "rm_update_steps": 8,
         "rm_learning_rate": 5e-4,
+        "rm_replay_size": 2048,
     },
-    "outcome": {},
 }
 
 
@@ -52,9 +59,8 @@ def run_arm(run: Quickstart, arm: str, results: ResultsFile) -> None:
     with quiet():
         trainer = StepPPOTrainer(
             model=str(run.folder / "policy"),
-            reward_model=run.folder / "reward_model" if arm != "outcome" else None,
+            reward_model=run.folder / "reward_model",
             reward_funcs=[exact_answer],
-            reward_model_dataset=read_jsonl(run.folder / "responses.jsonl") if arm == "online" else None,
             args=StepPPOConfig(
                 output_dir=str(folder),
                 **(SETTINGS | ARMS[arm]),
@@ -86,7 +92,7 @@ def run_arm(run: Quickstart, arm: str, results: ResultsFile) -> None:
 
 
 def judge(run: Quickstart, trainer: StepPPOTrainer, reward_model: StepRewardModel) -> dict[str, float]:
-    """What a reward model tells apart in the policy's responses to held-out problems."""
+    """What a reward model tells apart in the policy's responses to held-out problems, and what it gives them."""
     problems = run.problems["held_out"]
     prompts = [problem.prompt for problem in problems]
     responses = sample_responses(trainer.model, trainer._tokenizer, prompts, seed=8)
@@ -95,14 +101,14 @@ def judge(run: Quickstart, trainer: StepPPOTrainer, reward_model: StepRewardMode
     scores, gold = [row.step_scores for row, _ in rows], [problem.check_steps(row.response) for row, problem in rows]
     bags = bag_metrics([row.score for row, _ in rows], [problem.check_answer(row.response) for row, problem in rows])
     found = {"step_auc": step_auc(scores, gold), "within_bag_auc": within_bag_auc(scores, gold)}
-    return found | {"bag_auc": bags["bag_auc"]}
+    return found | {"bag_auc": bags["bag_auc"], "score": sum(row.score for row, _ in rows) / len(rows)}
 
 
 def main() -> None:
     """Run what has not been run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--arms", nargs="+", default=["frozen", "online"], choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--work_dir", type=Path, default=Path("runs/online_reward"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()

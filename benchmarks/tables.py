@@ -40,12 +40,26 @@ def whole_runs(name: str) -> list[dict[str, Any]]:
 
 
 def online_table() -> str:
-    """Frozen against online reward models: accuracy on the way, and what the model tells apart at the end."""
+    """Frozen against online reward models: accuracy on the way, the best of it, and how the two end."""
     if not (RESULTS / "online_reward.jsonl").is_file():
         return "No rows yet."
-    runs = whole_runs("online_reward.jsonl")
-    curve = list(dict.fromkeys(name for run in runs for name in run["metrics"] if name.startswith("accuracy at")))
-    return markdown_table(runs, metrics=[*curve, "accuracy_greedy", "step_accuracy", "bag_auc", "step_auc"])
+    runs = {(run["arm"], run["seed"]): run for run in whole_runs("online_reward.jsonl")}
+    curve = list(
+        dict.fromkeys(name for run in runs.values() for name in run["metrics"] if name.startswith("accuracy at"))
+    )
+    for run in runs.values():
+        run["metrics"]["best"] = max(run["metrics"][name] for name in curve if name in run["metrics"])
+    shown = [*curve, "best", "step_accuracy", "score", "bag_auc", "step_auc"]
+    pairs = [
+        run
+        | {
+            "arm": "online - frozen",
+            "metrics": {n: run["metrics"][n] - runs["frozen", seed]["metrics"][n] for n in shown},
+        }
+        for (arm, seed), run in runs.items()
+        if arm == "online" and ("frozen", seed) in runs
+    ]
+    return markdown_table([*runs.values(), *pairs], metrics=shown)
 
 
 def evidence_rows() -> list[dict[str, Any]]:
