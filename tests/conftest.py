@@ -10,7 +10,8 @@ os.environ.update(
     WANDB_MODE="disabled",
     MPLBACKEND="Agg",
 )
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# One thread, in the processes that tests start too: two on busy cores wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
 import random
