@@ -65,7 +65,13 @@ ARMS = {
         Arm("fractal", steps="fractal"),
         Arm("fractal_mix", steps="fractal", outcome=True, variants=_MIX),
         # Runs where the trainer can update its reward model: `available` leaves it out elsewhere.
-        Arm("fractal_online", steps="fractal", outcome=True, variants=_MIX, options=(("rm_update_every", 4),)),
+        Arm(
+            "fractal_online",
+            steps="fractal",
+            outcome=True,
+            variants=_MIX,
+            options=(("rm_update_every", 4), ("rm_learning_rate", 5e-4)),
+        ),
         Arm("orm", response_model=True, variants=_SCALES),
         Arm("supervised", steps="supervised"),
         Arm("oracle", steps="oracle"),

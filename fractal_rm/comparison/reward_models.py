@@ -17,6 +17,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fractal_rm.bags import Bag
+from fractal_rm.comparison.held_out import measure
 from fractal_rm.comparison.implicit import ImplicitReward
 from fractal_rm.comparison.scripted_scores import ScriptedRewardModel, copy_label, oracle, random_steps
 from fractal_rm.comparison.settings import Setting, form_texts, form_tokenizer
@@ -72,7 +73,7 @@ class Size:
         max_steps: Optimizer steps of a reward model; -1: as many as its epochs have.
     """
 
-    form_texts: int = 43008
+    form_texts: int = 98304
     texts: int | None = None
     hidden_size: int = 64
     responses: int | None = None
@@ -127,6 +128,22 @@ class Assets:
         """The base policy and its tokenizer."""
         folder = self.policy()
         return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+    def start(self, count: int) -> tuple[dict[str, float | None], list[str]]:
+        """What the base policy is worth on held-out problems, and its sampled responses: the start of every arm.
+
+        Args:
+            count: How many problems.
+        """
+
+        def make(folder: Path) -> None:
+            found, texts = measure(
+                *self.load_policy(), self.setting, self.setting.problems("held_out", count, self.seed)
+            )
+            write_atomic(folder / "start.json", json.dumps({"metrics": found, "texts": texts}))
+
+        saved = json.loads((made_once(self.own / f"start-{count}", make) / "start.json").read_text(encoding="utf-8"))
+        return saved["metrics"], saved["texts"]
 
     # Labelled responses -------------------------------------------------------------------------------------------
 

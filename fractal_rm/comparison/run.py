@@ -39,6 +39,8 @@ PPO_SETTINGS: dict[str, Any] = {
 }
 # Shares of the updates after which a policy is measured.
 POINTS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+# Held-out responses from which the distance to the base policy is estimated.
+KL_RESPONSES = 128
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,14 @@ class Curve(TrainerCallback):
         start = time.process_time()
         seconds = start - self.started - self.spent
         model, prompts = self.trainer.model, [problem.prompt for problem in self.held_out]
-        # Greedy decoding at the start, the middle and the end: it is as dear as sampling.
-        greedy = step in (0, max(self.steps)) or 2 * step == max(self.steps)
-        found, texts = measure(model, self.tokenizer, self.assets.setting, self.held_out, greedy=greedy)
-        logprobs = [response_logprobs(m, self.tokenizer, prompts, texts) for m in (model, self.reference)]
+        if step == 0:
+            found, texts = self.assets.start(len(prompts))
+        else:
+            # Greedy decoding at the start, the middle and the end: it is as dear as sampling.
+            greedy = step == max(self.steps) or 2 * step == max(self.steps)
+            found, texts = measure(model, self.tokenizer, self.assets.setting, self.held_out, greedy=greedy)
+        some = slice(KL_RESPONSES)
+        logprobs = [response_logprobs(m, self.tokenizer, prompts[some], texts[some]) for m in (model, self.reference)]
         found |= {
             "rollouts": step // self.trainer.num_iterations * self.budget.rollouts_per_update,
             "rm_score": self._score(prompts, texts),

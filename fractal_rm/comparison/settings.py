@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,7 @@ PIECES = "[0-9]+:| ?[0-9]| ?->| ?[A-Za-z']+|[^A-Za-z0-9]"
 # Seeds of problems: of the policy's texts, then of each seed's own streams, far from one another.
 _TEXTS, _STREAMS = 1_000_000, {"held_out": 0, "train": 1, "reward_model": 2}
 SHORTEST = 2
+LONGEST: dict[Kind, int] = {"chain": 16, "distracted": 7, "branching": 7}
 TOKENS_PER_STEP = 7
 
 
@@ -41,6 +43,8 @@ class Setting:
         responses: Labelled responses that a reward model learns from.
         reward_model_steps: Fewest and most changes in the problems of those responses; None: as the policy's.
         flipped: Share of outcome labels that are wrong, wherever somebody learns from one.
+        strength: How often the base policy acts on a wrong belief. Less where problems are longer: a wrong result is
+            right by luck once in ten times, and honest right answers must not be rarer than that.
         policy_texts: Responses with wrong beliefs that a base policy is fine-tuned on, enough for it to settle.
     """
 
@@ -53,12 +57,13 @@ class Setting:
     responses: int = 3072
     reward_model_steps: tuple[int, int] | None = None
     flipped: float = 0.0
+    strength: float = 0.6
     policy_texts: int = 8192
 
     @property
     def policy_name(self) -> str:
         """Settings of one name share their base policies."""
-        return f"{self.kind}-{self.max_steps}-{round(100 * self.wrong_share)}"
+        return f"{self.kind}-{self.max_steps}-{round(100 * self.wrong_share)}-{round(100 * self.strength)}"
 
     @property
     def max_new_tokens(self) -> int:
@@ -96,7 +101,7 @@ class Setting:
 
     def beliefs(self, number: int) -> Beliefs:
         """What the base policy of a number holds true."""
-        return Beliefs(self.wrong_share, seed=number)
+        return Beliefs(self.wrong_share, self.strength, seed=number)
 
     def texts(self, number: int, count: int) -> list[tuple[str, str]]:
         """Prompts and responses, with wrong beliefs, that a base policy is fine-tuned on; batches of like length."""
@@ -106,19 +111,30 @@ class Setting:
 
 
 def form_texts(count: int) -> list[tuple[str, str]]:
-    """Prompts and right responses of all kinds, from which the forms are learned: short chains first.
+    """Prompts and right responses of all kinds, from which the forms are learned: short problems first.
 
-    A small model learns to look up changes much sooner on short problems.
+    A small model learns to look up changes much sooner on short problems, and has to see long ones to do it there.
     """
     rng = random.Random("forms")
-    short = make_problems(count // 2, seed=_TEXTS - 1, min_steps=SHORTEST, max_steps=4)
-    mixed = [
-        problem
-        for make in MAKERS.values()
-        for problem in make(count // 6, seed=_TEXTS - 2, min_steps=SHORTEST, max_steps=7)
+    lessons: list[list[AnyProblem]] = [
+        list(make_problems(count // 4, seed=_TEXTS - 1, min_steps=SHORTEST, max_steps=4)),
+        _mixed(count // 4, {"chain": 7, "distracted": 7, "branching": 7}, seed=_TEXTS - 2),
+        _mixed(count // 2, LONGEST, seed=_TEXTS - 3),
     ]
-    first, second = ([(p.prompt, respond(p, Beliefs(0.0), rng)) for p in part] for part in (short, mixed))
-    return in_batches(first, rng) + in_batches(second, rng)
+    return [
+        text
+        for lesson in lessons
+        for text in in_batches([(p.prompt, respond(p, Beliefs(0.0), rng)) for p in lesson], rng)
+    ]
+
+
+def _mixed(count: int, longest: Mapping[Kind, int], seed: int) -> list[AnyProblem]:
+    """Problems of all kinds, as many of each."""
+    return [
+        problem
+        for kind, most in longest.items()
+        for problem in MAKERS[kind](count // len(longest), seed=seed, min_steps=SHORTEST, max_steps=most)
+    ]
 
 
 def in_batches(texts: list[tuple[str, str]], rng: random.Random, size: int = 32) -> list[tuple[str, str]]:
@@ -139,14 +155,14 @@ def form_tokenizer() -> PreTrainedTokenizerFast:
 SETTINGS = {
     setting.name: setting
     for setting in (
-        Setting("easy", "chain", 3, 6, 0.2),
+        Setting("easy", "chain", 3, 6, 0.2, strength=0.8),
         Setting("medium", "chain", 6, 10, 0.3),
-        Setting("hard", "chain", 10, 16, 0.4, updates=30),
-        Setting("distractors", "distracted", 4, 7, 0.3, policy_texts=16_384),
-        Setting("branching", "branching", 4, 7, 0.3, policy_texts=28_672),
+        Setting("hard", "chain", 10, 16, 0.4, updates=30, strength=0.5),
+        Setting("distractors", "distracted", 4, 7, 0.3),
+        Setting("branching", "branching", 4, 7, 0.3),
         Setting("shift", "chain", 7, 10, 0.3, reward_model_steps=(3, 5)),
-        Setting("noise_10", "chain", 3, 6, 0.2, flipped=0.1),
-        Setting("noise_20", "chain", 3, 6, 0.2, flipped=0.2),
+        Setting("noise_10", "chain", 3, 6, 0.2, strength=0.8, flipped=0.1),
+        Setting("noise_20", "chain", 3, 6, 0.2, strength=0.8, flipped=0.2),
     )
 }
 # The six of the claim; the noise test stands beside them.
