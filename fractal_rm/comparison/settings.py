@@ -54,7 +54,7 @@ class Setting:
     max_steps: int
     wrong_share: float
     updates: int = 40
-    responses: int = 3072
+    responses: int = 1024
     reward_model_steps: tuple[int, int] | None = None
     flipped: float = 0.0
     strength: float = 0.6
