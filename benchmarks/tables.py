@@ -109,7 +109,11 @@ def documents() -> dict[Path, str]:
         scale: replace_table(plan, "kill_and_resume", killed),
         online: replace_table(online.read_text(encoding="utf-8"), "online_reward", online_table()),
         evaluation: evaluation_page(evaluation.read_text(encoding="utf-8"), *judged),
-        readme: replace_table(readme.read_text(encoding="utf-8"), "quickstart", short),
+        readme: replace_table(
+            replace_table(readme.read_text(encoding="utf-8"), "quickstart", short),
+            "evidence summary",
+            evidence_tables(evidence_rows())["summary"],
+        ),
         quickstart: text,
     }
 

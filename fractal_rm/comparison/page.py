@@ -21,8 +21,9 @@ from fractal_rm.metrics import PairedDifference
 from fractal_rm.report.drawing import PICTURE, new_figure, style_axes, to_bytes
 from fractal_rm.report.tables import MISSING, format_number
 
-DEFAULT_ARMS = ("fractal", "fractal_mix")
-DRAWN = ("fractal", *OUTCOME_ONLY, CEILING)
+DEFAULT = "fractal"
+DEFAULT_ARMS = (DEFAULT, "fractal_mix")
+DRAWN = (DEFAULT, *OUTCOME_ONLY, CEILING)
 NOTHING = "No rows yet."
 DRAWS = 1000
 
@@ -30,6 +31,7 @@ DRAWS = 1000
 def tables(rows: Rows) -> dict[str, str]:
     """Each table of the page by its name; a table without rows says so."""
     return {
+        "summary": _summary(rows),
         "claims": _claims(rows),
         "gains": _gains(rows),
         "accuracy": _by_setting(rows, _end_accuracy),
@@ -77,6 +79,25 @@ def _claims(rows: Rows) -> str:
                     [arm, claim.text, str(claim.asked), f"{len(claim.holds)} of {len(claim.known)}", state, holds]
                 )
     return _lines(["arm", "claim", "settings asked", "settings met", "state", "where"], body)
+
+
+def _summary(rows: Rows) -> str:
+    """What a reader wants first: a line a setting, the default arm against the better outcome-only one."""
+    body = []
+    for setting in present(rows)[0]:
+        found, supervised = compare_arm(rows, setting, DEFAULT), curves(rows, setting, CEILING)
+        if found is not None:
+            ceiling = MISSING if supervised is None else f"{100 * _end_accuracy(supervised):.1f}"
+            reach = f"{found.reach:.0%}" if np.isfinite(found.reach) else "never"
+            body.append([
+                setting, str(found.seeds), *(f"{100 * value:.1f}" for value in reversed(found.iqm)), ceiling,
+                _points(found.half), _points(found.end), reach,
+            ])  # fmt: skip
+    header = [
+        "setting", "seeds", "outcome only", DEFAULT, CEILING, "gain half-way", "gain at the end",
+        "rollouts to reach outcome-only's end",
+    ]  # fmt: skip
+    return _lines(header, body)
 
 
 def _gains(rows: Rows) -> str:

@@ -41,6 +41,7 @@ class Setting:
         wrong_share: Share of the facts that the base policy believes wrongly.
         updates: Policy updates of a run.
         responses: Labelled responses that a reward model learns from.
+        reward_model_rate: Learning rate of reward models; lower where labels say little, or they learn the noise.
         reward_model_steps: Fewest and most changes in the problems of those responses; None: as the policy's.
         flipped: Share of outcome labels that are wrong, wherever somebody learns from one.
         strength: How often the base policy acts on a wrong belief. Less where problems are longer: a wrong result is
@@ -55,6 +56,7 @@ class Setting:
     wrong_share: float
     updates: int = 40
     responses: int = 1024
+    reward_model_rate: float = 1e-3
     reward_model_steps: tuple[int, int] | None = None
     flipped: float = 0.0
     strength: float = 0.6
@@ -157,7 +159,7 @@ SETTINGS = {
     for setting in (
         Setting("easy", "chain", 3, 6, 0.2, strength=0.8),
         Setting("medium", "chain", 6, 10, 0.3),
-        Setting("hard", "chain", 10, 16, 0.4, updates=30, strength=0.5),
+        Setting("hard", "chain", 10, 16, 0.4, updates=30, responses=4096, reward_model_rate=5e-4, strength=0.5),
         Setting("distractors", "distracted", 4, 7, 0.3),
         Setting("branching", "branching", 4, 7, 0.3),
         Setting("shift", "chain", 7, 10, 0.3, reward_model_steps=(3, 5)),
