@@ -48,8 +48,8 @@ class Arm:
 
 
 _MIX = (
-    {"advantage": "group", "outcome_weight": 0.3},
-    {"advantage": "group", "outcome_weight": 1.0},
+    {"advantage": "gae", "outcome_weight": 0.3},
+    {"advantage": "gae", "outcome_weight": 1.0},
 )
 
 OUTCOME_ONLY = ("outcome_grpo", "outcome_ppo")
