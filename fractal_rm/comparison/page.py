@@ -22,7 +22,7 @@ from fractal_rm.report.drawing import PICTURE, new_figure, style_axes, to_bytes
 from fractal_rm.report.tables import MISSING, format_number
 
 DEFAULT = "fractal"
-DEFAULT_ARMS = (DEFAULT, "fractal_mix")
+DEFAULT_ARMS = (DEFAULT, "fractal_mix", "fractal_online")
 DRAWN = (DEFAULT, *OUTCOME_ONLY, CEILING)
 NOTHING = "No rows yet."
 DRAWS = 1000

@@ -56,7 +56,7 @@ class Setting:
     wrong_share: float
     updates: int = 40
     responses: int = 1024
-    reward_model_rate: float = 2e-3
+    reward_model_rate: float = 1e-3
     reward_model_steps: tuple[int, int] | None = None
     flipped: float = 0.0
     strength: float = 0.6
