@@ -48,8 +48,8 @@ TRAINING: dict[str, Any] = {
     "report_to": [],
     "use_cpu": True,
 }
-# Of wrong chains one in ten ends on the right answer by luck: the bag loss knows it. What the base policy finds likely is
-# a belief about steps that fades while the labels speak.
+# Of wrong chains one in ten ends on the right answer by luck: the bag loss knows it. What the base policy finds likely
+# is a belief about steps that fades while the labels speak.
 FRACTAL: dict[str, Any] = {"missed_bad": 0.1, "likelihood_prior_weight": 0.3, "prior_schedule": "linear"}
 # What each kind of reward model changes; `response` is one step a response, `supervised` is named for what it reads.
 KINDS: dict[str, dict[str, Any]] = {
