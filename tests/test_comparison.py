@@ -136,6 +136,9 @@ def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
     made = page.tables(study(0.3))
     assert "| easy | fractal | outcome_grpo | 10 | 200 | **+30.0** [+30.0, +30.0]" in made["gains"]
     assert "**met**" in made["claims"]
+    # outcome-only's end, ours, the ceiling's; then the gains
+    assert "| easy | 10 |" in made["summary"]
+    assert "| **+30.0** [+30.0, +30.0] | **+30.0** [+30.0, +30.0] | 25% |" in made["summary"]
     assert not page.draw_curves(tmp_path / "curves.png", [])
     assert page.draw_curves(tmp_path / "curves.png", study(0.3))
     assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
