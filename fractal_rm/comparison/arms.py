@@ -5,7 +5,7 @@ from typing import Any
 
 Options = dict[str, Any]
 # Every arm is tried with two learning rates times two settings of its own, so that none wins by trying more often.
-LEARNING_RATES = (6e-4, 1.2e-3)
+LEARNING_RATES = (4e-4, 8e-4)
 _BASELINES = ({"advantage": "group"}, {"advantage": "gae"})
 _SCALES = (
     {"advantage": "group", "scale_rewards": "group"},

@@ -17,7 +17,7 @@ from fractal_rm.results import portable_command, write_atomic
 from fractal_rm.trainers.command_parser import parse
 from fractal_rm.trainers.script_checks import check_writable_folder
 
-TUNING_SETTING = "easy"
+TUNING_SETTING = "medium"
 # Trials do this share of the updates of a run, and are measured at its middle and its end.
 TUNING_SHARE, TUNING_POINTS = 0.6, (0.5, 1.0)
 SMOKE_BUDGET = Budget(rollouts_per_update=16, held_out=8, updates=2, points=(1.0,))
