@@ -116,6 +116,19 @@ def test_claims_count_settings_without_rows_as_not_met():
     assert statistics.verdicts([]) == []
 
 
+def test_few_seeds_have_no_interval_and_decide_no_claim():
+    few = study(0.3, seeds=4)
+    found = statistics.compare_arm(few, "easy", "fractal")
+    assert found.end.difference == pytest.approx(0.3)
+    assert np.isnan(found.end.low)
+    assert np.isnan(found.half.high)
+    assert all(not claim.known for claim in statistics.claims(few, "fractal"))
+    made = page.tables(few)
+    assert made["claims"] == page.UNDECIDED
+    assert "| +30.0 | +30.0 | 25% |" in made["summary"]
+    assert all(claim.is_met for claim in statistics.claims(study(0.3, seeds=5), "fractal"))
+
+
 def test_half_a_run_is_no_run_and_a_run_that_was_done_again_counts_once():
     half = rows_of("easy", "fractal", 0, [0.1, 0.2], finished=False)
     assert statistics.curves(half, "easy", "fractal") is None

@@ -25,6 +25,7 @@ DEFAULT = "fractal"
 DEFAULT_ARMS = (DEFAULT, "fractal_mix", "fractal_online")
 DRAWN = (DEFAULT, *OUTCOME_ONLY, CEILING)
 NOTHING = "No rows yet."
+UNDECIDED = "No setting has the five seeds yet that an interval takes."
 DRAWS = 1000
 
 
@@ -61,10 +62,12 @@ def _lines(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def _points(found: PairedDifference | None) -> str:
-    """A difference in points of accuracy with its interval, bold where the interval is above 0."""
+    """A difference in points of accuracy with its interval, if it has one; bold where the interval is above 0."""
     if found is None:
         return MISSING
     value = f"{100 * found.difference:+.1f}"
+    if np.isnan(found.low):
+        return value
     return f"{f'**{value}**' if found.low > 0 else value} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
@@ -78,6 +81,8 @@ def _claims(rows: Rows) -> str:
                 body.append(
                     [arm, claim.text, str(claim.asked), f"{len(claim.holds)} of {len(claim.known)}", state, holds]
                 )
+    if rows and not body:
+        return UNDECIDED
     return _lines(["arm", "claim", "settings asked", "settings met", "state", "where"], body)
 
 

@@ -1,7 +1,7 @@
 """What the rows of the comparison say: curves, paired differences with intervals, and the claims, met or not.
 
 A run's curve is its held-out accuracy at fixed numbers of rollouts. Seeds pair the arms: seed for seed they have the
-same policy, prompts and held-out problems. Intervals are percentile bootstraps over seeds.
+same policy, prompts and held-out problems. Intervals are percentile bootstraps over five or more seeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,8 @@ from fractal_rm.metrics import PairedDifference, paired_bootstrap
 GAIN, LONG_GAIN, LONG = 0.05, 0.15, 6
 NEAR_CEILING = COLLAPSE = 0.02
 WANTED_SETTINGS, WANTED_WITH_COST = 5, 3
+# With fewer seeds a bootstrap over them says nothing: differences have no interval, and no claim is decided.
+FEWEST_SEEDS = 5
 
 
 @dataclass(frozen=True)
@@ -202,19 +204,25 @@ def compare_arm(rows: Rows, setting: str, arm: str) -> Comparison | None:
         rival=rival,
         seeds=len(seeds),
         half_rollouts=float(rollouts[half]),
-        half=paired_bootstrap(a[:, half], b[:, half]),
-        end=paired_bootstrap(a[:, -1], b[:, -1]),
-        area=paired_bootstrap(area(rollouts, a), area(rollouts, b)),
+        half=_difference(a[:, half], b[:, half]),
+        end=_difference(a[:, -1], b[:, -1]),
+        area=_difference(area(rollouts, a), area(rollouts, b)),
         iqm=(interquartile_mean(a[:, -1]), interquartile_mean(b[:, -1])),
         improvement=improvement_probability(a[:, -1], b[:, -1]),
         reach=rollouts_to_reach(rollouts, a.mean(axis=0), b.mean(axis=0)[-1]) / float(rollouts[-1]),
         with_rollouts=_shifted(rollouts, a, rollouts, b, ours.rm_rollouts),
         with_seconds=_shifted(ours.seconds, a, theirs.seconds, b, ours.rm_seconds),
         drop=float(a.mean(axis=0).max() - a.mean(axis=0)[-1]),
-        ceiling=paired_bootstrap(ours.of(shared)[:, -1], supervised.of(shared)[:, -1])
+        ceiling=_difference(ours.of(shared)[:, -1], supervised.of(shared)[:, -1])
         if supervised is not None and shared
         else None,
     )
+
+
+def _difference(ours: Any, theirs: Any) -> PairedDifference:
+    """Difference over paired seeds; its interval is NaN where there are too few of them."""
+    found = paired_bootstrap(ours, theirs)
+    return found if len(ours) >= FEWEST_SEEDS else PairedDifference(found.difference, np.nan, np.nan)
 
 
 def _shifted(
@@ -226,7 +234,7 @@ def _shifted(
         return None  # the rival is done before ours begins
     a = [np.interp(total - extra, costs, curve) for curve in ours]
     b = [np.interp(total, rival_costs, curve) for curve in theirs]
-    return paired_bootstrap(a, b)
+    return _difference(a, b)
 
 
 @dataclass(frozen=True)
@@ -245,13 +253,14 @@ class Claim:
 
 
 def claims(rows: Rows, arm: str) -> list[Claim]:
-    """The claims of the study about an arm, from the main settings that have rows.
+    """The claims of the study about an arm, from the main settings that have enough seeds.
 
     Args:
         rows: Rows of the study.
         arm: Its name.
     """
-    found = {name: result for name in MAIN_SETTINGS if (result := compare_arm(rows, name, arm)) is not None}
+    compared = {name: compare_arm(rows, name, arm) for name in MAIN_SETTINGS}
+    found = {name: result for name, result in compared.items() if result is not None and result.seeds >= FEWEST_SEEDS}
     known = tuple(found)
     long = tuple(name for name in MAIN_SETTINGS if SETTINGS[name].min_steps >= LONG)
 
@@ -297,7 +306,7 @@ def claims(rows: Rows, arm: str) -> list[Claim]:
 
 
 def verdicts(rows: Rows, arms: Sequence[str] = ("fractal", "fractal_mix")) -> list[str]:
-    """A sentence for each claim and arm: met, not met, or not known yet."""
+    """A sentence for each claim and arm: met or not; none where no setting has enough seeds."""
     lines = []
     for arm in arms:
         for claim in claims(rows, arm):
