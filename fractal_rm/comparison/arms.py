@@ -84,6 +84,7 @@ ARMS = {
         Arm("lca", steps="lca", core=False),
         Arm("implicit", steps="implicit", core=False),
         Arm("fractal_bag", steps="fractal_bag", core=False),
+        Arm("fractal_priors", steps="fractal_priors", core=False),
         Arm("fractal_pseudo", steps="fractal_pseudo", core=False),
     )
 }

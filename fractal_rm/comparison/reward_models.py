@@ -38,7 +38,7 @@ TRAINING: dict[str, Any] = {
     "aggregation": "product",
     "head_learning_rate": 5e-2,
     "lr_scheduler_type": "cosine",
-    "num_train_epochs": 4,
+    "num_train_epochs": 8,
     "per_device_train_batch_size": 32,
     "train_sampling_strategy": "group_by_length",
     "gradient_checkpointing": False,
@@ -48,13 +48,13 @@ TRAINING: dict[str, Any] = {
     "report_to": [],
     "use_cpu": True,
 }
-# Of wrong chains one in ten ends on the right answer by luck: the bag loss knows it. What the base policy finds likely
-# is a belief about steps that fades while the labels speak.
-FRACTAL: dict[str, Any] = {"missed_bad": 0.1, "likelihood_prior_weight": 0.3, "prior_schedule": "linear"}
+# Of wrong chains one in ten ends on the right answer by luck: the bag loss knows it.
+FRACTAL: dict[str, Any] = {"missed_bad": 0.1}
 # What each kind of reward model changes; `response` is one step a response, `supervised` is named for what it reads.
 KINDS: dict[str, dict[str, Any]] = {
     "fractal": FRACTAL,
     "fractal_bag": {},
+    "fractal_priors": {**FRACTAL, "likelihood_prior_weight": 0.3, "prior_schedule": "linear"},
     "fractal_pseudo": {**FRACTAL, "pseudo_labels": "soft", "pseudo_bag_weight": 1.0, "pseudo_start": "warm"},
     "response": {"segmentation": "given"},
     "supervised": {"bag_weight": 0.0, "instance_weight": 1.0},
