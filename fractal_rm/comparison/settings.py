@@ -55,7 +55,7 @@ class Setting:
     max_steps: int
     wrong_share: float
     updates: int = 40
-    responses: int = 1024
+    responses: int = 2048
     reward_model_rate: float = 1e-3
     reward_model_steps: tuple[int, int] | None = None
     flipped: float = 0.0
