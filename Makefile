@@ -36,11 +36,13 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=fa
 quickstart: $(VENV)/.installed-plots
 	$(OFFLINE) $(VENV)/bin/fractal-rm quickstart
 
+# Two processes, each with whole files: most of the time is trainings on one thread.
+WORKERS ?= 2
 test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
-	$(OFFLINE) $(VENV)/bin/python -m pytest --durations=15
+	$(OFFLINE) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
 
 # Reads docs/, README.md, docstrings and the help of configurations; warnings are errors, and nothing is fetched.
 docs: $(VENV)/.installed-docs

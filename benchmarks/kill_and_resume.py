@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification, TrainerState
 from transformers.utils.logging import disable_progress_bar
 
 from fractal_rm.results import ResultsFile
@@ -137,28 +137,49 @@ def fractal(folder: Path, steps: int) -> FractalTrainer:
 TRAINERS: dict[str, Callable[[Path, int], Any]] = {"step_ppo": ppo, "fractal": fractal}
 
 
-def run(kind: str, folder: str, steps: int) -> None:
-    """Train to the end, from the last checkpoint if there is one: what every process of this benchmark does."""
+def run(kind: str, folder: str, steps: int, held: Any, hold_after: float) -> None:
+    """Train to the end, from the last checkpoint if there is one: what every process of this benchmark does.
+
+    Args:
+        kind: The trainer.
+        folder: Of the run.
+        steps: That it makes.
+        held: An event, set when the process waits to be killed.
+        hold_after: Time from which on no checkpoint is finished: the first one lacks its state, and waits.
+    """
     torch.set_num_threads(1)
     disable_progress_bar()
     Path(folder).mkdir(parents=True, exist_ok=True)
+    write_state = TrainerState.save_to_json
+
+    def hold(state: TrainerState, path: str) -> None:
+        while time.time() >= hold_after:
+            held.set()
+            time.sleep(60)
+        write_state(state, path)
+
+    TrainerState.save_to_json = hold
     with contextlib.redirect_stdout(io.StringIO()):  # the logs are in the checkpoints
         TRAINERS[kind](Path(folder), steps).train(resume_from_checkpoint=last_checkpoint(folder))
 
 
-def start(kind: str, folder: Path, steps: int) -> Any:
-    """A process that trains: made by a server that has imported everything, so that it starts at once."""
+def start(kind: str, folder: Path, steps: int, hold_after: float = float("inf")) -> tuple[Any, Any]:
+    """A process that trains, and the event that tells that it waits.
+
+    A server that has imported everything makes it, so that it starts at once.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
-    process = context.Process(target=run, args=(kind, str(folder), steps))
+    held = context.Event()
+    process = context.Process(target=run, args=(kind, str(folder), steps, held, hold_after))
     process.start()
-    return process
+    return process, held
 
 
 def finish(kind: str, folder: Path, steps: int) -> float:
     """Let a run come to its end; its seconds."""
     began = time.perf_counter()
-    process = start(kind, folder, steps)
+    process, _ = start(kind, folder, steps)
     process.join()
     if process.exitcode:
         raise RuntimeError(f"The run in {folder} ended with status {process.exitcode}: see its traceback above.")
@@ -178,15 +199,16 @@ def kill(kind: str, folder: Path, steps: int, *, after: float, in_save: bool) ->
         folder: Of the run.
         steps: That it wants to make.
         after: Seconds until then.
-        in_save: Wait beyond that for the next checkpoint that is being written.
+        in_save: Wait beyond that for the next checkpoint that is being written. It is not finished, however late this
+            process sees it.
 
     Returns:
         The step of the last whole checkpoint, whether it was still running, whether a part of a checkpoint is left.
     """
     torn = set(folder.glob("checkpoint-*")) if is_being_saved(folder) else set()
-    process = start(kind, folder, steps)
+    process, held = start(kind, folder, steps, time.time() + after if in_save else float("inf"))
     process.join(after)
-    while in_save and process.is_alive():
+    while in_save and process.is_alive() and not held.is_set():
         if any(not (path / STATE).is_file() for path in set(folder.glob("checkpoint-*")) - torn):
             break
         time.sleep(0.0005)
