@@ -72,6 +72,7 @@ def study(gain, *, seeds=10, rm_rollouts=0):
             ours = [base[0], *(value + gain for value in base[1:])]
             rows += rows_of(setting, "outcome_grpo", seed, base)
             rows += rows_of(setting, "outcome_ppo", seed, [value - 0.1 for value in base])
+            rows += rows_of(setting, "outcome_grpo_long", seed, [*base, 0.7 + noise])
             rows += rows_of(setting, "supervised", seed, [value + 0.01 for value in ours])
             rows += rows_of(setting, "fractal", seed, ours, rm_rollouts=rm_rollouts)
     return rows
@@ -98,6 +99,18 @@ def test_the_reward_models_rollouts_are_taken_from_its_arm():
     assert found.with_rollouts.difference == pytest.approx(0.5 + 0.3 - 0.6)
     assert found.with_seconds.difference == pytest.approx(0.5 + 0.3 - 0.6)
     assert statistics.compare_arm(study(0.3, rm_rollouts=300), "easy", "fractal").with_rollouts is None
+
+
+def test_the_better_of_the_longer_outcome_runs_is_compared_at_its_own_end():
+    rows = study(0.3)
+    assert statistics.compare_arm(rows, "easy", "fractal").longer.difference == pytest.approx(0.9 - 0.7)
+    for seed in range(5):  # half of the seeds are enough, and those are the ones that are compared
+        rows += rows_of("easy", "outcome_ppo_long", seed, [0.3, 0.4, 0.5, 0.6, 0.8])
+    difference = statistics.compare_arm(rows, "easy", "fractal").longer
+    ends = statistics.curves(rows, "easy", "fractal").values[:5, -1]
+    assert difference.difference == pytest.approx(ends.mean() - 0.8)
+    without = [row for row in rows if not row["arm"].endswith("_long")]
+    assert statistics.compare_arm(without, "easy", "fractal").longer is None
 
 
 def test_claims_are_met_by_a_gain_and_not_by_none():

@@ -15,7 +15,8 @@ METRICS = {
     "rollouts", "accuracy", "accuracy_greedy", "step_accuracy", "rm_score", "response_tokens", "kl", "alarms",
     "seconds", "rm_rollouts", "rm_seconds",
 }  # fmt: skip
-RUN = ["outcome_ppo", "fractal_mix", "orm", "supervised", "oracle", "implicit"]
+LONG = "outcome_ppo_long"
+RUN = ["outcome_ppo", LONG, "fractal_mix", "orm", "supervised", "oracle", "implicit"]
 VARYING = ("seconds", "rm_seconds")
 
 
@@ -27,7 +28,7 @@ def arguments(folder, **changes):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
-    write_chosen(folder / "chosen.yaml", {name: ARMS[name].trials[0] for name in RUN}, "a test")
+    write_chosen(folder / "chosen.yaml", {name: ARMS[name].trials[0] for name in RUN if name != LONG}, "a test")
     run_comparison(arguments(folder))
     return folder
 
@@ -42,7 +43,11 @@ def measured(row):
 
 def test_every_arm_leaves_a_row_at_every_evaluation_point(finished):
     rows = rows_of(finished)
-    assert {(row["arm"], row["metrics"]["rollouts"]) for row in rows} == {(arm, n) for arm in RUN for n in (0, 32)}
+    # 48 labelled responses are three updates of 16 rollouts.
+    last = {arm: 32 for arm in RUN} | {LONG: 32 + 48}
+    assert {(row["arm"], row["metrics"]["rollouts"]) for row in rows} == {
+        (arm, n) for arm in RUN for n in (0, last[arm])
+    }
     assert len(rows) == 2 * len(RUN)
     assert all(set(row["metrics"]) == METRICS for row in rows)
     assert all((row["benchmark"], row["dataset"]) == ("dense_vs_outcome", "easy") for row in rows)
@@ -57,9 +62,9 @@ def test_all_arms_start_at_the_same_policy_without_having_moved_from_it(finished
 
 def test_only_arms_with_a_reward_model_pay_for_one(finished):
     for row in rows_of(finished):
-        paid = row["arm"] not in ("outcome_ppo", "oracle")
+        paid = row["arm"] not in ("outcome_ppo", LONG, "oracle")
         assert (row["metrics"]["rm_rollouts"] > 0) == (row["metrics"]["rm_seconds"] > 0) == paid
-        assert (row["metrics"]["rm_score"] is None) == (row["arm"] == "outcome_ppo")
+        assert (row["metrics"]["rm_score"] is None) == (row["arm"] in ("outcome_ppo", LONG))
 
 
 def test_labelled_responses_hold_outcomes_and_no_step_labels(finished):
@@ -90,9 +95,16 @@ def test_a_finished_study_is_not_run_again_and_half_a_run_is(finished):
     file.write_text(text)
 
 
+def test_a_longer_arm_has_the_settings_of_the_one_that_it_is(finished):
+    wanted = ARMS["outcome_ppo"].trials[0]
+    used = [row["config"] for row in rows_of(finished) if row["arm"] in (LONG, "outcome_ppo")]
+    assert len(used) == 4
+    assert all(config | wanted == config for config in used)
+
+
 def test_tuning_runs_every_trial_and_writes_the_best_one(tmp_path, finished):
     (tmp_path / "policies").symlink_to(finished / "policies")
-    run_comparison(arguments(tmp_path, tune=True, arms=["oracle"]))
+    run_comparison(arguments(tmp_path, tune=True, arms=["oracle", LONG]))  # a longer arm has no trials of its own
     rows = rows_of(tmp_path)
     assert {row["config"]["trial"] for row in rows} == {0, 1, 2, 3}
     assert {row["split"] for row in rows} == {"tuning"}

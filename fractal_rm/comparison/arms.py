@@ -27,6 +27,8 @@ class Arm:
         variants: Two settings that compete.
         options: Settings of all trials.
         core: Whether it runs on every setting with every seed.
+        longer_than: The arm that it is with more updates: it makes the rollouts of a reward model's labelled responses
+            too, and has no trials of its own.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Arm:
     variants: tuple[Options, Options] = _BASELINES
     options: tuple[tuple[str, Any], ...] = ()
     core: bool = True
+    longer_than: str | None = None
 
     @property
     def trials(self) -> list[Options]:
@@ -53,6 +56,7 @@ _MIX = (
 )
 
 OUTCOME_ONLY = ("outcome_grpo", "outcome_ppo")
+LONGER = {name: f"{name}_long" for name in OUTCOME_ONLY}
 CEILING = "supervised"
 
 ARMS = {
@@ -62,6 +66,7 @@ ARMS = {
         Arm(
             "outcome_ppo", outcome=True, variants=({"advantage": "gae", "lam": 0.95}, {"advantage": "gae", "lam": 1.0})
         ),
+        *(Arm(longer, outcome=True, longer_than=name) for name, longer in LONGER.items()),
         Arm("fractal", steps="fractal"),
         Arm("fractal_mix", steps="fractal", outcome=True, variants=_MIX),
         # Runs where the trainer can update its reward model: `available` leaves it out elsewhere.

@@ -81,6 +81,7 @@ def run_comparison(arguments: CompareArguments) -> None:
     settings = arguments.settings or [*MAIN_SETTINGS, *(name for name in SETTINGS if name not in MAIN_SETTINGS)]
     size = SMOKE_SIZE if arguments.smoke else Size()
     if arguments.tune:
+        arms = [name for name in arms if not ARMS[name].longer_than]
         budget = SMOKE_BUDGET
         if not arguments.smoke:
             updates = round(TUNING_SHARE * SETTINGS[TUNING_SETTING].updates)

@@ -133,11 +133,12 @@ def _equal_cost(rows: Rows) -> str:
             if found is not None and ours is not None:
                 body.append([
                     setting, arm, format_number(int(ours.rm_rollouts)), f"{ours.rm_seconds:.0f}",
-                    _points(found.end), _points(found.with_rollouts), _points(found.with_seconds),
+                    _points(found.end), _points(found.longer), _points(found.with_rollouts),
+                    _points(found.with_seconds),
                 ])  # fmt: skip
     header = [
         "setting", "arm", "rollouts of the reward model", "its seconds", "at equal rollouts",
-        "at equal rollouts, those included", "at equal seconds, those included",
+        "outcome-only has those too", "our arm has those less", "at equal seconds, those included",
     ]  # fmt: skip
     return _lines(header, body)
 

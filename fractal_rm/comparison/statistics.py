@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fractal_rm.comparison.arms import CEILING, OUTCOME_ONLY
+from fractal_rm.comparison.arms import CEILING, LONGER, OUTCOME_ONLY
 from fractal_rm.comparison.rows import Rows, latest
 from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS
 from fractal_rm.metrics import PairedDifference, paired_bootstrap
@@ -159,6 +159,8 @@ class Comparison:
         improvement: Probability that a run of ours ends above one of the rival's.
         reach: Share of the rival's rollouts after which our mean curve reaches the rival's end.
         with_rollouts: Difference where ours has as many rollouts less as its reward model took; None if that is all.
+        longer: Difference at the end to the better outcome-only run of as many rollouts as ours and the reward model's
+            together; None without such runs.
         with_seconds: Difference where both have taken the seconds of the shorter, reward model included.
         drop: Our best mean accuracy minus the last.
         ceiling: Difference to supervised steps at the end; None without them.
@@ -174,6 +176,7 @@ class Comparison:
     improvement: float
     reach: float
     with_rollouts: PairedDifference | None
+    longer: PairedDifference | None
     with_seconds: PairedDifference | None
     drop: float
     ceiling: PairedDifference | None
@@ -198,8 +201,7 @@ def compare_arm(rows: Rows, setting: str, arm: str) -> Comparison | None:
         return None
     a, b, rollouts = ours.of(seeds), theirs.of(seeds), ours.rollouts
     half = half_gain_point(b.mean(axis=0))
-    supervised = curves(rows, setting, CEILING)
-    shared = sorted(set(seeds) & set(supervised.seeds)) if supervised is not None else []
+    longer = [found for name in LONGER.values() if (found := curves(rows, setting, name)) is not None]
     return Comparison(
         rival=rival,
         seeds=len(seeds),
@@ -211,12 +213,19 @@ def compare_arm(rows: Rows, setting: str, arm: str) -> Comparison | None:
         improvement=improvement_probability(a[:, -1], b[:, -1]),
         reach=rollouts_to_reach(rollouts, a.mean(axis=0), b.mean(axis=0)[-1]) / float(rollouts[-1]),
         with_rollouts=_shifted(rollouts, a, rollouts, b, ours.rm_rollouts),
+        longer=_at_the_end(ours, max(longer, key=lambda found: found.values[:, -1].mean(), default=None)),
         with_seconds=_shifted(ours.seconds, a, theirs.seconds, b, ours.rm_seconds),
         drop=float(a.mean(axis=0).max() - a.mean(axis=0)[-1]),
-        ceiling=_difference(ours.of(shared)[:, -1], supervised.of(shared)[:, -1])
-        if supervised is not None and shared
-        else None,
+        ceiling=_at_the_end(ours, curves(rows, setting, CEILING)),
     )
+
+
+def _at_the_end(ours: Curves, theirs: Curves | None) -> PairedDifference | None:
+    """Difference of the last values on the seeds that both have; None without any."""
+    shared = sorted(set(ours.seeds) & set(theirs.seeds)) if theirs is not None else []
+    if theirs is None or not shared:
+        return None
+    return _difference(ours.of(shared)[:, -1], theirs.of(shared)[:, -1])
 
 
 def _difference(ours: Any, theirs: Any) -> PairedDifference:
@@ -286,7 +295,7 @@ def claims(rows: Rows, arm: str) -> list[Claim]:
         ),
         Claim(
             "ahead with the reward model's rollouts counted in",
-            where(lambda _, r: r.with_rollouts is not None and r.with_rollouts.difference > 0),
+            where(lambda _, r: r.longer is not None and r.longer.difference > 0),
             WANTED_WITH_COST,
             known,
         ),

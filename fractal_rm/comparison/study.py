@@ -3,7 +3,7 @@
 import multiprocessing
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,12 +67,15 @@ class Study:
         start = time.monotonic()
         arm, assets = ARMS[unit.arm], Assets(self.work, SETTINGS[unit.setting], unit.seed, self.size)
         options = self.chosen[unit.arm] if unit.trial is None else arm.trials[unit.trial]
-        budget = self.budget
+        updates = self.budget.updates or assets.setting.updates
+        if arm.longer_than:
+            updates += assets.responses // self.budget.rollouts_per_update
+        budget = replace(self.budget, updates=updates)
         results = ResultsFile(self.results)
-        final = (budget.updates or assets.setting.updates) * budget.rollouts_per_update
+        final = updates * budget.rollouts_per_update
         config = {
             **options,
-            "budget": asdict(budget) | {"updates": budget.updates or assets.setting.updates},
+            "budget": asdict(budget),
             "policy": assets.policy_number,
             "trial": unit.trial,
         }
@@ -191,7 +194,7 @@ def tuning_units(setting: str, arms: Sequence[str]) -> Iterator[Unit]:
 
 
 def read_chosen(path: Path, arms: Sequence[str]) -> dict[str, Options]:
-    """Settings of arms from the file that the tuning wrote.
+    """Settings of arms from the file that the tuning wrote; those of a longer arm are those of the arm that it is.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -200,10 +203,11 @@ def read_chosen(path: Path, arms: Sequence[str]) -> dict[str, Options]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file. Give `chosen` the file of settings, or run with `--tune true`.")
     chosen = yaml.safe_load(path.read_text(encoding="utf-8"))
-    lacking = [arm for arm in arms if arm not in chosen]
+    tuned = {arm: ARMS[arm].longer_than or arm for arm in arms}
+    lacking = [arm for arm in tuned.values() if arm not in chosen]
     if lacking:
         raise ValueError(f"{path} has no settings of {lacking[0]}. Run with `--tune true --arms {' '.join(lacking)}`.")
-    return {arm: chosen[arm] for arm in arms}
+    return {arm: chosen[like] for arm, like in tuned.items()}
 
 
 def write_chosen(path: Path, chosen: Mapping[str, Options], command: str) -> None:
