@@ -68,11 +68,10 @@ bench-speed: $(VENV)/.installed-test peer-env
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/scoring_speed.py $(SPEED)
 	$(VENV)/bin/python benchmarks/tables.py
 
-# Hours on two cores; goes on where it was. Settings of the arms are chosen first, unless their file is there.
+# Hours on two cores; goes on where it was. Settings of the arms are chosen first, by the trials that have no rows yet.
 JOBS ?= 2
 bench-evidence: $(VENV)/.installed-test
-	test -f benchmarks/dense_vs_outcome.yaml || \
-	    $(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/dense_vs_outcome.py --tune true --jobs $(JOBS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/dense_vs_outcome.py --tune true --jobs $(JOBS)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/dense_vs_outcome.py --jobs $(JOBS)
 	$(VENV)/bin/python benchmarks/tables.py
 

@@ -2,7 +2,7 @@
 
 Rivals of FRACTAL: scores that need no learning, a response-level model applied to steps, plain bag losses, LCA pooling,
 the implicit process reward, EasyLLP; ceilings: gold fractions and full supervision. Data: ten real sets in this
-package's schema (one of them twice, with the noisy labels that people have) and the embedded task.
+package's schema (one of them twice, with the noisy labels that people have) and the arithmetic task.
 
     python benchmarks/disaggregation.py --data-dir DATA --jobs 2
 

@@ -22,7 +22,7 @@ MOST_TRAINING_BAGS = 1500
 SPLITS = ("train", "validation", "test")
 # From the folder of the sets, the work folder, and the most responses a split may have.
 Loader = Callable[[Path, Path, int | None], "Data"]
-# Problems of the embedded task in each split, and the seed of each.
+# Problems of the arithmetic task in each split, and the seed of each.
 ARITHMETIC = {"train": (1500, 11), "validation": (400, 12), "test": (800, 13)}
 
 
@@ -37,7 +37,7 @@ class Data:
         preferences: Whether training and validation labels are preferences.
         proportions: Whether labels are shares of good steps.
         noisy: Whether a good label may stand on a bad response.
-        scorer: What reads it; on the embedded task each of the three.
+        scorer: What reads it; on the arithmetic task each of the three.
     """
 
     name: str
@@ -95,7 +95,7 @@ def _preferences(data_dir: Path, work_dir: Path, most: int | None) -> Data:
 
 
 def _arithmetic(scorer: str) -> Loader:
-    """Responses of the shipped policy to the embedded task, labelled by outcome; gold steps by its checker."""
+    """Responses of the shipped policy to the arithmetic task, labelled by outcome; gold steps by its checker."""
 
     def load(data_dir: Path, work_dir: Path, most: int | None) -> Data:
         rows = _arithmetic_rows(work_dir, most)

@@ -36,7 +36,7 @@ TRAINING: dict[str, Any] = {
 }
 EMBEDDING: dict[str, Any] = {**TRAINING, "scorer": "embedding", "segmentation": "given", "head_learning_rate": 1e-3}
 LIKELIHOOD: dict[str, Any] = {**TRAINING, "scorer": "likelihood", "learning_rate": 1e-3}
-# Problems of the embedded task in each split and the seed of each.
+# Problems of the arithmetic task in each split and the seed of each.
 ARITHMETIC = {"train": (1500, 11), "validation": (400, 12)}
 
 
@@ -87,7 +87,7 @@ def solutions(data_dir: Path, split: str, most: int | None = None) -> list[Bag]:
 
 
 def arithmetic_rows(problems: int, seed: int, *, samples: int = 1) -> list[dict[str, Any]]:
-    """Rows of responses of the shipped policy to the embedded task, labelled by outcome, several a problem."""
+    """Rows of responses of the shipped policy to the arithmetic task, labelled by outcome, several a problem."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = (kind.from_pretrained(SHIPPED_POLICY) for kind in (AutoModelForCausalLM, AutoTokenizer))
@@ -101,7 +101,7 @@ def arithmetic_rows(problems: int, seed: int, *, samples: int = 1) -> list[dict[
 
 
 def arithmetic_bags(split: str, most: int | None = None) -> list[Bag]:
-    """Bags of a split of the embedded task."""
+    """Bags of a split of the arithmetic task."""
     count, seed = ARITHMETIC[split]
     rows = arithmetic_rows(min(count, most or count), seed)
     return read_bags(rows, Segmentation(), source=f"arithmetic {split}")

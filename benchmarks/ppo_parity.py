@@ -1,6 +1,6 @@
 """Question: does StepPPOTrainer learn as TRL 1.12's PPOTrainer does, where both can do the same?
 
-The embedded task with the outcome as the only reward: the same policy, value model, prompts, lengths, learning rate,
+The arithmetic task with the outcome as the only reward: the same policy, value model, prompts, lengths, learning rate,
 epochs and minibatches, no KL divergence, no clipping of gradients (PPOTrainer has none).
 
     python benchmarks/ppo_parity.py --seeds 0 1 2 3 4

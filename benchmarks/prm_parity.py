@@ -1,6 +1,6 @@
 """Question: does FractalTrainer with gold step labels only learn what TRL 1.13's PRMTrainer learns?
 
-The embedded task: the same responses, step labels, backbone, epochs, batches and learning rate. Ours reads a step's
+The arithmetic task: the same responses, step labels, backbone, epochs, batches and learning rate. Ours reads a step's
 score at its last token, TRL's at the separator that it puts behind the step.
 
     python benchmarks/prm_parity.py --seeds 0 1 2

@@ -1,4 +1,4 @@
-"""Question: with equal rollouts, do dense step rewards beat outcome-only rewards on the embedded task, and which forms
+"""Question: with equal rollouts, do dense step rewards beat outcome-only rewards on the arithmetic task, and which forms
 of them hold up?
 
 Rival: the arm `outcome` (PPO with the exact checker's outcome reward only). For every seed a policy is made, responses

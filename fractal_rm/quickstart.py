@@ -1,4 +1,4 @@
-"""The whole pipeline on the embedded task: response labels -> step scores -> PPO with dense rewards -> a report.
+"""The whole pipeline on the arithmetic task: response labels -> step scores -> PPO with dense rewards -> a report.
 
 Every stage leaves its result in the output folder and is skipped when it is there already, so a run that was stopped
 goes on where it was. Reward models see outcomes only; the exact step checker is read by evaluation alone.
@@ -68,7 +68,7 @@ BUDGETS = {
 }
 
 
-# The same for both arms; chosen on seeds other than the default one (docs/quickstart.md has the rows).
+# The same for both arms; chosen on seeds other than the default one (docs/quickstart.md).
 PPO_SETTINGS: dict[str, Any] = {
     "num_generations": 8,
     "max_completion_length": 64,

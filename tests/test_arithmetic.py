@@ -1,4 +1,4 @@
-"""The embedded task: problems, an exact checker of every step, a policy with wrong beliefs."""
+"""The arithmetic task: problems, an exact checker of every step, a policy with wrong beliefs."""
 
 import operator
 import random

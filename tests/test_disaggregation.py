@@ -1,4 +1,4 @@
-"""The benchmark of disaggregation: its protocol on the embedded task, its page, and what its arms may read."""
+"""The benchmark of disaggregation: its protocol on the arithmetic task, its page, and what its arms may read."""
 
 import argparse
 import importlib
@@ -30,7 +30,7 @@ ARMS = ["floor_position", "floor_random", "bag_min", "fractal_gold_10", "implici
 
 @pytest.fixture(scope="module")
 def smoke(modules, tmp_path_factory):
-    """A smoke run on the embedded task."""
+    """A smoke run on the arithmetic task."""
     folder = tmp_path_factory.mktemp("bench")
     arguments = ["--smoke", "--jobs", "1", "--datasets", "arithmetic", "--arms", *ARMS]
     arguments += ["--work-dir", str(folder / "work"), "--results", str(folder / "rows.jsonl")]

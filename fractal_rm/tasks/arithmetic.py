@@ -1,4 +1,4 @@
-"""Word problems in small integers with an exact checker of every step: the embedded task.
+"""Word problems in small integers with an exact checker of every step: the arithmetic task.
 
 A counter shows one digit and wraps around after 9. A problem changes it several times; a response writes one change a
 line and then the answer:

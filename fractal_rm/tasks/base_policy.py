@@ -1,4 +1,4 @@
-"""A small causal language model with wrong beliefs: the policy that the embedded task starts from.
+"""A small causal language model with wrong beliefs: the policy that the arithmetic task starts from.
 
 The one that the package ships (`SHIPPED_POLICY`, 0.2 M parameters, beliefs and weights of seed 0) was made by
 
@@ -194,7 +194,7 @@ def train_on_texts(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make a base policy of the embedded task.")
+    parser = argparse.ArgumentParser(description="Make a base policy of the arithmetic task.")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="Seed of beliefs, weights and text.")
     parser.add_argument("--num_texts", type=int, default=25600, help="Size of the training text.")

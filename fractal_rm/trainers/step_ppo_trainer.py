@@ -76,8 +76,7 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
         step_reward_funcs: Dense rewards of your own, one or a list: called as TRL calls `reward_funcs`, and with
             `steps`, the texts of each completion's steps; they return one score per step for each completion.
         reward_model_dataset: For `rm_update_every`, by which the first reward model goes on learning: labelled
-            responses that it was trained on, mixed in so that it does not forget them. Records or bags, as for
-            [`FractalTrainer`].
+            responses that are mixed in, best ones that it has not seen. Records or bags, as for [`FractalTrainer`].
         kwargs: Further arguments of `GRPOTrainer`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""TRL's own GRPO or RLOO with a step reward model as one more reward function, on the embedded task.
+"""TRL's own GRPO or RLOO with a step reward model as one more reward function, on the arithmetic task.
 
 python recipes/fractal_reward/train.py grpo --config recipes/fractal_reward/grpo.yaml
 python recipes/fractal_reward/train.py rloo --config recipes/fractal_reward/rloo.yaml
