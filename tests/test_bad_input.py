@@ -177,7 +177,7 @@ def test_nothing_to_train_on_is_said(commands):
         ("- max_steps", "holds no mapping"),
         ("max_steps: [1\nlimit: 2", "line 2 is invalid YAML"),
         ("max_length: 1", "`max_length` is 1 tokens, too few"),
-        ("bag_weight: 0", "`bag_weight` and `instance_weight` are both 0"),
+        ("bag_weight: 0", "`bag_weight`, `instance_weight` and `easyllp_weight` are all 0"),
         ("limit: 0", "`limit` is 0: no row would be left"),
     ],
 )

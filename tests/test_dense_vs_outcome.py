@@ -21,13 +21,14 @@ VARYING = ("seconds", "rm_seconds")
 
 
 def arguments(folder, **changes):
-    known = {"output_dir": str(folder), "smoke": True, "seeds": 1, "settings": ["easy"], "arms": RUN}
+    """For a run in a folder that is named `smoke`, where smoke runs go."""
+    known = {"output_dir": str(folder.parent), "smoke": True, "seeds": 1, "settings": ["easy"], "arms": RUN}
     return CompareArguments(**known | changes)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compare")
+    folder = tmp_path_factory.mktemp("compare") / "smoke"
     write_chosen(folder / "chosen.yaml", {name: ARMS[name].trials[0] for name in RUN if name != LONG}, "a test")
     run_comparison(arguments(folder))
     return folder
@@ -103,9 +104,11 @@ def test_a_longer_arm_has_the_settings_of_the_one_that_it_is(finished):
 
 
 def test_tuning_runs_every_trial_and_writes_the_best_one(tmp_path, finished):
-    (tmp_path / "policies").symlink_to(finished / "policies")
-    run_comparison(arguments(tmp_path, tune=True, arms=["oracle", LONG]))  # a longer arm has no trials of its own
-    rows = rows_of(tmp_path)
+    folder = tmp_path / "smoke"
+    folder.mkdir()
+    (folder / "policies").symlink_to(finished / "policies")
+    run_comparison(arguments(folder, tune=True, arms=["oracle", LONG]))  # a longer arm has no trials of its own
+    rows = rows_of(folder)
     assert {row["config"]["trial"] for row in rows} == {0, 1, 2, 3}
     assert {row["split"] for row in rows} == {"tuning"}
     points = {trial: [] for trial in range(4)}
@@ -113,20 +116,20 @@ def test_tuning_runs_every_trial_and_writes_the_best_one(tmp_path, finished):
         if row["metrics"]["rollouts"]:
             points[row["config"]["trial"]].append(row["metrics"]["accuracy"])
     best = max(points, key=lambda trial: sum(points[trial]))
-    chosen = yaml.safe_load((tmp_path / "chosen.yaml").read_text())
+    chosen = yaml.safe_load((folder / "chosen.yaml").read_text())
     assert chosen == {"oracle": ARMS["oracle"].trials[best]}
     assert len(points[0]) == len(SMOKE_BUDGET.points)
 
 
 def test_bad_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="There is no setting 'hell'"):
-        arguments(tmp_path, settings=["hell"])
+        arguments(tmp_path / "smoke", settings=["hell"])
     with pytest.raises(ValueError, match="There is no arm 'dense'"):
-        arguments(tmp_path, arms=["dense"])
+        arguments(tmp_path / "smoke", arms=["dense"])
     with pytest.raises(ValueError, match="`jobs` is 0"):
-        arguments(tmp_path, jobs=0)
+        arguments(tmp_path / "smoke", jobs=0)
     with pytest.raises(FileNotFoundError, match=r"chosen\.yaml is no file"):
-        run_comparison(arguments(tmp_path))
-    write_chosen(tmp_path / "chosen.yaml", {"oracle": {}}, "a test")
+        run_comparison(arguments(tmp_path / "smoke"))
+    write_chosen(tmp_path / "smoke" / "chosen.yaml", {"oracle": {}}, "a test")
     with pytest.raises(ValueError, match="has no settings of outcome_ppo"):
-        run_comparison(arguments(tmp_path))
+        run_comparison(arguments(tmp_path / "smoke"))

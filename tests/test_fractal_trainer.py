@@ -594,7 +594,7 @@ def test_a_saved_folder_remembers_what_it_was_trained_on(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"bag_weight": 0.0}, "`bag_weight` and `instance_weight` are both 0"),
+        ({"bag_weight": 0.0}, "`bag_weight`, `instance_weight` and `easyllp_weight` are all 0"),
         ({"bag_weight": -1.0}, "`bag_weight` is -1.0"),
         ({"instance_weight": math.nan}, "`instance_weight` is nan"),
         ({"head_learning_rate": -1.0}, "`head_learning_rate` is -1.0"),

@@ -257,6 +257,14 @@ def test_a_batch_has_its_share_of_original_responses_and_none_that_is_held_out(t
     assert not apart[0] & apart[1]
 
 
+def test_a_batch_has_room_for_a_rollout_whatever_the_share_of_original_responses(tmp_path):
+    online, _ = make(token_model(), tmp_path, responses(90, start=5000), rm_original_share=0.99, rm_update_every=9)
+    feed(online, responses(100))
+    originals = {tuple(bag.input_ids) for bag in online.original.encoded}  # type: ignore[union-attr]
+    for items in online._batches(torch.Generator().manual_seed(0)):
+        assert sum(tuple(item["encoded"][0].input_ids) in originals for item in items) == len(items) - 1
+
+
 @pytest.mark.parametrize(("share", "kept"), [(0.1, 1.0), (0.9, 0.0)])
 def test_forgetting_the_original_responses_counts_by_their_share(tmp_path, share, kept):
     # Rollouts and original data contradict each other: what is good in one is bad in the other.

@@ -415,6 +415,21 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(encoder, tmp_p
     assert losses(again.state.log_history) == losses(whole[1])
 
 
+def test_a_run_from_the_start_takes_nothing_over_from_one_that_was_there_before(encoder, tmp_path, whole):
+    train(tmp_path, encoder, **FULL | {"seed": 7})  # another run, to its end
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, encoder, callbacks=[StopAfter(1)], **FULL)
+    again = make(tmp_path, encoder, **FULL)
+    again.train(resume_from_checkpoint=True)
+    assert equal(weights(again), whole[0])
+
+
+def test_a_single_checkpoint_is_refused_where_there_are_several_stages(encoder, tmp_path):
+    trainer = make(tmp_path, encoder, **FULL)
+    with pytest.raises(ValueError, match=r"and there are 5 stages, each with checkpoints of its own\. Give true"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "stage-joint" / "checkpoint-1"))
+
+
 @pytest.mark.parametrize("finished", range(1, 6))
 def test_a_run_that_is_stopped_between_stages_goes_on(encoder, tmp_path, whole, finished):
     train(tmp_path, encoder, **FULL)

@@ -23,6 +23,8 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -33,9 +35,11 @@ from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
 from fractal_rm.scorers.settings import Settings
 from fractal_rm.scorers.token_scorer import TokenScorer
 from fractal_rm.segmentation import Segmentation
+from fractal_rm.trainers.rollout_guards import as_rollouts
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
-from fractal_rm.trainers.value_model import clipped_value_loss, explained_variance
+from fractal_rm.trainers.step_rewards import Rollout
+from fractal_rm.trainers.value_model import clipped_value_loss, explained_variance, make_value_model
 
 # Tests that hand completions to the trainer do it by `rollout_func`, which TRL calls experimental.
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
@@ -419,11 +423,12 @@ def test_a_group_leaves_out_what_no_reward_function_judges_with_and_without_step
         return [None if i in (0, 5) else 1.0 + i for i in range(len(completion_ids))]
 
     shared = {"reward_funcs": judged, "rollout_func": replay(RAGGED), "advantage": "group", "num_generations": 4}
-    plain = rollout(tmp_path, **shared)["advantages"]
-    assert plain[[0, 5]].tolist() == [0.0, 0.0]
+    plain = rollout(tmp_path, **shared)
+    assert (plain["advantages"][[0, 5]] == 0).all()
+    assert (plain["advantages"][[1, 3, 4, 6, 7], 0] != 0).all()
+    assert (plain["advantages"][~plain["completion_mask"].bool()] == 0).all()
     dense = rollout(tmp_path, reward_model=reward_model(), step_weight=0.0, **shared)
-    mask = dense["completion_mask"].bool()
-    torch.testing.assert_close(dense["advantages"], plain[:, None].expand(mask.shape).masked_fill(~mask, 0.0))
+    torch.testing.assert_close(dense["advantages"], plain["advantages"])
 
 
 def test_one_step_a_completion_gives_the_group_advantage_of_grpo(tmp_path):
@@ -434,10 +439,8 @@ def test_one_step_a_completion_gives_the_group_advantage_of_grpo(tmp_path):
 
     shared = {"rollout_func": replay(WHOLE), "advantage": "group", "num_generations": 4}
     dense = rollout(tmp_path, reward_model=scorer, **shared)
-    scalar = rollout(tmp_path, reward_funcs=outcome, **shared)["advantages"]
-    mask = dense["completion_mask"].bool()
-    expected = scalar[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
-    assert expected[mask].abs().min() > 0.01
+    expected = rollout(tmp_path, reward_funcs=outcome, **shared)["advantages"]
+    assert expected[dense["completion_mask"].bool()].abs().min() > 0.01
     torch.testing.assert_close(dense["advantages"], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -555,6 +558,17 @@ def test_a_group_compares_missing_ends_as_it_compares_rewards(tmp_path):
     expected = -2.0 * (cut - cut.mean(dim=1, keepdim=True)).view(8, 1).expand(8, 8).masked_fill(~mask, 0.0)
     assert expected.any()
     torch.testing.assert_close(penalised["advantages"] - plain, expected)
+
+
+def test_a_group_without_step_scores_weighs_outcomes_penalises_missing_ends_and_is_watched(tmp_path):
+    shared = {"reward_funcs": count_of_a, "rollout_func": replay(RAGGED), "advantage": "group"}
+    plain = rollout(tmp_path, **shared)
+    changed = rollout(tmp_path, outcome_weight=0.5, missing_eos_penalty=2.0, **shared)
+    mask = plain["completion_mask"].bool()
+    cut = torch.tensor([float(ids[-1] != EOS) for ids in RAGGED]).view(4, 2)
+    penalty = 2.0 * (cut - cut.mean(dim=1, keepdim=True)).view(8, 1) * mask
+    torch.testing.assert_close(changed["advantages"], 0.5 * plain["advantages"] - penalty)
+    assert changed["trainer"]._metrics["train"]["guards/empty"] == [1 / 8]
 
 
 def test_weights_warm_up_in_a_straight_line(tmp_path):
@@ -753,7 +767,8 @@ def test_groups_without_step_scores_reproduce_grpo_step_for_step(tmp_path, itera
     ours = train(tmp_path / "ours", advantage="group", **shared)
     theirs = train(tmp_path / "theirs", trainer=GRPOTrainer, args=GRPOConfig, **shared)
     assert [row["loss"] for row in logs(ours)[:4]] == [row["loss"] for row in logs(theirs)[:4]]
-    assert logs(ours) == logs(theirs)
+    added = ("guards/", "placement/")
+    assert [{k: v for k, v in row.items() if not k.startswith(added)} for row in logs(ours)] == logs(theirs)
     assert len(logs(ours)) == 5
     assert any(row["grad_norm"] > 0 for row in logs(ours)[:4])
     assert same(weights(ours.model), weights(theirs.model))
@@ -781,6 +796,18 @@ def test_a_value_is_read_one_token_before_the_token_it_judges(tmp_path):
             expected = judge(input_ids=seen).logits[0, -1, 0].item()
             assert output["values"][row, token].item() == pytest.approx(expected, abs=1e-4)
     assert not output["values"].requires_grad
+
+
+def test_only_the_head_of_a_value_model_starts_at_0():
+    """A mixture of experts has gates with one output: they are no head."""
+    shape = {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    torch.manual_seed(0)
+    source = Qwen2MoeForCausalLM(Qwen2MoeConfig(**config(**shape).to_diff_dict() | {"model_type": "qwen2_moe"}))
+    made = make_value_model(source, None, reward_model=None, tokenizer=None)
+    gates = {name: value for name, value in weights(made.model).items() if "shared_expert_gate" in name}
+    assert gates
+    assert all(torch.equal(value, source.model.state_dict()[name]) for name, value in gates.items())
+    assert (made.score.weight == 0).all()
 
 
 def test_a_value_model_made_from_the_policy_shares_its_weights_and_starts_at_0(tmp_path):
@@ -1083,6 +1110,17 @@ def test_an_honest_policy_trains_to_the_end_whatever_an_alarm_would_do(tmp_path,
     assert trainer.step_rewards.scale == 1.0
 
 
+@pytest.mark.parametrize(("weights", "seen"), [([1.0], 0.75), ([2.0], 0.75), ([1.0, 1.0], 0.75), ([1.0, 0.0], 0.75)])
+def test_guards_see_outcomes_on_the_scale_of_one_function_whatever_the_weights(weights, seen):
+    given = torch.tensor([[1.0] * len(weights)] * 3 + [[0.0] * len(weights)] + [[math.nan] * len(weights)])
+    dense = torch.tensor([[0.3]] * 5)  # the source of step rewards is no outcome
+    outcome = torch.tensor([True] * len(weights) + [False])
+    found = Rollout(["q"] * 5, [[A, EOS]] * 5, torch.cat([given, dense], dim=1), outcome)
+    outcomes = as_rollouts(found, {EOS}, None, torch.tensor([*weights, 1.0])).outcomes
+    assert sum(outcomes[:4]) / 4 == seen
+    assert math.isnan(outcomes[4])
+
+
 def test_an_alarm_is_said_once_and_training_goes_on(tmp_path, caplog):
     trainer = guarded(tmp_path, Scripted({4, 5, 6, 7}))
     assert trainer.state.global_step == 8
@@ -1330,6 +1368,11 @@ def test_settings_out_of_range_are_named(name, value, sentence):
         ({"kl_target": 6.0}, r"`kl_target` adapts `kl_coef`, which is 0\. Give `kl_coef` a value"),
         ({"value_warmup_steps": 5, "advantage": "global"}, r"`value_warmup_steps` needs a value model\. Leave it out"),
         ({"on_alarm": "rollback", "save_strategy": "no"}, r"`on_alarm='rollback'` needs checkpoints\. Set"),
+        ({"whiten_rewards": True, "advantage": "group"}, r"which `advantage='group'` has not\. Use `scale_rewards`"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
+            r"`load_best_model_at_end` would put back the policy and leave the value model",
+        ),
     ],
     ids=str,
 )

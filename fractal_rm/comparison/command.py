@@ -72,7 +72,7 @@ def run_comparison(arguments: CompareArguments) -> None:
     Args:
         arguments: Those of the command.
     """
-    folder = Path(arguments.output_dir)
+    folder = Path(arguments.output_dir, *(["smoke"] if arguments.smoke else []))  # never mixed with the real ones
     check_writable_folder(folder)
     results = Path(arguments.results or folder / "results.jsonl")
     chosen_file = Path(arguments.chosen or folder / "chosen.yaml")

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from fractal_rm.comparison.arms import ARMS, Options
-from fractal_rm.comparison.reward_models import Assets, Size
+from fractal_rm.comparison.reward_models import POLICIES, Assets, Size
 from fractal_rm.comparison.rows import BENCHMARK, latest
 from fractal_rm.comparison.run import Budget, run_arm
 from fractal_rm.comparison.settings import SETTINGS
@@ -53,12 +53,25 @@ class Study:
     size: Size
     chosen: Mapping[str, Options]
 
+    def _options(self, unit: Unit) -> Options:
+        return self.chosen[unit.arm] if unit.trial is None else ARMS[unit.arm].trials[unit.trial]
+
+    def _budget(self, unit: Unit) -> Budget:
+        setting = SETTINGS[unit.setting]
+        updates = self.budget.updates or setting.updates
+        if ARMS[unit.arm].longer_than:
+            updates += (self.size.responses or setting.responses) // self.budget.rollouts_per_update
+        return replace(self.budget, updates=updates)
+
+    def _config(self, unit: Unit) -> dict[str, Any]:
+        """What a run is made with, as its rows say it."""
+        budget = asdict(self._budget(unit))
+        return {**self._options(unit), "budget": budget | {"points": list(self.budget.points)}, "trial": unit.trial}
+
     def is_done(self, unit: Unit, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the last evaluation of a run has its row."""
-        return any(
-            (row["dataset"], row["seed"], row["arm"], row["config"].get("trial")) == unit and row["config"]["last"]
-            for row in rows
-        )
+        """Whether the last evaluation of a run with these settings has its row."""
+        run, last = unit[:3], self._config(unit) | {"policy": unit.seed % POLICIES, "last": True}
+        return any((row["dataset"], row["seed"], row["arm"]) == run and row["config"] == last for row in rows)
 
     def run(self, unit: Unit) -> None:
         """Do a run, unless it is done; one that was stopped half-way starts again, its rows replace the old ones."""
@@ -66,19 +79,9 @@ class Study:
             return
         start = time.monotonic()
         arm, assets = ARMS[unit.arm], Assets(self.work, SETTINGS[unit.setting], unit.seed, self.size)
-        options = self.chosen[unit.arm] if unit.trial is None else arm.trials[unit.trial]
-        updates = self.budget.updates or assets.setting.updates
-        if arm.longer_than:
-            updates += assets.responses // self.budget.rollouts_per_update
-        budget = replace(self.budget, updates=updates)
-        results = ResultsFile(self.results)
-        final = updates * budget.rollouts_per_update
-        config = {
-            **options,
-            "budget": asdict(budget),
-            "policy": assets.policy_number,
-            "trial": unit.trial,
-        }
+        options, budget, results = self._options(unit), self._budget(unit), ResultsFile(self.results)
+        config = self._config(unit) | {"policy": assets.policy_number}
+        final = (budget.updates or 0) * budget.rollouts_per_update
 
         def report(metrics: dict[str, Any]) -> None:
             results.append(

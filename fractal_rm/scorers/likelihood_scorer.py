@@ -95,7 +95,14 @@ class LikelihoodScorer(StepScorer):
         return self.log_weight.exp() * total.view(mask.shape) + self.bias
 
     def fit_scale(
-        self, logits: list[Tensor], bag_labels: list[Tensor], masks: list[Tensor], *, aggregation: Aggregation
+        self,
+        logits: list[Tensor],
+        bag_labels: list[Tensor],
+        masks: list[Tensor],
+        *,
+        aggregation: Aggregation,
+        sharpness: float = 1.0,
+        label_noise: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         """Fit weight and bias to bag labels, the language model as it is.
 
@@ -107,6 +114,8 @@ class LikelihoodScorer(StepScorer):
             bag_labels: Response labels (B,), for each batch.
             masks: True where a step is real (B, S), for each batch.
             aggregation: How step probabilities become a response probability.
+            sharpness: Of the aggregation, where it has one.
+            label_noise: Shares of good and of bad responses whose label is wrong.
         """
         # Without the scale of now, what is left is the log-likelihood.
         likelihoods = [((x - self.bias) / self.log_weight.exp()).detach() for x in logits]
@@ -115,7 +124,14 @@ class LikelihoodScorer(StepScorer):
         def closure() -> Tensor:
             optimizer.zero_grad()
             losses = [
-                bag_loss(self.log_weight.exp() * x + self.bias, labels, mask, aggregation=aggregation)
+                bag_loss(
+                    self.log_weight.exp() * x + self.bias,
+                    labels,
+                    mask,
+                    aggregation=aggregation,
+                    sharpness=sharpness,
+                    label_noise=label_noise,
+                )
                 for x, labels, mask in zip(likelihoods, bag_labels, masks, strict=True)
             ]
             # A weak pull towards weight 1 keeps the fit finite where labels are separable.

@@ -24,7 +24,7 @@ _HEAD_FACTOR = 10.0
 
 
 class BagLearner:
-    """Trains a step reward model in place, in float32, with the loss and the aggregation that it was trained with.
+    """Trains a step reward model in place, in float32, with the plain bag loss and the aggregation that it has.
 
     Args:
         reward_model: The model, without PEFT adapters.

@@ -97,7 +97,9 @@ def _last_step(state: TrainerState, args: TrainingArguments) -> float:
     """Where the run ends as it is configured now, which may be later than when the checkpoint was written."""
     if args.max_steps > 0:
         return args.max_steps
-    return state.max_steps if args.num_train_epochs <= state.num_train_epochs else math.inf
+    # The state rounds `num_train_epochs` up; `epoch` says how far the run came, to a step.
+    came = (state.epoch or 0.0) * (1 + 1 / max(state.global_step, 1))
+    return state.max_steps if args.num_train_epochs <= came or state.global_step < state.max_steps else math.inf
 
 
 def train_output(state: TrainerState) -> TrainOutput:

@@ -211,7 +211,14 @@ class FractalConfig(TrainingArguments):
                 "`missed_good` and `missed_bad` sum to 1 or more: labels would mean the opposite. Lower one."
             )
         if self.bag_weight == self.instance_weight == self.easyllp_weight == 0:
-            raise ValueError("`bag_weight` and `instance_weight` are both 0: nothing would be learned. Set one.")
+            raise ValueError(
+                "`bag_weight`, `instance_weight` and `easyllp_weight` are all 0: nothing would be learned. Set one."
+            )
+        if self.gold_selection == "uncertainty" and self.bag_weight == self.easyllp_weight == 0:
+            raise ValueError(
+                "`gold_selection='uncertainty'` needs a model that has learned from response labels first, but "
+                "`bag_weight` and `easyllp_weight` are 0. Set one, or leave `gold_selection` out."
+            )
         if self.hybrid_prior_weight and not (self.instance_weight and self.gold_fraction):
             raise ValueError("`hybrid_prior_weight` needs gold step labels. Set `instance_weight` and `gold_fraction`.")
         binary = [name for name in ("easyllp_weight", "missed_good", "missed_bad") if getattr(self, name)]

@@ -181,10 +181,15 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         """As in `transformers.Trainer`.
 
         A configuration with several stages (hybrid prior, pseudo-labels, choice of gold labels by uncertainty) trains
-        each in a folder of its own; with `resume_from_checkpoint`, finished ones are skipped.
+        each in a folder of its own; with `resume_from_checkpoint=True`, finished ones are skipped.
         """
         stages = plan(self.args)
         if len(stages) > 1:
+            if resume_from_checkpoint not in (None, False, True, ""):
+                raise ValueError(
+                    f"`resume_from_checkpoint` is {resume_from_checkpoint}, and there are {len(stages)} stages, "
+                    "each with checkpoints of its own. Give true: it goes on where it was."
+                )
             with flushed_subnormals(self.accelerator.device):
                 return train_in_stages(self, resume=bool(resume_from_checkpoint), **kwargs)
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
@@ -218,6 +223,8 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
             [batch["bag_labels"] for _, batch in batches],
             [batch["mask"] for _, batch in batches],
             aggregation=self.settings.aggregation,
+            sharpness=self.settings.sharpness,
+            label_noise=(self.args.missed_good, self.args.missed_bad),
         )
 
     def _logits(self, items: list[dict[str, Any]]) -> list[tuple[Tensor, dict[str, Tensor]]]:

@@ -214,7 +214,7 @@ class OnlineReward:
     def _batches(self, generator: torch.Generator) -> list[list[dict[str, Any]]]:
         """Items of every batch: rollouts, and a share of original responses."""
         steps, size = self.args.rm_update_steps, self.args.rm_batch_size
-        old = round(self.args.rm_original_share * size) if self.original else 0
+        old = min(round(self.args.rm_original_share * size), size - 1) if self.original else 0
         recent = list(self.replay.learned)
         rows = draw(len(recent), steps * (size - old), generator)
         encoded = self.learner.encode([recent[row] for row in rows], "rollouts")

@@ -37,7 +37,8 @@ def read_prompts(
             )
         count = arguments.num_problems if split == "train" else arguments.num_eval_problems
         if count < (split == "train"):
-            raise ValueError(f"`num_problems` is {count}: nothing to train on. Give 1 or more.")
+            name, least = ("num_problems", 1) if split == "train" else ("num_eval_problems", 0)
+            raise ValueError(f"`{name}` is {count}. Give {least} or more.")
         problems = arithmetic.make_problems(count, seed=seed + (_TRAIN_SEED if split == "train" else _EVAL_SEED))
         return [{"prompt": problem.prompt} for problem in problems] or None
     found = data.read(split)

@@ -11,33 +11,38 @@ from torch import Tensor
 from fractal_rm.bags import Bag, Prompt
 
 
-def outcome_labels(rewards: Tensor, weights: Tensor) -> Tensor:
-    """Response labels from outcome rewards: the weighted mean of those that judged a response.
+def mean_outcomes(rewards: Tensor, weights: Tensor) -> Tensor:
+    """The weighted mean of the outcome rewards that judged a response.
 
     Args:
         rewards: Reward of each function (B, functions), NaN where it gave None.
         weights: Of the functions (functions,), 0 or more; functions of weight 0 have no say.
 
     Returns:
-        Labels (B,) in [0, 1], NaN where no function judged.
+        Means (B,) on the scale of one function, NaN where no function judged.
+
+    Example:
+        >>> mean_outcomes(torch.tensor([[1.0, 0.0], [torch.nan, 0.5]]), torch.tensor([3.0, 1.0]))
+        tensor([0.7500, 0.5000])
+    """
+    said = weights.to(rewards.device).expand_as(rewards).masked_fill(rewards.isnan(), 0.0)
+    return (said * rewards.nan_to_num()).sum(dim=1) / said.sum(dim=1)
+
+
+def outcome_labels(rewards: Tensor, weights: Tensor) -> Tensor:
+    """Response labels (B,) in [0, 1] from outcome rewards: [`mean_outcomes`], whose arguments these are.
 
     Raises:
         ValueError: If a function with a say gave a number outside [0, 1].
-
-    Example:
-        >>> outcome_labels(torch.tensor([[1.0, 0.0], [torch.nan, 0.5]]), torch.tensor([3.0, 1.0]))
-        tensor([0.7500, 0.5000])
     """
-    weights = weights.to(rewards.device).expand_as(rewards)
-    outside = ((rewards < 0) | (rewards > 1)) & (weights > 0)
+    outside = ((rewards < 0) | (rewards > 1)) & (weights.to(rewards.device) > 0)
     if outside.any():
         row, function = outside.nonzero()[0].tolist()
         raise ValueError(
             f"`reward_funcs[{function}]` gave completion {row} {rewards[row, function].item():g}, outside [0, 1]: "
             "no response label for `rm_update_every`. Scale it, give it weight 0, or set `rm_update_every=0`."
         )
-    said = weights.masked_fill(rewards.isnan(), 0.0)
-    return (said * rewards.nan_to_num()).sum(dim=1) / said.sum(dim=1)
+    return mean_outcomes(rewards, weights)
 
 
 def is_held_out(prompt: Prompt, share: float) -> bool:

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fractal_rm.guards import Alarm, Guards, Rollouts, measure_rollouts
 from fractal_rm.trainers.dense_sources import DenseSource
+from fractal_rm.trainers.replay import mean_outcomes
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 from fractal_rm.trainers.step_rewards import Rollout, StepRewards
 
@@ -45,9 +46,8 @@ def as_rollouts(
         weights: Of the reward functions.
     """
     completion_ids, count, kl = rollout.completion_ids, len(rollout.completion_ids), rollout.kl
-    checked = rollout.rewards[:, rollout.is_outcome]
-    outcomes = (checked * weights[rollout.is_outcome].to(checked.device)).nansum(dim=1)
-    outcomes = outcomes.masked_fill(checked.isnan().all(dim=1), torch.nan)
+    checked = weights.to(rollout.rewards.device) * rollout.is_outcome
+    outcomes = mean_outcomes(rollout.rewards, checked)
     scored = source.scored if source is not None else None
     rated = scored if source is not None and source.gives_probabilities else None
     return Rollouts(

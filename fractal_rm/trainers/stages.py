@@ -7,6 +7,7 @@ prior, the choice of responses worth gold labels, or pseudo-labels.
 import logging
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from fractal_rm.ordinal import expected_grades, ordinal_pseudo_labels
 from fractal_rm.preferences import preference_pseudo_labels
 from fractal_rm.pseudo_labels import posteriors, pseudo_labels
 from fractal_rm.trainers.bag_data import BagDataset
-from fractal_rm.trainers.checkpoints import last_checkpoint, take_up, train_output
+from fractal_rm.trainers.checkpoints import STATE, last_checkpoint, take_up, train_output
 from fractal_rm.trainers.fractal_config import FractalConfig
 from fractal_rm.trainers.objective import StageKind
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from fractal_rm.trainers.fractal_trainer import FractalTrainer
 
 logger = logging.getLogger(__name__)
-_LOGITS, _WEIGHTS, _STATE = "step_logits.safetensors", "weights.safetensors", "trainer_state.json"
+_LOGITS, _WEIGHTS = "step_logits.safetensors", "weights.safetensors"
 # Responses whose posteriors are computed at once: under "mean" they take memory quadratic in the steps.
 _CHUNK = 256
 # Shares are decimal numbers: 7 % of 100 is 7, though 0.07 * 100 is a little more.
@@ -80,8 +81,10 @@ def train_in_stages(trainer: "FractalTrainer", *, resume: bool, **kwargs: Any) -
     output, start = Path(str(args.output_dir)), _trainable(trainer)
     result, history, handed = None, [], []
     if not resume:  # what an earlier run finished is no part of this one
-        for stage in plan(args):
-            (output / stage.name / _LOGITS).unlink(missing_ok=True)
+        if trainer.is_world_process_zero():
+            for stage in plan(args):
+                shutil.rmtree(output / stage.name, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
     for stage in plan(args):
         if stage.kind == "pseudo":
             labels = step_targets(data, handed, args)
@@ -95,7 +98,7 @@ def train_in_stages(trainer: "FractalTrainer", *, resume: bool, **kwargs: Any) -
         if resume and (folder / _LOGITS).is_file():
             trainer.scorer.load_state_dict(load_file(folder / _WEIGHTS), strict=False)
             logits = load_file(folder / _LOGITS)["logits"]
-            trainer.state = TrainerState.load_from_json(str(folder / _STATE))
+            trainer.state = TrainerState.load_from_json(str(folder / STATE))
             result = train_output(trainer.state)
         else:
             checkpoint = last_checkpoint(folder) if resume else None
@@ -123,7 +126,7 @@ def _finish(trainer: "FractalTrainer", folder: Path, logits: Tensor) -> None:
     """Write what the stage hands on, the logits last: their file says that the stage is finished."""
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
-        trainer.state.save_to_json(str(folder / _STATE))
+        trainer.state.save_to_json(str(folder / STATE))
         for name, tensors in ((_WEIGHTS, _trainable(trainer)), (_LOGITS, {"logits": logits})):
             save_file(tensors, folder / f"{name}.tmp")
             os.replace(folder / f"{name}.tmp", folder / name)

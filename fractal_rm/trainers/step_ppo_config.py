@@ -1,6 +1,7 @@
 """Configuration of [`StepPPOTrainer`]."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -150,7 +151,11 @@ class StepPPOConfig(GRPOConfig):
         },
     )
     whiten_rewards: bool = field(
-        default=False, metadata={"help": "Divide token rewards by their standard deviation over the rollout batch."}
+        default=False,
+        metadata={
+            "help": "As TRL's PPOTrainer had it: give token rewards variance 1 over the rollout batch around the mean "
+            "that they have, which charges tokens without a reward a little. For `gae` and `global`."
+        },
     )
     whiten_advantages: bool = field(
         default=True,
@@ -231,7 +236,8 @@ class StepPPOConfig(GRPOConfig):
             return
         # GRPO refuses one completion a prompt because its baseline would be the completion itself; GAE has another.
         # Every batch is a whole number of groups of one, so the check runs with a size that divides the batch.
-        size = self.generation_batch_size or self.per_device_train_batch_size * (
+        processes = int(os.environ.get("WORLD_SIZE", "1"))  # `world_size` would set devices up too early
+        size = self.generation_batch_size or processes * self.per_device_train_batch_size * (
             self.steps_per_generation or self.gradient_accumulation_steps
         )
         if size < 2:
@@ -305,6 +311,15 @@ class StepPPOConfig(GRPOConfig):
         if self.kl_coef and self.advantage == "group":
             raise ValueError(
                 "`kl_coef` needs rewards of tokens, which `advantage='group'` has not. Use `beta` instead."
+            )
+        if self.whiten_rewards and self.advantage == "group":
+            raise ValueError(
+                "`whiten_rewards` is about rewards of tokens, which `advantage='group'` has not. Use `scale_rewards`."
+            )
+        if self.load_best_model_at_end and (self.advantage == "gae" or self.rm_update_every):
+            raise ValueError(
+                "`load_best_model_at_end` would put back the policy and leave the value model and the reward model as "
+                "they are at the end. Leave it out, and take the checkpoint that you want."
             )
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError("`kl_target` adapts `kl_coef`, which is 0. Give `kl_coef` a value to start from.")

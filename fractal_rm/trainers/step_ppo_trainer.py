@@ -50,7 +50,8 @@ _STATE_FILE = "step_ppo_state.json"
 class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
     """PPO with a reward for every step.
 
-    A completion that no reward function judges (all give None) is left out of what is learned, as in TRL.
+    A completion that no outcome function judges (all give None) is left out of what is learned, as in TRL. Without
+    outcome functions, one that has no step earns nothing: as much as a usual step, where rewards are centred.
 
     Checkpoints hold the value model in `value_model/`, and a reward model that goes on learning (`rm_update_every`) in
     `reward_model/`; an instance that is given learns in place. A resumed run equals an uninterrupted one if the
@@ -219,8 +220,8 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output, rollout = self._roll_out(inputs)
-        if not self.model.training or (self.args.advantage == "group" and not self.sources):
-            return output  # evaluation only logs rewards; without step scores the group baseline is TRL's own
+        if not self.model.training:
+            return output  # evaluation only logs rewards
         if self._went_back(rollout):
             output, rollout = self._roll_out(inputs)  # by the policy that there is now
         self.last_rollout = rollout
@@ -234,7 +235,7 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
             )
             self._show_advantages(output["advantages"], mask)
             return output
-        if self.args.outcome_weight and len(self.reward_funcs) > len(self.sources):
+        if self.args.outcome_weight and rollout.is_outcome.any():
             mask = mask & rollout.judged.unsqueeze(1)  # no outcome is not an outcome of 0
         token_rewards = self.step_rewards.tokens(rollout, shaped, self.reward_weights, mask, step=step)
         if self.kl_reward.on and rollout.kl is not None:
@@ -285,7 +286,8 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
         if self.value_learning is not None:
             self.value_learning.load(checkpoint)
         optimizer: Any = self.optimizer
-        optimizer.state.clear()  # its moments are those of the weights that strayed
+        optimizer.state.clear()  # its moments are those of the weights that strayed, and so are gradients
+        optimizer.zero_grad()
         self.alarm_actions.rolled_back(checkpoint, alarms)
         return True
 

@@ -17,7 +17,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 # The versions that the tests ran with, oldest first.
 TESTED_TRL = ("1.14.2", "1.16.0")
 
-# Methods that we override or call, with their parameters after `self`. The last three come from `transformers.Trainer`.
+# Methods that we override or call, with their parameters after `self`. Some come from `transformers.Trainer`.
 METHODS = {
     "_generate_and_score_completions": ("inputs",),
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
@@ -55,11 +55,9 @@ ATTRIBUTES = {
     "_buffered_inputs": (),
     "_logs": ("prompt", "completion", "rewards", "advantages"),
     "_metrics": ("train", "eval"),
-    "_step": (),
     "_tokenizer": (),
     "beta": (),
     "control": (),
-    "model_wrapped": (),
     "num_generations": (),
     "reward_func_names": (),
     "reward_funcs": (),

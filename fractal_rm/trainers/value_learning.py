@@ -18,6 +18,8 @@ from fractal_rm.trainers.value_model import checkpoint_layers, clipped_value_los
 
 VALUE_FOLDER = "value_model"
 _WEIGHTS = "model.safetensors"
+# transformers would split what is larger than 50 GB, and `load` reads one file.
+_ONE_FILE = "1000TB"
 # One folder deeper: whatever adapter lies in a folder of a checkpoint, `Trainer` loads into the policy.
 _ADAPTER_FOLDER, _ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"
 _INPUTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
@@ -155,7 +157,7 @@ class ValueLearning:
         if _is_adapted(model):
             return model.save_pretrained(folder / _ADAPTER_FOLDER, save_embedding_layers=False)
         if self.shared is None:
-            return model.save_pretrained(folder)
+            return model.save_pretrained(folder, max_shard_size=_ONE_FILE)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{_WEIGHTS}.{os.getpid()}.tmp"
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.scorers.checkpoint import head_module
 from fractal_rm.scorers.settings import Settings
 from fractal_rm.trainers.model_setup import add_adapter
 
@@ -97,10 +98,8 @@ def _with_new_head(source: Any) -> PreTrainedModel:
     # A fresh PEFT adapter changes nothing yet, so the weights under it are the policy's.
     weights = {_without_peft(name): value for name, value in source.base_model.state_dict().items()}
     model.base_model.load_state_dict({name: weights[name] for name in model.base_model.state_dict() if name in weights})
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.out_features == 1:
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias) if module.bias is not None else None
+    for parameter in head_module(model, Settings(scorer="token")).parameters():
+        nn.init.zeros_(parameter)
     return model
 
 
