@@ -15,6 +15,9 @@ from typing import Any
 from fractal_rm.aggregation import meaning
 from fractal_rm.segmentation import Span
 
+# Labels and response probabilities count as good from here on.
+GOOD = 0.5
+
 Prompt = str | list[dict[str, str]]
 
 

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.metrics import roc_auc_score
 
-# Labels and response probabilities count as good from here on.
-GOOD = 0.5
+from fractal_rm.bags import GOOD
 
 
 def _arrays(scores: Sequence[ArrayLike]) -> list[np.ndarray]:

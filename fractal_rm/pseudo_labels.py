@@ -10,9 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fractal_rm.aggregation import Aggregation, check_mask, meaning
-
-# Labels count as good from here on.
-GOOD = 0.5
+from fractal_rm.bags import GOOD
 
 
 def _evidence(

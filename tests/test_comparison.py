@@ -74,7 +74,8 @@ def study(gain, *, seeds=10, rm_rollouts=0):
             rows += rows_of(setting, "outcome_ppo", seed, [value - 0.1 for value in base])
             rows += rows_of(setting, "outcome_grpo_long", seed, [*base, 0.7 + noise])
             rows += rows_of(setting, "supervised", seed, [value + 0.01 for value in ours])
-            rows += rows_of(setting, "fractal", seed, ours, rm_rollouts=rm_rollouts)
+            for arm in ("fractal", "fractal_mix"):
+                rows += rows_of(setting, arm, seed, ours, rm_rollouts=rm_rollouts)
     return rows
 
 

@@ -21,8 +21,9 @@ from fractal_rm.metrics import PairedDifference
 from fractal_rm.report.drawing import PICTURE, new_figure, style_axes, to_bytes
 from fractal_rm.report.tables import MISSING, format_number
 
-DEFAULT = "fractal"
-DEFAULT_ARMS = (DEFAULT, "fractal_mix", "fractal_online")
+# What `StepPPOConfig` does as it comes, with a reward model and a checker.
+DEFAULT = "fractal_mix"
+DEFAULT_ARMS = (DEFAULT, "fractal", "fractal_online")
 DRAWN = (DEFAULT, *OUTCOME_ONLY, CEILING)
 NOTHING = "No rows yet."
 UNDECIDED = "No setting has the five seeds yet that an interval takes."

@@ -314,7 +314,7 @@ def claims(rows: Rows, arm: str) -> list[Claim]:
     ]
 
 
-def verdicts(rows: Rows, arms: Sequence[str] = ("fractal", "fractal_mix")) -> list[str]:
+def verdicts(rows: Rows, arms: Sequence[str] = ("fractal_mix", "fractal")) -> list[str]:
     """A sentence for each claim and arm: met or not; none where no setting has enough seeds."""
     lines = []
     for arm in arms:

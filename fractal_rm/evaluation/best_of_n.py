@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fractal_rm.bags import Bag
+from fractal_rm.bags import GOOD, Bag
 from fractal_rm.evaluation.intervals import Judgement, Statistic, mean_of
-from fractal_rm.metrics import GOOD
 from fractal_rm.readers import read_bags
 from fractal_rm.reward_model import StepScores
 from fractal_rm.segmentation import Segmentation

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fractal_rm.bags import Bag
+from fractal_rm.bags import GOOD, Bag
 from fractal_rm.datasets.math_sets import read_processbench
 from fractal_rm.evaluation.evaluate import gold_labels
 from fractal_rm.evaluation.intervals import Judgement, Statistic, average_of, harmonic_mean_of, mean_of
 from fractal_rm.evaluation.reliability import as_points
 from fractal_rm.evaluation.responses import judge_responses
-from fractal_rm.metrics import GOOD
 from fractal_rm.readers import read_bags
 from fractal_rm.reward_model import StepScores
 from fractal_rm.segmentation import Segmentation

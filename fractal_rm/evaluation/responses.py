@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fractal_rm import metrics
-from fractal_rm.bags import Bag
+from fractal_rm.bags import GOOD, Bag
 from fractal_rm.evaluation.evaluate import NOT_SCORED, evaluate_scores, gold_labels, response_labels
 from fractal_rm.evaluation.intervals import Judgement, Statistic, auc_of, harmonic_mean_of, mean_of, ratio_of
 from fractal_rm.evaluation.reliability import (
@@ -37,7 +37,7 @@ def judge_responses(scored: Sequence[StepScores], bags: Sequence[Bag], threshold
     found = evaluate_scores(scored, bags, threshold)
     counts = {name: found[name] for name in _COUNTS if name in found}
     probs, labels = np.array([result.score for result in scored], dtype=float), np.array(response_labels(bags))
-    hits = np.where(np.isnan(probs) | np.isnan(labels), np.nan, (probs >= metrics.GOOD) == (labels >= metrics.GOOD))
+    hits = np.where(np.isnan(probs) | np.isnan(labels), np.nan, (probs >= GOOD) == (labels >= GOOD))
     statistics: dict[str, Statistic] = {
         "bag_auc": auc_of(list(probs), list(np.where(np.isnan(probs), np.nan, labels))),
         "bag_accuracy": mean_of(hits),

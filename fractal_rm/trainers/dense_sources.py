@@ -148,7 +148,7 @@ class StepFunctionReward(DenseSource):
             ValueError: If there are not as many completions or steps as there should be, or a score is not finite or
                 out of bounds. The sentence names the row, its prompt and the completion.
         """
-        rows = _as_list(returned, f"`{self.__name__}` returned", "a list with an entry for each completion")
+        rows = _checked_list(returned, f"`{self.__name__}` returned", "a list with an entry for each completion")
         if len(rows) != len(texts):
             raise ValueError(
                 f"`{self.__name__}` returned {len(rows)} entries for {len(texts)} completions. Return one list of step "
@@ -162,7 +162,7 @@ class StepFunctionReward(DenseSource):
         return [scored.score if scored.steps else None for scored in self.scored]
 
     def _steps(self, scores: Any, text: str, cut: Sequence[Span], where: str) -> list[Step]:
-        values = _as_list(scores, f"`{self.__name__}` gave {where}", "a list with a score for each step")
+        values = _checked_list(scores, f"`{self.__name__}` gave {where}", "a list with a score for each step")
         if len(values) != len(cut):
             raise ValueError(
                 f"`{self.__name__}` gave {where} {len(values)} scores for {len(cut)} steps. Return one score for each "
@@ -202,7 +202,7 @@ class AsyncStepFunctionReward(StepFunctionReward):
         return self.take(returned, prompts, texts, spans)
 
 
-def _as_list(value: Any, found: str, wanted: str) -> list[Any]:
+def _checked_list(value: Any, found: str, wanted: str) -> list[Any]:
     """Lists, tuples, arrays and tensors as lists; a text is none, although it has a length."""
     try:
         if isinstance(value, str | dict):

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 
-from fractal_rm.bags import Bag
+from fractal_rm.bags import GOOD, Bag
 from fractal_rm.results import write_atomic
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.scorers.checkpoint import load_scorer
@@ -282,7 +282,7 @@ def check_online_arguments(
 
 def _tells(bags: Sequence[Bag] | Any) -> bool:
     """Whether there are enough good and bad responses for an AUC."""
-    good = sum(float(bag.label or 0.0) >= 0.5 for bag in bags)
+    good = sum(float(bag.label or 0.0) >= GOOD for bag in bags)
     return min(good, len(bags) - good) >= FEWEST_OF_A_KIND
 
 
