@@ -161,6 +161,11 @@ def write_atomic(path: str | os.PathLike[str], text: str) -> None:
         '<p>done</p>'
     """
     target = Path(path)
+    if target.is_symlink() or (
+        target.exists() and not target.is_file()
+    ):  # a device, a pipe, a link: to be kept as it is
+        target.write_text(text, encoding="utf-8", newline="")
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

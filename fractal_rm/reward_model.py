@@ -9,7 +9,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from fractal_rm.bags import Bag, Prompt, check_text
 from fractal_rm.ordinal import expected_grades, ordinal_max_log_probs
 from fractal_rm.results import write_atomic
 from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, save_scorer
-from fractal_rm.scorers.encoding import RenderedPrompt
+from fractal_rm.scorers.encoding import RenderedPrompt, prompt_text
 from fractal_rm.scorers.hub import CARD, upload
 from fractal_rm.scorers.inputs import Processor, make_inputs
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
@@ -103,8 +103,8 @@ class StepRewardModel:
         Raises:
             ValueError: If the checkpoint is not whole: another tokenizer, a missing or random head, an unknown version.
         """
-        scorer, processor, settings = load_scorer(path, **kwargs)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        scorer, processor, settings = load_scorer(path, device=device, **kwargs)
         model = cls(scorer.to(device), processor, settings, batch_size=batch_size)
         if (file := Path(path) / CARD).is_file():
             model.card = file.read_text(encoding="utf-8")
@@ -208,7 +208,8 @@ class StepRewardModel:
         errors: dict[int, str] = {}
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             try:
-                bags[i] = self._bag(prompt, response, None if spans is None else spans[i])
+                bag = self._bag(prompt, response, None if spans is None else spans[i])
+                bags[i] = replace(bag, prompt=self._rendered(bag.prompt))
             except (TypeError, ValueError) as error:
                 errors[i] = f"row {i}: {error}"
         encoded = self._inputs.encode(
@@ -244,6 +245,12 @@ class StepRewardModel:
                 "%d of %d responses are longer than `max_length`: last steps unscored.", truncated, len(results)
             )
         return results
+
+    def _rendered(self, prompt: Prompt) -> Prompt:
+        """A chat as its template writes it; texts, and chats of a scorer without templates, as given."""
+        if isinstance(prompt, str) or not self.settings.chat or not getattr(self.tokenizer, "chat_template", None):
+            return prompt
+        return RenderedPrompt(prompt_text(prompt, self.tokenizer, self.settings.prompt_template))
 
     def _bag(self, prompt: Prompt, response: str | Sequence[str], spans: Sequence[Span] | None) -> Bag:
         """A response cut into steps and checked; its sentences say what is wrong."""

@@ -208,6 +208,29 @@ def test_a_mistake_in_a_flag_is_named(commands, flags, sentence):
     assert sentence in commands.train([GOOD, BAD], *flags)
 
 
+@pytest.mark.parametrize(
+    ("command", "flags", "sentence"),
+    [
+        ("score", ["--limit", "0"], "`limit` is 0: no row would be left"),
+        ("score", ["--limit", "-1"], "`limit` is -1: no row would be left"),
+        ("score", ["--batch_size", "0"], "`batch_size` is 0. Give 1 or more."),
+        ("score", ["--show", "-1"], "`show` is -1. Give a number of responses"),
+        ("score", ["--html", "out.jsonl"], "`input`, `output` and `html` name one file twice"),
+        ("evaluate", ["--limit", "-1"], "`limit` is -1: no row would be left"),
+        ("evaluate", ["--outcome_model", "rm"], "`outcome_model` has an effect with `benchmark=best_of_n` only"),
+        ("evaluate", ["--answer_pattern", "(.*)"], "`answer_pattern` has an effect with `benchmark=best_of_n` only"),
+        (
+            "evaluate",
+            ["--benchmark", "best_of_n", "--threshold_file", "x"],
+            "`threshold_file` has no effect with `benchmark=best_of_n`",
+        ),
+    ],
+)
+def test_an_option_that_cannot_be_meant_is_named_before_anything_is_read(commands, command, flags, sentence):
+    files = ["--input", "in.jsonl", "--output", "out.jsonl"] if command == "score" else ["--data", "in.jsonl"]
+    assert sentence in commands.fails(command, "--model", "nowhere", *files, *flags)
+
+
 def test_a_required_argument_is_named(commands):
     assert "the following arguments are required: --model" in commands.fails("train")
 

@@ -1,8 +1,11 @@
 """Evaluation of scores: against the trainer's own metrics, by hand, and where a response was cut."""
 
+import io
+import json
 import math
 
 import pytest
+from rich.console import Console
 from stand_ins import save_policy, save_reward_model, solutions
 
 from fractal_rm.aggregation import AGGREGATIONS, meaning
@@ -10,6 +13,8 @@ from fractal_rm.bags import Bag
 from fractal_rm.evaluation.evaluate import choose_threshold, evaluate, evaluate_scores, score_bags
 from fractal_rm.evaluation.score_rows import score_rows
 from fractal_rm.readers import read_bags
+from fractal_rm.report.terminal import show_steps
+from fractal_rm.report.viewer import write_viewer
 from fractal_rm.reward_model import Step, StepRewardModel, StepScores
 from fractal_rm.segmentation import Segmentation
 from fractal_rm.trainers.fractal_config import FractalConfig
@@ -56,6 +61,13 @@ def test_a_response_without_scores_is_counted_and_left_out_of_the_response_metri
     assert (found["responses"], found["unscored"]) == (2, 1)
     assert found["bag_accuracy"] == 1.0
     assert found["first_error_accuracy"] == 0.0
+
+
+def test_a_right_response_without_scores_is_no_hit():
+    found = evaluate_scores([scores(TWO), scores(FOUR)], [TWO, FOUR], 0.5)
+    assert (found["unscored"], found["all_correct_accuracy"], found["first_error_accuracy"]) == (2, 0.0, 0.0)
+    found = evaluate_scores([scores(TWO, 0.9), scores(FOUR)], [TWO, FOUR], 0.5)
+    assert found["all_correct_accuracy"] == 1.0  # one step did not fit: it was not called wrong
 
 
 def test_step_metrics_are_left_out_where_no_step_label_is_known():
@@ -122,6 +134,27 @@ def test_a_prompt_of_the_wrong_kind_spoils_no_other_row(tmp_path):
     text, chat = score_rows(model, rows, source="rows")
     assert text["error"] is None
     assert chat["error"].startswith("rows, row 2: the prompt is a chat, but the reward model was trained on prompts")
+
+
+@pytest.mark.parametrize("prompt", ["a \ud800", 5, [{"role": "user"}], ["hi"], None])
+def test_a_row_that_no_file_can_hold_spoils_no_other_row(tmp_path, prompt):
+    model = StepRewardModel.from_pretrained(save_reward_model(tmp_path / "rm"))
+    rows = [{"prompt": "1+1?\n", "response": "2."}, {"prompt": prompt, "response": "3 \ud800."}]
+    good, bad = score_rows(model, rows, source="x.jsonl")
+    assert (good["error"], bad["steps"]) == (None, [])
+    assert "x.jsonl, row 2" in bad["error"]
+    assert bad["response"] == "3 ?."
+    write_viewer(tmp_path / "view.html", [good, bad])
+    show_steps([good, bad], Console(file=io.TextIOWrapper(io.BytesIO(), encoding="utf-8")))
+    json.dumps([good, bad], ensure_ascii=False).encode()
+
+
+def test_a_terminal_obeys_no_text(tmp_path):
+    out = io.StringIO()
+    steps = [{"text": "b\x1b]0;title\x07c \ud800", "score": math.nan, "gold": None}]
+    show_steps([{"id": "a", "prompt": "q\x1b[2J", "steps": steps, "score": math.nan}], Console(file=out))
+    assert "\x1b" not in out.getvalue()
+    assert "b\ufffd]0;title\ufffdc" in out.getvalue()
 
 
 def test_a_preference_makes_two_records(tmp_path):

@@ -18,7 +18,9 @@ from fractal_rm.losses import bag_loss
 from fractal_rm.readers import read_bags
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
+from fractal_rm.scorers.settings import Settings
 from fractal_rm.segmentation import Segmentation
+from fractal_rm.trainers.bag_data import to_bags
 from fractal_rm.trainers.fractal_config import FractalConfig
 from fractal_rm.trainers.fractal_trainer import FractalTrainer
 
@@ -462,6 +464,14 @@ def test_stepwise_supervision_trains(tmp_path):
     ]
     trainer = train(tmp_path, rows)
     assert [bag.label for bag in trainer.train_dataset.bags] == [1.0, 0.0] * 4
+
+
+def test_stepwise_rows_need_a_label_where_it_is_not_the_minimum_of_the_steps():
+    rows = [{"prompt": "q", "completions": ["a", "b"], "labels": [0, 3]}]
+    with pytest.raises(ValueError, match=r"rows, row 1: without `label` the response's label would be the minimum"):
+        to_bags(rows, Settings(aggregation="max", num_grades=4), source="rows")
+    (bag,) = to_bags([rows[0] | {"label": 3}], Settings(aggregation="max", num_grades=4), source="rows")
+    assert bag.label == 3
 
 
 def test_chats_train_with_a_chat_template(tmp_path):

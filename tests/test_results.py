@@ -161,6 +161,20 @@ def test_a_file_written_whole_holds_the_text_exactly(tmp_path_factory, text):
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
 
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_text)
+        write_atomic(pipe, "one\n")
+        assert read.result(timeout=10) == "one\n"
+    assert pipe.is_fifo()
+    link.symlink_to(file)
+    write_atomic(link, "two")
+    assert link.is_symlink()
+    assert file.read_text() == "two"
+
+
 def test_a_reader_that_has_the_old_file_open_reads_it_to_its_end(tmp_path):
     write_atomic(tmp_path / "report.html", "old")
     with (tmp_path / "report.html").open() as reader:

@@ -163,6 +163,17 @@ def test_chats_go_through_the_chat_template():
     assert as_chat == as_text
 
 
+def test_a_chat_that_the_template_refuses_stops_no_other_row():
+    tokenizer = byte_tokenizer(chat=True)
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refuses + tokenizer.chat_template
+    model = reward_model("token", "llama", tokenizer, chat=True)
+    chat = [{"role": "user", "content": "What is 3+4?"}]
+    good, bad = model.score([chat, [{"role": "system", "content": "x"}, *chat]], [RESPONSE] * 2)
+    assert good == model.score([chat], [RESPONSE])[0]
+    assert bad.error == "row 1: The chat template refuses this chat (no system). Change its messages."
+
+
 def test_chats_without_a_chat_template_are_named(model):
     with pytest.raises(ValueError, match=r"The prompts are chats, but the tokenizer .* has no chat template"):
         model.score([PROMPT, [{"role": "user", "content": "3+4?"}]], [RESPONSE] * 2)

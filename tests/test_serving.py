@@ -28,7 +28,9 @@ from fractal_rm.scorers.encoding import prompt_text
 from fractal_rm.serving.app import make_app
 from fractal_rm.serving.client import ScoringClient
 from fractal_rm.serving.limits import Limits
-from fractal_rm.serving.server import listen
+from fractal_rm.serving.rows import Row, openrlhf_rows
+from fractal_rm.serving.schema import OpenRLHFRequest
+from fractal_rm.serving.server import is_loopback, listen
 
 PROMPTS = ["2+3*4?\n", "¿Cuánto es 7-4?\n", "3\u00d72 = ?\n"]
 RESPONSES = ["3*4=12.\n2+12=14.", "7\u22124 = 3 \U0001f642\nasí que 3.", "三乘二\n= 6."]
@@ -312,6 +314,34 @@ def test_many_responses_go_in_several_requests(url):
     assert found[-1] is None
     with pytest.raises(ValueError, match="1 prompts came with 2 responses"):
         ScoringClient(url).rewards(["a"], ["b", "c"])
+
+
+def test_a_client_sends_less_at_a_time_where_the_server_takes_no_more(url, model):
+    prompts, responses = ["p" * 150] * 200, [f"{i}+1={i + 1}.\nSo {i + 1}." for i in range(200)]  # > 20,000 characters
+    assert refusal(url, {"prompts": prompts, "responses": responses})[0] == 413
+    expected = [result.score for result in model.score(prompts, responses)]
+    assert ScoringClient(url).rewards(prompts, responses) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match=r"refused the request \(413\)"):
+        ScoringClient(url).rewards(["p" * 20_001], ["a"])
+
+
+def test_a_message_counts_with_all_that_a_template_may_show():
+    message = {"role": "user", "content": "", "reasoning_content": "x" * 1000}
+    assert Row([message], "a").characters > 1000
+
+
+def test_many_end_tokens_are_taken_off_at_once():
+    request = OpenRLHFRequest(query=["p4." + "</s>" * 100_000], prompts=["p"])
+    (row,) = openrlhf_rows(request, ["</s>"])
+    assert (str(row.prompt), row.response) == ("p", "4.")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.2", True), ("::1", True), ("localhost", True), ("::1f", False), ("localhost.example.com", False)],
+)
+def test_only_addresses_of_this_machine_are_loopback(host, expected):
+    assert is_loopback(host) is expected
 
 
 def test_the_client_needs_the_standard_library_only():

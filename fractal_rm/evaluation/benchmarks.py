@@ -73,15 +73,19 @@ def read_task(
     return Task(questions.bags, lambda scored, _: judge_best_of_n(scored, questions, outcome=outcome))
 
 
-def rows_from_hub(benchmark: Benchmark) -> list[Mapping[str, Any]]:
+def rows_from_hub(benchmark: Benchmark, *, limit: int | None = None) -> list[Mapping[str, Any]]:
     """The official rows of a benchmark from the Hugging Face Hub, all of its subsets.
+
+    Args:
+        benchmark: Its name.
+        limit: Most rows of each subset: the first ones.
 
     Raises:
         ValueError: If the benchmark is not there, or cannot be loaded.
     """
     if benchmark not in HUB:
         raise ValueError(f"{benchmark} is no data set of the hub. Give `data`: a file with rows.")
-    return [row for split in HUB[benchmark].splits for row in load_hub_rows(benchmark, split)]
+    return [row for split in HUB[benchmark].splits for row in list(load_hub_rows(benchmark, split))[:limit]]
 
 
 def judge(

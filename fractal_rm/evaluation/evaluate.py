@@ -7,7 +7,7 @@ import numpy as np
 
 from fractal_rm import metrics
 from fractal_rm.aggregation import Aggregation, meaning
-from fractal_rm.bags import Bag
+from fractal_rm.bags import GOOD, Bag
 from fractal_rm.reward_model import StepRewardModel, StepScores
 
 # A step that was not scored is a step that was not called wrong.
@@ -69,7 +69,7 @@ def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold
         return results
     scores = [np.array(result.step_scores) for result in scored]
     known = [row[: len(found)] for row, found in zip(gold, scores, strict=True)]
-    whole = [np.append(found, [NOT_SCORED] * (len(row) - len(found))) for row, found in zip(gold, scores, strict=True)]
+    whole = [padded_scores(result, row) for result, row in zip(scored, gold, strict=True)]
     return {
         **results,
         "step_auc": metrics.step_auc(scores, known),
@@ -135,6 +135,19 @@ def _pairs(scored: Sequence[StepScores], bags: Sequence[Bag]) -> list[tuple[floa
         if bag.pair_id is not None:
             sides.setdefault(bag.pair_id, {})[bag.label] = result.score
     return [(found[1.0], found[0.0]) for found in sides.values() if found.keys() >= {0.0, 1.0}]
+
+
+def padded_scores(result: StepScores, gold: np.ndarray) -> np.ndarray:
+    """Step scores (S,), as many as gold labels: steps that were not scored count as right.
+
+    Of a right response without any score they count as wrong: it is no hit of who called all of its steps right.
+
+    Args:
+        result: Scores of the first steps.
+        gold: Labels (S,), NaN where unknown.
+    """
+    fill = NOT_SCORED if result.steps or (gold < GOOD).any() else 0.0
+    return np.append(result.step_scores, [fill] * (len(gold) - len(result.steps)))
 
 
 def gold_labels(bag: Bag) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 
 from fractal_rm import metrics
 from fractal_rm.bags import GOOD, Bag
-from fractal_rm.evaluation.evaluate import NOT_SCORED, evaluate_scores, gold_labels, response_labels
+from fractal_rm.evaluation.evaluate import evaluate_scores, gold_labels, padded_scores, response_labels
 from fractal_rm.evaluation.intervals import Judgement, Statistic, auc_of, harmonic_mean_of, mean_of, ratio_of
 from fractal_rm.evaluation.reliability import (
     as_points,
@@ -82,10 +82,8 @@ def step_statistics(scored: Sequence[StepScores], bags: Sequence[Bag]) -> dict[s
 def _first_errors(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float) -> dict[str, Statistic]:
     wrong, right = [], []
     for result, bag in zip(scored, bags, strict=True):
-        missing = len(bag.step_spans) - len(result.steps)
-        hit = metrics.first_error_accuracy(
-            [[*result.step_scores, *[NOT_SCORED] * missing]], [gold_labels(bag)], threshold
-        )
+        gold = gold_labels(bag)
+        hit = metrics.first_error_accuracy([padded_scores(result, gold)], [gold], threshold)
         wrong.append(hit["first_error_accuracy"])
         right.append(hit["all_correct_accuracy"])
     first, all_correct = mean_of(wrong), mean_of(right)

@@ -38,9 +38,9 @@ def score_rows(
             found = read_row(row, reward_model.segmentation, source=source, row=number, require_label=False)
             _check_prompt(found[0], reward_model, f"{source}, row {number}")
         except (TypeError, ValueError) as error:
-            given = {name: row.get(name) for name in ("id", "prompt")}
+            given = {name: _writable(row.get(name)) for name in ("id", "prompt")}
             response = next((row[name] for name in ("response", "completion") if isinstance(row.get(name), str)), None)
-            records.append(_record(number, given, response, str(error)))
+            records.append(_record(number, given, _writable(response), str(error)))
             continue
         for bag in found:
             bags[len(records)] = bag
@@ -91,6 +91,15 @@ def _check_prompt(bag: Bag, reward_model: StepRewardModel, where: str) -> None:
         raise ValueError(f"{where}: {error}") from None
 
 
+def _writable(value: Any) -> Any:
+    """The same, with `?` for characters that no file can hold (lone surrogates)."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, Mapping):
+        return {_writable(key): _writable(one) for key, one in value.items()}
+    return [_writable(one) for one in value] if isinstance(value, list) else value
+
+
 def _record(
     row: int, given: Mapping[str, Any], response: str | None = None, error: str | None = None
 ) -> dict[str, Any]:
@@ -116,6 +125,12 @@ def _fill(record: dict[str, Any], bag: Bag, result: StepScores, source: str) -> 
     record["score"] = result.score if math.isfinite(result.score) else None
     record["truncated_steps"] = result.truncated_steps
     record["steps"] = [
-        {"text": step.text, "start": step.start, "end": step.end, "score": step.score, "gold": label}
+        {
+            "text": step.text,
+            "start": step.start,
+            "end": step.end,
+            "score": step.score if math.isfinite(step.score) else None,
+            "gold": label,
+        }
         for step, label in zip(result.steps, gold, strict=False)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -245,10 +246,12 @@ def _unscored(steps: int) -> str:
     )
 
 
-def _prompt_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
+def _prompt_text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    if isinstance(prompt, Sequence) and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt):
+        return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return json.dumps(prompt, ensure_ascii=False, default=str)  # of a row that could not be read
 
 
 def _between(response: str | None, steps: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -253,11 +253,12 @@ def _fingerprint(processor: Processor) -> str:
     return processor.fingerprint if isinstance(processor, SentenceEncoder) else tokenizer_fingerprint(processor)
 
 
-def load_scorer(path: str | Path, **kwargs: Any) -> tuple[StepScorer, Processor, Settings]:
+def load_scorer(path: str | Path, *, device: Any = None, **kwargs: Any) -> tuple[StepScorer, Processor, Settings]:
     """Read a checkpoint and check that it is whole: block, tokenizer and head.
 
     Args:
         path: Folder or hub id of a checkpoint of this package.
+        device: Where a sentence encoder is to run; None: it chooses. A scorer itself is moved by the caller.
         kwargs: Passed to `from_pretrained` of the model, such as `dtype`; an embedding scorer takes none.
 
     Returns:
@@ -282,7 +283,7 @@ def load_scorer(path: str | Path, **kwargs: Any) -> tuple[StepScorer, Processor,
         )
     settings = Settings.from_dict(block, where=str(path))
     if settings.scorer == "embedding":
-        return *_load_embedding_scorer(path, settings), settings
+        return *_load_embedding_scorer(path, settings, device), settings
     tokenizer = load_tokenizer(path)
     if tokenizer_fingerprint(tokenizer) != settings.tokenizer:
         # For some architectures AutoTokenizer knows better than the files; the files say how training had it.
@@ -303,10 +304,12 @@ def load_scorer(path: str | Path, **kwargs: Any) -> tuple[StepScorer, Processor,
     return make_scorer(model, settings).eval(), tokenizer, settings
 
 
-def _load_embedding_scorer(path: str | Path, settings: Settings) -> tuple[EmbeddingScorer, SentenceEncoder]:
+def _load_embedding_scorer(
+    path: str | Path, settings: Settings, device: Any
+) -> tuple[EmbeddingScorer, SentenceEncoder]:
     """The head and the encoder of a folder, or of a hub id."""
     # Responses of a policy never come again: a cache would only grow.
-    encoder = SentenceEncoder(path, cache_dir="")
+    encoder = SentenceEncoder(path, cache_dir="", device=None if device is None else str(device))
     if encoder.fingerprint != settings.tokenizer:
         raise ValueError(
             f"{path}: the sentence encoder is not the one the head was trained on (fingerprint {encoder.fingerprint}, "

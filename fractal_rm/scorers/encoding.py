@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -61,7 +62,7 @@ def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_templ
         prompt_template: Text in which `{prompt}` stands for a prompt that is text.
 
     Raises:
-        ValueError: If the prompt is a chat and the tokenizer has no chat template.
+        ValueError: If the prompt is a chat and the tokenizer has no chat template, or one that refuses it.
     """
     if isinstance(prompt, RenderedPrompt):
         return str(prompt)
@@ -73,9 +74,14 @@ def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_templ
             "`tokenizer.chat_template`, use a chat model's tokenizer, or give the prompts as text."
         )
     begun = prompt[-1]["role"] == "assistant"
-    text = tokenizer.apply_chat_template(
-        list(prompt), tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            list(prompt), tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+        )
+    except TemplateError as error:  # some templates refuse a system message, or two messages of one role in a row
+        raise ValueError(
+            f"The chat template refuses this chat ({str(error).rstrip('.')}). Change its messages."
+        ) from error
     return str(text)
 
 
@@ -119,12 +125,15 @@ def _tokenize_continuations(pieces: Sequence[str], tokenizer: PreTrainedTokenize
         return list(found.values())
     left = list(found)
     for anchor in _ANCHORS:
+        merged = []  # those whose start makes one token with the anchor's end
         for i, (ids, offsets) in zip(left, _tokenize([anchor + pieces[i] for i in left], tokenizer), strict=True):
             cut = sum(end <= len(anchor) for _, end in offsets or [])
             if cut < len(ids) and offsets and offsets[cut][0] >= len(anchor):
                 rest = [(start - len(anchor), end - len(anchor)) for start, end in offsets[cut:]]
                 found[i] = ids[cut:], rest
-                left = [other for other in left if other != i]
+            else:
+                merged.append(i)
+        left = merged
     return list(found.values())
 
 

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from fractal_rm.reward_model import StepScores
     from fractal_rm.segmentation import Span
 
-# Responses in a request: well below what a server accepts, and more than a forward pass holds.
+# Responses in a request, more than a forward pass holds; fewer where the server takes no more.
 _AT_A_TIME = 256
 # The server is there and may answer later: it is busy, restarting behind a proxy, or took too long.
 _TRY_AGAIN = (502, 503, 504)
+
+
+class _TooLargeError(ValueError):
+    """The server takes no request of this size."""
 
 
 class ScoringClient:
@@ -96,8 +100,19 @@ class ScoringClient:
             body = {"prompts": list(prompts[part]), name: list(responses[part])}
             if spans is not None:
                 body["spans"] = list(spans[part])
-            results += self._ask("/score", body)["results"]
+            results += self._scored(body)
         return results
+
+    def _scored(self, body: dict[str, list[Any]]) -> list[dict[str, Any]]:
+        """Results of a request; one that is too large for the server is halved."""
+        try:
+            return self._ask("/score", body)["results"]
+        except _TooLargeError:
+            half = len(body["prompts"]) // 2
+            if not half:
+                raise
+        parts = ({name: rows[part] for name, rows in body.items()} for part in (slice(half), slice(half, None)))
+        return [result for part in parts for result in self._scored(part)]
 
     def _ask(self, path: str, body: Any = None) -> Any:
         """The JSON that the server answers."""
@@ -113,7 +128,8 @@ class ScoringClient:
             except urllib.error.HTTPError as error:
                 reason = _sentence(error)
                 if error.code not in _TRY_AGAIN:
-                    raise ValueError(f"{self.url}{path} refused the request ({error.code}): {reason}") from None
+                    kind = _TooLargeError if error.code == 413 else ValueError
+                    raise kind(f"{self.url}{path} refused the request ({error.code}): {reason}") from None
             except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
                 reason = str(getattr(error, "reason", None) or error or type(error).__name__)
         raise ConnectionError(

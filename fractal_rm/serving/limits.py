@@ -23,7 +23,7 @@ class Limits:
         max_responses: Most responses in a request.
         max_characters: Most characters of its prompts and responses together.
         max_body_bytes: Longest body.
-        seconds: Longest time from the first byte to the answer, and longest time for the body to arrive.
+        seconds: Longest time for the body to arrive, and again for scoring it.
         max_queued: Most responses of all requests that wait for their turn.
 
     Raises:

@@ -1,5 +1,6 @@
 """Requests -> rows of a reward model, and scores -> answers."""
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -24,8 +25,8 @@ class Row(NamedTuple):
 
     @property
     def characters(self) -> int:
-        """How much text it is."""
-        texts = [self.prompt] if isinstance(self.prompt, str) else [message["content"] for message in self.prompt]
+        """How much text it is; of a message whatever a chat template may show."""
+        texts = [self.prompt] if isinstance(self.prompt, str) else [json.dumps(message) for message in self.prompt]
         answers = [self.response] if isinstance(self.response, str) else self.response
         return sum(map(len, [*texts, *answers]))
 
@@ -59,9 +60,10 @@ def openrlhf_rows(request: OpenRLHFRequest, ends: Sequence[str]) -> list[Row]:
     rows = []
     for query, prompt in zip(request.query, request.prompts, strict=True):
         response = query.partition(prompt)[2] if prompt else query
-        while (end := next((end for end in ends if end and response.endswith(end)), None)) is not None:
-            response = response[: -len(end)]
-        rows.append(Row(RenderedPrompt(prompt), response))
+        stop = len(response)  # the text is cut once, however many of them there are
+        while (end := next((end for end in ends if end and response.endswith(end, 0, stop)), None)) is not None:
+            stop -= len(end)
+        rows.append(Row(RenderedPrompt(prompt), response[:stop]))
     return rows
 
 

@@ -1,5 +1,6 @@
 """`fractal-rm serve`: the process around the application."""
 
+import ipaddress
 import os
 import socket
 from collections.abc import Sequence
@@ -9,9 +10,6 @@ import uvicorn
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.serving.app import make_app
 from fractal_rm.serving.limits import Limits
-
-# Addresses that only this machine can reach.
-_LOOPBACK = ("127.", "::1", "localhost")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -40,7 +38,10 @@ def is_loopback(host: str) -> bool:
         >>> is_loopback("127.0.0.1"), is_loopback("0.0.0.0")
         (True, False)
     """
-    return host.startswith(_LOOPBACK)
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def serve(

@@ -52,6 +52,11 @@ def to_bags(records: Records, settings: Settings, *, source: str) -> list[Bag]:
                 f"{source}, row {number}: the label is the {stated} of its steps, but `aggregation` is "
                 f"{settings.aggregation!r}. Set `aggregation={stated}`, or use other data."
             )
+        if mine != "min" and isinstance(row, Mapping) and "completions" in row and row.get("label") is None:
+            raise ValueError(
+                f"{source}, row {number}: without `label` the response's label would be the minimum of its steps', "
+                f"but `aggregation` is {settings.aggregation!r}. Add a column `label`."
+            )
     return read_bags(rows, settings.segmentation, source=source, num_grades=settings.num_grades)
 
 

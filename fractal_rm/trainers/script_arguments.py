@@ -146,6 +146,21 @@ class ScoreArguments:
     batch_size: int = field(default=32, metadata={"help": "Responses in a forward pass."})
     limit: int | None = field(default=None, metadata={"help": "Most rows read: the first ones."})
 
+    def __post_init__(self) -> None:
+        _check_counts(self.batch_size, self.limit)
+        if self.show < 0:
+            raise ValueError(f"`show` is {self.show}. Give a number of responses, 0 for none.")
+        files = [Path(file).resolve() for file in (self.input, self.output, self.html) if file is not None]
+        if len(set(files)) < len(files):
+            raise ValueError("`input`, `output` and `html` name one file twice. Give each a file of its own.")
+
+
+def _check_counts(batch_size: int, limit: int | None) -> None:
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}. Give 1 or more.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"`limit` is {limit}: no row would be left. Give 1 or more, or leave it out.")
+
 
 @dataclass
 class EvaluateArguments:
@@ -197,6 +212,14 @@ class EvaluateArguments:
     )
     batch_size: int = field(default=32, metadata={"help": "Responses in a forward pass."})
     limit: int | None = field(default=None, metadata={"help": "Most rows read of each file: the first ones."})
+
+    def __post_init__(self) -> None:
+        _check_counts(self.batch_size, self.limit)
+        for name in ("outcome_model", "answer_pattern"):
+            if getattr(self, name) is not None and self.benchmark != "best_of_n":
+                raise ValueError(f"`{name}` has an effect with `benchmark=best_of_n` only. Leave it out.")
+        if self.threshold_file is not None and self.benchmark == "best_of_n":
+            raise ValueError("`threshold_file` has no effect with `benchmark=best_of_n`. Leave it out.")
 
 
 @dataclass
@@ -274,7 +297,9 @@ class ServeArguments:
         default=4_000_000, metadata={"help": "Most characters in the prompts and responses of a request."}
     )
     max_body_bytes: int = field(default=16_000_000, metadata={"help": "Longest request."})
-    seconds: float = field(default=60.0, metadata={"help": "Longest time that a request may take."})
+    seconds: float = field(
+        default=60.0, metadata={"help": "Longest time for a request to arrive, and again to be scored."}
+    )
     max_queued: int = field(
         default=16_384, metadata={"help": "Most responses that wait for their turn; requests beyond are refused."}
     )

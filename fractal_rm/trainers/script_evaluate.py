@@ -60,15 +60,16 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
             raise ValueError("There is nothing to judge on. Give `data`, or a `benchmark` that the hub has.")
         from fractal_rm.evaluation.benchmarks import rows_from_hub
 
-        return rows_from_hub(arguments.benchmark)[: arguments.limit], f"{arguments.benchmark} (hub)"
+        return rows_from_hub(arguments.benchmark, limit=arguments.limit), f"{arguments.benchmark} (hub)"
     split = find_split(arguments.data, arguments.split, arguments.data_dir)
     path = split or find_file(arguments.data, arguments.data_dir)
     source = f"{arguments.data} ({arguments.split})" if split else path.name
     if path.is_dir():  # official files, one a subset
-        files = sorted(file for file in path.iterdir() if file.name.endswith((".json", ".jsonl", ".jsonl.gz")))
+        ends = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+        files = sorted(file for file in path.iterdir() if file.name.endswith(ends))
         if not files:
             raise FileNotFoundError(f"{path} holds no .json or .jsonl file. Give a file, or a folder of the subsets.")
-        return [row for file in files for row in read_jsonl(file)][: arguments.limit], source
+        return [row for file in files for row in read_jsonl(file)[: arguments.limit]], source
     return read_jsonl(path)[: arguments.limit], source
 
 
