@@ -349,12 +349,20 @@ class quiet:
     """Silences the libraries' own bars and notes while our progress is shown; errors still come through."""
 
     def __enter__(self) -> None:
+        notes = transformers.utils.logging
+        self._before = notes.get_verbosity(), notes.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
         datasets.disable_progress_bars()
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        notes.set_verbosity_error()
+        notes.disable_progress_bar()
         self._warnings = warnings.catch_warnings()
         self._warnings.__enter__()
         warnings.simplefilter("ignore")
 
     def __exit__(self, *exception: Any) -> None:
         self._warnings.__exit__(*exception)
+        verbosity, bars, quiet_data = self._before
+        transformers.utils.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+        if not quiet_data:
+            datasets.enable_progress_bars()

@@ -70,6 +70,23 @@ def refusal(folder: Path) -> str:
 # Round trips -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scorer", ["likelihood", "token"])
+def test_config_tokenizer_and_weights_of_a_hub_id_are_of_one_revision(tmp_path, scorer):
+    repository = tmp_path / "models--someone--judge"
+    models = {}
+    for name, aggregation in (("main", "min"), ("v2", "product")):
+        torch.manual_seed(len(models))
+        models[name] = reward_model(scorer, "llama", aggregation=aggregation)
+        commit = ("a" if name == "main" else "b") * 40
+        models[name].save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    for name, model in models.items():
+        found = StepRewardModel.from_pretrained("someone/judge", revision=name, cache_dir=str(tmp_path), device="cpu")
+        assert found.settings.aggregation == model.settings.aggregation
+        assert found.score(["1+1?\n"], ["2.\n3."]) == model.score(["1+1?\n"], ["2.\n3."])
+
+
 @pytest.mark.parametrize(("scorer", "family"), KINDS)
 def test_a_saved_model_scores_as_before(tmp_path, scorer, family):
     model = save(tmp_path, scorer, family, aggregation="product")

@@ -42,6 +42,8 @@ from fractal_rm.scorers.token_scorer import TokenScorer
 
 # Where the head of an embedding scorer is, in the folder of its encoder.
 HEAD_FILE = "head.safetensors"
+# Arguments of `from_pretrained` that say which files of a hub id are read, and how.
+_HUB = ("revision", "token", "cache_dir", "local_files_only")
 # Weights of the head that the block remembers: a random head would have to match all of them.
 _HEAD_SAMPLE = 16
 # Half precision keeps two to three digits.
@@ -50,18 +52,19 @@ _HEAD_TOLERANCE = 1e-2
 _NO_LIMIT = 10**9
 
 
-def load_tokenizer(path: str | Path, kind: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, kind: Any = AutoTokenizer, **hub: Any) -> PreTrainedTokenizerBase:
     """A tokenizer with a padding token: its own, or else the end-of-text token, which the mask hides.
 
     Args:
         path: Folder or hub id.
         kind: Class to load it with.
+        hub: Which files of a hub id, and how to get them: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
         ValueError: If the folder or hub id has no tokenizer, or it has neither of the two tokens.
     """
     try:
-        tokenizer = kind.from_pretrained(path)
+        tokenizer = kind.from_pretrained(path, **hub)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path} has no tokenizer that can be loaded ({_first_line(error)}). Save one there, or give "
@@ -113,7 +116,7 @@ def load_model(path: str | Path, settings: Settings, **kwargs: Any) -> tuple[Pre
         kwargs["num_labels"] = settings.num_grades or 1
     _check_folder(path, "Give a folder or hub id of a model.")
     try:
-        if settings.scorer == "likelihood" and not _is_causal(AutoConfig.from_pretrained(path)):
+        if settings.scorer == "likelihood" and not _is_causal(AutoConfig.from_pretrained(path, **_of_hub(kwargs))):
             raise ValueError("it is no causal language model")
         model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -259,7 +262,8 @@ def load_scorer(path: str | Path, *, device: Any = None, **kwargs: Any) -> tuple
     Args:
         path: Folder or hub id of a checkpoint of this package.
         device: Where a sentence encoder is to run; None: it chooses. A scorer itself is moved by the caller.
-        kwargs: Passed to `from_pretrained` of the model, such as `dtype`; an embedding scorer takes none.
+        kwargs: Passed to `from_pretrained` of the model, such as `dtype`; an embedding scorer takes those that say
+            which files of a hub id are read.
 
     Returns:
         Scorer (in evaluation mode), its tokenizer or sentence encoder, and settings.
@@ -269,8 +273,9 @@ def load_scorer(path: str | Path, *, device: Any = None, **kwargs: Any) -> tuple
             or its head is missing or not the one that was trained.
     """
     _check_folder(path, "Give a folder that FractalTrainer saved.")
+    hub = _of_hub(kwargs)
     try:
-        block = PreTrainedConfig.get_config_dict(path)[0].get("fractal")
+        block = PreTrainedConfig.get_config_dict(path, **hub)[0].get("fractal")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} is neither a model folder nor a hub id that can be reached ({_first_line(error)}). "
@@ -283,11 +288,11 @@ def load_scorer(path: str | Path, *, device: Any = None, **kwargs: Any) -> tuple
         )
     settings = Settings.from_dict(block, where=str(path))
     if settings.scorer == "embedding":
-        return *_load_embedding_scorer(path, settings, device), settings
-    tokenizer = load_tokenizer(path)
+        return *_load_embedding_scorer(path, settings, device, hub), settings
+    tokenizer = load_tokenizer(path, **hub)
     if tokenizer_fingerprint(tokenizer) != settings.tokenizer:
         # For some architectures AutoTokenizer knows better than the files; the files say how training had it.
-        tokenizer = load_tokenizer(path, PreTrainedTokenizerFast)
+        tokenizer = load_tokenizer(path, PreTrainedTokenizerFast, **hub)
     found = tokenizer_fingerprint(tokenizer)
     if found != settings.tokenizer:
         raise ValueError(
@@ -305,11 +310,11 @@ def load_scorer(path: str | Path, *, device: Any = None, **kwargs: Any) -> tuple
 
 
 def _load_embedding_scorer(
-    path: str | Path, settings: Settings, device: Any
+    path: str | Path, settings: Settings, device: Any, hub: dict[str, Any]
 ) -> tuple[EmbeddingScorer, SentenceEncoder]:
     """The head and the encoder of a folder, or of a hub id."""
     # Responses of a policy never come again: a cache would only grow.
-    encoder = SentenceEncoder(path, cache_dir="", device=None if device is None else str(device))
+    encoder = SentenceEncoder(path, cache_dir="", device=None if device is None else str(device), hub=hub)
     if encoder.fingerprint != settings.tokenizer:
         raise ValueError(
             f"{path}: the sentence encoder is not the one the head was trained on (fingerprint {encoder.fingerprint}, "
@@ -317,7 +322,7 @@ def _load_embedding_scorer(
         )
     scorer = make_head(settings.head_type, encoder.size, settings.num_grades or 1)
     try:
-        scorer.model.load_state_dict(load_file(str(cached_file(str(path), HEAD_FILE))))
+        scorer.model.load_state_dict(load_file(str(cached_file(str(path), HEAD_FILE, **hub))))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{path}: the head in {HEAD_FILE} is missing or is another one ({_first_line(error)}). "
@@ -325,6 +330,11 @@ def _load_embedding_scorer(
         ) from error
     _check_head(path, scorer.model, settings)
     return scorer.eval(), encoder
+
+
+def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments that the hub needs: config, tokenizer and head must be of one revision."""
+    return {name: kwargs[name] for name in _HUB if name in kwargs}
 
 
 def _check_head(path: str | Path, model: nn.Module, settings: Settings) -> None:

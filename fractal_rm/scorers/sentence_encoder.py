@@ -38,6 +38,7 @@ class SentenceEncoder:
         dtype: `"auto"` (as the weights are stored), `"float32"` or `"bfloat16"`: the last is several times faster on
             GPUs and on processors that have instructions for it. The cache keeps them apart.
         device: Where to encode; None: a GPU if there is one.
+        hub: Which files of a hub id, and how to get them: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
         ImportError: If `sentence-transformers` is not installed.
@@ -51,6 +52,7 @@ class SentenceEncoder:
         cache_dir: str | Path | None = None,
         dtype: str = "auto",
         device: str | None = None,
+        hub: dict[str, Any] | None = None,
     ) -> None:
         try:
             from sentence_transformers import SentenceTransformer
@@ -59,7 +61,8 @@ class SentenceEncoder:
                 'sentence-transformers is not installed. Run `pip install "fractal-rm[encoder]"`.'
             ) from error
         try:
-            self.model = SentenceTransformer(str(path), device=device, model_kwargs={"dtype": dtype})
+            renamed = {"cache_folder" if name == "cache_dir" else name: value for name, value in (hub or {}).items()}
+            self.model = SentenceTransformer(str(path), device=device, model_kwargs={"dtype": dtype}, **renamed)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise ValueError(
