@@ -248,9 +248,10 @@ class StepRewardModel:
 
     def _rendered(self, prompt: Prompt) -> Prompt:
         """A chat as its template writes it; texts, and chats of a scorer without templates, as given."""
-        if isinstance(prompt, str) or not self.settings.chat or not getattr(self.tokenizer, "chat_template", None):
+        tokenizer = self.tokenizer
+        if isinstance(prompt, str) or not self.settings.chat or tokenizer is None or not tokenizer.chat_template:
             return prompt
-        return RenderedPrompt(prompt_text(prompt, self.tokenizer, self.settings.prompt_template))
+        return RenderedPrompt(prompt_text(prompt, tokenizer, self.settings.prompt_template))
 
     def _bag(self, prompt: Prompt, response: str | Sequence[str], spans: Sequence[Span] | None) -> Bag:
         """A response cut into steps and checked; its sentences say what is wrong."""

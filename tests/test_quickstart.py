@@ -2,9 +2,11 @@
 
 import json
 
+import datasets
 import pytest
+import transformers
 
-from fractal_rm.quickstart import ARMS, Budget, Quickstart, QuickstartArguments
+from fractal_rm.quickstart import ARMS, Budget, Quickstart, QuickstartArguments, quiet
 from fractal_rm.results import read_results
 from fractal_rm.reward_model import StepRewardModel
 
@@ -84,3 +86,15 @@ def test_held_out_prompts_are_seen_by_no_other_stage():
     held_out = {problem.prompt for problem in run.problems["held_out"]}
     for name in ("train", "validation", "ppo"):
         assert not held_out & {problem.prompt for problem in run.problems[name]}
+
+
+def test_libraries_speak_again_after_a_quiet_block():
+    notes = transformers.utils.logging
+
+    def state():
+        return notes.get_verbosity(), notes.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+
+    before = state()
+    with quiet():
+        assert state() == (notes.ERROR, False, True)
+    assert state() == before
