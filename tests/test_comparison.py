@@ -115,17 +115,22 @@ def test_the_better_of_the_longer_outcome_runs_is_compared_at_its_own_end():
 
 
 def test_claims_are_met_by_a_gain_and_not_by_none():
-    met = {claim.text: claim.is_met for claim in statistics.claims(study(0.3), "fractal")}
-    assert all(met.values()), met
-    none = [claim for claim in statistics.claims(study(0.0), "fractal") if not claim.is_met]
-    assert len(none) == 4  # all but: not below at the end, near the ceiling, no collapse
+    met = {claim.text: claim.state for claim in statistics.claims(study(0.3), "fractal")}
+    assert set(met.values()) == {"met"}, met
+    none = [claim.state for claim in statistics.claims(study(0.0), "fractal") if claim.state != "met"]
+    assert none == ["not met"] * 4  # all but: not below at the end, near the ceiling, no collapse
 
 
-def test_claims_count_settings_without_rows_as_not_met():
+def test_claims_are_undecided_as_long_as_settings_without_rows_could_meet_them():
     rows = [row for row in study(0.3) if row["dataset"] in ("easy", "medium")]
-    (claim, *_) = statistics.claims(rows, "fractal")
-    assert claim.holds == claim.known == ("easy", "medium")
-    assert not claim.is_met
+    found = statistics.claims(rows, "fractal")
+    assert found[0].holds == found[0].known == ("easy", "medium")
+    assert found[2].known == ("medium",)  # the long ones
+    assert {claim.state for claim in found} == {"undecided"}
+    few = [row for row in study(0.3) if row["arm"] != "supervised" or row["seed"] < 4]
+    assert [claim.state for claim in statistics.claims(few, "fractal")].count("undecided") == 1
+    worse = [row for row in study(0.0) if row["dataset"] in ("easy", "medium")]
+    assert statistics.claims(worse, "fractal")[0].state == "not met"  # the other four are fewer than five
     assert statistics.claims([], "fractal")[0].known == ()
     assert statistics.verdicts([]) == []
 
@@ -140,7 +145,7 @@ def test_few_seeds_have_no_interval_and_decide_no_claim():
     made = page.tables(few)
     assert made["claims"] == page.UNDECIDED
     assert "| +30.0 | +30.0 | 25% |" in made["summary"]
-    assert all(claim.is_met for claim in statistics.claims(study(0.3, seeds=5), "fractal"))
+    assert all(claim.state == "met" for claim in statistics.claims(study(0.3, seeds=5), "fractal"))
 
 
 def test_half_a_run_is_no_run_and_a_run_that_was_done_again_counts_once():

@@ -77,7 +77,7 @@ def _claims(rows: Rows) -> str:
     for arm in DEFAULT_ARMS:
         for claim in claims(rows, arm):
             if claim.known:
-                state = "**met**" if claim.is_met else "not met"
+                state = "**met**" if claim.state == "met" else claim.state
                 holds = ", ".join(claim.holds) or MISSING
                 body.append(
                     [arm, claim.text, str(claim.asked), f"{len(claim.holds)} of {len(claim.known)}", state, holds]
@@ -94,6 +94,8 @@ def _summary(rows: Rows) -> str:
         found, supervised = compare_arm(rows, setting, DEFAULT), curves(rows, setting, CEILING)
         if found is not None:
             ceiling = MISSING if supervised is None else f"{100 * _end_accuracy(supervised):.1f}"
+            if supervised is not None and len(supervised.seeds) != found.seeds:
+                ceiling += f" (seeds: {len(supervised.seeds)})"
             reach = f"{found.reach:.0%}" if np.isfinite(found.reach) else "never"
             body.append([
                 setting, str(found.seeds), *(f"{100 * value:.1f}" for value in reversed(found.iqm)), ceiling,

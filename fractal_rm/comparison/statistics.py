@@ -248,17 +248,28 @@ def _shifted(
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, on how many settings it holds, and on how many of them it should."""
+    """A claim about some settings.
+
+    Args:
+        text: What is claimed.
+        holds: Settings where it holds.
+        known: Settings whose rows decide it.
+        asked: On how many it should hold.
+        undecided: How many settings have too few seeds.
+    """
 
     text: str
     holds: tuple[str, ...]
-    asked: int
     known: tuple[str, ...]
+    asked: int
+    undecided: int
 
     @property
-    def is_met(self) -> bool:
-        """Whether it holds on as many settings as it should."""
-        return len(self.holds) >= self.asked
+    def state(self) -> str:
+        """Whether it holds on as many settings as it should: `"met"`, `"not met"`, or `"undecided"` so far."""
+        if len(self.holds) >= self.asked:
+            return "met"
+        return "undecided" if len(self.holds) + self.undecided >= self.asked else "not met"
 
 
 def claims(rows: Rows, arm: str) -> list[Claim]:
@@ -268,48 +279,50 @@ def claims(rows: Rows, arm: str) -> list[Claim]:
         rows: Rows of the study.
         arm: Its name.
     """
-    compared = {name: compare_arm(rows, name, arm) for name in MAIN_SETTINGS}
-    found = {name: result for name, result in compared.items() if result is not None and result.seeds >= FEWEST_SEEDS}
-    known = tuple(found)
+    found = {name: result for name in MAIN_SETTINGS if (result := compare_arm(rows, name, arm)) is not None}
     long = tuple(name for name in MAIN_SETTINGS if SETTINGS[name].min_steps >= LONG)
 
-    def where(test: Any) -> tuple[str, ...]:
-        return tuple(name for name, result in found.items() if test(name, result))
+    def claim(text: str, asked: int, what: Any, test: Any, among: Sequence[str] = MAIN_SETTINGS) -> Claim:
+        # A difference without an interval has too few seeds.
+        known = tuple(n for n in among if n in found and (gap := what(found[n])) is not None and not np.isnan(gap.low))
+        holds = tuple(name for name in known if test(found[name]))
+        return Claim(text, holds, known, asked, len(among) - len(known))
 
     return [
-        Claim(
+        claim(
             f"at half of the outcome-only gain: {GAIN:.0%} more, the interval above 0",
-            where(lambda _, r: r.half.difference >= GAIN and r.half.low > 0),
             WANTED_SETTINGS,
-            known,
+            lambda r: r.half,
+            lambda r: r.half.difference >= GAIN and r.half.low > 0,
         ),
-        Claim("never significantly below at the end", where(lambda _, r: r.end.high >= 0), len(MAIN_SETTINGS), known),
-        Claim(
+        claim("never significantly below at the end", len(MAIN_SETTINGS), lambda r: r.end, lambda r: r.end.high >= 0),
+        claim(
             f"problems of {LONG} or more steps: {LONG_GAIN:.0%} more at that point",
-            where(lambda name, r: name in long and r.half.difference >= LONG_GAIN),
             len(long),
-            known,
+            lambda r: r.half,
+            lambda r: r.half.difference >= LONG_GAIN,
+            long,
         ),
-        Claim(
-            "at most half of the rollouts to reach its end", where(lambda _, r: r.reach <= 0.5), WANTED_SETTINGS, known
+        claim(
+            "at most half of the rollouts to reach its end", WANTED_SETTINGS, lambda r: r.end, lambda r: r.reach <= 0.5
         ),
-        Claim(
+        claim(
             "ahead with the reward model's rollouts counted in",
-            where(lambda _, r: r.longer is not None and r.longer.difference > 0),
             WANTED_WITH_COST,
-            known,
+            lambda r: r.longer,
+            lambda r: r.longer.difference > 0,
         ),
-        Claim(
+        claim(
             f"within {NEAR_CEILING:.0%} of supervised steps",
-            where(lambda _, r: r.ceiling is not None and r.ceiling.difference >= -NEAR_CEILING),
             WANTED_SETTINGS,
-            known,
+            lambda r: r.ceiling,
+            lambda r: r.ceiling.difference >= -NEAR_CEILING,
         ),
-        Claim(
+        claim(
             f"no collapse: the end within {COLLAPSE:.0%} of the best",
-            where(lambda _, r: r.drop <= COLLAPSE),
             len(MAIN_SETTINGS),
-            known,
+            lambda r: r.end,
+            lambda r: r.drop <= COLLAPSE,
         ),
     ]
 
@@ -321,9 +334,8 @@ def verdicts(rows: Rows, arms: Sequence[str] = ("fractal_mix", "fractal")) -> li
         for claim in claims(rows, arm):
             if not claim.known:
                 continue
-            state = "met" if claim.is_met else "not met"
             lines.append(
-                f"{arm}: {claim.text}: {state} ({len(claim.holds)} of {len(claim.known)} settings with rows, "
+                f"{arm}: {claim.text}: {claim.state} ({len(claim.holds)} of {len(claim.known)} settings with rows, "
                 f"{claim.asked} asked)."
             )
     return lines
