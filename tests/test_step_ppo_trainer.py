@@ -514,7 +514,7 @@ def step_output(tmp_path: Path, **changed: Any) -> torch.Tensor:
             ],
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "expected",
 )
 def test_each_shaping_puts_its_own_rewards_on_the_tokens(tmp_path, options, expected):
     clip = options.get("step_reward_clip", math.inf)
