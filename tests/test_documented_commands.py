@@ -127,7 +127,7 @@ def test_a_documented_command_is_read(document, words, stop_after_parsing, monke
         read_by_fractal_rm(rest[rest.index("-m") + 2 :])
     elif program == "pip":
         extras = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-        named = re.fullmatch(r"fractal-rm(?:\[(?P<extras>[\w,]+)\])?", rest[-1])
+        named = re.fullmatch(r"(?:fractal-rm|\.)(?:\[(?P<extras>[\w,]+)\])?", rest[-1])
         assert rest[0] == "install"
         assert named
         assert set((named["extras"] or "").split(",")) <= {*extras, ""}

@@ -469,8 +469,8 @@ def test_stepwise_supervision_trains(tmp_path):
 def test_stepwise_rows_need_a_label_where_it_is_not_the_minimum_of_the_steps():
     rows = [{"prompt": "q", "completions": ["a", "b"], "labels": [0, 3]}]
     with pytest.raises(ValueError, match=r"rows, row 1: without `label` the response's label would be the minimum"):
-        to_bags(rows, Settings(aggregation="max", num_grades=4), source="rows")
-    (bag,) = to_bags([rows[0] | {"label": 3}], Settings(aggregation="max", num_grades=4), source="rows")
+        to_bags(rows, Settings(scorer="token", aggregation="max", num_grades=4), source="rows")
+    (bag,) = to_bags([rows[0] | {"label": 3}], Settings(scorer="token", aggregation="max", num_grades=4), source="rows")
     assert bag.label == 3
 
 
