@@ -14,6 +14,7 @@ from disaggregation_data import Data
 from fractal_rm.tasks.base_policy import SHIPPED_POLICY
 
 GOLD_SHARES = (1, 5, 10, 20, 50)
+PSEUDO_ROUNDS = 3
 # Fast and short, slow and long; the likelihood and the token scorer train the language model itself.
 PACES = {
     "embedding": (
@@ -97,9 +98,11 @@ def derived_arms(data: Data, arm: str, chosen: Options) -> dict[str, Options]:
     """Arms without trials of their own: another arm's chosen configuration, with one thing changed.
 
     These are the other gold fractions, the choice of gold responses by uncertainty, the cosine prior with the sign of
-    the paper's released code, and the other two heads.
+    the paper's released code, pseudo-labels in several rounds, and the other two heads.
     """
     found: dict[str, Options] = {}
+    if arm in ("pseudo_hard", "pseudo_soft"):
+        found[f"{arm}_iterated"] = {**chosen, "pseudo_rounds": PSEUDO_ROUNDS}
     if arm == "fractal_gold_10":
         for share in GOLD_SHARES:
             if share != 10:
