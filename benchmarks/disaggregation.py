@@ -27,14 +27,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from disaggregation_arms import HARD, Options, arms, derived_arms
-from disaggregation_data import LOADERS, Data, gold, whole_responses
+from disaggregation_data import LOADERS, Data, whole_responses
 from disaggregation_gains import write_gains
-from floors import Rule, at_random, copied, cosine, few_new_words, position, score_by, short
+from floors import Rule, at_random, constant, copied, cosine, few_new_words, of_grades, position, score_by, short
 from implicit import implicit_scores
 
 from fractal_rm import metrics
 from fractal_rm.bags import Bag
-from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, score_bags
+from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, response_labels, score_bags
+from fractal_rm.evaluation.evaluate import gold_labels as gold
 from fractal_rm.results import ResultsFile, read_results
 from fractal_rm.reward_model import StepScores
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
@@ -155,11 +156,14 @@ class Bench:
             "floor_position": position,
             "floor_length": short,
             "floor_copy": copied(),
+            "floor_constant": constant,
         }
         for seed in self.seeds if arm == "floor_random" else [0]:
             if self.is_missing(data.name, arm, seed, "test"):
                 start = time.monotonic()
                 rule = rules.get(arm) or (at_random(seed) if arm == "floor_random" else cosine(self.encoder))
+                if data.num_grades is not None:
+                    rule = of_grades(rule, data.num_grades, is_grade=arm == "floor_copy")
                 scored = {split: score_by(rule, data.splits[split]) for split in ("validation", "test")}
                 self.append(data, arm, seed, scored, {}, time.monotonic() - start)
 
@@ -208,13 +212,18 @@ class Bench:
 
 
 def selection(data: Data, scored: Sequence[StepScores], *, by_steps: bool) -> float:
-    """What configurations are chosen by: response labels, or step labels for the ceiling."""
+    """What configurations are chosen by: response labels, or step labels for the ceiling; more is better."""
     bags = data.splits["validation"]
     if by_steps:
-        return metrics.step_auc([result.step_scores for result in scored], [gold(bag) for bag in bags])
+        steps, labels = [result.step_scores for result in scored], [gold(bag) for bag in bags]
+        if data.num_grades is not None:
+            return -metrics.mean_absolute_error(np.concatenate(steps), np.concatenate(labels))
+        return metrics.step_auc(steps, labels)
     scores = np.array([result.score for result in scored])
     if data.preferences:
         return float(np.mean(scores[0::2] > scores[1::2]))
+    if data.num_grades is not None:
+        return -metrics.mean_absolute_error(scores, response_labels(bags))
     return metrics.bag_metrics(scores, [float(bag.label or 0.0) for bag in bags])["bag_auc"]
 
 
@@ -222,9 +231,14 @@ def measure(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float)
     """Metrics of test scores, with the bootstrap interval of the headline."""
     found = evaluate_scores(scored, bags, threshold)
     steps, labels = [result.step_scores for result in scored], [gold(bag) for bag in bags]
-    known = np.concatenate(labels)
-    flat = np.concatenate(steps)[~np.isnan(known)]
-    found["ece"] = metrics.expected_calibration_error(flat, known[~np.isnan(known)])
+    if "step_mae" in found:
+        # A share of the highest grade is no probability, and these grades count from right to wrong.
+        for name in ("first_error_accuracy", "all_correct_accuracy", "f1", "bag_ece", "bag_accuracy"):
+            del found[name]
+    else:
+        known = np.concatenate(labels)
+        flat = np.concatenate(steps)[~np.isnan(known)]
+        found["ece"] = metrics.expected_calibration_error(flat, known[~np.isnan(known)])
     found["same_position_auc"] = metrics.same_position_auc(steps, labels)
     aucs = metrics.bag_aucs(steps, labels)
     aucs = aucs[~np.isnan(aucs)]
@@ -242,6 +256,8 @@ def units(bench: Bench, datasets: Sequence[str], wanted: Sequence[str] | None) -
     for name in datasets:
         data = bench.data(name)
         names = ["floor_copy", "floor_overlap", "floor_position", "floor_length", "floor_random", "floor_cosine"]
+        if data.num_grades is not None:
+            names.append("floor_constant")  # an error needs a constant beside it, as an AUC has its 0.5
         names += [*arms(data), *(["implicit"] if data.scorer == "likelihood" else [])]
         found += [Unit(name, arm) for arm in names if wanted is None or arm in wanted]
     return found

@@ -40,28 +40,33 @@ Options = dict[str, Any]
 def arms(data: Data) -> dict[str, list[Options]]:
     """Arms that are trained, each with its trials; options are those of `FractalConfig`."""
     hard, soft = {"aggregation": HARD[data.rule]}, {"aggregation": SOFT[data.rule]}
+    if data.num_grades is not None:
+        # The maximum of grades is exact already: there is nothing softer, and no other way to aggregate them.
+        hard = soft = {"aggregation": "max", "num_grades": data.num_grades}
     paper, ours = prior_variants(data)
     pseudo_hard = {"pseudo_labels": "hard"}
-    # Of preferences only hard pseudo-labels are defined.
-    pseudo_soft = pseudo_hard if data.preferences else {"pseudo_labels": "soft"}
+    # Of preferences and of grades only hard pseudo-labels are defined.
+    only_hard = data.preferences or data.num_grades is not None
+    pseudo_soft = pseudo_hard if only_hard else {"pseudo_labels": "soft"}
     going_on = {"pseudo_bag_weight": 1.0, "pseudo_start": "warm"}
     noise: Options = {"missed_bad": 0.15} if data.noisy else {}
     found = {f"bag_{HARD[data.rule]}": plain(hard)}
     if data.scorer == "embedding":
         found["response_level"] = plain(hard)
-    if data.rule != "mean":
+    if data.rule != "mean" and data.num_grades is None:
         found[f"bag_{SOFT[data.rule]}"] = plain(soft)
     if data.noisy:
         found["bag_noise_tolerant"] = [{**soft, "missed_bad": rate} for rate in (0.1, 0.25)]
     found["bag_priors"] = [{**hard, **paper}, {**hard, **ours}]
     found["pseudo_hard"] = [{**hard, **pseudo_hard}, {**hard, **pseudo_hard, **going_on}]
-    if not data.preferences:
+    if not only_hard:
         found["pseudo_soft"] = [{**soft, **pseudo_soft}, {**soft, **pseudo_soft, **going_on}]
     found["fractal"] = [
         {**hard, **paper, **pseudo_hard},  # the paper's own
         {**soft, **ours, **pseudo_soft, **going_on, **noise},
     ]
-    found["lca"] = plain({"aggregation": LCA[data.rule]})
+    if data.num_grades is None:
+        found["lca"] = plain({"aggregation": LCA[data.rule]})
     if data.proportions:
         found["easyllp"] = plain({**hard, "bag_weight": 0.0, "easyllp_weight": 1.0})
     if data.has_gold:
@@ -88,6 +93,10 @@ def prior_variants(data: Data) -> tuple[Options, Options]:
         likelihood = {"likelihood_prior_weight": 0.1, "reference_model": str(SHIPPED_POLICY)}
         return likelihood, {**likelihood, "prior_schedule": "linear"}
     paper = {"cosine_prior_weight": 0.1, "correlation_prior_weight": 0.1}
+    if data.num_grades is not None:
+        # These grades say how wrong a step is: the same belief, that good steps are close to the question, turns round.
+        paper = {"negated_cosine_prior_weight": 0.1, "correlation_prior_weight": 0.1}
+        return paper, {"correlation_prior_weight": 0.2, "prior_schedule": "linear"}
     if data.rule == "min" and data.name not in ("summedits", "aquamuse_swap"):
         # Steps of a proof are not made of the question's words: similar steps get similar scores, and that is all.
         return paper, {"correlation_prior_weight": 0.2, "prior_schedule": "linear"}

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from floors import few_new_words
 
 from fractal_rm.bags import Bag
@@ -38,6 +37,7 @@ class Data:
         proportions: Whether labels are shares of good steps.
         noisy: Whether a good label may stand on a bad response.
         scorer: What reads it; on the arithmetic task each of the three.
+        num_grades: For grades in place of good and bad: how many there are.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Data:
     proportions: bool = False
     noisy: bool = False
     scorer: str = "embedding"
+    num_grades: int | None = None
 
     @property
     def has_gold(self) -> bool:
@@ -81,6 +82,17 @@ def _outcomes(data_dir: Path, work_dir: Path, most: int | None) -> Data:
         rows = [row | {"label": float(row["meta"]["answer_correct"])} for row in _rows(data_dir, name, split, most)]
         splits[split] = _bags(rows, f"{name} {split}")
     return Data("processbench_outcome", "min", splits, noisy=True)
+
+
+def _grades(data_dir: Path, work_dir: Path, most: int | None) -> Data:
+    """PRM800K's three ratings as grades of being wrong, 0 (right), 1 (neutral) and 2; a response has its worst."""
+    splits = {}
+    for split in SPLITS:
+        rows = _rows(data_dir, "prm800k", split, most)
+        wrong = [[1 - rating for rating in row["meta"]["ratings"]] for row in rows]
+        rows = [row | {"step_labels": grades, "label": max(grades)} for row, grades in zip(rows, wrong, strict=True)]
+        splits[split] = read_bags(rows, Segmentation("given"), source=f"prm800k {split}", num_grades=3)
+    return Data("prm800k_grades", "max", splits, num_grades=3)
 
 
 def _preferences(data_dir: Path, work_dir: Path, most: int | None) -> Data:
@@ -138,6 +150,7 @@ LOADERS: dict[str, Loader] = {
     "summedits": _plain("summedits", "min"),
     "aquamuse_swap": _plain("aquamuse_swap", "min"),
     "prm800k": _plain("prm800k", "min"),
+    "prm800k_grades": _grades,
     "processbench_resplit": _plain("processbench_resplit", "min"),
     "processbench_outcome": _outcomes,
     "prmbench": _plain("prmbench", "min"),
@@ -153,9 +166,3 @@ def whole_responses(bags: list[Bag]) -> list[Bag]:
         replace(bag, step_spans=((bag.step_spans[0][0], bag.step_spans[-1][1]),), step_labels=None, teacher_scores=None)
         for bag in bags
     ]
-
-
-def gold(bag: Bag) -> np.ndarray:
-    """Gold step labels, NaN where unknown."""
-    known = bag.step_labels or [None] * len(bag.step_spans)
-    return np.array([np.nan if label is None else label for label in known], dtype=float)

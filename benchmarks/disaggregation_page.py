@@ -115,6 +115,13 @@ def _chosen(rows: Rows, datasets: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def _errors(rows: Rows) -> str:
+    """Errors of grades, of steps and of responses, of the data sets that have them."""
+    found = [row for row in rows if "step_mae" in row["metrics"]]
+    ordered = [row for arm in _arms(found) for row in found if row["arm"] == arm]
+    return markdown_table(ordered, metrics=["step_mae", "bag_mae"])
+
+
 def page(document: str, rows: Iterable[Mapping[str, Any]]) -> str:
     """The page with its tables made anew."""
     known = list(rows)
@@ -135,6 +142,7 @@ def page(document: str, rows: Iterable[Mapping[str, Any]]) -> str:
         "step_auc": _pivot(tests, "step_auc", datasets),
         "bag_auc": _pivot(tests, "bag_auc", datasets),
         "ece": _pivot(tests, "ece", datasets),
+        "grades": _errors(tests),
     }
     for name, table in tables.items():
         document = replace_table(document, f"disaggregation {name}", table)

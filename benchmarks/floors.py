@@ -24,6 +24,11 @@ def at_random(seed: int) -> Rule:
     return lambda bag: generator.random(len(bag.steps)).tolist()
 
 
+def constant(bag: Bag) -> list[float]:
+    """Every step is good."""
+    return [1.0] * len(bag.steps)
+
+
 def position(bag: Bag) -> list[float]:
     """Early steps are good, and so are responses of few steps."""
     return [1 / (1 + index) for index in range(len(bag.steps))]
@@ -69,6 +74,19 @@ def cosine(encoder: SentenceEncoder) -> Rule:
         return ((1 + cosines.clamp(-1.0, 1.0)) / 2).tolist()  # rounding can leave the range
 
     return rule
+
+
+def of_grades(rule: Rule, num_grades: int, *, is_grade: bool) -> Rule:
+    """A rule for grades that count from right to wrong, as shares of the highest.
+
+    Args:
+        rule: A rule that gives good steps high scores, or grades.
+        num_grades: How many grades there are.
+        is_grade: Whether the rule gives grades.
+    """
+    if is_grade:
+        return lambda bag: [grade / (num_grades - 1) for grade in rule(bag)]
+    return lambda bag: [1 - score for score in rule(bag)]
 
 
 def score_by(rule: Rule, bags: Sequence[Bag]) -> list[StepScores]:

@@ -273,6 +273,28 @@ def expected_calibration_error(probs: ArrayLike, labels: ArrayLike, bins: int = 
     return float(np.abs(gaps).sum() / len(p))
 
 
+def mean_absolute_error(values: ArrayLike, labels: ArrayLike) -> float:
+    """Mean distance between predictions and labels, such as grades of steps.
+
+    Args:
+        values: Predictions (n,), not rounded.
+        labels: Labels (n,) on the same scale, NaN where unknown.
+
+    Returns:
+        The distance; NaN if no label is known.
+
+    Raises:
+        ValueError: If there are not as many predictions as labels, or a prediction is not finite.
+
+    Example:
+        >>> mean_absolute_error([0.5, 3.0], [1, 3])
+        0.25
+    """
+    ((predicted, gold),) = _rows([values], [labels])
+    known = ~np.isnan(gold)
+    return float(np.abs(predicted - gold)[known].mean()) if known.any() else float("nan")
+
+
 def _known_bags(probs: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities and labels of the bags whose label is known."""
     p, y = np.asarray(probs, dtype=float).reshape(-1), np.asarray(labels, dtype=float).reshape(-1)

@@ -79,6 +79,7 @@ KINDS = [
     {"rule": "mean", "proportions": True},
     {"rule": "mean", "preferences": True},
     {"rule": "min", "noisy": True},
+    {"rule": "max", "num_grades": 3},
     {"rule": "min", "scorer": "likelihood"},
     {"rule": "min", "scorer": "token"},
 ]
@@ -114,6 +115,28 @@ def test_trials_are_judged_on_response_labels_and_the_ceiling_on_step_labels(mod
     assert modules.disaggregation.selection(data, scored, by_steps=True) == 0.0
     pairs = data_of(modules, splits={"validation": bags}, preferences=True)
     assert modules.disaggregation.selection(pairs, scored, by_steps=False) == 1.0
+
+
+def test_grades_are_judged_by_their_error_and_floors_of_goodness_turn_round(modules):
+    bag = modules.disaggregation.Bag
+    step = __import__("fractal_rm.reward_model", fromlist=["Step"]).Step
+    bags = [
+        bag("p", "a\nb", ((0, 1), (2, 3)), 2.0, step_labels=(0.0, 2.0), num_grades=3),
+        bag("p", "a\nb", ((0, 1), (2, 3)), 0.0, step_labels=(0.0, 0.0), num_grades=3),
+    ]
+    data = data_of(modules, rule="max", num_grades=3, splits={"validation": bags})
+    scored = [
+        modules.disaggregation.StepScores("a\nb", [step("a", 0, 1, 0.5), step("b", 2, 3, 1.0)], 1.0),
+        modules.disaggregation.StepScores("a\nb", [step("a", 0, 1, 0.0), step("b", 2, 3, 0.0)], 0.5),
+    ]
+    assert modules.disaggregation.selection(data, scored, by_steps=False) == -0.25
+    assert modules.disaggregation.selection(data, scored, by_steps=True) == -0.125
+    found = modules.disaggregation.measure(scored, bags, 0.5)
+    assert (found["step_mae"], found["bag_mae"], found["within_bag_auc"]) == (0.25, 0.5, 1.0)
+    assert not found.keys() & {"ece", "f1", "first_error_accuracy", "bag_ece"}
+    floors = importlib.import_module("floors")
+    assert floors.of_grades(floors.position, 3, is_grade=False)(bags[0]) == [0.0, 0.5]
+    assert floors.of_grades(floors.copied(), 3, is_grade=True)(bags[0]) == [1.0, 1.0]
 
 
 def rows_of(values, split="test", **extra):

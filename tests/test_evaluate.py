@@ -4,6 +4,7 @@ import io
 import json
 import math
 
+import numpy as np
 import pytest
 from rich.console import Console
 from stand_ins import save_policy, save_reward_model, solutions
@@ -109,8 +110,14 @@ def test_grades_count_as_shares_of_the_highest():
     ]
     scored = [scores(bag, 0.6, 0.2) for bag in graded]
     expected = evaluate_scores(scored, shares, 0.5)
-    assert evaluate_scores(scored, graded, 0.5) == pytest.approx(expected, nan_ok=True)
-    assert expected["step_auc"] == pytest.approx(2.5 / 3)  # grade 1 of 3 is bad, so one step is good and three are not
+    found = evaluate_scores(scored, graded, 0.5)
+    # Steps are expected to be of grade 1.8 and 0.6 in both responses, and are of 3, 0 and 0, 1.
+    assert found.pop("step_mae") == pytest.approx((1.2 + 0.6 + 1.8 + 0.4) / 4)
+    assert found.pop("bag_mae") == pytest.approx(
+        np.mean([abs(3 * s.score - bag.label) for s, bag in zip(scored, graded, strict=True)])
+    )
+    assert found == pytest.approx(expected, nan_ok=True)
+    assert expected["step_auc"] == pytest.approx(2.5 / 3)  # grade 1 of 3 is bad, so one of four is good
     assert choose_threshold(scored, graded, aggregation="max") == choose_threshold(scored, shares, aggregation="max")
 
 

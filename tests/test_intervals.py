@@ -1,6 +1,7 @@
 """Metrics as statistics of weights: against scikit-learn on repeated items, and against the plain bootstrap."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -176,9 +177,18 @@ def scored_at_random(count: int, *, seed: int = 0, cut: bool = True):
     return scored, bags
 
 
+def graded(bag):
+    """The same bag with grades 0 to 3 in place of labels 0 and 1."""
+    return replace(bag, label=3 * bag.label, step_labels=tuple(3 * label for label in bag.step_labels), num_grades=4)
+
+
+@pytest.mark.parametrize("grades", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
-def test_the_judgement_has_the_values_of_evaluate_scores(cut):
+def test_the_judgement_has_the_values_of_evaluate_scores(cut, grades):
     scored, bags = scored_at_random(30, cut=cut)
+    if grades:
+        bags = [graded(bag) for bag in bags]
+        assert {"bag_mae", "step_mae"} <= evaluate_scores(scored, bags, 0.4).keys()
     expected = evaluate_scores(scored, bags, 0.4)
     judgement = judge_responses(scored, bags, 0.4)
     found = {**judgement.counts, **{name: value.value for name, value in estimates(judgement, draws=2).items()}}

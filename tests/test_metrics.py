@@ -16,6 +16,7 @@ from fractal_rm.metrics import (
     choose_threshold,
     expected_calibration_error,
     first_error_accuracy,
+    mean_absolute_error,
     paired_bootstrap,
     same_position_auc,
     step_auc,
@@ -196,9 +197,14 @@ def test_bags_without_a_label_do_not_count(pairs):
     assert bag_metrics(*every) == pytest.approx(bag_metrics(*some), nan_ok=True)
 
 
+def test_the_absolute_error_is_that_of_known_labels():
+    assert mean_absolute_error([0.5, 3.0, 9.0], [1, 3, NAN]) == 0.25
+    assert math.isnan(mean_absolute_error([0.5], [NAN]))
+
+
 def test_without_bags_every_metric_is_undefined():
     results = [metric([], []) for metric in (step_auc, within_bag_auc, same_position_auc, choose_threshold)]
-    results += [expected_calibration_error([], [])]
+    results += [expected_calibration_error([], []), mean_absolute_error([], [])]
     results += [*first_error_accuracy([], [], 0.5).values(), *bag_metrics([], []).values()]
     difference = paired_bootstrap([], [])
     results += [difference.difference, difference.low, difference.high]
@@ -273,6 +279,7 @@ def test_the_statistic_may_read_rows_of_values():
         (lambda: bag_metrics([0.2, 1.5], [1, 0]), "Bag 1 has probability 1.5"),
         (lambda: expected_calibration_error([NAN], [1]), "Bag 0 has probability nan"),
         (lambda: bag_metrics([0.2], [1, 0]), "1 bags have scores and 2 have labels"),
+        (lambda: mean_absolute_error([0.1], [1, 0]), "Bag 0 has 1 scores and 2 labels"),
         (lambda: paired_bootstrap([1.0], [1.0, 2.0]), "1 items against 2"),
     ],
 )

@@ -47,8 +47,9 @@ def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold
 
     Returns:
         Counts (`responses`, `unscored`, `truncated`), those of [`~fractal_rm.metrics.bag_metrics`], `pair_accuracy` if
-        there are preferences (the share whose chosen response scores higher) and, if any gold step label is known,
-        `step_auc`, `within_bag_auc`, those of [`~fractal_rm.metrics.first_error_accuracy`] and the `threshold`.
+        there are preferences (the share whose chosen response scores higher), `bag_mae` if there are grades and, if any
+        gold step label is known, `step_auc`, `within_bag_auc`, those of [`~fractal_rm.metrics.first_error_accuracy`],
+        the `threshold`, and `step_mae` if there are grades. The two errors are in grades.
     """
     labels = response_labels(bags)
     have = [not math.isnan(result.score) for result in scored]
@@ -61,6 +62,12 @@ def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold
             [label for label, ok in zip(labels, have, strict=True) if ok],
         ),
     }
+    grades = max(bag.num_grades or 0 for bag in bags) if bags else 0
+    if grades:
+        results["bag_mae"] = (grades - 1) * metrics.mean_absolute_error(
+            [result.score for result, ok in zip(scored, have, strict=True) if ok],
+            [label for label, ok in zip(labels, have, strict=True) if ok],
+        )
     pairs = _pairs(scored, bags)
     if pairs:
         results["pair_accuracy"] = sum(better > worse for better, worse in pairs) / len(pairs)
@@ -70,6 +77,8 @@ def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold
     scores = [np.array(result.step_scores) for result in scored]
     known = [row[: len(found)] for row, found in zip(gold, scores, strict=True)]
     whole = [padded_scores(result, row) for result, row in zip(scored, gold, strict=True)]
+    if grades:
+        results["step_mae"] = (grades - 1) * metrics.mean_absolute_error(np.concatenate(scores), np.concatenate(known))
     return {
         **results,
         "step_auc": metrics.step_auc(scores, known),

@@ -49,6 +49,8 @@ def judge_responses(scored: Sequence[StepScores], bags: Sequence[Bag], threshold
         "reliability": as_points(reliability_curve(probs, labels)),
         "risk_coverage": as_points(risk_coverage_curve(probs, labels)),
     }
+    if "bag_mae" in found:
+        statistics["bag_mae"] = mean_of(_highest(bags) * np.abs(probs - labels))
     if "pair_accuracy" in found:
         counts["pair_accuracy"] = found["pair_accuracy"]
     if "step_auc" in found:
@@ -70,13 +72,20 @@ def step_statistics(scored: Sequence[StepScores], bags: Sequence[Bag]) -> dict[s
     owners = np.repeat(np.arange(len(bags)), [len(row) for row in scores])
     # A response counts in means over steps as its sum and its number of steps.
     squares = [float(np.nansum((row - labels) ** 2)) for row, labels in zip(scores, gold, strict=True)]
+    errors = [_highest(bags) * float(np.nansum(np.abs(row - of))) for row, of in zip(scores, gold, strict=True)]
     sizes = [float(np.count_nonzero(~np.isnan(labels))) for labels in gold]
-    return {
+    graded = {"step_mae": ratio_of(errors, sizes)} if any(bag.num_grades for bag in bags) else {}
+    return graded | {
         "step_auc": auc_of(scores, gold),
         "within_bag_auc": mean_of(metrics.bag_aucs(scores, gold)),
         "step_brier": ratio_of(squares, sizes),
         "step_ece": ece_of(np.concatenate(scores), np.concatenate(gold), owners),
     }
+
+
+def _highest(bags: Sequence[Bag]) -> int:
+    """The highest grade that labels can have."""
+    return max(bag.num_grades or 2 for bag in bags) - 1
 
 
 def _first_errors(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float) -> dict[str, Statistic]:
