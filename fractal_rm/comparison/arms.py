@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Options = dict[str, Any]
-# Every arm is tried with two learning rates times two settings of its own, so that none wins by trying more often.
-LEARNING_RATES = (4e-4, 8e-4)
+# Every arm is tried with three learning rates times two settings of its own, so that none wins by trying more often.
+LEARNING_RATES = (4e-4, 8e-4, 1.6e-3)
 _BASELINES = ({"advantage": "group"}, {"advantage": "gae"})
 _SCALES = (
     {"advantage": "group", "scale_rewards": "group"},
