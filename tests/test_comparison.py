@@ -181,7 +181,7 @@ def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
 
 def test_every_arm_has_the_same_number_of_trials_on_a_seed_that_is_not_reported():
     assert {len(arm.trials) for arm in ARMS.values()} == {6}
-    assert {unit.seed for unit in tuning_units("easy", list(ARMS))} == {TUNING_SEED}
+    assert {unit.seed for unit in tuning_units(["easy"], list(ARMS))} == {TUNING_SEED}
     assert TUNING_SEED not in {unit.seed for unit in study_units(list(SETTINGS), list(ARMS), 10)}
 
 

@@ -1,12 +1,13 @@
 """The comparison of rewards at a size that proves nothing: all of it runs, goes on, and leaves what it promises."""
 
 import json
+from itertools import product
 
 import pytest
 import yaml
 
 from fractal_rm.comparison.arms import ARMS
-from fractal_rm.comparison.command import SMOKE_BUDGET, CompareArguments, run_comparison
+from fractal_rm.comparison.command import SMOKE_BUDGET, TUNING_SETTINGS, CompareArguments, run_comparison
 from fractal_rm.comparison.page import UNDECIDED
 from fractal_rm.comparison.study import write_chosen
 from fractal_rm.results import read_results
@@ -109,16 +110,17 @@ def test_tuning_runs_every_trial_and_writes_the_best_one(tmp_path, finished):
     (folder / "policies").symlink_to(finished / "policies")
     run_comparison(arguments(folder, tune=True, arms=["oracle", LONG]))  # a longer arm has no trials of its own
     rows = rows_of(folder)
-    assert {row["config"]["trial"] for row in rows} == {0, 1, 2, 3}
+    trials = range(len(ARMS["oracle"].trials))
+    assert {(row["dataset"], row["config"]["trial"]) for row in rows} == set(product(TUNING_SETTINGS, trials))
     assert {row["split"] for row in rows} == {"tuning"}
-    points = {trial: [] for trial in range(4)}
+    points = {trial: [] for trial in trials}
     for row in rows:
         if row["metrics"]["rollouts"]:
             points[row["config"]["trial"]].append(row["metrics"]["accuracy"])
     best = max(points, key=lambda trial: sum(points[trial]))
     chosen = yaml.safe_load((folder / "chosen.yaml").read_text())
     assert chosen == {"oracle": ARMS["oracle"].trials[best]}
-    assert len(points[0]) == len(SMOKE_BUDGET.points)
+    assert len(points[0]) == len(TUNING_SETTINGS) * len(SMOKE_BUDGET.points)
 
 
 def test_bad_arguments_are_named(tmp_path):

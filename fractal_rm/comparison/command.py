@@ -17,7 +17,8 @@ from fractal_rm.results import portable_command, write_atomic
 from fractal_rm.trainers.command_parser import parse
 from fractal_rm.trainers.script_checks import check_writable_folder
 
-TUNING_SETTING = "medium"
+# One of long chains and one of another form: a learning rate that either bears can be too high for the other.
+TUNING_SETTINGS = ("medium", "branching")
 # Trials do this share of the updates of a run, and are measured at its middle and its end.
 TUNING_SHARE, TUNING_POINTS = 0.6, (0.5, 1.0)
 SMOKE_BUDGET = Budget(rollouts_per_update=16, held_out=8, updates=2, points=(1.0,))
@@ -84,11 +85,11 @@ def run_comparison(arguments: CompareArguments) -> None:
         arms = [name for name in arms if not ARMS[name].longer_than]
         budget = SMOKE_BUDGET
         if not arguments.smoke:
-            updates = round(TUNING_SHARE * SETTINGS[TUNING_SETTING].updates)
+            updates = round(TUNING_SHARE * SETTINGS[TUNING_SETTINGS[0]].updates)
             budget = Budget(updates=updates, points=TUNING_POINTS)
         study = Study(results, folder, budget, size, {})
-        study.run_all(list(tuning_units(TUNING_SETTING, arms)), arguments.jobs)
-        write_chosen(chosen_file, study.choose(TUNING_SETTING, arms), portable_command(sys.argv))
+        study.run_all(list(tuning_units(TUNING_SETTINGS, arms)), arguments.jobs)
+        write_chosen(chosen_file, study.choose(TUNING_SETTINGS, arms), portable_command(sys.argv))
         print(f"{chosen_file} holds the settings of {len(arms)} arms.")
         return
     budget = SMOKE_BUDGET if arguments.smoke else Budget()

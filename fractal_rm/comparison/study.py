@@ -122,11 +122,11 @@ class Study:
             for _ in pool.imap_unordered(self.run, waiting, chunksize=1):
                 pass
 
-    def choose(self, setting: str, arms: Sequence[str]) -> dict[str, Options]:
-        """The settings of each arm whose trial had the highest accuracy, averaged over its evaluations.
+    def choose(self, settings: Sequence[str], arms: Sequence[str]) -> dict[str, Options]:
+        """The settings of each arm whose trial had the highest accuracy, averaged over evaluations and task settings.
 
         Args:
-            setting: Where the trials ran.
+            settings: Where the trials ran, with as many evaluations each.
             arms: Whose trials are compared.
 
         Raises:
@@ -137,14 +137,18 @@ class Study:
         for name in arms:
             values = []
             for trial in range(len(ARMS[name].trials)):
-                points = [
-                    row["metrics"]["accuracy"]
-                    for row in rows
-                    if (row["dataset"], row["arm"], row["config"]["trial"]) == (setting, name, trial)
-                    and row["metrics"]["rollouts"]
-                ]
-                if not points:
-                    raise ValueError(f"Trial {trial} of {name} on {setting} has no rows. Run the tuning to its end.")
+                points: list[float] = []
+                for setting in settings:
+                    found_here = [
+                        row["metrics"]["accuracy"]
+                        for row in rows
+                        if (row["dataset"], row["arm"], row["config"]["trial"]) == (setting, name, trial)
+                        and row["metrics"]["rollouts"]
+                    ]
+                    if not found_here:
+                        sentence = f"Trial {trial} of {name} on {setting} has no rows. Run the tuning to its end."
+                        raise ValueError(sentence)
+                    points += found_here
                 values.append(sum(points) / len(points))
             found[name] = ARMS[name].trials[max(range(len(values)), key=values.__getitem__)]
         return found
@@ -189,11 +193,12 @@ def study_units(settings: Sequence[str], arms: Sequence[str], seeds: int) -> lis
     return core + further
 
 
-def tuning_units(setting: str, arms: Sequence[str]) -> Iterator[Unit]:
-    """The trials of each arm."""
-    for arm in arms:
-        for trial in range(len(ARMS[arm].trials)):
-            yield Unit(setting, TUNING_SEED, arm, trial)
+def tuning_units(settings: Sequence[str], arms: Sequence[str]) -> Iterator[Unit]:
+    """The trials of each arm, on each of the task settings."""
+    for setting in settings:
+        for arm in arms:
+            for trial in range(len(ARMS[arm].trials)):
+                yield Unit(setting, TUNING_SEED, arm, trial)
 
 
 def read_chosen(path: Path, arms: Sequence[str]) -> dict[str, Options]:
