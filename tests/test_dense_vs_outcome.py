@@ -117,7 +117,7 @@ def test_tuning_runs_every_trial_and_writes_the_best_one(tmp_path, finished):
     for row in rows:
         if row["metrics"]["rollouts"]:
             points[row["config"]["trial"]].append(row["metrics"]["accuracy"])
-    best = max(points, key=lambda trial: sum(points[trial]))
+    best = max(points, key=lambda trial: (sum(points[trial]), trial))
     chosen = yaml.safe_load((folder / "chosen.yaml").read_text())
     assert chosen == {"oracle": ARMS["oracle"].trials[best]}
     assert len(points[0]) == len(TUNING_SETTINGS) * len(SMOKE_BUDGET.points)

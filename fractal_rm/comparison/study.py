@@ -150,7 +150,8 @@ class Study:
                         raise ValueError(sentence)
                     points += found_here
                 values.append(sum(points) / len(points))
-            found[name] = ARMS[name].trials[max(range(len(values)), key=values.__getitem__)]
+            best = max(range(len(values)), key=lambda trial: (values[trial], trial))  # of equal ones the last
+            found[name] = ARMS[name].trials[best]
         return found
 
 
