@@ -1,5 +1,7 @@
 """The statistics of the comparison, against independent computations, and its plan of runs."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,11 +9,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fractal_rm.comparison import page, statistics
-from fractal_rm.comparison.arms import ARMS
+from fractal_rm.comparison.arms import ARMS, LEARNING_RATES
+from fractal_rm.comparison.reward_models import Size
 from fractal_rm.comparison.rows import BENCHMARK, latest
+from fractal_rm.comparison.run import Budget
 from fractal_rm.comparison.scripted_scores import ScriptedRewardModel, copy_label, oracle, random_steps
 from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS
-from fractal_rm.comparison.study import TUNING_SEED, Unit, available, study_units, tuning_units
+from fractal_rm.comparison.study import TUNING_SEED, Study, Unit, available, study_units, trials_at, tuning_units
 from fractal_rm.tasks.arithmetic import Beliefs
 from fractal_rm.tasks.variants import read_problem
 
@@ -180,9 +184,39 @@ def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
 
 
 def test_every_arm_has_the_same_number_of_trials_on_a_seed_that_is_not_reported():
-    assert {len(arm.trials) for arm in ARMS.values()} == {6}
-    assert {unit.seed for unit in tuning_units(["easy"], list(ARMS))} == {TUNING_SEED}
-    assert TUNING_SEED not in {unit.seed for unit in study_units(list(SETTINGS), list(ARMS), 10)}
+    assert {len(trials_at(name, rate)) for name in ARMS for rate in LEARNING_RATES} == {2}
+    assert {unit.seed for unit in tuning_units(["easy"], list(ARMS), LEARNING_RATES)} == {TUNING_SEED}
+
+
+def trial_rows(arm, accuracies):
+    """Rows of an arm's trials on two settings; accuracies by setting and trial."""
+    return [
+        {
+            "benchmark": BENCHMARK, "arm": arm, "dataset": setting, "seed": TUNING_SEED, "split": "tuning",
+            "metrics": {"rollouts": 64, "accuracy": value}, "config": {"trial": trial},
+        }
+        for setting, values in accuracies.items()
+        for trial, value in enumerate(values)
+    ]  # fmt: skip
+
+
+def test_the_rate_is_that_of_the_outcome_only_arms_and_each_arm_has_its_own_best_variant(tmp_path):
+    rows = trial_rows(
+        "outcome_grpo", {"medium": [0.1, 0.1, 0.5, 0.2, 0.6, 0.6], "branching": [0.1, 0.1, 0.2, 0.4, 0, 0]}
+    )
+    rows += trial_rows("outcome_ppo", {"medium": [0.3] * 6, "branching": [0.3] * 6})
+    # Better with another rate, on the two settings together; on one alone it would be another variant.
+    rows += trial_rows("fractal", {"medium": [0, 0, 0.5, 0.4, 0.9, 0.9], "branching": [0, 0, 0.3, 0.5, 0.9, 0.9]})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    study = Study(file, tmp_path, Budget(), Size(), {})
+    settings = ("medium", "branching")
+    assert study.choose_rate(settings) == LEARNING_RATES[1]
+    chosen = study.choose(settings, ["outcome_grpo", "outcome_ppo", "fractal"], LEARNING_RATES[1])
+    trials = {"outcome_grpo": 2, "outcome_ppo": 3, "fractal": 3}
+    assert chosen == {arm: ARMS[arm].trials[number] for arm, number in trials.items()}
+    with pytest.raises(ValueError, match="Trial 2 of orm on medium has no rows"):
+        study.choose(settings, ["orm"], LEARNING_RATES[1])
 
 
 def test_core_arms_come_first_and_seeds_before_settings():

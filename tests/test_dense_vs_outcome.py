@@ -1,15 +1,15 @@
 """The comparison of rewards at a size that proves nothing: all of it runs, goes on, and leaves what it promises."""
 
 import json
-from itertools import product
 
 import pytest
 import yaml
 
-from fractal_rm.comparison.arms import ARMS
-from fractal_rm.comparison.command import SMOKE_BUDGET, TUNING_SETTINGS, CompareArguments, run_comparison
+from fractal_rm.comparison import command, study
+from fractal_rm.comparison.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY
+from fractal_rm.comparison.command import SMOKE_BUDGET, CompareArguments, run_comparison
 from fractal_rm.comparison.page import UNDECIDED
-from fractal_rm.comparison.study import write_chosen
+from fractal_rm.comparison.study import trials_at, write_chosen
 from fractal_rm.results import read_results
 
 METRICS = {
@@ -104,23 +104,31 @@ def test_a_longer_arm_has_the_settings_of_the_one_that_it_is(finished):
     assert all(config | wanted == config for config in used)
 
 
-def test_tuning_runs_every_trial_and_writes_the_best_one(tmp_path, finished):
+def test_tuning_finds_the_rate_with_the_outcome_only_arms_and_runs_an_arms_trials_with_it(
+    tmp_path, finished, monkeypatch
+):
     folder = tmp_path / "smoke"
     folder.mkdir()
     (folder / "policies").symlink_to(finished / "policies")
+    monkeypatch.setattr(command, "TUNING_SETTINGS", ("easy",))
+    for module in (command, study):
+        monkeypatch.setattr(module, "LEARNING_RATES", LEARNING_RATES[:2])
     run_comparison(arguments(folder, tune=True, arms=["oracle", LONG]))  # a longer arm has no trials of its own
     rows = rows_of(folder)
-    trials = range(len(ARMS["oracle"].trials))
-    assert {(row["dataset"], row["config"]["trial"]) for row in rows} == set(product(TUNING_SETTINGS, trials))
     assert {row["split"] for row in rows} == {"tuning"}
-    points = {trial: [] for trial in trials}
+    rates = {
+        arm: {row["config"]["learning_rate"] for row in rows if row["arm"] == arm} for arm in (*OUTCOME_ONLY, "oracle")
+    }
+    (rate,) = rates.pop("oracle")
+    assert set(map(frozenset, rates.values())) == {frozenset(LEARNING_RATES[:2])}
+    points = {trial: [] for trial in trials_at("oracle", rate)}
     for row in rows:
-        if row["metrics"]["rollouts"]:
+        if row["arm"] == "oracle" and row["metrics"]["rollouts"]:
             points[row["config"]["trial"]].append(row["metrics"]["accuracy"])
     best = max(points, key=lambda trial: (sum(points[trial]), trial))
     chosen = yaml.safe_load((folder / "chosen.yaml").read_text())
     assert chosen == {"oracle": ARMS["oracle"].trials[best]}
-    assert len(points[0]) == len(TUNING_SETTINGS) * len(SMOKE_BUDGET.points)
+    assert [len(values) for values in points.values()] == [len(SMOKE_BUDGET.points)] * 2
 
 
 def test_bad_arguments_are_named(tmp_path):

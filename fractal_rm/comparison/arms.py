@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Options = dict[str, Any]
-# Every arm is tried with three learning rates times two settings of its own, so that none wins by trying more often.
+# Tried by the outcome-only arms; all arms then use the one that suits those best, and each has two settings of its own.
 LEARNING_RATES = (4e-4, 8e-4, 1.6e-3)
 _BASELINES = ({"advantage": "group"}, {"advantage": "gae"})
 _SCALES = (
@@ -42,7 +42,7 @@ class Arm:
 
     @property
     def trials(self) -> list[Options]:
-        """What competes on the tuning seed."""
+        """What can compete on the tuning seed: the variants, with each learning rate."""
         return [
             {**dict(self.options), **variant, "learning_rate": rate}
             for rate in LEARNING_RATES

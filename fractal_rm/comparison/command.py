@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal_rm.comparison.arms import ARMS
+from fractal_rm.comparison.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY
 from fractal_rm.comparison.page import draw_curves, tables
 from fractal_rm.comparison.reward_models import Size
 from fractal_rm.comparison.run import Budget
@@ -17,7 +17,7 @@ from fractal_rm.results import portable_command, write_atomic
 from fractal_rm.trainers.command_parser import parse
 from fractal_rm.trainers.script_checks import check_writable_folder
 
-# One of long chains and one of another form: a learning rate that either bears can be too high for the other.
+# One of long chains and one of another form: a learning rate that one bears can be too high for the other.
 TUNING_SETTINGS = ("medium", "branching")
 # Trials do this share of the updates of a run, and are measured at its middle and its end.
 TUNING_SHARE, TUNING_POINTS = 0.6, (0.5, 1.0)
@@ -88,8 +88,10 @@ def run_comparison(arguments: CompareArguments) -> None:
             updates = round(TUNING_SHARE * SETTINGS[TUNING_SETTINGS[0]].updates)
             budget = Budget(updates=updates, points=TUNING_POINTS)
         study = Study(results, folder, budget, size, {})
-        study.run_all(list(tuning_units(TUNING_SETTINGS, arms)), arguments.jobs)
-        write_chosen(chosen_file, study.choose(TUNING_SETTINGS, arms), portable_command(sys.argv))
+        study.run_all(tuning_units(TUNING_SETTINGS, OUTCOME_ONLY, LEARNING_RATES), arguments.jobs)
+        rate = study.choose_rate(TUNING_SETTINGS)
+        study.run_all(tuning_units(TUNING_SETTINGS, arms, [rate]), arguments.jobs)
+        write_chosen(chosen_file, study.choose(TUNING_SETTINGS, arms, rate), portable_command(sys.argv))
         print(f"{chosen_file} holds the settings of {len(arms)} arms.")
         return
     budget = SMOKE_BUDGET if arguments.smoke else Budget()

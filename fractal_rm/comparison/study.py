@@ -2,15 +2,16 @@
 
 import multiprocessing
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 
-from fractal_rm.comparison.arms import ARMS, Options
+from fractal_rm.comparison.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY, Options
 from fractal_rm.comparison.reward_models import POLICIES, Assets, Size
 from fractal_rm.comparison.rows import BENCHMARK, latest
 from fractal_rm.comparison.run import Budget, run_arm
@@ -122,36 +123,53 @@ class Study:
             for _ in pool.imap_unordered(self.run, waiting, chunksize=1):
                 pass
 
-    def choose(self, settings: Sequence[str], arms: Sequence[str]) -> dict[str, Options]:
-        """The settings of each arm whose trial had the highest accuracy, averaged over evaluations and task settings.
+    def values(self, settings: Sequence[str], arm: str, trials: Sequence[int]) -> list[float]:
+        """Accuracy of an arm's trials, averaged over evaluations and task settings.
 
         Args:
             settings: Where the trials ran, with as many evaluations each.
-            arms: Whose trials are compared.
+            arm: Its name.
+            trials: Their numbers.
 
         Raises:
             ValueError: If a trial has no rows.
         """
-        rows = latest(self.rows(), split="tuning")
-        found: dict[str, Options] = {}
-        for name in arms:
-            values = []
-            for trial in range(len(ARMS[name].trials)):
-                points: list[float] = []
-                for setting in settings:
-                    found_here = [
-                        row["metrics"]["accuracy"]
-                        for row in rows
-                        if (row["dataset"], row["arm"], row["config"]["trial"]) == (setting, name, trial)
-                        and row["metrics"]["rollouts"]
-                    ]
-                    if not found_here:
-                        sentence = f"Trial {trial} of {name} on {setting} has no rows. Run the tuning to its end."
-                        raise ValueError(sentence)
-                    points += found_here
-                values.append(sum(points) / len(points))
-            best = max(range(len(values)), key=lambda trial: (values[trial], trial))  # of equal ones the last
-            found[name] = ARMS[name].trials[best]
+        rows = [row for row in latest(self.rows(), split="tuning") if row["arm"] == arm and row["metrics"]["rollouts"]]
+        found = []
+        for trial in trials:
+            points: list[float] = []
+            for setting in settings:
+                mine = [row for row in rows if (row["dataset"], row["config"]["trial"]) == (setting, trial)]
+                if not mine:
+                    raise ValueError(f"Trial {trial} of {arm} on {setting} has no rows. Run the tuning to its end.")
+                points += [row["metrics"]["accuracy"] for row in mine]
+            found.append(fmean(points))
+        return found
+
+    def choose_rate(self, settings: Sequence[str]) -> float:
+        """The learning rate of the best trial of each outcome-only arm, averaged over these arms."""
+
+        def value(rate: float) -> float:
+            return fmean(max(self.values(settings, arm, trials_at(arm, rate))) for arm in OUTCOME_ONLY)
+
+        return max(LEARNING_RATES, key=value)
+
+    def choose(self, settings: Sequence[str], arms: Sequence[str], rate: float) -> dict[str, Options]:
+        """The settings of each arm whose trial had the highest accuracy with a learning rate; of equal ones the last.
+
+        Args:
+            settings: Where the trials ran.
+            arms: Whose trials are compared.
+            rate: The learning rate of the study.
+
+        Raises:
+            ValueError: If a trial has no rows.
+        """
+        found = {}
+        for arm in arms:
+            trials = trials_at(arm, rate)
+            _, best = max(zip(self.values(settings, arm, trials), trials, strict=True))
+            found[arm] = ARMS[arm].trials[best]
         return found
 
 
@@ -194,12 +212,20 @@ def study_units(settings: Sequence[str], arms: Sequence[str], seeds: int) -> lis
     return core + further
 
 
-def tuning_units(settings: Sequence[str], arms: Sequence[str]) -> Iterator[Unit]:
-    """The trials of each arm, on each of the task settings."""
-    for setting in settings:
-        for arm in arms:
-            for trial in range(len(ARMS[arm].trials)):
-                yield Unit(setting, TUNING_SEED, arm, trial)
+def trials_at(arm: str, rate: float) -> list[int]:
+    """Numbers of an arm's trials with a learning rate."""
+    return [number for number, trial in enumerate(ARMS[arm].trials) if trial["learning_rate"] == rate]
+
+
+def tuning_units(settings: Sequence[str], arms: Sequence[str], rates: Sequence[float]) -> list[Unit]:
+    """The trials of arms with some learning rates, on each of the task settings."""
+    return [
+        Unit(setting, TUNING_SEED, arm, trial)
+        for setting in settings
+        for arm in arms
+        for rate in rates
+        for trial in trials_at(arm, rate)
+    ]
 
 
 def read_chosen(path: Path, arms: Sequence[str]) -> dict[str, Options]:
