@@ -142,36 +142,57 @@ def serve(argv: Sequence[str]) -> int:
 
 
 def report(argv: Sequence[str]) -> int:
-    """Tables from rows of results.jsonl."""
+    """Tables from rows of results.jsonl, or curves from runs of PPO."""
     from fractal_rm.trainers.command_parser import parse
     from fractal_rm.trainers.script_arguments import ReportArguments
     from fractal_rm.trainers.script_checks import check_writable_file
 
     (arguments,) = parse("report", [ReportArguments], argv)
-    if arguments.output is not None:
-        if not arguments.output.endswith((".md", ".html")):
-            raise ValueError(f"`output` is {arguments.output}. Give a name that ends in .md or .html.")
-        check_writable_file(arguments.output)
-    if not Path(arguments.results).is_file():
-        raise FileNotFoundError(f"{arguments.results} is no file. Give the path of a results.jsonl.")
+    for output in (arguments.output, arguments.figure):
+        if output is not None:
+            check_writable_file(output)
+    if arguments.runs is not None:
+        _report_runs(arguments.runs, arguments.output, arguments.figure, arguments.title or "Training")
+    else:
+        _report_results(arguments.results, arguments.output, arguments.metrics, arguments.title or "Results")
+    return 0
+
+
+def _report_runs(entries: list[str], output: str | None, figure: str | None, title: str) -> None:
+    from fractal_rm.report.plots import require_matplotlib
+
+    require_matplotlib()
+    from fractal_rm.report.training_history import read_runs
+    from fractal_rm.report.training_report import save_training_figure, write_training_report
+
+    runs = read_runs(entries)
+    if output is not None:
+        write_training_report(output, runs, title=title)
+    if figure is not None:
+        save_training_figure(figure, runs)
+    print(f"Wrote {' and '.join(filter(None, (output, figure)))}.")
+
+
+def _report_results(results: str, output: str | None, metrics: list[str] | None, title: str) -> None:
+    if not Path(results).is_file():
+        raise FileNotFoundError(f"{results} is no file. Give the path of a results.jsonl.")
     from fractal_rm.report.results_page import write_results_page
     from fractal_rm.report.tables import markdown_table
     from fractal_rm.results import read_results, write_atomic
 
-    rows = read_results(arguments.results)
+    rows = read_results(results)
     bad = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("metrics"), dict)), None)
     if bad is not None:
-        raise ValueError(f"{arguments.results}, row {bad} holds no metrics. Give rows that this package wrote.")
-    table = markdown_table(rows, metrics=arguments.metrics)
-    if arguments.output is None:
+        raise ValueError(f"{results}, row {bad} holds no metrics. Give rows that this package wrote.")
+    table = markdown_table(rows, metrics=metrics)
+    if output is None:
         print(table)
-    elif arguments.output.endswith(".md"):
-        write_atomic(arguments.output, f"# {arguments.title}\n\n{table}\n")
+        return
+    if output.endswith(".md"):
+        write_atomic(output, f"# {title}\n\n{table}\n")
     else:
-        write_results_page(arguments.output, rows, metrics=arguments.metrics, title=arguments.title)
-    if arguments.output is not None:
-        print(f"{arguments.output} holds the table.")
-    return 0
+        write_results_page(output, rows, metrics=metrics, title=title)
+    print(f"{output} holds the table.")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

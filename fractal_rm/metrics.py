@@ -380,3 +380,30 @@ def paired_bootstrap(
     differences = [statistic(first[drawn]) - statistic(second[drawn]) for drawn in draws]
     low, high = np.quantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2])
     return PairedDifference(float(statistic(first) - statistic(second)), float(low), float(high))
+
+
+def interval_of_mean(
+    values: ArrayLike, n: int = 1000, seed: int = 0, confidence: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
+    """Interval of the mean over runs at each point of their curves, when runs are drawn anew.
+
+    Args:
+        values: One curve per run (runs, P). Of fewer than five runs the interval is too narrow.
+        n: Number of draws, the same runs for all points.
+        seed: Seed of the draws.
+        confidence: Share of draws within the interval.
+
+    Returns:
+        Lower and upper ends (P,).
+
+    Source:
+        Percentile bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993).
+
+    Example:
+        >>> interval_of_mean([[0.25, 1.0], [0.75, 1.0]])
+        (array([0.25, 1.  ]), array([0.75, 1.  ]))
+    """
+    curves = np.asarray(values, dtype=float)
+    drawn = np.random.default_rng(seed).integers(len(curves), size=(n, len(curves)))
+    low, high = np.quantile(curves[drawn].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return low, high

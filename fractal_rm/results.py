@@ -146,12 +146,12 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def write_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Write a whole text file so that readers see the old file or the new one, never a part.
+def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a whole file so that readers see the old file or the new one, never a part.
 
     Args:
         path: The file. Missing folders are made.
-        text: What it will hold, as UTF-8, line ends as they are.
+        content: What it will hold: bytes, or text, as UTF-8, line ends as they are.
 
     Example:
         >>> import tempfile
@@ -160,17 +160,17 @@ def write_atomic(path: str | os.PathLike[str], text: str) -> None:
         >>> path.read_text()
         '<p>done</p>'
     """
-    target = Path(path)
+    target, data = Path(path), content.encode() if isinstance(content, str) else content
     if target.is_symlink() or (
         target.exists() and not target.is_file()
     ):  # a device, a pipe, a link: to be kept as it is
-        target.write_text(text, encoding="utf-8", newline="")
+        target.write_bytes(data)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -161,6 +161,13 @@ def test_a_file_written_whole_holds_the_text_exactly(tmp_path_factory, text):
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
 
+def test_bytes_are_written_whole_too(tmp_path):
+    write_atomic(tmp_path / "picture.png", "old")
+    write_atomic(tmp_path / "picture.png", b"\x89PNG\r\n\xff")
+    assert (tmp_path / "picture.png").read_bytes() == b"\x89PNG\r\n\xff"
+    assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
+
+
 def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
     pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
     os.mkfifo(pipe)

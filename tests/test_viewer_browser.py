@@ -1,11 +1,14 @@
-"""The viewer in a real browser: it opens from disk without complaint, and its controls do what they say."""
+"""Pages in a real browser: they open from disk without complaint, and the viewer's controls do what they say."""
 
+import contextlib
 import random
 import shutil
 from pathlib import Path
 
 import pytest
 
+from fractal_rm.report.training_history import Run
+from fractal_rm.report.training_report import write_training_report
 from fractal_rm.report.viewer import write_viewer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -42,12 +45,10 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture(params=["light", "dark"])
-def page(browser, tmp_path, request):
-    """The viewer of ROWS; what it complains of and what it loads is collected, and must be nothing but itself."""
-    file = tmp_path / "view.html"
-    write_viewer(file, ROWS, threshold=0.5, models=("first", "second"))
-    page = browser.new_page(viewport={"width": 1000, "height": 700}, color_scheme=request.param)
+@contextlib.contextmanager
+def opened(browser, file: Path, scheme: str):
+    """A page; what it complains of and what it loads is collected, and must be nothing but itself."""
+    page = browser.new_page(viewport={"width": 1000, "height": 700}, color_scheme=scheme)
     complaints, loaded = [], []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -57,6 +58,15 @@ def page(browser, tmp_path, request):
     assert complaints == []
     assert loaded == [file.as_uri()]
     page.close()
+
+
+@pytest.fixture(params=["light", "dark"])
+def page(browser, tmp_path, request):
+    """The viewer of ROWS."""
+    file = tmp_path / "view.html"
+    write_viewer(file, ROWS, threshold=0.5, models=("first", "second"))
+    with opened(browser, file, request.param) as page:
+        yield page
 
 
 def shown(page) -> list[str]:
@@ -176,3 +186,22 @@ def test_500_responses_make_a_page_under_5_mb_that_filters_at_once(browser, tmp_
     page.fill("#find", "row 499")
     assert shown(page) == ["row 499"]
     page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_training_report_is_readable_in_both_modes_and_on_a_phone(browser, tmp_path, scheme):
+    curve = {update: update / 9 for update in range(1, 10)}
+    keys = ("rewards/f/mean", "guards/empty", "guards/alarm/empty", "completions/mean_length", "kl")
+    runs = [Run(f"{ATTACK} {n}", f"runs/{'long-' * 30}{n}", "metrics.json", dict.fromkeys(keys, curve)) for n in (1, 2)]
+    write_training_report(tmp_path / "training.html", runs)
+    with opened(browser, tmp_path / "training.html", scheme) as page:
+        assert page.title() == "Training"
+        plots = page.get_by_role("img")
+        assert plots.count() == 4
+        assert "Alarms at update 1, 2, 3" in plots.nth(1).get_attribute("aria-label")
+        worst = page.evaluate(CONTRASTS)
+        assert len(worst) > 20
+        assert worst[0][0] >= 4.5, worst[:3]
+        page.set_viewport_size({"width": 360, "height": 700})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert plots.first.bounding_box()["width"] > 300

@@ -17,7 +17,7 @@ from fractal_rm.comparison.statistics import (
     curves,
     interquartile_mean,
 )
-from fractal_rm.metrics import PairedDifference
+from fractal_rm.metrics import PairedDifference, interval_of_mean
 from fractal_rm.report.drawing import PICTURE, new_figure, style_axes, to_bytes
 from fractal_rm.report.tables import MISSING, format_number
 
@@ -27,7 +27,6 @@ DEFAULT_ARMS = (DEFAULT, "fractal", "fractal_online")
 DRAWN = (DEFAULT, *OUTCOME_ONLY, CEILING)
 NOTHING = "No rows yet."
 UNDECIDED = "No setting has the five seeds yet that an interval takes."
-DRAWS = 1000
 
 
 def tables(rows: Rows) -> dict[str, str]:
@@ -199,13 +198,6 @@ def _hacking(rows: Rows) -> str:
             ])  # fmt: skip
     header = ["setting", "arm", "score - accuracy, start", "score - accuracy, end", "best minus end", "alarms a run"]
     return _lines(header, body)
-
-
-def interval_of_mean(values: np.ndarray, draws: int = DRAWS) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile bootstrap interval (95 %) of the mean over the rows of (seeds, P), for each column."""
-    drawn = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), [0.025, 0.975], axis=0)
-    return low, high
 
 
 def draw_curves(path: Path, rows: Rows) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fractal_rm.report.drawing import (
     PAGE,
@@ -20,6 +19,7 @@ from fractal_rm.report.drawing import (
     to_bytes,
     to_svg,
 )
+from fractal_rm.results import write_atomic
 
 
 def require_matplotlib() -> None:
@@ -33,6 +33,30 @@ def require_matplotlib() -> None:
     """
     with new_figure(1, 1):
         pass
+
+
+def picture_kind(path: str | Path) -> Literal["png", "svg"]:
+    """The format that a picture's name asks for.
+
+    Args:
+        path: Where the picture is to be written.
+
+    Returns:
+        The format.
+
+    Raises:
+        ValueError: If the name ends otherwise.
+
+    Example:
+        >>> picture_kind("curves.svg")
+        'svg'
+    """
+    name = Path(path).name
+    if name.endswith(".png"):
+        return "png"
+    if name.endswith(".svg"):
+        return "svg"
+    raise ValueError(f"The picture cannot be named {name!r}: end the name in .png or .svg.")
 
 
 def learning_curves(
@@ -146,9 +170,7 @@ def save_picture(
         >>> picture.read_bytes()[1:4]
         b'PNG'
     """
-    path = Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise ValueError(f"The picture cannot be named {path.name!r}: end the name in .png or .svg.")
+    kind = picture_kind(path)
     rows = _both_sides(examples, max_rows)
     if not rows:
         raise ValueError("There is no scored response to draw. Pass at least one example with steps.")
@@ -156,14 +178,8 @@ def save_picture(
         left, right = figure.subplots(1, 2, width_ratios=[1.12, 1], gridspec_kw={"wspace": 0.06})
         draw_curves(left, curves, PICTURE, baseline=baseline, label="Held-out accuracy")
         draw_heat_map(right, rows, PICTURE, sides=sides)
-        content = to_bytes(figure, "png" if path.suffix == ".png" else "svg")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        content = to_bytes(figure, kind)
+    write_atomic(path, content)
 
 
 def _both_sides(examples: Sequence[Mapping[str, Any]], max_rows: int) -> list[Mapping[str, Any]]:

@@ -323,9 +323,41 @@ class ServeArguments:
 class ReportArguments:
     """Arguments of `fractal-rm report`."""
 
-    results: str = field(metadata={"help": "A `results.jsonl`."})
-    output: str | None = field(
-        default=None, metadata={"help": "Where to write: .md for Markdown, .html for a page; default: to the screen."}
+    results: str | None = field(default=None, metadata={"help": "A `results.jsonl`, for tables. This or `runs`."})
+    runs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Trainings by PPO, for their curves: each DIR or NAME=DIR, the `output_dir` of `fractal-rm ppo` or "
+            "a checkpoint. Runs of one NAME, such as seeds, are drawn as their mean with an interval."
+        },
     )
-    metrics: list[str] | None = field(default=None, metadata={"help": "Metrics to show, in order; default: all."})
-    title: str = field(default="Results", metadata={"help": "Heading of the page."})
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where to write: .html for a page, of results also .md for Markdown; default for results: to the "
+            "screen."
+        },
+    )
+    figure: str | None = field(
+        default=None, metadata={"help": "Of runs: where to save the curves as a picture, .png or .svg."}
+    )
+    metrics: list[str] | None = field(
+        default=None, metadata={"help": "Of results: metrics to show, in order; default: all."}
+    )
+    title: str | None = field(default=None, metadata={"help": "Heading; default: `Results` or `Training`."})
+
+    def __post_init__(self) -> None:
+        if (self.results is None) == (self.runs is None):
+            raise ValueError("Give either `results`, a results.jsonl for tables, or `runs`, folders for curves.")
+        for name, needs in (("figure", "runs"), ("metrics", "results")):
+            if getattr(self, name) is not None and getattr(self, needs) is None:
+                raise ValueError(f"`{name}` has an effect with `{needs}` only. Leave it out.")
+        if self.runs is not None and self.output is None and self.figure is None:
+            raise ValueError(
+                "`runs` make a page or a picture. Give `output` (.html), `figure` (.png or .svg), or both."
+            )
+        endings = (".html",) if self.runs is not None else (".md", ".html")
+        if self.output is not None and not self.output.endswith(endings):
+            raise ValueError(f"`output` is {self.output}. Give a name that ends in {' or '.join(endings)}.")
+        if self.figure is not None and not self.figure.endswith((".png", ".svg")):
+            raise ValueError(f"`figure` is {self.figure}. Give a name that ends in .png or .svg.")

@@ -276,6 +276,8 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
         measured, alarms = self.alarm_actions.watch(seen, step=self.state.global_step)
         for name, value in measured.items():
             self._log(f"guards/{name}", value)
+        for alarm in alarms:
+            self._log(f"guards/alarm/{alarm.signal}", 1.0)
         if not alarms or self.args.on_alarm == "warn":
             return False
         checkpoint = self.alarm_actions.checkpoint_before(alarms) if self.args.on_alarm == "rollback" else None

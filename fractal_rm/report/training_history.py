@@ -1,0 +1,144 @@
+"""What PPO runs logged, read from disk: the number of each metric at each update, and the alarms of the guards."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fractal_rm.trainers.checkpoints import STATE, last_checkpoint
+
+METRICS_FILE = "metrics.json"
+# Before the name of a signal, where the log says that its alarm was raised.
+ALARM = "guards/alarm/"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The log of one training.
+
+    Attributes:
+        name: What the run is called; runs of one name are seeds of one group.
+        folder: Where it was found, as it was given.
+        file: What was read there.
+        metrics: For each metric its finite numbers by update.
+    """
+
+    name: str
+    folder: str
+    file: str
+    metrics: Mapping[str, Mapping[int, float]]
+
+    @property
+    def last_update(self) -> int:
+        """The last update that something was logged at."""
+        return max(update for curve in self.metrics.values() for update in curve)
+
+    @property
+    def alarms(self) -> list[tuple[int, str]]:
+        """Update and signal of each alarm, in the order in which they were raised."""
+        return sorted(
+            (update, key.removeprefix(ALARM))
+            for key, curve in self.metrics.items()
+            if key.startswith(ALARM)
+            for update in curve
+        )
+
+
+def read_runs(entries: Sequence[str]) -> list[Run]:
+    """Read runs.
+
+    Args:
+        entries: `NAME=DIR` or `DIR`, whose name is that of the folder. DIR is the output folder of `fractal-rm ppo` or
+            of `StepPPOTrainer`, or a checkpoint. An entry that is a folder as it stands is a DIR, `=` or not.
+
+    Returns:
+        The runs, in the order given.
+
+    Raises:
+        OSError: If a folder is not there.
+        ValueError: If a folder holds no log, or is given twice, or names leave open what belongs together.
+    """
+    named = [_name_and_folder(entry) for entry in entries]
+    places = Counter(Path(folder).resolve() for _, folder, _ in named)
+    twice = next((folder for _, folder, _ in named if places[Path(folder).resolve()] > 1), None)
+    if twice is not None:
+        raise ValueError(f"`runs` names the folder {twice} twice. Give each run once.")
+    names = Counter(name for name, _, _ in named)
+    for name, folder, is_given in named:
+        if names[name] > 1 and not is_given:
+            raise ValueError(
+                f"{names[name]} runs are called {name!r}, {folder} by its folder only. Give each as NAME=DIR: runs "
+                "that differ in the seed alone under one name, others under names of their own."
+            )
+    return [_read_run(name, folder) for name, folder, _ in named]
+
+
+def metrics_by_update(history: Sequence[Any]) -> dict[str, dict[int, float]]:
+    """Turn a trainer's `log_history` around.
+
+    Args:
+        history: What was logged, one mapping each time.
+
+    Returns:
+        For each metric its numbers by update. What is no finite number is left out; of two numbers of one update, as
+        a run may log that was resumed, the later one counts.
+
+    Example:
+        >>> metrics_by_update([{"reward": 0.5, "step": 10}, {"reward": None, "kl": 0.1, "step": 20}])
+        {'reward': {10: 0.5}, 'kl': {20: 0.1}}
+    """
+    found: dict[str, dict[int, float]] = {}
+    for entry in history:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("step"), int):
+            continue
+        for key, value in entry.items():
+            if key not in ("step", "epoch") and type(value) in (int, float) and math.isfinite(value):
+                found.setdefault(key, {})[entry["step"]] = float(value)
+    return found
+
+
+def _name_and_folder(entry: str) -> tuple[str, str, bool]:
+    """Name, folder, and whether the name was given."""
+    name, equals, folder = entry.partition("=")
+    is_given = bool(equals) and not Path(entry).is_dir()
+    if is_given and not (name and folder):
+        raise ValueError(f"`runs` holds {entry!r}. Give NAME=DIR, or the folder alone.")
+    folder = folder if is_given else entry
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}. Give `runs` the output folders of `fractal-rm ppo`.")
+    return (name if is_given else Path(folder).resolve().name), folder, is_given
+
+
+def _read_run(name: str, folder: str) -> Run:
+    file, history = _find_history(Path(folder))
+    return Run(name, folder, file.relative_to(folder).as_posix(), metrics_by_update(history))
+
+
+def _find_history(folder: Path) -> tuple[Path, list[Any]]:
+    """The log of a finished run, of a checkpoint, or of the last checkpoint of a run that is not finished."""
+    for file, key in ((folder / METRICS_FILE, "history"), (folder / STATE, "log_history")):
+        if file.is_file():
+            content = _read_json(file)
+            history = content.get(key) if isinstance(content, dict) else None
+            if isinstance(history, list):
+                return file, history
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        raise ValueError(
+            f"{folder} holds no {METRICS_FILE} with a history, no {STATE} and no whole checkpoint. Give the output "
+            "folder of a PPO run that has ended or written a checkpoint (`save_steps`)."
+        )
+    file = Path(checkpoint) / STATE
+    return file, _read_json(file).get("log_history") or []
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{file} is no JSON ({error}). Take it away, or give another folder.") from None
