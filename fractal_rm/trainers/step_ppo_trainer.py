@@ -299,14 +299,18 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
         if checkpoint is None:  # to stop, or nothing to go back to
             self.control.should_training_stop = True
             return False
+        self._restore_weights(checkpoint)
+        self.alarm_actions.rolled_back(checkpoint, alarms)
+        return True
+
+    def _restore_weights(self, checkpoint: Path) -> None:
+        """Put the weights of policy and value model back, and forget what the optimizer knows of the later ones."""
         super()._load_from_checkpoint(str(checkpoint))
         if self.value_learning is not None:
             self.value_learning.load(checkpoint)
         optimizer: Any = self.optimizer
-        optimizer.state.clear()  # its moments are those of the weights that strayed, and so are gradients
+        optimizer.state.clear()
         optimizer.zero_grad()
-        self.alarm_actions.rolled_back(checkpoint, alarms)
-        return True
 
     @staticmethod
     def _policy_mask(output: dict[str, Any]) -> Tensor:
