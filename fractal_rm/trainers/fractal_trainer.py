@@ -40,7 +40,7 @@ from fractal_rm.trainers.bag_data import (
 from fractal_rm.trainers.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
 from fractal_rm.trainers.finite_logs import FiniteLogs
 from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.logit_metrics import by_item, by_row, evaluate_logits, judge_logits
+from fractal_rm.trainers.logit_metrics import by_item, collected_bags, evaluate_logits, judge_logits
 from fractal_rm.trainers.model_card import RewardModelCard
 from fractal_rm.trainers.model_setup import make_trainable, model_name, move_to_group
 from fractal_rm.trainers.objective import StageKind, loss_terms, term_weights
@@ -321,18 +321,10 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics on bag labels, and on gold step labels where the data has them."""
-        labels: Any = prediction.label_ids
-        bag_labels, step_labels, mask, chosen = (by_row(values) for values in labels)
-        predictions: Any = prediction.predictions
-        # Trainer pads shorter batches with -100, masks included: only 1 is a real step. A bag without any is the place
-        # of the second response of a preference, where there is none.
-        steps = [row == 1 for row in mask]
-        there = np.array([real.any() for real in steps])
-        logits = [row[real] for row, real in zip(by_row(predictions), steps, strict=True) if real.any()]
-        gold = [row[real] for row, real in zip(step_labels, steps, strict=True) if real.any()]
-        settings, labels = replace(self.settings), bag_labels[there]
-        found = evaluate_logits(logits, labels, gold, settings, chosen=chosen[there])
-        self.card.evaluated(found, lambda: judge_logits(logits, labels, gold, settings))
+        bags = collected_bags(prediction)
+        settings = replace(self.settings)  # the card judges later, and calibration changes the temperature
+        found = evaluate_logits(bags.logits, bags.labels, bags.step_labels, settings, chosen=bags.chosen)
+        self.card.evaluated(found, lambda: judge_logits(bags.logits, bags.labels, bags.step_labels, settings))
         return found
 
     def calibrate(self) -> float:
