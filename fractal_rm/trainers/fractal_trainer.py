@@ -115,16 +115,8 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
             for name, found in bags.items()
         }
         if "train" in bags:
-            self.settings.data = fingerprint(bags["train"])
-            self.card.labels = describe_labels(bags["train"], args)
-            kinds = {not isinstance(bag.prompt, str) for bag in bags["train"]}
-            self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it takes both
-            try:
-                StepRewardModel(scorer, self.processor, self.settings).check_prompts(
-                    bag.prompt for bag in bags.get("eval", [])
-                )
-            except ValueError as error:
-                raise ValueError(f"eval data, {error}") from None
+            self._describe(bags["train"], args)
+            self._check_prompts(scorer, bags.get("eval", []))
             if args.scorer != "embedding" and joins_without_a_gap(bags["train"], self.settings):
                 self._warn_about_joined_text()
             self._prepare(datasets["train"], model, args)
@@ -145,6 +137,20 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
 
     def _encoded(self, bags: list[Bag], source: str, *, reads_gold: bool = True) -> BagDataset:
         return BagDataset(bags, self.inputs, self.settings, source=source, reads_gold=reads_gold)
+
+    def _describe(self, bags: list[Bag], args: FractalConfig) -> None:
+        """What the checkpoint and its card say about the training data."""
+        self.settings.data = fingerprint(bags)
+        self.card.labels = describe_labels(bags, args)
+        kinds = {not isinstance(bag.prompt, str) for bag in bags}
+        self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it takes both
+
+    def _check_prompts(self, scorer: StepScorer, bags: list[Bag]) -> None:
+        """Refuse evaluation data whose prompts are of another kind than those of the training data."""
+        try:
+            StepRewardModel(scorer, self.processor, self.settings).check_prompts(bag.prompt for bag in bags)
+        except ValueError as error:
+            raise ValueError(f"eval data, {error}") from None
 
     def _prepare(self, data: BagDataset, model: Any, args: FractalConfig) -> None:
         """Targets of the steps of the training data: what priors say, and the gold labels that may be read."""
