@@ -4,6 +4,7 @@ Interior masked tokens (the output of a tool) are no decisions of the policy. Th
 there are ignored, and what follows them is carried over as if they were not there.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -202,6 +203,24 @@ def _centred(steps: Sequence[_Step], baseline: str, *, leave_one_out: bool, scal
     return centred.tolist()
 
 
+def _by_row_and_end(steps: Sequence[_Step], rewards: Sequence[float]) -> dict[int, dict[int, float]]:
+    """Rewards of each row by the token they lie on; what lies on one token adds up."""
+    rewards_at: defaultdict[int, dict[int, float]] = defaultdict(dict)
+    for step, reward in zip(steps, rewards, strict=True):
+        rewards_at[step.row][step.end] = rewards_at[step.row].get(step.end, 0.0) + reward
+    return rewards_at
+
+
+def _fill_to_go(advantages: Float[Tensor, " T"], rewards_at: dict[int, float], gamma: float) -> None:
+    """Write the discounted sum of the rewards from a step on, at the step's tokens; steps in order, by their ends."""
+    ends = list(rewards_at)
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    to_go = 0.0
+    for start, end in reversed(list(zip(starts, ends, strict=True))):
+        to_go = rewards_at[end] + gamma * to_go
+        advantages[start : end + 1] = to_go
+
+
 def group_step_advantages(
     step_rewards: Sequence[Sequence[float]],
     step_ends: Sequence[Sequence[int | None]],
@@ -271,13 +290,7 @@ def group_step_advantages(
         ]
         if not steps:
             continue
-        rewards_at: dict[int, dict[int, float]] = {step.row: {} for step in steps}
         centred = _centred(steps, baseline, leave_one_out=leave_one_out, scale=scale)
-        for step, value in zip(steps, centred, strict=True):
-            rewards_at[step.row][step.end] = rewards_at[step.row].get(step.end, 0.0) + value
-        for row, at in rewards_at.items():
-            to_go, ends = 0.0, list(at)
-            for previous, end in reversed(list(zip([-1, *ends], ends, strict=False))):
-                to_go = at[end] + gamma * to_go
-                advantages[row, previous + 1 : end + 1] = to_go
+        for row, rewards_at in _by_row_and_end(steps, centred).items():
+            _fill_to_go(advantages[row], rewards_at, gamma)
     return advantages.to(mask.device).masked_fill(~mask, 0.0)

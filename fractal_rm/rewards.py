@@ -86,26 +86,17 @@ def token_end_characters(
     ends = _piece_ends(token_ids, text, tokenizer, {} if pieces is None else pieces)
     if ends is not None:
         return ends
-    special = set(tokenizer.all_special_ids)
-    special |= {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
-    is_text = [i not in special for i in token_ids]
-    if completion_text([i for i in token_ids if i not in special], tokenizer) != text:
-        is_text = [True] * len(token_ids)
-    text_ids = [i for i, keep in zip(token_ids, is_text, strict=True) if keep]
+    is_text = _which_are_text(token_ids, text, tokenizer)
+    text_ids = [token_id for token_id, keep in zip(token_ids, is_text, strict=True) if keep]
 
     def decode(start: int, stop: int) -> str:
         return completion_text(text_ids[start:stop], tokenizer)
 
-    text_ends = _window_ends(len(text_ids), text, decode)
-    if text_ends is None:
-        text_ends = _prefix_ends(len(text_ids), text, decode)
-    if text_ends:
-        text_ends[-1] = len(text)
-    ends, seen = [], 0
-    for keep in is_text:
-        seen += keep
-        ends.append(text_ends[seen - 1] if seen else 0)
-    return ends
+    complete = _complete_by_windows(len(text_ids), text, decode)
+    if complete is None:
+        complete = _complete_by_prefixes(len(text_ids), text, decode)
+    complete[-1] = len(text)
+    return [complete[seen] for seen in accumulate(map(int, is_text))]
 
 
 def _piece_ends(token_ids: list[int], text: str, tokenizer: Decoder, pieces: dict[int, str]) -> list[int] | None:
@@ -118,38 +109,51 @@ def _piece_ends(token_ids: list[int], text: str, tokenizer: Decoder, pieces: dic
     return list(accumulate(map(len, texts)))
 
 
-def _window_ends(count: int, text: str, decode: Callable[[int, int], str]) -> list[int] | None:
-    """End characters from overlapping windows, or None where the windows do not add up to `text`."""
-    ends: list[int] = []
-    # Tokens start..read are context: they decode to `context`, and `done` characters of the text end with them.
-    start, read, context, done = 0, 0, "", 0
+def _which_are_text(token_ids: list[int], text: str, tokenizer: Decoder) -> list[bool]:
+    """False for special tokens; True for all where `text` is another one without them."""
+    special = set(tokenizer.all_special_ids)
+    special |= {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    is_text = [token_id not in special for token_id in token_ids]
+    without_special = completion_text([token_id for token_id in token_ids if token_id not in special], tokenizer)
+    return is_text if without_special == text else [True] * len(token_ids)
+
+
+def _complete_by_windows(count: int, text: str, decode: Callable[[int, int], str]) -> list[int] | None:
+    """Characters that are complete after 0, 1, ... `count` tokens, or None where the windows do not add up to `text`.
+
+    A window is context, tokens whose characters are counted already, and the tokens after it, decoded together: a
+    decoder may treat the first token of what it is given in its own way, such as to strip a leading space.
+    """
+    complete = [0]
+    start, context_stop, context, counted = 0, 0, "", 0  # `counted` characters end with the context
     for stop in range(1, count + 1):
         window = decode(start, stop)
-        complete = window.rstrip(REPLACEMENT)
-        new = complete[len(context) :]
+        finished = window.rstrip(REPLACEMENT)
+        new = finished[len(context) :]
+        continues = finished.startswith(context) and text.startswith(new, counted)
         # An unfinished byte token may hide the whole characters before it (byte fallback): a shorter window, no other.
-        grown = complete.startswith(context) and text.startswith(new, done)
-        if not grown and not context.startswith(complete):
+        is_hidden = context.startswith(finished)
+        if not (continues or is_hidden):
             return None
-        ends.append(max(done + len(new), ends[-1] if ends else 0))
-        # Move on between characters only, and keep context that has text: a decoder may strip a leading space.
-        if stop - read >= WINDOW and new and complete == window:
-            start, read, done = read, stop, done + len(new)
-            context = decode(start, read)
-    rest = text[ends[-1] :] if ends else text
-    return None if rest.strip(REPLACEMENT) else ends
+        complete.append(max(counted + len(new), complete[-1]))
+        # The next context must end between characters, and must not be empty.
+        if stop - context_stop >= WINDOW and new and finished == window:
+            start, context_stop, counted = context_stop, stop, counted + len(new)
+            context = decode(start, stop)
+    left = text[complete[-1] :].strip(REPLACEMENT)
+    return None if left else complete
 
 
-def _prefix_ends(count: int, text: str, decode: Callable[[int, int], str]) -> list[int]:
-    """End characters from decoding every prefix: the definition, in quadratic time."""
-    ends: list[int] = []
+def _complete_by_prefixes(count: int, text: str, decode: Callable[[int, int], str]) -> list[int]:
+    """Characters that are complete after 0, 1, ... `count` tokens, by decoding every prefix: the definition."""
+    complete = [0]
     for stop in range(1, count + 1):
         prefix = decode(0, stop).rstrip(REPLACEMENT)
         shared = len(prefix)
         if not text.startswith(prefix):
             shared = next((i for i, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b), len(text))
-        ends.append(max(shared, ends[-1] if ends else 0))
-    return ends
+        complete.append(max(shared, complete[-1]))
+    return complete
 
 
 def step_end_tokens(token_ends: Sequence[int], spans: Sequence[Span]) -> list[int | None]:
@@ -271,15 +275,15 @@ def place_step_rewards(
     """
     check_step_rewards(step_rewards, step_ends)
     placed = placeable_ends(step_ends, completion_mask)
-    cells = [
-        (row, end, value)
-        for row, (values, ends) in enumerate(zip(step_rewards, placed, strict=True))
-        for value, end in zip(values, ends, strict=True)
+    steps = [
+        (row, end, reward)
+        for row, (row_rewards, ends) in enumerate(zip(step_rewards, placed, strict=True))
+        for reward, end in zip(row_rewards, ends, strict=True)
         if end is not None
     ]
     rewards = torch.zeros(completion_mask.shape, dtype=torch.float32)
-    if cells:
-        rows, ends, values = zip(*cells, strict=True)
+    if steps:
+        rows, ends, values = zip(*steps, strict=True)
         where = (torch.tensor(rows), torch.tensor(ends))
         rewards.index_put_(where, torch.tensor(values, dtype=torch.float32), accumulate=True)
     unplaced = sum(end is None for ends in placed for end in ends)

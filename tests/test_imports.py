@@ -20,7 +20,7 @@ PACKAGE = Path(fractal_rm.__file__).parent
 
 # Rooms of the package, top row first: a module imports from its own row or from rows above.
 ROWS = (
-    ("bags", "readers", "segmentation", "sentences", "aggregation", "spans"),
+    ("bags", "readers", "segmentation", "sentences", "aggregation", "spans", "errors"),
     (
         "losses",
         "ordinal",

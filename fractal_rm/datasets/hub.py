@@ -9,6 +9,7 @@ from fractal_rm.datasets.math_sets import read_prm800k, read_prmbench, read_proc
 from fractal_rm.datasets.retrieval_sets import read_multispanqa
 from fractal_rm.datasets.stepwise_sets import read_math_shepherd, read_stepwise
 from fractal_rm.datasets.summary_sets import read_aquamuse, read_wikicatsum
+from fractal_rm.errors import reason
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,6 @@ def _load(known: HubSet, split: str, config: str | None) -> Any:
             return load_dataset("parquet", data_files=files, split="train")
         return load_dataset("json", data_files=files, field=known.field, split="train")
     except (OSError, ValueError) as error:  # not found, offline
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(
-            f"{known.path} cannot be loaded from the Hub ({reason}); download and read its files."
+            f"{known.path} cannot be loaded from the Hub ({reason(error)}); download and read its files."
         ) from None

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from fractal_rm.evaluation.reliability import reliability_curve
 from fractal_rm.report.drawing import (
     PAGE,
     PICTURE,
@@ -107,16 +108,14 @@ def calibration_plot(probs: Sequence[float], labels: Sequence[float], *, bins: i
         >>> svg[:4], svg[-6:]
         ('<svg', '</svg>')
     """
-    known = [(prob, label) for prob, label in zip(probs, labels, strict=False) if not math.isnan(label)]
+    known = sum(not math.isnan(label) for label in labels)
     if not known or len(probs) != len(labels):
         raise ValueError(
-            f"The calibration plot got {len(probs)} probabilities and {len(labels)} labels, {len(known)} known. "
+            f"The calibration plot got {len(probs)} probabilities and {len(labels)} labels, {known} known. "
             "Pass one of each for every response, and at least one known label."
         )
-    members: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
-    for prob, label in known:
-        members[min(int(prob * bins), bins - 1)].append((prob, label))
-    points = [tuple(sum(values) / len(pairs) for values in zip(*pairs, strict=True)) for pairs in members if pairs]
+    curve = reliability_curve(probs, labels, bins)
+    points = [(one.mean_probability, one.share_good) for one in curve]
     quarters = [0, 0.25, 0.5, 0.75, 1]
     with new_figure(4.2, 4.2) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -125,12 +124,8 @@ def calibration_plot(probs: Sequence[float], labels: Sequence[float], *, bins: i
         upper.plot([0, 1], [0, 1], color=PAGE.muted, linewidth=1.3, linestyle=(0, (1, 2)))
         upper.plot(*zip(*points, strict=True), color=PAGE.series[0], linewidth=2, marker="o", markersize=6)
         upper.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), yticks=quarters, ylabel="Share that is good")
-        lower.bar(
-            [(index + 0.5) / bins for index in range(bins)],
-            [len(pairs) for pairs in members],
-            width=0.82 / bins,
-            color=PAGE.series[0],
-        )
+        middles, counts = [(one.low + one.high) / 2 for one in curve], [one.count for one in curve]
+        lower.bar(middles, counts, width=0.82 / bins, color=PAGE.series[0])
         lower.set(xlabel="Predicted probability of a good response", ylabel="Number", xticks=quarters)
         lower.locator_params(axis="y", nbins=2, integer=True)
         figure.align_ylabels([upper, lower])

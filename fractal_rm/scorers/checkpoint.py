@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from fractal_rm.errors import reason
 from fractal_rm.results import package_versions
 from fractal_rm.scorers.embedding_scorer import EmbeddingScorer, make_head
 from fractal_rm.scorers.inputs import Processor
@@ -67,8 +68,7 @@ def load_tokenizer(path: str | Path, kind: Any = AutoTokenizer, **hub: Any) -> P
         tokenizer = kind.from_pretrained(path, **hub)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{path} has no tokenizer that can be loaded ({_first_line(error)}). Save one there, or give "
-            "`processing_class`."
+            f"{path} has no tokenizer that can be loaded ({reason(error)}). Save one there, or give `processing_class`."
         ) from error
     return with_padding(tokenizer)
 
@@ -121,7 +121,7 @@ def load_model(path: str | Path, settings: Settings, **kwargs: Any) -> tuple[Pre
         model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(
-            f"{path} cannot be loaded as an {auto.__name__} for the {settings.scorer} scorer ({_first_line(error)}). "
+            f"{path} cannot be loaded as an {auto.__name__} for the {settings.scorer} scorer ({reason(error)}). "
             "Give the path or hub id of such a model, or choose the other scorer."
         ) from error
     missing = sorted(info["missing_keys"])
@@ -278,7 +278,7 @@ def load_scorer(path: str | Path, *, device: Any = None, **kwargs: Any) -> tuple
         block = PreTrainedConfig.get_config_dict(path, **hub)[0].get("fractal")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is neither a model folder nor a hub id that can be reached ({_first_line(error)}). "
+            f"{path} is neither a model folder nor a hub id that can be reached ({reason(error)}). "
             "Give a folder that FractalTrainer saved."
         ) from error
     if block is None:
@@ -325,7 +325,7 @@ def _load_embedding_scorer(
         scorer.model.load_state_dict(load_file(str(cached_file(str(path), HEAD_FILE, **hub))))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"{path}: the head in {HEAD_FILE} is missing or is another one ({_first_line(error)}). "
+            f"{path}: the head in {HEAD_FILE} is missing or is another one ({reason(error)}). "
             "Restore the file that FractalTrainer saved."
         ) from error
     _check_head(path, scorer.model, settings)
@@ -348,8 +348,3 @@ def _check_head(path: str | Path, model: nn.Module, settings: Settings) -> None:
 def _check_folder(path: str | Path, advice: str) -> None:
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path} is no model folder: it holds no config.json. {advice}")
-
-
-def _first_line(error: Exception) -> str:
-    """What a library said, as a part of our sentence."""
-    return str(error).strip().split("\n")[0].rstrip(".")

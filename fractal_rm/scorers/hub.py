@@ -5,6 +5,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants
 
+from fractal_rm.errors import reason
+
 # The model card of a folder: what the hub shows first.
 CARD = "README.md"
 
@@ -34,8 +36,7 @@ def upload(folder: str | Path, repo_id: str, *, private: bool | None = None, tok
         made = api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Upload a reward model"))
     except Exception as error:  # of the HTTP library, which is another one in older versions of huggingface_hub
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise ConnectionError(
-            f"{repo_id} was not uploaded ({reason}). Check the name, the network and `hf auth login`, or save the "
-            "model and upload its folder later with `hf upload`."
+            f"{repo_id} was not uploaded ({reason(error)}). Check the name, the network and `hf auth login`, or save "
+            "the model and upload its folder later with `hf upload`."
         ) from error

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from fractal_rm.errors import reason
 from fractal_rm.scorers.settings import tokenizer_fingerprint
 
 # Names the folder of the cache; an empty value switches it off.
@@ -64,9 +65,8 @@ class SentenceEncoder:
             renamed = {"cache_folder" if name == "cache_dir" else name: value for name, value in (hub or {}).items()}
             self.model = SentenceTransformer(str(path), device=device, model_kwargs={"dtype": dtype}, **renamed)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise ValueError(
-                f"{path} cannot be loaded as a sentence-transformers model ({reason}). "
+                f"{path} cannot be loaded as a sentence-transformers model ({reason(error)}). "
                 "Give the folder or hub id of one."
             ) from error
         self.name_or_path = str(path)

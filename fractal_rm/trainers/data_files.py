@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fractal_rm.errors import reason
+
 # The only variable of the environment that commands read.
 DATA_DIR_VARIABLE = "FRACTAL_RM_DATA"
 _ENDINGS = (".jsonl.gz", ".jsonl", ".json")
@@ -49,8 +51,7 @@ def load_from_hub(name: str, config: str | None) -> Any:
     try:
         return load_dataset(name, config)
     except (OSError, ValueError) as error:  # not found, offline, another configuration
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(
-            f"The data set {name} cannot be loaded from the hub ({reason}). Check the name, or set `data_dir` "
+            f"The data set {name} cannot be loaded from the hub ({reason(error)}). Check the name, or set `data_dir` "
             f"(or {DATA_DIR_VARIABLE}) to the folder that holds a folder of this name."
         ) from error

@@ -40,7 +40,7 @@ from fractal_rm.trainers.bag_data import (
 from fractal_rm.trainers.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
 from fractal_rm.trainers.finite_logs import FiniteLogs
 from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.logit_metrics import by_item, by_row, evaluate_logits, judge_logits
+from fractal_rm.trainers.logit_metrics import by_item, collected_bags, evaluate_logits, judge_logits
 from fractal_rm.trainers.model_card import RewardModelCard
 from fractal_rm.trainers.model_setup import make_trainable, model_name, move_to_group
 from fractal_rm.trainers.objective import StageKind, loss_terms, term_weights
@@ -115,16 +115,8 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
             for name, found in bags.items()
         }
         if "train" in bags:
-            self.settings.data = fingerprint(bags["train"])
-            self.card.labels = describe_labels(bags["train"], args)
-            kinds = {not isinstance(bag.prompt, str) for bag in bags["train"]}
-            self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it takes both
-            try:
-                StepRewardModel(scorer, self.processor, self.settings).check_prompts(
-                    bag.prompt for bag in bags.get("eval", [])
-                )
-            except ValueError as error:
-                raise ValueError(f"eval data, {error}") from None
+            self._describe(bags["train"], args)
+            self._check_prompts(scorer, bags.get("eval", []))
             if args.scorer != "embedding" and joins_without_a_gap(bags["train"], self.settings):
                 self._warn_about_joined_text()
             self._prepare(datasets["train"], model, args)
@@ -145,6 +137,20 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
 
     def _encoded(self, bags: list[Bag], source: str, *, reads_gold: bool = True) -> BagDataset:
         return BagDataset(bags, self.inputs, self.settings, source=source, reads_gold=reads_gold)
+
+    def _describe(self, bags: list[Bag], args: FractalConfig) -> None:
+        """What the checkpoint and its card say about the training data."""
+        self.settings.data = fingerprint(bags)
+        self.card.labels = describe_labels(bags, args)
+        kinds = {not isinstance(bag.prompt, str) for bag in bags}
+        self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it takes both
+
+    def _check_prompts(self, scorer: StepScorer, bags: list[Bag]) -> None:
+        """Refuse evaluation data whose prompts are of another kind than those of the training data."""
+        try:
+            StepRewardModel(scorer, self.processor, self.settings).check_prompts(bag.prompt for bag in bags)
+        except ValueError as error:
+            raise ValueError(f"eval data, {error}") from None
 
     def _prepare(self, data: BagDataset, model: Any, args: FractalConfig) -> None:
         """Targets of the steps of the training data: what priors say, and the gold labels that may be read."""
@@ -321,18 +327,10 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics on bag labels, and on gold step labels where the data has them."""
-        labels: Any = prediction.label_ids
-        bag_labels, step_labels, mask, chosen = (by_row(values) for values in labels)
-        predictions: Any = prediction.predictions
-        # Trainer pads shorter batches with -100, masks included: only 1 is a real step. A bag without any is the place
-        # of the second response of a preference, where there is none.
-        steps = [row == 1 for row in mask]
-        there = np.array([real.any() for real in steps])
-        logits = [row[real] for row, real in zip(by_row(predictions), steps, strict=True) if real.any()]
-        gold = [row[real] for row, real in zip(step_labels, steps, strict=True) if real.any()]
-        settings, labels = replace(self.settings), bag_labels[there]
-        found = evaluate_logits(logits, labels, gold, settings, chosen=chosen[there])
-        self.card.evaluated(found, lambda: judge_logits(logits, labels, gold, settings))
+        bags = collected_bags(prediction)
+        settings = replace(self.settings)  # the card judges later, and calibration changes the temperature
+        found = evaluate_logits(bags.logits, bags.labels, bags.step_labels, settings, chosen=bags.chosen)
+        self.card.evaluated(found, lambda: judge_logits(bags.logits, bags.labels, bags.step_labels, settings))
         return found
 
     def calibrate(self) -> float:

@@ -1,8 +1,11 @@
 """Metrics of the logits that an evaluation of [`FractalTrainer`] has collected, item by item."""
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import EvalPrediction
 
 from fractal_rm import metrics
 from fractal_rm.evaluation.intervals import Judgement, Statistic, auc_of, mean_of
@@ -28,7 +31,43 @@ def by_item(values: Tensor, chosen: Tensor) -> Tensor:
     return laid if values.dim() == 1 else laid.transpose(1, 2)
 
 
-def by_row(laid: np.ndarray) -> np.ndarray:
+class CollectedBags(NamedTuple):
+    """The bags that an evaluation has seen.
+
+    Attributes:
+        logits: Step logits of each bag, (S,) or (S, G), real steps only.
+        labels: Response labels (B,).
+        step_labels: Gold step labels of each bag, NaN where unknown.
+        chosen: 1 for the chosen response of a preference, 0 for the rejected one behind it, -1 for others (B,).
+    """
+
+    logits: list[np.ndarray]
+    labels: np.ndarray
+    step_labels: list[np.ndarray]
+    chosen: np.ndarray
+
+
+def collected_bags(prediction: EvalPrediction) -> CollectedBags:
+    """The bags of items that [`by_item`] laid out and Trainer padded and put together.
+
+    Args:
+        prediction: What `FractalTrainer.prediction_step` gave for every batch.
+    """
+    laid: Any = (prediction.predictions, *prediction.label_ids)
+    logits, labels, step_labels, mask, chosen = (_by_row(values) for values in laid)
+    # Trainer pads shorter batches with -100, masks included: only 1 is a real step. A bag without any is the place
+    # of the second response of a preference, where there is none.
+    real = mask == 1
+    rows = np.flatnonzero(real.any(axis=1))
+    return CollectedBags(
+        logits=[logits[row][real[row]] for row in rows],
+        labels=labels[rows],
+        step_labels=[step_labels[row][real[row]] for row in rows],
+        chosen=chosen[rows],
+    )
+
+
+def _by_row(laid: np.ndarray) -> np.ndarray:
     """[`by_item`] undone, but for the empty places."""
     rows = laid if laid.ndim == 2 else laid.swapaxes(1, 2)
     return rows.reshape(-1, *rows.shape[2:])

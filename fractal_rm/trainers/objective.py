@@ -57,23 +57,31 @@ def loss_terms(
         args: Holds aggregation and forms.
         base_rate: Share of good steps in the training data, for EasyLLP.
     """
+    mask = batch["mask"]
+    terms = _bag_terms(logits, batch, names, args, base_rate=base_rate)
+    learn = instance_loss if args.num_grades is None else ordinal_instance_loss
+    for name, target in (("instance", "step_labels"), ("pseudo", "pseudo_labels")):
+        if name in names and target in batch:
+            terms[name] = learn(logits, batch[target], mask)
+    step_logits = logits if args.num_grades is None else _good_logits(logits)
+    for name in STEP_PRIORS:
+        if f"{name}_prior" in names and name in batch:
+            terms[f"{name}_prior"] = teacher_prior(step_logits, batch[name], mask, distance=args.prior_distance)
+    if "correlation_prior" in names and "correlation" in batch:
+        terms["correlation_prior"] = correlation_prior(step_logits, batch["correlation"], mask)
+    return terms
+
+
+def _bag_terms(
+    logits: Tensor, batch: dict[str, Tensor], names: set[str], args: FractalConfig, *, base_rate: float
+) -> dict[str, Tensor]:
+    """The terms of [`loss_terms`] that hold labels on responses: of single ones, and of preferences."""
     mask, labels, chosen = batch["mask"], batch["bag_labels"], batch["chosen"]
+    single, better, worse = chosen < 0, chosen == 1, chosen == 0
     terms: dict[str, Tensor] = {}
-    single = chosen < 0
     if "bag" in names and single.any():
-        if args.num_grades is not None:
-            terms["bag"] = ordinal_bag_loss(logits[single], labels[single], mask[single])
-        else:
-            terms["bag"] = bag_loss(
-                logits[single],
-                labels[single],
-                mask[single],
-                aggregation=args.aggregation,
-                sharpness=args.sharpness,
-                label_noise=(args.missed_good, args.missed_bad),
-            )
+        terms["bag"] = _bag_loss(logits[single], labels[single], mask[single], args)
     if "preference" in names and not single.all():
-        better, worse = chosen == 1, chosen == 0
         terms["preference"] = preference_loss(
             logits[better],
             mask[better],
@@ -85,17 +93,20 @@ def loss_terms(
         )
     if "easyllp" in names and single.any():  # a preference is no share of good steps
         terms["easyllp"] = easyllp_loss(logits[single], labels[single], mask[single], base_rate=base_rate)
-    for name, target in (("instance", "step_labels"), ("pseudo", "pseudo_labels")):
-        if name in names and target in batch:
-            learn = instance_loss if args.num_grades is None else ordinal_instance_loss
-            terms[name] = learn(logits, batch[target], mask)
-    step_logits = logits if args.num_grades is None else _good_logits(logits)
-    for name in STEP_PRIORS:
-        if f"{name}_prior" in names and name in batch:
-            terms[f"{name}_prior"] = teacher_prior(step_logits, batch[name], mask, distance=args.prior_distance)
-    if "correlation_prior" in names and "correlation" in batch:
-        terms["correlation_prior"] = correlation_prior(step_logits, batch["correlation"], mask)
     return terms
+
+
+def _bag_loss(logits: Tensor, labels: Tensor, mask: Tensor, args: FractalConfig) -> Tensor:
+    if args.num_grades is not None:
+        return ordinal_bag_loss(logits, labels, mask)
+    return bag_loss(
+        logits,
+        labels,
+        mask,
+        aggregation=args.aggregation,
+        sharpness=args.sharpness,
+        label_noise=(args.missed_good, args.missed_bad),
+    )
 
 
 def _good_logits(logits: Tensor) -> Tensor:

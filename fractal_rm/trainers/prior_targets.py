@@ -77,7 +77,6 @@ def _cosine(bag: EmbeddedBag) -> Tensor:
     return cosine_targets(bag.steps.unsqueeze(1), bag.contexts.unsqueeze(1), known)[:, 0]
 
 
-@torch.no_grad()
 def _likelihoods(bags: Sequence[Bag], args: FractalConfig, model: Any) -> list[Tensor]:
     """Mean log-probability of each step's tokens under the reference model, mapped to [0, 1]."""
     path = args.reference_model or model
@@ -86,6 +85,15 @@ def _likelihoods(bags: Sequence[Bag], args: FractalConfig, model: Any) -> list[T
             "The likelihood prior needs a causal language model to ask. Set `reference_model` to the path or hub id "
             "of one, or set `likelihood_prior_weight=0`."
         )
+    log_probs = _mean_log_probs(bags, args, path)
+    values = torch.cat(log_probs)
+    location, scale = fit_likelihood_scale(values[~values.isnan()])
+    return [likelihood_targets(row[None], location=location, scale=scale)[0] for row in log_probs]
+
+
+@torch.no_grad()
+def _mean_log_probs(bags: Sequence[Bag], args: FractalConfig, path: str | Path) -> list[Tensor]:
+    """Mean log-probability of each step's tokens (S,) under a language model; NaN beyond what it can read."""
     settings = Settings(scorer="likelihood", reduction="mean", prompt_template=args.prompt_template)
     language_model, _ = load_model(path, settings, dtype=torch.float32)
     tokenizer = load_tokenizer(path)
@@ -102,6 +110,4 @@ def _likelihoods(bags: Sequence[Bag], args: FractalConfig, model: Any) -> list[T
         batch = {name: x.to(args.device) for name, x in inputs.pad([encoded[i] for i in rows]).items()}
         for i, row in zip(rows, scorer(**batch).cpu(), strict=True):
             found[i][: encoded[i].kept_steps] = row[: encoded[i].kept_steps]
-    values = torch.cat(found)
-    location, scale = fit_likelihood_scale(values[~values.isnan()])
-    return [likelihood_targets(row[None], location=location, scale=scale)[0] for row in found]
+    return found

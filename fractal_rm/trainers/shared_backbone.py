@@ -7,10 +7,13 @@ forward that gives the log-probabilities; at a rollout, those of the old log-pro
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+# Log-probabilities of the policy, of a reference that is the policy without its adapter, and of the policy once more.
+_FORWARDS_OF_A_ROLLOUT = 3
 
 
 class ValueHead(nn.Linear):
@@ -55,6 +58,13 @@ def backbone(policy: Any) -> nn.Module:
     return (policy.get_base_model() if hasattr(policy, "peft_config") else policy).base_model
 
 
+class _Forward(NamedTuple):
+    """Log-probabilities (B, T) of a forward without gradients, and the values (B, P + T) of its states."""
+
+    logprobs: Tensor
+    values: Tensor
+
+
 class SharedBackbone:
     """Last hidden states of the policy, read while they are computed for something else.
 
@@ -66,9 +76,7 @@ class SharedBackbone:
     def __init__(self, policy: Callable[[], Any], head: nn.Module) -> None:
         self._policy, self._head = policy, head
         self._states: Tensor | None = None
-        # Of one rollout: log-probabilities of the policy, of a reference that is the policy without its adapter, and
-        # of the policy once more.
-        self._seen: deque[tuple[Tensor, Tensor]] = deque(maxlen=3)
+        self._rollout_forwards: deque[_Forward] = deque(maxlen=_FORWARDS_OF_A_ROLLOUT)
 
     @contextmanager
     def _reading(self, keep: Callable[[Tensor], None]) -> Iterator[None]:
@@ -81,16 +89,23 @@ class SharedBackbone:
     def read(self, log_probs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Compute log-probabilities as TRL does, and keep the states, or without gradients the values, beside them."""
         if torch.is_grad_enabled():
-            states: list[Tensor] = []
-            with self._reading(states.append):
-                result = log_probs(*args, **kwargs)
-            self._states = states[0] if states else None
-            return result
+            return self._read_states(log_probs, *args, **kwargs)
+        return self._read_values(log_probs, *args, **kwargs)
+
+    def _read_states(self, log_probs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        states: list[Tensor] = []
+        with self._reading(states.append):
+            result = log_probs(*args, **kwargs)
+        self._states = states[0] if states else None
+        return result
+
+    def _read_values(self, log_probs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL goes through a rollout in batches: the values of each are kept, and not its states, which are wide."""
         values: list[Tensor] = []
         with self._reading(lambda states: values.append(self._head(states))):
             result = log_probs(*args, **kwargs)
         if values:  # a reference that is a model of its own has none
-            self._seen.append((result[0], torch.cat(values)))
+            self._rollout_forwards.append(_Forward(logprobs=result[0], values=torch.cat(values)))
         return result
 
     def values_beside(self, logprobs: Tensor | None) -> Tensor | None:
@@ -98,8 +113,8 @@ class SharedBackbone:
 
         Asking for them forgets everything that was read without gradients.
         """
-        found = next((values for seen, values in self._seen if seen is logprobs), None)
-        self._seen.clear()
+        found = next((forward.values for forward in self._rollout_forwards if forward.logprobs is logprobs), None)
+        self._rollout_forwards.clear()
         return found
 
     def values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -80,11 +80,8 @@ def train_in_stages(trainer: "FractalTrainer", *, resume: bool, **kwargs: Any) -
     args, data = trainer.args, trainer.data
     output, start = Path(str(args.output_dir)), _trainable(trainer)
     result, history, handed = None, [], []
-    if not resume:  # what an earlier run finished is no part of this one
-        if trainer.is_world_process_zero():
-            for stage in plan(args):
-                shutil.rmtree(output / stage.name, ignore_errors=True)
-        trainer.accelerator.wait_for_everyone()
+    if not resume:
+        _clear(trainer, output)
     for stage in plan(args):
         if stage.kind == "pseudo":
             labels = step_targets(data, handed, args)
@@ -96,22 +93,10 @@ def train_in_stages(trainer: "FractalTrainer", *, resume: bool, **kwargs: Any) -
             trainer.scorer.load_state_dict(start, strict=False)
         folder = output / stage.name
         if resume and (folder / _LOGITS).is_file():
-            trainer.scorer.load_state_dict(load_file(folder / _WEIGHTS), strict=False)
-            logits = load_file(folder / _LOGITS)["logits"]
-            trainer.state = TrainerState.load_from_json(str(folder / STATE))
-            result = train_output(trainer.state)
+            result, logits = _load_finished(trainer, folder)
         else:
             checkpoint = last_checkpoint(folder) if resume else None
-            args.output_dir = str(folder)
-            # A stage must not depend on whether the ones before it ran in this process.
-            set_seed(args.seed)
-            trainer.optimizer = trainer.lr_scheduler = None
-            try:
-                result = take_up(trainer, checkpoint) or trainer.train_stage(stage, checkpoint, **kwargs)
-            finally:
-                args.output_dir = str(output)
-            logits = torch.cat([row.flatten() for row in trainer.step_logits(data)]).cpu()
-            _finish(trainer, folder, logits)
+            result, logits = _train(trainer, stage, folder, checkpoint, **kwargs)
         history += [entry | {"stage": stage.name} for entry in trainer.state.log_history]
         handed = split_logits(logits, data, args.num_grades)
         if not stage.reads_gold:
@@ -120,6 +105,39 @@ def train_in_stages(trainer: "FractalTrainer", *, resume: bool, **kwargs: Any) -
             data.targets["hybrid"] = hybrid_targets(data, handed, args.num_grades)
     trainer.state.log_history = history
     return result
+
+
+def _clear(trainer: "FractalTrainer", output: Path) -> None:
+    """Remove the stages of an earlier run, which are no part of this one."""
+    if trainer.is_world_process_zero():
+        for stage in plan(trainer.args):
+            shutil.rmtree(output / stage.name, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _load_finished(trainer: "FractalTrainer", folder: Path) -> tuple[Any, Tensor]:
+    """What [`_train`] returned for the stage that wrote the folder; the trainer is as it was then."""
+    trainer.scorer.load_state_dict(load_file(folder / _WEIGHTS), strict=False)
+    trainer.state = TrainerState.load_from_json(str(folder / STATE))
+    return train_output(trainer.state), load_file(folder / _LOGITS)["logits"]
+
+
+def _train(
+    trainer: "FractalTrainer", stage: Stage, folder: Path, checkpoint: str | None, **kwargs: Any
+) -> tuple[Any, Tensor]:
+    """Train a stage in its folder; what `Trainer.train` returns, and the logits to hand on in one row."""
+    args = trainer.args
+    output, args.output_dir = args.output_dir, str(folder)
+    # A stage must not depend on whether the ones before it ran in this process.
+    set_seed(args.seed)
+    trainer.optimizer = trainer.lr_scheduler = None
+    try:
+        result = take_up(trainer, checkpoint) or trainer.train_stage(stage, checkpoint, **kwargs)
+    finally:
+        args.output_dir = output
+    logits = torch.cat([row.flatten() for row in trainer.step_logits(trainer.data)]).cpu()
+    _finish(trainer, folder, logits)
+    return result, logits
 
 
 def _finish(trainer: "FractalTrainer", folder: Path, logits: Tensor) -> None:

@@ -38,7 +38,7 @@ from fractal_rm.trainers.processes import add_up, share_metrics
 from fractal_rm.trainers.rollout_guards import AlarmActions, as_rollouts, ending_ids
 from fractal_rm.trainers.shared_backbone import SharedBackbone, make_value_head
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
-from fractal_rm.trainers.step_rewards import Rollout, StepRewards
+from fractal_rm.trainers.step_rewards import Rollout, ShapedSteps, StepRewards
 from fractal_rm.trainers.subnormals import flushed_subnormals
 from fractal_rm.trainers.trl_contract import check_contract
 from fractal_rm.trainers.value_learning import ValueLearning, check_value_arguments
@@ -233,27 +233,42 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
             output["advantages"] = self.step_rewards.group_advantages(
                 rollout, shaped, output["advantages"], mask, self.num_generations, self.accelerator, step=step
             )
-            self._show_advantages(output["advantages"], mask)
-            return output
-        if self.args.outcome_weight and rollout.is_outcome.any():
-            mask = mask & rollout.judged.unsqueeze(1)  # no outcome is not an outcome of 0
-        token_rewards = self.step_rewards.tokens(rollout, shaped, self.reward_weights, mask, step=step)
-        if self.kl_reward.on and rollout.kl is not None:
-            token_rewards = token_rewards - self.kl_reward.penalty(rollout.kl, self.accelerator, self._log)
-        if self.args.whiten_rewards:
-            token_rewards = whiten(token_rewards, mask, shift_mean=False, add_up=add_up(self.accelerator))
-        if self.value_learning is not None:
-            output |= self.value_learning.advantages(output, token_rewards, mask, rollout.logprobs)
         else:
-            output["advantages"] = global_advantages(
-                token_rewards,
-                mask,
-                gamma=self.args.gamma,
-                scale=self.args.whiten_advantages,
-                add_up=add_up(self.accelerator),
-            )
+            mask = self._without_unjudged(mask, rollout)
+            token_rewards = self._token_rewards(rollout, shaped, mask, step=step)
+            output |= self._advantages(output, token_rewards, mask, rollout.logprobs)
         self._show_advantages(output["advantages"], mask)
         return output
+
+    def _without_unjudged(self, mask: Tensor, rollout: Rollout) -> Tensor:
+        """The mask (B, T) without completions that no outcome function judged: no outcome is not an outcome of 0."""
+        if self.args.outcome_weight and rollout.is_outcome.any():
+            return mask & rollout.judged.unsqueeze(1)
+        return mask
+
+    def _token_rewards(self, rollout: Rollout, shaped: list[ShapedSteps], mask: Tensor, *, step: int) -> Tensor:
+        """Rewards of steps and outcomes on the tokens (B, T), less the KL penalty, whitened where that is wanted."""
+        rewards = self.step_rewards.tokens(rollout, shaped, self.reward_weights, mask, step=step)
+        if self.kl_reward.on and rollout.kl is not None:
+            rewards = rewards - self.kl_reward.penalty(rollout.kl, self.accelerator, self._log)
+        if self.args.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False, add_up=add_up(self.accelerator))
+        return rewards
+
+    def _advantages(
+        self, output: dict[str, Any], token_rewards: Tensor, mask: Tensor, logprobs: Tensor | None
+    ) -> dict[str, Any]:
+        """Advantages (B, T), and what a value model learns from, if there is one."""
+        if self.value_learning is not None:
+            return self.value_learning.advantages(output, token_rewards, mask, logprobs)
+        advantages = global_advantages(
+            token_rewards,
+            mask,
+            gamma=self.args.gamma,
+            scale=self.args.whiten_advantages,
+            add_up=add_up(self.accelerator),
+        )
+        return {"advantages": advantages}
 
     def _roll_out(self, inputs: Any) -> tuple[dict[str, Any], Rollout]:
         """TRL's rollout, with the KL divergence from the reference where it is part of the reward, or costs nothing."""
@@ -284,14 +299,18 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
         if checkpoint is None:  # to stop, or nothing to go back to
             self.control.should_training_stop = True
             return False
+        self._restore_weights(checkpoint)
+        self.alarm_actions.rolled_back(checkpoint, alarms)
+        return True
+
+    def _restore_weights(self, checkpoint: Path) -> None:
+        """Put the weights of policy and value model back, and forget what the optimizer knows of the later ones."""
         super()._load_from_checkpoint(str(checkpoint))
         if self.value_learning is not None:
             self.value_learning.load(checkpoint)
         optimizer: Any = self.optimizer
-        optimizer.state.clear()  # its moments are those of the weights that strayed, and so are gradients
+        optimizer.state.clear()
         optimizer.zero_grad()
-        self.alarm_actions.rolled_back(checkpoint, alarms)
-        return True
 
     @staticmethod
     def _policy_mask(output: dict[str, Any]) -> Tensor:

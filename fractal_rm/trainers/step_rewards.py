@@ -110,18 +110,25 @@ class StepRewards:
                 for scored, keep in zip(source.scored, used, strict=True)
             ]
             ends = [step_end_tokens(at, result.spans) for at, result in zip(token_ends, scored, strict=True)]
-            rewards = self.shape([result.step_scores for result in scored], group_size, source.moments)
+            scores = [result.step_scores for result in scored]
+            rewards = self.shape(scores, group_size, source.moments)
             found.append(ShapedSteps(source.weight, rewards, ends, place_step_rewards(rewards, ends, mask)))
             if number == 0:
-                flat = [score for result in scored for score in result.step_scores]
-                self.log("steps/score", sum(flat) / max(len(flat), 1))
-                self.log("steps/per_response", len(flat) / max(len(scored), 1))
-            earned = torch.tensor([reward for row in rewards for reward in row], dtype=torch.float64)
-            if len(earned):
-                self.log(f"step_rewards/{source.__name__}/mean", earned.mean().item())
-                self.log(f"step_rewards/{source.__name__}/std", earned.std(correction=0).item())
+                self._log_scores(scores)
+            self._log_rewards(source.__name__, rewards)
         self.log("placement/unplaced_steps", sum(one.placement.unplaced for one in found))
         return found
+
+    def _log_scores(self, step_scores: Sequence[Sequence[float]]) -> None:
+        flat = [score for row in step_scores for score in row]
+        self.log("steps/score", sum(flat) / max(len(flat), 1))
+        self.log("steps/per_response", len(flat) / max(len(step_scores), 1))
+
+    def _log_rewards(self, source: str, rewards: Sequence[Sequence[float]]) -> None:
+        earned = torch.tensor([reward for row in rewards for reward in row], dtype=torch.float64)
+        if len(earned):
+            self.log(f"step_rewards/{source}/mean", earned.mean().item())
+            self.log(f"step_rewards/{source}/std", earned.std(correction=0).item())
 
     def shape(
         self, step_scores: Sequence[Sequence[float]], group_size: int, moments: RunningMoments
