@@ -97,6 +97,19 @@ def test_every_arm_has_the_same_number_of_trials_and_only_named_arms_read_gold_l
             assert config.instance_weight == 0
 
 
+def test_derived_arms_change_one_thing_of_the_chosen_configuration(modules):
+    data, chosen = data_of(modules), {"pseudo_labels": "soft", "weight_decay": 0.3}
+    found = modules.disaggregation_arms.derived_arms(data, "pseudo_soft", chosen)
+    assert found == {"pseudo_soft_iterated": {**chosen, "pseudo_rounds": 3}}
+    gold = {"instance_weight": 1.0, "gold_fraction": 0.1}
+    shares = {
+        arm: options["gold_fraction"]
+        for arm, options in modules.disaggregation_arms.derived_arms(data, "fractal_gold_10", gold).items()
+        if "gold_selection" not in options
+    }
+    assert shares == {f"fractal_gold_{share}": share / 100 for share in (1, 5, 20, 50)}
+
+
 def test_trials_are_judged_on_response_labels_and_the_ceiling_on_step_labels(modules):
     bag = modules.disaggregation.Bag
     scores = modules.disaggregation.StepScores
