@@ -209,7 +209,8 @@ class StepRewardModel:
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             try:
                 bag = self._bag(prompt, response, None if spans is None else spans[i])
-                bags[i] = replace(bag, prompt=self._rendered(bag.prompt))
+                rendered = self._rendered(bag.prompt)
+                bags[i] = bag if rendered is bag.prompt else replace(bag, prompt=rendered)
             except (TypeError, ValueError) as error:
                 errors[i] = f"row {i}: {error}"
         encoded = self._inputs.encode(

@@ -5,7 +5,7 @@ straddles the end of a step, a step's score never sees what follows it (causal m
 gives each step the score it would have had as the end of a shorter one, for every tokenizer. Nothing is inserted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -220,18 +220,15 @@ def pad_encoded(bags: Sequence[EncodedBag], pad_token_id: int) -> dict[str, Tens
     """
     width = max(len(bag.input_ids) for bag in bags)
     depth = max(bag.kept_steps for bag in bags)
-    batch = {
-        "input_ids": torch.full((len(bags), width), pad_token_id),
-        "attention_mask": torch.zeros(len(bags), width, dtype=torch.long),
-        "step_ids": torch.full((len(bags), width), -1),
-        "step_ends": torch.zeros(len(bags), depth, dtype=torch.long),
-        "mask": torch.zeros(len(bags), depth, dtype=torch.bool),
+    lengths, steps = [len(bag.input_ids) for bag in bags], [bag.kept_steps for bag in bags]
+
+    def padded(rows: Iterable[list[int]], columns: int, padding: int) -> Tensor:
+        return torch.tensor([row + [padding] * (columns - len(row)) for row in rows])
+
+    return {
+        "input_ids": padded((bag.input_ids for bag in bags), width, pad_token_id),
+        "attention_mask": padded(([1] * length for length in lengths), width, 0),
+        "step_ids": padded((bag.step_ids for bag in bags), width, -1),
+        "step_ends": padded((bag.step_ends for bag in bags), depth, 0),
+        "mask": padded(([1] * count for count in steps), depth, 0).bool(),
     }
-    for row, bag in enumerate(bags):
-        length, steps = len(bag.input_ids), bag.kept_steps
-        batch["input_ids"][row, :length] = torch.tensor(bag.input_ids)
-        batch["attention_mask"][row, :length] = 1
-        batch["step_ids"][row, :length] = torch.tensor(bag.step_ids)
-        batch["step_ends"][row, :steps] = torch.tensor(bag.step_ends)
-        batch["mask"][row, :steps] = True
-    return batch

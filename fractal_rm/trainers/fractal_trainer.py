@@ -40,6 +40,7 @@ from fractal_rm.trainers.bag_data import (
 from fractal_rm.trainers.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
 from fractal_rm.trainers.finite_logs import FiniteLogs
 from fractal_rm.trainers.fractal_config import FractalConfig
+from fractal_rm.trainers.length_parts import step_logits_by_length
 from fractal_rm.trainers.logit_metrics import by_item, collected_bags, evaluate_logits, judge_logits
 from fractal_rm.trainers.model_card import RewardModelCard
 from fractal_rm.trainers.model_setup import make_trainable, model_name, move_to_group
@@ -266,7 +267,8 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
 
         Evaluation knows no priors and no pseudo-labels: its loss is that of the labels of its data.
         """
-        logits = model(**{name: inputs[name] for name in self.scorer.inputs})
+        texts = {name: inputs[name] for name in self.scorer.inputs}
+        logits = step_logits_by_length(model, texts, self.accelerator)
         progress = self.state.global_step / max(self.state.max_steps, 1)
         weights = term_weights(self.args, self._stage if model.training else "joint", progress)
         terms = loss_terms(logits, inputs, set(weights), self.args, base_rate=self._base_rate)

@@ -8,6 +8,7 @@ pieces, the one that `Trainer` prepares. A model beside it must be whole in ever
 import os
 from typing import Any
 
+from accelerate import Accelerator, DistributedType
 from torch import nn
 
 _FILES = "The files in recipes/accelerate say how."
@@ -29,6 +30,11 @@ def check_separate_value_model(trainer: Any) -> None:
             f"`advantage='gae'` trains a value model beside the policy, and {engine} prepares one model. "
             "Use `advantage='group'` or `advantage='global'`, or launch with multi-GPU data parallelism (DDP)."
         )
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the processes hold parts of one model, which all of them have to gather equally often."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def check_online_training(trainer: Any) -> None:

@@ -78,6 +78,11 @@ class SharedBackbone:
         self._states: Tensor | None = None
         self._rollout_forwards: deque[_Forward] = deque(maxlen=_FORWARDS_OF_A_ROLLOUT)
 
+    @property
+    def policy(self) -> Any:
+        """The policy, without wrappers."""
+        return self._policy()
+
     @contextmanager
     def _reading(self, keep: Callable[[Tensor], None]) -> Iterator[None]:
         handle = backbone(self._policy()).register_forward_hook(lambda module, args, output: keep(output[0]))
@@ -86,26 +91,29 @@ class SharedBackbone:
         finally:
             handle.remove()
 
-    def read(self, log_probs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute log-probabilities as TRL does, and keep the states, or without gradients the values, beside them."""
-        if torch.is_grad_enabled():
-            return self._read_states(log_probs, *args, **kwargs)
-        return self._read_values(log_probs, *args, **kwargs)
+    def read(self, log_probs: Callable[[], Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
+        """Compute log-probabilities as TRL does, and keep the states, or without gradients the values, beside them.
 
-    def _read_states(self, log_probs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        Args:
+            log_probs: Computes them, in one forward or in several.
+            join: Makes one tensor (B, P + T, ...) of what the forwards gave.
+        """
+        return (self._read_states if torch.is_grad_enabled() else self._read_values)(log_probs, join)
+
+    def _read_states(self, log_probs: Callable[[], Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
         states: list[Tensor] = []
         with self._reading(states.append):
-            result = log_probs(*args, **kwargs)
-        self._states = states[0] if states else None
+            result = log_probs()
+        self._states = join(states) if states else None
         return result
 
-    def _read_values(self, log_probs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL goes through a rollout in batches: the values of each are kept, and not its states, which are wide."""
+    def _read_values(self, log_probs: Callable[[], Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
+        """The values of each forward are kept, and not its states, which are wide."""
         values: list[Tensor] = []
         with self._reading(lambda states: values.append(self._head(states))):
-            result = log_probs(*args, **kwargs)
+            result = log_probs()
         if values:  # a reference that is a model of its own has none
-            self._rollout_forwards.append(_Forward(logprobs=result[0], values=torch.cat(values)))
+            self._rollout_forwards.append(_Forward(logprobs=result[0], values=join(values)))
         return result
 
     def values_beside(self, logprobs: Tensor | None) -> Tensor | None:

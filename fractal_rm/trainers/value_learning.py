@@ -11,6 +11,8 @@ from safetensors.torch import load_model as load_weights
 from torch import Tensor, nn
 
 from fractal_rm.advantages import gae, whiten
+from fractal_rm.trainers.kept_forward import ROWS, KeptForward, updates_once
+from fractal_rm.trainers.length_parts import LengthParts, may_be_sorted
 from fractal_rm.trainers.processes import add_up
 from fractal_rm.trainers.shared_backbone import SharedBackbone
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
@@ -22,7 +24,6 @@ _WEIGHTS = "model.safetensors"
 _ONE_FILE = "1000TB"
 # One folder deeper: whatever adapter lies in a folder of a checkpoint, `Trainer` loads into the policy.
 _ADAPTER_FOLDER, _ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"
-_INPUTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 
 
 def check_value_arguments(args: StepPPOConfig, value_model: Any, value_peft_config: Any) -> None:
@@ -71,27 +72,41 @@ class ValueLearning:
             checkpoint_layers(model)
         self.model: Any = accelerator.prepare_model(model)
         self.shared, self.args, self.accelerator, self.log = shared, args, accelerator, log
+        self._kept = KeptForward()
 
     # Values and what they are for -------------------------------------------------------------------------------------
 
-    def values(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Value of the state before each completion token, (B, T) in float32, by a forward of their own."""
+    def values(self, inputs: dict[str, Any], *, most_rows: int | None = None) -> Tensor:
+        """Value of the state before each completion token, (B, T) in float32, by a forward of their own.
+
+        Args:
+            inputs: Prompts and completions, as TRL has them in a rollout.
+            most_rows: Most texts in a forward pass; None: all.
+        """
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        with self.accelerator.autocast():
-            if self.shared is not None:
-                values = self.shared.values(input_ids, attention_mask)
-            else:
-                values = self.model(input_ids=input_ids, attention_mask=attention_mask).logits[..., 0]
+        sort = may_be_sorted(self.model if self.shared is None else self.shared.policy, self.accelerator)
+        parts = LengthParts(attention_mask, inputs["prompt_ids"].size(1), most_rows=most_rows, sort=sort)
+        values = parts.join([self._forward(*part.of(input_ids, attention_mask)) for part in parts.parts])
         return _before_completion_tokens(values, inputs)
 
-    @torch.no_grad()
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Values at all positions (B, W)."""
+        with self.accelerator.autocast():
+            if self.shared is not None:
+                return self.shared.values(input_ids, attention_mask)
+            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits[..., 0]
+
     def _rollout_values(self, output: dict[str, Any], logprobs: Tensor | None) -> Tensor:
+        if self.shared is None and updates_once(self.args, self.accelerator):
+            values = self.values(output)
+            self._kept.keep(values)
+            return values.detach()
         known = None if self.shared is None else self.shared.values_beside(logprobs)
         if known is not None:
             return _before_completion_tokens(known, output)
-        rows = torch.arange(len(output["prompt_ids"])).split(self.args.per_device_train_batch_size)
-        return torch.cat([self.values({name: output[name][some] for name in _INPUTS}) for some in rows])
+        with torch.no_grad():
+            return self.values(output, most_rows=self.args.per_device_train_batch_size)
 
     def advantages(
         self, output: dict[str, Any], token_rewards: Tensor, mask: Tensor, logprobs: Tensor | None
@@ -128,7 +143,7 @@ class ValueLearning:
             warming_up: Whether the policy must not learn yet.
         """
         if self.shared is None:
-            values = self.values(inputs)
+            (values,) = self._kept.take(inputs[ROWS]) or (self.values(inputs),)
         else:
             states = self.shared.take_states()
             learn_states = self.args.value_gradients_to_policy and not warming_up

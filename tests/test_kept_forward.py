@@ -1,0 +1,101 @@
+"""The forward pass of a rollout is that of its update, where nothing moves in between, and the same is learned."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import DistributedType
+from test_step_ppo_trainer import (
+    RAGGED,
+    make,
+    policy,
+    policy_folder,  # noqa: F401 - a fixture
+    replay,
+    reward_model,
+    same,
+    value_model,
+    weights,
+)
+
+from fractal_rm.trainers import step_ppo_trainer, value_learning
+from fractal_rm.trainers.kept_forward import KeptForward, updates_once
+
+pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+
+
+def learn(folder: Path, **changed: Any) -> tuple[dict[str, torch.Tensor], Counter[str]]:
+    """Weights of policy and value model after three updates, and how many forward passes of each there were."""
+    options = {"reward_model": reward_model(), "value_model": value_model(), "rollout_func": replay(RAGGED)}
+    trainer = make(folder, **options | {"kl_coef": 0.1, "max_steps": 3} | changed)
+    forwards: Counter[str] = Counter()
+    models = {"policy": trainer.model, "value": trainer.value_model}
+    for name, model in models.items():
+        model.register_forward_hook(lambda *_, name=name: forwards.update([name]))
+    trainer.train()
+    learned = {f"{name}.{key}": tensor for name, model in models.items() for key, tensor in weights(model).items()}
+    return learned, forwards
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is kept from here on."""
+    for module in (step_ppo_trainer, value_learning):
+        monkeypatch.setattr(module, "updates_once", lambda *_: False)
+
+
+@pytest.mark.parametrize("options", [{}, {"value_warmup_steps": 1}, {"gradient_checkpointing": True}])
+def test_the_same_is_learned_with_half_of_the_forward_passes(tmp_path, policy_folder, monkeypatch, options):  # noqa: F811
+    kept, fewer = learn(tmp_path / "kept", model=policy_folder, **options)
+    forget(monkeypatch)
+    anew, more = learn(tmp_path / "anew", model=policy_folder, **options)
+    assert same(kept, anew, atol=1e-5)
+    assert not same({name: kept[f"policy.{name}"] for name in policy().state_dict()}, weights(policy()), atol=1e-2)
+    assert fewer == Counter(policy=3, value=3)
+    assert more == Counter(policy=6, value=6)
+
+
+def test_rows_are_followed_through_the_shuffle(tmp_path, policy_folder, monkeypatch):  # noqa: F811
+    kept, _ = learn(tmp_path / "kept", model=policy_folder)
+    monkeypatch.setattr(KeptForward, "take", lambda self, rows: self._tensors)
+    unfollowed, _ = learn(tmp_path / "unfollowed", model=policy_folder)
+    assert not same(kept, unfollowed, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_iterations": 2}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}]
+)
+def test_nothing_is_kept_of_several_epochs_or_minibatches(tmp_path, policy_folder, monkeypatch, options):  # noqa: F811
+    usual, count = learn(tmp_path / "usual", model=policy_folder, **options)
+    forget(monkeypatch)
+    anew, same_count = learn(tmp_path / "anew", model=policy_folder, **options)
+    assert same(usual, anew)
+    assert count == same_count
+
+
+def test_a_resumed_run_keeps_what_an_uninterrupted_one_keeps(tmp_path, policy_folder):  # noqa: F811
+    whole, _ = learn(tmp_path / "run", model=policy_folder, save_strategy="steps", save_steps=2)
+    options = {"reward_model": reward_model(), "value_model": value_model(), "rollout_func": replay(RAGGED)}
+    trainer = make(tmp_path / "run", model=policy_folder, kl_coef=0.1, max_steps=3, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    resumed = {f"policy.{key}": tensor for key, tensor in weights(trainer.model).items()}
+    assert same(resumed, {name: tensor for name, tensor in whole.items() if name.startswith("policy.")})
+
+
+def test_sharded_weights_are_read_anew(tmp_path):
+    trainer = make(tmp_path, reward_model=reward_model())
+
+    class Sharded:
+        distributed_type = DistributedType.FSDP
+
+    assert updates_once(trainer.args, trainer.accelerator)
+    assert not updates_once(trainer.args, Sharded())  # type: ignore[arg-type]
+
+
+def test_kept_tensors_are_taken_once():
+    kept = KeptForward()
+    kept.keep(torch.tensor([1.0, 2.0, 3.0]))
+    rows = torch.tensor([2, 0, 1])
+    (taken,) = kept.take(rows)
+    assert taken.tolist() == [3.0, 1.0, 2.0]
+    assert kept.take(rows) == ()
