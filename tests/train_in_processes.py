@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from models import byte_tokenizer, make_model, sums
 from safetensors.torch import save_file
 from stand_ins import preferences, solutions
 from test_step_ppo_trainer import (
+    EOS,
+    GUARDED,
     RAGGED,
     count_of_a,
     make,
@@ -34,13 +36,18 @@ from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def rollouts() -> Callable[..., dict[str, Any]]:
-    """A `rollout_func` that gives row n of the batch of all processes the same completion, whoever holds it."""
+def rollouts(*, silent: Sequence[int] = ()) -> Callable[..., dict[str, Any]]:
+    """A `rollout_func` that gives row n of the batch of all processes the same completion, whoever holds it.
+
+    In rollouts whose numbers are `silent` nobody says anything.
+    """
     calls = itertools.count()
 
     def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        first = trainer.accelerator.process_index * len(prompts) + 3 * next(calls)
+        call = next(calls)
+        first = trainer.accelerator.process_index * len(prompts) + 3 * call
         rows = [list(RAGGED[(first + row) % len(RAGGED)]) for row in range(len(prompts))]
+        rows = [[EOS]] * len(prompts) if call in silent else rows
         return {
             "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
             "completion_ids": rows,
@@ -67,7 +74,8 @@ def ppo(folder: Path, batch: int, **changed: Any) -> dict[str, torch.Tensor]:
         for key, tensor in trainer.accelerator.unwrap_model(model).state_dict().items()
     }
     moments = trainer.sources[0].moments
-    logged = [row["steps/per_response"] for row in trainer.state.log_history if "steps/per_response" in row]
+    watched = ("steps/per_response", "guards/alarm/empty")
+    logged = [row[name] for row in trainer.state.log_history for name in watched if name in row]
     return result | {
         "moments": torch.tensor([moments.mean, moments.std, trainer.kl_reward.adaptive.coef]),
         "logged": torch.tensor(logged),
@@ -107,6 +115,7 @@ def mixed() -> list[Any]:
 
 
 GAE = {"num_iterations": 2, "normalize_step_rewards": True, "whiten_rewards": True, "kl_coef": 0.1, "kl_target": 0.5}
+SAVING = {"save_strategy": "steps", "save_steps": 2, "num_generations": 2}
 CASES: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {
     "gae": lambda folder: ppo(folder, 8, value_model=value_model(), **GAE),
     "gae in one pass": lambda folder: ppo(folder, 8, value_model=value_model(), kl_coef=0.1),
@@ -115,6 +124,9 @@ CASES: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {
         folder, 4, num_generations=4, advantage="group", center="group", missing_eos_penalty=0.3, leave_one_out=True
     ),
     "global": lambda folder: ppo(folder, 8, advantage="global", whiten_advantages=False),
+    "an alarm and a rollback": lambda folder: ppo(
+        folder / "rollback", 8, rollout_func=rollouts(silent=(4, 5)), on_alarm="rollback", **GUARDED | SAVING
+    ),
     "bags": lambda folder: fractal(folder, sums(24)),
     "bags and preferences": lambda folder: fractal(folder, mixed()),
 }
