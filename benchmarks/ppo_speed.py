@@ -42,7 +42,7 @@ class Arm(NamedTuple):
 
 ARMS = {
     "trl_ppo_1.12": Arm("dense", "trl_ppo"),
-    # TRL's own place for it since GRPO: the reference model is the same, and one forward pass less is needed.
+    # TRL's own place for it since GRPO.
     "trl_ppo_1.12_kl_in_loss": Arm("dense", "trl_ppo", kl="loss"),
     # TRL 1.12 has no such option: values from the forward passes of the policy that there are anyway.
     "trl_ppo_1.12_shared_value": Arm("shared", "trl_ppo"),

@@ -55,6 +55,8 @@ _MIX = (
     {"advantage": "gae", "outcome_weight": 1.0},
 )
 
+_LEARNING_ON = (("rm_update_every", 4), ("rm_learning_rate", 5e-4))
+
 OUTCOME_ONLY = ("outcome_grpo", "outcome_ppo")
 LONGER = {name: f"{name}_long" for name in OUTCOME_ONLY}
 CEILING = "supervised"
@@ -75,7 +77,15 @@ ARMS = {
             steps="fractal",
             outcome=True,
             variants=_MIX,
-            options=(("rm_update_every", 4), ("rm_learning_rate", 5e-4)),
+            options=_LEARNING_ON,
+        ),
+        # Outcomes teach the reward model and are no reward: what learning on does for step scores alone.
+        Arm(
+            "fractal_online_steps",
+            steps="fractal",
+            outcome=True,
+            options=(*_LEARNING_ON, ("outcome_weight", 0.0)),
+            core=False,
         ),
         Arm("orm", response_model=True, variants=_SCALES),
         Arm("supervised", steps="supervised"),
