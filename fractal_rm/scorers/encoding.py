@@ -5,6 +5,7 @@ straddles the end of a step, a step's score never sees what follows it (causal m
 gives each step the score it would have had as the end of a shorter one, for every tokenizer. Nothing is inserted.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -183,15 +184,17 @@ def _encode_some(
     ]
     tokenized = iter(_tokenize_continuations(pieces, tokenizer))
     prefix, suffix = special_affixes(tokenizer)
+    different = list(dict.fromkeys(texts))  # several responses to a prompt are the rule
+    prompt_ids = dict(zip(different, tokenizer(different, add_special_tokens=False)["input_ids"], strict=True))
     encoded = []
-    for prompt, (ids, _), steps in zip(prompts, _tokenize(texts, tokenizer), spans, strict=True):
+    for prompt, text, steps in zip(prompts, texts, spans, strict=True):
         # A chat template writes its special tokens itself.
         is_chat = bool(settings.chat) if isinstance(prompt, RenderedPrompt) else not isinstance(prompt, str)
         before, after = ([], []) if is_chat else (prefix, suffix)
         gaps = [start - end for (start, _), end in zip(steps, [0, *(end for _, end in steps)], strict=False)]
         parts = [next(tokenized) for _ in steps]
         room = None if settings.max_length is None else settings.max_length - len(after)
-        encoded.append(_join([*before, *ids], parts, gaps, after, room))
+        encoded.append(_join([*before, *prompt_ids[text]], parts, gaps, after, room))
     return encoded
 
 
@@ -218,17 +221,23 @@ def pad_encoded(bags: Sequence[EncodedBag], pad_token_id: int) -> dict[str, Tens
         `input_ids` and `attention_mask` (B, T), `step_ids` (B, T) with -1 outside steps, `step_ends` (B, S) with 0 at
         padding, `mask` (B, S), True where a step is real.
     """
-    width = max(len(bag.input_ids) for bag in bags)
-    depth = max(bag.kept_steps for bag in bags)
-    lengths, steps = [len(bag.input_ids) for bag in bags], [bag.kept_steps for bag in bags]
+    tokens = _real([len(bag.input_ids) for bag in bags])
+    steps = _real([bag.kept_steps for bag in bags])
 
-    def padded(rows: Iterable[list[int]], columns: int, padding: int) -> Tensor:
-        return torch.tensor([row + [padding] * (columns - len(row)) for row in rows])
+    def padded(rows: Iterable[list[int]], real: Tensor, padding: int) -> Tensor:
+        filled = torch.full(real.shape, padding)
+        filled[real] = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.long)
+        return filled
 
     return {
-        "input_ids": padded((bag.input_ids for bag in bags), width, pad_token_id),
-        "attention_mask": padded(([1] * length for length in lengths), width, 0),
-        "step_ids": padded((bag.step_ids for bag in bags), width, -1),
-        "step_ends": padded((bag.step_ends for bag in bags), depth, 0),
-        "mask": padded(([1] * count for count in steps), depth, 0).bool(),
+        "input_ids": padded((bag.input_ids for bag in bags), tokens, pad_token_id),
+        "attention_mask": tokens.long(),
+        "step_ids": padded((bag.step_ids for bag in bags), tokens, -1),
+        "step_ends": padded((bag.step_ends for bag in bags), steps, 0),
+        "mask": steps,
     }
+
+
+def _real(lengths: list[int]) -> Tensor:
+    """True where a row of that length has something, (rows, longest)."""
+    return torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
