@@ -22,8 +22,8 @@ from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 
 # Trials use seeds that are never reported; they differ in their problems, samples and reward models.
 TUNING_SEED = 1000
-# Settings on which the arms beyond the core run too.
-FURTHER_SETTINGS = ("easy", "medium")
+# Settings on which the arms beyond the core run too: long problems, and those on which step scores can be gamed.
+FURTHER_SETTINGS = ("medium", "branching")
 FURTHER_SEEDS = 5
 
 
