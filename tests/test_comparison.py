@@ -220,9 +220,9 @@ def test_the_rate_is_that_of_the_outcome_only_arms_and_each_arm_has_its_own_best
 
 
 def test_core_arms_come_first_and_seeds_before_settings():
-    units = study_units(["easy", "medium", "hard"], ["outcome_grpo", "fractal", "lca"], 6)
+    units = study_units(["branching", "medium", "hard"], ["outcome_grpo", "fractal", "lca"], 6)
     assert units[:4] == [
-        Unit("easy", 0, "outcome_grpo"), Unit("easy", 0, "fractal"), Unit("medium", 0, "outcome_grpo"),
+        Unit("branching", 0, "outcome_grpo"), Unit("branching", 0, "fractal"), Unit("medium", 0, "outcome_grpo"),
         Unit("medium", 0, "fractal"),
     ]  # fmt: skip
     assert len(units) == 6 * 3 * 2 + 5 * 2

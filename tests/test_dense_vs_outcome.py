@@ -31,8 +31,10 @@ def arguments(folder, **changes):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare") / "smoke"
     write_chosen(folder / "chosen.yaml", {name: ARMS[name].trials[0] for name in RUN if name != LONG}, "a test")
-    run_comparison(arguments(folder))
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "FURTHER_SETTINGS", ("easy",))  # where `implicit` runs
+        run_comparison(arguments(folder))
+        yield folder
 
 
 def rows_of(folder):
