@@ -7,7 +7,7 @@ run. The arm `online` differs in `rm_update_every` and its options only: the rew
 outcomes of the rollouts. Each evaluation appends a row; the last one of a run says what the reward model makes of the
 final policy's responses to held-out problems (gold step labels are read there only).
 
-Command: python benchmarks/online_reward.py --seeds 1 2 3
+Command: python benchmarks/online_reward.py --seeds 1 2 3 4 5
 Resumable: a finished run is not run again.
 """
 
@@ -107,7 +107,7 @@ def judge(run: Quickstart, trainer: StepPPOTrainer, reward_model: StepRewardMode
 def main() -> None:
     """Run what has not been run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--work_dir", type=Path, default=Path("runs/online_reward"))
     parser.add_argument("--results", type=Path, default=RESULTS)
