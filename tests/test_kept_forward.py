@@ -19,7 +19,7 @@ from test_step_ppo_trainer import (
     weights,
 )
 
-from fractal_rm.trainers import step_ppo_trainer, value_learning
+from fractal_rm.trainers import lean_forwards, value_learning
 from fractal_rm.trainers.kept_forward import KeptForward, updates_once
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
@@ -40,7 +40,7 @@ def learn(folder: Path, **changed: Any) -> tuple[dict[str, torch.Tensor], Counte
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is kept from here on."""
-    for module in (step_ppo_trainer, value_learning):
+    for module in (lean_forwards, value_learning):
         monkeypatch.setattr(module, "updates_once", lambda *_: False)
 
 

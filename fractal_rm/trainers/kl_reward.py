@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fractal_rm.shaping import AdaptiveKL, kl_estimates
@@ -57,23 +56,8 @@ class KLReward:
         reference = output["ref_per_token_logps"] if trainer.beta else output.pop("ref_per_token_logps")
         logprobs = output.get("old_per_token_logps")
         if logprobs is None:
-            logprobs = self._log_probs(trainer, output)
+            logprobs = trainer.rollout_log_probs(output)
         return logprobs, kl_estimates(logprobs, reference, mask, estimator=self.args.kl_estimator)
-
-    def _log_probs(self, trainer: Any, output: dict[str, Any]) -> Tensor:
-        """Log-probabilities of the policy (B, T); the update takes them over, where it can."""
-        texts = (
-            torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
-            torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
-            output["completion_ids"].size(1),
-        )
-        log_probs = trainer._get_per_token_logps_and_entropies
-        if trainer.keeps_log_probs:
-            logprobs, entropies, _ = log_probs(trainer.model_wrapped, *texts, compute_entropy=True)
-            trainer.kept_log_probs.keep(logprobs, entropies)
-            return logprobs.detach()
-        with torch.no_grad():
-            return log_probs(trainer.model, *texts, batch_size=trainer.args.per_device_train_batch_size)[0]
 
     def penalty(self, kl: Tensor, accelerator: Any, log: Callable[[str, float], None]) -> Tensor:
         """What each token pays (B, T); the coefficient then follows its target."""

@@ -20,7 +20,6 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from fractal_rm.advantages import global_advantages, whiten
 from fractal_rm.reward_model import StepRewardModel
@@ -30,9 +29,9 @@ from fractal_rm.trainers.dense_setup import as_list, dense_sources
 from fractal_rm.trainers.dense_sources import DenseSource, StepScoreReward
 from fractal_rm.trainers.finite_logs import FiniteLogs
 from fractal_rm.trainers.finite_rewards import check_model_rewards, checked_reward_functions
-from fractal_rm.trainers.kept_forward import ROWS, KeptForward, updates_once
+from fractal_rm.trainers.kept_forward import ROWS
 from fractal_rm.trainers.kl_reward import KLReward, lent_beta
-from fractal_rm.trainers.length_parts import LengthParts, log_probs_by_length, may_be_sorted
+from fractal_rm.trainers.lean_forwards import LeanForwards
 from fractal_rm.trainers.online_reward import OnlineReward, check_online_arguments
 from fractal_rm.trainers.parallelism import check_online_training, check_separate_value_model, check_whole_model
 from fractal_rm.trainers.ppo_checks import check_setup
@@ -49,7 +48,7 @@ from fractal_rm.trainers.value_model import ValueGradients, make_value_model
 _STATE_FILE = "step_ppo_state.json"
 
 
-class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
+class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
     """PPO with a reward for every step.
 
     A completion that no outcome function judges (all give None) is left out of what is learned, as in TRL. Without
@@ -130,13 +129,10 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
         self.sources = dense_sources(reward_model, step_reward_funcs, functions, args, train_dataset, kwargs)
         reward_models = [source.reward_model for source in self.sources if isinstance(source, StepScoreReward)]
         check_online_arguments(args, reward_models, reward_model_dataset)
-        self.value_learning: ValueLearning | None = None
         self._rollout: Rollout | None = None
         self.last_rollout: Rollout | None = None
         self.step_rewards, self.kl_reward = StepRewards(args, self.sources, self._log), KLReward(args)
         self.alarm_actions = AlarmActions(args, self.step_rewards)
-        self.kept_log_probs = KeptForward()
-        self._taken_log_probs: tuple[Tensor, ...] = ()
         with lent_beta(args, wanted=self.kl_reward.on):
             super().__init__(
                 model=model,
@@ -188,12 +184,6 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
     def value_model(self) -> Any:
         """The value model, or the value head on a shared backbone; None without one."""
         return None if self.value_learning is None else self.value_learning.model
-
-    @property
-    def keeps_log_probs(self) -> bool:
-        """Whether the policy's log-probabilities of a rollout are those of its update."""
-        shared = self.value_learning is not None and self.value_learning.shared is not None
-        return updates_once(self.args, self.accelerator) and not (shared or self.aux_loss_enabled)
 
     @property
     def step_scores(self) -> StepScoreReward | None:
@@ -348,36 +338,7 @@ class StepPPOTrainer(WholeCheckpoints, GRPOTrainer, FiniteLogs):
 
     # The value model ----------------------------------------------------------------------------------------------
 
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        **others: Any,
-    ) -> Any:
-        if self._taken_log_probs:
-            (log_probs, entropies), self._taken_log_probs = self._taken_log_probs, ()
-            return log_probs, entropies, None
-        log_probs = super()._get_per_token_logps_and_entropies
-        texts, parts = (input_ids, attention_mask), None
-        if not any(value is not None and value is not False for value in others.values()):  # images, experts: TRL's way
-            sort, prompt_width = may_be_sorted(model, self.accelerator), input_ids.size(1) - logits_to_keep
-            parts = LengthParts(attention_mask, prompt_width, most_rows=batch_size, sort=sort)
-
-        def compute() -> Any:
-            if parts is None:
-                return log_probs(model, *texts, logits_to_keep, batch_size, compute_entropy, **others)
-            return log_probs_by_length(log_probs, parts, model, *texts, compute_entropy=compute_entropy)
-
-        if self.value_learning is None or self.value_learning.shared is None or not self.model.training:
-            return compute()
-        return self.value_learning.shared.read(compute, torch.cat if parts is None else parts.join)
-
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        self._taken_log_probs = self.kept_log_probs.take(inputs[ROWS]) if ROWS in inputs else ()
         loss = super()._compute_loss(model, inputs)
         if "returns" not in inputs:
             return loss
