@@ -125,6 +125,17 @@ def test_claims_are_met_by_a_gain_and_not_by_none():
     assert none == ["not met"] * 4  # all but: not below at the end, near the ceiling, no collapse
 
 
+def test_one_run_that_collapses_is_a_collapse():
+    rows = study(0.3)
+    last = max(row["metrics"]["rollouts"] for row in rows if not row["arm"].endswith("_long"))
+    for row in rows:
+        if (row["dataset"], row["arm"], row["seed"]) == ("medium", "fractal", 3) and row["metrics"]["rollouts"] == last:
+            row["metrics"]["accuracy"] -= 0.2
+    assert statistics.compare_arm(rows, "medium", "fractal").drop == pytest.approx(0.1)
+    (claim,) = (claim for claim in statistics.claims(rows, "fractal") if "collapse" in claim.text)
+    assert (claim.state, set(MAIN_SETTINGS) - set(claim.holds)) == ("not met", {"medium"})
+
+
 def test_claims_are_undecided_as_long_as_settings_without_rows_could_meet_them():
     rows = [row for row in study(0.3) if row["dataset"] in ("easy", "medium")]
     found = statistics.claims(rows, "fractal")

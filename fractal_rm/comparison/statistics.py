@@ -139,6 +139,16 @@ def rollouts_to_reach(rollouts: np.ndarray, curve: np.ndarray, target: float) ->
     return float("inf")
 
 
+def largest_fall(values: np.ndarray) -> float:
+    """The most that one of several runs (N, P) ends below its own best.
+
+    Example:
+        >>> float(largest_fall(np.array([[0.1, 0.5, 0.25], [0.2, 0.3, 0.4]])))
+        0.25
+    """
+    return float((values.max(axis=1) - values[:, -1]).max())
+
+
 def half_gain_point(curve: np.ndarray) -> int:
     """The first evaluation at which a mean curve has made half of the gain from its start to its end."""
     return int(np.argmax(curve >= curve[0] + 0.5 * (curve[-1] - curve[0])))
@@ -162,7 +172,7 @@ class Comparison:
         longer: Difference at the end to the better outcome-only run of as many rollouts as ours and the reward model's
             together; None without such runs.
         with_seconds: Difference where both have taken the seconds of the shorter, reward model included.
-        drop: Our best mean accuracy minus the last.
+        drop: The most that one of our runs ends below its own best.
         ceiling: Difference to supervised steps at the end; None without them.
     """
 
@@ -215,7 +225,7 @@ def compare_arm(rows: Rows, setting: str, arm: str) -> Comparison | None:
         with_rollouts=_shifted(rollouts, a, rollouts, b, ours.rm_rollouts),
         longer=_at_the_end(ours, max(longer, key=lambda found: found.values[:, -1].mean(), default=None)),
         with_seconds=_shifted(ours.seconds, a, theirs.seconds, b, ours.rm_seconds),
-        drop=float(a.mean(axis=0).max() - a.mean(axis=0)[-1]),
+        drop=largest_fall(a),
         ceiling=_at_the_end(ours, curves(rows, setting, CEILING)),
     )
 
@@ -319,7 +329,7 @@ def claims(rows: Rows, arm: str) -> list[Claim]:
             lambda r: r.ceiling.difference >= -NEAR_CEILING,
         ),
         claim(
-            f"no collapse: the end within {COLLAPSE:.0%} of the best",
+            f"no collapse: every run ends within {COLLAPSE:.0%} of its best",
             len(MAIN_SETTINGS),
             lambda r: r.end,
             lambda r: r.drop <= COLLAPSE,
