@@ -217,7 +217,7 @@ def test_attributes_and_their_keys_that_are_gone_are_named():
         self.num_generations = num_generations
         self._metrics: dict = {"train": {}, "evaluation": {}}
         self._logs = {"prompt": [], "completion": [], "rewards": {}, "advantages": []}
-        self._tokenizer = self._step = self.reward_weights = self.beta = None
+        self._tokenizer = self._step = self.reward_weights = self.beta = self.aux_loss_enabled = None
         self.reward_funcs = self.reward_func_names = []
 
     sentences = check_contract(without("__init__", __init__=constructor))

@@ -70,7 +70,8 @@ class LeanForwards(GRPOTrainer):
 
         def compute() -> Any:
             if parts is None:
-                return log_probs_of(model, *texts, logits_to_keep, batch_size, compute_entropy, **others)
+                options = others | {"batch_size": batch_size, "compute_entropy": compute_entropy}
+                return log_probs_of(model, *texts, logits_to_keep, **options)
             return log_probs_by_length(log_probs_of, parts, model, *texts, compute_entropy=compute_entropy)
 
         if self.value_learning is None or self.value_learning.shared is None or not self.model.training:
