@@ -53,7 +53,7 @@ def gae(
     mask: Bool[Tensor, "B T"],
     *,
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float | Float[Tensor, "B T"] = 0.95,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Generalised advantage estimates and the returns a value model learns.
 
@@ -65,7 +65,8 @@ def gae(
         values: Value of the state before each token, as the value model predicts it. Ignored at masked positions.
         mask: True where the policy wrote the token. Masked tokens in the middle are skipped over.
         gamma: Discount per real token.
-        lam: Mixes one-step errors (0) and full returns (1).
+        lam: Mixes one-step errors (0) and full returns (1); one number, or how much of what follows each token counts
+            for it, as [`step_lambdas`] has it.
 
     Returns:
         Advantages and returns (advantages + values), both 0 at masked positions, in float32 or wider.
@@ -86,9 +87,35 @@ def gae(
     values = values.to(dtype).masked_fill(~mask, 0.0)
     errors = (rewards.to(dtype) + gamma * _next_real(values, mask) - values).masked_fill(~mask, 0.0)
     # Decay 1 over a masked token hands on what comes after it unchanged.
-    decay = torch.full_like(errors, gamma * lam).masked_fill(~mask, 1.0)
+    decay = (gamma * lam * torch.ones_like(errors)).masked_fill(~mask, 1.0)
     advantages = _discounted_sums(errors, decay).masked_fill(~mask, 0.0)
     return advantages, advantages + values
+
+
+def step_lambdas(
+    step_ends: Sequence[Sequence[int | None]], mask: Bool[Tensor, "B T"], lam: float
+) -> Float[Tensor, "B T"]:
+    """`lam` of [`gae`] for credit that fades from step to step, and not from token to token.
+
+    All tokens of a step share what it earns in full, however long it is, and `lam` of what the next step is credited
+    with: the recursion over tokens is then that over steps.
+
+    Args:
+        step_ends: Token at which each step of each row ends, or None where a step has none.
+        mask: True where the policy wrote the token.
+        lam: What a step is credited with of the steps after it: 0 its own reward and the next state's value, 1 all.
+
+    Returns:
+        `lam` where a step ends, 1 elsewhere.
+
+    Example:
+        >>> step_lambdas([[1, 2]], torch.ones(1, 4, dtype=torch.bool), 0.5)
+        tensor([[1.0000, 0.5000, 0.5000, 1.0000]])
+    """
+    lambdas = torch.ones(mask.shape, device=mask.device)
+    for row, ends in enumerate(placeable_ends(step_ends, mask)):
+        lambdas[row, [end for end in ends if end is not None]] = lam
+    return lambdas
 
 
 def _here(total: Tensor) -> Tensor:

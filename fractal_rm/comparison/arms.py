@@ -6,13 +6,17 @@ from typing import Any
 Options = dict[str, Any]
 # Tried by the outcome-only arms; all arms then use the one that suits those best, and each has two settings of its own.
 LEARNING_RATES = (4e-4, 8e-4, 1.6e-3)
-_BASELINES = ({"advantage": "group"}, {"advantage": "gae"})
+# How far the credit of a step's reward reaches: fading from token to token, or from step to step.
+_LAMBDAS = (
+    {"advantage": "gae", "lam": 0.95, "step_lam": None},
+    {"advantage": "gae", "step_lam": 0.2},
+)
 _SCALES = (
     {"advantage": "group", "scale_rewards": "group"},
     {"advantage": "group", "scale_rewards": "none"},
 )
-# Sums of later rewards are what these forms are about: the group's advantages must look ahead.
-_SUMS = ({"advantage": "group", "step_gamma": 1.0}, {"advantage": "gae"})
+# Sums of later rewards are what these forms are about: credit must reach back to the first step.
+_SUMS = ({"advantage": "group", "step_gamma": 1.0}, {"advantage": "gae", "step_lam": 1.0})
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Arm:
     steps: str | None = None
     outcome: bool = False
     response_model: bool = False
-    variants: tuple[Options, Options] = _BASELINES
+    variants: tuple[Options, Options] = _LAMBDAS
     options: tuple[tuple[str, Any], ...] = ()
     core: bool = True
     longer_than: str | None = None
@@ -50,13 +54,10 @@ class Arm:
         ]
 
 
-_MIX = (
-    {"advantage": "gae", "outcome_weight": 0.3},
-    {"advantage": "gae", "outcome_weight": 1.0},
-)
-
 _LEARNING_ON = (("rm_update_every", 4), ("rm_learning_rate", 5e-4))
 
+# Arms that are `fractal_mix`, where steps and outcome weigh the same, with another weight of the outcome.
+MIXES = {"fractal_mix_low": 0.3, "fractal_mix_high": 3.0}
 OUTCOME_ONLY = ("outcome_grpo", "outcome_ppo")
 LONGER = {name: f"{name}_long" for name in OUTCOME_ONLY}
 CEILING = "supervised"
@@ -70,15 +71,12 @@ ARMS = {
         ),
         *(Arm(longer, outcome=True, longer_than=name) for name, longer in LONGER.items()),
         Arm("fractal", steps="fractal"),
-        Arm("fractal_mix", steps="fractal", outcome=True, variants=_MIX),
-        # Runs where the trainer can update its reward model: `available` leaves it out elsewhere.
-        Arm(
-            "fractal_online",
-            steps="fractal",
-            outcome=True,
-            variants=_MIX,
-            options=_LEARNING_ON,
+        Arm("fractal_mix", steps="fractal", outcome=True),
+        *(
+            Arm(name, steps="fractal", outcome=True, options=(("outcome_weight", weight),), core=False)
+            for name, weight in MIXES.items()
         ),
+        Arm("fractal_online", steps="fractal", outcome=True, options=_LEARNING_ON),
         # Outcomes teach the reward model and are no reward: what learning on does for step scores alone.
         Arm(
             "fractal_online_steps",

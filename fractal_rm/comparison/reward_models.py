@@ -38,7 +38,7 @@ TRAINING: dict[str, Any] = {
     "aggregation": "product",
     "head_learning_rate": 5e-2,
     "lr_scheduler_type": "cosine",
-    "num_train_epochs": 4,
+    "num_train_epochs": 8,
     "per_device_train_batch_size": 32,
     "train_sampling_strategy": "group_by_length",
     "gradient_checkpointing": False,

@@ -40,7 +40,7 @@ PPO_SETTINGS: dict[str, Any] = {
 # Shares of the updates after which a policy is measured.
 POINTS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 # Held-out responses from which the distance to the base policy is estimated.
-KL_RESPONSES = 128
+KL_RESPONSES = 64
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ def run_arm(arm: Arm, options: Options, assets: Assets, budget: Budget, report: 
                 max_steps=updates,
                 seed=assets.seed,
             ),
+            # A model that learns on goes on with the responses that it was trained on, too.
+            reward_model_dataset=assets.bags(kind) if kind and options.get("rm_update_every") else None,
             train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         )
         trainer.remove_callback(PrinterCallback)

@@ -55,8 +55,8 @@ class Setting:
     max_steps: int
     wrong_share: float
     updates: int = 40
-    responses: int = 2048
-    reward_model_rate: float = 1e-3
+    responses: int = 1024
+    reward_model_rate: float = 5e-4
     reward_model_steps: tuple[int, int] | None = None
     flipped: float = 0.0
     strength: float = 0.6
@@ -159,7 +159,7 @@ SETTINGS = {
     for setting in (
         Setting("easy", "chain", 3, 6, 0.2, strength=0.8),
         Setting("medium", "chain", 6, 10, 0.3),
-        Setting("hard", "chain", 10, 16, 0.4, updates=30, responses=4096, reward_model_rate=5e-4, strength=0.5),
+        Setting("hard", "chain", 10, 16, 0.4, reward_model_steps=(3, 8), strength=0.5),
         Setting("distractors", "distracted", 4, 7, 0.3),
         Setting("branching", "branching", 4, 7, 0.3),
         Setting("shift", "chain", 7, 10, 0.3, reward_model_steps=(3, 5)),

@@ -44,6 +44,8 @@ class Settings:
         prompt_template: Text in which `{prompt}` stands for the prompt; the response follows it directly.
         max_length: Most tokens in a forward, prompt included. Whole steps beyond it are left out, counted and logged.
         sharpness: How close a soft aggregation is to the extreme it softens.
+        missed_good: Share of good responses whose label wrongly says bad, as training allowed for it; learning on does too.
+        missed_bad: Share of bad responses whose label wrongly says good, likewise.
         num_grades: How many grades a step can have, 0 to `num_grades - 1`; None: a step is good or not.
         head_type: Embedding scorer: `"pair"` (a step compared with its context), `"mlp"` (the paper's) or `"set"`
             (steps see each other).
@@ -66,6 +68,8 @@ class Settings:
     prompt_template: str = "{prompt}"
     max_length: int | None = None
     sharpness: float = 1.0
+    missed_good: float = 0.0
+    missed_bad: float = 0.0
     num_grades: int | None = None
     head_type: HeadType = "pair"
     reduction: Reduction = "sum"
@@ -86,6 +90,11 @@ class Settings:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}. Choose one of {', '.join(values)}.")
         if not 0 < self.sharpness < math.inf:
             raise ValueError(f"`sharpness` is {self.sharpness}. Give a finite number above 0.")
+        if min(self.missed_good, self.missed_bad) < 0 or not self.missed_good + self.missed_bad < 1:
+            raise ValueError(
+                f"`missed_good` is {self.missed_good} and `missed_bad` {self.missed_bad}. Give shares that sum to less "
+                "than 1, or labels would mean the opposite."
+            )
         if self.num_grades is not None and (self.num_grades < 2 or self.scorer == "likelihood"):
             raise ValueError(
                 f"`num_grades` is {self.num_grades} with the {self.scorer} scorer. "

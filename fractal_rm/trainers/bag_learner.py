@@ -24,7 +24,9 @@ _HEAD_FACTOR = 10.0
 
 
 class BagLearner:
-    """Trains a step reward model in place, in float32, with the plain bag loss and the aggregation that it has.
+    """Trains a step reward model in place, in float32, with the bag loss that it was trained with.
+
+    Aggregation and shares of wrong labels are those of its settings; priors and other terms are left out.
 
     Args:
         reward_model: The model, without PEFT adapters.
@@ -85,6 +87,7 @@ class BagLearner:
                 batch["mask"],
                 aggregation=self.settings.aggregation,
                 sharpness=self.settings.sharpness,
+                label_noise=(self.settings.missed_good, self.settings.missed_bad),
             )
             self.optimizer.zero_grad()
             loss.mean().backward()

@@ -241,6 +241,8 @@ class FractalConfig(TrainingArguments):
             scorer=self.scorer,
             aggregation=self.aggregation,
             sharpness=self.sharpness,
+            missed_good=self.missed_good,
+            missed_bad=self.missed_bad,
             num_grades=self.num_grades,
             head_type=self.head_type,
             segmentation=Segmentation(self.segmentation, separator=self.separator, pattern=self.pattern),

@@ -31,6 +31,14 @@ class StepPPOConfig(GRPOConfig):
     lam: float = field(
         default=0.95, metadata={"help": "Mixes one-step errors (0) and full returns (1), for `advantage=gae`."}
     )
+    step_lam: float | None = field(
+        default=None,
+        metadata={
+            "help": "The same from step to step, in place of `lam` from token to token, where steps have rewards, for "
+            "`advantage=gae`: all tokens of a step get what it earns, and this share of what the next step gets. None: "
+            "`lam`."
+        },
+    )
     step_gamma: float = field(
         default=0.0,
         metadata={
@@ -248,8 +256,8 @@ class StepPPOConfig(GRPOConfig):
         self.num_generations, self.num_generations_eval = 1, evaluated
 
     def _check_ranges(self) -> None:
-        for name in ("gamma", "lam", "step_gamma", "score_threshold"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
+        for name in ("gamma", "lam", "step_lam", "step_gamma", "score_threshold"):
+            if getattr(self, name) is not None and not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, outside [0, 1].")
         for name in ("step_weight", "outcome_weight", "vf_coef", "missing_eos_penalty", "kl_coef"):
             if not getattr(self, name) >= 0:

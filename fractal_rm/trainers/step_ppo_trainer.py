@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fractal_rm.advantages import global_advantages, whiten
+from fractal_rm.advantages import global_advantages, step_lambdas, whiten
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.trainers.bag_data import Records
 from fractal_rm.trainers.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
@@ -237,7 +237,7 @@ class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
         else:
             mask = self._without_unjudged(mask, rollout)
             token_rewards = self._token_rewards(rollout, shaped, mask, step=step)
-            output |= self._advantages(output, token_rewards, mask, rollout.logprobs)
+            output |= self._advantages(output, token_rewards, mask, rollout.logprobs, self._lam(shaped, mask))
         self._show_advantages(output["advantages"], mask)
         return output
 
@@ -256,12 +256,24 @@ class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
             rewards = whiten(rewards, mask, shift_mean=False, add_up=add_up(self.accelerator))
         return rewards
 
+    def _lam(self, shaped: list[ShapedSteps], mask: Tensor) -> float | Tensor:
+        """Lambda of GAE: that of tokens, or (B, T), at the ends of the steps of all sources."""
+        if self.args.step_lam is None or not shaped:
+            return self.args.lam
+        ends = [[end for row in rows for end in row] for rows in zip(*(one.ends for one in shaped), strict=True)]
+        return step_lambdas(ends, mask, self.args.step_lam)
+
     def _advantages(
-        self, output: dict[str, Any], token_rewards: Tensor, mask: Tensor, logprobs: Tensor | None
+        self,
+        output: dict[str, Any],
+        token_rewards: Tensor,
+        mask: Tensor,
+        logprobs: Tensor | None,
+        lam: float | Tensor,
     ) -> dict[str, Any]:
         """Advantages (B, T), and what a value model learns from, if there is one."""
         if self.value_learning is not None:
-            return self.value_learning.advantages(output, token_rewards, mask, logprobs)
+            return self.value_learning.advantages(output, token_rewards, mask, logprobs, lam)
         advantages = global_advantages(
             token_rewards,
             mask,

@@ -109,7 +109,12 @@ class ValueLearning:
             return self.values(output, most_rows=self.args.per_device_train_batch_size)
 
     def advantages(
-        self, output: dict[str, Any], token_rewards: Tensor, mask: Tensor, logprobs: Tensor | None
+        self,
+        output: dict[str, Any],
+        token_rewards: Tensor,
+        mask: Tensor,
+        logprobs: Tensor | None,
+        lam: float | Tensor,
     ) -> dict[str, Any]:
         """GAE, with what the value model needs to learn from.
 
@@ -118,13 +123,14 @@ class ValueLearning:
             token_rewards: Reward of each token (B, T).
             mask: True where the policy wrote a token that is learned from (B, T).
             logprobs: The policy's log-probabilities of the rollout (B, T), where they were computed.
+            lam: Of GAE, one number or one for each token (B, T).
 
         Returns:
             What joins the rollout.
         """
         args = self.args
         values = self._rollout_values(output, logprobs)
-        advantages, returns = gae(token_rewards, values, mask, gamma=args.gamma, lam=args.lam)
+        advantages, returns = gae(token_rewards, values, mask, gamma=args.gamma, lam=lam)
         self.log("value/explained_variance", explained_variance(values[mask], returns[mask]))
         self.log("value/mean", values[mask].mean().item())
         if args.whiten_advantages:
