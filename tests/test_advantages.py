@@ -1,5 +1,6 @@
 """Advantages against closed forms and plain Python loops, and the laws every masked function keeps."""
 
+import itertools
 import math
 import statistics
 
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.advantages import gae, global_advantages, group_step_advantages, whiten
+from fractal_rm.advantages import gae, global_advantages, group_step_advantages, step_lambdas, whiten
 from fractal_rm.rewards import place_outcome
 
 unit = st.sampled_from([0.0, 0.5, 0.95, 1.0])
@@ -60,6 +61,24 @@ def test_gae_of_thousands_of_tokens_is_the_plain_loop_in_single_precision(gamma,
     expected, _ = gae_loop(rewards.double(), values.double(), mask, gamma, lam)
     assert advantages.dtype == torch.float32
     torch.testing.assert_close(advantages, expected.float(), rtol=1e-4, atol=1e-3)
+
+
+@given(rollouts(), unit, st.data())
+def test_gae_from_step_to_step_is_the_loop_over_steps(batch, lam, data):
+    """One decision a step: what it earns is the sum of its tokens' rewards, its value that before its first token."""
+    rewards, values, mask = batch
+    ends = [[t for t in range(mask.shape[1]) if row[t] and data.draw(st.booleans())] for row in mask]
+    advantages, _ = gae(rewards, values, mask, gamma=1.0, lam=step_lambdas(ends, mask, lam))
+    for row in range(len(mask)):
+        real = [t for t in range(mask.shape[1]) if mask[row, t]]
+        # The last step ends with the row, whether or not it is marked.
+        borders = [-1, *[e for e in ends[row] if e != real[-1]], *real[-1:]]
+        steps = [[t for t in real if a < t <= b] for a, b in itertools.pairwise(borders)]
+        earned = torch.tensor([[float(sum(rewards[row, t] for t in step)) for step in steps]])
+        before = torch.tensor([[float(values[row, step[0]]) for step in steps]])
+        expected, _ = gae_loop(earned, before, torch.ones(1, len(steps), dtype=torch.bool), 1.0, lam)
+        for step, advantage in zip(steps, expected[0].tolist(), strict=True):
+            assert advantages[row, step[0]].item() == pytest.approx(advantage, abs=1e-4)
 
 
 @given(rollouts(), unit)

@@ -377,6 +377,7 @@ def test_tokens_of_an_environment_have_no_advantage_and_are_skipped_over(tmp_pat
         num_generations=1,
         whiten_advantages=False,
         lam=0.0,
+        step_lam=None,
         shaping="raw",
         **shared,
     )
@@ -507,7 +508,7 @@ def step_output(tmp_path: Path, **changed: Any) -> torch.Tensor:
             lambda scores: [min(s - 0.5, 0.0) for s in scores],
         ),
         (
-            {"shaping": "min_form"},
+            {"shaping": "min_form", "step_lam": 1.0},
             lambda scores: [
                 min(scores[t:]) - min([*scores[t + 1 :], 1.0][: len(scores) - t - 1] or [0.0])
                 for t in range(len(scores))
@@ -532,11 +533,27 @@ def test_centering_by_the_group_compares_with_the_same_prompt_only(tmp_path):
 
 
 def test_with_the_min_form_every_token_before_the_worst_step_gets_its_score(tmp_path):
-    result = step_output(tmp_path, shaping="min_form", gamma=1.0, lam=1.0)
+    result = step_output(tmp_path, shaping="min_form", gamma=1.0, step_lam=1.0)
     for row, steps in enumerate(COMPLETIONS.values()):
         for token in range(len(RAGGED[row])):
             to_come = [SCORES[letter] for end, letter in steps.items() if end >= token]
             assert result[row, token].item() == pytest.approx(min(to_come, default=0.0), abs=1e-5)
+
+
+@pytest.mark.parametrize("step_lam", [0.0, 0.5, 1.0])
+def test_every_token_of_a_step_is_credited_with_what_the_step_earns_and_a_share_of_what_follows(tmp_path, step_lam):
+    result = step_output(tmp_path, shaping="raw", gamma=1.0, step_lam=step_lam)
+    for row, steps in enumerate(COMPLETIONS.values()):
+        for token in range(len(RAGGED[row])):
+            to_come = [SCORES[letter] for end, letter in steps.items() if end >= token]
+            expected = sum(score * step_lam**number for number, score in enumerate(to_come))
+            assert result[row, token].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_rewards_without_steps_use_the_lambda_of_tokens(tmp_path):
+    options = {"reward_funcs": count_of_a, "rollout_func": replay(RAGGED), "num_generations": 1, "lam": 0.5}
+    first, second = (rollout(tmp_path / str(lam), step_lam=lam, **options)["advantages"] for lam in (0.0, 1.0))
+    torch.testing.assert_close(first, second)
 
 
 def test_a_completion_without_eos_is_penalised_at_its_last_token(tmp_path):
@@ -1342,6 +1359,7 @@ def test_fewer_prompts_than_a_rollout_takes_are_refused(tmp_path):
     [
         ("gamma", 1.5, r"`gamma` is 1\.5, outside \[0, 1\]"),
         ("lam", -0.1, r"`lam` is -0\.1, outside \[0, 1\]"),
+        ("step_lam", 1.5, r"`step_lam` is 1\.5, outside \[0, 1\]"),
         ("step_gamma", math.nan, r"`step_gamma` is nan, outside \[0, 1\]"),
         ("step_weight", -1.0, r"`step_weight` is -1\.0\. A weight is 0"),
         ("outcome_weight", math.nan, r"`outcome_weight` is nan\. A weight is 0"),
@@ -1362,6 +1380,7 @@ def test_settings_out_of_range_are_named(name, value, sentence):
         ({"step_weight_warmup": -1}, r"`step_weight_warmup` is -1\. Give a number of steps, 0 for none"),
         ({"step_reward_clip": 0.0}, r"`step_reward_clip` is 0\.0\. Give a number above 0"),
         ({"guard_patience": 0}, r"`guard_patience` is 0\. Give 1 or more"),
+        ({"shaping": "min_form", "step_lam": 0.0}, r"but `step_lam` is 0\.0\. Set `step_lam` to 1"),
         ({"shaping": "min_form", "advantage": "group"}, r"but `step_gamma` is 0\.0\. Set `step_gamma` to 1"),
         ({"shaping": "delta", "length_neutral": "mean"}, r"pays a response one score whatever its length"),
         ({"kl_coef": 0.1, "advantage": "group"}, r"`advantage='group'` has not\. Use `beta` instead"),

@@ -29,14 +29,18 @@ class StepPPOConfig(GRPOConfig):
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount per token, for `advantage=gae` and `global`."})
     lam: float = field(
-        default=0.95, metadata={"help": "Mixes one-step errors (0) and full returns (1), for `advantage=gae`."}
+        default=0.95,
+        metadata={
+            "help": "Mixes one-step errors (0) and full returns (1) per token, for `advantage=gae`; where steps have "
+            "rewards, `step_lam` stands in its place."
+        },
     )
     step_lam: float | None = field(
-        default=None,
+        default=0.2,
         metadata={
-            "help": "The same from step to step, in place of `lam` from token to token, where steps have rewards, for "
-            "`advantage=gae`: all tokens of a step get what it earns, and this share of what the next step gets. None: "
-            "`lam`."
+            "help": "Lambda from step to step, for `advantage=gae` where steps have rewards: all tokens of a step are "
+            "credited with what it earns, however long it is, and with this share of what the next step is credited "
+            "with. None: `lam`, from token to token. The default is the better of the two in docs/evidence.md."
         },
     )
     step_gamma: float = field(
@@ -310,6 +314,11 @@ class StepPPOConfig(GRPOConfig):
             raise ValueError(
                 "`shaping='min_form'` works by the sum of later rewards, but `step_gamma` is "
                 f"{self.step_gamma}. Set `step_gamma` to 1, or use `advantage='gae'`."
+            )
+        if self.shaping == "min_form" and self.advantage == "gae" and self.step_lam is not None and self.step_lam < 1:
+            raise ValueError(
+                f"`shaping='min_form'` works by the sum of later rewards, but `step_lam` is {self.step_lam}. "
+                "Set `step_lam` to 1."
             )
         if self.shaping in ("delta", "min_form") and self.length_neutral != "none":
             raise ValueError(
