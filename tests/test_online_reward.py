@@ -16,10 +16,12 @@ from stand_ins import preferences, save_encoder, save_policy, save_reward_model
 from transformers import AutoModelForTokenClassification
 
 from fractal_rm.bags import Bag
+from fractal_rm.losses import bag_loss
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.embedding_scorer import make_head
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import Settings
+from fractal_rm.trainers.fractal_config import FractalConfig
 from fractal_rm.trainers.online_reward import OnlineReward
 from fractal_rm.trainers.replay import ReplayBuffer, draw, is_held_out, outcome_labels
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
@@ -175,6 +177,22 @@ def test_an_update_learns_what_outcomes_say_and_is_kept(tmp_path, scorer):
     assert seen["rm_update/bag_auc_after"] > max(0.9, seen["rm_update/bag_auc_before"])
     assert not model.scorer.training
     assert (online.counters.batches, online.counters.kept, online.counters.rolled_back) == (1, 1, 0)
+
+
+def test_an_update_allows_for_the_wrong_labels_that_training_allowed_for(tmp_path):
+    noise = {"missed_good": 0.1, "missed_bad": 0.2}
+    trained = FractalConfig(str(tmp_path), use_cpu=True, bf16=False, **noise).settings()
+    model = reward_model("likelihood", "llama", **{name: getattr(trained, name) for name in noise})
+    online, _ = make(model, tmp_path, rm_learning_rate=1e-9)
+    data = online.learner.encode(_learned(responses(40), online), "rows")
+    items = [data[i] for i in range(len(data))]
+    logits, batch = online.learner._logits(items)
+    expected, plain = (
+        bag_loss(logits, batch["bag_labels"], batch["mask"], aggregation=trained.aggregation, label_noise=rates).mean()
+        for rates in ((0.1, 0.2), (0.0, 0.0))
+    )
+    assert online.learner.learn([items]) == pytest.approx(expected.item(), abs=1e-5)
+    assert abs(expected.item() - plain.item()) > 1e-3
 
 
 def test_an_update_with_wrong_outcomes_is_taken_back_to_the_last_bit(tmp_path):

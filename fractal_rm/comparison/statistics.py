@@ -149,8 +149,18 @@ def largest_fall(values: np.ndarray) -> float:
     return float((values.max(axis=1) - values[:, -1]).max())
 
 
-def half_gain_point(curve: np.ndarray) -> int:
-    """The first evaluation at which a mean curve has made half of the gain from its start to its end."""
+def half_gain_point(values: np.ndarray) -> int:
+    """The first evaluation at which the mean curve of runs (N, P) has made half of the gain from its start to its end.
+
+    Runs whose gain is not above 0 by its interval have made none, and no half of it: that is their last evaluation.
+
+    Example:
+        >>> half_gain_point(np.array([[0.1, 0.2, 0.4, 0.5]] * 5)), half_gain_point(np.array([[0.1, 0.2, 0.1]] * 5))
+        (2, 2)
+    """
+    curve, gain = values.mean(axis=0), _difference(values[:, -1], values[:, 0])
+    if gain.low <= 0:  # NaN where there are too few runs for an interval
+        return len(curve) - 1
     return int(np.argmax(curve >= curve[0] + 0.5 * (curve[-1] - curve[0])))
 
 
@@ -161,7 +171,7 @@ class Comparison:
     Args:
         rival: The outcome-only arm whose mean accuracy is higher at the end.
         seeds: How many seeds both have.
-        half_rollouts: Rollouts at which the rival has made half of its gain.
+        half_rollouts: Rollouts at which the rival has made half of its gain, or its last ones if it makes none.
         half: Difference there.
         end: Difference at the end.
         area: Difference of the areas under the curves.
@@ -210,7 +220,7 @@ def compare_arm(rows: Rows, setting: str, arm: str) -> Comparison | None:
     if not seeds:
         return None
     a, b, rollouts = ours.of(seeds), theirs.of(seeds), ours.rollouts
-    half = half_gain_point(b.mean(axis=0))
+    half = half_gain_point(b)
     longer = [found for name in LONGER.values() if (found := curves(rows, setting, name)) is not None]
     return Comparison(
         rival=rival,

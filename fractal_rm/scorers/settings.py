@@ -44,7 +44,7 @@ class Settings:
         prompt_template: Text in which `{prompt}` stands for the prompt; the response follows it directly.
         max_length: Most tokens in a forward, prompt included. Whole steps beyond it are left out, counted and logged.
         sharpness: How close a soft aggregation is to the extreme it softens.
-        missed_good: Share of good responses whose label wrongly says bad, as training allowed for it; learning on does too.
+        missed_good: Share of good responses whose label wrongly says bad; training and learning on allow for it.
         missed_bad: Share of bad responses whose label wrongly says good, likewise.
         num_grades: How many grades a step can have, 0 to `num_grades - 1`; None: a step is good or not.
         head_type: Embedding scorer: `"pair"` (a step compared with its context), `"mlp"` (the paper's) or `"set"`
