@@ -10,14 +10,14 @@ from scipy import stats
 
 from fractal_rm.comparison import page, statistics
 from fractal_rm.comparison.arms import ARMS, LEARNING_RATES
-from fractal_rm.comparison.reward_models import Size
+from fractal_rm.comparison.reward_models import Size, result_spans
 from fractal_rm.comparison.rows import BENCHMARK, latest
 from fractal_rm.comparison.run import Budget
 from fractal_rm.comparison.scripted_scores import ScriptedRewardModel, copy_label, oracle, random_steps
 from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS
 from fractal_rm.comparison.study import TUNING_SEED, Study, Unit, available, study_units, trials_at, tuning_units
 from fractal_rm.tasks.arithmetic import Beliefs
-from fractal_rm.tasks.variants import read_problem
+from fractal_rm.tasks.variants import read_problem, respond
 
 VALUES = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12)
 EXTRA = {"rm_rollouts": 0, "rm_seconds": 0.0, "response_tokens": 30.0, "kl": 0.1, "alarms": 0, "rm_score": None}
@@ -96,6 +96,16 @@ def test_a_known_gain_over_the_better_outcome_arm_is_found_with_its_interval():
     assert found.reach == pytest.approx(1 / 3)  # .4 + .2 is where the rival ends
     assert found.ceiling.difference == pytest.approx(-0.01)
     assert found.drop == pytest.approx(0.0)
+
+
+def test_a_rival_without_a_gain_is_compared_with_at_its_end():
+    rows = [row for row in study(0.2) if not row["arm"].startswith("outcome")]
+    for seed in range(10):
+        end = 0.3 + 0.02 * (-1) ** seed  # as many runs rise as fall
+        rows += rows_of("easy", "outcome_grpo", seed, [0.3, 0.31, 0.3, end])
+    found = statistics.compare_arm(rows, "easy", "fractal")
+    assert found.half_rollouts == 300
+    assert found.half.difference == found.end.difference
 
 
 def test_the_reward_models_rollouts_are_taken_from_its_arm():
@@ -272,6 +282,14 @@ def test_a_fixed_share_of_labels_is_flipped_and_always_the_same_ones():
     noisy, true = setting.outcome(prompts, answers), clean.outcome(prompts, answers)
     assert noisy == setting.outcome(prompts, answers)
     assert 0.16 < np.mean(np.array(noisy) != np.array(true)) < 0.24
+
+
+def test_the_reward_model_of_results_reads_what_lines_state_and_nothing_else():
+    problem = SETTINGS["branching"].problems("train", 1, 0)[0]
+    response = respond(problem, Beliefs(0.0), None)
+    found = [response[a:b] for a, b in result_spans(response)]
+    assert found == [line[-2:] for line in response.split("\n")]
+    assert len(result_spans("nothing\nof the kind")) == 2
 
 
 def test_rules_score_every_line_as_a_reward_model_would():

@@ -17,7 +17,10 @@ METRICS = {
     "seconds", "rm_rollouts", "rm_seconds",
 }  # fmt: skip
 LONG = "outcome_ppo_long"
-RUN = ["outcome_ppo", LONG, "fractal_mix", "orm", "supervised", "oracle", "implicit"]
+RUN = [
+    "outcome_ppo", LONG, "fractal_mix", "fractal_online", "orm", "supervised", "oracle", "implicit",
+    "fractal_result_token",
+]  # fmt: skip
 VARYING = ("seconds", "rm_seconds")
 
 
@@ -32,7 +35,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare") / "smoke"
     write_chosen(folder / "chosen.yaml", {name: ARMS[name].trials[0] for name in RUN if name != LONG}, "a test")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "FURTHER_SETTINGS", ("easy",))  # where `implicit` runs
+        patch.setattr(study, "FURTHER_SETTINGS", ("easy",))  # where arms beyond the core run
         run_comparison(arguments(folder))
         yield folder
 

@@ -94,6 +94,8 @@ ARMS = {
         Arm("fractal_delta", steps="fractal", options=(("shaping", "delta"),), core=False),
         Arm("fractal_min_form", steps="fractal", options=(("shaping", "min_form"),), variants=_SUMS, core=False),
         Arm("fractal_log_odds", steps="fractal", options=(("shaping", "log_odds"),), core=False),
+        # Steps alone, and of each step only what it states: how a careless choice of what to score is gamed.
+        Arm("fractal_result_token", steps="result_token", core=False),
         Arm("lca", steps="lca", core=False),
         Arm("implicit", steps="implicit", core=False),
         Arm("fractal_bag", steps="fractal_bag", core=False),

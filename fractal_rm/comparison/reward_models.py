@@ -6,6 +6,7 @@ all of it or nothing.
 
 import fcntl
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from fractal_rm.comparison.scripted_scores import ScriptedRewardModel, copy_labe
 from fractal_rm.comparison.settings import Setting, form_texts, form_tokenizer
 from fractal_rm.results import write_atomic
 from fractal_rm.reward_model import StepRewardModel, StepScores
-from fractal_rm.segmentation import Segmentation
+from fractal_rm.segmentation import Segmentation, Span
 from fractal_rm.tasks.base_policy import train_on_texts
 from fractal_rm.tasks.sampling import sample_responses
 from fractal_rm.trainers.fractal_config import FractalConfig
@@ -50,16 +51,19 @@ TRAINING: dict[str, Any] = {
 }
 # Of wrong chains one in ten ends on the right answer by luck: the bag loss knows it.
 FRACTAL: dict[str, Any] = {"missed_bad": 0.1}
-# What each kind of reward model changes; `response` is one step a response, `supervised` is named for what it reads.
+# What each kind of reward model changes; `result_token` reads of each step what it states and not what it does,
+# `response` is one step a response, `supervised` is named for what it reads.
 KINDS: dict[str, dict[str, Any]] = {
     "fractal": FRACTAL,
     "fractal_bag": {},
     "fractal_priors": {**FRACTAL, "likelihood_prior_weight": 0.3, "prior_schedule": "linear"},
     "fractal_pseudo": {**FRACTAL, "pseudo_labels": "soft", "pseudo_bag_weight": 1.0, "pseudo_start": "warm"},
+    "result_token": FRACTAL,
     "response": {"segmentation": "given"},
     "supervised": {"bag_weight": 0.0, "instance_weight": 1.0},
     "lca": {"aggregation": "softmin"},
 }
+RESULT = re.compile(r"(?:->|:)( \d)$", re.MULTILINE)
 IMPLICIT = {"learning_rate": 1e-3, "beta": 0.1}
 
 
@@ -182,6 +186,8 @@ class Assets:
             spans = tuple(cut(row["response"]))
             if kind == "response":
                 spans = ((spans[0][0], spans[-1][1]),)
+            if kind == "result_token":
+                spans = result_spans(row["response"])
             gold = None
             if kind == "supervised":
                 gold = tuple(oracle(row["prompt"], [row["response"][a:b] for a, b in spans]))
@@ -220,7 +226,8 @@ class Assets:
         folder = self.reward_model_folder(kind)
         if kind == "implicit":
             return ImplicitRewardModel(ImplicitReward(self.policy(), IMPLICIT["beta"], self.seed, trained=folder))
-        return StepRewardModel.from_pretrained(folder, device="cpu", batch_size=64)
+        model = ResultTokenModel if kind == "result_token" else StepRewardModel
+        return model.from_pretrained(folder, device="cpu", batch_size=64)
 
     def cost(self, kind: str | None) -> dict[str, float]:
         """Rollouts and processor seconds that a reward model took, its responses included; 0 for rules."""
@@ -228,6 +235,26 @@ class Assets:
             return {"rm_rollouts": 0, "rm_seconds": 0.0}
         folders = (self.labelled(), self.reward_model_folder(kind))
         return {"rm_rollouts": self.responses, "rm_seconds": sum(seconds_of(folder) for folder in folders)}
+
+
+def result_spans(response: str) -> tuple[Span, ...]:
+    """The results that a response states, one a line; its lines where it states none.
+
+    Example:
+        >>> text = "1: add 4 -> 7\\nAnswer: 7"
+        >>> [text[a:b] for a, b in result_spans(text)]
+        [' 7', ' 7']
+    """
+    return tuple(match.span(1) for match in RESULT.finditer(response)) or tuple(Segmentation("lines")(response))
+
+
+class ResultTokenModel(StepRewardModel):
+    """A reward model that reads of each step its result only: what a policy does to get there is not scored."""
+
+    def score(self, prompts: Any, responses: Any, **kwargs: Any) -> list[StepScores]:
+        """Scores of the results."""
+        spans = [result_spans(text) if text.strip() else None for text in responses]
+        return super().score(prompts, responses, spans=spans, **kwargs)
 
 
 class ImplicitRewardModel(ScriptedRewardModel):
