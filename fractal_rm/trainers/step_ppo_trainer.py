@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fractal_rm.advantages import global_advantages, step_lambdas, whiten
+from fractal_rm.advantages import gae, global_advantages, step_lambdas, whiten
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.trainers.bag_data import Records
 from fractal_rm.trainers.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
@@ -236,8 +236,7 @@ class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
             )
         else:
             mask = self._without_unjudged(mask, rollout)
-            token_rewards = self._token_rewards(rollout, shaped, mask, step=step)
-            output |= self._advantages(output, token_rewards, mask, rollout.logprobs, self._lam(shaped, mask))
+            output |= self._advantages(output, rollout, shaped, mask, step=step)
         self._show_advantages(output["advantages"], mask)
         return output
 
@@ -247,33 +246,44 @@ class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
             return mask & rollout.judged.unsqueeze(1)
         return mask
 
-    def _token_rewards(self, rollout: Rollout, shaped: list[ShapedSteps], mask: Tensor, *, step: int) -> Tensor:
-        """Rewards of steps and outcomes on the tokens (B, T), less the KL penalty, whitened where that is wanted."""
-        rewards = self.step_rewards.tokens(rollout, shaped, self.reward_weights, mask, step=step)
+    def _token_rewards(
+        self, rollout: Rollout, shaped: list[ShapedSteps], mask: Tensor, *, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Rewards of steps on the tokens (B, T), and those of outcomes, less the KL penalty (B, T)."""
+        of_steps, others = self.step_rewards.tokens(rollout, shaped, self.reward_weights, mask, step=step)
         if self.kl_reward.on and rollout.kl is not None:
-            rewards = rewards - self.kl_reward.penalty(rollout.kl, self.accelerator, self._log)
-        if self.args.whiten_rewards:
-            rewards = whiten(rewards, mask, shift_mean=False, add_up=add_up(self.accelerator))
-        return rewards
+            others = others - self.kl_reward.penalty(rollout.kl, self.accelerator, self._log)
+        return of_steps, others
 
-    def _lam(self, shaped: list[ShapedSteps], mask: Tensor) -> float | Tensor:
-        """Lambda of GAE: that of tokens, or (B, T), at the ends of the steps of all sources."""
-        if self.args.step_lam is None or not shaped:
-            return self.args.lam
-        ends = [[end for row in rows for end in row] for rows in zip(*(one.ends for one in shaped), strict=True)]
-        return step_lambdas(ends, mask, self.args.step_lam)
+    def _whitened(self, rewards: Tensor, mask: Tensor) -> Tensor:
+        """Token rewards (B, T), whitened where that is wanted."""
+        if not self.args.whiten_rewards:
+            return rewards
+        return whiten(rewards, mask, shift_mean=False, add_up=add_up(self.accelerator))
 
     def _advantages(
-        self,
-        output: dict[str, Any],
-        token_rewards: Tensor,
-        mask: Tensor,
-        logprobs: Tensor | None,
-        lam: float | Tensor,
+        self, output: dict[str, Any], rollout: Rollout, shaped: list[ShapedSteps], mask: Tensor, *, step: int
     ) -> dict[str, Any]:
-        """Advantages (B, T), and what a value model learns from, if there is one."""
+        """Advantages (B, T), and what a value model learns from, if there is one.
+
+        Where there are rewards of steps and of outcomes, each kind has its own reach (`step_lam`, `lam`): the value
+        model is the outcome's, and steps have the baseline of their shaping.
+        """
+        args = self.args
+        of_steps, others = self._token_rewards(rollout, shaped, mask, step=step)
         if self.value_learning is not None:
-            return self.value_learning.advantages(output, token_rewards, mask, logprobs, lam)
+            together: Tensor = self._whitened(of_steps + others, mask)
+            if args.step_lam is None or not shaped:
+                return self.value_learning.advantages(output, together, mask, rollout.logprobs, args.lam)
+            ends = [[end for row in rows for end in row] for rows in zip(*(one.ends for one in shaped), strict=True)]
+            lam = step_lambdas(ends, mask, args.step_lam)
+            if not (args.outcome_weight and rollout.is_outcome.any()):
+                return self.value_learning.advantages(output, together, mask, rollout.logprobs, lam)
+            rewards = self._whitened(of_steps, mask)
+            credit, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=args.gamma, lam=lam)
+            others = self._whitened(others, mask)
+            return self.value_learning.advantages(output, others, mask, rollout.logprobs, args.lam, beside=credit)
+        token_rewards = self._whitened(of_steps + others, mask)
         advantages = global_advantages(
             token_rewards,
             mask,

@@ -179,8 +179,8 @@ class StepRewards:
 
     def tokens(
         self, rollout: Rollout, shaped: Sequence[ShapedSteps], weights: Tensor, mask: Tensor, *, step: int
-    ) -> Tensor:
-        """Rewards of steps, outcomes and endings on the tokens (B, T).
+    ) -> tuple[Tensor, Tensor]:
+        """Rewards of steps on the tokens (B, T), and those of outcomes and endings (B, T).
 
         Args:
             rollout: The completions.
@@ -193,8 +193,10 @@ class StepRewards:
         dense = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         for one in shaped:
             dense = dense + one.weight * one.placement.rewards
-        rewards = step_weight * dense + outcome_weight * place_outcome(rollout.outcome(weights), mask)
-        return rewards - place_outcome(self.penalties(rollout), mask) if self.args.missing_eos_penalty else rewards
+        others = outcome_weight * place_outcome(rollout.outcome(weights), mask)
+        if self.args.missing_eos_penalty:
+            others = others - place_outcome(self.penalties(rollout), mask)
+        return step_weight * dense, others
 
     def group_advantages(
         self,

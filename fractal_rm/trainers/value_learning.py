@@ -115,6 +115,8 @@ class ValueLearning:
         mask: Tensor,
         logprobs: Tensor | None,
         lam: float | Tensor,
+        *,
+        beside: Tensor | None = None,
     ) -> dict[str, Any]:
         """GAE, with what the value model needs to learn from.
 
@@ -124,6 +126,7 @@ class ValueLearning:
             mask: True where the policy wrote a token that is learned from (B, T).
             logprobs: The policy's log-probabilities of the rollout (B, T), where they were computed.
             lam: Of GAE, one number or one for each token (B, T).
+            beside: Advantages of rewards that the value model does not know (B, T), to be added; None: none.
 
         Returns:
             What joins the rollout.
@@ -133,6 +136,8 @@ class ValueLearning:
         advantages, returns = gae(token_rewards, values, mask, gamma=args.gamma, lam=lam)
         self.log("value/explained_variance", explained_variance(values[mask], returns[mask]))
         self.log("value/mean", values[mask].mean().item())
+        if beside is not None:
+            advantages = advantages + beside
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, add_up=add_up(self.accelerator))
         # The value loss is a mean over the tokens of a rollout batch, as the loss of TRL's default `loss_type` is.
