@@ -304,7 +304,7 @@ def test_step_rewards_at_the_last_token_only_equal_a_scalar_outcome_reward(tmp_p
     def outcome(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         return [scored.score for scored in scorer.score(prompts, completions)]
 
-    shared = {"rollout_func": replay(WHOLE), "num_generations": 1, "shaping": "raw", "gamma": 0.9}
+    shared = {"rollout_func": replay(WHOLE), "num_generations": 1, "shaping": "raw", "gamma": 0.9, "step_lam": None}
     dense = train(tmp_path / "dense", reward_model=scorer, value_model=value_model(), **shared)
     scalar = train(tmp_path / "scalar", reward_funcs=outcome, value_model=value_model(), **shared)
     for a, b in zip(dense.rollouts, scalar.rollouts, strict=True):
@@ -548,6 +548,28 @@ def test_every_token_of_a_step_is_credited_with_what_the_step_earns_and_a_share_
             to_come = [SCORES[letter] for end, letter in steps.items() if end >= token]
             expected = sum(score * step_lam**number for number, score in enumerate(to_come))
             assert result[row, token].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("lam", [0.5, 1.0])
+def test_steps_and_outcomes_have_a_reach_of_their_own(tmp_path, lam):
+    options = {"shaping": "raw", "gamma": 1.0, "step_lam": 0.5, "lam": lam, "outcome_weight": 3.0}
+    both = step_output(tmp_path / "both", reward_funcs=count_of_a, **options)
+    steps = step_output(tmp_path / "steps", **options)
+    outcome = step_output(tmp_path / "outcome", reward_model=None, reward_funcs=count_of_a, **options)
+    torch.testing.assert_close(both, steps + outcome, atol=1e-5, rtol=0.0)
+    for row, ids in enumerate(RAGGED):  # what the outcome alone is: it fades from token to token
+        scalar = 3.0 * count_of_a([list(ids)])[0]
+        for token in range(len(ids)):
+            assert outcome[row, token].item() == pytest.approx(scalar * lam ** (len(ids) - 1 - token), abs=1e-4)
+
+
+def test_beside_outcomes_the_value_model_learns_what_they_pay_alone(tmp_path):
+    options = {"rollout_func": replay(RAGGED), "reward_funcs": count_of_a, "num_generations": 1, "lam": 1.0}
+    with_steps = rollout(tmp_path / "steps", reward_model=reward_model(), **options)
+    without = rollout(tmp_path / "none", **options)
+    torch.testing.assert_close(with_steps["returns"], without["returns"], atol=1e-5, rtol=0.0)
+    together = rollout(tmp_path / "together", reward_model=reward_model(), step_lam=None, **options)
+    assert not torch.allclose(together["returns"], without["returns"], atol=1e-2)
 
 
 def test_rewards_without_steps_use_the_lambda_of_tokens(tmp_path):

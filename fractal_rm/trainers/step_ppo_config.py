@@ -31,16 +31,16 @@ class StepPPOConfig(GRPOConfig):
     lam: float = field(
         default=0.95,
         metadata={
-            "help": "Mixes one-step errors (0) and full returns (1) per token, for `advantage=gae`; where steps have "
-            "rewards, `step_lam` stands in its place."
+            "help": "Mixes one-step errors (0) and full returns (1) per token, for `advantage=gae`; rewards of steps "
+            "have `step_lam`."
         },
     )
     step_lam: float | None = field(
         default=0.2,
         metadata={
-            "help": "Lambda from step to step, for `advantage=gae` where steps have rewards: all tokens of a step are "
-            "credited with what it earns, however long it is, and with this share of what the next step is credited "
-            "with. None: `lam`, from token to token. The default is the better of the two in docs/evidence.md."
+            "help": "Lambda of step rewards, from step to step, for `advantage=gae`: all tokens of a step are credited "
+            "with what it earns, however long it is, and with this share of what the next step is credited with. "
+            "Outcomes keep `lam`, and the value model is then theirs. None: `lam` for all rewards."
         },
     )
     step_gamma: float = field(
