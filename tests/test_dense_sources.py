@@ -372,13 +372,8 @@ def test_what_a_function_returns_is_checked_and_the_row_named(returned, error, s
 
 def test_other_shapings_take_scores_of_any_scale(tmp_path):
     for shaping in ("raw", "centered", "delta", "min_form"):
-        assert (
-            rollout(
-                tmp_path, step_reward_funcs=lengths, rollout_func=replay(RAGGED), shaping=shaping, num_generations=1
-            )["advantages"]
-            .isfinite()
-            .all()
-        )
+        options = {"rollout_func": replay(RAGGED), "shaping": shaping, "step_lam": 1.0, "num_generations": 1}
+        assert rollout(tmp_path, step_reward_funcs=lengths, **options)["advantages"].isfinite().all()
     with pytest.raises(ValueError, match=r"`lengths` gave step 1 of row 0 .* the score 7, and `shaping='log_odds'`"):
         rollout(tmp_path, step_reward_funcs=lengths, rollout_func=replay(RAGGED), shaping="log_odds")
 

@@ -119,8 +119,8 @@ def test_a_reward_model_of_another_aggregation_is_refused_by_number():
     with pytest.raises(ValueError, match=r"Reward model 2 of 2 was trained with aggregation 'max', not 'min'\. Give"):
         check_reward_models([one, other], settings(aggregation="min"), PROMPTS)
     with pytest.raises(ValueError, match=r"2 of 2 was trained with aggregation 'max': one good step .* pays for the"):
-        check_reward_models([one, other], settings(shaping="min_form"), PROMPTS)
-    check_reward_models([one, reward_model(aggregation="mean")], settings(shaping="min_form"), PROMPTS)
+        check_reward_models([one, other], settings(shaping="min_form", step_lam=1.0), PROMPTS)
+    check_reward_models([one, reward_model(aggregation="mean")], settings(shaping="min_form", step_lam=1.0), PROMPTS)
 
 
 def test_a_reward_model_that_cannot_cut_or_write_a_chat_is_refused():

@@ -273,9 +273,10 @@ class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
         of_steps, others = self._token_rewards(rollout, shaped, mask, step=step)
         if self.value_learning is not None:
             together: Tensor = self._whitened(of_steps + others, mask)
-            if args.step_lam is None or not shaped:
+            sources = [one.ends for one in shaped if one.weight]
+            if args.step_lam is None or not sources:
                 return self.value_learning.advantages(output, together, mask, rollout.logprobs, args.lam)
-            ends = [[end for row in rows for end in row] for rows in zip(*(one.ends for one in shaped), strict=True)]
+            ends = [[end for row in rows for end in row] for rows in zip(*sources, strict=True)]
             lam = step_lambdas(ends, mask, args.step_lam)
             if not (args.outcome_weight and rollout.is_outcome.any()):
                 return self.value_learning.advantages(output, together, mask, rollout.logprobs, lam)
