@@ -94,10 +94,10 @@ def test_a_saved_model_scores_as_before(tmp_path, scorer, family):
     theirs, ours = loaded.scorer.state_dict(), model.scorer.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
-    (found,), (expected,) = (one.score([PROMPT], [RESPONSE]) for one in (loaded, model))
-    # Not to the last bit: some kernels add in another order where weights lie elsewhere in memory.
-    assert found.step_scores == pytest.approx(expected.step_scores, abs=1e-6)
-    assert (found.score, found.spans) == (pytest.approx(expected.score, abs=1e-6), expected.spans)
+    for one in (loaded, model):  # some kernels add in another order where weights lie at another alignment
+        for parameter in one.scorer.parameters():
+            parameter.data = parameter.data.clone()
+    assert loaded.score([PROMPT], [RESPONSE]) == model.score([PROMPT], [RESPONSE])
     assert not loaded.scorer.training
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}

@@ -46,11 +46,12 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"value_warmup_steps": 1}, {"gradient_checkpointing": True}])
 def test_the_same_is_learned_with_half_of_the_forward_passes(tmp_path, policy_folder, monkeypatch, options):  # noqa: F811
-    kept, fewer = learn(tmp_path / "kept", model=policy_folder, **options)
+    # Adam divides a gradient by its own size: next to 0, rounding would show in the weight, but for a larger epsilon.
+    options = options | {"model": policy_folder, "adam_epsilon": 1e-5}
+    kept, fewer = learn(tmp_path / "kept", **options)
     forget(monkeypatch)
-    anew, more = learn(tmp_path / "anew", model=policy_folder, **options)
-    # Adam divides a gradient by its own size: where it is next to 0, its rounding shows in the weight.
-    assert same(kept, anew, atol=2e-4)
+    anew, more = learn(tmp_path / "anew", **options)
+    assert same(kept, anew, atol=1e-5)
     assert not same({name: kept[f"policy.{name}"] for name in policy().state_dict()}, weights(policy()), atol=1e-2)
     assert fewer == Counter(policy=3, value=3)
     assert more == Counter(policy=6, value=6)
