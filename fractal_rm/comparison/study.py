@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from fractal_rm.comparison.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY, Arm, Options
-from fractal_rm.comparison.reward_models import POLICIES, Assets, Size
+from fractal_rm.comparison.reward_models import POLICIES, Assets, Size, training_recipe
 from fractal_rm.comparison.rows import BENCHMARK, latest
 from fractal_rm.comparison.run import Budget, run_arm
 from fractal_rm.comparison.settings import SETTINGS
@@ -70,8 +70,10 @@ class Study:
 
     def _config(self, unit: Unit) -> dict[str, Any]:
         """What a run is made with, as its rows say it."""
-        budget = asdict(self._budget(unit))
-        return {**self._options(unit), "budget": budget | {"points": list(self.budget.points)}, "trial": unit.trial}
+        budget, kind = asdict(self._budget(unit)), self.arms[unit.arm].judge
+        config = {**self._options(unit), "budget": budget | {"points": list(self.budget.points)}, "trial": unit.trial}
+        recipe = training_recipe(kind) if kind else None
+        return config if recipe is None else config | {"reward_model": recipe}
 
     def is_done(self, unit: Unit, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the last evaluation of a run with these settings has its row."""
