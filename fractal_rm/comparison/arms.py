@@ -45,6 +45,11 @@ class Arm:
     longer_than: str | None = None
 
     @property
+    def judge(self) -> str | None:
+        """What scores responses or their steps: a kind of reward model or a rule; None: the outcome alone."""
+        return "response" if self.response_model else self.steps
+
+    @property
     def trials(self) -> list[Options]:
         """What can compete on the tuning seed: the variants, with each learning rate."""
         return [

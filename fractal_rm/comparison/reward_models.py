@@ -5,6 +5,7 @@ all of it or nothing.
 """
 
 import fcntl
+import hashlib
 import json
 import re
 import shutil
@@ -37,9 +38,10 @@ BELIEF_LEARNING_RATE = 2e-3
 HELD_OUT = 1024
 TRAINING: dict[str, Any] = {
     "aggregation": "product",
+    "learning_rate": 3e-4,
     "head_learning_rate": 5e-2,
     "lr_scheduler_type": "cosine",
-    "num_train_epochs": 8,
+    "num_train_epochs": 16,
     "per_device_train_batch_size": 32,
     "train_sampling_strategy": "group_by_length",
     "gradient_checkpointing": False,
@@ -65,6 +67,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 RESULT = re.compile(r"(?:->|:)( \d)$", re.MULTILINE)
 IMPLICIT = {"learning_rate": 1e-3, "beta": 0.1}
+
+
+def training_recipe(kind: str) -> dict[str, Any] | None:
+    """What a kind of reward model is trained with; None for a rule, which is not."""
+    if kind == "implicit":
+        return IMPLICIT
+    return TRAINING | KINDS[kind] if kind in KINDS else None
 
 
 @dataclass(frozen=True)
@@ -197,17 +206,17 @@ class Assets:
     # Reward models ------------------------------------------------------------------------------------------------
 
     def reward_model_folder(self, kind: str) -> Path:
-        """Folder of a trained reward model."""
+        """Folder of a trained reward model: another recipe, another folder."""
+        recipe = training_recipe(kind) or {}
 
         def make(folder: Path) -> None:
             bags = self.bags(kind)
             if kind == "implicit":
-                model = ImplicitReward(self.policy(), IMPLICIT["beta"], self.seed)
-                model.train(bags, IMPLICIT["learning_rate"], None if self.size.max_steps < 0 else self.size.max_steps)
+                model = ImplicitReward(self.policy(), recipe["beta"], self.seed)
+                model.train(bags, recipe["learning_rate"], None if self.size.max_steps < 0 else self.size.max_steps)
                 model.save(folder)
                 return
-            options = {**TRAINING, "learning_rate": self.setting.reward_model_rate, **KINDS[kind]}
-            options |= {"max_steps": self.size.max_steps, "seed": self.seed}
+            options = recipe | {"max_steps": self.size.max_steps, "seed": self.seed}
             if "likelihood_prior_weight" in options:
                 options["reference_model"] = str(self.policy())
             config = FractalConfig(output_dir=str(folder), **options)
@@ -216,7 +225,8 @@ class Assets:
             trainer.save_model()
 
         self.labelled()  # before the clock starts
-        return made_once(self.own / f"reward_model-{kind}", make)
+        digest = hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=4).hexdigest()
+        return made_once(self.own / f"reward_model-{kind}-{digest}", make)
 
     def reward_model(self, kind: str) -> StepRewardModel:
         """A reward model of a kind, or a rule in its place."""
@@ -231,7 +241,7 @@ class Assets:
 
     def cost(self, kind: str | None) -> dict[str, float]:
         """Rollouts and processor seconds that a reward model took, its responses included; 0 for rules."""
-        if kind is None or kind not in {*KINDS, "implicit"}:
+        if kind is None or training_recipe(kind) is None:
             return {"rm_rollouts": 0, "rm_seconds": 0.0}
         folders = (self.labelled(), self.reward_model_folder(kind))
         return {"rm_rollouts": self.responses, "rm_seconds": sum(seconds_of(folder) for folder in folders)}

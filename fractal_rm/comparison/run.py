@@ -76,7 +76,7 @@ def run_arm(arm: Arm, options: Options, assets: Assets, budget: Budget, report: 
     """
     setting = assets.setting
     updates = budget.updates or setting.updates
-    kind = "response" if arm.response_model else arm.steps
+    kind = arm.judge
     judge = assets.reward_model(kind) if kind else None
     functions: list[Any] = [setting.outcome] if arm.outcome else []
     if arm.response_model and judge is not None:

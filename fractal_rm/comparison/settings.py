@@ -41,7 +41,6 @@ class Setting:
         wrong_share: Share of the facts that the base policy believes wrongly.
         updates: Policy updates of a run.
         responses: Labelled responses that a reward model learns from.
-        reward_model_rate: Learning rate of reward models; lower where labels say little, or they learn the noise.
         reward_model_steps: Fewest and most changes in the problems of those responses; None: as the policy's.
         flipped: Share of outcome labels that are wrong, wherever somebody learns from one.
         strength: How often the base policy acts on a wrong belief. Less where problems are longer: a wrong result is
@@ -56,7 +55,6 @@ class Setting:
     wrong_share: float
     updates: int = 40
     responses: int = 1024
-    reward_model_rate: float = 5e-4
     reward_model_steps: tuple[int, int] | None = None
     flipped: float = 0.0
     strength: float = 0.6

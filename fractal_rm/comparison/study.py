@@ -3,7 +3,7 @@
 import multiprocessing
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from fractal_rm.comparison.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY, Options
-from fractal_rm.comparison.reward_models import POLICIES, Assets, Size
+from fractal_rm.comparison.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY, Arm, Options
+from fractal_rm.comparison.reward_models import POLICIES, Assets, Size, training_recipe
 from fractal_rm.comparison.rows import BENCHMARK, latest
 from fractal_rm.comparison.run import Budget, run_arm
 from fractal_rm.comparison.settings import SETTINGS
@@ -46,6 +46,8 @@ class Study:
         budget: Of a run.
         size: Of policies and reward models.
         chosen: Settings of each arm.
+        arms: The arms by their names.
+        split: What rows that are no trials say of the problems that they are measured on.
     """
 
     results: Path
@@ -53,21 +55,25 @@ class Study:
     budget: Budget
     size: Size
     chosen: Mapping[str, Options]
+    arms: Mapping[str, Arm] = field(default_factory=lambda: ARMS)
+    split: str = "held_out"
 
     def _options(self, unit: Unit) -> Options:
-        return self.chosen[unit.arm] if unit.trial is None else ARMS[unit.arm].trials[unit.trial]
+        return self.chosen[unit.arm] if unit.trial is None else self.arms[unit.arm].trials[unit.trial]
 
     def _budget(self, unit: Unit) -> Budget:
         setting = SETTINGS[unit.setting]
         updates = self.budget.updates or setting.updates
-        if ARMS[unit.arm].longer_than:
+        if self.arms[unit.arm].longer_than:
             updates += (self.size.responses or setting.responses) // self.budget.rollouts_per_update
         return replace(self.budget, updates=updates)
 
     def _config(self, unit: Unit) -> dict[str, Any]:
         """What a run is made with, as its rows say it."""
-        budget = asdict(self._budget(unit))
-        return {**self._options(unit), "budget": budget | {"points": list(self.budget.points)}, "trial": unit.trial}
+        budget, kind = asdict(self._budget(unit)), self.arms[unit.arm].judge
+        config = {**self._options(unit), "budget": budget | {"points": list(self.budget.points)}, "trial": unit.trial}
+        recipe = training_recipe(kind) if kind else None
+        return config if recipe is None else config | {"reward_model": recipe}
 
     def is_done(self, unit: Unit, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the last evaluation of a run with these settings has its row."""
@@ -79,7 +85,7 @@ class Study:
         if self.is_done(unit, self.rows()):
             return
         start = time.monotonic()
-        arm, assets = ARMS[unit.arm], Assets(self.work, SETTINGS[unit.setting], unit.seed, self.size)
+        arm, assets = self.arms[unit.arm], Assets(self.work, SETTINGS[unit.setting], unit.seed, self.size)
         options, budget, results = self._options(unit), self._budget(unit), ResultsFile(self.results)
         config = self._config(unit) | {"policy": assets.policy_number}
         final = (budget.updates or 0) * budget.rollouts_per_update
@@ -90,7 +96,7 @@ class Study:
                 arm=unit.arm,
                 dataset=unit.setting,
                 seed=unit.seed,
-                split="held_out" if unit.trial is None else "tuning",
+                split=self.split if unit.trial is None else "tuning",
                 metrics=metrics,
                 config=config | {"last": metrics["rollouts"] == final},
                 seconds=time.monotonic() - start,
@@ -182,7 +188,7 @@ def available(names: Iterable[str]) -> list[str]:
     Raises:
         ValueError: If there is no such arm.
     """
-    known = {field.name for field in fields(StepPPOConfig)}
+    known = {one.name for one in fields(StepPPOConfig)}
     found = []
     for name in names:
         if name not in ARMS:

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fractal_rm.advantages import gae, global_advantages, step_lambdas, whiten
+from fractal_rm.advantages import global_advantages
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.trainers.bag_data import Records
 from fractal_rm.trainers.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
@@ -39,7 +39,7 @@ from fractal_rm.trainers.processes import add_up, share_metrics
 from fractal_rm.trainers.rollout_guards import AlarmActions, as_rollouts, ending_ids
 from fractal_rm.trainers.shared_backbone import SharedBackbone, make_value_head
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
-from fractal_rm.trainers.step_rewards import Rollout, ShapedSteps, StepRewards
+from fractal_rm.trainers.step_rewards import Rollout, ShapedSteps, StepRewards, whiten_rewards
 from fractal_rm.trainers.subnormals import flushed_subnormals
 from fractal_rm.trainers.trl_contract import check_contract
 from fractal_rm.trainers.value_learning import ValueLearning, check_value_arguments
@@ -235,58 +235,23 @@ class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
                 rollout, shaped, output["advantages"], mask, self.num_generations, self.accelerator, step=step
             )
         else:
-            mask = self._without_unjudged(mask, rollout)
+            mask = self.step_rewards.without_unjudged(mask, rollout)
             output |= self._advantages(output, rollout, shaped, mask, step=step)
         self._show_advantages(output["advantages"], mask)
         return output
 
-    def _without_unjudged(self, mask: Tensor, rollout: Rollout) -> Tensor:
-        """The mask (B, T) without completions that no outcome function judged: no outcome is not an outcome of 0."""
-        if self.args.outcome_weight and rollout.is_outcome.any():
-            return mask & rollout.judged.unsqueeze(1)
-        return mask
-
-    def _token_rewards(
-        self, rollout: Rollout, shaped: list[ShapedSteps], mask: Tensor, *, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """Rewards of steps on the tokens (B, T), and those of outcomes, less the KL penalty (B, T)."""
-        of_steps, others = self.step_rewards.tokens(rollout, shaped, self.reward_weights, mask, step=step)
-        if self.kl_reward.on and rollout.kl is not None:
-            others = others - self.kl_reward.penalty(rollout.kl, self.accelerator, self._log)
-        return of_steps, others
-
-    def _whitened(self, rewards: Tensor, mask: Tensor) -> Tensor:
-        """Token rewards (B, T), whitened where that is wanted."""
-        if not self.args.whiten_rewards:
-            return rewards
-        return whiten(rewards, mask, shift_mean=False, add_up=add_up(self.accelerator))
-
     def _advantages(
         self, output: dict[str, Any], rollout: Rollout, shaped: list[ShapedSteps], mask: Tensor, *, step: int
     ) -> dict[str, Any]:
-        """Advantages (B, T), and what a value model learns from, if there is one.
-
-        Where there are rewards of steps and of outcomes, each kind has its own reach (`step_lam`, `lam`): the value
-        model is the outcome's, and steps have the baseline of their shaping.
-        """
-        args = self.args
-        of_steps, others = self._token_rewards(rollout, shaped, mask, step=step)
+        """Advantages (B, T), and what a value model learns from, if there is one."""
+        rewards = self.step_rewards.tokens(rollout, shaped, self.reward_weights, mask, step=step)
+        if self.kl_reward.on and rollout.kl is not None:
+            penalty = self.kl_reward.penalty(rollout.kl, self.accelerator, self._log)
+            rewards = rewards._replace(others=rewards.others - penalty)
         if self.value_learning is not None:
-            together: Tensor = self._whitened(of_steps + others, mask)
-            sources = [one.ends for one in shaped if one.weight]
-            if args.step_lam is None or not sources:
-                return self.value_learning.advantages(output, together, mask, rollout.logprobs, args.lam)
-            ends = [[end for row in rows for end in row] for rows in zip(*sources, strict=True)]
-            lam = step_lambdas(ends, mask, args.step_lam)
-            if not (args.outcome_weight and rollout.is_outcome.any()):
-                return self.value_learning.advantages(output, together, mask, rollout.logprobs, lam)
-            rewards = self._whitened(of_steps, mask)
-            credit, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=args.gamma, lam=lam)
-            others = self._whitened(others, mask)
-            return self.value_learning.advantages(output, others, mask, rollout.logprobs, args.lam, beside=credit)
-        token_rewards = self._whitened(of_steps + others, mask)
+            return self.value_learning.advantages(output, rewards, mask, rollout.logprobs)
         advantages = global_advantages(
-            token_rewards,
+            whiten_rewards(rewards.steps + rewards.others, mask, self.args, self.accelerator),
             mask,
             gamma=self.args.gamma,
             scale=self.args.whiten_advantages,

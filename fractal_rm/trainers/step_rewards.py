@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fractal_rm.advantages import group_step_advantages
+from fractal_rm.advantages import group_step_advantages, whiten
 from fractal_rm.reward_model import StepScores
 from fractal_rm.rewards import (
     Placement,
@@ -19,7 +19,7 @@ from fractal_rm.rewards import (
 )
 from fractal_rm.shaping import RunningMoments, limit_step_rewards, shape_step_scores
 from fractal_rm.trainers.dense_sources import DenseSource
-from fractal_rm.trainers.processes import masks_of_all, rows_of_all
+from fractal_rm.trainers.processes import add_up, masks_of_all, rows_of_all
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 
 
@@ -69,6 +69,24 @@ class ShapedSteps(NamedTuple):
     rewards: list[list[float]]
     ends: list[list[int | None]]
     placement: Placement
+
+
+class TokenRewards(NamedTuple):
+    """Rewards of tokens, those of steps apart.
+
+    Attributes:
+        steps: Those of steps (B, T).
+        others: Those of outcomes, endings and the KL penalty (B, T).
+        step_ends: Tokens at which the steps of each row end.
+        has_steps: Whether anything scored steps.
+        has_outcomes: Whether anything judged outcomes.
+    """
+
+    steps: Tensor
+    others: Tensor
+    step_ends: list[list[int | None]]
+    has_steps: bool
+    has_outcomes: bool
 
 
 class StepRewards:
@@ -177,10 +195,18 @@ class StepRewards:
         cut = [bool(ids) and ids[-1] not in self.ending_ids for ids in rollout.completion_ids]
         return self.args.missing_eos_penalty * torch.tensor(cut, dtype=torch.float32, device=rollout.rewards.device)
 
+    def has_outcomes(self, rollout: Rollout) -> bool:
+        """Whether outcomes are a reward."""
+        return bool(self.args.outcome_weight and rollout.is_outcome.any())
+
+    def without_unjudged(self, mask: Tensor, rollout: Rollout) -> Tensor:
+        """The mask (B, T) without completions that no outcome function judged: no outcome is not an outcome of 0."""
+        return mask & rollout.judged.unsqueeze(1) if self.has_outcomes(rollout) else mask
+
     def tokens(
         self, rollout: Rollout, shaped: Sequence[ShapedSteps], weights: Tensor, mask: Tensor, *, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """Rewards of steps on the tokens (B, T), and those of outcomes and endings (B, T).
+    ) -> TokenRewards:
+        """Rewards of steps, outcomes and endings on the tokens.
 
         Args:
             rollout: The completions.
@@ -191,12 +217,20 @@ class StepRewards:
         """
         step_weight, outcome_weight = self.weights(step)
         dense = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        for one in shaped:
+        marking = [one for one in shaped if one.weight]
+        for one in marking:
             dense = dense + one.weight * one.placement.rewards
-        others = outcome_weight * place_outcome(rollout.outcome(weights), mask)
+        ends = [[end for row in rows for end in row] for rows in zip(*(one.ends for one in marking), strict=True)]
+        outcome = rollout.outcome(weights)
+        if self.args.outcome_baseline == "reward_model":
+            assert rollout.scored is not None
+            known = torch.tensor([one.score for one in rollout.scored], device=outcome.device).nan_to_num(0.0)
+            self.log("outcome/beyond_reward_model", (outcome - known).abs().mean().item())
+            outcome = outcome - known.to(outcome.dtype)
+        others = outcome_weight * place_outcome(outcome, mask)
         if self.args.missing_eos_penalty:
             others = others - place_outcome(self.penalties(rollout), mask)
-        return step_weight * dense, others
+        return TokenRewards(step_weight * dense, others, ends, bool(marking), self.has_outcomes(rollout))
 
     def group_advantages(
         self,
@@ -261,3 +295,10 @@ class StepRewards:
             )
         for source in self.sources:
             source.moments.load_state_dict(state[source.__name__])
+
+
+def whiten_rewards(rewards: Tensor, mask: Tensor, args: StepPPOConfig, accelerator: Accelerator) -> Tensor:
+    """Token rewards (B, T), whitened over the batch of all processes where the configuration wants it."""
+    if not args.whiten_rewards:
+        return rewards
+    return whiten(rewards, mask, shift_mean=False, add_up=add_up(accelerator))

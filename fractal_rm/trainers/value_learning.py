@@ -10,12 +10,13 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import load_model as load_weights
 from torch import Tensor, nn
 
-from fractal_rm.advantages import gae, whiten
+from fractal_rm.advantages import gae, step_lambdas, whiten
 from fractal_rm.trainers.kept_forward import ROWS, KeptForward, updates_once
 from fractal_rm.trainers.length_parts import LengthParts, may_be_sorted
 from fractal_rm.trainers.processes import add_up
 from fractal_rm.trainers.shared_backbone import SharedBackbone
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
+from fractal_rm.trainers.step_rewards import TokenRewards, whiten_rewards
 from fractal_rm.trainers.value_model import checkpoint_layers, clipped_value_loss, explained_variance
 
 VALUE_FOLDER = "value_model"
@@ -109,41 +110,51 @@ class ValueLearning:
             return self.values(output, most_rows=self.args.per_device_train_batch_size)
 
     def advantages(
-        self,
-        output: dict[str, Any],
-        token_rewards: Tensor,
-        mask: Tensor,
-        logprobs: Tensor | None,
-        lam: float | Tensor,
-        *,
-        beside: Tensor | None = None,
+        self, output: dict[str, Any], rewards: TokenRewards, mask: Tensor, logprobs: Tensor | None
     ) -> dict[str, Any]:
         """GAE, with what the value model needs to learn from.
 
         Args:
             output: TRL's rollout.
-            token_rewards: Reward of each token (B, T).
+            rewards: Of its tokens.
             mask: True where the policy wrote a token that is learned from (B, T).
             logprobs: The policy's log-probabilities of the rollout (B, T), where they were computed.
-            lam: Of GAE, one number or one for each token (B, T).
-            beside: Advantages of rewards that the value model does not know (B, T), to be added; None: none.
 
         Returns:
             What joins the rollout.
         """
         args = self.args
+        learned, lam, beside = self._by_reach(rewards, mask)
         values = self._rollout_values(output, logprobs)
-        advantages, returns = gae(token_rewards, values, mask, gamma=args.gamma, lam=lam)
+        advantages, returns = gae(learned, values, mask, gamma=args.gamma, lam=lam)
         self.log("value/explained_variance", explained_variance(values[mask], returns[mask]))
         self.log("value/mean", values[mask].mean().item())
-        if beside is not None:
-            advantages = advantages + beside
+        advantages = advantages + beside
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, add_up=add_up(self.accelerator))
         # The value loss is a mean over the tokens of a rollout batch, as the loss of TRL's default `loss_type` is.
         tokens = self.accelerator.reduce(mask.sum().float(), reduction="mean")
-        learned = {"values": values, "returns": returns, "value_mask": mask, "value_tokens": tokens}
-        return learned | {"advantages": advantages}
+        kept = {"values": values, "returns": returns, "value_mask": mask, "value_tokens": tokens}
+        return kept | {"advantages": advantages}
+
+    def _by_reach(self, rewards: TokenRewards, mask: Tensor) -> tuple[Tensor, float | Tensor, float | Tensor]:
+        """The rewards that the value model learns (B, T), their lambda, and what is added to their advantages (B, T).
+
+        Where there are rewards of steps and of outcomes, each kind has its own reach (`step_lam`, `lam`): the value
+        model is the outcome's, and steps have the baseline of their shaping.
+        """
+        args = self.args
+        if args.step_lam is None or not rewards.has_steps:
+            return self._whitened(rewards.steps + rewards.others, mask), args.lam, 0.0
+        lam = step_lambdas(rewards.step_ends, mask, args.step_lam)
+        if not rewards.has_outcomes:
+            return self._whitened(rewards.steps + rewards.others, mask), lam, 0.0
+        steps = self._whitened(rewards.steps, mask)
+        credit, _ = gae(steps, torch.zeros_like(steps), mask, gamma=args.gamma, lam=lam)
+        return self._whitened(rewards.others, mask), args.lam, credit
+
+    def _whitened(self, rewards: Tensor, mask: Tensor) -> Tensor:
+        return whiten_rewards(rewards, mask, self.args, self.accelerator)
 
     def loss(self, inputs: dict[str, Any], *, accumulation: int, warming_up: bool) -> Tensor:
         """The weighted value loss of a minibatch, after the policy's loss of the same minibatch.

@@ -1,0 +1,67 @@
+"""Question: which recipe should the default be? Variations of the arms on development seeds, none of which is reported.
+
+What won here went through the trials and the study of `dense_vs_outcome.py`; `docs/evidence.md` says what came of each.
+
+    python benchmarks/dense_vs_outcome_development.py --settings easy medium --seeds 2000 2001 --variants mix residual
+
+Rows go to `benchmarks/results/dense_vs_outcome_development.jsonl` as they are made; finished runs are skipped.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+from fractal_rm.comparison.arms import ARMS, Arm, Options
+from fractal_rm.comparison.reward_models import Size
+from fractal_rm.comparison.run import Budget
+from fractal_rm.comparison.settings import SETTINGS
+from fractal_rm.comparison.study import Study, Unit
+
+RESULTS = Path(__file__).resolve().parent / "results" / "dense_vs_outcome_development.jsonl"
+_GAE: Options = {"advantage": "gae", "learning_rate": 8e-4}
+_ONLINE: Options = {"rm_update_every": 4, "rm_learning_rate": 5e-4}
+_RESIDUAL: Options = {"outcome_baseline": "reward_model"}
+# Each is an arm of the study with other settings.
+VARIANTS: dict[str, tuple[Arm, Options]] = {
+    "outcome": (ARMS["outcome_ppo"], {"lam": 1.0}),
+    "supervised": (ARMS["supervised"], {}),
+    "supervised+outcome": (Arm("supervised+outcome", steps="supervised", outcome=True), {}),
+    "steps": (ARMS["fractal"], {}),
+    "mix": (ARMS["fractal_mix"], {}),
+    "mix_0.3": (ARMS["fractal_mix"], {"outcome_weight": 0.3}),
+    "mix_online": (ARMS["fractal_mix"], _ONLINE),
+    "residual": (ARMS["fractal_mix"], _RESIDUAL),
+    "residual_online": (ARMS["fractal_mix"], _RESIDUAL | _ONLINE),
+}
+
+
+def main() -> None:
+    """Run what is missing and print the mean accuracy over evaluations, and that at the end, of each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", default=["easy", "medium"], choices=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2000, 2001])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"))
+    arguments = parser.parse_args()
+    if min(arguments.seeds) < 2000:
+        parser.error("Seeds below 2000 are those of the study. Give seeds from 2000 on.")
+    study = Study(
+        RESULTS,
+        arguments.output_dir,
+        Budget(),
+        Size(),
+        chosen={name: _GAE | options for name, (_, options) in VARIANTS.items()},
+        arms={name: arm for name, (arm, _) in VARIANTS.items()},
+        split="development",
+    )
+    study.run_all([Unit(s, n, v) for n in arguments.seeds for s in arguments.settings for v in arguments.variants], 1)
+    found = defaultdict(list)
+    for row in study.rows():
+        if row["arm"] in VARIANTS and row["metrics"]["rollouts"]:
+            found[row["dataset"], row["arm"], row["seed"]].append(row["metrics"]["accuracy"])
+    for run, points in sorted(found.items()):
+        print(*run, f"mean {sum(points) / len(points):.3f}, end {points[-1]:.3f}")
+
+
+if __name__ == "__main__":
+    main()
