@@ -2,7 +2,7 @@
 
 What won here went through the trials and the study of `dense_vs_outcome.py`; `docs/evidence.md` says what came of each.
 
-    python benchmarks/dense_vs_outcome_development.py --settings easy medium --seeds 2000 2001 --variants mix residual
+    python benchmarks/dense_vs_outcome_development.py --settings easy medium --seeds 2000 2001 --variants mix supervised
 
 Rows go to `benchmarks/results/dense_vs_outcome_development.jsonl` as they are made; finished runs are skipped.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fractal_rm.comparison.arms import ARMS, Arm, Options
 from fractal_rm.comparison.reward_models import Size
+from fractal_rm.comparison.rows import BENCHMARK
 from fractal_rm.comparison.run import Budget
 from fractal_rm.comparison.settings import SETTINGS
 from fractal_rm.comparison.study import Study, Unit
@@ -20,7 +21,6 @@ from fractal_rm.comparison.study import Study, Unit
 RESULTS = Path(__file__).resolve().parent / "results" / "dense_vs_outcome_development.jsonl"
 _GAE: Options = {"advantage": "gae", "learning_rate": 8e-4}
 _ONLINE: Options = {"rm_update_every": 4, "rm_learning_rate": 5e-4}
-_RESIDUAL: Options = {"outcome_baseline": "reward_model"}
 # Each is an arm of the study with other settings.
 VARIANTS: dict[str, tuple[Arm, Options]] = {
     "outcome": (ARMS["outcome_ppo"], {"lam": 1.0}),
@@ -30,8 +30,6 @@ VARIANTS: dict[str, tuple[Arm, Options]] = {
     "mix": (ARMS["fractal_mix"], {}),
     "mix_0.3": (ARMS["fractal_mix"], {"outcome_weight": 0.3}),
     "mix_online": (ARMS["fractal_mix"], _ONLINE),
-    "residual": (ARMS["fractal_mix"], _RESIDUAL),
-    "residual_online": (ARMS["fractal_mix"], _RESIDUAL | _ONLINE),
 }
 
 
@@ -57,7 +55,7 @@ def main() -> None:
     study.run_all([Unit(s, n, v) for n in arguments.seeds for s in arguments.settings for v in arguments.variants], 1)
     found = defaultdict(list)
     for row in study.rows():
-        if row["arm"] in VARIANTS and row["metrics"]["rollouts"]:
+        if row["benchmark"] == BENCHMARK and row["metrics"]["rollouts"]:
             found[row["dataset"], row["arm"], row["seed"]].append(row["metrics"]["accuracy"])
     for run, points in sorted(found.items()):
         print(*run, f"mean {sum(points) / len(points):.3f}, end {points[-1]:.3f}")

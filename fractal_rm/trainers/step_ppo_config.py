@@ -102,13 +102,6 @@ class StepPPOConfig(GRPOConfig):
     )
     step_weight: float = field(default=1.0, metadata={"help": "Weight of the step rewards."})
     outcome_weight: float = field(default=1.0, metadata={"help": "Weight of the outcome rewards (`reward_funcs`)."})
-    outcome_baseline: Literal["none", "reward_model"] = field(
-        default="none",
-        metadata={
-            "help": "Taken from the outcome of each completion: `reward_model` its score as a whole by the first "
-            "reward model, so that outcomes teach what that model does not know; `none` nothing."
-        },
-    )
     step_reward_weights: list[float] | None = field(
         default=None,
         metadata={

@@ -221,13 +221,7 @@ class StepRewards:
         for one in marking:
             dense = dense + one.weight * one.placement.rewards
         ends = [[end for row in rows for end in row] for rows in zip(*(one.ends for one in marking), strict=True)]
-        outcome = rollout.outcome(weights)
-        if self.args.outcome_baseline == "reward_model":
-            assert rollout.scored is not None
-            known = torch.tensor([one.score for one in rollout.scored], device=outcome.device).nan_to_num(0.0)
-            self.log("outcome/beyond_reward_model", (outcome - known).abs().mean().item())
-            outcome = outcome - known.to(outcome.dtype)
-        others = outcome_weight * place_outcome(outcome, mask)
+        others = outcome_weight * place_outcome(rollout.outcome(weights), mask)
         if self.args.missing_eos_penalty:
             others = others - place_outcome(self.penalties(rollout), mask)
         return TokenRewards(step_weight * dense, others, ends, bool(marking), self.has_outcomes(rollout))

@@ -1,0 +1,92 @@
+"""Question: how should the reward models of `dense_vs_outcome.py` be trained? Recipes on development seeds.
+
+What decides is the likelihood of *response* labels that no model has learned from: it needs no gold step labels. The
+shares of wrong and of right steps that a model has on the wrong side of a half stand beside it.
+
+    python benchmarks/dense_vs_outcome_reward_models.py --settings easy medium branching hard --seeds 2000 2001
+
+Rows go to `benchmarks/results/dense_vs_outcome_development.jsonl` as they are made; finished ones are skipped.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import log_loss
+from tqdm import tqdm
+
+from fractal_rm.comparison.reward_models import FRACTAL, KINDS, Assets, Size, training_recipe
+from fractal_rm.comparison.scripted_scores import oracle
+from fractal_rm.comparison.settings import SETTINGS
+from fractal_rm.metrics import bag_metrics, step_auc
+from fractal_rm.quickstart import quiet
+from fractal_rm.results import ResultsFile, read_results
+
+RESULTS = Path(__file__).resolve().parent / "results" / "dense_vs_outcome_development.jsonl"
+BENCHMARK = "dense_vs_outcome_reward_models"
+HELD_OUT = 256
+# Each is `fractal` with other settings; `supervised` learns from gold step labels.
+RECIPES: dict[str, dict[str, Any]] = {
+    "fractal": KINDS["fractal"],
+    "supervised": KINDS["supervised"],
+    "fractal_8x5e-4": {**FRACTAL, "num_train_epochs": 8, "learning_rate": 5e-4},
+    "fractal_8x3e-4": {**FRACTAL, "num_train_epochs": 8},
+    "fractal_16x2e-4": {**FRACTAL, "learning_rate": 2e-4},
+}
+
+
+def measure(assets: Assets, recipe: str) -> dict[str, float]:
+    """How well a reward model knows held-out responses of the base policy, by their labels and by gold step labels."""
+    setting = assets.setting
+    prompts = [problem.prompt for problem in setting.problems("held_out", HELD_OUT, assets.seed)]
+    _, texts = assets.start(HELD_OUT)
+    scored = assets.reward_model(recipe).score(prompts, texts, progress=False)
+    used = [(p, text, found) for p, text, found in zip(prompts, texts, scored, strict=True) if found.steps]
+    gold = [oracle(prompt, [step.text for step in found.steps]) for prompt, _, found in used]
+    scores, good = (np.concatenate(rows) for rows in ([found.step_scores for *_, found in used], gold))
+    labels = np.array([setting.label(prompt, text) for prompt, text, _ in used])
+    probs = np.array([found.score for *_, found in used])
+    luck = FRACTAL["missed_bad"]
+    return {
+        "bag_nll": float(log_loss(labels, (1 - luck) * probs + luck, labels=[0, 1])),
+        "bag_auc": bag_metrics(probs, labels)["bag_auc"],
+        "step_auc": step_auc([found.step_scores for *_, found in used], gold),
+        "wrong_steps_above_half": float((scores[good == 0] > 0.5).mean()),
+        "right_steps_below_half": float((scores[good == 1] < 0.5).mean()),
+        "train_seconds": assets.cost(recipe)["rm_seconds"],
+    }
+
+
+def main() -> None:
+    """Train and measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", default=["easy", "medium"], choices=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2000, 2001])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"))
+    arguments = parser.parse_args()
+    if min(arguments.seeds) < 2000:
+        parser.error("Seeds below 2000 are those of the study. Give seeds from 2000 on.")
+    KINDS.update(RECIPES)  # so that assets can make them
+    units = [(n, s, r) for n in arguments.seeds for s in arguments.settings for r in arguments.recipes]
+    done = {(row["seed"], row["dataset"], row["arm"]) for row in read_results(RESULTS) if row["benchmark"] == BENCHMARK}
+    for seed, setting, recipe in tqdm([unit for unit in units if unit not in done]):
+        start = time.monotonic()
+        with quiet():
+            metrics = measure(Assets(arguments.output_dir, SETTINGS[setting], seed, Size()), recipe)
+        ResultsFile(RESULTS).append(
+            benchmark=BENCHMARK,
+            arm=recipe,
+            dataset=setting,
+            seed=seed,
+            split="development",
+            metrics=metrics,
+            config={"reward_model": training_recipe(recipe)},
+            seconds=time.monotonic() - start,
+        )
+
+
+if __name__ == "__main__":
+    main()
