@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from fractal_rm.comparison import command, study
+from fractal_rm.comparison import command, reward_models, study
 from fractal_rm.comparison.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY
 from fractal_rm.comparison.command import SMOKE_BUDGET, CompareArguments, run_comparison
 from fractal_rm.comparison.page import UNDECIDED
@@ -99,6 +99,17 @@ def test_a_finished_study_is_not_run_again_and_half_a_run_is(finished):
     assert [row["arm"] for row in again] == ["outcome_ppo"] * 2
     # The same seed gives the same run: what was lost is made again as it was.
     assert measured(again[-1]) == measured(lost[0])
+    file.write_text(text)
+
+
+def test_another_recipe_makes_other_reward_models_and_runs_their_arms_again(finished, monkeypatch):
+    file, before = finished / "results.jsonl", rows_of(finished)
+    text, models = file.read_text(), finished / "easy" / "seed-0"
+    monkeypatch.setitem(reward_models.TRAINING, "learning_rate", 1e-5)
+    run_comparison(arguments(finished, arms=["outcome_ppo", "oracle", "fractal_mix"]))
+    again = rows_of(finished)[len(before) :]
+    assert {(row["arm"], row["config"]["reward_model"]["learning_rate"]) for row in again} == {("fractal_mix", 1e-5)}
+    assert len(list(models.glob("reward_model-fractal-*"))) == 2
     file.write_text(text)
 
 
