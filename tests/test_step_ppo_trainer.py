@@ -552,13 +552,20 @@ def test_every_token_of_a_step_is_credited_with_what_the_step_earns_and_a_share_
             assert result[row, token].item() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("lam", [0.5, 1.0])
-def test_steps_and_outcomes_have_a_reach_of_their_own(tmp_path, lam):
-    options = {"shaping": "raw", "gamma": 1.0, "step_lam": 0.5, "lam": lam, "outcome_weight": 3.0}
+@pytest.mark.parametrize("whiten", [False, True])
+def test_steps_and_outcomes_are_credited_and_whitened_apart(tmp_path, whiten):
+    options = {"shaping": "raw", "gamma": 1.0, "step_lam": 0.5, "lam": 0.9, "whiten_rewards": whiten}
     both = step_output(tmp_path / "both", reward_funcs=count_of_a, **options)
     steps = step_output(tmp_path / "steps", **options)
     outcome = step_output(tmp_path / "outcome", reward_model=None, reward_funcs=count_of_a, **options)
     torch.testing.assert_close(both, steps + outcome, atol=1e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize("lam", [0.5, 1.0])
+def test_steps_and_outcomes_have_a_reach_of_their_own(tmp_path, lam):
+    options = {"shaping": "raw", "gamma": 1.0, "step_lam": 0.5, "lam": lam, "outcome_weight": 3.0}
+    steps = step_output(tmp_path / "steps", **options)
+    outcome = step_output(tmp_path / "both", reward_funcs=count_of_a, **options) - steps
     for row, ids in enumerate(RAGGED):  # what the outcome alone is: it fades from token to token
         scalar = 3.0 * count_of_a([list(ids)])[0]
         for token in range(len(ids)):
