@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from development_page import recipes_table, variants_table
 from disaggregation_page import FIGURE, draw_figure, page
 from evaluation_page import page as evaluation_page
 from scale_page import scale_page
@@ -74,7 +75,15 @@ def evidence_page(document: str) -> str:
     known = yaml.safe_load(chosen.read_text(encoding="utf-8")) if chosen.is_file() else {}
     rows = evidence_rows()
     figure = "![Held-out accuracy against rollouts, by setting and arm](evidence.png)" if rows else NOTHING
-    for name, table in {**evidence_tables(rows), "chosen": chosen_table(known), "figure": figure}.items():
+    trials = read_results(RESULTS / "dense_vs_outcome_development.jsonl")
+    made = {
+        **evidence_tables(rows),
+        "chosen": chosen_table(known),
+        "figure": figure,
+        "development": variants_table(trials),
+        "recipes": recipes_table(trials),
+    }
+    for name, table in made.items():
         document = replace_table(document, f"evidence {name}", table)
     return document
 

@@ -1,0 +1,45 @@
+"""Tables of the trials of `dense_vs_outcome_development.py` and `dense_vs_outcome_reward_models.py`."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from fractal_rm.comparison.page import NOTHING
+from fractal_rm.comparison.rows import BENCHMARK
+from fractal_rm.report.tables import markdown_table
+
+REWARD_MODELS = "dense_vs_outcome_reward_models"
+COMPARED_TO = "mix"
+Rows = Sequence[Mapping[str, Any]]
+
+
+def variants_table(rows: Rows) -> str:
+    """What each variant is better than `mix` by, in points of accuracy, paired over the seeds that both have."""
+    runs: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    ended = set()
+    for row in rows:
+        if row["benchmark"] == BENCHMARK and row["metrics"]["rollouts"]:
+            runs[row["dataset"], row["arm"]][row["seed"]].append(row["metrics"]["accuracy"])
+            if row["config"]["last"]:
+                ended.add((row["dataset"], row["arm"], row["seed"]))
+    lines = []
+    for (setting, variant), seeds in sorted(runs.items()):
+        rivals = runs[setting, COMPARED_TO]
+        both = [seed for seed in seeds if {(setting, variant, seed), (setting, COMPARED_TO, seed)} <= ended]
+        if variant == COMPARED_TO or not both:
+            continue
+        metrics = {
+            "all evaluations": 100 * fmean(fmean(seeds[seed]) - fmean(rivals[seed]) for seed in both),
+            "at the end": 100 * fmean(seeds[seed][-1] - rivals[seed][-1] for seed in both),
+            "runs": len(both),
+        }
+        lines.append({"arm": f"{setting}: {variant} - {COMPARED_TO}", "seed": 0, "metrics": metrics})
+    return markdown_table(lines) if lines else NOTHING
+
+
+def recipes_table(rows: Rows) -> str:
+    """How well reward models of each recipe know labels that they have not learned from, over seeds."""
+    known = [row for row in rows if row["benchmark"] == REWARD_MODELS]
+    lines = [{**row, "arm": f"{row['dataset']}: {row['arm']}"} for row in known]
+    return markdown_table(sorted(lines, key=lambda row: (row["arm"], row["seed"]))) if lines else NOTHING
