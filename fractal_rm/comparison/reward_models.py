@@ -216,7 +216,7 @@ class Assets:
                 model.train(bags, recipe["learning_rate"], None if self.size.max_steps < 0 else self.size.max_steps)
                 model.save(folder)
                 return
-            options = recipe | {"max_steps": self.size.max_steps, "seed": self.seed}
+            options: dict[str, Any] = {**recipe, "max_steps": self.size.max_steps, "seed": self.seed}
             if "likelihood_prior_weight" in options:
                 options["reference_model"] = str(self.policy())
             config = FractalConfig(output_dir=str(folder), **options)
