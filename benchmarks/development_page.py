@@ -41,5 +41,4 @@ def variants_table(rows: Rows) -> str:
 def recipes_table(rows: Rows) -> str:
     """How well reward models of each recipe know labels that they have not learned from, over seeds."""
     known = [row for row in rows if row["benchmark"] == REWARD_MODELS]
-    lines = [{**row, "arm": f"{row['dataset']}: {row['arm']}"} for row in known]
-    return markdown_table(sorted(lines, key=lambda row: (row["arm"], row["seed"]))) if lines else NOTHING
+    return markdown_table(sorted(known, key=lambda row: (row["dataset"], row["arm"]))) if known else NOTHING
