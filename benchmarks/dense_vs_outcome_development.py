@@ -7,18 +7,16 @@ What won here went through the trials and the study of `dense_vs_outcome.py`; `d
 Rows go to `benchmarks/results/dense_vs_outcome_development.jsonl` as they are made; finished runs are skipped.
 """
 
-import argparse
 from collections import defaultdict
-from pathlib import Path
+
+from development_arguments import RESULTS, parse_arguments
 
 from fractal_rm.comparison.arms import ARMS, Arm, Options
 from fractal_rm.comparison.reward_models import Size
 from fractal_rm.comparison.rows import BENCHMARK
 from fractal_rm.comparison.run import Budget
-from fractal_rm.comparison.settings import SETTINGS
 from fractal_rm.comparison.study import Study, Unit
 
-RESULTS = Path(__file__).resolve().parent / "results" / "dense_vs_outcome_development.jsonl"
 _GAE: Options = {"advantage": "gae", "learning_rate": 8e-4}
 _ONLINE: Options = {"rm_update_every": 4, "rm_learning_rate": 5e-4}
 # Each is an arm of the study with other settings.
@@ -35,14 +33,7 @@ VARIANTS: dict[str, tuple[Arm, Options]] = {
 
 def main() -> None:
     """Run what is missing and print the mean accuracy over evaluations, and that at the end, of each run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", default=["easy", "medium"], choices=list(SETTINGS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[2000, 2001])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"))
-    arguments = parser.parse_args()
-    if min(arguments.seeds) < 2000:
-        parser.error("Seeds below 2000 are those of the study. Give seeds from 2000 on.")
+    arguments = parse_arguments(__doc__, "variants", VARIANTS)
     study = Study(
         RESULTS,
         arguments.output_dir,

@@ -8,12 +8,12 @@ shares of wrong and of right steps that a model has on the wrong side of a half 
 Rows go to `benchmarks/results/dense_vs_outcome_development.jsonl` as they are made; finished ones are skipped.
 """
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from development_arguments import RESULTS, parse_arguments
+from development_page import REWARD_MODELS
 from sklearn.metrics import log_loss
 from tqdm import tqdm
 
@@ -24,8 +24,6 @@ from fractal_rm.metrics import bag_metrics, step_auc
 from fractal_rm.quickstart import quiet
 from fractal_rm.results import ResultsFile, read_results
 
-RESULTS = Path(__file__).resolve().parent / "results" / "dense_vs_outcome_development.jsonl"
-BENCHMARK = "dense_vs_outcome_reward_models"
 HELD_OUT = 256
 # Each is `fractal` with other settings; `supervised` learns from gold step labels.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -61,23 +59,18 @@ def measure(assets: Assets, recipe: str) -> dict[str, float]:
 
 def main() -> None:
     """Train and measure what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", default=["easy", "medium"], choices=list(SETTINGS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[2000, 2001])
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"))
-    arguments = parser.parse_args()
-    if min(arguments.seeds) < 2000:
-        parser.error("Seeds below 2000 are those of the study. Give seeds from 2000 on.")
+    arguments = parse_arguments(__doc__, "recipes", RECIPES)
     KINDS.update(RECIPES)  # so that assets can make them
     units = [(n, s, r) for n in arguments.seeds for s in arguments.settings for r in arguments.recipes]
-    done = {(row["seed"], row["dataset"], row["arm"]) for row in read_results(RESULTS) if row["benchmark"] == BENCHMARK}
+    done = {
+        (row["seed"], row["dataset"], row["arm"]) for row in read_results(RESULTS) if row["benchmark"] == REWARD_MODELS
+    }
     for seed, setting, recipe in tqdm([unit for unit in units if unit not in done]):
         start = time.monotonic()
         with quiet():
             metrics = measure(Assets(arguments.output_dir, SETTINGS[setting], seed, Size()), recipe)
         ResultsFile(RESULTS).append(
-            benchmark=BENCHMARK,
+            benchmark=REWARD_MODELS,
             arm=recipe,
             dataset=setting,
             seed=seed,
