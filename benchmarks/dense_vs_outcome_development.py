@@ -13,7 +13,7 @@ from development_arguments import RESULTS, parse_arguments
 
 from fractal_rm.comparison.arms import ARMS, Arm, Options
 from fractal_rm.comparison.reward_models import Size
-from fractal_rm.comparison.rows import BENCHMARK
+from fractal_rm.comparison.rows import latest
 from fractal_rm.comparison.run import Budget
 from fractal_rm.comparison.study import Study, Unit
 
@@ -45,8 +45,8 @@ def main() -> None:
     )
     study.run_all([Unit(s, n, v) for n in arguments.seeds for s in arguments.settings for v in arguments.variants], 1)
     found = defaultdict(list)
-    for row in study.rows():
-        if row["benchmark"] == BENCHMARK and row["metrics"]["rollouts"]:
+    for row in latest(study.rows(), split="development"):
+        if row["metrics"]["rollouts"]:
             found[row["dataset"], row["arm"], row["seed"]].append(row["metrics"]["accuracy"])
     for run, points in sorted(found.items()):
         print(*run, f"mean {sum(points) / len(points):.3f}, end {points[-1]:.3f}")

@@ -17,7 +17,7 @@ from development_page import REWARD_MODELS
 from sklearn.metrics import log_loss
 from tqdm import tqdm
 
-from fractal_rm.comparison.reward_models import FRACTAL, KINDS, Assets, Size, training_recipe
+from fractal_rm.comparison.reward_models import FRACTAL, IMPLICIT, KINDS, Assets, Size, training_recipe
 from fractal_rm.comparison.scripted_scores import oracle
 from fractal_rm.comparison.settings import SETTINGS
 from fractal_rm.metrics import bag_metrics, step_auc
@@ -33,6 +33,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fractal_8x3e-4": {**FRACTAL, "num_train_epochs": 8},
     "fractal_16x2e-4": {**FRACTAL, "learning_rate": 2e-4},
 }
+# The rival that scores log-ratios. Its score of a response is the probability of the label itself, luck included.
+IMPLICITS: dict[str, dict[str, Any]] = {
+    "implicit": IMPLICIT["implicit"],
+    "implicit_1e-3": {**IMPLICIT["implicit"], "learning_rate": 1e-3},
+    "implicit_beta_0.5": {**IMPLICIT["implicit"], "beta": 0.5},
+}
 
 
 def measure(assets: Assets, recipe: str) -> dict[str, float]:
@@ -46,7 +52,7 @@ def measure(assets: Assets, recipe: str) -> dict[str, float]:
     scores, good = (np.concatenate(rows) for rows in ([found.step_scores for *_, found in used], gold))
     labels = np.array([setting.label(prompt, text) for prompt, text, _ in used])
     probs = np.array([found.score for *_, found in used])
-    luck = FRACTAL["missed_bad"]
+    luck = 0.0 if recipe in IMPLICITS else FRACTAL["missed_bad"]
     return {
         "bag_nll": float(log_loss(labels, (1 - luck) * probs + luck, labels=[0, 1])),
         "bag_auc": bag_metrics(probs, labels)["bag_auc"],
@@ -59,13 +65,16 @@ def measure(assets: Assets, recipe: str) -> dict[str, float]:
 
 def main() -> None:
     """Train and measure what is missing."""
-    arguments = parse_arguments(__doc__, "recipes", RECIPES)
+    arguments = parse_arguments(__doc__, "recipes", [*RECIPES, *IMPLICITS])
     KINDS.update(RECIPES)  # so that assets can make them
+    IMPLICIT.update(IMPLICITS)
     units = [(n, s, r) for n in arguments.seeds for s in arguments.settings for r in arguments.recipes]
     done = {
-        (row["seed"], row["dataset"], row["arm"]) for row in read_results(RESULTS) if row["benchmark"] == REWARD_MODELS
+        (row["dataset"], row["seed"], row["arm"])
+        for row in read_results(RESULTS)
+        if row["benchmark"] == REWARD_MODELS and row["config"]["reward_model"] == training_recipe(row["arm"])
     }
-    for seed, setting, recipe in tqdm([unit for unit in units if unit not in done]):
+    for setting, seed, recipe in tqdm([unit for unit in units if unit not in done]):
         start = time.monotonic()
         with quiet():
             metrics = measure(Assets(arguments.output_dir, SETTINGS[setting], seed, Size()), recipe)

@@ -1,25 +1,22 @@
 """Tables of the trials of `dense_vs_outcome_development.py` and `dense_vs_outcome_reward_models.py`."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from fractal_rm.comparison.page import NOTHING
-from fractal_rm.comparison.rows import BENCHMARK
+from fractal_rm.comparison.rows import Rows, latest
 from fractal_rm.report.tables import markdown_table
 
 REWARD_MODELS = "dense_vs_outcome_reward_models"
 COMPARED_TO = "mix"
-Rows = Sequence[Mapping[str, Any]]
 
 
 def variants_table(rows: Rows) -> str:
     """What each variant is better than `mix` by, in points of accuracy, paired over the seeds that both have."""
     runs: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     ended = set()
-    for row in rows:
-        if row["benchmark"] == BENCHMARK and row["metrics"]["rollouts"]:
+    for row in latest(rows, split="development"):
+        if row["metrics"]["rollouts"]:
             runs[row["dataset"], row["arm"]][row["seed"]].append(row["metrics"]["accuracy"])
             if row["config"]["last"]:
                 ended.add((row["dataset"], row["arm"], row["seed"]))
@@ -40,5 +37,5 @@ def variants_table(rows: Rows) -> str:
 
 def recipes_table(rows: Rows) -> str:
     """How well reward models of each recipe know labels that they have not learned from, over seeds."""
-    known = [row for row in rows if row["benchmark"] == REWARD_MODELS]
-    return markdown_table(sorted(known, key=lambda row: (row["dataset"], row["arm"]))) if known else NOTHING
+    known = {(row["dataset"], row["arm"], row["seed"]): row for row in rows if row["benchmark"] == REWARD_MODELS}
+    return markdown_table([known[key] for key in sorted(known)]) if known else NOTHING

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from fractal_rm.bags import Bag
-from fractal_rm.comparison.implicit import EPOCHS, ImplicitReward
+from fractal_rm.comparison.implicit import ImplicitReward
 from fractal_rm.metrics import bag_metrics
 from fractal_rm.reward_model import StepScores
 
 # Trials, as many as other arms have: learning rate, weight of the log-ratio.
+EPOCHS, BATCH_SIZE = 3, 64
 GRID = ((1e-3, 0.1), (1e-3, 0.5), (2e-3, 0.1), (2e-3, 0.5))
 
 
@@ -22,7 +23,9 @@ def implicit_scores(
     found = []
     for learning_rate, beta in GRID:
         model = ImplicitReward(path, beta, seed)
-        model.train(splits["train"], learning_rate, max_steps)
+        model.train(
+            splits["train"], learning_rate=learning_rate, epochs=EPOCHS, batch_size=BATCH_SIZE, max_steps=max_steps
+        )
         scored = model.score(splits["validation"])
         auc = bag_metrics([result.score for result in scored], labels)["bag_auc"]
         found.append((auc, model, scored, {"learning_rate": learning_rate, "beta": beta, "epochs": EPOCHS}))

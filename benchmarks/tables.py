@@ -13,7 +13,7 @@ from evaluation_page import page as evaluation_page
 from scale_page import scale_page
 from speed_page import page as speed_page
 
-from fractal_rm.comparison.page import NOTHING, chosen_table, draw_curves
+from fractal_rm.comparison.page import chosen_table, draw_curves, draw_scores
 from fractal_rm.comparison.page import tables as evidence_tables
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.results import read_results, write_atomic
@@ -69,23 +69,21 @@ def evidence_rows() -> list[dict[str, Any]]:
     return read_results(path) if path.is_file() else []
 
 
-def evidence_page(document: str) -> str:
-    """The page of the evidence with its tables made anew."""
+def evidence_pages(page: str, history: str, readme: str) -> tuple[str, str, str]:
+    """The page of the evidence, that of its history, and the README, with its tables made anew."""
     chosen = RESULTS.parent / "dense_vs_outcome.yaml"
     known = yaml.safe_load(chosen.read_text(encoding="utf-8")) if chosen.is_file() else {}
-    rows = evidence_rows()
-    figure = "![Held-out accuracy against rollouts, by setting and arm](evidence.png)" if rows else NOTHING
-    trials = read_results(RESULTS / "dense_vs_outcome_development.jsonl")
-    made = {
-        **evidence_tables(rows),
-        "chosen": chosen_table(known),
-        "figure": figure,
-        "development": variants_table(trials),
-        "recipes": recipes_table(trials),
+    rows, trials = evidence_rows(), read_results(RESULTS / "dense_vs_outcome_development.jsonl")
+    made = evidence_tables(rows)
+    pictures = {
+        "figure": "![Held-out accuracy against rollouts, by setting and arm](evidence.png)",
+        "scores": "![Scores and held-out accuracy against rollouts, by setting and arm](evidence_scores.png)",
     }
-    for name, table in made.items():
-        document = replace_table(document, f"evidence {name}", table)
-    return document
+    for name, table in {**made, "chosen": chosen_table(known), **(pictures if rows else {})}.items():
+        page = replace_table(page, f"evidence {name}", table)
+    for name, table in {"development": variants_table(trials), "recipes": recipes_table(trials)}.items():
+        history = replace_table(history, f"evidence {name}", table)
+    return page, history, replace_table(readme, "evidence summary", made["summary"])
 
 
 def documents() -> dict[Path, str]:
@@ -110,19 +108,17 @@ def documents() -> dict[Path, str]:
     speed = REPOSITORY / "docs" / "speed.md"
     evaluation = REPOSITORY / "docs" / "evaluation.md"
     judged = (read_results(RESULTS / f"{name}.jsonl") for name in ("processbench", "best_of_n"))
-    evidence = REPOSITORY / "docs" / "evidence.md"
+    evidence, history = (REPOSITORY / "docs" / f"{name}.md" for name in ("evidence", "evidence_history"))
+    pages = evidence_pages(*(path.read_text(encoding="utf-8") for path in (evidence, history, readme)))
     return {
-        evidence: evidence_page(evidence.read_text(encoding="utf-8")),
+        evidence: pages[0],
+        history: pages[1],
         speed: speed_page(speed.read_text(encoding="utf-8"), RESULTS),
         disaggregation: tables,
         scale: replace_table(plan, "kill_and_resume", killed),
         online: replace_table(online.read_text(encoding="utf-8"), "online_reward", online_table()),
         evaluation: evaluation_page(evaluation.read_text(encoding="utf-8"), *judged),
-        readme: replace_table(
-            replace_table(readme.read_text(encoding="utf-8"), "quickstart", short),
-            "evidence summary",
-            evidence_tables(evidence_rows())["summary"],
-        ),
+        readme: replace_table(pages[2], "quickstart", short),
         quickstart: text,
     }
 
@@ -132,3 +128,4 @@ if __name__ == "__main__":
         write_atomic(path, text)
     draw_figure(REPOSITORY / "docs" / FIGURE, read_results(RESULTS / "disaggregation.jsonl"))
     draw_curves(REPOSITORY / "docs" / "evidence.png", evidence_rows())
+    draw_scores(REPOSITORY / "docs" / "evidence_scores.png", evidence_rows())

@@ -10,14 +10,16 @@ from scipy import stats
 
 from fractal_rm.comparison import page, statistics
 from fractal_rm.comparison.arms import ARMS, LEARNING_RATES
-from fractal_rm.comparison.reward_models import Size, result_spans
-from fractal_rm.comparison.rows import BENCHMARK, latest
-from fractal_rm.comparison.run import Budget
+from fractal_rm.comparison.reward_models import IMPLICIT, TRAINING, Size, result_spans, training_recipe
+from fractal_rm.comparison.rows import BENCHMARK, finished_runs, latest
+from fractal_rm.comparison.run import PPO_SETTINGS, Budget
 from fractal_rm.comparison.scripted_scores import ScriptedRewardModel, copy_label, oracle, random_steps
-from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS
-from fractal_rm.comparison.study import TUNING_SEED, Study, Unit, available, study_units, trials_at, tuning_units
+from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS, form_tokenizer
+from fractal_rm.comparison.study import TUNING_SEED, Study, Unit, check_arms, study_units, trials_at, tuning_units
 from fractal_rm.tasks.arithmetic import Beliefs
 from fractal_rm.tasks.variants import read_problem, respond
+from fractal_rm.trainers.fractal_config import FractalConfig
+from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 
 VALUES = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12)
 EXTRA = {"rm_rollouts": 0, "rm_seconds": 0.0, "response_tokens": 30.0, "kl": 0.1, "alarms": 0, "rm_score": None}
@@ -66,6 +68,14 @@ def test_rollouts_to_reach_are_where_the_line_crosses():
     assert statistics.rollouts_to_reach(rollouts, curve, 0.1) == 0
 
 
+def compare(rows, setting, arm):
+    return statistics.compare_arm(finished_runs(rows), setting, arm)
+
+
+def claims(rows, arm):
+    return statistics.claims(statistics.comparisons(finished_runs(rows), arm))
+
+
 def study(gain, *, seeds=10, rm_rollouts=0):
     """A study in which `fractal` is `gain` above `outcome_grpo` after the start, on all main settings."""
     rng, rows = np.random.default_rng(0), []
@@ -77,6 +87,7 @@ def study(gain, *, seeds=10, rm_rollouts=0):
             rows += rows_of(setting, "outcome_grpo", seed, base)
             rows += rows_of(setting, "outcome_ppo", seed, [value - 0.1 for value in base])
             rows += rows_of(setting, "outcome_grpo_long", seed, [*base, 0.7 + noise])
+            rows += rows_of(setting, "outcome_ppo_long", seed, [*base, 0.65 + noise])
             rows += rows_of(setting, "supervised", seed, [value + 0.01 for value in ours])
             for arm in ("fractal", "fractal_mix"):
                 rows += rows_of(setting, arm, seed, ours, rm_rollouts=rm_rollouts)
@@ -84,7 +95,7 @@ def study(gain, *, seeds=10, rm_rollouts=0):
 
 
 def test_a_known_gain_over_the_better_outcome_arm_is_found_with_its_interval():
-    found = statistics.compare_arm(study(0.2), "easy", "fractal")
+    found = compare(study(0.2), "easy", "fractal")
     assert found.rival == "outcome_grpo"
     assert (found.seeds, found.half_rollouts) == (10, 200)
     for difference in (found.half, found.end):
@@ -93,7 +104,8 @@ def test_a_known_gain_over_the_better_outcome_arm_is_found_with_its_interval():
     # The mean area differs by the gain, but for the triangle before the first evaluation.
     assert found.area.difference == pytest.approx(0.2 * (1 - 1 / 6))
     assert found.improvement == 1.0
-    assert found.reach == pytest.approx(1 / 3)  # .4 + .2 is where the rival ends
+    assert found.reach.difference == pytest.approx(1 / 3)  # .4 + .2 is where the rival ends
+    assert found.means == (pytest.approx(found.means[1] + 0.2), pytest.approx(0.6, abs=0.02))
     assert found.ceiling.difference == pytest.approx(-0.01)
     assert found.drop == pytest.approx(0.0)
 
@@ -103,35 +115,76 @@ def test_a_rival_without_a_gain_is_compared_with_at_its_end():
     for seed in range(10):
         end = 0.3 + 0.02 * (-1) ** seed  # as many runs rise as fall
         rows += rows_of("easy", "outcome_grpo", seed, [0.3, 0.31, 0.3, end])
-    found = statistics.compare_arm(rows, "easy", "fractal")
+    found = compare(rows, "easy", "fractal")
+    assert not found.learns
     assert found.half_rollouts == 300
     assert found.half.difference == found.end.difference
+    # Where that point is does not depend on how many seeds our arm has.
+    few = [row for row in rows if row["arm"] != "fractal" or row["seed"] < 2]
+    assert compare(few, "easy", "fractal").half_rollouts == 300
+    # Nothing to reach: no share is shown, and claims are counted without such a setting too.
+    made = page.tables(rows)
+    (line,) = (line for line in made["summary"].splitlines() if line.startswith("| easy |"))
+    assert line.endswith(f"| {page.MISSING} |")
+    (claim,) = (claim for claim in claims(rows, "fractal") if "at most half" in claim.text)
+    assert "easy" in claim.known
+    assert claim.learning == ()  # the only setting with an outcome-only arm is that one
+
+
+def test_the_share_of_rollouts_to_reach_the_rivals_end_has_an_interval_over_seeds():
+    rows = []
+    for seed in range(10):
+        rows += rows_of("easy", "outcome_grpo", seed, [0.2, 0.3, 0.5])
+        rows += rows_of("easy", "fractal", seed, [0.2, 0.5 + 0.02 * (seed - 4.5), 0.8])
+    found = compare(rows, "easy", "fractal").reach
+    assert found.difference == pytest.approx(0.5)
+    assert 0.4 < found.low < 0.5 < found.high < 0.6
+    # Draws of seeds whose mean never gets there leave the upper end open.
+    never = [row for row in rows if row["arm"] != "fractal"]
+    for seed in range(10):
+        never += rows_of("easy", "fractal", seed, [0.2, 0.3, 0.52 if seed else 0.3])
+    reach = compare(never, "easy", "fractal").reach
+    assert (reach.difference, reach.high) == (float("inf"), float("inf"))
+    assert np.isfinite(reach.low)
+    assert "never" in page.tables(never)["gains"]
 
 
 def test_the_reward_models_rollouts_are_taken_from_its_arm():
     # 100 of 300 rollouts go to the reward model: its arm is at its second evaluation when the rival is at its end.
-    found = statistics.compare_arm(study(0.3, rm_rollouts=100), "easy", "fractal")
+    found = compare(study(0.3, rm_rollouts=100), "easy", "fractal")
     assert found.with_rollouts.difference == pytest.approx(0.5 + 0.3 - 0.6)
     assert found.with_seconds.difference == pytest.approx(0.5 + 0.3 - 0.6)
-    assert statistics.compare_arm(study(0.3, rm_rollouts=300), "easy", "fractal").with_rollouts is None
+    assert compare(study(0.3, rm_rollouts=300), "easy", "fractal").with_rollouts is None
 
 
 def test_the_better_of_the_longer_outcome_runs_is_compared_at_its_own_end():
     rows = study(0.3)
-    assert statistics.compare_arm(rows, "easy", "fractal").longer.difference == pytest.approx(0.9 - 0.7)
+    assert compare(rows, "easy", "fractal").longer.difference == pytest.approx(0.9 - 0.7)
+    short = [row for row in rows if row["arm"] != "outcome_ppo_long"]
+    assert compare(short, "easy", "fractal").longer is None  # the one that is missing may be the better one
     for seed in range(5):  # half of the seeds are enough, and those are the ones that are compared
-        rows += rows_of("easy", "outcome_ppo_long", seed, [0.3, 0.4, 0.5, 0.6, 0.8])
-    difference = statistics.compare_arm(rows, "easy", "fractal").longer
-    ends = statistics.curves(rows, "easy", "fractal").values[:5, -1]
+        short += rows_of("easy", "outcome_ppo_long", seed, [0.3, 0.4, 0.5, 0.6, 0.8])
+    difference = compare(short, "easy", "fractal").longer
+    ends = statistics.curves(finished_runs(short), "easy", "fractal").values[:5, -1]
     assert difference.difference == pytest.approx(ends.mean() - 0.8)
-    without = [row for row in rows if not row["arm"].endswith("_long")]
-    assert statistics.compare_arm(without, "easy", "fractal").longer is None
+
+
+def test_ahead_with_all_rollouts_counted_in_takes_an_interval_above_0():
+    rows = [row for row in study(0.3) if not row["arm"].endswith("_long")]
+    for setting in MAIN_SETTINGS:
+        for seed in range(10):  # ahead in the mean, because of one seed
+            end = 0.3 if seed == 0 else 0.95
+            for arm in ("outcome_grpo_long", "outcome_ppo_long"):
+                rows += rows_of(setting, arm, seed, [0.3, 0.4, 0.5, 0.6, end])
+    assert compare(rows, "easy", "fractal").longer.difference > 0
+    (claim,) = (claim for claim in claims(rows, "fractal") if "counted in" in claim.text)
+    assert (claim.state, claim.holds) == ("not met", ())
 
 
 def test_claims_are_met_by_a_gain_and_not_by_none():
-    met = {claim.text: claim.state for claim in statistics.claims(study(0.3), "fractal")}
+    met = {claim.text: claim.state for claim in claims(study(0.3), "fractal")}
     assert set(met.values()) == {"met"}, met
-    none = [claim.state for claim in statistics.claims(study(0.0), "fractal") if claim.state != "met"]
+    none = [claim.state for claim in claims(study(0.0), "fractal") if claim.state != "met"]
     assert none == ["not met"] * 4  # all but: not below at the end, near the ceiling, no collapse
 
 
@@ -141,51 +194,62 @@ def test_one_run_that_collapses_is_a_collapse():
     for row in rows:
         if (row["dataset"], row["arm"], row["seed"]) == ("medium", "fractal", 3) and row["metrics"]["rollouts"] == last:
             row["metrics"]["accuracy"] -= 0.2
-    assert statistics.compare_arm(rows, "medium", "fractal").drop == pytest.approx(0.1)
-    (claim,) = (claim for claim in statistics.claims(rows, "fractal") if "collapse" in claim.text)
+    assert compare(rows, "medium", "fractal").drop == pytest.approx(0.1)
+    (claim,) = (claim for claim in claims(rows, "fractal") if "collapse" in claim.text)
     assert (claim.state, set(MAIN_SETTINGS) - set(claim.holds)) == ("not met", {"medium"})
 
 
 def test_claims_are_undecided_as_long_as_settings_without_rows_could_meet_them():
     rows = [row for row in study(0.3) if row["dataset"] in ("easy", "medium")]
-    found = statistics.claims(rows, "fractal")
+    found = claims(rows, "fractal")
     assert found[0].holds == found[0].known == ("easy", "medium")
     assert found[2].known == ("medium",)  # the long ones
     assert {claim.state for claim in found} == {"undecided"}
     few = [row for row in study(0.3) if row["arm"] != "supervised" or row["seed"] < 4]
-    assert [claim.state for claim in statistics.claims(few, "fractal")].count("undecided") == 1
+    assert [claim.state for claim in claims(few, "fractal")].count("undecided") == 1
     worse = [row for row in study(0.0) if row["dataset"] in ("easy", "medium")]
-    assert statistics.claims(worse, "fractal")[0].state == "not met"  # the other four are fewer than five
-    assert statistics.claims([], "fractal")[0].known == ()
-    assert statistics.verdicts([]) == []
+    assert claims(worse, "fractal")[0].state == "not met"  # the other four are fewer than five
+    assert claims([], "fractal")[0].known == ()
+    assert statistics.verdicts([], page.DEFAULT_ARMS) == []
 
 
 def test_few_seeds_have_no_interval_and_decide_no_claim():
     few = study(0.3, seeds=4)
-    found = statistics.compare_arm(few, "easy", "fractal")
+    found = compare(few, "easy", "fractal")
     assert found.end.difference == pytest.approx(0.3)
     assert np.isnan(found.end.low)
     assert np.isnan(found.half.high)
-    assert all(not claim.known for claim in statistics.claims(few, "fractal"))
+    assert all(not claim.known for claim in claims(few, "fractal"))
     made = page.tables(few)
     assert made["claims"] == page.UNDECIDED
     assert "| +30.0 | +30.0 | 25% |" in made["summary"]
-    assert all(claim.state == "met" for claim in statistics.claims(study(0.3, seeds=5), "fractal"))
+    assert all(claim.state == "met" for claim in claims(study(0.3, seeds=5), "fractal"))
 
 
 def test_half_a_run_is_no_run_and_a_run_that_was_done_again_counts_once():
     half = rows_of("easy", "fractal", 0, [0.1, 0.2], finished=False)
-    assert statistics.curves(half, "easy", "fractal") is None
+    assert finished_runs(half) == {}
     again = half + rows_of("easy", "fractal", 0, [0.3, 0.4, 0.5])
     assert len(latest(again)) == 3
-    assert statistics.curves(again, "easy", "fractal").values.tolist() == [[0.3, 0.4, 0.5]]
+    assert statistics.curves(finished_runs(again), "easy", "fractal").values.tolist() == [[0.3, 0.4, 0.5]]
+
+
+def test_a_run_with_other_settings_takes_the_place_of_the_whole_old_one():
+    old = rows_of("easy", "fractal", 0, [0.3, 0.4, 0.5])
+    new = rows_of("easy", "fractal", 0, [0.6, 0.7, 0.8])
+    for row in new:
+        row["config"]["lam"] = 0.5
+    # Killed on its way: its first rows and the old last one make no run.
+    assert finished_runs(old + new[:2]) == {}
+    assert [row["metrics"]["accuracy"] for row in latest(old + new[:2])] == [0.6, 0.7]
+    assert statistics.curves(finished_runs(old + new), "easy", "fractal").values.tolist() == [[0.6, 0.7, 0.8]]
 
 
 def test_a_metric_that_some_evaluations_lack_has_a_curve_of_the_others():
     rows = rows_of("easy", "fractal", 0, [0.1, 0.2, 0.3])
     rows[1]["metrics"]["accuracy_greedy"] = None
-    assert statistics.curves(rows, "easy", "fractal", "accuracy_greedy").rollouts.tolist() == [0, 200]
-    assert statistics.curves(rows, "easy", "fractal", "rm_score") is None
+    assert statistics.curves(finished_runs(rows), "easy", "fractal", "accuracy_greedy").rollouts.tolist() == [0, 200]
+    assert statistics.curves(finished_runs(rows), "easy", "fractal", "rm_score") is None
 
 
 def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
@@ -198,15 +262,46 @@ def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
     assert "| **+30.0** [+30.0, +30.0] | **+30.0** [+30.0, +30.0] | 25% |" in made["summary"]
     assert not page.draw_curves(tmp_path / "curves.png", [])
     assert page.draw_curves(tmp_path / "curves.png", study(0.3))
-    assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
+    assert not page.draw_scores(tmp_path / "scores.png", [])
+    scored = study(0.3)
+    for row in scored:
+        row["metrics"]["rm_score"] = row["metrics"]["accuracy"] - 0.1
+    assert page.draw_scores(tmp_path / "scores.png", scored)
+    assert "-0.10 to -0.10" in page.tables(scored)["hacking"]
+    for name in ("curves", "scores"):
+        assert (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"
 
 
 # The plan ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_arm_has_the_same_number_of_trials_on_a_seed_that_is_not_reported():
-    assert {len(trials_at(name, rate)) for name in ARMS for rate in LEARNING_RATES} == {2}
-    assert {unit.seed for unit in tuning_units(["easy"], list(ARMS), LEARNING_RATES)} == {TUNING_SEED}
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_has_two_different_trials_a_rate_that_the_trainer_takes(name, tmp_path):
+    for rate in LEARNING_RATES:
+        trials = [ARMS[name].trials[number] for number in trials_at(name, rate)]
+        assert len(trials) == 2
+        assert trials[0] != trials[1]
+        for trial in trials:
+            config = StepPPOConfig(output_dir=str(tmp_path), **(PPO_SETTINGS | trial))
+            assert {option: getattr(config, option) for option in trial} == trial
+    assert {unit.seed for unit in tuning_units(["easy"], [name], LEARNING_RATES)} == {TUNING_SEED}
+
+
+@pytest.mark.parametrize("kind", sorted({arm.judge for arm in ARMS.values() if training_recipe(arm.judge or "")}))
+def test_every_kind_of_reward_model_has_a_recipe_that_can_be_trained(kind, tmp_path):
+    recipe = dict(training_recipe(kind))
+    if kind in IMPLICIT:  # as many passes over the responses as the others make, in batches as large
+        assert (recipe["epochs"], recipe["batch_size"]) == (
+            TRAINING["num_train_epochs"],
+            TRAINING["per_device_train_batch_size"],
+        )
+        return
+    if recipe.get("likelihood_prior_weight"):
+        recipe["reference_model"] = "policy"
+    config = FractalConfig(output_dir=str(tmp_path), **recipe)
+    assert config.num_train_epochs == TRAINING["num_train_epochs"]
+    # Only the arm that is named for gold step labels learns from them.
+    assert (config.instance_weight > 0) == (kind == "supervised")
 
 
 def trial_rows(arm, accuracies):
@@ -252,7 +347,7 @@ def test_core_arms_come_first_and_seeds_before_settings():
 
 def test_an_unknown_arm_is_named():
     with pytest.raises(ValueError, match=r"There is no arm 'dense'\. Choose from outcome_grpo, "):
-        available(["dense"])
+        check_arms(["dense"])
 
 
 # Settings and rules -------------------------------------------------------------------------------------------------
@@ -265,8 +360,13 @@ def test_every_setting_makes_problems_that_differ_by_seed_and_stream_and_fit_the
     assert held_out == [p.prompt for p in setting.problems("held_out", 50, 3)]
     assert held_out != [p.prompt for p in setting.problems("held_out", 50, 4)]
     assert held_out != [p.prompt for p in setting.problems("train", 50, 3)]
-    for prompt in held_out:
-        assert read_problem(prompt).prompt == prompt
+    tokenizer = form_tokenizer()
+    for problem in setting.problems("held_out", 50, 3):
+        assert read_problem(problem.prompt).prompt == problem.prompt
+        right = respond(problem, Beliefs(0.0), None)
+        assert problem.check_answer(right)
+        # With its end of text.
+        assert len(tokenizer(right)["input_ids"]) + 1 <= setting.max_new_tokens
 
 
 def test_the_reward_model_of_the_shift_sees_shorter_problems_only():

@@ -1,17 +1,26 @@
 """The comparison of rewards at a size that proves nothing: all of it runs, goes on, and leaves what it promises."""
 
+import importlib
 import json
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from fractal_rm.comparison import command, reward_models, study
+from fractal_rm.comparison import command, reward_models, run, study
 from fractal_rm.comparison.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY
-from fractal_rm.comparison.command import SMOKE_BUDGET, CompareArguments, run_comparison
+from fractal_rm.comparison.command import SMOKE_BUDGET, SMOKE_SIZE, CompareArguments, run_comparison
+from fractal_rm.comparison.implicit import ImplicitReward
 from fractal_rm.comparison.page import UNDECIDED
+from fractal_rm.comparison.settings import SETTINGS, Setting
 from fractal_rm.comparison.study import trials_at, write_chosen
 from fractal_rm.results import read_results
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 METRICS = {
     "rollouts", "accuracy", "accuracy_greedy", "step_accuracy", "rm_score", "response_tokens", "kl", "alarms",
     "seconds", "rm_rollouts", "rm_seconds",
@@ -74,9 +83,67 @@ def test_only_arms_with_a_reward_model_pay_for_one(finished):
         assert (row["metrics"]["rm_score"] is None) == (row["arm"] in ("outcome_ppo", LONG))
 
 
-def test_labelled_responses_hold_outcomes_and_no_step_labels(finished):
-    file = finished / "easy" / "seed-0" / "labelled" / "rows.jsonl"
-    assert all(set(json.loads(line)) == {"prompt", "response", "label"} for line in file.read_text().splitlines())
+def assets_of(folder):
+    return reward_models.Assets(folder, SETTINGS["easy"], 0, SMOKE_SIZE)
+
+
+def test_only_supervised_reward_models_are_given_step_labels(finished):
+    assets = assets_of(finished)
+    for kind in ("fractal", "fractal_bag", "fractal_priors", "fractal_pseudo", "result_token", "response", "lca"):
+        assert all(bag.step_labels is None and bag.label in (0.0, 1.0) for bag in assets.bags(kind))
+    assert all(len(bag.step_labels) == len(bag.step_spans) for bag in assets.bags("supervised"))
+
+
+def test_no_problem_that_policies_are_measured_on_is_labelled_or_trained_on(finished, tmp_path, monkeypatch):
+    held_out = SETTINGS["easy"].problems("held_out", 64, 0)
+    plain = Setting.problems
+
+    def mixed(self, stream, count, seed):
+        found = plain(self, stream, count, seed)
+        return found if stream == "held_out" else [*held_out[: count // 4], *found[count // 4 :]]
+
+    monkeypatch.setattr(Setting, "problems", mixed)
+    (tmp_path / "policies").symlink_to(finished / "policies")
+    assets = assets_of(tmp_path)
+    known = {problem.prompt for problem in held_out}
+    labelled = [bag.prompt for bag in assets.bags("fractal")]
+    assert len(labelled) > SMOKE_SIZE.responses // 2
+    assert not known & set(labelled)
+    trained = []
+
+    def trainer(**options):
+        trained.extend(options["train_dataset"]["prompt"])
+        raise InterruptedError
+
+    monkeypatch.setattr(run, "StepPPOTrainer", trainer)
+    budget = replace(SMOKE_BUDGET, held_out=64)
+    with pytest.raises(InterruptedError):
+        run.run_arm(ARMS["oracle"], {}, assets, budget, print)
+    assert len(trained) == budget.updates * budget.rollouts_per_update // run.PPO_SETTINGS["num_generations"]
+    assert not known & set(trained)
+
+
+def test_the_reward_model_of_results_scores_results_and_nothing_else(finished):
+    model = assets_of(finished).reward_model("result_token")
+    prompt, response = "1+1\n", "1: add 4 -> 7\nAnswer: 7"
+    (scored,) = model.score([prompt], [response], progress=False)
+    assert [step.text for step in scored.steps] == [" 7", " 7"]
+
+
+def test_the_implicit_reward_learns_which_steps_good_responses_have(finished):
+    assets = assets_of(finished)
+    bags = [replace(bag, label=1.0 if " 7" in bag.response else 0.0) for bag in assets.bags("fractal")]
+    assert 0 < sum(bag.label for bag in bags) < len(bags)
+    model = ImplicitReward(assets.policy(), 0.5, 0)
+    start = [result.score for result in model.score(bags)]
+    assert start == pytest.approx([0.5] * len(bags))  # the policy against itself
+    model.train(bags, learning_rate=1e-2, epochs=10, batch_size=16)
+    scores = np.array([result.score for result in model.score(bags)])
+    good = np.array([bag.label == 1.0 for bag in bags])
+    assert scores[good].mean() > scores[~good].mean() + 0.3
+    steps = [step for result in model.score(bags) for step in result.steps]
+    sevens, others = ([step.score for step in steps if (" 7" in step.text) == has] for has in (True, False))
+    assert np.mean(sevens) > np.mean(others) + 0.1
 
 
 def test_tables_figure_and_verdicts_are_written(finished):
@@ -129,7 +196,9 @@ def test_tuning_finds_the_rate_with_the_outcome_only_arms_and_runs_an_arms_trial
     monkeypatch.setattr(command, "TUNING_SETTINGS", ("easy",))
     for module in (command, study):
         monkeypatch.setattr(module, "LEARNING_RATES", LEARNING_RATES[:2])
-    run_comparison(arguments(folder, tune=True, arms=["oracle", LONG]))  # a longer arm has no trials of its own
+    run_comparison(
+        arguments(folder, tune=True, settings=None, arms=["oracle", LONG])
+    )  # a longer arm has no trials of its own
     rows = rows_of(folder)
     assert {row["split"] for row in rows} == {"tuning"}
     rates = {
@@ -147,11 +216,41 @@ def test_tuning_finds_the_rate_with_the_outcome_only_arms_and_runs_an_arms_trial
     assert [len(values) for values in points.values()] == [len(SMOKE_BUDGET.points)] * 2
 
 
+def test_the_benchmark_runs_at_the_size_of_a_smoke_test_in_two_processes(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    benchmark = importlib.import_module("dense_vs_outcome")
+    arms = ["outcome_ppo", "fractal"]
+    benchmark.main(["--smoke", "true", "--jobs", "2", "--settings", "easy", "--arms", *arms])
+    assert "holds the rows" in capsys.readouterr().out
+
+
+def test_a_run_that_two_processes_come_to_is_done_once(tmp_path, monkeypatch):
+    one = study.Study(tmp_path / "rows.jsonl", tmp_path, SMOKE_BUDGET, SMOKE_SIZE, {"oracle": {}})
+    started, done = threading.Event(), []
+
+    def slow(self, unit):
+        started.set()
+        time.sleep(0.2)
+        done.append(unit)
+
+    monkeypatch.setattr(study.Study, "_run", slow)
+    monkeypatch.setattr(study.Study, "is_done", lambda self, unit, rows: unit in done)
+    unit = study.Unit("easy", 0, "oracle")
+    first = threading.Thread(target=one.run, args=(unit,))
+    first.start()
+    started.wait()
+    one.run(unit)
+    first.join()
+    assert done == [unit]
+
+
 def test_bad_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="There is no setting 'hell'"):
         arguments(tmp_path / "smoke", settings=["hell"])
     with pytest.raises(ValueError, match="There is no arm 'dense'"):
         arguments(tmp_path / "smoke", arms=["dense"])
+    with pytest.raises(ValueError, match="Trials run on medium and branching"):
+        arguments(tmp_path / "smoke", tune=True)
     with pytest.raises(ValueError, match="`jobs` is 0"):
         arguments(tmp_path / "smoke", jobs=0)
     with pytest.raises(FileNotFoundError, match=r"chosen\.yaml is no file"):

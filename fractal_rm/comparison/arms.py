@@ -11,10 +11,12 @@ _LAMBDAS = (
     {"advantage": "gae", "lam": 0.95, "step_lam": None},
     {"advantage": "gae", "step_lam": 0.2},
 )
+# One score a response: GRPO's baseline or a value model, whose rewards fade or do not.
 _SCALES = (
     {"advantage": "group", "scale_rewards": "group"},
     {"advantage": "group", "scale_rewards": "none"},
 )
+_VALUES = ({"advantage": "gae", "lam": 0.95}, {"advantage": "gae", "lam": 1.0})
 # Sums of later rewards are what these forms are about: credit must reach back to the first step.
 _SUMS = ({"advantage": "group", "step_gamma": 1.0}, {"advantage": "gae", "step_lam": 1.0})
 
@@ -71,9 +73,7 @@ ARMS = {
     arm.name: arm
     for arm in (
         Arm("outcome_grpo", outcome=True, variants=_SCALES),
-        Arm(
-            "outcome_ppo", outcome=True, variants=({"advantage": "gae", "lam": 0.95}, {"advantage": "gae", "lam": 1.0})
-        ),
+        Arm("outcome_ppo", outcome=True, variants=_VALUES),
         *(Arm(longer, outcome=True, longer_than=name) for name, longer in LONGER.items()),
         Arm("fractal", steps="fractal"),
         Arm("fractal_mix", steps="fractal", outcome=True),
@@ -90,19 +90,21 @@ ARMS = {
             options=(*_LEARNING_ON, ("outcome_weight", 0.0)),
             core=False,
         ),
-        Arm("orm", response_model=True, variants=_SCALES),
+        # Judges as outcome-only arms do, so it may have the better of what each of them has chosen.
+        Arm("orm", response_model=True, variants=(_SCALES[0], _VALUES[1])),
         Arm("supervised", steps="supervised"),
         Arm("oracle", steps="oracle"),
         Arm("random_steps", steps="random_steps"),
         Arm("copy_label", steps="copy_label", core=False),
         Arm("fractal_raw", steps="fractal", options=(("shaping", "raw"),), core=False),
-        Arm("fractal_delta", steps="fractal", options=(("shaping", "delta"),), core=False),
+        Arm("fractal_delta", steps="fractal", options=(("shaping", "delta"),), variants=_SUMS, core=False),
         Arm("fractal_min_form", steps="fractal", options=(("shaping", "min_form"),), variants=_SUMS, core=False),
         Arm("fractal_log_odds", steps="fractal", options=(("shaping", "log_odds"),), core=False),
         # Steps alone, and of each step only what it states: how a careless choice of what to score is gamed.
         Arm("fractal_result_token", steps="result_token", core=False),
         Arm("lca", steps="lca", core=False),
-        Arm("implicit", steps="implicit", core=False),
+        # The log-ratio itself is the reward: the log-odds of the score that is its sigmoid.
+        Arm("implicit", steps="implicit", options=(("shaping", "log_odds"),), core=False),
         Arm("fractal_bag", steps="fractal_bag", core=False),
         Arm("fractal_priors", steps="fractal_priors", core=False),
         Arm("fractal_pseudo", steps="fractal_pseudo", core=False),

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fractal_rm.comparison.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY
-from fractal_rm.comparison.page import draw_curves, tables
+from fractal_rm.comparison.page import DEFAULT_ARMS, draw_curves, tables
 from fractal_rm.comparison.reward_models import Size
 from fractal_rm.comparison.run import Budget
-from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS
+from fractal_rm.comparison.settings import SETTINGS
 from fractal_rm.comparison.statistics import verdicts
-from fractal_rm.comparison.study import Study, available, read_chosen, study_units, tuning_units, write_chosen
+from fractal_rm.comparison.study import Study, check_arms, read_chosen, study_units, tuning_units, write_chosen
 from fractal_rm.report.plots import require_matplotlib
 from fractal_rm.results import portable_command, write_atomic
 from fractal_rm.trainers.command_parser import parse
@@ -58,7 +58,9 @@ class CompareArguments:
         for name in ("seeds", "jobs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
-        available(self.arms or [])
+        check_arms(self.arms or [])
+        if self.tune and self.settings is not None:
+            raise ValueError(f"Trials run on {' and '.join(TUNING_SETTINGS)}. Leave `settings` out with `tune`.")
 
 
 def compare(argv: Sequence[str]) -> None:
@@ -78,8 +80,8 @@ def run_comparison(arguments: CompareArguments) -> None:
     results = Path(arguments.results or folder / "results.jsonl")
     chosen_file = Path(arguments.chosen or folder / "chosen.yaml")
     require_matplotlib()  # before the work, not after
-    arms = available(arguments.arms or ARMS)
-    settings = arguments.settings or [*MAIN_SETTINGS, *(name for name in SETTINGS if name not in MAIN_SETTINGS)]
+    arms = list(arguments.arms or ARMS)
+    settings = arguments.settings or list(SETTINGS)
     size = SMOKE_SIZE if arguments.smoke else Size()
     if arguments.tune:
         arms = [name for name in arms if not ARMS[name].longer_than]
@@ -98,7 +100,7 @@ def run_comparison(arguments: CompareArguments) -> None:
     study = Study(results, folder, budget, size, read_chosen(chosen_file, arms))
     study.run_all(study_units(settings, arms, arguments.seeds), arguments.jobs)
     rows = study.rows()
-    sentences = verdicts(rows)
+    sentences = verdicts(rows, DEFAULT_ARMS)
     made = [f"## {name}\n\n{table}" for name, table in tables(rows).items()]
     write_atomic(folder / "report.md", "\n\n".join(["# Dense against outcome-only rewards", *sentences, *made]) + "\n")
     draw_curves(folder / "curves.png", rows)

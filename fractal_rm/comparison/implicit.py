@@ -19,8 +19,8 @@ from fractal_rm.scorers.checkpoint import load_model, load_tokenizer, make_score
 from fractal_rm.scorers.inputs import TokenInputs
 from fractal_rm.scorers.settings import Settings
 
-EPOCHS = 3
-BATCH_SIZE = 64
+# Responses that are scored at once.
+SCORED_AT_ONCE = 64
 
 
 class ImplicitReward:
@@ -59,11 +59,21 @@ class ImplicitReward:
             [bag.prompt for bag in bags], [bag.response for bag in bags], [bag.step_spans for bag in bags]
         )
 
-    def train(self, bags: Sequence[Bag], learning_rate: float, max_steps: int | None) -> None:
-        """Cross entropy of the summed log-ratio and the response label."""
+    def train(
+        self, bags: Sequence[Bag], *, learning_rate: float, epochs: int, batch_size: int, max_steps: int | None = None
+    ) -> None:
+        """Cross entropy of the summed log-ratio and the response label.
+
+        Args:
+            bags: Responses with labels.
+            learning_rate: Of AdamW; it falls to 0 on a line.
+            epochs: Passes over the responses.
+            batch_size: Responses in a step.
+            max_steps: Stop after so many steps; None: after the epochs.
+        """
         encoded, labels = self.encode(bags), torch.tensor([float(bag.label or 0.0) for bag in bags])
         optimizer = torch.optim.AdamW(self.scorer.model.parameters(), lr=learning_rate, weight_decay=0.01)
-        order = torch.cat([torch.randperm(len(bags)) for _ in range(EPOCHS)]).split(BATCH_SIZE)[:max_steps]
+        order = torch.cat([torch.randperm(len(bags)) for _ in range(epochs)]).split(batch_size)[:max_steps]
         for number, rows in enumerate(order):
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - number / len(order))
             ratios = self.ratios(self.inputs.pad([encoded[i] for i in rows]))
@@ -77,9 +87,9 @@ class ImplicitReward:
     def score(self, bags: Sequence[Bag]) -> list[StepScores]:
         """Scores in (0, 1): the sigmoid of log-ratios."""
         encoded, scored = self.encode(bags), []
-        for start in range(0, len(bags), BATCH_SIZE):
-            part = bags[start : start + BATCH_SIZE]
-            ratios = self.ratios(self.inputs.pad(encoded[start : start + BATCH_SIZE]))
+        for start in range(0, len(bags), SCORED_AT_ONCE):
+            part = bags[start : start + SCORED_AT_ONCE]
+            ratios = self.ratios(self.inputs.pad(encoded[start : start + SCORED_AT_ONCE]))
             for bag, row in zip(part, ratios, strict=True):
                 values = row[: len(bag.steps)]
                 steps = [

@@ -1,19 +1,20 @@
 """Tables and figure of the comparison, from its rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fractal_rm.comparison.arms import ARMS, CEILING, OUTCOME_ONLY
-from fractal_rm.comparison.rows import Rows, latest
+from fractal_rm.comparison.rows import Rows, Runs, finished_runs
 from fractal_rm.comparison.settings import SETTINGS
 from fractal_rm.comparison.statistics import (
+    Comparison,
     Curves,
     area,
     claims,
-    compare_arm,
+    comparisons,
     curves,
     interquartile_mean,
     largest_fall,
@@ -26,33 +27,55 @@ from fractal_rm.report.tables import MISSING, format_number
 DEFAULT = "fractal_mix"
 DEFAULT_ARMS = (DEFAULT, "fractal", "fractal_online")
 DRAWN = (DEFAULT, *OUTCOME_ONLY, CEILING)
+# Arms whose score is drawn beside the truth; of the last one's steps only the result is scored.
+SCORED = (DEFAULT, "fractal", "orm", "fractal_result_token")
+# What `comparisons` says of arms.
+Found = Mapping[str, Mapping[str, Comparison]]
 NOTHING = "No rows yet."
 UNDECIDED = "No setting has the five seeds yet that an interval takes."
 
 
 def tables(rows: Rows) -> dict[str, str]:
     """Each table of the page by its name; a table without rows says so."""
+    runs = finished_runs(rows)
+    found = {arm: comparisons(runs, arm) for arm in DEFAULT_ARMS}
+
+    def shown(cell: Callable[[str, str], str]) -> str:
+        return _by_setting(runs, cell)
+
+    def end(metric: str, digits: int = 3) -> str:
+        return shown(lambda setting, arm: _of(curves(runs, setting, arm, metric), _end, digits))
+
+    def area_of(setting: str, arm: str) -> str:
+        return _of(curves(runs, setting, arm), lambda one: area(one.rollouts, one.values), 3)
+
+    def gap(setting: str, arm: str) -> str:
+        return _gaps(curves(runs, setting, arm, "rm_score"), curves(runs, setting, arm))
+
+    def fall(setting: str, arm: str) -> str:
+        return _falls(curves(runs, setting, arm), curves(runs, setting, arm, "alarms"))
+
     return {
-        "summary": _summary(rows),
-        "claims": _claims(rows),
-        "gains": _gains(rows),
-        "accuracy": _by_setting(rows, _end_accuracy),
-        "area": _by_setting(rows, lambda found: interquartile_mean(area(found.rollouts, found.values))),
-        "greedy": _by_setting(rows, _end_accuracy, metric="accuracy_greedy"),
-        "step_accuracy": _by_setting(rows, _end_accuracy, metric="step_accuracy"),
-        "equal_cost": _equal_cost(rows),
-        "cost": _cost(rows),
-        "hacking": _hacking(rows),
+        "summary": _summary(runs, found[DEFAULT]),
+        "claims": _claims(runs, found),
+        "gains": _gains(found),
+        "accuracy": end("accuracy"),
+        "area": shown(area_of),
+        "greedy": end("accuracy_greedy"),
+        "step_accuracy": end("step_accuracy"),
+        "equal_cost": _equal_cost(runs, found),
+        "cost": shown(lambda setting, arm: _seconds(curves(runs, setting, arm))),
+        "length": end("response_tokens", 1),
+        "kl": end("kl", 1),
+        "hacking": shown(gap),
+        "falls": shown(fall),
     }
 
 
-def present(rows: Rows) -> tuple[list[str], list[str]]:
-    """Settings and arms that have rows, in their own order."""
-    known = {(row["dataset"], row["arm"]) for row in latest(rows)}
-    return (
-        [name for name in SETTINGS if any(setting == name for setting, _ in known)],
-        [name for name in ARMS if any(arm == name for _, arm in known)],
-    )
+def present(runs: Runs) -> tuple[list[str], list[str]]:
+    """Settings and arms that have finished runs, in their own order."""
+    settings, arms = {setting for setting, _ in runs}, {arm for _, arm in runs}
+    return [name for name in SETTINGS if name in settings], [name for name in ARMS if name in arms]
 
 
 def _lines(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -72,35 +95,46 @@ def _points(found: PairedDifference | None) -> str:
     return f"{f'**{value}**' if found.low > 0 else value} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
-def _claims(rows: Rows) -> str:
+def _share(found: PairedDifference) -> str:
+    """A share of rollouts with its interval, if it has one."""
+    if np.isnan(found.low):
+        return _percent(found.difference)
+    return f"{_percent(found.difference)} [{_percent(found.low)}, {_percent(found.high)}]"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if np.isfinite(share) else "never"
+
+
+def _claims(runs: Runs, found: Found) -> str:
     body = []
-    for arm in DEFAULT_ARMS:
-        for claim in claims(rows, arm):
+    for arm, by_setting in found.items():
+        for claim in claims(by_setting):
             if claim.known:
                 state = "**met**" if claim.state == "met" else claim.state
-                holds = ", ".join(claim.holds) or MISSING
-                body.append(
-                    [arm, claim.text, str(claim.asked), f"{len(claim.holds)} of {len(claim.known)}", state, holds]
-                )
-    if rows and not body:
+                learning = sum(name in claim.learning for name in claim.holds)
+                body.append([
+                    arm, claim.text, str(claim.asked), f"{len(claim.holds)} of {len(claim.known)}", state,
+                    f"{learning} of {len(claim.learning)}", ", ".join(claim.holds) or MISSING,
+                ])  # fmt: skip
+    if runs and not body:
         return UNDECIDED
-    return _lines(["arm", "claim", "settings asked", "settings met", "state", "where"], body)
+    header = ["arm", "claim", "settings asked", "settings met", "state", "met where outcome-only learns", "where"]
+    return _lines(header, body)
 
 
-def _summary(rows: Rows) -> str:
+def _summary(runs: Runs, by_setting: Mapping[str, Comparison]) -> str:
     """What a reader wants first: a line a setting, the default arm against the better outcome-only one."""
     body = []
-    for setting in present(rows)[0]:
-        found, supervised = compare_arm(rows, setting, DEFAULT), curves(rows, setting, CEILING)
-        if found is not None:
-            ceiling = MISSING if supervised is None else f"{100 * _end_accuracy(supervised):.1f}"
-            if supervised is not None and len(supervised.seeds) != found.seeds:
-                ceiling += f" (seeds: {len(supervised.seeds)})"
-            reach = f"{found.reach:.0%}" if np.isfinite(found.reach) else "never"
-            body.append([
-                setting, str(found.seeds), *(f"{100 * value:.1f}" for value in reversed(found.iqm)), ceiling,
-                _points(found.half), _points(found.end), reach,
-            ])  # fmt: skip
+    for setting, found in by_setting.items():
+        supervised = curves(runs, setting, CEILING)
+        ceiling = MISSING if supervised is None else f"{100 * supervised.values[:, -1].mean():.1f}"
+        if supervised is not None and len(supervised.seeds) != found.seeds:
+            ceiling += f" (seeds: {len(supervised.seeds)})"
+        body.append([
+            setting, str(found.seeds), *(f"{100 * value:.1f}" for value in reversed(found.means)), ceiling,
+            _points(found.half), _points(found.end), _percent(found.reach.difference) if found.learns else MISSING,
+        ])  # fmt: skip
     header = [
         "setting", "seeds", "outcome only", DEFAULT, CEILING, "gain half-way", "gain at the end",
         "rollouts to reach outcome-only's end",
@@ -108,18 +142,20 @@ def _summary(rows: Rows) -> str:
     return _lines(header, body)
 
 
-def _gains(rows: Rows) -> str:
-    body = []
-    for setting in present(rows)[0]:
-        for arm in DEFAULT_ARMS:
-            found = compare_arm(rows, setting, arm)
-            if found is not None:
-                reach = f"{found.reach:.2f}" if np.isfinite(found.reach) else "never"
-                body.append([
-                    setting, arm, found.rival, str(found.seeds), format_number(int(found.half_rollouts)),
-                    _points(found.half), _points(found.end), _points(found.area), f"{found.improvement:.2f}", reach,
-                    _points(found.ceiling), f"{100 * found.drop:.1f}",
-                ])  # fmt: skip
+def _lines_of(found: Found) -> list[tuple[str, str, Comparison]]:
+    """Setting, arm and comparison, setting by setting."""
+    return [(name, arm, found[arm][name]) for name in SETTINGS for arm in found if name in found[arm]]
+
+
+def _gains(found: Found) -> str:
+    body = [
+        [
+            setting, arm, one.rival, str(one.seeds), format_number(int(one.half_rollouts)), _points(one.half),
+            _points(one.end), _points(one.area), f"{one.improvement:.2f}",
+            _share(one.reach) if one.learns else MISSING, _points(one.ceiling), f"{100 * one.drop:.1f}",
+        ]
+        for setting, arm, one in _lines_of(found)
+    ]  # fmt: skip
     header = [
         "setting", "arm", "better outcome-only arm", "seeds", "rollouts at half of its gain", "difference there",
         "difference at the end", "difference of areas", "P(better)", "share of rollouts to reach its end",
@@ -128,76 +164,61 @@ def _gains(rows: Rows) -> str:
     return _lines(header, body)
 
 
-def _equal_cost(rows: Rows) -> str:
+def _equal_cost(runs: Runs, found: Found) -> str:
     body = []
-    for setting in present(rows)[0]:
-        for arm in DEFAULT_ARMS:
-            found, ours = compare_arm(rows, setting, arm), curves(rows, setting, arm)
-            if found is not None and ours is not None:
-                body.append([
-                    setting, arm, format_number(int(ours.rm_rollouts)), f"{ours.rm_seconds:.0f}",
-                    _points(found.end), _points(found.longer), _points(found.with_rollouts),
-                    _points(found.with_seconds),
-                ])  # fmt: skip
-    header = [
-        "setting", "arm", "rollouts of the reward model", "its seconds", "at equal rollouts",
-        "outcome-only has those too", "our arm has those less", "at equal seconds, those included",
-    ]  # fmt: skip
-    return _lines(header, body)
-
-
-def _end_accuracy(found: Curves) -> float:
-    return interquartile_mean(found.values[:, -1])
-
-
-def _by_setting(rows: Rows, value: Any, *, metric: str = "accuracy") -> str:
-    """A line an arm, a column a setting, the number of seeds behind a value."""
-    settings, arms = present(rows)
-    body = []
-    for arm in arms:
-        found = [curves(rows, setting, arm, metric) for setting in settings]
-        if any(one is not None for one in found):
-            cells = [MISSING if one is None else f"{value(one):.3f} ({len(one.seeds)})" for one in found]
-            body.append([arm, *cells])
-    return _lines(["arm", *settings], body)
-
-
-def _cost(rows: Rows) -> str:
-    """Processor seconds of a run's training, of its reward model, and tokens a response has at the end."""
-    body = []
-    for setting in present(rows)[0]:
-        for arm in present(rows)[1]:
-            found = curves(rows, setting, arm, "response_tokens")
-            kl = curves(rows, setting, arm, "kl")
-            if found is not None and kl is not None:
-                body.append([
-                    setting, arm, format_number(int(found.rollouts[-1])), f"{found.seconds[-1]:.0f}",
-                    format_number(int(found.rm_rollouts)), f"{found.rm_seconds:.0f}",
-                    f"{found.values[:, -1].mean():.1f}", f"{kl.values[:, -1].mean():.2f}",
-                ])  # fmt: skip
-    header = [
-        "setting", "arm", "rollouts", "seconds", "rollouts of the reward model", "its seconds", "tokens a response",
-        "KL a response, nats",
-    ]  # fmt: skip
-    return _lines(header, body)
-
-
-def _hacking(rows: Rows) -> str:
-    """What the reward model thinks of held-out responses, less their accuracy, at the start and at the end."""
-    body = []
-    for setting in present(rows)[0]:
-        for arm in present(rows)[1]:
-            score, truth = curves(rows, setting, arm, "rm_score"), curves(rows, setting, arm)
-            alarms = curves(rows, setting, arm, "alarms")
-            if score is None or truth is None or alarms is None:
-                continue
-            gaps = score.values.mean(axis=0)[[0, -1]] - truth.values.mean(axis=0)[[0, -1]]
+    for setting, arm, one in _lines_of(found):
+        ours, theirs = curves(runs, setting, arm), curves(runs, setting, one.rival)
+        if ours is not None and theirs is not None:
+            seconds = (ours.rm_seconds, ours.seconds[-1], theirs.seconds[-1])
             body.append([
-                setting, arm, f"{gaps[0]:+.3f}", f"{gaps[1]:+.3f}", f"{100 * largest_fall(truth.values):.1f}",
-                f"{alarms.values[:, -1].mean():.1f}",
+                setting, arm, format_number(int(ours.rm_rollouts)), *(f"{value:.0f}" for value in seconds),
+                _points(one.end), _points(one.longer), _points(one.with_rollouts), _points(one.with_seconds),
             ])  # fmt: skip
-    header = ["setting", "arm", "score - accuracy, start", "score - accuracy, end", "largest fall", "alarms a run"]
+    header = [
+        "setting", "arm", "rollouts of the reward model", "its seconds", "seconds of our run",
+        "seconds of outcome-only", "at equal rollouts", "outcome-only has those too", "our arm has those less",
+        "at equal seconds, those included",
+    ]  # fmt: skip
     return _lines(header, body)
+
+
+def _by_setting(runs: Runs, cell: Callable[[str, str], str]) -> str:
+    """A line an arm, a column a setting; arms without a value are left out."""
+    settings, arms = present(runs)
+    body = [[arm, *(cell(setting, arm) for setting in settings)] for arm in arms]
+    return _lines(["arm", *settings], [line for line in body if set(line[1:]) != {MISSING}])
+
+
+def _end(found: Curves) -> np.ndarray:
+    return found.values[:, -1]
+
+
+def _of(found: Curves | None, value: Callable[[Curves], Any], digits: int) -> str:
+    """Interquartile mean of a value of each run, and how many runs there are."""
+    return MISSING if found is None else f"{interquartile_mean(value(found)):.{digits}f} ({len(found.seeds)})"
+
+
+def _seconds(found: Curves | None) -> str:
+    """Processor seconds of training, and those of the reward model and its responses."""
+    if found is None:
+        return MISSING
+    return f"{found.seconds[-1]:.0f}" + (f" + {found.rm_seconds:.0f}" if found.rm_seconds else "")
+
+
+def _gaps(score: Curves | None, truth: Curves | None) -> str:
+    """What the reward model thinks of held-out responses, less their accuracy, at the start and at the end."""
+    if score is None or truth is None:
+        return MISSING
+    gaps = score.values.mean(axis=0) - truth.values.mean(axis=0)
+    return f"{gaps[0]:+.2f} to {gaps[-1]:+.2f}"
+
+
+def _falls(truth: Curves | None, alarms: Curves | None) -> str:
+    """Points that a run ends below its best, at most; alarms of a run, where there were any."""
+    if truth is None or alarms is None:
+        return MISSING
+    raised = alarms.values[:, -1].mean()
+    return f"{100 * largest_fall(truth.values):.1f}" + (f", {raised:.1f} alarms" if raised else "")
 
 
 def draw_curves(path: Path, rows: Rows) -> bool:
@@ -206,7 +227,39 @@ def draw_curves(path: Path, rows: Rows) -> bool:
     Returns:
         Whether there was anything to draw.
     """
-    settings = [name for name in present(rows)[0] if any(curves(rows, name, arm) is not None for arm in DRAWN)]
+
+    runs = finished_runs(rows)
+
+    def draw(axes: Any, colour: str, setting: str, arm: str) -> None:
+        found = curves(runs, setting, arm)
+        if found is not None:
+            low, high = interval_of_mean(found.values)
+            axes.plot(found.rollouts, found.values.mean(axis=0), color=colour, linewidth=1.6, label=arm)
+            axes.fill_between(found.rollouts, low, high, color=colour, alpha=0.15, linewidth=0)
+
+    return _draw(path, runs, DRAWN, draw, "held-out accuracy")
+
+
+def draw_scores(path: Path, rows: Rows) -> bool:
+    """What the reward model thinks of held-out responses (dashed) and how many are right, a panel a setting.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+
+    runs = finished_runs(rows)
+
+    def draw(axes: Any, colour: str, setting: str, arm: str) -> None:
+        score, truth = curves(runs, setting, arm, "rm_score"), curves(runs, setting, arm)
+        if score is not None and truth is not None:
+            axes.plot(truth.rollouts, truth.values.mean(axis=0), color=colour, linewidth=1.6, label=arm)
+            axes.plot(score.rollouts, score.values.mean(axis=0), color=colour, linewidth=1.2, linestyle="--")
+
+    return _draw(path, runs, SCORED, draw, "held-out accuracy; dashed: score")
+
+
+def _draw(path: Path, runs: Runs, arms: Sequence[str], draw: Callable[[Any, str, str, str], None], label: str) -> bool:
+    settings = [name for name in present(runs)[0] if any(curves(runs, name, arm) is not None for arm in arms)]
     if not settings:
         return False
     columns = min(3, len(settings))
@@ -215,18 +268,15 @@ def draw_curves(path: Path, rows: Rows) -> bool:
         for number, setting in enumerate(settings, 1):
             axes = figure.add_subplot(height, columns, number)
             style_axes(axes, PICTURE)
-            for colour, arm in zip(PICTURE.series, DRAWN, strict=True):
-                found = curves(rows, setting, arm)
-                if found is None:
-                    continue
-                low, high = interval_of_mean(found.values)
-                axes.plot(found.rollouts, found.values.mean(axis=0), color=colour, linewidth=1.6, label=arm)
-                axes.fill_between(found.rollouts, low, high, color=colour, alpha=0.15, linewidth=0)
+            for colour, arm in zip(PICTURE.series, arms, strict=True):
+                draw(axes, colour, setting, arm)
             axes.set_title(setting, fontsize=9, color=PICTURE.ink)
-            if number == 1:
-                axes.legend(fontsize=7, frameon=False)
+        # An arm may be missing on some settings.
+        lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+        named = [lines[arm] for arm in arms if arm in lines]
+        figure.axes[0].legend(handles=named, fontsize=7, frameon=False)
         figure.supxlabel("rollouts", fontsize=9, color=PICTURE.muted)
-        figure.supylabel("held-out accuracy", fontsize=9, color=PICTURE.muted)
+        figure.supylabel(label, fontsize=9, color=PICTURE.muted)
         path.write_bytes(to_bytes(figure, "png"))
     return True
 

@@ -63,16 +63,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "result_token": FRACTAL,
     "response": {"segmentation": "given"},
     "supervised": {"bag_weight": 0.0, "instance_weight": 1.0},
-    "lca": {"aggregation": "softmin"},
+    "lca": {**FRACTAL, "aggregation": "softmin"},
+}
+# What the implicit process reward is trained with: as many steps on as many responses as the others.
+IMPLICIT: dict[str, dict[str, Any]] = {
+    "implicit": {"learning_rate": 3e-4, "beta": 0.1, "epochs": 16, "batch_size": 32},
 }
 RESULT = re.compile(r"(?:->|:)( \d)$", re.MULTILINE)
-IMPLICIT = {"learning_rate": 1e-3, "beta": 0.1}
 
 
 def training_recipe(kind: str) -> dict[str, Any] | None:
     """What a kind of reward model is trained with; None for a rule, which is not."""
-    if kind == "implicit":
-        return IMPLICIT
+    if kind in IMPLICIT:
+        return IMPLICIT[kind]
     return TRAINING | KINDS[kind] if kind in KINDS else None
 
 
@@ -211,9 +214,10 @@ class Assets:
 
         def make(folder: Path) -> None:
             bags = self.bags(kind)
-            if kind == "implicit":
-                model = ImplicitReward(self.policy(), recipe["beta"], self.seed)
-                model.train(bags, recipe["learning_rate"], None if self.size.max_steps < 0 else self.size.max_steps)
+            if kind in IMPLICIT:
+                training = dict(recipe)
+                model = ImplicitReward(self.policy(), training.pop("beta"), self.seed)
+                model.train(bags, **training, max_steps=None if self.size.max_steps < 0 else self.size.max_steps)
                 model.save(folder)
                 return
             options: dict[str, Any] = {**recipe, "max_steps": self.size.max_steps, "seed": self.seed}
@@ -234,8 +238,9 @@ class Assets:
         if kind in rules:
             return ScriptedRewardModel(rules[kind])
         folder = self.reward_model_folder(kind)
-        if kind == "implicit":
-            return ImplicitRewardModel(ImplicitReward(self.policy(), IMPLICIT["beta"], self.seed, trained=folder))
+        if kind in IMPLICIT:
+            beta = IMPLICIT[kind]["beta"]
+            return ImplicitRewardModel(ImplicitReward(self.policy(), beta, self.seed, trained=folder))
         model = ResultTokenModel if kind == "result_token" else StepRewardModel
         return model.from_pretrained(folder, device="cpu", batch_size=64)
 

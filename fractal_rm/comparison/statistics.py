@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fractal_rm.comparison.arms import CEILING, LONGER, OUTCOME_ONLY
-from fractal_rm.comparison.rows import Rows, latest
+from fractal_rm.comparison.rows import Rows, Runs, finished_runs
 from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS
 from fractal_rm.metrics import PairedDifference, paired_bootstrap
 
@@ -48,40 +48,29 @@ class Curves:
         return self.values[[self.seeds.index(seed) for seed in seeds]]
 
 
-def curves(rows: Rows, setting: str, arm: str, metric: str = "accuracy") -> Curves | None:
+def curves(runs: Runs, setting: str, arm: str, metric: str = "accuracy") -> Curves | None:
     """The curves of an arm from its finished runs; None if there is none.
 
     Args:
-        rows: Rows of the study.
+        runs: Runs of the study.
         setting: Its name.
         arm: Its name.
         metric: What is drawn.
     """
-    runs: dict[int, dict[int, Mapping[str, Any]]] = {}
-    for row in latest(rows):
-        if (row["dataset"], row["arm"]) == (setting, arm):
-            runs.setdefault(row["seed"], {})[row["metrics"]["rollouts"]] = row
-    finished = {seed: run for seed, run in runs.items() if run[max(run)]["config"]["last"]}
-    if not finished:
-        return None
+    finished = runs.get((setting, arm), {})
     # Points that every seed has: greedy accuracy is measured at some only.
-    points = sorted(
-        set.intersection(
-            *({n for n, row in run.items() if row["metrics"].get(metric) is not None} for run in finished.values())
-        )
-    )
+    has = [{n for n, metrics in run.items() if metrics.get(metric) is not None} for run in finished.values()]
+    points = sorted(set.intersection(*has)) if has else []
     if not points:
         return None
-    seeds = tuple(sorted(finished))
-    table = [[finished[seed][n]["metrics"] for n in points] for seed in seeds]
+    table = [[run[n] for n in points] for run in finished.values()]
 
     def mean(name: str) -> np.ndarray:
         return np.array([[metrics[name] for metrics in line] for line in table], dtype=float).mean(axis=0)
 
     values = np.array([[metrics[metric] for metrics in line] for line in table], dtype=float)
-    return Curves(
-        np.array(points), seeds, values, float(mean("rm_rollouts")[-1]), float(mean("rm_seconds")[-1]), mean("seconds")
-    )
+    rm_rollouts, rm_seconds = float(mean("rm_rollouts")[-1]), float(mean("rm_seconds")[-1])
+    return Curves(np.array(points), tuple(finished), values, rm_rollouts, rm_seconds, mean("seconds"))
 
 
 def interquartile_mean(values: Any) -> float:
@@ -149,17 +138,28 @@ def largest_fall(values: np.ndarray) -> float:
     return float((values.max(axis=1) - values[:, -1]).max())
 
 
+def makes_gain(values: np.ndarray) -> bool:
+    """Whether runs (N, P) end above their start by an interval above 0; too few for an interval: by their mean.
+
+    Example:
+        >>> makes_gain(np.array([[0.1, 0.5]] * 5)), makes_gain(np.array([[0.1, 0.1]] * 5))
+        (True, False)
+    """
+    gain = _difference(values[:, -1], values[:, 0])
+    return (gain.difference if np.isnan(gain.low) else gain.low) > 0
+
+
 def half_gain_point(values: np.ndarray) -> int:
     """The first evaluation at which the mean curve of runs (N, P) has made half of the gain from its start to its end.
 
-    Runs whose gain is not above 0 by its interval have made none, and no half of it: that is their last evaluation.
+    Runs that make no gain ([`makes_gain`]) have made no half of it: that is their last evaluation.
 
     Example:
         >>> half_gain_point(np.array([[0.1, 0.2, 0.4, 0.5]] * 5)), half_gain_point(np.array([[0.1, 0.2, 0.1]] * 5))
         (2, 2)
     """
-    curve, gain = values.mean(axis=0), _difference(values[:, -1], values[:, 0])
-    if gain.low <= 0:  # NaN where there are too few runs for an interval
+    curve = values.mean(axis=0)
+    if not makes_gain(values):
         return len(curve) - 1
     return int(np.argmax(curve >= curve[0] + 0.5 * (curve[-1] - curve[0])))
 
@@ -171,16 +171,18 @@ class Comparison:
     Args:
         rival: The outcome-only arm whose mean accuracy is higher at the end.
         seeds: How many seeds both have.
+        learns: Whether the rival makes a gain: the interval of what it ends above its start excludes 0.
         half_rollouts: Rollouts at which the rival has made half of its gain, or its last ones if it makes none.
         half: Difference there.
         end: Difference at the end.
         area: Difference of the areas under the curves.
-        iqm: Interquartile means at the end: ours, the rival's.
         improvement: Probability that a run of ours ends above one of the rival's.
-        reach: Share of the rival's rollouts after which our mean curve reaches the rival's end.
+        means: Means at the end: ours, the rival's.
+        reach: Share of the rival's rollouts after which our mean curve reaches the rival's end, with the interval over
+            draws of seeds; infinite where it does not.
         with_rollouts: Difference where ours has as many rollouts less as its reward model took; None if that is all.
-        longer: Difference at the end to the better outcome-only run of as many rollouts as ours and the reward model's
-            together; None without such runs.
+        longer: Difference at the end to the better outcome-only arm of as many rollouts as ours and the reward model's
+            together; None without runs of each such arm.
         with_seconds: Difference where both have taken the seconds of the shorter, reward model included.
         drop: The most that one of our runs ends below its own best.
         ceiling: Difference to supervised steps at the end; None without them.
@@ -188,13 +190,14 @@ class Comparison:
 
     rival: str
     seeds: int
+    learns: bool
     half_rollouts: float
     half: PairedDifference
     end: PairedDifference
     area: PairedDifference
-    iqm: tuple[float, float]
+    means: tuple[float, float]
     improvement: float
-    reach: float
+    reach: PairedDifference
     with_rollouts: PairedDifference | None
     longer: PairedDifference | None
     with_seconds: PairedDifference | None
@@ -202,16 +205,16 @@ class Comparison:
     ceiling: PairedDifference | None
 
 
-def compare_arm(rows: Rows, setting: str, arm: str) -> Comparison | None:
+def compare_arm(runs: Runs, setting: str, arm: str) -> Comparison | None:
     """An arm against the better outcome-only arm, on the seeds that both have; None if one of them has no run.
 
     Args:
-        rows: Rows of the study.
+        runs: Runs of the study.
         setting: Its name.
         arm: Its name.
     """
-    ours = curves(rows, setting, arm)
-    rivals = {name: found for name in OUTCOME_ONLY if (found := curves(rows, setting, name)) is not None}
+    ours = curves(runs, setting, arm)
+    rivals = {name: found for name in OUTCOME_ONLY if (found := curves(runs, setting, name)) is not None}
     if ours is None or not rivals:
         return None
     rival = max(rivals, key=lambda name: rivals[name].values[:, -1].mean())
@@ -220,24 +223,49 @@ def compare_arm(rows: Rows, setting: str, arm: str) -> Comparison | None:
     if not seeds:
         return None
     a, b, rollouts = ours.of(seeds), theirs.of(seeds), ours.rollouts
-    half = half_gain_point(b)
-    longer = [found for name in LONGER.values() if (found := curves(rows, setting, name)) is not None]
+    half = half_gain_point(theirs.values)
     return Comparison(
         rival=rival,
         seeds=len(seeds),
+        learns=makes_gain(theirs.values),
         half_rollouts=float(rollouts[half]),
         half=_difference(a[:, half], b[:, half]),
         end=_difference(a[:, -1], b[:, -1]),
         area=_difference(area(rollouts, a), area(rollouts, b)),
-        iqm=(interquartile_mean(a[:, -1]), interquartile_mean(b[:, -1])),
+        means=(float(a[:, -1].mean()), float(b[:, -1].mean())),
         improvement=improvement_probability(a[:, -1], b[:, -1]),
-        reach=rollouts_to_reach(rollouts, a.mean(axis=0), b.mean(axis=0)[-1]) / float(rollouts[-1]),
+        reach=_reach(rollouts, a, b),
         with_rollouts=_shifted(rollouts, a, rollouts, b, ours.rm_rollouts),
-        longer=_at_the_end(ours, max(longer, key=lambda found: found.values[:, -1].mean(), default=None)),
+        longer=_at_the_end(ours, _better_longer(runs, setting)),
         with_seconds=_shifted(ours.seconds, a, theirs.seconds, b, ours.rm_seconds),
         drop=largest_fall(a),
-        ceiling=_at_the_end(ours, curves(rows, setting, CEILING)),
+        ceiling=_at_the_end(ours, curves(runs, setting, CEILING)),
     )
+
+
+def _better_longer(runs: Runs, setting: str) -> Curves | None:
+    """The better of the outcome-only arms with more rollouts, by its mean at the end; None unless each has runs."""
+    found = [curves(runs, setting, name) for name in LONGER.values()]
+    known = [one for one in found if one is not None]
+    return max(known, key=lambda one: one.values[:, -1].mean()) if len(known) == len(found) else None
+
+
+def _reach(rollouts: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> PairedDifference:
+    """Share of the rollouts after which our mean curve reaches where theirs ends, from runs (N, P) of each.
+
+    Its interval is that of draws of seeds, the same for both; quantiles are draws themselves, as some may be infinite.
+    """
+
+    def share(drawn: Any) -> float:
+        target = theirs[drawn, -1].mean()
+        return rollouts_to_reach(rollouts, ours[drawn].mean(axis=0), target) / float(rollouts[-1])
+
+    count = len(ours)
+    if count < FEWEST_SEEDS:
+        return PairedDifference(share(slice(None)), np.nan, np.nan)
+    draws = np.random.default_rng(0).integers(count, size=(1000, count))
+    low, high = np.quantile([share(drawn) for drawn in draws], [0.025, 0.975], method="inverted_cdf")
+    return PairedDifference(share(slice(None)), float(low), float(high))
 
 
 def _at_the_end(ours: Curves, theirs: Curves | None) -> PairedDifference | None:
@@ -266,6 +294,16 @@ def _shifted(
     return _difference(a, b)
 
 
+def comparisons(runs: Runs, arm: str) -> dict[str, Comparison]:
+    """An arm against the better outcome-only arm on each setting where both have runs.
+
+    Args:
+        runs: Runs of the study.
+        arm: Its name.
+    """
+    return {name: found for name in SETTINGS if (found := compare_arm(runs, name, arm)) is not None}
+
+
 @dataclass(frozen=True)
 class Claim:
     """A claim about some settings.
@@ -276,6 +314,7 @@ class Claim:
         known: Settings whose rows decide it.
         asked: On how many it should hold.
         undecided: How many settings have too few seeds.
+        learning: Those of the known settings on which outcome-only learns something.
     """
 
     text: str
@@ -283,6 +322,7 @@ class Claim:
     known: tuple[str, ...]
     asked: int
     undecided: int
+    learning: tuple[str, ...]
 
     @property
     def state(self) -> str:
@@ -292,21 +332,20 @@ class Claim:
         return "undecided" if len(self.holds) + self.undecided >= self.asked else "not met"
 
 
-def claims(rows: Rows, arm: str) -> list[Claim]:
+def claims(found: Mapping[str, Comparison]) -> list[Claim]:
     """The claims of the study about an arm, from the main settings that have enough seeds.
 
     Args:
-        rows: Rows of the study.
-        arm: Its name.
+        found: What [`comparisons`] says of it, by setting.
     """
-    found = {name: result for name in MAIN_SETTINGS if (result := compare_arm(rows, name, arm)) is not None}
     long = tuple(name for name in MAIN_SETTINGS if SETTINGS[name].min_steps >= LONG)
 
     def claim(text: str, asked: int, what: Any, test: Any, among: Sequence[str] = MAIN_SETTINGS) -> Claim:
         # A difference without an interval has too few seeds.
         known = tuple(n for n in among if n in found and (gap := what(found[n])) is not None and not np.isnan(gap.low))
         holds = tuple(name for name in known if test(found[name]))
-        return Claim(text, holds, known, asked, len(among) - len(known))
+        learning = tuple(name for name in known if found[name].learns)
+        return Claim(text, holds, known, asked, len(among) - len(known), learning)
 
     return [
         claim(
@@ -324,13 +363,16 @@ def claims(rows: Rows, arm: str) -> list[Claim]:
             long,
         ),
         claim(
-            "at most half of the rollouts to reach its end", WANTED_SETTINGS, lambda r: r.end, lambda r: r.reach <= 0.5
+            "at most half of the rollouts to reach its end",
+            WANTED_SETTINGS,
+            lambda r: r.reach,
+            lambda r: r.reach.difference <= 0.5,
         ),
         claim(
-            "ahead with the reward model's rollouts counted in",
+            "ahead with the reward model's rollouts counted in, the interval above 0",
             WANTED_WITH_COST,
             lambda r: r.longer,
-            lambda r: r.longer.difference > 0,
+            lambda r: r.longer.low > 0,
         ),
         claim(
             f"within {NEAR_CEILING:.0%} of supervised steps",
@@ -347,11 +389,11 @@ def claims(rows: Rows, arm: str) -> list[Claim]:
     ]
 
 
-def verdicts(rows: Rows, arms: Sequence[str] = ("fractal_mix", "fractal")) -> list[str]:
+def verdicts(rows: Rows, arms: Sequence[str]) -> list[str]:
     """A sentence for each claim and arm: met or not; none where no setting has enough seeds."""
-    lines = []
+    runs, lines = finished_runs(rows), []
     for arm in arms:
-        for claim in claims(rows, arm):
+        for claim in claims(comparisons(runs, arm)):
             if not claim.known:
                 continue
             lines.append(

@@ -3,7 +3,7 @@
 import multiprocessing
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -12,13 +12,12 @@ import torch
 import yaml
 
 from fractal_rm.comparison.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY, Arm, Options
-from fractal_rm.comparison.reward_models import POLICIES, Assets, Size, training_recipe
+from fractal_rm.comparison.reward_models import POLICIES, Assets, Size, locked, training_recipe
 from fractal_rm.comparison.rows import BENCHMARK, latest
 from fractal_rm.comparison.run import Budget, run_arm
 from fractal_rm.comparison.settings import SETTINGS
 from fractal_rm.quickstart import quiet
 from fractal_rm.results import ResultsFile, read_results, write_atomic
-from fractal_rm.trainers.step_ppo_config import StepPPOConfig
 
 # Trials use seeds that are never reported; they differ in their problems, samples and reward models.
 TUNING_SEED = 1000
@@ -81,9 +80,15 @@ class Study:
         return any((row["dataset"], row["seed"], row["arm"]) == run and row["config"] == last for row in rows)
 
     def run(self, unit: Unit) -> None:
-        """Do a run, unless it is done; one that was stopped half-way starts again, its rows replace the old ones."""
-        if self.is_done(unit, self.rows()):
-            return
+        """Do a run, unless it is done; one that was stopped half-way starts again, its rows replace the old ones.
+
+        A second process that comes to the same run waits for the first.
+        """
+        with locked(self.work / "locks" / "-".join(map(str, unit))):
+            if not self.is_done(unit, self.rows()):
+                self._run(unit)
+
+    def _run(self, unit: Unit) -> None:
         start = time.monotonic()
         arm, assets = self.arms[unit.arm], Assets(self.work, SETTINGS[unit.setting], unit.seed, self.size)
         options, budget, results = self._options(unit), self._budget(unit), ResultsFile(self.results)
@@ -179,8 +184,8 @@ class Study:
         return found
 
 
-def available(names: Iterable[str]) -> list[str]:
-    """Those arms whose settings the trainer has.
+def check_arms(names: Iterable[str]) -> None:
+    """Refuse names that no arm has.
 
     Args:
         names: Names of arms.
@@ -188,14 +193,9 @@ def available(names: Iterable[str]) -> list[str]:
     Raises:
         ValueError: If there is no such arm.
     """
-    known = {one.name for one in fields(StepPPOConfig)}
-    found = []
-    for name in names:
-        if name not in ARMS:
-            raise ValueError(f"There is no arm {name!r}. Choose from {', '.join(ARMS)}.")
-        if {option for trial in ARMS[name].trials for option in trial} <= known:
-            found.append(name)
-    return found
+    unknown = next((name for name in names if name not in ARMS), None)
+    if unknown is not None:
+        raise ValueError(f"There is no arm {unknown!r}. Choose from {', '.join(ARMS)}.")
 
 
 def study_units(settings: Sequence[str], arms: Sequence[str], seeds: int) -> list[Unit]:
