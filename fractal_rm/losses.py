@@ -11,6 +11,22 @@ from torch import Tensor
 from fractal_rm.aggregation import Aggregation, bag_log_probs, check_mask
 
 
+def check_label_noise(label_noise: tuple[float, float]) -> None:
+    """Refuse shares of wrong labels that cannot be.
+
+    Args:
+        label_noise: Share of good responses labelled bad, and of bad responses labelled good.
+
+    Raises:
+        ValueError: If one is negative, or their sum is 1 or more.
+    """
+    if min(label_noise) < 0 or not sum(label_noise) < 1:  # `not <` refuses NaN too
+        raise ValueError(
+            f"The label noise is {label_noise}. Give two rates from 0 to 1 that sum to less than 1: beyond "
+            "that, labels say the opposite of what they mean."
+        )
+
+
 def bag_loss(
     logits: Float[Tensor, "B S"],
     bag_labels: Float[Tensor, " B"],
@@ -51,11 +67,7 @@ def bag_loss(
         >>> bag_loss(logits, torch.tensor([1.0]), mask)  # worst step: p = 0.5
         tensor([0.6931])
     """
-    if min(label_noise) < 0 or not sum(label_noise) < 1:  # `not <` refuses NaN too
-        raise ValueError(
-            f"The label noise is {label_noise}. Give two rates from 0 to 1 that sum to less than 1: beyond "
-            "that, labels say the opposite of what they mean."
-        )
+    check_label_noise(label_noise)
     good, bad = bag_log_probs(logits, mask, aggregation=aggregation, sharpness=sharpness)
     rates = good.new_tensor(label_noise)
     kept, flipped = torch.log1p(-rates), rates.log()

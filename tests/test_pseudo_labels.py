@@ -86,6 +86,65 @@ def test_posteriors_are_the_enumerated_ones(rule, rows, y):
         assert found[: len(row)] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
+# Shares of good responses labelled bad, and of bad ones labelled good.
+noises = st.tuples(st.sampled_from([0.0, 0.1, 0.4]), st.sampled_from([0.0, 0.2, 0.5]))
+
+
+def with_noise(row, rule, y, noise):
+    """Labelings that agree with gold, and the log-likelihood of each together with that of the bag label, 0 or 1."""
+    with_gold = [
+        labels
+        for labels in itertools.product([0, 1], repeat=len(row))
+        if all(math.isnan(z) or z == label for label, (_, z) in zip(labels, row, strict=True))
+    ]
+    of_label = {(1, 0): noise[0], (1, 1): 1 - noise[0], (0, 1): noise[1], (0, 0): 1 - noise[1]}
+    found = []
+    for labels in with_gold:
+        share = of_label[int({"min": min, "max": max}[rule](labels)), int(y)]
+        likelihood = log_likelihood(labels, [x for x, _ in row])
+        found.append(likelihood + math.log(share) if share else -math.inf)
+    if max(found) == -math.inf:  # gold labels contradict the bag label, and win
+        found = [log_likelihood(labels, [x for x, _ in row]) for labels in with_gold]
+    return with_gold, np.array(found)
+
+
+@pytest.mark.parametrize("rule", ["min", "max"])
+@few
+@given(rows=rows_of_steps, y=st.sampled_from([0.0, 1.0]), noise=noises)
+@example(rows=[[(-2.0, math.nan), (3.0, math.nan)]], y=1.0, noise=(0.0, 0.2))
+@example(rows=[[(2.0, math.nan), (3.0, math.nan)]], y=0.0, noise=(0.4, 0.0))
+def test_pseudo_labels_of_noisy_labels_are_the_likeliest_labelings(rule, rows, y, noise):
+    logits, mask, gold = padded(rows)
+    labels = pseudo_labels(logits, torch.full((len(rows),), y), mask, aggregation=rule, gold=gold, label_noise=noise)
+    for found, row in zip(labels.tolist(), rows, strict=True):
+        labelings, likelihoods = with_noise(row, rule, y, noise)
+        assert likelihoods[labelings.index(tuple(found[: len(row)]))] >= likelihoods.max() - 1e-5
+
+
+@pytest.mark.parametrize("rule", ["min", "max"])
+@few
+@given(rows=rows_of_steps, y=bag_label, noise=noises)
+def test_posteriors_of_noisy_labels_are_the_enumerated_ones(rule, rows, y, noise):
+    logits, mask, gold = padded(rows)
+    probs = posteriors(logits, torch.full((len(rows),), y), mask, aggregation=rule, gold=gold, label_noise=noise)
+    for found, row in zip(probs.tolist(), rows, strict=True):
+        expected = 0.0
+        for label, weight in ((1.0, y), (0.0, 1 - y)):  # a soft label mixes what the two say
+            labelings, likelihoods = with_noise(row, rule, label, noise)
+            weights = np.exp(likelihoods - likelihoods.max())
+            expected = expected + weight * (weights @ np.array(labelings) / weights.sum())
+        assert found[: len(row)] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("infer", [pseudo_labels, posteriors])
+def test_label_noise_that_cannot_be_is_refused(infer):
+    logits, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"sum to less than 1"):
+        infer(logits, torch.ones(1), mask, label_noise=(0.5, 0.5))
+    with pytest.raises(ValueError, match=r"a share of good steps and neither right nor wrong"):
+        infer(logits, torch.ones(1), mask, aggregation="mean", label_noise=(0.0, 0.1))
+
+
 @pytest.mark.parametrize("infer", [pseudo_labels, posteriors])
 @pytest.mark.parametrize("rule", RULES)
 @few

@@ -179,6 +179,25 @@ def test_pseudo_labels_do_not_depend_on_how_many_are_made_at_once(encoder, monke
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize(("kind", "rule"), [("hard", pseudo_labels), ("soft", posteriors)])
+def test_pseudo_labels_of_noisy_labels_take_them_as_evidence(encoder, kind, rule):
+    trainer, logits = first_stage(encoder, aggregation="min", missed_bad=0.3)
+    trainer.args.pseudo_labels = kind
+    logits = [row - 3.0 for row in logits]  # a model that believes in no step
+    found = step_targets(trainer.data, logits, trainer.args)
+    facts = 0
+    for bag, row, labels in zip(trainer.data.bags, logits, found, strict=True):
+        arguments = (row[None], torch.tensor([bag.label]), torch.ones(1, len(row)).bool())
+        assert torch.equal(labels, rule(*arguments, aggregation="min", label_noise=(0.0, 0.3))[0])
+        facts += torch.equal(labels, rule(*arguments, aggregation="min")[0])
+    assert facts < len(found)  # the noise says something
+
+
+def test_noise_of_shares_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`missed_bad` is 0\.1 with `pseudo_labels=hard` under `aggregation=mean`"):
+        FractalConfig(output_dir=str(tmp_path), aggregation="mean", missed_bad=0.1, pseudo_labels="hard")
+
+
 class Starts(TrainerCallback):
     """Remembers the weights at the start of each stage."""
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 
-from fractal_rm.aggregation import Aggregation
+from fractal_rm.aggregation import Aggregation, meaning
 from fractal_rm.scorers.settings import Settings
 from fractal_rm.segmentation import Segmentation
 
@@ -226,6 +226,13 @@ class FractalConfig(TrainingArguments):
             raise ValueError(
                 f"`{binary[0]}` is {getattr(self, binary[0])} with `num_grades={self.num_grades}`, but it is for "
                 "labels that say good or bad. Set it to 0, or leave `num_grades` out."
+            )
+        noisy = [name for name in ("missed_good", "missed_bad") if getattr(self, name)]
+        if noisy and self.pseudo_labels != "none" and meaning(self.aggregation) == "mean":
+            raise ValueError(
+                f"`{noisy[0]}` is {getattr(self, noisy[0])} with `pseudo_labels={self.pseudo_labels}` under "
+                f"`aggregation={self.aggregation}`, where a label is a share of good steps and neither right nor "
+                "wrong. Set it to 0, or choose another aggregation."
             )
         if self.pseudo_rounds < 1:
             raise ValueError(f"`pseudo_rounds` is {self.pseudo_rounds}. Give 1 or more, or `pseudo_labels=none`.")

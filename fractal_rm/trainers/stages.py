@@ -215,7 +215,8 @@ def _probs(logits: Tensor, num_grades: int | None) -> Tensor:
 def step_targets(data: BagDataset, logits: Sequence[Tensor], args: FractalConfig) -> list[Tensor]:
     """Pseudo-labels of each bag (S,), gold labels where they are known.
 
-    Under `pseudo_labels` and `posteriors` the other steps are those that gold labels leave likely. Grades and
+    Under `pseudo_labels` and `posteriors` the other steps are those that gold labels leave likely, and response labels
+    are wrong as often as `missed_good` and `missed_bad` say. Grades and
     preferences are labelled first and gold is laid over them, so their rule may break where gold labels are known.
     Grades and preferences are always hard.
 
@@ -235,7 +236,13 @@ def step_targets(data: BagDataset, logits: Sequence[Tensor], args: FractalConfig
     else:
         rule = posteriors if args.pseudo_labels == "soft" else pseudo_labels
         parts = zip(*(part.split(_CHUNK) for part in (scores, labels, mask, gold)), strict=True)
-        found = torch.cat([rule(x, y, real, aggregation=args.aggregation, gold=known) for x, y, real, known in parts])
+        noise = (args.missed_good, args.missed_bad)
+        found = torch.cat(
+            [
+                rule(x, y, real, aggregation=args.aggregation, gold=known, label_noise=noise)
+                for x, y, real, known in parts
+            ]
+        )
     pairs = [rows for rows in data.items if len(rows) == 2]
     if pairs:
         better, worse = (torch.tensor(side) for side in zip(*pairs, strict=True))
