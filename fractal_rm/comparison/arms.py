@@ -17,8 +17,10 @@ _SCALES = (
     {"advantage": "group", "scale_rewards": "none"},
 )
 _VALUES = ({"advantage": "gae", "lam": 0.95}, {"advantage": "gae", "lam": 1.0})
-# Sums of later rewards are what these forms are about: credit must reach back to the first step.
+# Sums of later rewards are what the min-form is about: credit must reach back to the first step.
 _SUMS = ({"advantage": "group", "step_gamma": 1.0}, {"advantage": "gae", "step_lam": 1.0})
+# A difference to the step before: all later ones together are the last step's score, the nearest one is the step's own.
+_NEAR_OR_ALL = ({"advantage": "gae", "step_lam": 0.2}, {"advantage": "gae", "step_lam": 1.0})
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ ARMS = {
         Arm("random_steps", steps="random_steps"),
         Arm("copy_label", steps="copy_label", core=False),
         Arm("fractal_raw", steps="fractal", options=(("shaping", "raw"),), core=False),
-        Arm("fractal_delta", steps="fractal", options=(("shaping", "delta"),), variants=_SUMS, core=False),
+        Arm("fractal_delta", steps="fractal", options=(("shaping", "delta"),), variants=_NEAR_OR_ALL, core=False),
         Arm("fractal_min_form", steps="fractal", options=(("shaping", "min_form"),), variants=_SUMS, core=False),
         Arm("fractal_log_odds", steps="fractal", options=(("shaping", "log_odds"),), core=False),
         # Steps alone, and of each step only what it states: how a careless choice of what to score is gamed.

@@ -29,6 +29,8 @@ DEFAULT_ARMS = (DEFAULT, "fractal", "fractal_online")
 DRAWN = (DEFAULT, *OUTCOME_ONLY, CEILING)
 # Arms whose score is drawn beside the truth; of the last one's steps only the result is scored.
 SCORED = (DEFAULT, "fractal", "orm", "fractal_result_token")
+# Shares of the rollouts at which a table shows the accuracy: after 10, 20 and 40 updates of the study.
+PROGRESS = (0.25, 0.5, 1.0)
 # What `comparisons` says of arms.
 Found = Mapping[str, Mapping[str, Comparison]]
 NOTHING = "No rows yet."
@@ -60,6 +62,7 @@ def tables(rows: Rows) -> dict[str, str]:
         "claims": _claims(runs, found),
         "gains": _gains(found),
         "accuracy": end("accuracy"),
+        "progress": shown(lambda setting, arm: _progress(curves(runs, setting, arm))),
         "area": shown(area_of),
         "greedy": end("accuracy_greedy"),
         "step_accuracy": end("step_accuracy"),
@@ -196,6 +199,14 @@ def _end(found: Curves) -> np.ndarray:
 def _of(found: Curves | None, value: Callable[[Curves], Any], digits: int) -> str:
     """Interquartile mean of a value of each run, and how many runs there are."""
     return MISSING if found is None else f"{interquartile_mean(value(found)):.{digits}f} ({len(found.seeds)})"
+
+
+def _progress(found: Curves | None) -> str:
+    """Mean accuracy at shares of the rollouts."""
+    if found is None:
+        return MISSING
+    shares = np.isin(found.rollouts, [share * found.rollouts[-1] for share in PROGRESS])
+    return " / ".join(f"{value:.2f}" for value in found.values.mean(axis=0)[shares])
 
 
 def _seconds(found: Curves | None) -> str:
