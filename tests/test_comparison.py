@@ -260,6 +260,15 @@ def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
     # outcome-only's end, ours, the ceiling's; then the gains
     assert "| easy | 10 |" in made["summary"]
     assert "| **+30.0** [+30.0, +30.0] | **+30.0** [+30.0, +30.0] | 25% |" in made["summary"]
+    # Against `fractal`: at the end a known distance; with other numbers of rollouts there is no area to compare.
+    lines = [made[name].splitlines()[2:] for name in ("against", "against_area")]
+    ends, areas = (dict(line.split(" | ", 1) for line in table) for table in lines)
+    assert ends["| outcome_grpo"].startswith("-30.0 [-30.0, -30.0] (10) | -30.0")
+    assert ends["| supervised"].startswith("**+1.0** [+1.0, +1.0] (10)")
+    assert "| fractal" not in ends
+    assert areas["| outcome_grpo"].startswith("-25.0 [-25.0, -25.0] (10)")
+    assert "| outcome_grpo_long" in ends
+    assert "| outcome_grpo_long" not in areas
     assert not page.draw_curves(tmp_path / "curves.png", [])
     assert page.draw_curves(tmp_path / "curves.png", study(0.3))
     assert not page.draw_scores(tmp_path / "scores.png", [])

@@ -245,6 +245,14 @@ def test_every_draw_of_a_small_sample_is_within_the_full_interval():
     assert (result.low, result.high) == pytest.approx((min(draws), max(draws)))
 
 
+def test_the_interval_of_a_mean_is_that_of_any_other_way_to_write_a_mean():
+    a, b = np.random.default_rng(0).random((2, 30))
+    quick, slow = (
+        paired_bootstrap(a > 0.5, b, statistic, n=200) for statistic in (np.mean, lambda x: float(np.mean(x)))
+    )
+    assert (quick.difference, quick.low, quick.high) == pytest.approx((slow.difference, slow.low, slow.high), abs=1e-12)
+
+
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     rng, covered = np.random.default_rng(0), 0
     for trial in range(200):

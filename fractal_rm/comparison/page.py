@@ -13,9 +13,11 @@ from fractal_rm.comparison.statistics import (
     Comparison,
     Curves,
     area,
+    area_difference,
     claims,
     comparisons,
     curves,
+    end_difference,
     interquartile_mean,
     largest_fall,
 )
@@ -29,6 +31,8 @@ DEFAULT_ARMS = (DEFAULT, "fractal", "fractal_online")
 DRAWN = (DEFAULT, *OUTCOME_ONLY, CEILING)
 # Arms whose score is drawn beside the truth; of the last one's steps only the result is scored.
 SCORED = (DEFAULT, "fractal", "orm", "fractal_result_token")
+# The arm that the others vary or rival, paired seed by seed.
+REFERENCE = "fractal"
 # Shares of the rollouts at which a table shows the accuracy: after 10, 20 and 40 updates of the study.
 PROGRESS = (0.25, 0.5, 1.0)
 # What `comparisons` says of arms.
@@ -51,6 +55,9 @@ def tables(rows: Rows) -> dict[str, str]:
     def area_of(setting: str, arm: str) -> str:
         return _of(curves(runs, setting, arm), lambda one: area(one.rollouts, one.values), 3)
 
+    def against(difference: Callable[[Curves | None, Curves | None], PairedDifference | None]) -> str:
+        return shown(lambda setting, arm: _against(runs, setting, arm, difference))
+
     def gap(setting: str, arm: str) -> str:
         return _gaps(curves(runs, setting, arm, "rm_score"), curves(runs, setting, arm))
 
@@ -66,6 +73,8 @@ def tables(rows: Rows) -> dict[str, str]:
         "area": shown(area_of),
         "greedy": end("accuracy_greedy"),
         "step_accuracy": end("step_accuracy"),
+        "against": against(end_difference),
+        "against_area": against(area_difference),
         "equal_cost": _equal_cost(runs, found),
         "cost": shown(lambda setting, arm: _seconds(curves(runs, setting, arm))),
         "length": end("response_tokens", 1),
@@ -199,6 +208,20 @@ def _end(found: Curves) -> np.ndarray:
 def _of(found: Curves | None, value: Callable[[Curves], Any], digits: int) -> str:
     """Interquartile mean of a value of each run, and how many runs there are."""
     return MISSING if found is None else f"{interquartile_mean(value(found)):.{digits}f} ({len(found.seeds)})"
+
+
+def _against(
+    runs: Runs,
+    setting: str,
+    arm: str,
+    difference: Callable[[Curves | None, Curves | None], PairedDifference | None],
+) -> str:
+    """What an arm is better than the reference by, and how many seeds both have."""
+    ours, theirs = (curves(runs, setting, name) for name in (arm, REFERENCE))
+    found = difference(ours, theirs)
+    if arm == REFERENCE or found is None or ours is None or theirs is None:
+        return MISSING
+    return f"{_points(found)} ({len(set(ours.seeds) & set(theirs.seeds))})"
 
 
 def _progress(found: Curves | None) -> str:

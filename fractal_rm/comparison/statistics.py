@@ -236,10 +236,10 @@ def compare_arm(runs: Runs, setting: str, arm: str) -> Comparison | None:
         improvement=improvement_probability(a[:, -1], b[:, -1]),
         reach=_reach(rollouts, a, b),
         with_rollouts=_shifted(rollouts, a, rollouts, b, ours.rm_rollouts),
-        longer=_at_the_end(ours, _better_longer(runs, setting)),
+        longer=end_difference(ours, _better_longer(runs, setting)),
         with_seconds=_shifted(ours.seconds, a, theirs.seconds, b, ours.rm_seconds),
         drop=largest_fall(a),
-        ceiling=_at_the_end(ours, curves(runs, setting, CEILING)),
+        ceiling=end_difference(ours, curves(runs, setting, CEILING)),
     )
 
 
@@ -268,12 +268,24 @@ def _reach(rollouts: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> Paired
     return PairedDifference(share(slice(None)), float(low), float(high))
 
 
-def _at_the_end(ours: Curves, theirs: Curves | None) -> PairedDifference | None:
+def end_difference(ours: Curves | None, theirs: Curves | None) -> PairedDifference | None:
     """Difference of the last values on the seeds that both have; None without any."""
-    shared = sorted(set(ours.seeds) & set(theirs.seeds)) if theirs is not None else []
-    if theirs is None or not shared:
+    seeds = _shared(ours, theirs)
+    if ours is None or theirs is None or not seeds:
         return None
-    return _difference(ours.of(shared)[:, -1], theirs.of(shared)[:, -1])
+    return _difference(ours.of(seeds)[:, -1], theirs.of(seeds)[:, -1])
+
+
+def area_difference(ours: Curves | None, theirs: Curves | None) -> PairedDifference | None:
+    """Difference of the areas under curves of as many rollouts, on the seeds that both have; None without any."""
+    seeds = _shared(ours, theirs)
+    if ours is None or theirs is None or not seeds or ours.rollouts[-1] != theirs.rollouts[-1]:
+        return None
+    return _difference(area(ours.rollouts, ours.of(seeds)), area(theirs.rollouts, theirs.of(seeds)))
+
+
+def _shared(ours: Curves | None, theirs: Curves | None) -> list[int]:
+    return sorted(set(ours.seeds) & set(theirs.seeds)) if ours is not None and theirs is not None else []
 
 
 def _difference(ours: Any, theirs: Any) -> PairedDifference:
