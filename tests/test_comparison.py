@@ -10,6 +10,8 @@ from scipy import stats
 
 from fractal_rm.comparison import page, statistics
 from fractal_rm.comparison.arms import ARMS, LEARNING_RATES
+from fractal_rm.comparison.claims import claims as claims_of
+from fractal_rm.comparison.claims import verdicts
 from fractal_rm.comparison.reward_models import IMPLICIT, TRAINING, Size, result_spans, training_recipe
 from fractal_rm.comparison.rows import BENCHMARK, finished_runs, latest
 from fractal_rm.comparison.run import PPO_SETTINGS, Budget
@@ -73,7 +75,7 @@ def compare(rows, setting, arm):
 
 
 def claims(rows, arm):
-    return statistics.claims(statistics.comparisons(finished_runs(rows), arm))
+    return claims_of(statistics.comparisons(finished_runs(rows), arm))
 
 
 def study(gain, *, seeds=10, rm_rollouts=0):
@@ -210,7 +212,7 @@ def test_claims_are_undecided_as_long_as_settings_without_rows_could_meet_them()
     worse = [row for row in study(0.0) if row["dataset"] in ("easy", "medium")]
     assert claims(worse, "fractal")[0].state == "not met"  # the other four are fewer than five
     assert claims([], "fractal")[0].known == ()
-    assert statistics.verdicts([], page.DEFAULT_ARMS) == []
+    assert verdicts([], page.DEFAULT_ARMS) == []
 
 
 def test_few_seeds_have_no_interval_and_decide_no_claim():

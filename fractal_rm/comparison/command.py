@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fractal_rm.comparison.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY
+from fractal_rm.comparison.claims import verdicts
 from fractal_rm.comparison.page import DEFAULT_ARMS, draw_curves, tables
 from fractal_rm.comparison.reward_models import Size
 from fractal_rm.comparison.run import Budget
 from fractal_rm.comparison.settings import SETTINGS
-from fractal_rm.comparison.statistics import verdicts
 from fractal_rm.comparison.study import Study, check_arms, read_chosen, study_units, tuning_units, write_chosen
 from fractal_rm.report.plots import require_matplotlib
 from fractal_rm.results import portable_command, write_atomic

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fractal_rm.comparison.arms import ARMS, CEILING, OUTCOME_ONLY
+from fractal_rm.comparison.claims import claims
 from fractal_rm.comparison.rows import Rows, Runs, finished_runs
 from fractal_rm.comparison.settings import SETTINGS
 from fractal_rm.comparison.statistics import (
@@ -14,7 +15,6 @@ from fractal_rm.comparison.statistics import (
     Curves,
     area,
     area_difference,
-    claims,
     comparisons,
     curves,
     end_difference,
