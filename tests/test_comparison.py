@@ -155,7 +155,6 @@ def test_the_reward_models_rollouts_are_taken_from_its_arm():
     # 100 of 300 rollouts go to the reward model: its arm is at its second evaluation when the rival is at its end.
     found = compare(study(0.3, rm_rollouts=100), "easy", "fractal")
     assert found.with_rollouts.difference == pytest.approx(0.5 + 0.3 - 0.6)
-    assert found.with_seconds.difference == pytest.approx(0.5 + 0.3 - 0.6)
     assert compare(study(0.3, rm_rollouts=300), "easy", "fractal").with_rollouts is None
 
 
@@ -169,6 +168,27 @@ def test_the_better_of_the_longer_outcome_runs_is_compared_at_its_own_end():
     difference = compare(short, "easy", "fractal").longer
     ends = statistics.curves(finished_runs(short), "easy", "fractal").values[:5, -1]
     assert difference.difference == pytest.approx(ends.mean() - 0.8)
+
+
+def test_at_equal_seconds_the_longest_outcome_runs_are_compared_where_they_have_taken_as_many():
+    # Our runs take 300 seconds, their reward model 100 (`rows_of`: a second a rollout).
+    rows = study(0.3, rm_rollouts=100)
+    for seed in range(10):
+        rows += rows_of("easy", "outcome_grpo_4x", seed, [0.3, 0.4, 0.5, 0.6, 0.8, 0.9])
+    assert compare(rows, "easy", "fractal").with_seconds is None  # the one that is missing may be the better one
+    end = 0.3 + statistics.curves(finished_runs(rows), "easy", "outcome_grpo").values[:, -1].mean()
+    for seed in range(10):  # done after 300 seconds: its end counts, which is not the better one
+        rows += rows_of("easy", "outcome_ppo_3x", seed, [0.3, 0.4, 0.5, 0.79])
+    found = compare(rows, "easy", "fractal").with_seconds
+    assert found.difference == pytest.approx(end - 0.8)
+    halfway = study(0.3, rm_rollouts=150)
+    for seed in range(10):
+        halfway += rows_of("easy", "outcome_grpo_4x", seed, [0.3, 0.4, 0.5, 0.6, 0.8, 0.9])
+        halfway += rows_of("easy", "outcome_ppo_3x", seed, [0.3, 0.4, 0.5, 0.86])
+    assert compare(halfway, "easy", "fractal").with_seconds.difference == pytest.approx(end - 0.86)
+    few = [row for row in halfway if row["arm"] != "outcome_ppo_3x"]
+    few += [row for seed in range(10) for row in rows_of("easy", "outcome_ppo_3x", seed, [0.3, 0.4, 0.5, 0.84])]
+    assert compare(few, "easy", "fractal").with_seconds.difference == pytest.approx(end - 0.85)
 
 
 def test_ahead_with_all_rollouts_counted_in_takes_an_interval_above_0():

@@ -25,9 +25,9 @@ METRICS = {
     "rollouts", "accuracy", "accuracy_greedy", "step_accuracy", "rm_score", "response_tokens", "kl", "alarms",
     "seconds", "rm_rollouts", "rm_seconds",
 }  # fmt: skip
-LONG = "outcome_ppo_long"
+LONGER = {"outcome_ppo_long": 32 + 48, "outcome_ppo_3x": 3 * 32}  # 48 labelled responses
 RUN = [
-    "outcome_ppo", LONG, "fractal_mix", "fractal_online", "orm", "supervised", "oracle", "implicit",
+    "outcome_ppo", *LONGER, "fractal_mix", "fractal_online", "orm", "supervised", "oracle", "implicit",
     "fractal_result_token",
 ]  # fmt: skip
 VARYING = ("seconds", "rm_seconds")
@@ -42,7 +42,7 @@ def arguments(folder, **changes):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare") / "smoke"
-    write_chosen(folder / "chosen.yaml", {name: ARMS[name].trials[0] for name in RUN if name != LONG}, "a test")
+    write_chosen(folder / "chosen.yaml", {name: ARMS[name].trials[0] for name in RUN if name not in LONGER}, "a test")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "FURTHER_SETTINGS", ("easy",))  # where arms beyond the core run
         run_comparison(arguments(folder))
@@ -59,8 +59,7 @@ def measured(row):
 
 def test_every_arm_leaves_a_row_at_every_evaluation_point(finished):
     rows = rows_of(finished)
-    # 48 labelled responses are three updates of 16 rollouts.
-    last = {arm: 32 for arm in RUN} | {LONG: 32 + 48}
+    last = {arm: 32 for arm in RUN} | LONGER
     assert {(row["arm"], row["metrics"]["rollouts"]) for row in rows} == {
         (arm, n) for arm in RUN for n in (0, last[arm])
     }
@@ -78,9 +77,9 @@ def test_all_arms_start_at_the_same_policy_without_having_moved_from_it(finished
 
 def test_only_arms_with_a_reward_model_pay_for_one(finished):
     for row in rows_of(finished):
-        paid = row["arm"] not in ("outcome_ppo", LONG, "oracle")
+        paid = row["arm"] not in ("outcome_ppo", *LONGER, "oracle")
         assert (row["metrics"]["rm_rollouts"] > 0) == (row["metrics"]["rm_seconds"] > 0) == paid
-        assert (row["metrics"]["rm_score"] is None) == (row["arm"] in ("outcome_ppo", LONG))
+        assert (row["metrics"]["rm_score"] is None) == (row["arm"] in ("outcome_ppo", *LONGER))
 
 
 def assets_of(folder):
@@ -182,8 +181,8 @@ def test_another_recipe_makes_other_reward_models_and_runs_their_arms_again(fini
 
 def test_a_longer_arm_has_the_settings_of_the_one_that_it_is(finished):
     wanted = ARMS["outcome_ppo"].trials[0]
-    used = [row["config"] for row in rows_of(finished) if row["arm"] in (LONG, "outcome_ppo")]
-    assert len(used) == 4
+    used = [row["config"] for row in rows_of(finished) if row["arm"] in (*LONGER, "outcome_ppo")]
+    assert len(used) == 2 * (1 + len(LONGER))
     assert all(config | wanted == config for config in used)
 
 
@@ -197,7 +196,7 @@ def test_tuning_finds_the_rate_with_the_outcome_only_arms_and_runs_an_arms_trial
     for module in (command, study):
         monkeypatch.setattr(module, "LEARNING_RATES", LEARNING_RATES[:2])
     run_comparison(
-        arguments(folder, tune=True, settings=None, arms=["oracle", LONG])
+        arguments(folder, tune=True, settings=None, arms=["oracle", *LONGER])
     )  # a longer arm has no trials of its own
     rows = rows_of(folder)
     assert {row["split"] for row in rows} == {"tuning"}

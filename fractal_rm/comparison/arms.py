@@ -35,8 +35,9 @@ class Arm:
         variants: Two settings that compete.
         options: Settings of all trials.
         core: Whether it runs on every setting with every seed.
-        longer_than: The arm that it is with more updates: it makes the rollouts of a reward model's labelled responses
-            too, and has no trials of its own.
+        longer_than: The arm that it is with more updates; it has no trials of its own.
+        times: How many times the updates of that arm it makes; None: as many more as make the rollouts of a reward
+            model's labelled responses.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Arm:
     options: tuple[tuple[str, Any], ...] = ()
     core: bool = True
     longer_than: str | None = None
+    times: int | None = None
 
     @property
     def judge(self) -> str | None:
@@ -69,6 +71,9 @@ _LEARNING_ON = (("rm_update_every", 4), ("rm_learning_rate", 5e-4))
 MIXES = {"fractal_mix_low": 0.3, "fractal_mix_high": 3.0}
 OUTCOME_ONLY = ("outcome_grpo", "outcome_ppo")
 LONGER = {name: f"{name}_long" for name in OUTCOME_ONLY}
+# So many times its updates take an outcome-only arm about as long as a reward model and a run with its scores.
+TIMES = {"outcome_grpo": 4, "outcome_ppo": 3}
+AS_LONG = {name: f"{name}_{times}x" for name, times in TIMES.items()}
 CEILING = "supervised"
 
 ARMS = {
@@ -77,6 +82,7 @@ ARMS = {
         Arm("outcome_grpo", outcome=True, variants=_SCALES),
         Arm("outcome_ppo", outcome=True, variants=_VALUES),
         *(Arm(longer, outcome=True, longer_than=name) for name, longer in LONGER.items()),
+        *(Arm(longer, outcome=True, longer_than=name, times=TIMES[name]) for name, longer in AS_LONG.items()),
         Arm("fractal", steps="fractal"),
         Arm("fractal_mix", steps="fractal", outcome=True),
         *(

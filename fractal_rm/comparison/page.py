@@ -188,8 +188,8 @@ def _equal_cost(runs: Runs, found: Found) -> str:
             ])  # fmt: skip
     header = [
         "setting", "arm", "rollouts of the reward model", "its seconds", "seconds of our run",
-        "seconds of outcome-only", "at equal rollouts", "outcome-only has those too", "our arm has those less",
-        "at equal seconds, those included",
+        "seconds of outcome-only", "at equal rollouts", "outcome-only has those rollouts too",
+        "our arm has those less", "outcome-only has all those seconds",
     ]  # fmt: skip
     return _lines(header, body)
 

@@ -4,13 +4,13 @@ A run's curve is its held-out accuracy at fixed numbers of rollouts. Seeds pair 
 same policy, prompts and held-out problems. Intervals are percentile bootstraps over five or more seeds.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fractal_rm.comparison.arms import CEILING, LONGER, OUTCOME_ONLY
+from fractal_rm.comparison.arms import AS_LONG, CEILING, LONGER, OUTCOME_ONLY
 from fractal_rm.comparison.rows import Runs
 from fractal_rm.comparison.settings import SETTINGS
 from fractal_rm.metrics import PairedDifference, paired_bootstrap
@@ -179,7 +179,8 @@ class Comparison:
         with_rollouts: Difference where ours has as many rollouts less as its reward model took; None if that is all.
         longer: Difference at the end to the better outcome-only arm of as many rollouts as ours and the reward model's
             together; None without runs of each such arm.
-        with_seconds: Difference where both have taken the seconds of the shorter, reward model included.
+        with_seconds: Difference to the better of the outcome-only arms that train as long as our reward model and our
+            run take together, where they have taken that many seconds; None without runs of each such arm.
         drop: The most that one of our runs ends below its own best.
         ceiling: Difference to supervised steps at the end; None without them.
     """
@@ -231,9 +232,9 @@ def compare_arm(runs: Runs, setting: str, arm: str) -> Comparison | None:
         means=(float(a[:, -1].mean()), float(b[:, -1].mean())),
         improvement=improvement_probability(a[:, -1], b[:, -1]),
         reach=_reach(rollouts, a, b),
-        with_rollouts=_shifted(rollouts, a, rollouts, b, ours.rm_rollouts),
+        with_rollouts=_with_rollouts_less(rollouts, a, b, ours.rm_rollouts),
         longer=end_difference(ours, _better_longer(runs, setting)),
-        with_seconds=_shifted(ours.seconds, a, theirs.seconds, b, ours.rm_seconds),
+        with_seconds=_at_equal_seconds(runs, setting, ours),
         drop=largest_fall(a),
         ceiling=end_difference(ours, curves(runs, setting, CEILING)),
     )
@@ -241,9 +242,27 @@ def compare_arm(runs: Runs, setting: str, arm: str) -> Comparison | None:
 
 def _better_longer(runs: Runs, setting: str) -> Curves | None:
     """The better of the outcome-only arms with more rollouts, by its mean at the end; None unless each has runs."""
-    found = [curves(runs, setting, name) for name in LONGER.values()]
-    known = [one for one in found if one is not None]
-    return max(known, key=lambda one: one.values[:, -1].mean()) if len(known) == len(found) else None
+    found = _all_curves(runs, setting, LONGER.values())
+    return max(found, key=lambda one: one.values[:, -1].mean(), default=None)
+
+
+def _at_equal_seconds(runs: Runs, setting: str, ours: Curves) -> PairedDifference | None:
+    """Our end less where the better outcome-only arm is after the seconds of our reward model and our run.
+
+    An arm that is done before is at its end.
+    """
+    total = ours.rm_seconds + ours.seconds[-1]
+    there = [
+        replace(one, values=np.array([[np.interp(total, one.seconds, curve)] for curve in one.values]))
+        for one in _all_curves(runs, setting, AS_LONG.values())
+    ]
+    return end_difference(ours, max(there, key=lambda one: one.values.mean(), default=None))
+
+
+def _all_curves(runs: Runs, setting: str, arms: Iterable[str]) -> list[Curves]:
+    """Curves of rivals, of which the better one counts: none where one has no runs, as it may be that one."""
+    found = [curves(runs, setting, name) for name in arms]
+    return [one for one in found if one is not None] if None not in found else []
 
 
 def _reach(rollouts: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> PairedDifference:
@@ -290,16 +309,13 @@ def _difference(ours: Any, theirs: Any) -> PairedDifference:
     return found if len(ours) >= FEWEST_SEEDS else PairedDifference(found.difference, np.nan, np.nan)
 
 
-def _shifted(
-    costs: np.ndarray, ours: np.ndarray, rival_costs: np.ndarray, theirs: np.ndarray, extra: float
+def _with_rollouts_less(
+    rollouts: np.ndarray, ours: np.ndarray, theirs: np.ndarray, fewer: float
 ) -> PairedDifference | None:
-    """Difference at equal total cost: that of the shorter curve, where ours has `extra` to pay first."""
-    total = min(costs[-1] + extra, rival_costs[-1])
-    if total <= extra:
-        return None  # the rival is done before ours begins
-    a = [np.interp(total - extra, costs, curve) for curve in ours]
-    b = [np.interp(total, rival_costs, curve) for curve in theirs]
-    return _difference(a, b)
+    """Difference to the rival's end where ours has made some rollouts less; None if that is all of them."""
+    if fewer >= rollouts[-1]:
+        return None
+    return _difference([np.interp(rollouts[-1] - fewer, rollouts, curve) for curve in ours], theirs[:, -1])
 
 
 def comparisons(runs: Runs, arm: str) -> dict[str, Comparison]:

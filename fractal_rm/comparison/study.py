@@ -61,9 +61,11 @@ class Study:
         return self.chosen[unit.arm] if unit.trial is None else self.arms[unit.arm].trials[unit.trial]
 
     def _budget(self, unit: Unit) -> Budget:
-        setting = SETTINGS[unit.setting]
+        setting, arm = SETTINGS[unit.setting], self.arms[unit.arm]
         updates = self.budget.updates or setting.updates
-        if self.arms[unit.arm].longer_than:
+        if arm.times:
+            updates *= arm.times
+        elif arm.longer_than:
             updates += (self.size.responses or setting.responses) // self.budget.rollouts_per_update
         return replace(self.budget, updates=updates)
 
