@@ -13,7 +13,7 @@ from evaluation_page import page as evaluation_page
 from scale_page import scale_page
 from speed_page import page as speed_page
 
-from fractal_rm.comparison.page import chosen_table, draw_curves, draw_scores
+from fractal_rm.comparison.page import chosen_table, draw_curves, draw_scores, draw_seconds
 from fractal_rm.comparison.page import tables as evidence_tables
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.results import read_results, write_atomic
@@ -77,6 +77,7 @@ def evidence_pages(page: str, history: str, readme: str) -> tuple[str, str, str]
     made = evidence_tables(rows)
     pictures = {
         "figure": "![Held-out accuracy against rollouts, by setting and arm](evidence.png)",
+        "seconds": "![Held-out accuracy against processor seconds, by setting and arm](evidence_seconds.png)",
         "scores": "![Scores and held-out accuracy against rollouts, by setting and arm](evidence_scores.png)",
     }
     for name, table in {**made, "chosen": chosen_table(known), **(pictures if rows else {})}.items():
@@ -129,3 +130,4 @@ if __name__ == "__main__":
     draw_figure(REPOSITORY / "docs" / FIGURE, read_results(RESULTS / "disaggregation.jsonl"))
     draw_curves(REPOSITORY / "docs" / "evidence.png", evidence_rows())
     draw_scores(REPOSITORY / "docs" / "evidence_scores.png", evidence_rows())
+    draw_seconds(REPOSITORY / "docs" / "evidence_seconds.png", evidence_rows())

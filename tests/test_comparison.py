@@ -299,7 +299,9 @@ def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
         row["metrics"]["rm_score"] = row["metrics"]["accuracy"] - 0.1
     assert page.draw_scores(tmp_path / "scores.png", scored)
     assert "-0.10 to -0.10" in page.tables(scored)["hacking"]
-    for name in ("curves", "scores"):
+    assert not page.draw_seconds(tmp_path / "seconds.png", [])
+    assert page.draw_seconds(tmp_path / "seconds.png", scored)
+    for name in ("curves", "scores", "seconds"):
         assert (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"
 
 

@@ -89,6 +89,8 @@ ARMS = {
             Arm(name, steps="fractal", outcome=True, options=(("outcome_weight", weight),), core=False)
             for name, weight in MIXES.items()
         ),
+        # Where step scores end when they are trained on for as long as outcomes: whether what they teach has a ceiling.
+        Arm("fractal_mix_4x", steps="fractal", outcome=True, core=False, longer_than="fractal_mix", times=4),
         Arm("fractal_online", steps="fractal", outcome=True, options=_LEARNING_ON),
         # Outcomes teach the reward model and are no reward: what learning on does for step scores alone.
         Arm(
@@ -113,6 +115,7 @@ ARMS = {
         Arm("lca", steps="lca", core=False),
         # The log-ratio itself is the reward: the log-odds of the score that is its sigmoid.
         Arm("implicit", steps="implicit", options=(("shaping", "log_odds"),), core=False),
+        Arm("implicit_mix", steps="implicit", outcome=True, options=(("shaping", "log_odds"),), core=False),
         Arm("fractal_bag", steps="fractal_bag", core=False),
         Arm("fractal_priors", steps="fractal_priors", core=False),
         Arm("fractal_pseudo", steps="fractal_pseudo", core=False),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fractal_rm.comparison.arms import ARMS, CEILING, OUTCOME_ONLY
+from fractal_rm.comparison.arms import ARMS, AS_LONG, CEILING, OUTCOME_ONLY
 from fractal_rm.comparison.claims import claims
 from fractal_rm.comparison.rows import Rows, Runs, finished_runs
 from fractal_rm.comparison.settings import SETTINGS
@@ -31,6 +31,8 @@ DEFAULT_ARMS = (DEFAULT, "fractal", "fractal_online")
 DRAWN = (DEFAULT, *OUTCOME_ONLY, CEILING)
 # Arms whose score is drawn beside the truth; of the last one's steps only the result is scored.
 SCORED = (DEFAULT, "fractal", "orm", "fractal_result_token")
+# Arms whose accuracy is drawn against seconds.
+TIMED = (DEFAULT, f"{DEFAULT}_4x", *AS_LONG.values())
 # The arm that the others vary or rival, paired seed by seed.
 REFERENCE = "fractal"
 # Shares of the rollouts at which a table shows the accuracy: after 10, 20 and 40 updates of the study.
@@ -292,7 +294,32 @@ def draw_scores(path: Path, rows: Rows) -> bool:
     return _draw(path, runs, SCORED, draw, "held-out accuracy; dashed: score")
 
 
-def _draw(path: Path, runs: Runs, arms: Sequence[str], draw: Callable[[Any, str, str, str], None], label: str) -> bool:
+def draw_seconds(path: Path, rows: Rows) -> bool:
+    """Accuracy against all processor seconds, those of the reward model and its responses first, a panel a setting.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+
+    runs = finished_runs(rows)
+
+    def draw(axes: Any, colour: str, setting: str, arm: str) -> None:
+        found = curves(runs, setting, arm)
+        if found is not None:
+            seconds = found.rm_seconds + found.seconds
+            axes.plot(seconds, found.values.mean(axis=0), color=colour, linewidth=1.6, label=arm)
+
+    return _draw(path, runs, TIMED, draw, "held-out accuracy", "processor seconds")
+
+
+def _draw(
+    path: Path,
+    runs: Runs,
+    arms: Sequence[str],
+    draw: Callable[[Any, str, str, str], None],
+    label: str,
+    along: str = "rollouts",
+) -> bool:
     settings = [name for name in present(runs)[0] if any(curves(runs, name, arm) is not None for arm in arms)]
     if not settings:
         return False
@@ -309,7 +336,7 @@ def _draw(path: Path, runs: Runs, arms: Sequence[str], draw: Callable[[Any, str,
         lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
         named = [lines[arm] for arm in arms if arm in lines]
         figure.axes[0].legend(handles=named, fontsize=7, frameon=False)
-        figure.supxlabel("rollouts", fontsize=9, color=PICTURE.muted)
+        figure.supxlabel(along, fontsize=9, color=PICTURE.muted)
         figure.supylabel(label, fontsize=9, color=PICTURE.muted)
         path.write_bytes(to_bytes(figure, "png"))
     return True
