@@ -264,16 +264,11 @@ def draw_curves(path: Path, rows: Rows) -> bool:
         Whether there was anything to draw.
     """
 
-    runs = finished_runs(rows)
+    def band(axes: Any, colour: str, truth: Curves, score: Curves | None) -> None:
+        low, high = interval_of_mean(truth.values)
+        axes.fill_between(truth.rollouts, low, high, color=colour, alpha=0.15, linewidth=0)
 
-    def draw(axes: Any, colour: str, setting: str, arm: str) -> None:
-        found = curves(runs, setting, arm)
-        if found is not None:
-            low, high = interval_of_mean(found.values)
-            axes.plot(found.rollouts, found.values.mean(axis=0), color=colour, linewidth=1.6, label=arm)
-            axes.fill_between(found.rollouts, low, high, color=colour, alpha=0.15, linewidth=0)
-
-    return _draw(path, runs, DRAWN, draw, "held-out accuracy")
+    return _draw(path, rows, DRAWN, "held-out accuracy", beside=band)
 
 
 def draw_scores(path: Path, rows: Rows) -> bool:
@@ -283,15 +278,11 @@ def draw_scores(path: Path, rows: Rows) -> bool:
         Whether there was anything to draw.
     """
 
-    runs = finished_runs(rows)
-
-    def draw(axes: Any, colour: str, setting: str, arm: str) -> None:
-        score, truth = curves(runs, setting, arm, "rm_score"), curves(runs, setting, arm)
-        if score is not None and truth is not None:
-            axes.plot(truth.rollouts, truth.values.mean(axis=0), color=colour, linewidth=1.6, label=arm)
+    def dashed(axes: Any, colour: str, truth: Curves, score: Curves | None) -> None:
+        if score is not None:
             axes.plot(score.rollouts, score.values.mean(axis=0), color=colour, linewidth=1.2, linestyle="--")
 
-    return _draw(path, runs, SCORED, draw, "held-out accuracy; dashed: score")
+    return _draw(path, rows, SCORED, "held-out accuracy; dashed: score", beside=dashed)
 
 
 def draw_seconds(path: Path, rows: Rows) -> bool:
@@ -300,26 +291,21 @@ def draw_seconds(path: Path, rows: Rows) -> bool:
     Returns:
         Whether there was anything to draw.
     """
-
-    runs = finished_runs(rows)
-
-    def draw(axes: Any, colour: str, setting: str, arm: str) -> None:
-        found = curves(runs, setting, arm)
-        if found is not None:
-            seconds = found.rm_seconds + found.seconds
-            axes.plot(seconds, found.values.mean(axis=0), color=colour, linewidth=1.6, label=arm)
-
-    return _draw(path, runs, TIMED, draw, "held-out accuracy", "processor seconds")
+    along = ("processor seconds", lambda one: one.rm_seconds + one.seconds)
+    return _draw(path, rows, TIMED, "held-out accuracy", along=along)
 
 
 def _draw(
     path: Path,
-    runs: Runs,
+    rows: Rows,
     arms: Sequence[str],
-    draw: Callable[[Any, str, str, str], None],
     label: str,
-    along: str = "rollouts",
+    *,
+    along: tuple[str, Callable[[Curves], np.ndarray]] = ("rollouts", lambda one: one.rollouts),
+    beside: Callable[[Any, str, Curves, Curves | None], None] | None = None,
 ) -> bool:
+    """Mean accuracy of arms along something, a panel a setting; `beside` adds to each curve, from it and its scores."""
+    runs = finished_runs(rows)
     settings = [name for name in present(runs)[0] if any(curves(runs, name, arm) is not None for arm in arms)]
     if not settings:
         return False
@@ -330,13 +316,17 @@ def _draw(
             axes = figure.add_subplot(height, columns, number)
             style_axes(axes, PICTURE)
             for colour, arm in zip(PICTURE.series, arms, strict=True):
-                draw(axes, colour, setting, arm)
+                truth = curves(runs, setting, arm)
+                if truth is not None:
+                    axes.plot(along[1](truth), truth.values.mean(axis=0), color=colour, linewidth=1.6, label=arm)
+                    if beside is not None:
+                        beside(axes, colour, truth, curves(runs, setting, arm, "rm_score"))
             axes.set_title(setting, fontsize=9, color=PICTURE.ink)
         # An arm may be missing on some settings.
         lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
         named = [lines[arm] for arm in arms if arm in lines]
         figure.axes[0].legend(handles=named, fontsize=7, frameon=False)
-        figure.supxlabel(along, fontsize=9, color=PICTURE.muted)
+        figure.supxlabel(along[0], fontsize=9, color=PICTURE.muted)
         figure.supylabel(label, fontsize=9, color=PICTURE.muted)
         path.write_bytes(to_bytes(figure, "png"))
     return True
