@@ -233,17 +233,16 @@ def compare_arm(runs: Runs, setting: str, arm: str) -> Comparison | None:
         improvement=improvement_probability(a[:, -1], b[:, -1]),
         reach=_reach(rollouts, a, b),
         with_rollouts=_with_rollouts_less(rollouts, a, b, ours.rm_rollouts),
-        longer=end_difference(ours, _better_longer(runs, setting)),
+        longer=end_difference(ours, _better(_all_curves(runs, setting, LONGER.values()))),
         with_seconds=_at_equal_seconds(runs, setting, ours),
         drop=largest_fall(a),
         ceiling=end_difference(ours, curves(runs, setting, CEILING)),
     )
 
 
-def _better_longer(runs: Runs, setting: str) -> Curves | None:
-    """The better of the outcome-only arms with more rollouts, by its mean at the end; None unless each has runs."""
-    found = _all_curves(runs, setting, LONGER.values())
-    return max(found, key=lambda one: one.values[:, -1].mean(), default=None)
+def _better(rivals: Iterable[Curves]) -> Curves | None:
+    """The one whose mean is higher at the end; None of none."""
+    return max(rivals, key=lambda one: one.values[:, -1].mean(), default=None)
 
 
 def _at_equal_seconds(runs: Runs, setting: str, ours: Curves) -> PairedDifference | None:
@@ -256,7 +255,7 @@ def _at_equal_seconds(runs: Runs, setting: str, ours: Curves) -> PairedDifferenc
         replace(one, values=np.array([[np.interp(total, one.seconds, curve)] for curve in one.values]))
         for one in _all_curves(runs, setting, AS_LONG.values())
     ]
-    return end_difference(ours, max(there, key=lambda one: one.values.mean(), default=None))
+    return end_difference(ours, _better(there))
 
 
 def _all_curves(runs: Runs, setting: str, arms: Iterable[str]) -> list[Curves]:
