@@ -9,6 +9,7 @@ Rows go to `benchmarks/results/dense_vs_outcome_development.jsonl` as they are m
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from fractal_rm.comparison.settings import SETTINGS
 from fractal_rm.metrics import bag_metrics, step_auc
 from fractal_rm.quickstart import quiet
 from fractal_rm.results import ResultsFile, read_results
+from fractal_rm.reward_model import StepScores
 
 HELD_OUT = 256
 # Each is `fractal` with other settings; `supervised` learns from gold step labels.
@@ -41,25 +43,39 @@ IMPLICITS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(assets: Assets, recipe: str) -> dict[str, float]:
-    """How well a reward model knows held-out responses of the base policy, by their labels and by gold step labels."""
+def score_held_out(assets: Assets, kind: str) -> tuple[list[StepScores], list[list[float]], np.ndarray]:
+    """What a reward model says of held-out responses of the base policy: scores, gold step labels, response labels."""
     setting = assets.setting
     prompts = [problem.prompt for problem in setting.problems("held_out", HELD_OUT, assets.seed)]
     _, texts = assets.start(HELD_OUT)
-    scored = assets.reward_model(recipe).score(prompts, texts, progress=False)
+    scored = assets.reward_model(kind).score(prompts, texts, progress=False)
     used = [(p, text, found) for p, text, found in zip(prompts, texts, scored, strict=True) if found.steps]
     gold = [oracle(prompt, [step.text for step in found.steps]) for prompt, _, found in used]
-    scores, good = (np.concatenate(rows) for rows in ([found.step_scores for *_, found in used], gold))
     labels = np.array([setting.label(prompt, text) for prompt, text, _ in used])
-    probs = np.array([found.score for *_, found in used])
+    return [found for *_, found in used], gold, labels
+
+
+def measure(assets: Assets, recipe: str) -> dict[str, float]:
+    """How well a reward model knows held-out responses of the base policy, by their labels and by gold step labels."""
+    found, gold, labels = score_held_out(assets, recipe)
+    probs = np.array([one.score for one in found])
     luck = 0.0 if recipe in IMPLICITS else FRACTAL["missed_bad"]
     return {
         "bag_nll": float(log_loss(labels, (1 - luck) * probs + luck, labels=[0, 1])),
         "bag_auc": bag_metrics(probs, labels)["bag_auc"],
-        "step_auc": step_auc([found.step_scores for *_, found in used], gold),
+        **step_metrics(found, gold),
+        "train_seconds": assets.cost(recipe)["rm_seconds"],
+    }
+
+
+def step_metrics(found: Sequence[StepScores], gold: Sequence[Sequence[float]]) -> dict[str, float]:
+    """How well scores tell right steps from wrong ones, and the shares that are on the wrong side of a half."""
+    rows = [one.step_scores for one in found]
+    scores, good = np.concatenate(rows), np.concatenate(gold)
+    return {
+        "step_auc": step_auc(rows, gold),
         "wrong_steps_above_half": float((scores[good == 0] > 0.5).mean()),
         "right_steps_below_half": float((scores[good == 1] < 0.5).mean()),
-        "train_seconds": assets.cost(recipe)["rm_seconds"],
     }
 
 

@@ -1,4 +1,4 @@
-"""Tables of the trials of `dense_vs_outcome_development.py` and `dense_vs_outcome_reward_models.py`."""
+"""Tables of what stands beside the study: trials on development seeds, and what its reward models know of steps."""
 
 from collections import defaultdict
 from statistics import fmean
@@ -8,6 +8,7 @@ from fractal_rm.comparison.rows import Rows, latest
 from fractal_rm.report.tables import markdown_table
 
 REWARD_MODELS = "dense_vs_outcome_reward_models"
+STEP_SCORES = "dense_vs_outcome_step_scores"
 COMPARED_TO = "mix"
 
 
@@ -38,4 +39,10 @@ def variants_table(rows: Rows) -> str:
 def recipes_table(rows: Rows) -> str:
     """How well reward models of each recipe know labels that they have not learned from, over seeds."""
     known = {(row["dataset"], row["arm"], row["seed"]): row for row in rows if row["benchmark"] == REWARD_MODELS}
+    return markdown_table([known[key] for key in sorted(known)]) if known else NOTHING
+
+
+def step_scores_table(rows: Rows) -> str:
+    """What the reward models of the study know of steps: means over seeds, a line a setting and kind."""
+    known = {(row["dataset"], row["arm"], row["seed"]): row for row in rows if row["benchmark"] == STEP_SCORES}
     return markdown_table([known[key] for key in sorted(known)]) if known else NOTHING

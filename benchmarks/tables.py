@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from development_page import recipes_table, variants_table
+from development_page import STEP_SCORES, recipes_table, step_scores_table, variants_table
 from disaggregation_page import FIGURE, draw_figure, page
 from evaluation_page import page as evaluation_page
 from scale_page import scale_page
@@ -15,6 +15,7 @@ from speed_page import page as speed_page
 
 from fractal_rm.comparison.page import chosen_table, draw_curves, draw_scores, draw_seconds
 from fractal_rm.comparison.page import tables as evidence_tables
+from fractal_rm.comparison.rows import BENCHMARK
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.results import read_results, write_atomic
 
@@ -63,9 +64,9 @@ def online_table() -> str:
     return markdown_table([*runs.values(), *pairs], metrics=shown)
 
 
-def evidence_rows() -> list[dict[str, Any]]:
-    """Rows of dense_vs_outcome.py, if there are any yet."""
-    path = RESULTS / "dense_vs_outcome.jsonl"
+def rows_of(benchmark: str) -> list[dict[str, Any]]:
+    """Rows of a part of the evidence, if there are any yet."""
+    path = RESULTS / f"{benchmark}.jsonl"
     return read_results(path) if path.is_file() else []
 
 
@@ -73,14 +74,15 @@ def evidence_pages(page: str, history: str, readme: str) -> tuple[str, str, str]
     """The page of the evidence, that of its history, and the README, with its tables made anew."""
     chosen = RESULTS.parent / "dense_vs_outcome.yaml"
     known = yaml.safe_load(chosen.read_text(encoding="utf-8")) if chosen.is_file() else {}
-    rows, trials = evidence_rows(), read_results(RESULTS / "dense_vs_outcome_development.jsonl")
+    rows, trials = rows_of(BENCHMARK), read_results(RESULTS / "dense_vs_outcome_development.jsonl")
     made = evidence_tables(rows)
     pictures = {
         "figure": "![Held-out accuracy against rollouts, by setting and arm](evidence.png)",
         "seconds": "![Held-out accuracy against processor seconds, by setting and arm](evidence_seconds.png)",
         "scores": "![Scores and held-out accuracy against rollouts, by setting and arm](evidence_scores.png)",
     }
-    for name, table in {**made, "chosen": chosen_table(known), **(pictures if rows else {})}.items():
+    beside = {"chosen": chosen_table(known), "steps": step_scores_table(rows_of(STEP_SCORES))}
+    for name, table in (made | beside | (pictures if rows else {})).items():
         page = replace_table(page, f"evidence {name}", table)
     for name, table in {"development": variants_table(trials), "recipes": recipes_table(trials)}.items():
         history = replace_table(history, f"evidence {name}", table)
@@ -128,6 +130,6 @@ if __name__ == "__main__":
     for path, text in documents().items():
         write_atomic(path, text)
     draw_figure(REPOSITORY / "docs" / FIGURE, read_results(RESULTS / "disaggregation.jsonl"))
-    draw_curves(REPOSITORY / "docs" / "evidence.png", evidence_rows())
-    draw_scores(REPOSITORY / "docs" / "evidence_scores.png", evidence_rows())
-    draw_seconds(REPOSITORY / "docs" / "evidence_seconds.png", evidence_rows())
+    draw_curves(REPOSITORY / "docs" / "evidence.png", rows_of(BENCHMARK))
+    draw_scores(REPOSITORY / "docs" / "evidence_scores.png", rows_of(BENCHMARK))
+    draw_seconds(REPOSITORY / "docs" / "evidence_seconds.png", rows_of(BENCHMARK))

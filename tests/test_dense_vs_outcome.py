@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import random
 import threading
 import time
 from dataclasses import replace
@@ -19,6 +20,7 @@ from fractal_rm.comparison.page import UNDECIDED
 from fractal_rm.comparison.settings import SETTINGS, Setting
 from fractal_rm.comparison.study import trials_at, write_chosen
 from fractal_rm.results import read_results
+from fractal_rm.tasks.variants import respond
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 METRICS = {
@@ -143,6 +145,24 @@ def test_the_implicit_reward_learns_which_steps_good_responses_have(finished):
     steps = [step for result in model.score(bags) for step in result.steps]
     sevens, others = ([step.score for step in steps if (" 7" in step.text) == has] for has in (True, False))
     assert np.mean(sevens) > np.mean(others) + 0.1
+
+
+def test_step_scores_of_a_studys_reward_models_are_held_against_the_checkers_own(finished, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    benchmark = importlib.import_module("dense_vs_outcome_step_scores")
+    kinds = {kind for _, _, kind in benchmark.trained_models(finished / "results.jsonl")}
+    assert kinds == {"fractal", "supervised", "implicit"}  # no rules, no results of steps, no whole responses
+    assets, rng = assets_of(finished), random.Random(0)  # responses with wrong beliefs; the small policy writes noise
+    texts = [respond(one, assets.setting.beliefs(0), rng) for one in assets.setting.problems("held_out", 256, 0)]
+    monkeypatch.setattr(assets, "start", lambda count: ({}, texts[:count]))
+    right, noise = (benchmark.measure(assets, rule) for rule in ("oracle", "random_steps"))
+    assert right.pop("score_less_truth") <= 0  # right answers by luck
+    assert right == {
+        "step_auc": 1.0, "right_step_score": 1.0, "wrong_step_score": 0.0,
+        "wrong_steps_above_half": 0.0, "right_steps_below_half": 0.0,
+    }  # fmt: skip
+    del noise["score_less_truth"]
+    assert list(noise.values()) == pytest.approx([0.5] * len(noise), abs=0.15)
 
 
 def test_tables_figure_and_verdicts_are_written(finished):

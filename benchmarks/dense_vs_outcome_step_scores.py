@@ -1,0 +1,85 @@
+"""Question: what do the reward models of `dense_vs_outcome.py` know of single steps, which they were never told about?
+
+Each reward model of a finished run scores the steps of the base policy's responses to held-out problems, and the
+checker says which are right. (`supervised` was told.)
+
+    python benchmarks/dense_vs_outcome_step_scores.py
+
+Rows go to `benchmarks/results/dense_vs_outcome_step_scores.jsonl` as they are made; finished ones are skipped.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+from dense_vs_outcome_reward_models import HELD_OUT, score_held_out, step_metrics
+from development_page import STEP_SCORES
+from tqdm import tqdm
+
+from fractal_rm.comparison.arms import ARMS
+from fractal_rm.comparison.reward_models import Assets, Size, training_recipe
+from fractal_rm.comparison.rows import finished_runs
+from fractal_rm.comparison.settings import SETTINGS
+from fractal_rm.quickstart import quiet
+from fractal_rm.results import ResultsFile, read_results
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def trained_models(results: Path) -> list[tuple[str, int, str]]:
+    """Setting, seed and kind of each trained model that scored the steps of a finished run."""
+    found = {
+        (setting, seed, ARMS[arm].steps)
+        for (setting, arm), seeds in finished_runs(read_results(results)).items()
+        for seed in seeds
+    }
+    # Gold labels are of lines; what `result_token` scores are parts of them.
+    return sorted(
+        (setting, seed, kind)
+        for setting, seed, kind in found
+        if kind and kind != "result_token" and training_recipe(kind)
+    )
+
+
+def measure(assets: Assets, kind: str) -> dict[str, float]:
+    """How well scores tell right steps from wrong ones, how high they are, and what responses get more than is true."""
+    found, gold, labels = score_held_out(assets, kind)
+    scores, good = np.concatenate([one.step_scores for one in found]), np.concatenate(gold)
+    return {
+        **step_metrics(found, gold),
+        "right_step_score": float(scores[good == 1].mean()),
+        "wrong_step_score": float(scores[good == 0].mean()),
+        "score_less_truth": float(np.mean([one.score for one in found]) - labels.mean()),
+    }
+
+
+def main() -> None:
+    """Measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS / "dense_vs_outcome.jsonl", help="Rows of the study.")
+    parser.add_argument("--rows", type=Path, default=RESULTS / f"{STEP_SCORES}.jsonl", help="Where to write.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"), help="Work folder of the study.")
+    arguments = parser.parse_args()
+    known = read_results(arguments.rows) if arguments.rows.is_file() else []
+    done = [(row["dataset"], row["seed"], row["arm"], row["config"]["reward_model"]) for row in known]
+    for setting, seed, kind in tqdm(trained_models(arguments.results)):
+        if (setting, seed, kind, training_recipe(kind)) in done:
+            continue
+        start = time.monotonic()
+        with quiet():
+            metrics = measure(Assets(arguments.output_dir, SETTINGS[setting], seed, Size()), kind)
+        ResultsFile(arguments.rows).append(
+            benchmark=STEP_SCORES,
+            arm=kind,
+            dataset=setting,
+            seed=seed,
+            split="held_out",
+            metrics=metrics,
+            config={"reward_model": training_recipe(kind), "responses": HELD_OUT},
+            seconds=time.monotonic() - start,
+        )
+
+
+if __name__ == "__main__":
+    main()
