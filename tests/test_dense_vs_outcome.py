@@ -30,7 +30,7 @@ METRICS = {
 LONGER = {"outcome_ppo_long": 32 + 48, "outcome_ppo_3x": 3 * 32}  # 48 labelled responses
 RUN = [
     "outcome_ppo", *LONGER, "fractal_mix", "fractal_online", "orm", "supervised", "oracle", "implicit",
-    "fractal_result_token",
+    "implicit_online", "fractal_result_token",
 ]  # fmt: skip
 VARYING = ("seconds", "rm_seconds")
 
@@ -145,6 +145,26 @@ def test_the_implicit_reward_learns_which_steps_good_responses_have(finished):
     steps = [step for result in model.score(bags) for step in result.steps]
     sevens, others = ([step.score for step in steps if (" 7" in step.text) == has] for has in (True, False))
     assert np.mean(sevens) > np.mean(others) + 0.1
+
+
+def test_the_implicit_reward_learns_on_from_the_outcomes_of_rollouts(finished):
+    assets = assets_of(finished)
+    judge = assets.reward_model("implicit")
+    judge.learning_rate = 1e-2
+    bags = [bag for bag in assets.bags("fractal") if bag.response.strip()]
+    prompts, responses = [bag.prompt for bag in bags], [bag.response for bag in bags]
+    labels = [1.0 if " 7" in text else 0.0 for text in responses]
+    outcome = judge.learning_from(lambda prompts, completions: [*labels, 0.0])
+    good = np.array(labels) == 1.0
+
+    def margin():
+        scores = np.array([one.score for one in judge.score(prompts, responses)])
+        return scores[good].mean() - scores[~good].mean()
+
+    before = margin()
+    for _ in range(10):
+        assert outcome([*prompts, "1+1\n"], [*responses, " "]) == [*labels, 0.0]  # what is empty teaches nothing
+    assert margin() > before + 0.1
 
 
 def test_step_scores_of_a_studys_reward_models_are_held_against_the_checkers_own(finished, monkeypatch):

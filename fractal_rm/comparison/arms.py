@@ -34,6 +34,8 @@ class Arm:
         response_model: A reward model that scores whole responses is the outcome reward.
         variants: Two settings that compete.
         options: Settings of all trials.
+        online: Whether the implicit reward learns on from the outcomes of each rollout batch; step reward models do by
+            their option `rm_update_every`.
         core: Whether it runs on every setting with every seed.
         longer_than: The arm that it is with more updates; it has no trials of its own.
         times: How many times the updates of that arm it makes; None: as many more as make the rollouts of a reward
@@ -46,6 +48,7 @@ class Arm:
     response_model: bool = False
     variants: tuple[Options, Options] = _LAMBDAS
     options: tuple[tuple[str, Any], ...] = ()
+    online: bool = False
     core: bool = True
     longer_than: str | None = None
     times: int | None = None
@@ -116,6 +119,16 @@ ARMS = {
         # The log-ratio itself is the reward: the log-odds of the score that is its sigmoid.
         Arm("implicit", steps="implicit", options=(("shaping", "log_odds"),), core=False),
         Arm("implicit_mix", steps="implicit", outcome=True, options=(("shaping", "log_odds"),), core=False),
+        # PRIME: the same, learning on; its credit is the sum of all later log-ratios, or reaches to near steps.
+        Arm(
+            "implicit_online",
+            steps="implicit",
+            outcome=True,
+            variants=(_SUMS[0], _LAMBDAS[1]),
+            options=(("shaping", "log_odds"),),
+            online=True,
+            core=False,
+        ),
         Arm("fractal_bag", steps="fractal_bag", core=False),
         Arm("fractal_priors", steps="fractal_priors", core=False),
         Arm("fractal_pseudo", steps="fractal_pseudo", core=False),

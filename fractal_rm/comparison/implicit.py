@@ -41,6 +41,7 @@ class ImplicitReward:
         # Weight 1 and offset 0: the log-likelihood itself.
         self.scorer, self.reference = (make_scorer(model, self.settings).eval() for model in models)
         self.beta = beta
+        self.optimizer: torch.optim.Optimizer | None = None
 
     def save(self, folder: Path) -> None:
         """Write the trained language model as an ordinary folder."""
@@ -71,17 +72,35 @@ class ImplicitReward:
             batch_size: Responses in a step.
             max_steps: Stop after so many steps; None: after the epochs.
         """
+        optimizer = self._make_optimizer(learning_rate)
         encoded, labels = self.encode(bags), torch.tensor([float(bag.label or 0.0) for bag in bags])
-        optimizer = torch.optim.AdamW(self.scorer.model.parameters(), lr=learning_rate, weight_decay=0.01)
         order = torch.cat([torch.randperm(len(bags)) for _ in range(epochs)]).split(batch_size)[:max_steps]
         for number, rows in enumerate(order):
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - number / len(order))
-            ratios = self.ratios(self.inputs.pad([encoded[i] for i in rows]))
-            loss = F.binary_cross_entropy_with_logits(ratios.sum(dim=1), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.scorer.model.parameters(), 1.0)
-            optimizer.step()
+            self._learn(optimizer, [encoded[i] for i in rows], labels[rows])
+
+    def learn_on(self, bags: Sequence[Bag], *, learning_rate: float, batch_size: int) -> None:
+        """One pass over new responses, by an optimizer that lives as long as this object.
+
+        Args:
+            bags: Responses with labels.
+            learning_rate: Of AdamW; it stays as it is at the first call.
+            batch_size: Responses in a step.
+        """
+        self.optimizer = self.optimizer or self._make_optimizer(learning_rate)
+        encoded, labels = self.encode(bags), torch.tensor([float(bag.label or 0.0) for bag in bags])
+        for rows in torch.randperm(len(bags)).split(batch_size):
+            self._learn(self.optimizer, [encoded[i] for i in rows], labels[rows])
+
+    def _make_optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.scorer.model.parameters(), lr=learning_rate, weight_decay=0.01)
+
+    def _learn(self, optimizer: torch.optim.Optimizer, encoded: list[Any], labels: Tensor) -> None:
+        loss = F.binary_cross_entropy_with_logits(self.ratios(self.inputs.pad(encoded)).sum(dim=1), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.scorer.model.parameters(), 1.0)
+        optimizer.step()
 
     @torch.no_grad()
     def score(self, bags: Sequence[Bag]) -> list[StepScores]:

@@ -10,9 +10,10 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +240,9 @@ class Assets:
             return ScriptedRewardModel(rules[kind])
         folder = self.reward_model_folder(kind)
         if kind in IMPLICIT:
-            beta = IMPLICIT[kind]["beta"]
-            return ImplicitRewardModel(ImplicitReward(self.policy(), beta, self.seed, trained=folder))
+            recipe = IMPLICIT[kind]
+            trained = ImplicitReward(self.policy(), recipe["beta"], self.seed, trained=folder)
+            return ImplicitRewardModel(trained, recipe["learning_rate"], recipe["batch_size"])
         model = ResultTokenModel if kind == "result_token" else StepRewardModel
         return model.from_pretrained(folder, device="cpu", batch_size=64)
 
@@ -277,17 +279,42 @@ class ImplicitRewardModel(ScriptedRewardModel):
 
     Args:
         model: The trained language model and its reference.
+        learning_rate: At which it learns on, where it does.
+        batch_size: Responses in a step of that.
     """
 
-    def __init__(self, model: ImplicitReward) -> None:
+    def __init__(self, model: ImplicitReward, learning_rate: float, batch_size: int) -> None:
         super().__init__(lambda prompt, response: [])
-        self.model = model
+        self.model, self.learning_rate, self.batch_size = model, learning_rate, batch_size
+
+    def learning_from(self, outcome: Callable[..., list[float]]) -> Callable[..., list[float]]:
+        """The same outcome reward, from whose labels the model learns before it scores the rollout (PRIME).
+
+        Args:
+            outcome: A TRL reward function.
+        """
+
+        @wraps(outcome)
+        def learn(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
+            labels = outcome(prompts, completions, **kwargs)
+            rows, bags = self._bags(prompts, completions, labels)
+            if rows:
+                self.model.learn_on(bags, learning_rate=self.learning_rate, batch_size=self.batch_size)
+            return labels
+
+        return learn
+
+    def _bags(
+        self, prompts: Sequence[str], responses: Sequence[str], labels: Sequence[float | None]
+    ) -> tuple[list[int], list[Bag]]:
+        """Responses that are not empty: their rows, and their bags of lines."""
+        cut = self.settings.segmentation
+        rows = [i for i, text in enumerate(responses) if text.strip()]
+        return rows, [Bag(prompts[i], responses[i], tuple(cut(responses[i])), labels[i]) for i in rows]
 
     def score(self, prompts: Any, responses: Any, **kwargs: Any) -> list[StepScores]:
         """Sigmoid of log-ratios, for steps and for the response."""
-        cut = self.settings.segmentation
-        rows = [i for i, text in enumerate(responses) if text.strip()]
-        bags = [Bag(prompts[i], responses[i], tuple(cut(responses[i])), None) for i in rows]
+        rows, bags = self._bags(prompts, responses, [None] * len(responses))
         found = dict(zip(rows, self.model.score(bags), strict=True))
         return [found.get(i) or StepScores(text, error="The response is empty.") for i, text in enumerate(responses)]
 

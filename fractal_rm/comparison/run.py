@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState
 
 from fractal_rm.comparison.arms import Arm, Options
 from fractal_rm.comparison.held_out import mean, measure, response_logprobs
-from fractal_rm.comparison.reward_models import Assets, WholeResponseReward
+from fractal_rm.comparison.reward_models import Assets, ImplicitRewardModel, WholeResponseReward
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.trainers import rollout_guards
 from fractal_rm.trainers.step_ppo_config import StepPPOConfig
@@ -78,7 +78,10 @@ def run_arm(arm: Arm, options: Options, assets: Assets, budget: Budget, report: 
     updates = budget.updates or setting.updates
     kind = arm.judge
     judge = assets.reward_model(kind) if kind else None
-    functions: list[Any] = [setting.outcome] if arm.outcome else []
+    outcome: Any = setting.outcome
+    if arm.online and isinstance(judge, ImplicitRewardModel):
+        outcome = judge.learning_from(outcome)
+    functions: list[Any] = [outcome] if arm.outcome else []
     if arm.response_model and judge is not None:
         functions.append(WholeResponseReward(judge))
     held_out = setting.problems("held_out", budget.held_out, assets.seed)
