@@ -84,7 +84,7 @@ def main() -> None:
     arguments = parse_arguments(__doc__, "recipes", [*RECIPES, *IMPLICITS])
     KINDS.update(RECIPES)  # so that assets can make them
     IMPLICIT.update(IMPLICITS)
-    units = [(n, s, r) for n in arguments.seeds for s in arguments.settings for r in arguments.recipes]
+    units = [(s, n, r) for n in arguments.seeds for s in arguments.settings for r in arguments.recipes]
     done = {
         (row["dataset"], row["seed"], row["arm"])
         for row in read_results(RESULTS)

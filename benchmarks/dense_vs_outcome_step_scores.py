@@ -38,7 +38,7 @@ def trained_models(results: Path) -> list[tuple[str, int, str]]:
     return sorted(
         (setting, seed, kind)
         for setting, seed, kind in found
-        if kind and kind != "result_token" and training_recipe(kind)
+        if kind and kind != "result_token" and training_recipe(kind, SETTINGS[setting].flipped)
     )
 
 
@@ -64,7 +64,8 @@ def main() -> None:
     known = read_results(arguments.rows) if arguments.rows.is_file() else []
     done = [(row["dataset"], row["seed"], row["arm"], row["config"]["reward_model"]) for row in known]
     for setting, seed, kind in tqdm(trained_models(arguments.results)):
-        if (setting, seed, kind, training_recipe(kind)) in done:
+        recipe = training_recipe(kind, SETTINGS[setting].flipped)
+        if (setting, seed, kind, recipe) in done:
             continue
         start = time.monotonic()
         with quiet():
@@ -76,7 +77,7 @@ def main() -> None:
             seed=seed,
             split="held_out",
             metrics=metrics,
-            config={"reward_model": training_recipe(kind), "responses": HELD_OUT},
+            config={"reward_model": recipe, "responses": HELD_OUT},
             seconds=time.monotonic() - start,
         )
 

@@ -378,6 +378,16 @@ def test_core_arms_come_first_and_seeds_before_settings():
     assert all(unit.arm == "lca" and unit.setting != "hard" for unit in units[-10:])
 
 
+def test_the_arm_that_knows_of_flipped_labels_runs_where_labels_are_flipped_as_long_as_the_one_that_does_not(tmp_path):
+    units = study_units(["medium", "noise_20"], ["fractal_flips"], 2)
+    assert units == [Unit("noise_20", 0, "fractal_flips"), Unit("noise_20", 1, "fractal_flips")]
+    study = Study(tmp_path / "rows.jsonl", tmp_path, Budget(), Size(), {"fractal": {}, "fractal_flips": {}})
+    blind, told = (study._config(Unit("noise_20", 0, arm)) for arm in ("fractal", "fractal_flips"))
+    assert blind["budget"] == told["budget"]
+    known = {"missed_good": 0.2, "missed_bad": pytest.approx(0.1 * 0.8 + 0.9 * 0.2)}
+    assert told["reward_model"] == blind["reward_model"] | known
+
+
 def test_an_unknown_arm_is_named():
     with pytest.raises(ValueError, match=r"There is no arm 'dense'\. Choose from outcome_grpo, "):
         check_arms(["dense"])

@@ -185,6 +185,30 @@ def test_step_scores_of_a_studys_reward_models_are_held_against_the_checkers_own
     assert list(noise.values()) == pytest.approx([0.5] * len(noise), abs=0.15)
 
 
+def test_recipes_of_reward_models_are_measured_once_each(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    benchmark = importlib.import_module("dense_vs_outcome_reward_models")
+    measured = []
+
+    def measure(assets, recipe):
+        measured.append((assets.setting.name, assets.seed, recipe))
+        return {"bag_nll": 0.5}
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").touch()
+    for name in ("KINDS", "IMPLICIT"):  # the script adds to them
+        known = dict(getattr(reward_models, name))
+        for module in (reward_models, benchmark):
+            monkeypatch.setattr(module, name, known)
+    asked = ["--settings", "easy", "noise_20", "--seeds", "2000", "--recipes", "fractal", "supervised"]
+    for seeds in ([], ["2001"]):
+        monkeypatch.setattr("sys.argv", ["benchmark", *asked[:5], *seeds, *asked[5:]])
+        benchmark.main()
+    wanted = [(s, n, r) for n in (2000, 2001) for s in ("easy", "noise_20") for r in ("fractal", "supervised")]
+    assert measured == wanted
+
+
 def test_tables_figure_and_verdicts_are_written(finished):
     text = (finished / "report.md").read_text()
     assert "| easy | fractal_mix | outcome_ppo | 1 |" in text

@@ -37,7 +37,8 @@ class Arm:
         online: Whether the implicit reward learns on from the outcomes of each rollout batch; step reward models do by
             their option `rm_update_every`.
         core: Whether it runs on every setting with every seed.
-        longer_than: The arm that it is with more updates; it has no trials of its own.
+        settings: Where it runs if it is no core arm; None: where most of those do.
+        like: The arm whose chosen settings it has; it has no trials of its own.
         times: How many times the updates of that arm it makes; None: as many more as make the rollouts of a reward
             model's labelled responses.
     """
@@ -50,7 +51,8 @@ class Arm:
     options: tuple[tuple[str, Any], ...] = ()
     online: bool = False
     core: bool = True
-    longer_than: str | None = None
+    settings: tuple[str, ...] | None = None
+    like: str | None = None
     times: int | None = None
 
     @property
@@ -84,8 +86,8 @@ ARMS = {
     for arm in (
         Arm("outcome_grpo", outcome=True, variants=_SCALES),
         Arm("outcome_ppo", outcome=True, variants=_VALUES),
-        *(Arm(longer, outcome=True, longer_than=name) for name, longer in LONGER.items()),
-        *(Arm(longer, outcome=True, longer_than=name, times=TIMES[name]) for name, longer in AS_LONG.items()),
+        *(Arm(longer, outcome=True, like=name) for name, longer in LONGER.items()),
+        *(Arm(longer, outcome=True, like=name, times=TIMES[name]) for name, longer in AS_LONG.items()),
         Arm("fractal", steps="fractal"),
         Arm("fractal_mix", steps="fractal", outcome=True),
         *(
@@ -93,7 +95,7 @@ ARMS = {
             for name, weight in MIXES.items()
         ),
         # Where step scores end when they are trained on for as long as outcomes: whether what they teach has a ceiling.
-        Arm("fractal_mix_4x", steps="fractal", outcome=True, core=False, longer_than="fractal_mix", times=4),
+        Arm("fractal_mix_4x", steps="fractal", outcome=True, core=False, like="fractal_mix", times=4),
         Arm("fractal_online", steps="fractal", outcome=True, options=_LEARNING_ON),
         # Outcomes teach the reward model and are no reward: what learning on does for step scores alone.
         Arm(
@@ -130,6 +132,14 @@ ARMS = {
             core=False,
         ),
         Arm("fractal_bag", steps="fractal_bag", core=False),
+        Arm(
+            "fractal_flips",
+            steps="fractal_flips",
+            core=False,
+            settings=("noise_10", "noise_20"),
+            like="fractal",
+            times=1,
+        ),
         Arm("fractal_priors", steps="fractal_priors", core=False),
         Arm("fractal_pseudo", steps="fractal_pseudo", core=False),
     )

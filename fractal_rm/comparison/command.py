@@ -84,7 +84,7 @@ def run_comparison(arguments: CompareArguments) -> None:
     settings = arguments.settings or list(SETTINGS)
     size = SMOKE_SIZE if arguments.smoke else Size()
     if arguments.tune:
-        arms = [name for name in arms if not ARMS[name].longer_than]
+        arms = [name for name in arms if not ARMS[name].like]
         budget = SMOKE_BUDGET
         if not arguments.smoke:
             updates = round(TUNING_SHARE * SETTINGS[TUNING_SETTINGS[0]].updates)

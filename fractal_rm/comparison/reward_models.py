@@ -73,10 +73,23 @@ IMPLICIT: dict[str, dict[str, Any]] = {
 RESULT = re.compile(r"(?:->|:)( \d)$", re.MULTILINE)
 
 
-def training_recipe(kind: str) -> dict[str, Any] | None:
-    """What a kind of reward model is trained with; None for a rule, which is not."""
+def training_recipe(kind: str, flipped: float = 0.0) -> dict[str, Any] | None:
+    """What a kind of reward model is trained with; None for a rule, which is not.
+
+    Args:
+        kind: Its name.
+        flipped: Share of the setting's outcome labels that are wrong. `fractal_flips` alone is told.
+
+    Example:
+        >>> recipe = training_recipe("fractal_flips", flipped=0.2)
+        >>> recipe["missed_good"], round(recipe["missed_bad"], 3)  # a wrong chain: lucky and kept, or not and flipped
+        (0.2, 0.26)
+    """
     if kind in IMPLICIT:
         return IMPLICIT[kind]
+    if kind == "fractal_flips":
+        luck = FRACTAL["missed_bad"]
+        return TRAINING | {"missed_good": flipped, "missed_bad": luck * (1 - flipped) + (1 - luck) * flipped}
     return TRAINING | KINDS[kind] if kind in KINDS else None
 
 
@@ -211,7 +224,7 @@ class Assets:
 
     def reward_model_folder(self, kind: str) -> Path:
         """Folder of a trained reward model: another recipe, another folder."""
-        recipe = training_recipe(kind) or {}
+        recipe = training_recipe(kind, self.setting.flipped) or {}
 
         def make(folder: Path) -> None:
             bags = self.bags(kind)

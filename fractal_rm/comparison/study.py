@@ -65,7 +65,7 @@ class Study:
         updates = self.budget.updates or setting.updates
         if arm.times:
             updates *= arm.times
-        elif arm.longer_than:
+        elif arm.like:
             updates += (self.size.responses or setting.responses) // self.budget.rollouts_per_update
         return replace(self.budget, updates=updates)
 
@@ -73,7 +73,7 @@ class Study:
         """What a run is made with, as its rows say it."""
         budget, kind = asdict(self._budget(unit)), self.arms[unit.arm].judge
         config = {**self._options(unit), "budget": budget | {"points": list(self.budget.points)}, "trial": unit.trial}
-        recipe = training_recipe(kind) if kind else None
+        recipe = training_recipe(kind, SETTINGS[unit.setting].flipped) if kind else None
         return config if recipe is None else config | {"reward_model": recipe}
 
     def is_done(self, unit: Unit, rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -206,16 +206,15 @@ def study_units(settings: Sequence[str], arms: Sequence[str], seeds: int) -> lis
     Args:
         settings: Names of settings, the most important first.
         arms: Names of arms.
-        seeds: How many seeds the core arms have; the others have at most five, on two settings.
+        seeds: How many seeds the core arms have; the others have at most five, on two settings or those they name.
     """
     core = [Unit(setting, seed, arm) for seed in range(seeds) for setting in settings for arm in arms if ARMS[arm].core]
     further = [
         Unit(setting, seed, arm)
         for seed in range(min(seeds, FURTHER_SEEDS))
         for setting in settings
-        if setting in FURTHER_SETTINGS
         for arm in arms
-        if not ARMS[arm].core
+        if not ARMS[arm].core and setting in (ARMS[arm].settings or FURTHER_SETTINGS)
     ]
     return core + further
 
@@ -246,7 +245,7 @@ def read_chosen(path: Path, arms: Sequence[str]) -> dict[str, Options]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file. Give `chosen` the file of settings, or run with `--tune true`.")
     chosen = yaml.safe_load(path.read_text(encoding="utf-8"))
-    tuned = {arm: ARMS[arm].longer_than or arm for arm in arms}
+    tuned = {arm: ARMS[arm].like or arm for arm in arms}
     lacking = [arm for arm in tuned.values() if arm not in chosen]
     if lacking:
         raise ValueError(f"{path} has no settings of {lacking[0]}. Run with `--tune true --arms {' '.join(lacking)}`.")
