@@ -27,6 +27,7 @@ from fractal_rm.results import ResultsFile, read_results
 from fractal_rm.reward_model import StepScores
 
 HELD_OUT = 256
+FLIPS_20 = {name: (training_recipe("fractal_flips", 0.2) or {})[name] for name in ("missed_good", "missed_bad")}
 # Each is `fractal` with other settings; `supervised` learns from gold step labels.
 RECIPES: dict[str, dict[str, Any]] = {
     "fractal": KINDS["fractal"],
@@ -34,6 +35,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fractal_8x5e-4": {**FRACTAL, "num_train_epochs": 8, "learning_rate": 5e-4},
     "fractal_8x3e-4": {**FRACTAL, "num_train_epochs": 8},
     "fractal_16x2e-4": {**FRACTAL, "learning_rate": 2e-4},
+    # For `noise_20`: fewer passes over the labels, and knowing the share of flipped ones, as `fractal_flips` does.
+    "fractal_4x3e-4": {**FRACTAL, "num_train_epochs": 4},
+    "flips_20": FLIPS_20,
+    "flips_20_4x3e-4": {**FLIPS_20, "num_train_epochs": 4},
 }
 # The rival that scores log-ratios. Its score of a response is the probability of the label itself, luck included.
 IMPLICITS: dict[str, dict[str, Any]] = {
@@ -59,9 +64,10 @@ def measure(assets: Assets, recipe: str) -> dict[str, float]:
     """How well a reward model knows held-out responses of the base policy, by their labels and by gold step labels."""
     found, gold, labels = score_held_out(assets, recipe)
     probs = np.array([one.score for one in found])
-    luck = 0.0 if recipe in IMPLICITS else FRACTAL["missed_bad"]
+    noise = {} if recipe in IMPLICITS else FRACTAL | RECIPES[recipe]
+    luck, loss = noise.get("missed_bad", 0.0), noise.get("missed_good", 0.0)
     return {
-        "bag_nll": float(log_loss(labels, (1 - luck) * probs + luck, labels=[0, 1])),
+        "bag_nll": float(log_loss(labels, (1 - loss) * probs + luck * (1 - probs), labels=[0, 1])),
         "bag_auc": bag_metrics(probs, labels)["bag_auc"],
         **step_metrics(found, gold),
         "train_seconds": assets.cost(recipe)["rm_seconds"],
