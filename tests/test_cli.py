@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from stand_ins import gsm8k_problems, save_policy, save_reward_model, solutions, write_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
@@ -393,3 +394,21 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setitem(COMMANDS, "train", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["train", "ppo"])
+def test_a_launched_command_leaves_its_process_group(models, tmp_path, command):
+    arguments = ["--model", str(models / "policy"), "--max_steps", "1", "--bf16", "false", *TINY]
+    if command == "train":
+        arguments += ["--train_file", write_jsonl(tmp_path / "train.jsonl", solutions(4))]
+    else:
+        arguments += ["--reward_function", "exact_answer", "--task", "arithmetic", "--advantage", "group"]
+        arguments += ["--num_problems", "4", "--num_eval_problems", "0", "--num_generations", "2"]
+        arguments += ["--max_completion_length", "4"]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        assert main([command, *arguments, "--output_dir", str(tmp_path / "out")]) == 0
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from models import byte_tokenizer, make_model, sums
 from safetensors.torch import save_file
 from stand_ins import preferences, solutions
@@ -146,3 +147,5 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     train_all(Path(sys.argv[1]))
+    # Threads of gloo that outlive the interpreter call into it and abort: two of sixty launches of a small training.
+    PartialState().destroy_process_group()

@@ -87,3 +87,4 @@ def ppo(argv: Sequence[str]) -> None:
         write_outputs(folder, metrics | {"history": trainer.state.log_history}, card)
         print_metrics(shown)
         print(f"{folder} holds the policy, metrics.json and README.md.")
+    trainer.accelerator.end_training()  # a process that exits within a process group may abort

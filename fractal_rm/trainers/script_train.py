@@ -73,6 +73,7 @@ def train(argv: Sequence[str]) -> None:
         write_atomic(folder / "metrics.json", to_json(metrics | {"history": trainer.state.log_history}))
         print_metrics(metrics)
         print(f"{folder} holds the reward model, metrics.json and README.md.")
+    trainer.accelerator.end_training()  # a process that exits within a process group may abort
 
 
 def _check_kinds(bags: Mapping[str, Sequence[Bag]], sources: Mapping[str, str]) -> None:

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
