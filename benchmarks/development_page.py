@@ -9,6 +9,7 @@ from fractal_rm.report.tables import markdown_table
 
 REWARD_MODELS = "dense_vs_outcome_reward_models"
 STEP_SCORES = "dense_vs_outcome_step_scores"
+LEARNING_ON = "dense_vs_outcome_learning_on"
 COMPARED_TO = "mix"
 
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ class StepRewardModel:
     @classmethod
     def from_pretrained(
         cls, path: str | Path, *, device: str | torch.device | None = None, batch_size: int = 32, **kwargs: Any
-    ) -> "StepRewardModel":
+    ) -> Self:
         """Load a checkpoint that [`FractalTrainer`] saved.
 
         Args:

@@ -354,6 +354,7 @@ def test_the_rate_is_that_of_the_outcome_only_arms_and_each_arm_has_its_own_best
         "outcome_grpo", {"medium": [0.1, 0.1, 0.5, 0.2, 0.6, 0.6], "branching": [0.1, 0.1, 0.2, 0.4, 0, 0]}
     )
     rows += trial_rows("outcome_ppo", {"medium": [0.3] * 6, "branching": [0.3] * 6})
+    rows += trial_rows("fractal_mix_own_rate", {"medium": [0, 0, 0.5, 0.4, 0.9, 0.8], "branching": [0] * 6})
     # Better with another rate, on the two settings together; on one alone it would be another variant.
     rows += trial_rows("fractal", {"medium": [0, 0, 0.5, 0.4, 0.9, 0.9], "branching": [0, 0, 0.3, 0.5, 0.9, 0.9]})
     file = tmp_path / "rows.jsonl"
@@ -361,8 +362,10 @@ def test_the_rate_is_that_of_the_outcome_only_arms_and_each_arm_has_its_own_best
     study = Study(file, tmp_path, Budget(), Size(), {})
     settings = ("medium", "branching")
     assert study.choose_rate(settings) == LEARNING_RATES[1]
-    chosen = study.choose(settings, ["outcome_grpo", "outcome_ppo", "fractal"], LEARNING_RATES[1])
-    trials = {"outcome_grpo": 2, "outcome_ppo": 3, "fractal": 3}
+    arms = ["outcome_grpo", "outcome_ppo", "fractal", "fractal_mix_own_rate"]
+    chosen = study.choose(settings, arms, LEARNING_RATES[1])
+    # An arm with a rate of its own takes it from all of its trials.
+    trials = {"outcome_grpo": 2, "outcome_ppo": 3, "fractal": 3, "fractal_mix_own_rate": 4}
     assert chosen == {arm: ARMS[arm].trials[number] for arm, number in trials.items()}
     with pytest.raises(ValueError, match="Trial 2 of orm on medium has no rows"):
         study.choose(settings, ["orm"], LEARNING_RATES[1])

@@ -185,6 +185,35 @@ def test_step_scores_of_a_studys_reward_models_are_held_against_the_checkers_own
     assert list(noise.values()) == pytest.approx([0.5] * len(noise), abs=0.15)
 
 
+def test_a_run_whose_reward_model_is_watched_is_the_run_of_the_study(finished, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    benchmark = importlib.import_module("dense_vs_outcome_learning_on")
+    assets = benchmark.WatchedAssets(finished, SETTINGS["easy"], 0, SMOKE_SIZE)
+    chosen, seen = yaml.safe_load((finished / "chosen.yaml").read_text()), []
+
+    def measure(assets):
+        seen.append([one.response for one in assets.judge.last[1]])
+        return {"bag_auc": 0.5}
+
+    with monkeypatch.context() as patch:  # the small policy writes noise, which has no right step
+        patch.setattr(benchmark, "measure", measure)
+        benchmark.run(assets, "online", chosen, SMOKE_BUDGET, tmp_path / "rows.jsonl")
+    rows = read_results(tmp_path / "rows.jsonl")
+    known = [measured(row) | {"bag_auc": 0.5} for row in rows_of(finished) if row["arm"] == "fractal_online"]
+    assert [measured(row) for row in rows] == known
+    assert [len(texts) for texts in seen] == [SMOKE_BUDGET.held_out] * 2
+    assert seen[0] == assets.start(SMOKE_BUDGET.held_out)[1]
+    rng, held_out = random.Random(0), assets.setting.problems("held_out", 256, 0)
+    texts = [respond(one, assets.setting.beliefs(0), rng) for one in held_out]
+    prompts = [one.prompt for one in held_out]
+    judge = reward_models.Assets(finished, SETTINGS["easy"], 0, SMOKE_SIZE).reward_model("oracle")
+    assets.judge.last = prompts, judge.score(prompts, texts)
+    right = benchmark.measure(assets)
+    assert right["bag_auc"] > 0.9  # but for right answers by luck, which a loss that knows of luck forgives
+    assert right["bag_nll"] < 0.4
+    assert (right["right_step_score"], right["wrong_step_score"], right["step_auc"]) == (1.0, 0.0, 1.0)
+
+
 def test_recipes_of_reward_models_are_measured_once_each(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
     benchmark = importlib.import_module("dense_vs_outcome_reward_models")
@@ -259,24 +288,26 @@ def test_tuning_finds_the_rate_with_the_outcome_only_arms_and_runs_an_arms_trial
     monkeypatch.setattr(command, "TUNING_SETTINGS", ("easy",))
     for module in (command, study):
         monkeypatch.setattr(module, "LEARNING_RATES", LEARNING_RATES[:2])
-    run_comparison(
-        arguments(folder, tune=True, settings=None, arms=["oracle", *LONGER])
-    )  # a longer arm has no trials of its own
+    own = "fractal_mix_own_rate"  # has as many trials as they have; a longer arm has none
+    run_comparison(arguments(folder, tune=True, settings=None, arms=["oracle", own, *LONGER]))
     rows = rows_of(folder)
     assert {row["split"] for row in rows} == {"tuning"}
     rates = {
-        arm: {row["config"]["learning_rate"] for row in rows if row["arm"] == arm} for arm in (*OUTCOME_ONLY, "oracle")
+        arm: {row["config"]["learning_rate"] for row in rows if row["arm"] == arm}
+        for arm in (*OUTCOME_ONLY, own, "oracle")
     }
     (rate,) = rates.pop("oracle")
     assert set(map(frozenset, rates.values())) == {frozenset(LEARNING_RATES[:2])}
-    points = {trial: [] for trial in trials_at("oracle", rate)}
-    for row in rows:
-        if row["arm"] == "oracle" and row["metrics"]["rollouts"]:
-            points[row["config"]["trial"]].append(row["metrics"]["accuracy"])
-    best = max(points, key=lambda trial: (sum(points[trial]), trial))
     chosen = yaml.safe_load((folder / "chosen.yaml").read_text())
-    assert chosen == {"oracle": ARMS["oracle"].trials[best]}
-    assert [len(values) for values in points.values()] == [len(SMOKE_BUDGET.points)] * 2
+    for arm, used in (("oracle", [rate]), (own, LEARNING_RATES[:2])):
+        points = {trial: [] for one in used for trial in trials_at(arm, one)}
+        for row in rows:
+            if row["arm"] == arm and row["metrics"]["rollouts"]:
+                points[row["config"]["trial"]].append(row["metrics"]["accuracy"])
+        best = max(points, key=lambda trial: (sum(points[trial]), trial))
+        assert chosen.pop(arm) == ARMS[arm].trials[best]
+        assert [len(values) for values in points.values()] == [len(SMOKE_BUDGET.points)] * 2 * len(used)
+    assert not chosen
 
 
 def test_the_benchmark_runs_at_the_size_of_a_smoke_test_in_two_processes(monkeypatch, capsys):

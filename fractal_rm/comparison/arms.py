@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from fractal_rm.comparison.settings import MAIN_SETTINGS
+
 Options = dict[str, Any]
 # Tried by the outcome-only arms; all arms then use the one that suits those best, and each has two settings of its own.
+# (An arm with `own_rate` tries as many as they do.)
 LEARNING_RATES = (4e-4, 8e-4, 1.6e-3)
 # How far the credit of a step's reward reaches: fading from token to token, or from step to step.
 _LAMBDAS = (
@@ -36,6 +39,7 @@ class Arm:
         options: Settings of all trials.
         online: Whether the implicit reward learns on from the outcomes of each rollout batch; step reward models do by
             their option `rm_update_every`.
+        own_rate: Whether its trials have all learning rates, of which it takes its own best.
         core: Whether it runs on every setting with every seed.
         settings: Where it runs if it is no core arm; None: where most of those do.
         like: The arm whose chosen settings it has; it has no trials of its own.
@@ -50,6 +54,7 @@ class Arm:
     variants: tuple[Options, Options] = _LAMBDAS
     options: tuple[tuple[str, Any], ...] = ()
     online: bool = False
+    own_rate: bool = False
     core: bool = True
     settings: tuple[str, ...] | None = None
     like: str | None = None
@@ -93,6 +98,15 @@ ARMS = {
         *(
             Arm(name, steps="fractal", outcome=True, options=(("outcome_weight", weight),), core=False)
             for name, weight in MIXES.items()
+        ),
+        # As many trials as an outcome-only arm has, where the rate of the study is what suits those.
+        Arm(
+            "fractal_mix_own_rate",
+            steps="fractal",
+            outcome=True,
+            own_rate=True,
+            core=False,
+            settings=MAIN_SETTINGS,
         ),
         # Where step scores end when they are trained on for as long as outcomes: whether what they teach has a ceiling.
         Arm("fractal_mix_4x", steps="fractal", outcome=True, core=False, like="fractal_mix", times=4),

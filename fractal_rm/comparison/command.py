@@ -90,7 +90,8 @@ def run_comparison(arguments: CompareArguments) -> None:
             updates = round(TUNING_SHARE * SETTINGS[TUNING_SETTINGS[0]].updates)
             budget = Budget(updates=updates, points=TUNING_POINTS)
         study = Study(results, folder, budget, size, {})
-        study.run_all(tuning_units(TUNING_SETTINGS, OUTCOME_ONLY, LEARNING_RATES), arguments.jobs)
+        all_rates = [*OUTCOME_ONLY, *(name for name in arms if ARMS[name].own_rate)]
+        study.run_all(tuning_units(TUNING_SETTINGS, all_rates, LEARNING_RATES), arguments.jobs)
         rate = study.choose_rate(TUNING_SETTINGS)
         study.run_all(tuning_units(TUNING_SETTINGS, arms, [rate]), arguments.jobs)
         write_chosen(chosen_file, study.choose(TUNING_SETTINGS, arms, rate), portable_command(sys.argv))

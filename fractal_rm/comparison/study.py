@@ -168,19 +168,20 @@ class Study:
         return max(LEARNING_RATES, key=value)
 
     def choose(self, settings: Sequence[str], arms: Sequence[str], rate: float) -> dict[str, Options]:
-        """The settings of each arm whose trial had the highest accuracy with a learning rate; of equal ones the last.
+        """The settings of each arm whose trial had the highest accuracy; of equal ones the last.
 
         Args:
             settings: Where the trials ran.
             arms: Whose trials are compared.
-            rate: The learning rate of the study.
+            rate: The learning rate of the study; an arm with `own_rate` chooses among all.
 
         Raises:
             ValueError: If a trial has no rows.
         """
         found = {}
         for arm in arms:
-            trials = trials_at(arm, rate)
+            rates = LEARNING_RATES if ARMS[arm].own_rate else (rate,)
+            trials = [trial for one in rates for trial in trials_at(arm, one)]
             _, best = max(zip(self.values(settings, arm, trials), trials, strict=True))
             found[arm] = ARMS[arm].trials[best]
         return found
