@@ -1,4 +1,4 @@
-"""Tables of what stands beside the study: trials on development seeds, and what its reward models know of steps."""
+"""Tables of what stands beside the study: trials on development seeds, and what its reward models know."""
 
 from collections import defaultdict
 from statistics import fmean
@@ -11,6 +11,8 @@ REWARD_MODELS = "dense_vs_outcome_reward_models"
 STEP_SCORES = "dense_vs_outcome_step_scores"
 LEARNING_ON = "dense_vs_outcome_learning_on"
 COMPARED_TO = "mix"
+# Rollouts at which a model that learns on is shown: after its first two updates, and at the end.
+SHOWN = (640, 2560)
 
 
 def variants_table(rows: Rows) -> str:
@@ -47,3 +49,20 @@ def step_scores_table(rows: Rows) -> str:
     """What the reward models of the study know of steps: means over seeds, a line a setting and kind."""
     known = {(row["dataset"], row["arm"], row["seed"]): row for row in rows if row["benchmark"] == STEP_SCORES}
     return markdown_table([known[key] for key in sorted(known)]) if known else NOTHING
+
+
+def learning_on_table(rows: Rows) -> str:
+    """What a reward model that learns on, or does not, knows of the policy's responses: a line a run and evaluation."""
+    known = {
+        (row["dataset"], row["seed"], row["metrics"]["rollouts"], row["arm"]): row
+        for row in rows
+        if row["benchmark"] == LEARNING_ON and row["metrics"]["rollouts"] in SHOWN
+    }
+    lines = [
+        row | {"arm": f"{setting}, seed {seed}, {rollouts:,} rollouts: {arm}"}
+        for (setting, seed, rollouts, arm), row in sorted(known.items())
+    ]
+    shown = [
+        "accuracy", "rm_score", "bag_auc", "bag_nll", "right_steps_below_half", "wrong_steps_above_half", "kl",
+    ]  # fmt: skip
+    return markdown_table(lines, metrics=shown) if lines else NOTHING

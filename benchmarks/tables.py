@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from development_page import STEP_SCORES, recipes_table, step_scores_table, variants_table
+from development_page import (
+    LEARNING_ON,
+    STEP_SCORES,
+    learning_on_table,
+    recipes_table,
+    step_scores_table,
+    variants_table,
+)
 from disaggregation_page import FIGURE, draw_figure, page
 from evaluation_page import page as evaluation_page
 from scale_page import scale_page
@@ -81,7 +88,11 @@ def evidence_pages(page: str, history: str, readme: str) -> tuple[str, str, str]
         "seconds": "![Held-out accuracy against processor seconds, by setting and arm](evidence_seconds.png)",
         "scores": "![Scores and held-out accuracy against rollouts, by setting and arm](evidence_scores.png)",
     }
-    beside = {"chosen": chosen_table(known), "steps": step_scores_table(rows_of(STEP_SCORES))}
+    beside = {
+        "chosen": chosen_table(known),
+        "steps": step_scores_table(rows_of(STEP_SCORES)),
+        "learning_on": learning_on_table(rows_of(LEARNING_ON)),
+    }
     for name, table in (made | beside | (pictures if rows else {})).items():
         page = replace_table(page, f"evidence {name}", table)
     for name, table in {"development": variants_table(trials), "recipes": recipes_table(trials)}.items():
