@@ -27,7 +27,7 @@ from fractal_rm.report.tables import MISSING, format_number
 
 # What `StepPPOConfig` does as it comes, with a reward model and a checker.
 DEFAULT = "fractal_mix"
-DEFAULT_ARMS = (DEFAULT, "fractal", "fractal_online")
+DEFAULT_ARMS = (DEFAULT, f"{DEFAULT}_own_rate", "fractal", "fractal_online")
 DRAWN = (DEFAULT, *OUTCOME_ONLY, CEILING)
 # Arms whose score is drawn beside the truth; of the last one's steps only the result is scored.
 SCORED = (DEFAULT, "fractal", "orm", "fractal_result_token")
