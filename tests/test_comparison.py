@@ -379,6 +379,12 @@ def test_core_arms_come_first_and_seeds_before_settings():
     ]  # fmt: skip
     assert len(units) == 6 * 3 * 2 + 5 * 2
     assert all(unit.arm == "lca" and unit.setting != "hard" for unit in units[-10:])
+    # Ten seeds of these on every setting; five of the rest, of longer outcome-only runs on every setting too.
+    assert {name for name, arm in ARMS.items() if arm.core} == {
+        "outcome_grpo", "outcome_ppo", "orm", "fractal", "fractal_mix", "fractal_online", "supervised", "oracle",
+        "random_steps",
+    }  # fmt: skip
+    assert len(study_units(list(SETTINGS), ["outcome_grpo_long"], 10)) == 5 * len(SETTINGS)
 
 
 def test_the_arm_that_knows_of_flipped_labels_runs_where_labels_are_flipped_as_long_as_the_one_that_does_not(tmp_path):

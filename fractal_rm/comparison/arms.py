@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fractal_rm.comparison.settings import MAIN_SETTINGS
+from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS
 
 Options = dict[str, Any]
 # Tried by the outcome-only arms; all arms then use the one that suits those best, and each has two settings of its own.
@@ -91,8 +91,14 @@ ARMS = {
     for arm in (
         Arm("outcome_grpo", outcome=True, variants=_SCALES),
         Arm("outcome_ppo", outcome=True, variants=_VALUES),
-        *(Arm(longer, outcome=True, like=name) for name, longer in LONGER.items()),
-        *(Arm(longer, outcome=True, like=name, times=TIMES[name]) for name, longer in AS_LONG.items()),
+        *(
+            Arm(longer, outcome=True, like=name, core=False, settings=tuple(SETTINGS))
+            for name, longer in LONGER.items()
+        ),
+        *(
+            Arm(longer, outcome=True, like=name, core=False, settings=tuple(SETTINGS), times=TIMES[name])
+            for name, longer in AS_LONG.items()
+        ),
         Arm("fractal", steps="fractal"),
         Arm("fractal_mix", steps="fractal", outcome=True),
         *(
