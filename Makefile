@@ -74,6 +74,7 @@ bench-evidence: $(VENV)/.installed-test
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/dense_vs_outcome.py --tune true --jobs $(JOBS)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/dense_vs_outcome.py --jobs $(JOBS)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/dense_vs_outcome_step_scores.py
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/dense_vs_outcome_learning_on.py
 	$(VENV)/bin/python benchmarks/tables.py
 
 clean:

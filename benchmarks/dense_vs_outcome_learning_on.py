@@ -18,16 +18,14 @@ from typing import Any
 
 import numpy as np
 import yaml
-from dense_vs_outcome_reward_models import step_metrics
+from dense_vs_outcome_reward_models import label_metrics, step_levels, step_metrics
 from development_page import LEARNING_ON
-from sklearn.metrics import log_loss
 
 from fractal_rm.comparison.arms import ARMS, Options
 from fractal_rm.comparison.reward_models import FRACTAL, Assets, Size
 from fractal_rm.comparison.run import Budget, run_arm
 from fractal_rm.comparison.scripted_scores import oracle
 from fractal_rm.comparison.settings import SETTINGS
-from fractal_rm.metrics import bag_metrics
 from fractal_rm.quickstart import quiet
 from fractal_rm.results import ResultsFile, read_results
 from fractal_rm.reward_model import StepRewardModel, StepScores
@@ -71,16 +69,17 @@ def measure(assets: WatchedAssets) -> dict[str, float]:
     found = [one for _, one in used]
     gold = [oracle(prompt, [step.text for step in one.steps]) for prompt, one in used]
     labels = np.array([assets.setting.label(prompt, one.response) for prompt, one in used])
-    probs = np.array([one.score for one in found])
-    luck = FRACTAL["missed_bad"]
-    scores, good = np.concatenate([one.step_scores for one in found]), np.concatenate(gold)
     return {
-        "bag_auc": bag_metrics(probs, labels)["bag_auc"],
-        "bag_nll": float(log_loss(labels, probs + luck * (1 - probs), labels=[0, 1])),
+        **label_metrics(found, labels, luck=FRACTAL["missed_bad"]),
         **step_metrics(found, gold),
-        "right_step_score": float(scores[good == 1].mean()),
-        "wrong_step_score": float(scores[good == 0].mean()),
+        **step_levels(found, gold),
     }
+
+
+def options_of(variant: str, chosen: Mapping[str, Options]) -> Options:
+    """Settings of a variant: those of its arm, with what is done differently."""
+    arm, changed = VARIANTS[variant]
+    return {**chosen[arm], **changed}
 
 
 def run(assets: WatchedAssets, variant: str, chosen: Mapping[str, Options], budget: Budget, results: Path) -> None:
@@ -94,15 +93,14 @@ def run(assets: WatchedAssets, variant: str, chosen: Mapping[str, Options], budg
         results: The file of rows.
     """
     start = time.monotonic()
-    arm, changed = VARIANTS[variant]
-    options = chosen[arm] | changed
+    options = options_of(variant, chosen)
     rows: list[dict[str, Any]] = []
 
     def report(metrics: dict[str, Any]) -> None:
         rows.append(metrics | measure(assets))
 
     with quiet():
-        run_arm(ARMS[arm], options, assets, budget, report)
+        run_arm(ARMS[VARIANTS[variant][0]], options, assets, budget, report)
     for metrics in rows:  # at the end, so that a run is there or not
         ResultsFile(results).append(
             benchmark=LEARNING_ON,
@@ -126,11 +124,11 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = yaml.safe_load((HERE / "dense_vs_outcome.yaml").read_text(encoding="utf-8"))
     known = read_results(RESULTS) if RESULTS.is_file() else []
-    done = {(row["dataset"], row["seed"], row["arm"]) for row in known}
+    done = [(row["dataset"], row["seed"], row["arm"], row["config"]) for row in known]
     for setting in arguments.settings:
         for seed in arguments.seeds:
             for variant in arguments.variants:
-                if (setting, seed, variant) not in done:
+                if (setting, seed, variant, options_of(variant, chosen)) not in done:
                     assets = WatchedAssets(arguments.output_dir, SETTINGS[setting], seed, Size())
                     run(assets, variant, chosen, Budget(), RESULTS)
                     print(setting, seed, variant, flush=True)

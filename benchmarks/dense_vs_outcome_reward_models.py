@@ -63,14 +63,31 @@ def score_held_out(assets: Assets, kind: str) -> tuple[list[StepScores], list[li
 def measure(assets: Assets, recipe: str) -> dict[str, float]:
     """How well a reward model knows held-out responses of the base policy, by their labels and by gold step labels."""
     found, gold, labels = score_held_out(assets, recipe)
-    probs = np.array([one.score for one in found])
     noise = {} if recipe in IMPLICITS else FRACTAL | RECIPES[recipe]
-    luck, loss = noise.get("missed_bad", 0.0), noise.get("missed_good", 0.0)
+    return {
+        **label_metrics(found, labels, luck=noise.get("missed_bad", 0.0), loss=noise.get("missed_good", 0.0)),
+        **step_metrics(found, gold),
+        "train_seconds": assets.cost(recipe)["rm_seconds"],
+    }
+
+
+def label_metrics(
+    found: Sequence[StepScores], labels: np.ndarray, *, luck: float, loss: float = 0.0
+) -> dict[str, float]:
+    """How well scores fit response labels, of which a share of the bad and of the good ones says the other thing."""
+    probs = np.array([one.score for one in found])
     return {
         "bag_nll": float(log_loss(labels, (1 - loss) * probs + luck * (1 - probs), labels=[0, 1])),
         "bag_auc": bag_metrics(probs, labels)["bag_auc"],
-        **step_metrics(found, gold),
-        "train_seconds": assets.cost(recipe)["rm_seconds"],
+    }
+
+
+def step_levels(found: Sequence[StepScores], gold: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Mean scores of right and of wrong steps."""
+    scores, good = np.concatenate([one.step_scores for one in found]), np.concatenate(gold)
+    return {
+        "right_step_score": float(scores[good == 1].mean()),
+        "wrong_step_score": float(scores[good == 0].mean()),
     }
 
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from dense_vs_outcome_reward_models import HELD_OUT, score_held_out, step_metrics
+from dense_vs_outcome_reward_models import HELD_OUT, score_held_out, step_levels, step_metrics
 from development_page import STEP_SCORES
 from tqdm import tqdm
 
@@ -45,11 +45,9 @@ def trained_models(results: Path) -> list[tuple[str, int, str]]:
 def measure(assets: Assets, kind: str) -> dict[str, float]:
     """How well scores tell right steps from wrong ones, how high they are, and what responses get more than is true."""
     found, gold, labels = score_held_out(assets, kind)
-    scores, good = np.concatenate([one.step_scores for one in found]), np.concatenate(gold)
     return {
         **step_metrics(found, gold),
-        "right_step_score": float(scores[good == 1].mean()),
-        "wrong_step_score": float(scores[good == 0].mean()),
+        **step_levels(found, gold),
         "score_less_truth": float(np.mean([one.score for one in found]) - labels.mean()),
     }
 
