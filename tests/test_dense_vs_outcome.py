@@ -192,20 +192,25 @@ def test_a_run_whose_reward_model_is_watched_is_the_run_of_the_study(finished, t
     chosen, seen = yaml.safe_load((finished / "chosen.yaml").read_text()), []
 
     def measure(assets):
-        seen.append([one.response for one in assets.judge.last[1]])
-        return {"bag_auc": 0.5}
+        _, scored = assets.judge.last
+        seen.append([one.response for one in scored])
+        return {"watched": float(np.mean([one.score for one in scored if one.error is None]))}
 
     with monkeypatch.context() as patch:  # the small policy writes noise, which has no right step
         patch.setattr(benchmark, "measure", measure)
         benchmark.run(assets, "online", chosen, SMOKE_BUDGET, tmp_path / "rows.jsonl")
     rows = read_results(tmp_path / "rows.jsonl")
-    known = [measured(row) | {"bag_auc": 0.5} for row in rows_of(finished) if row["arm"] == "fractal_online"]
-    assert [measured(row) for row in rows] == known
+    watched = [row["metrics"].pop("watched") for row in rows]
+    assert [measured(row) for row in rows] == [measured(r) for r in rows_of(finished) if r["arm"] == "fractal_online"]
+    assert watched == pytest.approx([row["metrics"]["rm_score"] for row in rows])
     assert [len(texts) for texts in seen] == [SMOKE_BUDGET.held_out] * 2
     assert seen[0] == assets.start(SMOKE_BUDGET.held_out)[1]
     rng, held_out = random.Random(0), assets.setting.problems("held_out", 256, 0)
     texts = [respond(one, assets.setting.beliefs(0), rng) for one in held_out]
     prompts = [one.prompt for one in held_out]
+    # What is judged is what was scored last; this small a policy writes the same at its end as at its start.
+    scored = assets.judge.score(prompts[:4], texts[:4], progress=False)
+    assert assets.judge.last == (prompts[:4], scored)
     judge = reward_models.Assets(finished, SETTINGS["easy"], 0, SMOKE_SIZE).reward_model("oracle")
     assets.judge.last = prompts, judge.score(prompts, texts)
     right = benchmark.measure(assets)
