@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fractal_rm.results import ResultsFile
+from fractal_rm.evaluation.results import ResultsFile
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DRAWS = 2000

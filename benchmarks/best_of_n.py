@@ -32,15 +32,15 @@ from judged_models import (
 )
 from processbench import default_encoder
 
+from fractal_rm.data.readers import read_jsonl
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.benchmarks import as_learned, score_whole
 from fractal_rm.evaluation.best_of_n import Questions, judge_best_of_n, read_questions
 from fractal_rm.evaluation.evaluate import score_bags
 from fractal_rm.evaluation.intervals import Judgement, as_columns, differences, estimates
-from fractal_rm.readers import read_jsonl
-from fractal_rm.results import ResultsFile
+from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.reward_model import StepRewardModel, StepScores
-from fractal_rm.segmentation import Segmentation
-from fractal_rm.tasks.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROBLEMS, SAMPLES, PROBLEM_SEED = 200, 64, 21

@@ -17,10 +17,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fractal_rm.comparison.arms import ARMS
-from fractal_rm.comparison.command import CompareArguments, run_comparison
-from fractal_rm.comparison.study import write_chosen
-from fractal_rm.trainers.command_parser import parse
+from fractal_rm.cli.compare import CompareArguments, run_comparison
+from fractal_rm.cli.parser import parse
+from fractal_rm.study.arms import ARMS
+from fractal_rm.study.study import write_chosen
 
 HERE = Path(__file__).resolve().parent
 CHOSEN = HERE / "dense_vs_outcome.yaml"

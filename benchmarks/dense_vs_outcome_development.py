@@ -11,11 +11,11 @@ from collections import defaultdict
 
 from development_arguments import RESULTS, parse_arguments
 
-from fractal_rm.comparison.arms import ARMS, Arm, Options
-from fractal_rm.comparison.reward_models import Size
-from fractal_rm.comparison.rows import latest
-from fractal_rm.comparison.run import Budget
-from fractal_rm.comparison.study import Study, Unit
+from fractal_rm.study.arms import ARMS, Arm, Options
+from fractal_rm.study.reward_models import Size
+from fractal_rm.study.rows import latest
+from fractal_rm.study.run import Budget
+from fractal_rm.study.study import Study, Unit
 
 _GAE: Options = {"advantage": "gae", "learning_rate": 8e-4}
 _ONLINE: Options = {"rm_update_every": 4, "rm_learning_rate": 5e-4}

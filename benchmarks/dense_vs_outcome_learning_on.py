@@ -21,14 +21,14 @@ import yaml
 from dense_vs_outcome_reward_models import label_metrics, step_levels, step_metrics
 from development_page import LEARNING_ON
 
-from fractal_rm.comparison.arms import ARMS, Options
-from fractal_rm.comparison.reward_models import FRACTAL, Assets, Size
-from fractal_rm.comparison.run import Budget, run_arm
-from fractal_rm.comparison.scripted_scores import oracle
-from fractal_rm.comparison.settings import SETTINGS
-from fractal_rm.quickstart import quiet
-from fractal_rm.results import ResultsFile, read_results
+from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.study.arms import ARMS, Options
+from fractal_rm.study.quickstart import quiet
+from fractal_rm.study.reward_models import FRACTAL, Assets, Size
+from fractal_rm.study.run import Budget, run_arm
+from fractal_rm.study.scripted_scores import oracle
+from fractal_rm.study.settings import SETTINGS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / f"{LEARNING_ON}.jsonl"

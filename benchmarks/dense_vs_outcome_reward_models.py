@@ -18,13 +18,13 @@ from development_page import REWARD_MODELS
 from sklearn.metrics import log_loss
 from tqdm import tqdm
 
-from fractal_rm.comparison.reward_models import FRACTAL, IMPLICIT, KINDS, Assets, Size, training_recipe
-from fractal_rm.comparison.scripted_scores import oracle
-from fractal_rm.comparison.settings import SETTINGS
-from fractal_rm.metrics import bag_metrics, step_auc
-from fractal_rm.quickstart import quiet
-from fractal_rm.results import ResultsFile, read_results
+from fractal_rm.evaluation.metrics import bag_metrics, step_auc
+from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.reward_model import StepScores
+from fractal_rm.study.quickstart import quiet
+from fractal_rm.study.reward_models import FRACTAL, IMPLICIT, KINDS, Assets, Size, training_recipe
+from fractal_rm.study.scripted_scores import oracle
+from fractal_rm.study.settings import SETTINGS
 
 HELD_OUT = 256
 FLIPS_20 = {name: (training_recipe("fractal_flips", 0.2) or {})[name] for name in ("missed_good", "missed_bad")}

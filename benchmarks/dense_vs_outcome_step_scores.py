@@ -17,12 +17,12 @@ from dense_vs_outcome_reward_models import HELD_OUT, score_held_out, step_levels
 from development_page import STEP_SCORES
 from tqdm import tqdm
 
-from fractal_rm.comparison.arms import ARMS
-from fractal_rm.comparison.reward_models import Assets, Size, training_recipe
-from fractal_rm.comparison.rows import finished_runs
-from fractal_rm.comparison.settings import SETTINGS
-from fractal_rm.quickstart import quiet
-from fractal_rm.results import ResultsFile, read_results
+from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.study.arms import ARMS
+from fractal_rm.study.quickstart import quiet
+from fractal_rm.study.reward_models import Assets, Size, training_recipe
+from fractal_rm.study.rows import finished_runs
+from fractal_rm.study.settings import SETTINGS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

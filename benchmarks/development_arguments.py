@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from fractal_rm.comparison.settings import SETTINGS
+from fractal_rm.study.settings import SETTINGS
 
 RESULTS = Path(__file__).resolve().parent / "results" / "dense_vs_outcome_development.jsonl"
 FIRST_SEED = 2000

@@ -32,16 +32,16 @@ from disaggregation_gains import write_gains
 from floors import Rule, at_random, constant, copied, cosine, few_new_words, of_grades, position, score_by, short
 from implicit import implicit_scores
 
-from fractal_rm import metrics
-from fractal_rm.bags import Bag
+from fractal_rm.data.bag import Bag
+from fractal_rm.evaluation import metrics
 from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, response_labels, score_bags
 from fractal_rm.evaluation.evaluate import gold_labels as gold
-from fractal_rm.results import ResultsFile, read_results
+from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.reward_model import StepScores
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.tasks.base_policy import SHIPPED_POLICY
-from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.fractal_trainer import FractalTrainer
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = range(5)

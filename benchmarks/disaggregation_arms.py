@@ -11,7 +11,7 @@ from typing import Any
 
 from disaggregation_data import Data
 
-from fractal_rm.tasks.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
 GOLD_SHARES = (1, 5, 10, 20, 50)
 PSEUDO_ROUNDS = 3

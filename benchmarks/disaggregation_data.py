@@ -8,12 +8,12 @@ from typing import Any
 
 from floors import few_new_words
 
-from fractal_rm.bags import Bag
-from fractal_rm.readers import read_bags, read_jsonl
-from fractal_rm.results import write_atomic
-from fractal_rm.segmentation import Segmentation
-from fractal_rm.tasks.arithmetic import make_problems
-from fractal_rm.tasks.base_policy import SHIPPED_POLICY
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.readers import read_bags, read_jsonl
+from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.files import write_atomic
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.problems import make_problems
 from fractal_rm.tasks.sampling import sample_responses
 
 # Larger training splits are cut to their first rows: a run takes seconds, and the sets can be compared.

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch.nn.functional as F
 
-from fractal_rm.bags import Bag
+from fractal_rm.data.bag import Bag
 from fractal_rm.reward_model import Step, StepScores
-from fractal_rm.scorers.embedding_scorer import EmbeddingInputs
+from fractal_rm.scorers.embedding import EmbeddingInputs
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 
 Rule = Callable[[Bag], Sequence[float]]

@@ -1,4 +1,4 @@
-"""What benchmarks measure beyond `fractal_rm.metrics`: gains with their intervals."""
+"""What benchmarks measure beyond `fractal_rm.evaluation.metrics`: gains with their intervals."""
 
 import math
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from fractal_rm import metrics
-from fractal_rm.bags import Bag
+from fractal_rm.data.bag import Bag
+from fractal_rm.evaluation import metrics
 from fractal_rm.reward_model import StepScores
 
 DRAWS = 1000
@@ -19,7 +19,7 @@ def gold(bag: Bag) -> np.ndarray:
 
 
 def same_position_auc(rows: np.ndarray) -> float:
-    """[`~fractal_rm.metrics.same_position_auc`] of rows of step scores, then gold labels, each half padded with NaN."""
+    """`same_position_auc` of rows of step scores, then gold labels, each half padded with NaN."""
     scores, labels = np.split(rows, 2, axis=1)
     real = ~np.isnan(scores)
     return metrics.same_position_auc(

@@ -30,15 +30,16 @@ import yaml
 from floors import Rule, at_random, copied, few_new_words, position, score_by, short
 from gains import gain_columns, has_gold, intervals, same_position_auc, step_rows
 
-from fractal_rm.bags import Bag
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.readers import read_bags, read_jsonl
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, score_bags
-from fractal_rm.readers import read_bags, read_jsonl
+from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.files import write_atomic
 from fractal_rm.report.tables import markdown_table, replace_table
-from fractal_rm.results import ResultsFile, read_results, write_atomic
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.scorers.checkpoint import load_model, load_tokenizer, make_scorer
 from fractal_rm.scorers.settings import Settings
-from fractal_rm.segmentation import Segmentation
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPE = REPOSITORY / "recipes" / "gsm8k_solutions"
@@ -145,7 +146,7 @@ def backbone(arm: str, runs_dir: Path, data_dir: Path) -> Path:
 
 def train(arm: str, seed: int, runs_dir: Path, data_dir: Path) -> Path:
     """The folder of a reward model, trained by `fractal-rm train` if it is not there yet."""
-    from fractal_rm.cli import main
+    from fractal_rm.cli.main import main
 
     folder = runs_dir / f"{arm}-{seed}"
     if not (folder / "metrics.json").is_file():

@@ -9,16 +9,16 @@ from typing import Any
 
 from disaggregation_data import whole_responses
 
-from fractal_rm.bags import Bag
-from fractal_rm.readers import read_bags, read_jsonl
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.readers import read_bags, read_jsonl
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.segmentation import Segmentation
-from fractal_rm.tasks.arithmetic import make_problems
-from fractal_rm.tasks.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.problems import make_problems
 from fractal_rm.tasks.sampling import sample_responses
-from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.fractal_trainer import FractalTrainer
 
 TRAINING: dict[str, Any] = {
     "aggregation": "product",

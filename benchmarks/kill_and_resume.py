@@ -29,17 +29,17 @@ from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification, TrainerState
 from transformers.utils.logging import disable_progress_bar
 
-from fractal_rm.results import ResultsFile
+from fractal_rm.evaluation.results import ResultsFile
+from fractal_rm.hf.checkpoints import STATE, last_checkpoint
+from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.scorers.checkpoint import make_scorer
 from fractal_rm.scorers.settings import Settings
-from fractal_rm.tasks.arithmetic import Beliefs, make_problems
-from fractal_rm.tasks.base_policy import SHIPPED_POLICY
-from fractal_rm.trainers.checkpoints import STATE, last_checkpoint
-from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.fractal_trainer import FractalTrainer
-from fractal_rm.trainers.step_ppo_config import StepPPOConfig
-from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.problems import Beliefs, make_problems
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # What a trainer reads at the start and never changes, or writes for people: names of folders, versions, dates.
@@ -48,8 +48,8 @@ NOT_COMPARED = ("training_args.bin", "README.md", STATE)
 TIMES = ("step_time", "runtime", "per_second")
 # What takes long to import.
 IMPORTED = [
-    "fractal_rm.trainers.fractal_trainer",
-    "fractal_rm.trainers.step_ppo_trainer",
+    "fractal_rm.reward_training.trainer",
+    "fractal_rm.ppo.trainer",
     "transformers.models.llama.modeling_llama",
 ]
 SHARED: dict[str, Any] = {

@@ -18,14 +18,14 @@ from typing import Any
 
 import datasets
 
-from fractal_rm.metrics import bag_metrics, step_auc, within_bag_auc
-from fractal_rm.quickstart import PPO_SETTINGS, Budget, LearningCurve, Quickstart, QuickstartArguments, quiet
-from fractal_rm.results import ResultsFile, read_results
+from fractal_rm.evaluation.metrics import bag_metrics, step_auc, within_bag_auc
+from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.tasks.arithmetic import exact_answer
+from fractal_rm.study.quickstart import PPO_SETTINGS, Budget, LearningCurve, Quickstart, QuickstartArguments, quiet
+from fractal_rm.tasks.arithmetic.problems import exact_answer
 from fractal_rm.tasks.sampling import sample_responses
-from fractal_rm.trainers.step_ppo_config import StepPPOConfig
-from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
 
 RESULTS = Path(__file__).parent / "results" / "online_reward.jsonl"
 BUDGET = Budget(responses=384, updates=32, evaluate_every=8, held_out=384, validation=100)

@@ -31,8 +31,8 @@ from speed_blocks import Line
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, TrainerCallback
 
-from fractal_rm.results import ResultsFile, read_results
-from fractal_rm.tasks.arithmetic import exact_answer, make_problems
+from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.tasks.arithmetic.problems import exact_answer, make_problems
 from fractal_rm.tasks.sampling import sample_responses
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "ppo_parity.jsonl"
@@ -135,8 +135,8 @@ def train(given: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
     trainer: Any
     curve = Curve(lambda: trainer.model if given.side == "step_ppo" else policy, tokenizer, given)
     if given.side == "step_ppo":
-        from fractal_rm.trainers.step_ppo_config import StepPPOConfig
-        from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
+        from fractal_rm.ppo.config import StepPPOConfig
+        from fractal_rm.ppo.trainer import StepPPOTrainer
 
         trainer = StepPPOTrainer(
             model=models["policy"],

@@ -25,7 +25,7 @@ import torch
 from alternation import REPOSITORY, Side, alternate, record
 from sized_policy import SIZES, save_models
 
-from fractal_rm.results import ResultsFile
+from fractal_rm.evaluation.results import ResultsFile
 
 PEER_PYTHON = REPOSITORY / ".venv-peer" / "bin" / "python"
 RESULTS = REPOSITORY / "benchmarks" / "results" / "ppo_speed.jsonl"

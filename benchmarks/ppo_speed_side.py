@@ -16,7 +16,7 @@ from datasets import Dataset
 from speed_blocks import Blocks, Enough, Line, Stages
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-from fractal_rm.tasks.arithmetic import exact_answer, make_problems
+from fractal_rm.tasks.arithmetic.problems import exact_answer, make_problems
 
 SHARED: dict[str, Any] = {
     "learning_rate": 1e-9,
@@ -42,9 +42,9 @@ def step_ppo(arguments: argparse.Namespace, blocks: Blocks, prompts: list[str], 
 
     `shared` is `dense` with a value head on the policy's backbone.
     """
+    from fractal_rm.ppo.config import StepPPOConfig
+    from fractal_rm.ppo.trainer import StepPPOTrainer
     from fractal_rm.reward_model import FractalReward
-    from fractal_rm.trainers.step_ppo_config import StepPPOConfig
-    from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
 
     models = Path(arguments.models)
     reward_model = str(models / "reward_model")

@@ -27,10 +27,10 @@ from rm_speed import PEER_PYTHON
 from speed_blocks import Line
 from transformers import AutoModelForTokenClassification, AutoTokenizer, set_seed
 
-from fractal_rm.metrics import step_auc, within_bag_auc
-from fractal_rm.results import ResultsFile, read_results
-from fractal_rm.tasks.arithmetic import Beliefs, make_problems
-from fractal_rm.tasks.base_policy import SHIPPED_POLICY
+from fractal_rm.evaluation.metrics import step_auc, within_bag_auc
+from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.problems import Beliefs, make_problems
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "prm_parity.jsonl"
 ARMS = ("fractal_supervised", "trl_prm_1.13")
@@ -62,8 +62,8 @@ def rows_of(count: int, seed: int) -> list[dict[str, Any]]:
 
 def supervised(given: argparse.Namespace, train: list[dict], test: list[dict], folder: str) -> Scores:
     """Scores of the test steps by FractalTrainer: all gold, the instance loss only."""
-    from fractal_rm.trainers.fractal_config import FractalConfig
-    from fractal_rm.trainers.fractal_trainer import FractalTrainer
+    from fractal_rm.reward_training.config import FractalConfig
+    from fractal_rm.reward_training.trainer import FractalTrainer
 
     trainer = FractalTrainer(
         model=SHIPPED_POLICY,

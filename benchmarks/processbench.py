@@ -23,13 +23,13 @@ from typing import Any
 from floors import Rule, at_random, few_new_words, position, score_by, short
 from judged_models import EMBEDDING, data_dir_of, encoder, models_at_hand, solutions, train
 
-from fractal_rm.bags import Bag
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.readers import read_jsonl
 from fractal_rm.evaluation.benchmarks import as_learned
 from fractal_rm.evaluation.evaluate import choose_threshold, score_bags
 from fractal_rm.evaluation.intervals import as_columns, estimates
 from fractal_rm.evaluation.processbench import SUBSETS, Cases, judge_processbench, read_cases
-from fractal_rm.readers import read_jsonl
-from fractal_rm.results import ResultsFile
+from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 

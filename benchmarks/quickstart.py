@@ -13,8 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
-from fractal_rm.quickstart import ARMS, Arm, Quickstart, QuickstartArguments
-from fractal_rm.results import ResultsFile, read_results
+from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.study.quickstart import ARMS, Arm, Quickstart, QuickstartArguments
 
 RESULTS = Path(__file__).parent / "results" / "quickstart.jsonl"
 ABLATIONS = (

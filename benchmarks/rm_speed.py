@@ -23,7 +23,7 @@ from typing import NamedTuple
 from alternation import REPOSITORY, Side, alternate, record
 from sized_policy import SIZES, save_models
 
-from fractal_rm.results import ResultsFile
+from fractal_rm.evaluation.results import ResultsFile
 
 PEER_PYTHON = REPOSITORY / ".venv-peer-prm" / "bin" / "python"
 RESULTS = REPOSITORY / "benchmarks" / "results" / "rm_speed.jsonl"

@@ -15,7 +15,7 @@ from datasets import Dataset
 from speed_blocks import Blocks, Enough, Line
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
-from fractal_rm.tasks.arithmetic import Beliefs, make_problems
+from fractal_rm.tasks.arithmetic.problems import Beliefs, make_problems
 
 SHARED: dict[str, Any] = {
     "learning_rate": 1e-4,
@@ -44,8 +44,8 @@ def texts(count: int) -> list[dict[str, Any]]:
 
 def fractal(arguments: argparse.Namespace, blocks: Blocks, rows: list[dict[str, Any]], folder: str) -> Any:
     """Our trainer, a token scorer: `labels` on responses, `grouped` by length, or `preferences`."""
-    from fractal_rm.trainers.fractal_config import FractalConfig
-    from fractal_rm.trainers.fractal_trainer import FractalTrainer
+    from fractal_rm.reward_training.config import FractalConfig
+    from fractal_rm.reward_training.trainer import FractalTrainer
 
     pairs = arguments.arm == "preferences"
     if pairs:

@@ -42,10 +42,10 @@ from scale_formulas import (
 from scale_page import MEMORY, TIME
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fractal_rm.results import ResultsFile
-from fractal_rm.tasks.base_policy import SHIPPED_POLICY
-from fractal_rm.trainers.step_ppo_config import StepPPOConfig
-from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
+from fractal_rm.evaluation.results import ResultsFile
+from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.trainer import StepPPOTrainer
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GIGABYTE = 1e9

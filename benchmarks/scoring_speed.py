@@ -26,10 +26,10 @@ from alternation import REPOSITORY, alternate, record
 from sized_policy import SIZES, save_models
 from speed_blocks import PeakMemory
 
-from fractal_rm.results import ResultsFile
+from fractal_rm.credit.placement import completion_text, step_end_tokens, token_end_characters
+from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.rewards import completion_text, step_end_tokens, token_end_characters
-from fractal_rm.tasks.arithmetic import Beliefs, make_problems
+from fractal_rm.tasks.arithmetic.problems import Beliefs, make_problems
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "scoring_speed.jsonl"
 BATCH = 32

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForTokenClassific
 
 from fractal_rm.scorers.checkpoint import make_scorer, save_scorer
 from fractal_rm.scorers.settings import Settings
-from fractal_rm.tasks.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
 # Name, width and layers; parameters follow.
 SIZES = {"0.2M": (64, 3), "0.35M": (64, 5), "5M": (256, 4), "125M": (1024, 8), "340M": (1536, 10)}

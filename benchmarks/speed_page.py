@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fractal_rm.evaluation.results import read_results
 from fractal_rm.report.tables import markdown_table, replace_table
-from fractal_rm.results import read_results
 
 SPEED = ("ours", "rival", "ratio", "ratio_low", "ratio_high", "cpu_time_ratio", "peak_memory_ratio")
 PREFIXES = (*SPEED, "tokens_ratio", "ratio_over_tokens_ratio")

@@ -20,11 +20,12 @@ from evaluation_page import page as evaluation_page
 from scale_page import scale_page
 from speed_page import page as speed_page
 
-from fractal_rm.comparison.page import chosen_table, draw_curves, draw_scores, draw_seconds
-from fractal_rm.comparison.page import tables as evidence_tables
-from fractal_rm.comparison.rows import BENCHMARK
+from fractal_rm.evaluation.results import read_results
+from fractal_rm.files import write_atomic
 from fractal_rm.report.tables import markdown_table, replace_table
-from fractal_rm.results import read_results, write_atomic
+from fractal_rm.study.page import chosen_table, draw_curves, draw_scores, draw_seconds
+from fractal_rm.study.page import tables as evidence_tables
+from fractal_rm.study.rows import BENCHMARK
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"

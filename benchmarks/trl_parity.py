@@ -20,8 +20,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, set_seed
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-from fractal_rm.tasks.arithmetic import make_problems
-from fractal_rm.tasks.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.problems import make_problems
 
 OF_ROLLOUT = ("logprobs", "ref_logprobs", "kl", "values", "scores", "padding_mask", "padding_mask_p1")
 OF_MINIBATCH = ("new_logprobs", "mb_logprobs", "mb_advantage", "vpred", "mb_values", "mb_return", "pg_loss", "vf_loss")

@@ -27,8 +27,8 @@ from transformers import (
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.tasks.arithmetic import make_problems
-from fractal_rm.tasks.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.problems import make_problems
 
 CLOSE = 1e-4
 

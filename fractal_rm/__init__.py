@@ -8,16 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fractal_rm.bags import Bag
-    from fractal_rm.readers import read_bags
+    from fractal_rm.data.bag import Bag
+    from fractal_rm.data.readers import read_bags
+    from fractal_rm.data.segmentation import Segmentation
+    from fractal_rm.ppo.config import StepPPOConfig
+    from fractal_rm.ppo.pages import StepScoresCallback
+    from fractal_rm.ppo.trainer import StepPPOTrainer
     from fractal_rm.reward_model import FractalReward, StepRewardModel, StepScores
-    from fractal_rm.segmentation import Segmentation
+    from fractal_rm.reward_training.config import FractalConfig
+    from fractal_rm.reward_training.trainer import FractalTrainer
     from fractal_rm.serving.client import ScoringClient
-    from fractal_rm.trainers.fractal_config import FractalConfig
-    from fractal_rm.trainers.fractal_trainer import FractalTrainer
-    from fractal_rm.trainers.step_ppo_config import StepPPOConfig
-    from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
-    from fractal_rm.trainers.step_scores_callback import StepScoresCallback
 
 __version__ = "0.1.0"
 
@@ -39,18 +39,18 @@ __all__ = [
 
 # Where each public name is defined.
 _MODULES = {
-    "Bag": "fractal_rm.bags",
-    "FractalConfig": "fractal_rm.trainers.fractal_config",
+    "Bag": "fractal_rm.data.bag",
+    "FractalConfig": "fractal_rm.reward_training.config",
     "FractalReward": "fractal_rm.reward_model",
-    "FractalTrainer": "fractal_rm.trainers.fractal_trainer",
+    "FractalTrainer": "fractal_rm.reward_training.trainer",
     "ScoringClient": "fractal_rm.serving.client",
-    "Segmentation": "fractal_rm.segmentation",
-    "StepPPOConfig": "fractal_rm.trainers.step_ppo_config",
-    "StepPPOTrainer": "fractal_rm.trainers.step_ppo_trainer",
+    "Segmentation": "fractal_rm.data.segmentation",
+    "StepPPOConfig": "fractal_rm.ppo.config",
+    "StepPPOTrainer": "fractal_rm.ppo.trainer",
     "StepRewardModel": "fractal_rm.reward_model",
     "StepScores": "fractal_rm.reward_model",
-    "StepScoresCallback": "fractal_rm.trainers.step_scores_callback",
-    "read_bags": "fractal_rm.readers",
+    "StepScoresCallback": "fractal_rm.ppo.pages",
+    "read_bags": "fractal_rm.data.readers",
 }
 
 

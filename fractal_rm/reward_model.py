@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fractal_rm.aggregation import aggregate
-from fractal_rm.bags import Bag, Prompt, check_text
-from fractal_rm.ordinal import expected_grades, ordinal_max_log_probs
-from fractal_rm.results import write_atomic
+from fractal_rm.data.bag import Bag, Prompt, check_text
+from fractal_rm.data.segmentation import Segmentation, Span, join_steps
+from fractal_rm.files import write_atomic
+from fractal_rm.objectives.aggregation import aggregate
+from fractal_rm.objectives.grades import expected_grades, ordinal_max_log_probs
 from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, save_scorer
 from fractal_rm.scorers.encoding import RenderedPrompt, prompt_text
 from fractal_rm.scorers.hub import CARD, upload
 from fractal_rm.scorers.inputs import Processor, make_inputs
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import Settings
-from fractal_rm.segmentation import Segmentation, Span, join_steps
 
 logger = logging.getLogger(__name__)
 # A progress bar for fewer batches would flicker by.

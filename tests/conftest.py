@@ -27,18 +27,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Mathematics on tensors: each call is checked against its annotated shapes. Before the modules are imported.
 PURE_MODULES = (
-    "aggregation",
-    "losses",
-    "ordinal",
-    "preferences",
-    "priors",
-    "pseudo_labels",
-    "calibration",
-    "rewards",
-    "shaping",
-    "advantages",
-    "guards",
-    "metrics",
+    "objectives.aggregation",
+    "objectives.bag_loss",
+    "objectives.calibration",
+    "objectives.grades",
+    "objectives.preferences",
+    "objectives.priors",
+    "objectives.pseudo_labels",
+    "credit.advantages",
+    "credit.guards",
+    "credit.kl",
+    "credit.moments",
+    "credit.placement",
+    "credit.shaping",
+    "evaluation.metrics",
 )
 install_import_hook([f"fractal_rm.{module}" for module in PURE_MODULES], "beartype.beartype")
 

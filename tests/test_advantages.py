@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.advantages import gae, global_advantages, group_step_advantages, step_lambdas, whiten
-from fractal_rm.rewards import place_outcome
+from fractal_rm.credit.advantages import gae, global_advantages, group_step_advantages, step_lambdas, whiten
+from fractal_rm.credit.placement import place_outcome
 
 unit = st.sampled_from([0.0, 0.5, 0.95, 1.0])
 

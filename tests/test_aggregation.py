@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fractal_rm.aggregation import AGGREGATIONS, MEANINGS, aggregate, bag_log_probs, log1mexp, meaning
+from fractal_rm.objectives.aggregation import AGGREGATIONS, MEANINGS, aggregate, bag_log_probs, log1mexp, meaning
 
 # Every property runs once for each of a dozen aggregations.
 few = settings(max_examples=25)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from models import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fractal_rm.tasks.arithmetic import (
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY, make_tokenizer, train_base_policy
+from fractal_rm.tasks.arithmetic.problems import (
     FACTS,
     OPERANDS,
     PHRASES,
@@ -20,7 +21,6 @@ from fractal_rm.tasks.arithmetic import (
     exact_answer,
     make_problems,
 )
-from fractal_rm.tasks.base_policy import SHIPPED_POLICY, make_tokenizer, train_base_policy
 from fractal_rm.tasks.sampling import sample_responses
 
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}

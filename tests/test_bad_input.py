@@ -17,13 +17,13 @@ from stand_ins import (
 )
 from transformers import LlamaModel
 
-from fractal_rm.cli import main
+from fractal_rm.cli.checks import check_chat_templates
+from fractal_rm.cli.main import main
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.scorers.embedding_scorer import make_head
+from fractal_rm.scorers.embedding import make_head
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import Settings
-from fractal_rm.tasks.arithmetic import make_problems
-from fractal_rm.trainers.script_checks import check_chat_templates
+from fractal_rm.tasks.arithmetic.problems import make_problems
 
 GOOD = {"prompt": "1+1?\n", "completion": "1+1=2.", "label": 1}
 BAD = {"prompt": "1+1?\n", "completion": "1+1=3.", "label": 0}

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from test_aggregation import logit_rows, pad
 
-from fractal_rm.aggregation import AGGREGATIONS, bag_log_probs
-from fractal_rm.calibration import fit_temperature
-from fractal_rm.losses import bag_loss
+from fractal_rm.objectives.aggregation import AGGREGATIONS, bag_log_probs
+from fractal_rm.objectives.bag_loss import bag_loss
+from fractal_rm.objectives.calibration import fit_temperature
 
 
 def mean_loss(logits, labels, mask, temperature, aggregation):

@@ -27,10 +27,10 @@ from transformers import (
     BertConfig,
 )
 
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import load_model, load_scorer, load_tokenizer, make_scorer, save_scorer
 from fractal_rm.scorers.settings import FORMAT_VERSION, Settings
-from fractal_rm.segmentation import Segmentation
 
 PROMPT = "What is 3+4?\n"
 RESPONSE = "3+4=7.\nso 12.\n✓ done."

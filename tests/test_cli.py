@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from transformers.utils.logging import is_progress_bar_enabled
 
 from fractal_rm import __version__
-from fractal_rm.cli import COMMANDS, is_bad_input, main
+from fractal_rm.cli.checks import hide_loading_bars
+from fractal_rm.cli.main import COMMANDS, is_bad_input, main
+from fractal_rm.data.readers import read_bags, read_jsonl
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.evaluate import choose_threshold, score_bags
-from fractal_rm.readers import read_bags, read_jsonl
-from fractal_rm.results import ResultsFile
+from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.segmentation import Segmentation
-from fractal_rm.trainers.script_checks import hide_loading_bars
 
 TINY = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 TINY += ["--save_strategy", "no"]
@@ -63,7 +63,7 @@ def test_the_version_is_that_of_the_package(capsys):
 
 
 def test_help_and_version_import_no_heavy_library():
-    code = "import sys; from fractal_rm.cli import main; main(['--help']); print('torch' in sys.modules)"
+    code = "import sys; from fractal_rm.cli.main import main; main(['--help']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n")
 

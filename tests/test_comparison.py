@@ -8,20 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fractal_rm.comparison import page, statistics
-from fractal_rm.comparison.arms import ARMS, LEARNING_RATES
-from fractal_rm.comparison.claims import claims as claims_of
-from fractal_rm.comparison.claims import verdicts
-from fractal_rm.comparison.reward_models import IMPLICIT, TRAINING, Size, result_spans, training_recipe
-from fractal_rm.comparison.rows import BENCHMARK, finished_runs, latest
-from fractal_rm.comparison.run import PPO_SETTINGS, Budget
-from fractal_rm.comparison.scripted_scores import ScriptedRewardModel, copy_label, oracle, random_steps
-from fractal_rm.comparison.settings import MAIN_SETTINGS, SETTINGS, form_tokenizer
-from fractal_rm.comparison.study import TUNING_SEED, Study, Unit, check_arms, study_units, trials_at, tuning_units
-from fractal_rm.tasks.arithmetic import Beliefs
-from fractal_rm.tasks.variants import read_problem, respond
-from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.step_ppo_config import StepPPOConfig
+from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.study import page, statistics
+from fractal_rm.study.arms import ARMS, LEARNING_RATES
+from fractal_rm.study.claims import claims as claims_of
+from fractal_rm.study.claims import verdicts
+from fractal_rm.study.reward_models import IMPLICIT, TRAINING, Size, result_spans, training_recipe
+from fractal_rm.study.rows import BENCHMARK, finished_runs, latest
+from fractal_rm.study.run import PPO_SETTINGS, Budget
+from fractal_rm.study.scripted_scores import ScriptedRewardModel, copy_label, oracle, random_steps
+from fractal_rm.study.settings import MAIN_SETTINGS, SETTINGS, form_tokenizer
+from fractal_rm.study.study import TUNING_SEED, Study, Unit, check_arms, study_units, trials_at, tuning_units
+from fractal_rm.tasks.arithmetic.problems import Beliefs
+from fractal_rm.tasks.arithmetic.variants import read_problem, respond
 
 VALUES = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12)
 EXTRA = {"rm_rollouts": 0, "rm_seconds": 0.0, "response_tokens": 30.0, "kl": 0.1, "alarms": 0, "rm_score": None}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import fractal_rm.datasets
-from fractal_rm.datasets.hub import HUB
+import fractal_rm.data.formats
+from fractal_rm.data.formats.hub import HUB
 
 TEXT = (Path(__file__).resolve().parent.parent / "docs" / "datasets.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
@@ -17,8 +17,10 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 def readers() -> dict[str, object]:
     """Functions that read a format, by module and name."""
-    names = [found.name for found in pkgutil.iter_modules(fractal_rm.datasets.__path__)]
-    modules = {name: importlib.import_module(f"fractal_rm.datasets.{name}") for name in names if name.endswith("_sets")}
+    names = [found.name for found in pkgutil.iter_modules(fractal_rm.data.formats.__path__)]
+    modules = {
+        name: importlib.import_module(f"fractal_rm.data.formats.{name}") for name in names if name.endswith("_sets")
+    }
     return {
         f"{room}.{name}": function
         for room, module in modules.items()

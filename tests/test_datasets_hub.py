@@ -3,9 +3,9 @@
 import datasets
 import pytest
 
-from fractal_rm.datasets.hub import HUB, load_hub
-from fractal_rm.datasets.math_sets import read_processbench
-from fractal_rm.datasets.retrieval_sets import read_multispanqa
+from fractal_rm.data.formats.hub import HUB, load_hub
+from fractal_rm.data.formats.math_sets import read_processbench
+from fractal_rm.data.formats.retrieval_sets import read_multispanqa
 
 PROCESSBENCH = [{"id": "a", "problem": "1+1?", "steps": ["1+1=3.", "So 3."], "final_answer_correct": False, "label": 0}]
 MULTISPAN = [

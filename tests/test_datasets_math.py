@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.datasets.math_sets import read_prm800k, read_prmbench, read_processbench
-from fractal_rm.datasets.stepwise_sets import read_math_shepherd, read_stepwise
-from fractal_rm.readers import read_bags, read_jsonl
-from fractal_rm.segmentation import Segmentation
+from fractal_rm.data.formats.math_sets import read_prm800k, read_prmbench, read_processbench
+from fractal_rm.data.formats.stepwise_sets import read_math_shepherd, read_stepwise
+from fractal_rm.data.readers import read_bags, read_jsonl
+from fractal_rm.data.segmentation import Segmentation
 
 
 def rated(text, rating):

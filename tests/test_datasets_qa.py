@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.datasets.qa_sets import read_qa_feedback, read_qa_preferences
-from fractal_rm.readers import read_jsonl
+from fractal_rm.data.formats.qa_sets import read_qa_feedback, read_qa_preferences
+from fractal_rm.data.readers import read_jsonl
 
 ANSWER = "Bloom is an album. It has ten songs. It came out in 2018."
 PASSAGES = [["Bloom", "Bloom\n\nBloom is an album.", "It sold well."], ["Troye Sivan", "He sings."]]

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.datasets.retrieval_sets import _longest_run_of_zeros, read_fira, read_multispanqa
-from fractal_rm.readers import read_jsonl
+from fractal_rm.data.formats.retrieval_sets import _longest_run_of_zeros, read_fira, read_multispanqa
+from fractal_rm.data.readers import read_jsonl
 
 HEADER = (
     "id\trelevanceLevel\trelevanceCharacterRanges\tdurationUsedToJudgeMs\tjudgedAtUnixTS\tdocumentId\tqueryId\tuserId"

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.bags import Bag
-from fractal_rm.datasets.corruption import ATTEMPTS, MASK, WORD_SHARE, corrupt_summaries
-from fractal_rm.datasets.summary_sets import read_aquamuse, read_wikicatsum
-from fractal_rm.datasets.tfrecord import crc32c, masked_crc32c
-from fractal_rm.readers import read_jsonl
-from fractal_rm.sentences import sentences
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.formats.corruption import ATTEMPTS, MASK, WORD_SHARE, corrupt_summaries
+from fractal_rm.data.formats.summary_sets import read_aquamuse, read_wikicatsum
+from fractal_rm.data.formats.tfrecord import crc32c, masked_crc32c
+from fractal_rm.data.readers import read_jsonl
+from fractal_rm.data.sentences import sentences
 
 # WikiCatSum
 

@@ -34,10 +34,10 @@ from test_step_ppo_trainer import (
     weights,
 )
 
-from fractal_rm.segmentation import Segmentation
-from fractal_rm.trainers.dense_setup import make_sources
-from fractal_rm.trainers.dense_sources import StepFunctionReward
-from fractal_rm.trainers.step_ppo_config import StepPPOConfig
+from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.dense_setup import make_sources
+from fractal_rm.ppo.sources import StepFunctionReward
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 

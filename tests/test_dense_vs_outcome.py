@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import yaml
 
-from fractal_rm.comparison import command, reward_models, run, study
-from fractal_rm.comparison.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY
-from fractal_rm.comparison.command import SMOKE_BUDGET, SMOKE_SIZE, CompareArguments, run_comparison
-from fractal_rm.comparison.implicit import ImplicitReward
-from fractal_rm.comparison.page import UNDECIDED
-from fractal_rm.comparison.settings import SETTINGS, Setting
-from fractal_rm.comparison.study import trials_at, write_chosen
-from fractal_rm.results import read_results
-from fractal_rm.tasks.variants import respond
+from fractal_rm.cli import compare as command
+from fractal_rm.cli.compare import SMOKE_BUDGET, SMOKE_SIZE, CompareArguments, run_comparison
+from fractal_rm.evaluation.results import read_results
+from fractal_rm.study import reward_models, run, study
+from fractal_rm.study.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY
+from fractal_rm.study.implicit import ImplicitReward
+from fractal_rm.study.page import UNDECIDED
+from fractal_rm.study.settings import SETTINGS, Setting
+from fractal_rm.study.study import trials_at, write_chosen
+from fractal_rm.tasks.arithmetic.variants import respond
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 METRICS = {

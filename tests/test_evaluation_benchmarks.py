@@ -9,10 +9,10 @@ import pytest
 from conftest import REPOSITORY
 from stand_ins import save_encoder, save_reward_model, solutions, write_jsonl
 
+from fractal_rm.data.readers import read_bags
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.processbench import SUBSETS
-from fractal_rm.readers import read_bags
-from fractal_rm.results import read_results
-from fractal_rm.segmentation import Segmentation
+from fractal_rm.evaluation.results import read_results
 
 
 @pytest.fixture(scope="module")

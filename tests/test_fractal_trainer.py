@@ -13,16 +13,16 @@ from models import byte_tokenizer, make_model, sums, wordpiece_tokenizer
 from peft import LoraConfig, PromptTuningConfig
 from sklearn.metrics import roc_auc_score
 
-from fractal_rm.bags import Bag
-from fractal_rm.losses import bag_loss
-from fractal_rm.readers import read_bags
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.readers import read_bags
+from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.objectives.bag_loss import bag_loss
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.data import to_bags
+from fractal_rm.reward_training.trainer import FractalTrainer
+from fractal_rm.scorers.likelihood import LikelihoodScorer
 from fractal_rm.scorers.settings import Settings
-from fractal_rm.segmentation import Segmentation
-from fractal_rm.trainers.bag_data import to_bags
-from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.fractal_trainer import FractalTrainer
 
 KINDS = [("likelihood", "llama"), ("likelihood", "gpt2"), ("token", "llama"), ("token", "gpt2"), ("token", "bert")]
 ROWS = sums(16)

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stand_ins import save_reward_model, write_jsonl
 
-from fractal_rm.bags import Bag
-from fractal_rm.results import read_results
+from fractal_rm.data.bag import Bag
+from fractal_rm.evaluation.results import read_results
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import load_tokenizer
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.guards import CEILING, LIMITS, NGRAM, Guards, Rollouts, agreement, measure_rollouts, repeated
+from fractal_rm.credit.guards import CEILING, LIMITS, NGRAM, Guards, Rollouts, agreement, measure_rollouts, repeated
 
 BATCHES, HONEST_START, RESPONSES = 60, 10, 32
 

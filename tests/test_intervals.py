@@ -11,7 +11,9 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from stand_ins import solutions
 
-from fractal_rm import metrics
+from fractal_rm.data.readers import read_bags
+from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.evaluation import metrics
 from fractal_rm.evaluation.evaluate import evaluate_scores
 from fractal_rm.evaluation.intervals import (
     Judgement,
@@ -32,9 +34,7 @@ from fractal_rm.evaluation.reliability import (
     risk_coverage_curve,
 )
 from fractal_rm.evaluation.responses import judge_responses
-from fractal_rm.readers import read_bags
 from fractal_rm.reward_model import Step, StepScores
-from fractal_rm.segmentation import Segmentation
 
 coarse = st.integers(0, 8).map(lambda n: n / 8)  # ties are common
 label = st.sampled_from([0.0, 1.0, math.nan])

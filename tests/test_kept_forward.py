@@ -19,8 +19,8 @@ from test_step_ppo_trainer import (
     weights,
 )
 
-from fractal_rm.trainers import lean_forwards, value_learning
-from fractal_rm.trainers.kept_forward import KeptForward, updates_once
+from fractal_rm.ppo import lean_forwards, value_learning
+from fractal_rm.ppo.kept_forward import KeptForward, updates_once
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 

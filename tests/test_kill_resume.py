@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from test_step_ppo_trainer import RESUMABLE, logs, make, reward_model, same, weights
 
-from fractal_rm.trainers.checkpoints import STATE, begin_checkpoint, find_checkpoint, is_complete, last_checkpoint
+from fractal_rm.hf.checkpoints import STATE, begin_checkpoint, find_checkpoint, is_complete, last_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS = 6

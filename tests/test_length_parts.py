@@ -13,8 +13,8 @@ from models import sums
 from test_step_ppo_trainer import RAGGED, Q, make, policy, replay, reward_model, rollout, same, train, weights
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-from fractal_rm.trainers import length_parts
-from fractal_rm.trainers.length_parts import LengthParts, may_be_sorted, step_logits_by_length
+from fractal_rm.hf import length_buckets as length_parts
+from fractal_rm.hf.length_buckets import LengthParts, may_be_sorted, step_logits_by_length
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 

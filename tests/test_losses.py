@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_aggregation import enumerated, few, logit_rows, pad, sharpnesses
 
-from fractal_rm.aggregation import AGGREGATIONS
-from fractal_rm.losses import bag_loss, easyllp_loss, instance_loss, proportion_loss
+from fractal_rm.objectives.aggregation import AGGREGATIONS
+from fractal_rm.objectives.bag_loss import bag_loss, easyllp_loss, instance_loss, proportion_loss
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, roc_curve
 
-from fractal_rm.metrics import (
+from fractal_rm.evaluation.metrics import (
     PairedDifference,
     bag_aucs,
     bag_metrics,

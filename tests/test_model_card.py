@@ -14,9 +14,9 @@ from test_docs import blocks
 from transformers import AutoModel, AutoModelForTokenClassification
 
 from fractal_rm import FractalConfig, FractalTrainer
+from fractal_rm.hf.model_card import RewardModelCard
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.hub import upload
-from fractal_rm.trainers.model_card import RewardModelCard
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PROMPT = "What is 3+4?\n"

@@ -10,14 +10,14 @@ from sklearn.metrics import roc_auc_score
 from stand_ins import save_encoder
 from torch import Tensor
 
-from fractal_rm.losses import bag_loss, easyllp_loss, instance_loss
-from fractal_rm.ordinal import expected_grades, ordinal_bag_loss, ordinal_instance_loss
-from fractal_rm.preferences import preference_loss
-from fractal_rm.priors import correlation_prior, teacher_prior
+from fractal_rm.objectives.bag_loss import bag_loss, easyllp_loss, instance_loss
+from fractal_rm.objectives.grades import expected_grades, ordinal_bag_loss, ordinal_instance_loss
+from fractal_rm.objectives.preferences import preference_loss
+from fractal_rm.objectives.priors import correlation_prior, teacher_prior
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.objective import STEP_PRIORS, loss_terms, term_weights
+from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.fractal_trainer import FractalTrainer
-from fractal_rm.trainers.objective import STEP_PRIORS, loss_terms, term_weights
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
 UNLABELLED = torch.tensor([-1, -1, -1, -1])

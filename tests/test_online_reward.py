@@ -15,18 +15,18 @@ from models import reward_model
 from stand_ins import preferences, save_encoder, save_policy, save_reward_model
 from transformers import AutoModelForTokenClassification
 
-from fractal_rm.bags import Bag
-from fractal_rm.losses import bag_loss
+from fractal_rm.data.bag import Bag
+from fractal_rm.objectives.bag_loss import bag_loss
+from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.online.online_reward import OnlineReward
+from fractal_rm.ppo.online.replay import ReplayBuffer, draw, is_held_out, outcome_labels
+from fractal_rm.ppo.rewards import Rollout
+from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.scorers.embedding_scorer import make_head
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.scorers.embedding import make_head
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import Settings
-from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.online_reward import OnlineReward
-from fractal_rm.trainers.replay import ReplayBuffer, draw, is_held_out, outcome_labels
-from fractal_rm.trainers.step_ppo_config import StepPPOConfig
-from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
-from fractal_rm.trainers.step_rewards import Rollout
 
 # What is kept -------------------------------------------------------------------------------------------------------
 

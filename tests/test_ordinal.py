@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_aggregation import logit_rows, pad
 
-from fractal_rm.aggregation import bag_log_probs
-from fractal_rm.losses import instance_loss
-from fractal_rm.ordinal import (
+from fractal_rm.objectives.aggregation import bag_log_probs
+from fractal_rm.objectives.bag_loss import instance_loss
+from fractal_rm.objectives.grades import (
     expected_grades,
     ordinal_bag_loss,
     ordinal_instance_loss,

@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import byte_tokenizer, make_model, sums
 
-from fractal_rm.aggregation import AGGREGATIONS, aggregate
-from fractal_rm.datasets.math_sets import read_prm800k
-from fractal_rm.datasets.retrieval_sets import read_multispanqa
-from fractal_rm.metrics import same_position_auc, step_auc
-from fractal_rm.ordinal import ordinal_bag_loss, ordinal_max_log_probs
-from fractal_rm.preferences import preference_loss
-from fractal_rm.priors import cosine_prior, cosine_targets
-from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.fractal_trainer import FractalTrainer
+from fractal_rm.data.formats.math_sets import read_prm800k
+from fractal_rm.data.formats.retrieval_sets import read_multispanqa
+from fractal_rm.evaluation.metrics import same_position_auc, step_auc
+from fractal_rm.objectives.aggregation import AGGREGATIONS, aggregate
+from fractal_rm.objectives.grades import ordinal_bag_loss, ordinal_max_log_probs
+from fractal_rm.objectives.preferences import preference_loss
+from fractal_rm.objectives.priors import cosine_prior, cosine_targets
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.trainer import FractalTrainer
 
 ALL_REAL = torch.ones(1, 1, dtype=torch.bool)
 

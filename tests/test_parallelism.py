@@ -13,9 +13,9 @@ from stand_ins import save_reward_model
 from test_step_ppo_trainer import count_of_a, make, reward_model
 from transformers import Trainer
 
-from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.fractal_trainer import FractalTrainer
-from fractal_rm.trainers.parallelism import check_whole_model
+from fractal_rm.hf.parallelism import check_whole_model
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.trainer import FractalTrainer
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "accelerate"
 TYPES = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}

@@ -12,8 +12,8 @@ import torch
 from conftest import REPOSITORY
 from transformers import AutoTokenizer
 
-from fractal_rm.tasks.arithmetic import Beliefs, Problem, exact_answer, make_problems
-from fractal_rm.tasks.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.problems import Beliefs, Problem, exact_answer, make_problems
 
 
 @pytest.fixture(scope="module")

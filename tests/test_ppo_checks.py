@@ -27,10 +27,10 @@ from test_step_ppo_trainer import (
 )
 from transformers import LlamaForSequenceClassification
 
-from fractal_rm.segmentation import Segmentation
-from fractal_rm.trainers.finite_rewards import completion_in_words
-from fractal_rm.trainers.ppo_checks import check_reward_models, check_setup, check_step_functions, wait_for_vllm
-from fractal_rm.trainers.step_ppo_config import StepPPOConfig
+from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.ppo.checks import check_reward_models, check_setup, check_step_functions, wait_for_vllm
+from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.finite_rewards import completion_in_words
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 PROMPTS = Dataset.from_dict({"prompt": ["q"] * 8})

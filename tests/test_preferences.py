@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from test_aggregation import enumerated, pad
 from test_pseudo_labels import log_likelihood
 
-from fractal_rm.aggregation import AGGREGATIONS
-from fractal_rm.preferences import preference_loss, preference_pseudo_labels
+from fractal_rm.objectives.aggregation import AGGREGATIONS
+from fractal_rm.objectives.preferences import preference_loss, preference_pseudo_labels
 
 few = settings(max_examples=25)
 FORMS = ("bradley_terry", "ratio")

@@ -11,10 +11,10 @@ from stand_ins import byte_tokenizer, save_encoder, save_policy
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fractal_rm.bags import Bag
+from fractal_rm.data.bag import Bag
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.prior_targets import prior_targets
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.prior_targets import prior_targets
 
 
 def bag(prompt: Any, steps: list[str], **options: Any) -> Bag:

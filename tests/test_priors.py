@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from test_aggregation import logit_rows, pad
 
-from fractal_rm.losses import instance_loss
-from fractal_rm.priors import (
+from fractal_rm.objectives.bag_loss import instance_loss
+from fractal_rm.objectives.priors import (
     MIN_LIKELIHOOD_SCALE,
     correlation_prior,
     correlation_targets,

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fractal_rm.data.readers import read_jsonl
 from fractal_rm.evaluation.benchmarks import read_task, rows_from_hub
 from fractal_rm.evaluation.evaluate import evaluate_scores
 from fractal_rm.evaluation.intervals import estimates
@@ -22,7 +23,6 @@ from fractal_rm.evaluation.processbench import (
     missing_cases,
     read_cases,
 )
-from fractal_rm.readers import read_jsonl
 from fractal_rm.reward_model import Step, StepScores
 
 coarse = st.integers(0, 6).map(lambda n: n / 6)

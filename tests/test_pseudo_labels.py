@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_aggregation import pad
 
-from fractal_rm.aggregation import AGGREGATIONS
-from fractal_rm.pseudo_labels import posteriors, pseudo_labels
+from fractal_rm.objectives.aggregation import AGGREGATIONS
+from fractal_rm.objectives.pseudo_labels import posteriors, pseudo_labels
 
 RULES = ("min", "max", "mean")
 few = settings(max_examples=40)

@@ -6,9 +6,9 @@ import datasets
 import pytest
 import transformers
 
-from fractal_rm.quickstart import ARMS, Budget, Quickstart, QuickstartArguments, quiet
-from fractal_rm.results import read_results
+from fractal_rm.evaluation.results import read_results
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.study.quickstart import ARMS, Budget, Quickstart, QuickstartArguments, quiet
 
 TINY = Budget(
     responses=192,

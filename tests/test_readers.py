@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.bags import check_labels
-from fractal_rm.readers import read_bags, read_jsonl, read_row
-from fractal_rm.segmentation import Segmentation
+from fractal_rm.data.bag import check_labels
+from fractal_rm.data.readers import read_bags, read_jsonl, read_row
+from fractal_rm.data.segmentation import Segmentation
 
 LINES = Segmentation("lines")
 CHAT = [{"role": "system", "content": "Add."}, {"role": "user", "content": "2+3*4?"}]

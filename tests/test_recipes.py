@@ -9,7 +9,7 @@ import pytest
 import yaml
 from stand_ins import gsm8k_problems, preferences, save_encoder, save_policy, save_reward_model, solutions, write_jsonl
 
-from fractal_rm.cli import main
+from fractal_rm.cli.main import main
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 # `accelerate` holds configurations of launches, which test_parallelism.py reads; `remote_reward` is for other trainers:

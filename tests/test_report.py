@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 
+from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.report.palette import SCORE_BINS, contrast, ink_on, score_class, score_colour
 from fractal_rm.report.plots import calibration_plot, learning_curves, require_matplotlib, save_picture
 from fractal_rm.report.quickstart_report import QuickstartReport, compare_curves, rollouts_to_reach, write_report
 from fractal_rm.report.tables import markdown_table, replace_table, tabulate
 from fractal_rm.report.viewer import write_viewer
-from fractal_rm.results import ResultsFile, read_results
 
 CURVES = {
     "dense+outcome": [(0, 0.45), (512, 0.7), (1024, 0.82), (1536, 0.8)],

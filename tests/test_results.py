@@ -18,8 +18,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm import results
-from fractal_rm.results import PACKAGES, ResultsFile, portable_command, read_results, write_atomic
+from fractal_rm.evaluation import results
+from fractal_rm.evaluation.results import PACKAGES, ResultsFile, portable_command, read_results
+from fractal_rm.files import write_atomic
 
 NAN = float("nan")
 KEYS = ["benchmark", "arm", "dataset", "seed", "split", "metrics", "config", "command", "commit", "versions"]
@@ -133,7 +134,7 @@ def test_writers_at_the_same_time_lose_no_row(tmp_path):
 def test_a_killed_run_leaves_the_rows_it_had_finished(tmp_path):
     path = tmp_path / "r.jsonl"
     program = (
-        "import sys; from fractal_rm.results import ResultsFile; file = ResultsFile(sys.argv[1]); seed = 0\n"
+        "import sys; from fractal_rm.evaluation.results import ResultsFile; file = ResultsFile(sys.argv[1]); seed = 0\n"
         "while True:\n"
         "    file.append(benchmark='b', arm='a', dataset='d', seed=seed, split='s', metrics={'m': seed / 3},"
         " config={'long': 'x' * 50_000}, seconds=1.0); seed += 1\n"
@@ -235,8 +236,8 @@ def test_a_row_names_no_folder_of_this_machine(tmp_path, monkeypatch):
 def test_the_commit_is_that_of_the_running_code_marked_where_the_code_differs(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as inside a git hook
     package = tmp_path / "package"
-    package.mkdir()
-    shutil.copy(results.__file__, package / "results.py")
+    (package / "evaluation").mkdir(parents=True)
+    shutil.copy(results.__file__, package / "evaluation" / "results.py")
 
     def git(*arguments):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
@@ -245,7 +246,7 @@ def test_the_commit_is_that_of_the_running_code_marked_where_the_code_differs(tm
         return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
 
     def commit():
-        spec = importlib.util.spec_from_file_location("copied_results", package / "results.py")
+        spec = importlib.util.spec_from_file_location("copied_results", package / "evaluation" / "results.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

@@ -11,9 +11,9 @@ from datasets import Dataset
 from models import byte_tokenizer, make_model, reward_model
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import FractalReward, StepRewardModel, StepScores, probabilities
 from fractal_rm.scorers.settings import Settings
-from fractal_rm.segmentation import Segmentation
 
 PROMPT = "What is 3+4?\n"
 RESPONSE = "3+4=7.\n  so 12.\n\n✓ done.\n"

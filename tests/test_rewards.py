@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from fractal_rm.rewards import (
+from fractal_rm.credit.placement import (
     completion_text,
     place_outcome,
     place_step_rewards,

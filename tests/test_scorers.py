@@ -10,15 +10,15 @@ from models import CAUSAL_FAMILIES, byte_tokenizer, make_model, reward_model, sp
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, BertConfig, T5Config, T5ForConditionalGeneration
 
-from fractal_rm.losses import bag_loss
+from fractal_rm.data.segmentation import lines
+from fractal_rm.objectives.bag_loss import bag_loss
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.scorers import likelihood_scorer
+from fractal_rm.scorers import likelihood as likelihood_scorer
+from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.encoding import encode, pad_encoded
-from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
+from fractal_rm.scorers.likelihood import LikelihoodScorer
 from fractal_rm.scorers.settings import Settings
-from fractal_rm.scorers.step_scorer import StepScorer
-from fractal_rm.scorers.token_scorer import TokenScorer
-from fractal_rm.segmentation import lines
+from fractal_rm.scorers.token import TokenScorer
 
 SCORERS = ("likelihood", "token")
 # Ends of steps that a tokenizer would join with what follows; blank lines; multi-byte characters; ragged lengths.

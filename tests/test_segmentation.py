@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.segmentation import Segmentation, gaps, join_steps, lines, locate_steps, pattern, sentences, separator
+from fractal_rm.data.segmentation import (
+    Segmentation,
+    gaps,
+    join_steps,
+    lines,
+    locate_steps,
+    pattern,
+    sentences,
+    separator,
+)
 
 SEGMENTATIONS = [
     Segmentation("lines"),

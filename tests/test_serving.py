@@ -22,7 +22,7 @@ from models import byte_tokenizer, reward_model, sums
 from stand_ins import save_reward_model
 from test_recipes import script
 
-from fractal_rm.cli import main
+from fractal_rm.cli.main import main
 from fractal_rm.reward_model import FractalReward, StepRewardModel
 from fractal_rm.scorers.encoding import prompt_text
 from fractal_rm.serving.app import make_app

@@ -9,16 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.advantages import gae
-from fractal_rm.shaping import (
-    ADAPTIVE_KL_GAIN,
-    LOG_ODDS_EPSILON,
-    AdaptiveKL,
-    RunningMoments,
-    kl_estimates,
-    limit_step_rewards,
-    shape_step_scores,
-)
+from fractal_rm.credit.advantages import gae
+from fractal_rm.credit.kl import ADAPTIVE_KL_GAIN, AdaptiveKL, kl_estimates
+from fractal_rm.credit.moments import RunningMoments
+from fractal_rm.credit.shaping import LOG_ODDS_EPSILON, limit_step_rewards, shape_step_scores
 
 FORMS = ["raw", "centered", "log_odds", "delta", "min_form"]
 LARGEST_LOG_ODDS = math.log((1 - LOG_ODDS_EPSILON) / LOG_ODDS_EPSILON)

@@ -13,8 +13,8 @@ from conftest import REPOSITORY
 from test_docs import documents
 
 import fractal_rm
-from fractal_rm.cli import COMMANDS
-from fractal_rm.trainers.command_parser import CommandParser
+from fractal_rm.cli.main import COMMANDS
+from fractal_rm.cli.parser import CommandParser
 
 TOOLS = REPOSITORY / "docs" / "tools"
 
@@ -69,7 +69,7 @@ def test_a_page_that_would_fetch_something_is_refused(html):
         ("docs/how_to/chats.md", "[a](../../recipes/gsm8k_ppo/README.md)", "[a](../recipes/gsm8k_ppo/README.md)"),
         ("recipes/arithmetic/README.md", "[a](../../docs/quickstart.md)", "[a](../../quickstart.md)"),
         ("docs/fractal.md", "[a](../recipes)", "[a](recipes/README.md)"),
-        ("docs/concepts.md", "[a](../fractal_rm/losses.py)", "[a](reference/losses.md)"),
+        ("docs/concepts.md", "[a](../fractal_rm/objectives/bag_loss.py)", "[a](reference/objectives/bag_loss.md)"),
         ("docs/migration.md", "[a](../benchmarks) b", "a b"),
         ("docs/data.md", "![a](b.png) [c](#d) [e](https://f.org/g)", "![a](b.png) [c](#d) [e](https://f.org/g)"),
         ("README.md", "```\n[a](docs/b.md)\n```\n[a](docs/b.md)", "```\n[a](docs/b.md)\n```\n[a](b.md)"),
@@ -94,8 +94,8 @@ def test_the_reference_has_every_public_name_and_every_module():
     pages = site_reference.pages()
     public = {name for name in fractal_rm.__all__ if not name.startswith("__")}
     assert set(re.findall(r"^::: fractal_rm\.(\w+)$", pages["reference/index.md"], re.MULTILINE)) == public
-    for module in ("losses", "priors", "rewards", "advantages", "segmentation", "readers"):
-        assert f"::: fractal_rm.{module}\n" in pages[f"reference/{module}.md"]
+    for module in ("objectives/bag_loss", "objectives/priors", "credit/placement", "credit/advantages", "data/readers"):
+        assert f"::: fractal_rm.{module.replace('/', '.')}\n" in pages[f"reference/{module}.md"]
 
 
 @pytest.mark.parametrize("name", ["FractalConfig", "StepPPOConfig"])

@@ -11,9 +11,9 @@ import torch
 from conftest import REPOSITORY
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from fractal_rm.results import read_results
-from fractal_rm.tasks.arithmetic import make_problems
-from fractal_rm.tasks.base_policy import SHIPPED_POLICY
+from fractal_rm.evaluation.results import read_results
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.problems import make_problems
 
 NAMES = ("alternation", "ppo_speed", "rm_speed", "scoring_speed", "sized_policy", "speed_blocks", "speed_page")
 MEASURED = {"ours", "rival", "ratio", "ratio_low", "ratio_high", "cpu_time_ratio", "peak_memory_ratio"}

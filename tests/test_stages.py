@@ -13,16 +13,16 @@ from stand_ins import save_encoder
 from torch import Tensor
 from transformers import TrainerCallback
 
-from fractal_rm.calibration import fit_temperature
-from fractal_rm.ordinal import ordinal_pseudo_labels
-from fractal_rm.preferences import preference_pseudo_labels
-from fractal_rm.pseudo_labels import posteriors, pseudo_labels
+from fractal_rm.objectives.calibration import fit_temperature
+from fractal_rm.objectives.grades import ordinal_pseudo_labels
+from fractal_rm.objectives.preferences import preference_pseudo_labels
+from fractal_rm.objectives.pseudo_labels import posteriors, pseudo_labels
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.reward_training import stages
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.stages import most_uncertain, plan, reveal_gold, step_targets
+from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.trainers import stages
-from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.fractal_trainer import FractalTrainer
-from fractal_rm.trainers.stages import most_uncertain, plan, reveal_gold, step_targets
 
 QUIET = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
 ROWS = sums(20)
@@ -235,7 +235,7 @@ def test_a_warm_start_keeps_the_learned_scale_of_a_likelihood_scorer(tmp_path):
 
 def test_rounds_end_when_no_label_changes(encoder, tmp_path, caplog):
     """A model that learns nothing hands on the same labels again."""
-    with caplog.at_level("INFO", logger="fractal_rm.trainers.stages"):
+    with caplog.at_level("INFO", logger="fractal_rm.reward_training.stages"):
         trainer = train(
             tmp_path, encoder, pseudo_labels="hard", pseudo_rounds=5, learning_rate=0.0, head_learning_rate=0.0
         )

@@ -29,17 +29,17 @@ from transformers import (
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from fractal_rm.advantages import group_step_advantages
+from fractal_rm.credit.advantages import group_step_advantages
+from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.ppo.alarms import as_rollouts
+from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.rewards import Rollout
+from fractal_rm.ppo.trainer import StepPPOTrainer
+from fractal_rm.ppo.value_model import clipped_value_loss, explained_variance, make_value_model
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.scorers.likelihood_scorer import LikelihoodScorer
+from fractal_rm.scorers.likelihood import LikelihoodScorer
 from fractal_rm.scorers.settings import Settings
-from fractal_rm.scorers.token_scorer import TokenScorer
-from fractal_rm.segmentation import Segmentation
-from fractal_rm.trainers.rollout_guards import as_rollouts
-from fractal_rm.trainers.step_ppo_config import StepPPOConfig
-from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
-from fractal_rm.trainers.step_rewards import Rollout
-from fractal_rm.trainers.value_model import clipped_value_loss, explained_variance, make_value_model
+from fractal_rm.scorers.token import TokenScorer
 
 # Tests that hand completions to the trainer do it by `rollout_func`, which TRL calls experimental.
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")

@@ -8,7 +8,7 @@ from test_step_ppo_trainer import make as make_ppo
 from test_step_ppo_trainer import reward_model
 from transformers import TrainerCallback
 
-from fractal_rm.trainers.subnormals import flushed_subnormals
+from fractal_rm.hf.denormals import flushed_subnormals
 
 
 def tenth_of_the_least() -> float:

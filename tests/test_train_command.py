@@ -13,9 +13,9 @@ from models import sums
 from stand_ins import save_encoder, save_policy, write_jsonl
 from transformers import TrainingArguments
 
-from fractal_rm.cli import main
+from fractal_rm.cli.main import main
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.trainers.fractal_config import FractalConfig
+from fractal_rm.reward_training.config import FractalConfig
 
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
 ROWS = sums(20)

@@ -29,12 +29,12 @@ from test_step_ppo_trainer import (
 )
 
 from fractal_rm import StepPPOTrainer
-from fractal_rm.cli import main
-from fractal_rm.metrics import interval_of_mean, paired_bootstrap
+from fractal_rm.cli.checks import to_json
+from fractal_rm.cli.main import main
+from fractal_rm.evaluation.metrics import interval_of_mean, paired_bootstrap
 from fractal_rm.report.training_curves import MOST_POINTS, Panel, Section, early_ends, make_line, make_sections
 from fractal_rm.report.training_history import Run, metrics_by_update, read_runs
 from fractal_rm.report.training_report import save_training_figure, write_training_report
-from fractal_rm.trainers.script_checks import to_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 SVG = "{http://www.w3.org/2000/svg}"

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import utils as trl_utils
 
-from fractal_rm.trainers import trl_contract
-from fractal_rm.trainers.trl_contract import check_contract
+from fractal_rm.ppo import contract as trl_contract
+from fractal_rm.ppo.contract import check_contract
 
 WORDS = ("<pad>", "<eos>", "<unk>", "one", "two", "three", "plus", "is")
 
@@ -254,7 +254,7 @@ def test_every_private_name_that_the_trainer_uses_is_in_the_contract():
     listed = {*trl_contract.METHODS, *trl_contract.ATTRIBUTES, *(name for pair in trl_contract.CALLS for name in pair)}
     theirs = {name for parent in GRPOTrainer.__mro__[:-1] for name in vars(parent)} | set(trl_contract.ATTRIBUTES)
     used = set()
-    modules = ["step_ppo_trainer", "step_rewards", "kl_reward", "rollout_guards"]
+    modules = ["trainer", "rewards", "kl_reward", "alarms", "lean_forwards"]
     for name in (*modules, "value_model", "value_learning", "shared_backbone"):
         tree = ast.parse(Path(trl_contract.__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
         used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

@@ -11,11 +11,11 @@ from conftest import REPOSITORY
 from datasets import Dataset
 from stand_ins import save_policy
 
-from fractal_rm.advantages import gae, whiten
-from fractal_rm.shaping import kl_estimates
-from fractal_rm.trainers.step_ppo_config import StepPPOConfig
-from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
-from fractal_rm.trainers.value_model import clipped_value_loss
+from fractal_rm.credit.advantages import gae, whiten
+from fractal_rm.credit.kl import kl_estimates
+from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.trainer import StepPPOTrainer
+from fractal_rm.ppo.value_model import clipped_value_loss
 
 FIXTURE = Path(__file__).parent / "data" / "trl_ppo_1.12.json"
 PEER = REPOSITORY / ".venv-peer" / "bin" / "python"

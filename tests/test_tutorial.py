@@ -11,8 +11,8 @@ import pytest
 from conftest import REPOSITORY
 from test_docs import FENCE
 
-from fractal_rm.cli import main
-from fractal_rm.results import read_results
+from fractal_rm.cli.main import main
+from fractal_rm.evaluation.results import read_results
 
 TUTORIAL = REPOSITORY / "docs" / "tutorial.md"
 NOTEBOOKS = sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb"))

@@ -22,7 +22,7 @@ from test_step_ppo_trainer import (
     weights,
 )
 
-from fractal_rm.trainers.shared_backbone import ValueHead, make_value_head
+from fractal_rm.ppo.shared_backbone import ValueHead, make_value_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 

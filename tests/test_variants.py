@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.tasks.arithmetic import Beliefs, Problem
-from fractal_rm.tasks.variants import (
+from fractal_rm.tasks.arithmetic.problems import Beliefs, Problem
+from fractal_rm.tasks.arithmetic.variants import (
     BranchingProblem,
     DistractedProblem,
     make_branching_problems,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_step_ppo_trainer import RAGGED, count_of_a, make, replay, reward_model, same, value_model, weights
 
-from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
+from fractal_rm.ppo.trainer import StepPPOTrainer
 
 # Without vLLM the same completions come by `rollout_func`, which TRL calls experimental.
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
@@ -50,7 +50,7 @@ class Generation:
 def generation(monkeypatch) -> type[Generation]:
     Generation.made = []
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Generation)
-    monkeypatch.setattr("fractal_rm.trainers.ppo_checks.wait_for_vllm", lambda url, seconds: None)
+    monkeypatch.setattr("fractal_rm.ppo.checks.wait_for_vllm", lambda url, seconds: None)
     return Generation
 
 

@@ -27,12 +27,12 @@ from test_step_ppo_trainer import (
     value_model,
 )
 
-from fractal_rm.readers import read_bags
-from fractal_rm.segmentation import Segmentation
-from fractal_rm.trainers import length_parts
-from fractal_rm.trainers.fractal_config import FractalConfig
-from fractal_rm.trainers.fractal_trainer import FractalTrainer
-from fractal_rm.trainers.step_ppo_trainer import StepPPOTrainer
+from fractal_rm.data.readers import read_bags
+from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.hf import length_buckets as length_parts
+from fractal_rm.ppo.trainer import StepPPOTrainer
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.trainer import FractalTrainer
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 

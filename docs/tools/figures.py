@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoTokenizer
 
-from fractal_rm.advantages import gae
-from fractal_rm.aggregation import aggregate
+from fractal_rm.credit.advantages import gae
+from fractal_rm.credit.placement import place_outcome, place_step_rewards, step_end_tokens, token_end_characters
+from fractal_rm.credit.shaping import shape_step_scores
+from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.files import write_atomic
+from fractal_rm.objectives.aggregation import aggregate
 from fractal_rm.report.drawing import PICTURE, new_figure, style_axes, to_bytes
 from fractal_rm.report.palette import ink_on, score_colour
-from fractal_rm.results import write_atomic
-from fractal_rm.rewards import place_outcome, place_step_rewards, step_end_tokens, token_end_characters
-from fractal_rm.segmentation import Segmentation
-from fractal_rm.shaping import shape_step_scores
-from fractal_rm.tasks.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -32,10 +32,10 @@ def site_path(path: str) -> str:
     """Where a file of the repository stands in the site; a module is its page of the reference.
 
     Example:
-        >>> site_path("docs/data.md"), site_path("recipes"), site_path("fractal_rm/losses.py")
-        ('data.md', 'recipes/README.md', 'reference/losses.md')
+        >>> site_path("docs/data.md"), site_path("recipes"), site_path("fractal_rm/objectives/bag_loss.py")
+        ('data.md', 'recipes/README.md', 'reference/objectives/bag_loss.md')
     """
-    module = re.fullmatch(r"fractal_rm/(\w+)\.py", path)
+    module = re.fullmatch(r"fractal_rm/((?:(?:objectives|credit|data)/)?\w+)\.py", path)
     if module:
         return f"reference/{module[1]}.md"
     return "recipes/README.md" if path == "recipes" else path.removeprefix("docs/")

@@ -12,25 +12,30 @@ from pathlib import Path
 from unittest import mock
 
 import fractal_rm
-from fractal_rm.cli import COMMANDS
-from fractal_rm.results import write_atomic
+from fractal_rm.cli.main import COMMANDS
+from fractal_rm.files import write_atomic
 
 PACKAGE = Path(fractal_rm.__file__).parent
 # Where each public name stands, for links: the name alone -> the name that mkdocstrings gives it.
 PUBLIC = {name: f"fractal_rm.{name}" for name in fractal_rm.__all__ if not name.startswith("__")}
 # Commands have a page of their own, and the quickstart is a script.
-_NO_PAGE = ("__init__", "cli", "quickstart")
+_NO_PAGE = ("__init__",)
+# Rooms whose modules are functions for everybody.
+_ROOMS = ("objectives", "credit", "data")
 
 
 def pages() -> dict[str, str]:
     """Every page of the reference: place in the site -> Markdown."""
     found = {"reference/index.md": public_page(), "reference/config.md": config_page()}
     found["reference/commands.md"] = commands_page()
-    for path in sorted(PACKAGE.glob("*.py")):
-        if path.stem not in _NO_PAGE:
-            found[f"reference/{path.stem}.md"] = f"# {path.stem}\n\n::: fractal_rm.{path.stem}\n    options:\n" + (
-                "      show_root_heading: false\n"
-            )
+    for path in sorted([*PACKAGE.glob("*.py"), *(path for room in _ROOMS for path in PACKAGE.glob(f"{room}/*.py"))]):
+        if path.stem in _NO_PAGE:
+            continue
+        place = path.relative_to(PACKAGE).with_suffix("").as_posix()
+        module = f"fractal_rm.{place.replace('/', '.')}"
+        found[f"reference/{place}.md"] = (
+            f"# {path.stem}\n\n::: {module}\n    options:\n      show_root_heading: false\n"
+        )
     return found
 
 
@@ -82,7 +87,7 @@ class _Recorded(Exception):
 
 def arguments_of(command: str) -> list[type]:
     """The dataclasses that a command reads its arguments into."""
-    from fractal_rm.trainers.command_parser import CommandParser
+    from fractal_rm.cli.parser import CommandParser
 
     kinds: list[type] = []
 

@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fractal_rm.bags import Bag
-from fractal_rm.datasets.hub import HUB, load_hub_rows
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.formats.hub import HUB, load_hub_rows
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.best_of_n import judge_best_of_n, read_questions
 from fractal_rm.evaluation.evaluate import score_bags
 from fractal_rm.evaluation.intervals import Judgement
 from fractal_rm.evaluation.prmbench import judge_prmbench, read_solutions
 from fractal_rm.evaluation.processbench import TUNED_ON, judge_processbench, missing_cases, read_cases
 from fractal_rm.reward_model import StepRewardModel, StepScores
-from fractal_rm.segmentation import Segmentation
 
 Benchmark = Literal["processbench", "prmbench", "best_of_n"]
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fractal_rm import metrics
-from fractal_rm.aggregation import Aggregation, meaning
-from fractal_rm.bags import GOOD, Bag
+from fractal_rm.data.bag import GOOD, Bag
+from fractal_rm.evaluation import metrics
+from fractal_rm.objectives.aggregation import Aggregation, meaning
 from fractal_rm.reward_model import StepRewardModel, StepScores
 
 # A step that was not scored is a step that was not called wrong.
@@ -46,10 +46,11 @@ def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold
         threshold: A step that scores below it is called wrong.
 
     Returns:
-        Counts (`responses`, `unscored`, `truncated`), those of [`~fractal_rm.metrics.bag_metrics`], `pair_accuracy` if
-        there are preferences (the share whose chosen response scores higher), `bag_mae` if there are grades and, if any
-        gold step label is known, `step_auc`, `within_bag_auc`, those of [`~fractal_rm.metrics.first_error_accuracy`],
-        the `threshold`, and `step_mae` if there are grades. The two errors are in grades.
+        Counts (`responses`, `unscored`, `truncated`), those of [`~fractal_rm.evaluation.metrics.bag_metrics`],
+        `pair_accuracy` if there are preferences (the share whose chosen response scores higher), `bag_mae` if there are
+        grades and, if any gold step label is known, `step_auc`, `within_bag_auc`, those of
+        [`~fractal_rm.evaluation.metrics.first_error_accuracy`], the `threshold`, and `step_mae` if there are grades.
+        The two errors are in grades.
     """
     labels = response_labels(bags)
     have = [not math.isnan(result.score) for result in scored]
@@ -120,7 +121,7 @@ def evaluate(
 
 
 def choose_threshold(scored: Sequence[StepScores], bags: Sequence[Bag], *, aggregation: Aggregation = "min") -> float:
-    """[`~fractal_rm.metrics.choose_threshold`] on scores and response labels; gold step labels are not read.
+    """[`~fractal_rm.evaluation.metrics.choose_threshold`] on scores and response labels; gold step labels are not read.
 
     Args:
         scored: Scores of each bag.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fractal_rm.bags import GOOD
+from fractal_rm.data.bag import GOOD
 from fractal_rm.evaluation.intervals import Statistic, divided, mean_of
 
 BINS = 10
@@ -49,7 +49,7 @@ def reliability_curve(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> 
 
 
 def ece_of(probs: ArrayLike, labels: ArrayLike, owners: ArrayLike | None = None, bins: int = BINS) -> Statistic:
-    """[`~fractal_rm.metrics.expected_calibration_error`] as a statistic.
+    """[`~fractal_rm.evaluation.metrics.expected_calibration_error`] as a statistic.
 
     Args:
         probs: Probabilities in [0, 1].

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fractal_rm import metrics
-from fractal_rm.bags import GOOD, Bag
+from fractal_rm.data.bag import GOOD, Bag
+from fractal_rm.evaluation import metrics
 from fractal_rm.evaluation.evaluate import evaluate_scores, gold_labels, padded_scores, response_labels
 from fractal_rm.evaluation.intervals import Judgement, Statistic, auc_of, harmonic_mean_of, mean_of, ratio_of
 from fractal_rm.evaluation.reliability import (

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fractal_rm.bags import Bag
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.readers import read_row
 from fractal_rm.evaluation.evaluate import score_bags
-from fractal_rm.readers import read_row
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.scorers.encoding import prompt_text
 

@@ -15,9 +15,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from fractal_rm.data.segmentation import gaps
+from fractal_rm.files import write_atomic
 from fractal_rm.report.palette import score_class, score_css
-from fractal_rm.results import write_atomic
-from fractal_rm.segmentation import gaps
 
 TEMPLATES = Path(__file__).parent / "templates"
 LONG_PROMPT = 400  # characters from which a prompt is folded

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fractal_rm.evaluation.reliability import reliability_curve
+from fractal_rm.files import write_atomic
 from fractal_rm.report.drawing import (
     PAGE,
     PICTURE,
@@ -20,7 +21,6 @@ from fractal_rm.report.drawing import (
     to_bytes,
     to_svg,
 )
-from fractal_rm.results import write_atomic
 
 
 def require_matplotlib() -> None:

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fractal_rm.evaluation.results import read_results
 from fractal_rm.report.quickstart_report import QuickstartReport, compare_curves, rollouts_to_reach
-from fractal_rm.results import read_results
 from fractal_rm.reward_model import StepRewardModel, StepScores
 
 # Responses of each kind in the heat map: the first of the validation set, not chosen by hand.

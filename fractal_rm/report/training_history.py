@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fractal_rm.trainers.checkpoints import STATE, last_checkpoint
+from fractal_rm.hf.checkpoints import STATE, last_checkpoint
 
 METRICS_FILE = "metrics.json"
 # Before the name of a signal, where the log says that its alarm was raised.

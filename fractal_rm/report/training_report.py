@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from markupsafe import Markup
 
+from fractal_rm.files import write_atomic
 from fractal_rm.report.drawing import LINES, PAGE, PAGE_CSS, PICTURE, Theme, new_figure, style_axes, to_bytes, to_svg
 from fractal_rm.report.pages import write_page
 from fractal_rm.report.plots import picture_kind
@@ -22,7 +23,6 @@ from fractal_rm.report.training_curves import (
     make_sections,
 )
 from fractal_rm.report.training_history import Run
-from fractal_rm.results import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

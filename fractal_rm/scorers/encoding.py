@@ -14,9 +14,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fractal_rm.bags import Prompt
+from fractal_rm.data.bag import Prompt
+from fractal_rm.data.segmentation import Span
 from fractal_rm.scorers.settings import Settings
-from fractal_rm.segmentation import Span
 
 
 class RenderedPrompt(str):

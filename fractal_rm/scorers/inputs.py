@@ -7,12 +7,12 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fractal_rm.bags import Prompt
-from fractal_rm.scorers.embedding_scorer import EmbeddingInputs
+from fractal_rm.data.bag import Prompt
+from fractal_rm.data.segmentation import Span
+from fractal_rm.scorers.embedding import EmbeddingInputs
 from fractal_rm.scorers.encoding import EncodedBag, encode, pad_encoded
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import Settings
-from fractal_rm.segmentation import Span
 
 # What turns text into a scorer's input: its tokenizer, or its frozen encoder.
 Processor = PreTrainedTokenizerBase | SentenceEncoder

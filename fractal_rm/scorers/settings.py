@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from fractal_rm.aggregation import AGGREGATIONS, Aggregation
-from fractal_rm.segmentation import Segmentation
+from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.objectives.aggregation import AGGREGATIONS, Aggregation
 
 ScorerKind = Literal["likelihood", "token", "embedding"]
 Reduction = Literal["sum", "mean"]

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fractal_rm.bags import Prompt
+    from fractal_rm.data.bag import Prompt
+    from fractal_rm.data.segmentation import Span
     from fractal_rm.reward_model import StepScores
-    from fractal_rm.segmentation import Span
 
 # Responses in a request, more than a forward pass holds; fewer where the server takes no more.
 _AT_A_TIME = 256
@@ -68,8 +68,8 @@ class ScoringClient:
             ValueError: If the server refuses the request; its sentence.
             ConnectionError: If there is no answer after all tries.
         """
+        from fractal_rm.data.segmentation import join_steps
         from fractal_rm.reward_model import Step, StepScores
-        from fractal_rm.segmentation import join_steps
 
         scored = []
         for given, found in zip(responses, self._results(prompts, responses, spans), strict=True):

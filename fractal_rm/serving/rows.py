@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fractal_rm.bags import Prompt
+from fractal_rm.data.bag import Prompt
+from fractal_rm.data.segmentation import Span
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.scorers.encoding import RenderedPrompt
-from fractal_rm.segmentation import Span
 from fractal_rm.serving.schema import OpenRLHFAnswer, OpenRLHFRequest, ScoredResponse, ScoredStep, ScoreRequest
 
 # A batch numbers the rows of several requests; the reader of an answer knows those of one.

@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TrlParser
 
 from fractal_rm import FractalReward
-from fractal_rm.tasks.arithmetic import exact_answer, make_problems
+from fractal_rm.tasks.arithmetic.problems import exact_answer, make_problems
 
 TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 # Seeds of the problem lists, apart from each other.

@@ -16,14 +16,14 @@ import torch
 from rich.progress import track
 from transformers import AutoModelForCausalLM
 
-from fractal_rm.results import write_atomic
+from fractal_rm.cli.arguments import DataArguments
+from fractal_rm.cli.checks import check_model, check_writable_folder
+from fractal_rm.cli.parser import parse
+from fractal_rm.files import write_atomic
 from fractal_rm.scorers.checkpoint import load_tokenizer
 from fractal_rm.scorers.encoding import prompt_text
 from fractal_rm.tasks.gsm8k import gsm8k_answer, read_gsm8k
 from fractal_rm.tasks.sampling import sample_responses
-from fractal_rm.trainers.command_parser import parse
-from fractal_rm.trainers.script_arguments import DataArguments
-from fractal_rm.trainers.script_checks import check_model, check_writable_folder
 
 
 @dataclass

@@ -29,10 +29,10 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from fractal_rm.readers import read_jsonl
+from fractal_rm.data.readers import read_jsonl
+from fractal_rm.data.segmentation import lines
 from fractal_rm.scorers.encoding import encode
 from fractal_rm.scorers.settings import Settings
-from fractal_rm.segmentation import lines
 
 # Sources of the text: worked solutions that share no problem with the data that the recipe is judged on. Left out are
 # asdiv, svamp and mawps_* (answers without steps), prm800k_steps (holds wrong steps), prmbench_correct (shares problems

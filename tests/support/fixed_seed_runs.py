@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,16 @@ QUIET: dict[str, Any] = {
     "seed": 0,
 }
 # What a log says of time and not of numbers.
-TIMES = ("runtime", "samples_per_second", "steps_per_second", "step_time", "total_flos", "num_tokens", "eta", "profiling/")
+TIMES = (
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "step_time",
+    "total_flos",
+    "num_tokens",
+    "eta",
+    "profiling/",
+)
 
 
 # Small models and data ------------------------------------------------------------------------------------------------
@@ -157,7 +167,9 @@ def lengths_of_steps(steps: list[list[str]], **_: Any) -> list[list[float]]:
     return [[len(text) / 24 for text in row] for row in steps]
 
 
-def ppo(folder: Path, *, value_model: Any = None, number_of_models: int = 1, functions: Any = None, **options: Any) -> Any:
+def ppo(
+    folder: Path, *, value_model: Any = None, number_of_models: int = 1, functions: Any = None, **options: Any
+) -> Any:
     """Two updates of a policy, with a reward model that was trained for two steps."""
     policy = save_policy(folder / "policy")
     args = FractalConfig(
@@ -211,7 +223,10 @@ GOLD: dict[str, Any] = {"instance_weight": 1.0, "gold_fraction": 0.2}
 STAGES = GOLD | {"gold_selection": "uncertainty", "hybrid_prior_weight": 0.5, "pseudo_labels": "hard"}
 LORA: dict[str, Any] = {"r": 2, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 RUNS: dict[str, Callable[[Path], Any]] = {
-    **{f"reward model, {scorer}": partial(reward_training, scorer=scorer) for scorer in ("likelihood", "token", "embedding")},
+    **{
+        f"reward model, {scorer}": partial(reward_training, scorer=scorer)
+        for scorer in ("likelihood", "token", "embedding")
+    },
     **{
         f"reward model, {scorer}, all stages": partial(reward_training, scorer=scorer, **STAGES)
         for scorer in ("likelihood", "token", "embedding")
@@ -237,9 +252,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "ppo, gae, shared value model": partial(ppo, value_model="shared"),
     "ppo, gae, two epochs of two minibatches": partial(ppo, num_iterations=2, steps_per_generation=2, max_steps=4),
     "ppo, gae, shared value model, two epochs": partial(ppo, value_model="shared", num_iterations=2, max_steps=4),
-    "ppo, gae, adapters": partial(
-        ppo, peft_config=LoraConfig(**LORA), value_peft_config=LoraConfig(**LORA), beta=0.1
-    ),
+    "ppo, gae, adapters": partial(ppo, peft_config=LoraConfig(**LORA), value_peft_config=LoraConfig(**LORA), beta=0.1),
     "ppo, gae, KL in the reward": partial(ppo, kl_coef=0.1),
     "ppo, gae, one completion a prompt": partial(ppo, num_generations=1),
     "ppo, gae, two reward models and a function": partial(ppo, number_of_models=2, functions=lengths_of_steps),
@@ -281,7 +294,9 @@ def machine() -> str:
     model = platform.processor() or "unknown"
     if Path("/proc/cpuinfo").is_file():
         fields = dict(
-            line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in line
+            line.split(":", 1)
+            for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+            if ":" in line
         )
         model = " ".join(value.strip() for name, value in fields.items() if name.strip() in ("model name", "model"))
     return f"{model}, torch {torch.__version__}, transformers {transformers.__version__}"
@@ -291,8 +306,8 @@ def compute(name: str) -> Any:
     """Run one, in a folder of its own."""
     torch.manual_seed(0)
     random.seed(0)
-    quiet = open(os.devnull, "w", encoding="utf-8")  # every training prints its log
-    with quiet, redirect_stdout(quiet), redirect_stderr(quiet), tempfile.TemporaryDirectory() as folder:
+    quiet = StringIO()  # every training prints its log
+    with redirect_stdout(quiet), redirect_stderr(quiet), tempfile.TemporaryDirectory() as folder:
         return json.loads(json.dumps(RUNS[name](Path(folder))))
 
 

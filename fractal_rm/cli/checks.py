@@ -1,0 +1,194 @@
+"""What commands check before any work starts, and how they write what they found."""
+
+import contextlib
+import json
+import logging
+import math
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fractal_rm.files import write_atomic
+
+# Where `fractal-rm quickstart` puts its models: recipes that start from them say how to get them.
+_QUICKSTART = "quickstart"
+# A row of transformers' table of weights that a folder lacks or has too many of: the weight and what is wrong with it.
+_REPORT_ROW = re.compile(r"^(\S.*?) *\| (?:\x1b\[[\d;]*m)?([A-Z]{4,})\b", re.MULTILINE)
+_TOKEN_HEADS = ("classifier.", "score.")
+# A weight of a numbered layer, or of several that are shown in one row: no head has one.
+_OF_A_LAYER = re.compile(r"\.(\d|\{)")
+
+
+def check_writable_folder(folder: str | Path) -> None:
+    """Raise unless files can be written into a folder; what is made to find out is taken away again.
+
+    Raises:
+        OSError: Names the folder and what to do.
+    """
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise OSError(f"The output folder {folder} cannot be written ({reason}). Choose another one.") from error
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # not made, or another process has put something into it
+                path.rmdir()
+
+
+def check_writable_file(path: str | Path) -> None:
+    """Raise unless a file can be written at a path."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"The output {path} is a folder. Give the name of a file.")
+    check_writable_folder(Path(path).parent)
+
+
+def check_model(path: str) -> None:
+    """Raise if a path is meant as a local model folder and is none; hub ids pass.
+
+    Raises:
+        FileNotFoundError: If there is no such folder; for a folder of the quickstart the sentence says how to get it.
+        ValueError: If the folder holds no model.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "modules.json")):
+            raise ValueError(f"{path} is no model folder: it holds no config.json. Give a folder or hub id of a model.")
+    elif folder.exists() or folder.is_absolute() or len(folder.parts) != 2 - ("/" not in path) or _starts_local(folder):
+        advice = "Check the path, or give a hub id."
+        if _QUICKSTART in folder.parts:
+            advice = "Run `make quickstart` first: it makes this folder."
+        raise FileNotFoundError(f"There is no model folder {path}. {advice}")
+
+
+def _starts_local(folder: Path) -> bool:
+    first = folder.parts[0]
+    return first in (".", "..", "~", "runs") or (len(folder.parts) > 1 and Path(first).is_dir())
+
+
+def check_chat_templates(model: str, reward_models: Sequence[Any]) -> None:
+    """Raise unless the tokenizers of the policy and of the reward models can write a chat.
+
+    Args:
+        model: The policy's path or hub id.
+        reward_models: Of the kind of `StepRewardModel`.
+    """
+    from fractal_rm.scorers.checkpoint import load_tokenizer
+
+    tokenizers = [(f"the policy {model}", load_tokenizer(model))]
+    for number, reward_model in enumerate(reward_models, 1):
+        if reward_model.tokenizer is not None:  # an embedding scorer needs no template
+            which = f"reward model {number} of {len(reward_models)}" if len(reward_models) > 1 else "the reward model"
+            tokenizers.append((which, reward_model.tokenizer))
+    for owner, tokenizer in tokenizers:
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"The prompts are chats, but the tokenizer of {owner} has no chat template. Set `chat_template` in its "
+                "tokenizer_config.json, use a chat model, or give the prompts as text."
+            )
+
+
+def checkpoint_to_resume(config: Any) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` means: a path, or with `true` the last whole one, if there is one.
+
+    Args:
+        config: `TrainingArguments`.
+
+    Raises:
+        FileNotFoundError: If a path is given and is not there.
+        ValueError: If it holds a part of a checkpoint.
+    """
+    from fractal_rm.hf.checkpoints import find_checkpoint, last_checkpoint
+
+    wanted = config.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() in ("false", "none", "no"):
+        return None
+    if str(wanted).lower() in ("true", "yes"):
+        return last_checkpoint(config.output_dir)
+    if not Path(wanted).is_dir():
+        raise FileNotFoundError(f"There is no checkpoint {wanted}. Give `resume_from_checkpoint` a folder, or `true`.")
+    return find_checkpoint(wanted, config.output_dir)
+
+
+def hide_loading_bars() -> None:
+    """Take away transformers' bars over weights, and its table where it tells of nothing but a new head.
+
+    What is left on standard error matters.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the table of a token classification model that lacks only its head, which training is there to make."""
+    message = record.getMessage()
+    if "ForTokenClassification LOAD REPORT" not in message:
+        return True
+    rows = _REPORT_ROW.findall(message)
+    missing = [weight for weight, status in rows if status == "MISSING"]
+    # What other heads need is left over as well; layers that are left over are a body cut short.
+    harmless = all(
+        status == "MISSING" or (status == "UNEXPECTED" and not _OF_A_LAYER.search(weight)) for weight, status in rows
+    )
+    return not (missing and harmless and all(weight.startswith(_TOKEN_HEADS) for weight in missing))
+
+
+def load_reward_model(path: str, batch_size: int = 32) -> Any:
+    """A `StepRewardModel`, without bars."""
+    from fractal_rm.reward_model import StepRewardModel
+
+    hide_loading_bars()
+    return StepRewardModel.from_pretrained(path, batch_size=batch_size)
+
+
+def to_json(values: Any) -> str:
+    """Indented JSON; numbers that are not finite, which JSON does not have, become null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value
+
+    return json.dumps(plain(values), indent=2, ensure_ascii=False) + "\n"
+
+
+def write_outputs(folder: Path, metrics: Mapping[str, Any], card: str) -> None:
+    """Write `metrics.json` and the model card, each in one move."""
+    write_atomic(folder / "metrics.json", to_json(metrics))
+    write_atomic(folder / "README.md", card)
+
+
+def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print a table with a column for each split."""
+    numbers = {
+        split: {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for split, values in metrics.items()
+    }
+    table = Table()
+    table.add_column("metric")
+    for split in numbers:
+        table.add_column(split, justify="right")
+    for name in dict.fromkeys(name for values in numbers.values() for name in values):
+        table.add_row(name, *(_cell(values.get(name)) for values in numbers.values()))
+    Console().print(table, markup=False)
+
+
+def _cell(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "—"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,0 +1,1 @@
+"""Step scores to rewards to advantages: plain functions on tensors."""

@@ -1,0 +1,323 @@
+"""Rewards and values -> advantages: plain functions on (B, T) tensors, True in a mask = a token of the policy.
+
+Interior masked tokens (the output of a tool) are no decisions of the policy. They count for nothing: rewards and values
+there are ignored, and what follows them is carried over as if they were not there.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fractal_rm.credit.placement import check_step_rewards, placeable_ends
+
+Baseline = Literal["step", "token", "index"]
+
+# Keeps a division by a standard deviation finite: the values TRL uses for whitening (1e-8 in the root) and for
+# group advantages (1e-4 beside it), so that numbers can be compared.
+WHITEN_EPSILON = 1e-8
+GROUP_EPSILON = 1e-4
+
+
+def _next_real(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Value at the next real token after each position; 0 where there is none."""
+    width = mask.shape[1]
+    positions = torch.arange(width, device=mask.device).expand(mask.shape).masked_fill(~mask, width)
+    first_from_here = positions.flip(1).cummin(dim=1).values.flip(1)
+    after = F.pad(first_from_here, (0, 1), value=width)[:, 1:]
+    return F.pad(values, (0, 1)).gather(1, after)
+
+
+def _discounted_sums(x: Float[Tensor, "B T"], decay: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """`y[t] = x[t] + decay[t] * y[t + 1]` for every t at once, in log2(T) rounds.
+
+    After a round with `reach` k, `x[t]` holds the sum over the next 2k positions and `decay[t]` the product of their
+    decays. Nothing is ever divided by a power of the decay, so it is as safe for decay 1 and for long rows as the loop,
+    with a few kernels per doubling instead of a few per token.
+    """
+    reach, width = 1, x.shape[1]
+    while reach < width:
+        x = x + decay * F.pad(x[:, reach:], (0, reach))
+        decay = decay * F.pad(decay[:, reach:], (0, reach))
+        reach *= 2
+    return x
+
+
+def gae(
+    rewards: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    gamma: float = 1.0,
+    lam: float | Float[Tensor, "B T"] = 0.95,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """Generalised advantage estimates and the returns a value model learns.
+
+    Episodes end at their last real token: nothing is bootstrapped after it. The recursion runs over all tokens at once
+    (a doubling scan over T), not in a loop over tokens.
+
+    Args:
+        rewards: Reward of each token. Values at masked positions are ignored.
+        values: Value of the state before each token, as the value model predicts it. Ignored at masked positions.
+        mask: True where the policy wrote the token. Masked tokens in the middle are skipped over.
+        gamma: Discount per real token.
+        lam: Mixes one-step errors (0) and full returns (1); one number, or how much of what follows each token counts
+            for it, as [`step_lambdas`] has it.
+
+    Returns:
+        Advantages and returns (advantages + values), both 0 at masked positions, in float32 or wider.
+
+    Source:
+        Schulman et al., "High-dimensional continuous control using generalized advantage estimation", 2016.
+
+    Example:
+        >>> rewards = torch.tensor([[0.0, 0.0, 1.0, 9.0]])
+        >>> mask = torch.tensor([[True, True, True, False]])
+        >>> advantages, returns = gae(rewards, torch.full((1, 4), 0.5), mask, gamma=1.0, lam=1.0)
+        >>> advantages  # the reward that follows, less the value
+        tensor([[0.5000, 0.5000, 0.5000, 0.0000]])
+        >>> returns
+        tensor([[1., 1., 1., 0.]])
+    """
+    dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
+    values = values.to(dtype).masked_fill(~mask, 0.0)
+    errors = (rewards.to(dtype) + gamma * _next_real(values, mask) - values).masked_fill(~mask, 0.0)
+    # Decay 1 over a masked token hands on what comes after it unchanged.
+    decay = (gamma * lam * torch.ones_like(errors)).masked_fill(~mask, 1.0)
+    advantages = _discounted_sums(errors, decay).masked_fill(~mask, 0.0)
+    return advantages, advantages + values
+
+
+def step_lambdas(
+    step_ends: Sequence[Sequence[int | None]], mask: Bool[Tensor, "B T"], lam: float
+) -> Float[Tensor, "B T"]:
+    """`lam` of [`gae`] for credit that fades from step to step, and not from token to token.
+
+    All tokens of a step share what it earns in full, however long it is, and `lam` of what the next step is credited
+    with: the recursion over tokens is then that over steps.
+
+    Args:
+        step_ends: Token at which each step of each row ends, or None where a step has none.
+        mask: True where the policy wrote the token.
+        lam: What a step is credited with of the steps after it: 0 its own reward and the next state's value, 1 all.
+
+    Returns:
+        `lam` where a step ends, 1 elsewhere.
+
+    Example:
+        >>> step_lambdas([[1, 2]], torch.ones(1, 4, dtype=torch.bool), 0.5)
+        tensor([[1.0000, 0.5000, 0.5000, 1.0000]])
+    """
+    lambdas = torch.ones(mask.shape, device=mask.device)
+    for row, ends in enumerate(placeable_ends(step_ends, mask)):
+        lambdas[row, [end for end in ends if end is not None]] = lam
+    return lambdas
+
+
+def _here(total: Tensor) -> Tensor:
+    """The sum over the only process there is."""
+    return total
+
+
+def whiten(
+    x: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    shift_mean: bool = True,
+    add_up: Callable[[Tensor], Tensor] = _here,
+) -> Float[Tensor, "B T"]:
+    """Scale to standard deviation 1 over all real tokens of the batch, by default with mean 0.
+
+    Args:
+        x: What to whiten. Values at masked positions are ignored.
+        mask: True where a token is real.
+        shift_mean: Remove the mean. False keeps it, as is usual for rewards.
+        add_up: Turns a sum over this process's rows into that over the rows of all, where several share a batch.
+
+    Returns:
+        Whitened values, 0 at masked positions, in float32 or wider. A single real token has no spread: it becomes 0,
+        or stays as it is without `shift_mean`.
+
+    Example:
+        >>> whiten(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]]))
+        tensor([[-0.7071,  0.7071,  0.0000]])
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~mask, 0.0)
+    count = add_up(mask.sum())
+    mean = add_up(x.sum()) / count.clamp(min=1)
+    centred = (x - mean).masked_fill(~mask, 0.0)
+    variance = add_up(centred.square().sum()) / (count - 1).clamp(min=1)
+    whitened = centred * torch.rsqrt(variance + WHITEN_EPSILON)
+    return whitened if shift_mean else (whitened + mean).masked_fill(~mask, 0.0)
+
+
+def global_advantages(
+    rewards: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    gamma: float = 1.0,
+    scale: bool = True,
+    add_up: Callable[[Tensor], Tensor] = _here,
+) -> Float[Tensor, "B T"]:
+    """Discounted rewards to go against their mean over all tokens of the batch: no value model, no groups.
+
+    Args:
+        rewards: Reward of each token. Values at masked positions are ignored.
+        mask: True where the policy wrote the token.
+        gamma: Discount per real token.
+        scale: Divide by the standard deviation over the batch as well.
+        add_up: As for [`whiten`].
+
+    Returns:
+        Advantages, 0 at masked positions, in float32 or wider.
+
+    Source:
+        Hu et al., "REINFORCE++", 2025: a global baseline and a global scale.
+
+    Example:
+        >>> rewards, mask = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.ones(2, 2, dtype=torch.bool)
+        >>> global_advantages(rewards, mask, scale=False)
+        tensor([[ 0.5000,  0.5000],
+                [-0.5000, -0.5000]])
+    """
+    to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
+    if scale:
+        return whiten(to_go, mask, add_up=add_up)
+    return (to_go - add_up(to_go.sum()) / add_up(mask.sum()).clamp(min=1)).masked_fill(~mask, 0.0)
+
+
+class _Step(NamedTuple):
+    """A step that was placed: its row, last token, reward, place among the row's steps, and number of real tokens."""
+
+    row: int
+    end: int
+    reward: float
+    index: int
+    tokens: int
+
+
+def _placed_steps(
+    row: int, rewards: Sequence[float], ends: Sequence[int | None], real_before: Sequence[int]
+) -> list[_Step]:
+    """The placed steps of a row in order; `real_before[t]` real tokens stand before token t."""
+    steps: list[_Step] = []
+    for reward, end in zip(rewards, ends, strict=True):
+        if end is None:
+            continue
+        last = steps[-1].end if steps else -1
+        if end < last:
+            raise ValueError(f"Step ends of row {row} decrease: {list(ends)}. Pass the steps in the order of the text.")
+        steps.append(_Step(row, end, reward, len(steps), real_before[end + 1] - real_before[last + 1]))
+    return steps
+
+
+def _centred(steps: Sequence[_Step], baseline: str, *, leave_one_out: bool, scale: bool) -> list[float]:
+    """Rewards of a group's steps less their baselines: each a rate over the step's peers, times the step's size."""
+    row, index = torch.tensor([[step.row, step.index] for step in steps]).T
+    reward = torch.tensor([step.reward for step in steps], dtype=torch.float64)
+    size = torch.tensor([step.tokens if baseline == "token" else 1 for step in steps], dtype=torch.float64)
+    peers = index[:, None] == index if baseline == "index" else torch.ones(len(steps), len(steps), dtype=torch.bool)
+    if leave_one_out:
+        others = peers & (row[:, None] != row)
+        peers = torch.where(others.any(dim=1, keepdim=True), others, peers)  # a step without any is left in
+    centred = reward - size * (peers.double() @ reward) / (peers.double() @ size)
+    if scale and len(steps) > 1:
+        centred = centred / (reward.std() + GROUP_EPSILON)
+    return centred.tolist()
+
+
+def _by_row_and_end(steps: Sequence[_Step], rewards: Sequence[float]) -> dict[int, dict[int, float]]:
+    """Rewards of each row by the token they lie on; what lies on one token adds up."""
+    rewards_at: defaultdict[int, dict[int, float]] = defaultdict(dict)
+    for step, reward in zip(steps, rewards, strict=True):
+        rewards_at[step.row][step.end] = rewards_at[step.row].get(step.end, 0.0) + reward
+    return rewards_at
+
+
+def _fill_to_go(advantages: Float[Tensor, " T"], rewards_at: dict[int, float], gamma: float) -> None:
+    """Write the discounted sum of the rewards from a step on, at the step's tokens; steps in order, by their ends."""
+    ends = list(rewards_at)
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    to_go = 0.0
+    for start, end in reversed(list(zip(starts, ends, strict=True))):
+        to_go = rewards_at[end] + gamma * to_go
+        advantages[start : end + 1] = to_go
+
+
+def group_step_advantages(
+    step_rewards: Sequence[Sequence[float]],
+    step_ends: Sequence[Sequence[int | None]],
+    mask: Bool[Tensor, "B T"],
+    group_size: int,
+    *,
+    gamma: float,
+    scale: bool,
+    baseline: Baseline = "step",
+    leave_one_out: bool = False,
+) -> Float[Tensor, "B T"]:
+    """Advantages of steps against the other steps of the same prompt's completions, without a value model.
+
+    Each step's reward is centred by a baseline from the group (and divided by the standard deviation of the group's
+    rewards if `scale`):
+
+    | baseline | of a step |
+    |---|---|
+    | `"step"` | mean reward of a step: a completion is charged per step, so those below the mean gain by having few |
+    | `"token"` | mean reward of a token, times the step's tokens: how finely a text is cut changes nothing in total |
+    | `"index"` | mean reward of steps with the same number: a third step is compared with third steps only |
+
+    A step's advantage is the discounted sum of these from itself to the response's end, and every token from
+    after the previous step's end to this step's end gets it. Steps that end on one token count as one step there, whose
+    centred rewards add up. Steps that cannot be placed are left out of everything.
+
+    Args:
+        step_rewards: Reward of each step of each row.
+        step_ends: Token at which each step ends, or None; in the order of the text.
+        mask: True where the policy wrote the token.
+        group_size: Completions per prompt. Rows of a group are consecutive, and groups must be whole.
+        gamma: Discount per step: 0 gives a step its own reward only, 1 everything that follows.
+        scale: Divide by the group's standard deviation + 1e-4; a group with one step is not divided.
+        baseline: What a step is compared with.
+        leave_one_out: Take the baseline from the other completions only; a step that has no peers there keeps its own.
+
+    Returns:
+        Advantages, float32; 0 at masked positions and on tokens after the last step.
+
+    Raises:
+        ValueError: If the rows are not whole groups, step ends decrease, or rewards and ends do not match.
+
+    Source:
+        Process supervision of GRPO (Shao et al., DeepSeekMath, 2024), which is `gamma=1, scale=True`. The baseline per
+        token: PURE (Cheng et al., 2025). Leaving one out: RLOO (Kool et al., 2019; Ahmadian et al., 2024).
+
+    Example:
+        >>> mask = torch.ones(2, 3, dtype=torch.bool)
+        >>> group_step_advantages([[1.0, 0.0], [1.0]], [[0, 1], [2]], mask, 2, gamma=0.0, scale=False)
+        tensor([[ 0.3333, -0.6667,  0.0000],
+                [ 0.3333,  0.3333,  0.3333]])
+    """
+    if group_size < 1 or len(mask) % group_size:
+        raise ValueError(
+            f"{len(mask)} completions are not whole groups of {group_size}. "
+            "Pass all completions of each prompt together, `num_generations` consecutive rows a prompt."
+        )
+    check_step_rewards(step_rewards, step_ends)
+    placed = placeable_ends(step_ends, mask)
+    real_before = F.pad(mask.int().cumsum(dim=1), (1, 0)).tolist()
+    advantages = torch.zeros(mask.shape, dtype=torch.float32)
+    for first in range(0, len(mask), group_size):
+        steps = [
+            step
+            for row in range(first, first + group_size)
+            for step in _placed_steps(row, step_rewards[row], placed[row], real_before[row])
+        ]
+        if not steps:
+            continue
+        centred = _centred(steps, baseline, leave_one_out=leave_one_out, scale=scale)
+        for row, rewards_at in _by_row_and_end(steps, centred).items():
+            _fill_to_go(advantages[row], rewards_at, gamma)
+    return advantages.to(mask.device).masked_fill(~mask, 0.0)

@@ -1,0 +1,264 @@
+"""Signs of reward hacking: measured on every rollout batch, compared with the first batches of the run.
+
+A policy that games its reward model leaves traces: scores rise while checked outcomes do not, responses grow by steps
+that say nothing new, or stop saying anything. No threshold fits every task, so a run is its own reference: its first
+batches, before there was time to learn a trick. An alarm is a reason to look at completions, not a proof.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from fractal_rm.credit.moments import RunningMoments
+
+# Steps that score this much are at the ceiling: the reward model has nothing left to say about them.
+CEILING = 0.99
+# Four tokens are the usual length for measuring repetition: shorter ones repeat in any text.
+NGRAM = 4
+# Standard deviations of the first batches that a signal may stray, where its own margin is narrower than that.
+SPREAD = 4.0
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """A rollout batch as the guards see it: one entry per response in every list.
+
+    Attributes:
+        token_ids: Tokens that the policy wrote, without EOS and padding.
+        ended: Whether the response ended by itself; False: it was cut at the length limit.
+        steps: Text of each step; no steps at all without a reward model.
+        step_scores: P(step is good) of each step.
+        scores: P(response is good), as the reward model says; NaN where it could not.
+        outcomes: Checked outcome; NaN where there is none.
+        kl: KL divergence from the reference over the response, in nats; NaN where it is not known.
+    """
+
+    token_ids: Sequence[Sequence[int]]
+    ended: Sequence[bool]
+    steps: Sequence[Sequence[str]]
+    step_scores: Sequence[Sequence[float]]
+    scores: Sequence[float]
+    outcomes: Sequence[float]
+    kl: Sequence[float]
+
+
+# A rise of the mean outcome by this much is progress: what would be suspicious otherwise may be its price.
+PROGRESS = 0.1
+
+
+class Limit(NamedTuple):
+    """How far a signal may stray from the first batches, up or down: by `margin`, or by the share `factor`.
+
+    A factor of 1 allows for doubling, and for halving. Where progress `excuses`, a batch whose outcomes are better than
+    those of the first batches is not beyond the limit.
+    """
+
+    up: bool
+    down: bool
+    margin: float
+    factor: float
+    excuses: bool = False
+
+
+# What is watched. The margins are our own, wide enough for the scripted honest policies of the tests. Correlation falls
+# in honest runs too: mistakes that the reward model sees go first, and those that it does not see stay. In a quickstart
+# run (seed 0, 60 updates) it fell from .86 to .45 while held-out accuracy rose from .35 to .68; so progress excuses it.
+LIMITS = {
+    "score_outcome_correlation": Limit(up=False, down=True, margin=0.4, factor=0.0, excuses=True),
+    "score_outcome_gap": Limit(up=True, down=False, margin=0.2, factor=0.0),
+    "steps_per_response": Limit(up=True, down=True, margin=0.5, factor=1.0),
+    "tokens_per_step": Limit(up=True, down=True, margin=1.0, factor=1.0),
+    "repeated_steps": Limit(up=True, down=False, margin=0.15, factor=0.0),
+    "repeated_ngrams": Limit(up=True, down=False, margin=0.2, factor=0.0),
+    "truncated": Limit(up=True, down=False, margin=0.3, factor=0.0),
+    "empty": Limit(up=True, down=False, margin=0.1, factor=0.0),
+    "kl_per_token": Limit(up=True, down=False, margin=0.5, factor=0.0),
+    "ceiling_over_outcome": Limit(up=True, down=False, margin=0.5, factor=0.0),
+}
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean of the values that are known; NaN if none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def agreement(scores: Sequence[float], outcomes: Sequence[float]) -> tuple[float, float]:
+    """Correlation and gap of reward-model scores and checked outcomes.
+
+    Args:
+        scores: P(response is good) of each response; NaN is left out.
+        outcomes: Checked outcome of each response; NaN is left out.
+
+    Returns:
+        Pearson's correlation, NaN where either is constant, and mean score minus mean outcome, NaN where outcomes are
+        not in [0, 1]: on another scale a gap says nothing.
+
+    Example:
+        >>> agreement([0.9, 0.9, 0.1, 0.1], [1.0, 0.0, 0.0, 0.0])
+        (0.5773..., 0.25)
+    """
+    pairs = [(s, o) for s, o in zip(scores, outcomes, strict=True) if not (math.isnan(s) or math.isnan(o))]
+    if not pairs:
+        return math.nan, math.nan
+    (score, outcome) = torch.tensor(pairs, dtype=torch.float64).T
+    correlation = math.nan
+    if len(pairs) > 1 and score.std() > 0 and outcome.std() > 0:
+        correlation = float(torch.corrcoef(torch.stack([score, outcome]))[0, 1])
+    in_range = bool(((outcome >= 0) & (outcome <= 1)).all())
+    return correlation, float((score - outcome).mean()) if in_range else math.nan
+
+
+def repeated(items: Sequence[Any]) -> float:
+    """Share of the items that stood there before; NaN of no items.
+
+    Example:
+        >>> repeated(["a", "b", "a", "a"])
+        0.5
+    """
+    return 1.0 - len(set(items)) / len(items) if items else math.nan
+
+
+def measure_rollouts(rollouts: Rollouts) -> dict[str, float]:
+    """Measure everything that [`LIMITS`] watches, the mean outcome, and the plain share of steps at the ceiling.
+
+    Args:
+        rollouts: The batch.
+
+    Returns:
+        One number per signal, NaN where the batch cannot say. `outcome` is known where outcomes are in [0, 1];
+        `repeated_steps` and `repeated_ngrams` are shares within a response, averaged over responses; `empty` counts
+        responses without any token; `ceiling_over_outcome` is the share of steps at the ceiling that checked outcomes
+        do not account for: a policy that is right all the time has a right to be there.
+    """
+    steps = [[text.strip() for text in row] for row in rollouts.steps]
+    ngrams = [[tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)] for ids in rollouts.token_ids]
+    correlation, gap = agreement(rollouts.scores, rollouts.outcomes)
+    count, tokens = sum(map(len, steps)), sum(map(len, rollouts.token_ids))
+    scored = [score for row in rollouts.step_scores for score in row]
+    ceiling = _mean([float(score >= CEILING) for score in scored])
+    outcome = math.nan if math.isnan(gap) else _mean(rollouts.outcomes)
+    has_steps = count > 0
+    return {
+        "score_outcome_correlation": correlation,
+        "score_outcome_gap": gap,
+        "outcome": outcome,
+        "steps_per_response": count / len(steps) if has_steps else math.nan,
+        "tokens_per_step": tokens / count if has_steps else math.nan,
+        "repeated_steps": _mean([repeated([text for text in row if text]) for row in steps]),
+        "repeated_ngrams": _mean([repeated(row) for row in ngrams]),
+        "truncated": _mean([float(not ended) for ended in rollouts.ended]),
+        "empty": _mean([float(not ids) for ids in rollouts.token_ids]),
+        "kl_per_token": _mean(rollouts.kl) * len(rollouts.token_ids) / tokens if tokens else math.nan,
+        "steps_at_ceiling": ceiling,
+        "ceiling_over_outcome": ceiling - (0.0 if math.isnan(outcome) else outcome),
+    }
+
+
+class Alarm(NamedTuple):
+    """A signal that has left its limits for several batches in a row.
+
+    Attributes:
+        signal: Its name in [`LIMITS`].
+        value: What was measured last.
+        usual: Its mean over the first batches.
+        limit: The limit it is beyond.
+        since: Training step of the first batch beyond it.
+    """
+
+    signal: str
+    value: float
+    usual: float
+    limit: float
+    since: int
+
+    def __str__(self) -> str:
+        return (
+            f"`{self.signal}` is {self.value:.3g}, beyond {self.limit:.3g} since step {self.since} (in the first "
+            f"batches it was {self.usual:.3g}): the policy may be gaming its reward. Read some completions."
+        )
+
+
+def _beyond(value: float, limit: Limit, usual: RunningMoments) -> float | None:
+    """The limit that the value is beyond, if any."""
+    spread, size = SPREAD * math.sqrt(usual.variance), abs(usual.mean)
+    highest = usual.mean + max(limit.margin, limit.factor * size, spread)
+    lowest = usual.mean - max(limit.margin, limit.factor / (1 + limit.factor) * size, spread)
+    if limit.up and value > highest:
+        return highest
+    return lowest if limit.down and value < lowest else None
+
+
+class Guards:
+    """Compares each batch with the first ones, and raises an alarm where a signal stays beyond its limit.
+
+    Args:
+        reference_batches: Batches that say what is usual. They raise no alarm.
+        patience: Batches in a row beyond a limit that make an alarm. One alarm each time, not one a batch.
+
+    Example:
+        >>> guards = Guards(reference_batches=1, patience=2)
+        >>> [guards.update({"empty": share}, step=step) for step, share in enumerate([0.0, 0.9])]
+        [[], []]
+        >>> print(guards.update({"empty": 1.0}, step=2)[0])
+        `empty` is 1, beyond 0.1 since step 1 (in the first batches it was 0): the policy may be gaming its reward...
+    """
+
+    def __init__(self, *, reference_batches: int = 8, patience: int = 3) -> None:
+        self.reference_batches, self.patience = reference_batches, patience
+        self._batches = 0
+        self._usual = {signal: RunningMoments() for signal in ("outcome", *LIMITS)}
+        self._since: dict[str, int] = {}  # step of the first of the batches in a row beyond the limit
+        self._strikes: dict[str, int] = {}  # and how many there are
+
+    def update(self, measured: Mapping[str, float], *, step: int) -> list[Alarm]:
+        """Take in a batch and say what has gone wrong.
+
+        Args:
+            measured: What [`measure_rollouts`] gave.
+            step: The training step, for the alarm.
+
+        Returns:
+            The alarms that this batch completes.
+        """
+        self._batches += 1
+        if self._batches <= self.reference_batches:
+            for signal, usual in self._usual.items():
+                value = measured.get(signal, math.nan)
+                usual.update(torch.tensor([] if math.isnan(value) else [value], dtype=torch.float64))
+            return []
+        progress = measured.get("outcome", math.nan) > self._usual["outcome"].mean + PROGRESS
+        alarms = []
+        for signal, limit in LIMITS.items():
+            value, usual = measured.get(signal, math.nan), self._usual[signal]
+            if math.isnan(value):
+                continue
+            beyond = _beyond(value, limit, usual) if usual.count else None
+            if beyond is None or (progress and limit.excuses):
+                self._strikes[signal] = 0
+                continue
+            self._strikes[signal] = self._strikes.get(signal, 0) + 1
+            if self._strikes[signal] == 1:
+                self._since[signal] = step
+            if self._strikes[signal] == self.patience:
+                alarms.append(Alarm(signal, value, usual.mean, beyond, self._since[signal]))
+        return alarms
+
+    def forgive(self) -> None:
+        """Forget how long signals have been beyond their limits: the policy is no longer the one that strayed."""
+        self._strikes = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything there is to save, for JSON."""
+        usual = {signal: moments.state_dict() for signal, moments in self._usual.items()}
+        return {"batches": self._batches, "usual": usual, "since": self._since, "strikes": self._strikes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state. A signal that it does not know has no reference and raises no alarm."""
+        self._batches, self._since, self._strikes = state["batches"], dict(state["since"]), dict(state["strikes"])
+        for signal, usual in self._usual.items():
+            if signal in state["usual"]:
+                usual.load_state_dict(state["usual"][signal])

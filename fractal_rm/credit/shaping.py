@@ -1,0 +1,145 @@
+"""Step scores -> step rewards: what a step earns, given P(step is good) of every step of every response.
+
+Shaping changes what a policy is paid for, so each form states what a whole response earns and what bounds hold. With
+`s_1 ... s_S` the scores of a response and `c` the threshold:
+
+| form | reward of step t | a response earns |
+|---|---|---|
+| `"raw"` | `s_t`, in [0, 1] | more with every step, good or bad |
+| `"centered"` | `s_t - baseline`, in [-1, 1] | more with every step above the baseline |
+| `"log_odds"` | `log(s_t / (1 - s_t))`, in [-6.9, 6.9] | the log-odds that every step is good against every step bad |
+| `"delta"` | `s_t - s_(t-1)`, the first `s_1 - c`; in [-1, 1] | `s_S - c`: what its last step scores |
+| `"min_form"` | `m_t - m_(t+1)`, where `m_t` is the minimum of `s_t ... s_S`, the last `s_S`; in [-1, 1] | `m_1` |
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Shaping = Literal["raw", "centered", "log_odds", "delta", "min_form"]
+Center = Literal["batch", "group", "threshold"]
+LengthNeutral = Literal["none", "mean", "cap"]
+
+# Scores nearer than this to 0 or 1 count as this near: a saturated sigmoid says no more than odds of a thousand to one.
+LOG_ODDS_EPSILON = 1e-3
+
+
+def _baseline(
+    scores: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], center: str, threshold: float, group_size: int
+) -> Float[Tensor, "B 1"]:
+    """What `"centered"` subtracts; `scores` are 0 at padding."""
+    if center == "threshold":
+        return scores.new_full((len(scores), 1), threshold)
+    size = len(scores) if center == "batch" else group_size
+    if size < 1 or len(scores) % size:
+        raise ValueError(
+            f"{len(scores)} responses are not whole groups of {size}. "
+            "Pass all completions of each prompt together, `num_generations` consecutive rows a prompt."
+        )
+    totals = scores.sum(dim=1).view(-1, size).sum(dim=1)
+    counts = mask.sum(dim=1).view(-1, size).sum(dim=1)
+    return (totals / counts.clamp(min=1)).repeat_interleave(size)[:, None]
+
+
+def shape_step_scores(
+    scores: Float[Tensor, "B S"],
+    mask: Bool[Tensor, "B S"],
+    *,
+    shaping: Shaping = "centered",
+    center: Center = "batch",
+    threshold: float = 0.5,
+    group_size: int = 1,
+) -> Float[Tensor, "B S"]:
+    """Rewards of steps from their scores: see the table of forms at the head of this module.
+
+    Args:
+        scores: P(step is good), in [0, 1]. Values at padding are ignored.
+        mask: True where a step is real. The real steps of a row come first; a row may have none.
+        shaping: The form.
+        center: Baseline of `"centered"`: the mean over the batch, over the prompt's completions, or the threshold.
+        threshold: Score that is neither good nor bad: for `center="threshold"`, and what the first difference of
+            `"delta"` is taken from.
+        group_size: Completions per prompt, for `center="group"`. Rows of a group are consecutive.
+
+    Returns:
+        Rewards, 0 at padding, in float32 or wider. With `"delta"` and `"min_form"`, rewards that follow one another sum
+        to a score: clip or divide them and they no longer do.
+
+    Raises:
+        ValueError: If the form is unknown, or the rows are not whole groups.
+
+    Source:
+        `"min_form"`: the return of PURE (Cheng et al., "Stop Summation: Min-Form Credit Assignment Is All Process
+        Reward Model Needs for Reasoning", 2025), here exact: differences, where PURE weighs by a softmax. `"delta"`:
+        after Gao et al., "On Designing Effective RL Reward at Training Time for LLM Reasoning", 2024.
+
+    Example:
+        >>> scores, mask = torch.tensor([[0.75, 0.25, 0.5]]), torch.ones(1, 3, dtype=torch.bool)
+        >>> shape_step_scores(scores, mask, shaping="delta")  # sums to 0.5 - 0.5
+        tensor([[ 0.2500, -0.5000,  0.2500]])
+        >>> shape_step_scores(scores, mask, shaping="min_form")  # returns: 0.25, 0.25, 0.5
+        tensor([[ 0.0000, -0.2500,  0.5000]])
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~mask, 0.0)
+    if shaping == "raw":
+        return scores
+    if shaping == "centered":
+        return (scores - _baseline(scores, mask, center, threshold, group_size)).masked_fill(~mask, 0.0)
+    if shaping == "log_odds":
+        return scores.clamp(LOG_ODDS_EPSILON, 1.0 - LOG_ODDS_EPSILON).logit().masked_fill(~mask, 0.0)
+    start = scores.new_full((len(scores), 1), threshold)
+    if shaping == "delta":
+        return (scores - torch.cat([start, scores], dim=1)[:, :-1]).masked_fill(~mask, 0.0)
+    if shaping == "min_form":
+        to_go = scores.masked_fill(~mask, torch.inf).flip(1)
+        to_go = (to_go.cummin(dim=1).values if scores.shape[1] else to_go).flip(1).masked_fill(~mask, 0.0)
+        return to_go - torch.cat([to_go, torch.zeros_like(start)], dim=1)[:, 1:]
+    raise ValueError(f"Unknown shaping {shaping!r}. Choose raw, centered, log_odds, delta or min_form.")
+
+
+def limit_step_rewards(
+    rewards: Float[Tensor, "B S"],
+    mask: Bool[Tensor, "B S"],
+    *,
+    clip: float | None = None,
+    length_neutral: LengthNeutral = "none",
+) -> Float[Tensor, "B S"]:
+    """Bound what one step earns, and what a response earns by having many.
+
+    `"mean"` divides by the number of steps: a response earns the mean of its steps, so it can neither gain by repeating
+    what it has nor earn more than its best step. But steps above the mean raise it, and so hide a bad one. `"cap"` lets
+    a step lose reward and never gain any, so appending good steps never raises a total, whatever the others are.
+
+    Args:
+        rewards: Reward of each step. Values at padding are ignored.
+        mask: True where a step is real.
+        clip: Rewards are kept in [-clip, clip]; None: as they are.
+        length_neutral: `"none"`, `"mean"` or `"cap"`.
+
+    Returns:
+        Rewards, 0 at padding.
+
+    Raises:
+        ValueError: If `clip` is not above 0, or `length_neutral` is unknown.
+
+    Example:
+        >>> rewards, mask = torch.tensor([[0.5, -2.0]]), torch.ones(1, 2, dtype=torch.bool)
+        >>> limit_step_rewards(rewards, mask, clip=1.0, length_neutral="mean")
+        tensor([[ 0.2500, -0.5000]])
+        >>> limit_step_rewards(rewards, mask, clip=1.0, length_neutral="cap")
+        tensor([[ 0., -1.]])
+    """
+    rewards = rewards.masked_fill(~mask, 0.0)
+    if clip is not None:
+        if not clip > 0:
+            raise ValueError(f"The clip of step rewards is {clip}. Give a number above 0, or None for no clip.")
+        rewards = rewards.clamp(-clip, clip)
+    if length_neutral == "mean":
+        return rewards / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    if length_neutral == "cap":
+        return rewards.clamp(max=0.0)
+    if length_neutral != "none":
+        raise ValueError(f"Unknown length_neutral {length_neutral!r}. Choose none, mean or cap.")
+    return rewards

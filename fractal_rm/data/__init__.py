@@ -1,0 +1,1 @@
+"""Records to bags: responses with one label, cut into steps."""

@@ -1,0 +1,203 @@
+"""What the readers of official files share: rows of a file or a list, and errors that name file and row."""
+
+import gzip
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.readers import read_jsonl
+
+PathLike = str | os.PathLike[str]
+Data = PathLike | Iterable[Mapping[str, Any]]
+
+_LFS_POINTER = b"version https://git-lfs.github.com/"
+
+
+def load_rows(data: Data, source: str | None, *, key: str | None = None) -> tuple[list[Mapping[str, Any]], str]:
+    """Rows of a data set, and its name in error messages.
+
+    Args:
+        data: A `.jsonl` or `.json` file (gzipped or not), or the rows themselves.
+        source: The name; None takes the path, or "data" for rows.
+        key: Where the list of rows is, if a `.json` file holds one object around it.
+
+    Returns:
+        The rows and the name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        TypeError: If a file does not hold rows.
+        ValueError: If a file cannot be read, or there are no rows.
+
+    Example:
+        >>> load_rows([{"question": "1+1?"}], None)
+        ([{'question': '1+1?'}], 'data')
+    """
+    if isinstance(data, str | os.PathLike):
+        path = Path(data)
+        source = source or str(path)
+        check_file(path)
+        wrapped = key is not None and path.name.endswith((".json", ".json.gz"))
+        rows: list[Mapping[str, Any]] = _wrapped_rows(path, key) if wrapped else [*read_jsonl(path)]
+    else:
+        source = source or "data"
+        rows = list(data)
+    if not rows:
+        raise ValueError(f"{source} has no rows; give at least one.")
+    return rows, source
+
+
+def check_file(path: Path) -> None:
+    """Raise unless a path is a file that holds data, not the stand-in that `git clone` leaves without Git LFS.
+
+    Args:
+        path: The path.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is a pointer of Git LFS.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; check the path.")
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path} is a pointer of Git LFS, not the data; fetch the data with `git lfs pull`.")
+
+
+def _wrapped_rows(path: Path, key: str | None) -> list[Mapping[str, Any]]:
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        found = json.loads(content)
+    except (ValueError, OSError, EOFError):  # not UTF-8, not JSON, not gzip
+        raise ValueError(f"{path} is not a complete JSON file; download it again.") from None
+    rows = found.get(key) if isinstance(found, dict) else found
+    if not isinstance(rows, list):
+        raise TypeError(f"{path} holds no list under {key!r}; give the official file.")
+    return rows
+
+
+@contextmanager
+def naming(source: str, row: int) -> Iterator[None]:
+    """Put the source and the row before the sentence of an error.
+
+    Args:
+        source: Name of the data.
+        row: Number of the row, from 1.
+    """
+    try:
+        yield
+    except TypeError as error:
+        raise TypeError(f"{source}, row {row}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{source}, row {row}: {error}") from None
+
+
+def read_each(
+    rows: Sequence[Mapping[str, Any]],
+    source: str,
+    make: Callable[[Mapping[str, Any], int], list[Bag]],
+    *,
+    left_out: str | None = None,
+) -> list[Bag]:
+    """Bags of all rows.
+
+    Args:
+        rows: The rows.
+        source: Name of the data.
+        make: Bags of a row and its number, from 1. An empty list leaves the row out.
+        left_out: What rows without a bag have in common, for a warning; None if leaving out is the rule.
+
+    Returns:
+        The bags, in the order of the rows.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is missing or wrong, or no row gives a bag.
+
+    Warns:
+        UserWarning: If rows are left out that should not be there.
+    """
+    bags: list[Bag] = []
+    missing = []
+    for number, row in enumerate(rows, 1):
+        with naming(source, number):
+            if not isinstance(row, Mapping):
+                raise TypeError(f"the row is {type(row).__name__}; make it an object with named columns.")
+            new = make(row, number)
+        bags += new
+        missing += [] if new else [number]
+    if not bags:
+        raise ValueError(f"None of the {len(rows)} rows of {source} gives a bag; check that it is the official file.")
+    if missing and left_out:
+        warnings.warn(
+            f"{source}: {len(missing)} of {len(rows)} rows {left_out} (first: row {missing[0]}); they are left out.",
+            stacklevel=3,
+        )
+    return bags
+
+
+def column(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...], *, within: str = "") -> Any:
+    """A column of a row, checked.
+
+    Args:
+        row: The row, or an object in it.
+        name: Name of the column.
+        kind: What it must be.
+        within: Path of the object in the row, for the sentence: `"question."`.
+
+    Returns:
+        The value; arrays become lists.
+
+    Raises:
+        TypeError: If the value is of another kind, or the row is no object.
+        ValueError: If the column is missing or null.
+
+    Example:
+        >>> column({"label": -1}, "label", int)
+        -1
+    """
+    if not isinstance(row, Mapping):
+        where = f"'{within.rstrip('.')}' holds" if within else "the row is"
+        raise TypeError(f"{where} {type(row).__name__} instead of an object; give the official columns.")
+    value = row.get(name)
+    if value is None:
+        found = ", ".join(map(repr, row)) or "no columns"
+        raise ValueError(f"column '{within}{name}' is missing or null (found: {found}); give the official columns.")
+    if hasattr(value, "tolist"):  # arrays, where rows come from Parquet files
+        value = value.tolist()
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise TypeError(f"column '{within}{name}' is {type(value).__name__}, not {names}; give the official columns.")
+    return value
+
+
+def texts(row: Mapping[str, Any], name: str, *, within: str = "") -> list[str]:
+    """A column that is a list of texts, checked.
+
+    Args:
+        row: The row, or an object in it.
+        name: Name of the column.
+        within: Path of the object in the row, for the sentence.
+
+    Returns:
+        The texts.
+
+    Raises:
+        TypeError: If the value is no list, or an entry is no text.
+        ValueError: If the column is missing or null.
+
+    Example:
+        >>> texts({"context": ["a", "b"]}, "context")
+        ['a', 'b']
+    """
+    values = column(row, name, list, within=within)
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, str):
+            found = f"entry {number} of '{within}{name}' is {type(value).__name__}, not text"
+            raise TypeError(f"{found}; give the official columns.")
+    return values

@@ -1,0 +1,233 @@
+"""Official files of mathematics with step labels by people: PRM800K, ProcessBench, PRMBench.
+
+A response is good only if each of its steps is: aggregation `"min"`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.formats.files import Data, column, load_rows, read_each, texts
+from fractal_rm.data.segmentation import join_steps
+
+
+def read_prm800k(
+    data: Data, *, source: str | None = None, full_solutions: bool = False, alternatives: bool = False
+) -> list[Bag]:
+    """Bags of PRM800K: solutions of problems of MATH, rated step by step by people.
+
+    Official files: `phase1_train.jsonl`, `phase1_test.jsonl`, `phase2_train.jsonl`, `phase2_test.jsonl`. A row has
+    `question.problem` and `label.steps`, each step with rated `completions`, the `chosen_completion` the solution went
+    on with, and in phase 1 perhaps a `human_completion`. The solution is what was chosen: a person's own step counts as
+    good, and where nothing was chosen it ends with the first completion (in phase 2, that of the solution rated).
+
+    Label of a step: 0 iff its rating is -1; 0 (no progress, but not wrong) and 1 are good. Label of a response: 1 iff
+    no step is -1. A row ends before its first step without a rating; rows without any are left out.
+
+    Rows end at the first error: **the bad step is the last one**, and position alone tells it apart. Report the
+    position baseline (`metrics.same_position_auc` is blind to position), or use `full_solutions`. In phase 1 people
+    chose good steps, so hardly any solution is bad: its errors are in `alternatives`.
+
+    Args:
+        data: A file, or rows.
+        source: Name of the data in error messages.
+        full_solutions: Continue the rows of phase 2 that end at an error to the end of the solution; the labels of
+            these steps are not known. The response's label stays what it is.
+        alternatives: Also give a bag for each rated completion that was not chosen: the steps before it, and it.
+
+    Returns:
+        One bag a row, its alternatives behind it. Its id is the labeler and the time; those of alternatives add their
+        step and number.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a column is missing or a rating is none of -1, 0, 1 and null.
+
+    Warns:
+        UserWarning: If rows have no rated step; they are left out.
+
+    Source:
+        Lightman et al., Let's Verify Step by Step, 2023; github.com/openai/prm800k (MIT licence). Labels as in FRACTAL
+        (Makhija et al., ACL 2025), with -1, 0, 1 mapped to 0, 1, 1. Its public code takes the first completion of each
+        step, also where the solution went on from another one.
+
+    Example:
+        >>> step = {"completions": [{"text": "1+1=3.", "rating": -1}], "chosen_completion": None}
+        >>> [bag] = read_prm800k([{"question": {"problem": "1+1?"}, "label": {"steps": [step]}}])
+        >>> bag.steps, bag.step_labels, bag.label
+        (['1+1=3.'], (0.0,), 0.0)
+    """
+
+    def make(row: Mapping[str, Any], number: int) -> list[Bag]:
+        question = column(row, "question", Mapping)
+        steps, labels, others = _rated_steps(column(column(row, "label", Mapping), "steps", list, within="label."))
+        problem = column(question, "problem", str, within="question.")
+        name = "/".join(row[part] for part in ("labeler", "timestamp") if isinstance(row.get(part), str))
+        bags = []
+        if steps:
+            whole = question.get("pre_generated_steps") or []
+            goes_on = full_solutions and min(labels) == 0 and whole[: len(steps)] == steps
+            gold = [*labels, *[None] * (len(whole) - len(steps) if goes_on else 0)]
+            bags.append(_rated_bag(problem, whole if goes_on else steps, gold, name))
+        for before, index, text, label in others if alternatives else []:
+            other = f"{name}/{before + 1}.{index + 1}"
+            bags.append(_rated_bag(problem, [*steps[:before], text], [*labels[:before], label], other))
+        return bags
+
+    rows, source = load_rows(data, source)
+    return read_each(rows, source, make, left_out="have no rated step")
+
+
+def _rated_bag(problem: str, steps: list[str], gold: list[float | None], name: str) -> Bag:
+    response, spans = join_steps(steps)
+    label = min(one for one in gold if one is not None)
+    return Bag(problem, response, tuple(spans), label, tuple(gold), id=name or None)
+
+
+def _rated_steps(given: list[Any]) -> tuple[list[str], list[float], list[tuple[int, int, str, float]]]:
+    """Texts and labels of the steps that the solution went on with, up to the last one rated; and of the others.
+
+    Each of the others comes with the number of steps before it and its place in the completions.
+    """
+    steps: list[str] = []
+    labels: list[float] = []
+    others = []
+    for number, step in enumerate(given, 1):
+        if not isinstance(step, Mapping):
+            raise TypeError(f"step {number} is {type(step).__name__}; make it an object with 'completions'.")
+        completions, human = step.get("completions") or [], step.get("human_completion")
+        if not isinstance(completions, list) or not all(isinstance(one, Mapping) for one in completions):
+            raise TypeError(f"the completions of step {number} are no list of objects; give the official columns.")
+        written = human.get("text") if isinstance(human, Mapping) else human
+        chosen = step.get("chosen_completion")
+        if chosen is not None and chosen not in range(len(completions)):
+            raise ValueError(f"step {number} chose completion {chosen!r} of {len(completions)}; mend its index.")
+        # Where nobody chose or wrote a step, the solution ends with its own: the first.
+        taken = int(chosen) if chosen is not None else None if written is not None else 0
+        rated = [(_rated(completion, number), index) for index, completion in enumerate(completions)]
+        others += [(len(steps), index, *one) for one, index in rated if one is not None and index != taken]
+        own = rated[taken or 0][0] if rated else None
+        found = _rated({"text": written, "rating": 1}, number) if taken is None else own
+        if found is None:
+            break
+        steps.append(found[0])
+        labels.append(found[1])
+        if chosen is None and written is None:
+            break  # whatever comes next does not follow this step
+    return steps, labels, others
+
+
+def _rated(completion: Mapping[str, Any], number: int) -> tuple[str, float] | None:
+    """Text and label of a completion; None if it has no rating."""
+    rating = completion.get("rating")
+    if rating is None:
+        return None
+    if rating not in (-1, 0, 1):
+        raise ValueError(f"the rating of step {number} is {rating!r}; give -1, 0, 1 or null.")
+    return column(completion, "text", str, within="completions."), float(rating != -1)
+
+
+def read_processbench(data: Data, *, source: str | None = None, answer_labels: bool = False) -> list[Bag]:
+    """Bags of ProcessBench: model solutions in which people looked for the first wrong step.
+
+    Official files: `gsm8k.json`, `math.json`, `olympiadbench.json`, `omnimath.json`. A row has `id`, `generator`,
+    `problem`, `steps`, `final_answer_correct` and `label`: the index of the first wrong step, from 0, or -1.
+
+    Label of a step: 1 before the first wrong step, 0 at it, not known after it. Label of a response: 1 iff no step is
+    wrong; with `answer_labels`, whether its final answer is right, the label one has in practice (it is right after a
+    wrong step in some solutions). A test set: do not train on it.
+
+    Args:
+        data: A file, or rows.
+        source: Name of the data in error messages.
+        answer_labels: Take `final_answer_correct` as the response's label.
+
+    Returns:
+        One bag a row.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a column is missing, or the label is no step.
+
+    Source:
+        Zheng et al., ProcessBench, 2024 (arXiv 2412.06559); huggingface.co/datasets/Qwen/ProcessBench (Apache-2.0).
+
+    Example:
+        >>> row = {"id": "a", "problem": "1+1+1?", "steps": ["1+1=3.", "3+1=4."], "label": 0}
+        >>> read_processbench([row])[0].step_labels
+        (0.0, None)
+    """
+
+    def make(row: Mapping[str, Any], number: int) -> list[Bag]:
+        steps, first = texts(row, "steps"), column(row, "label", int)
+        if first not in range(-1, len(steps)):
+            raise ValueError(f"the label is {first}, no step of {len(steps)}; give -1 or an index from 0.")
+        gold = [1.0] * len(steps) if first < 0 else [1.0] * first + [0.0] + [None] * (len(steps) - first - 1)
+        label = column(row, "final_answer_correct", bool) if answer_labels else first < 0
+        response, spans = join_steps(steps)
+        return [Bag(column(row, "problem", str), response, tuple(spans), label, tuple(gold), id=_name(row, "id"))]
+
+    rows, source = load_rows(data, source)
+    return read_each(rows, source, make)
+
+
+def read_prmbench(data: Data, *, source: str | None = None, originals: bool = True) -> list[Bag]:
+    """Bags of PRMBench: solutions from PRM800K into which a model wrote errors of nine kinds.
+
+    Official file: `prmbench_preview.jsonl`. A row has `idx`, `classification` (the kind of error), `modified_question`,
+    `modified_process` (the steps) and `error_steps` (from 1), and the same solution without errors in
+    `original_question` and `original_process`.
+
+    Label of a step: 0 iff it is in `error_steps`. Label of a response: 1 iff none is. Steps of the kinds `redundency`
+    and `circular` are not strictly wrong. The errors are a model's, not natural ones.
+
+    Args:
+        data: A file, or rows.
+        source: Name of the data in error messages.
+        originals: Also give the original solution of each `redundency` row, as a good response: the official
+            evaluation takes its good responses from there.
+
+    Returns:
+        A bag a row, in front of it the original if it is taken. The id of a bag is its kind (or `correct`) and `idx`.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a column is missing.
+
+    Warns:
+        UserWarning: If rows name an error step that the solution does not have; they are left out.
+
+    Source:
+        Song et al., PRMBench, 2025 (arXiv 2501.03124); github.com/ssmisya/PRMBench (Apache-2.0).
+
+    Example:
+        >>> row = {"idx": "7", "classification": "deception", "modified_question": "1+1?"}
+        >>> read_prmbench([row | {"modified_process": ["1+1=3.", "So 3."], "error_steps": [1]}])[0].step_labels
+        (0.0, 1.0)
+    """
+
+    def make(row: Mapping[str, Any], number: int) -> list[Bag]:
+        steps, errors = texts(row, "modified_process"), column(row, "error_steps", list)
+        kind, name = column(row, "classification", str), _name(row, "idx")
+        if not all(type(error) is int for error in errors):
+            raise TypeError(f"error_steps is {errors}; make it a list of whole numbers from 1.")
+        if not set(errors) <= set(range(1, len(steps) + 1)):
+            return []
+        bags = [_prmbench_bag(column(row, "modified_question", str), steps, errors, f"{kind}_{name}")]
+        if originals and kind == "redundency":
+            solution = texts(row, "original_process")
+            bags.insert(0, _prmbench_bag(column(row, "original_question", str), solution, [], f"correct_{name}"))
+        return bags
+
+    rows, source = load_rows(data, source)
+    return read_each(rows, source, make, left_out="name an error step that their solution does not have")
+
+
+def _prmbench_bag(prompt: str, steps: list[Any], errors: list[int], name: str) -> Bag:
+    response, spans = join_steps(steps)
+    gold = tuple(float(number not in errors) for number in range(1, len(steps) + 1))
+    return Bag(prompt, response, tuple(spans), min(gold), gold, id=name)
+
+
+def _name(row: Mapping[str, Any], name: str) -> str:
+    return str(column(row, name, (str, int)))

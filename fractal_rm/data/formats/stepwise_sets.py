@@ -1,0 +1,105 @@
+"""Files of mathematics whose step labels come without people: Math-Shepherd, and TRL's stepwise format."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.formats.files import Data, column, load_rows, read_each
+from fractal_rm.data.readers import read_bags
+from fractal_rm.data.segmentation import Segmentation, join_steps
+
+# Marks the end of a step in the input; the label has the sign of the step in its place.
+_MARK = "ки"
+_FIRST_STEP = re.compile(r"\bStep 1\s*:")
+
+
+def read_math_shepherd(data: Data, *, source: str | None = None) -> list[Bag]:
+    """Bags of Math-Shepherd: solutions of GSM8K and MATH, labelled by how often sampling goes on to the right answer.
+
+    Official file: `math-shepherd.jsonl`. A row has `input` (the problem, then steps that each end with "ки"), `label`
+    (the same text with "+" or "-" in the place of each "ки") and `task`. The first step begins at "Step 1:".
+
+    Label of a step: 1 iff some solution that was sampled from it on reached the right answer; nobody looked at it.
+    Label of a response: 1 iff all steps are +. Aggregation `"min"`.
+
+    Args:
+        data: A file, or rows.
+        source: Name of the data in error messages.
+
+    Returns:
+        One bag a row. The response is the text from "Step 1:" on, without the marks.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a column is missing, or the label does not repeat the input.
+
+    Warns:
+        UserWarning: If rows have no "Step 1:" and so no visible end of the problem; they are left out.
+
+    Source:
+        Wang et al., Math-Shepherd, ACL 2024 (arXiv 2312.08935); huggingface.co/datasets/peiyi9979/Math-Shepherd, which
+        states no licence.
+
+    Example:
+        >>> row = {"input": "1+1? Step 1: 1+1=3. ки\\nStep 2: So 3. ки"}
+        >>> [bag] = read_math_shepherd([row | {"label": "1+1? Step 1: 1+1=3. +\\nStep 2: So 3. -"}])
+        >>> bag.prompt, bag.response, bag.step_labels
+        ('1+1?', 'Step 1: 1+1=3.\\nStep 2: So 3.', (1.0, 0.0))
+    """
+
+    def make(row: Mapping[str, Any], number: int) -> list[Bag]:
+        pieces, gold = _signed_pieces(column(row, "input", str), column(row, "label", str))
+        if not pieces:
+            raise ValueError(f"the input has no {_MARK!r} where a step ends; give the official file.")
+        begin = _FIRST_STEP.search(pieces[0])
+        if begin is None or not pieces[0][: begin.start()].strip():
+            return []
+        problem, pieces[0] = pieces[0][: begin.start()].strip(), pieces[0][begin.start() :]
+        response, spans = join_steps([piece.strip() for piece in pieces])
+        return [Bag(problem, response, tuple(spans), min(gold), tuple(gold))]
+
+    rows, source = load_rows(data, source)
+    return read_each(rows, source, make, left_out="have no problem before a 'Step 1:'")
+
+
+def _signed_pieces(text: str, signed: str) -> tuple[list[str], list[float]]:
+    """The pieces between the marks, and the label of each, found at the same place of the signed text."""
+    pieces, gold, position = text.split(_MARK)[:-1], [], 0
+    for number, piece in enumerate(pieces, 1):
+        sign = signed[position + len(piece) : position + len(piece) + 1]
+        if not signed.startswith(piece, position) or sign not in ("+", "-"):
+            raise ValueError(f"the label does not repeat the input with a + or - after step {number}; mend the row.")
+        gold.append(float(sign == "+"))
+        position += len(piece) + 1
+    return pieces, gold
+
+
+def read_stepwise(data: Data, *, source: str | None = None) -> list[Bag]:
+    """Bags of TRL's stepwise supervision format.
+
+    A row has `prompt`, `completions` (the steps) and `labels` (a boolean or a number a step; null or -100 if it is not
+    known). Label of a response: its column `label`, else the smallest step label. Aggregation `"min"`.
+
+    Args:
+        data: A file, or rows.
+        source: Name of the data in error messages.
+
+    Returns:
+        One bag a row.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a column is missing or a value is out of range.
+
+    Source:
+        TRL's documentation, "Dataset formats and types". On the Hub: `trl-lib/math_shepherd` and `trl-lib/prm800k`,
+        whose steps are labelled as those of the sets they are made of. Their cards state no licence.
+
+    Example:
+        >>> row = {"prompt": "1+1?", "completions": ["1+1=3.", "So 3."], "labels": [False, True]}
+        >>> read_stepwise([row])[0].label
+        0.0
+    """
+    rows, source = load_rows(data, source)
+    return read_bags(rows, Segmentation("given"), source=source)

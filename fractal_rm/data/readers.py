@@ -1,0 +1,310 @@
+"""Rows in, bags out: JSON files, TRL's data set formats and lists of steps.
+
+A defect is one sentence that names the source and the row (counted from 1) and says what to do.
+"""
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fractal_rm.data.bag import Bag, check_text
+from fractal_rm.data.segmentation import Segmentation, Span, join_steps, locate_steps
+
+# TRL and transformers mark a label that is not known with this number.
+UNKNOWN_LABEL = -100
+
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read the rows of a JSON file.
+
+    Args:
+        path: A `.jsonl` file with an object on each line, or a `.json` file with one list of objects; either may be
+            gzipped (`.gz`).
+
+    Returns:
+        The rows. Row `n` of an error message is line `n` of a `.jsonl` file and item `n` of a `.json` file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        TypeError: If a row is no object.
+        ValueError: If the file is empty, is not UTF-8, is not JSON, or has another ending.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "rows.jsonl"
+        >>> _ = path.write_text('{"prompt": "1+1?", "completion": "2", "label": true}')
+        >>> read_jsonl(path)
+        [{'prompt': '1+1?', 'completion': '2', 'label': True}]
+    """
+    path = Path(path)
+    if not path.name.endswith(_SUFFIXES):
+        raise ValueError(f"{path} has an unknown ending; give a file that ends in {', '.join(_SUFFIXES)}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; check the path.")
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            by_line = path.name.endswith((".jsonl", ".jsonl.gz"))
+            rows = list(_lines(file, path)) if by_line else _items(file, path)
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise ValueError(f"{path} is not a complete gzip file; write or download it again.") from None
+    if not rows:
+        raise ValueError(f"{path} is empty; give a file with at least one row.")
+    for row, record in enumerate(rows, 1):
+        if not isinstance(record, dict):
+            raise TypeError(f"{path}, row {row}: the row is {type(record).__name__}; make it a JSON object.")
+    return rows
+
+
+def _lines(file: Iterable[bytes], path: Path) -> Iterator[Any]:
+    blank = None
+    for row, line in enumerate(file, 1):
+        if not line.strip():
+            blank = blank or row  # an error only if another row follows
+        elif blank:
+            raise ValueError(f"{path}, row {blank}: the line is blank; delete it.")
+        else:
+            yield _parse(line, f"{path}, row {row}: the line")
+
+
+def _items(file: Iterable[bytes], path: Path) -> list[Any]:
+    content = b"".join(file)
+    rows = _parse(content, f"{path}: the file") if content.strip() else []
+    if not isinstance(rows, list):
+        raise TypeError(f"{path} holds no list; make it a list of objects, or name it .jsonl if each line is one.")
+    return rows
+
+
+def _parse(content: bytes, what: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8-sig").strip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} is not UTF-8 (byte {error.start}); save the file as UTF-8.") from None
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at line {error.lineno}" if error.lineno > 1 else f"{error.msg} at column {error.colno}"
+        raise ValueError(f"{what} is invalid JSON ({reason}); mend or delete it.") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, a thousand brackets
+        raise ValueError(f"{what} is JSON that Python cannot hold; mend or delete it.") from None
+
+
+def read_bags(
+    records: Iterable[Mapping[str, Any]],
+    segmentation: Segmentation,
+    *,
+    source: str = "data",
+    prompt_column: str = "prompt",
+    require_label: bool = True,
+    num_grades: int | None = None,
+) -> list[Bag]:
+    """Make bags of the rows of a data set; see `read_row` for the formats.
+
+    Args:
+        records: Rows: a list, a `datasets.Dataset`, what `read_jsonl` returns.
+        segmentation: How a response that is not cut yet becomes steps.
+        source: Name of the data in error messages, such as the file.
+        prompt_column: Name of the column with the prompt.
+        require_label: Refuse a row without a label; otherwise its bag has the label None.
+        num_grades: For ordinal labels: how many grades there are.
+
+    Returns:
+        One bag a row, and two for a preference: the chosen response first.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If there are no rows, a column is missing, a value is out of range, or some prompts are texts and
+            others chats.
+
+    Example:
+        >>> row = {"prompt": "2+3*4?", "completion": "3*4=12.\\n2+12=14.", "label": True}
+        >>> [bag.steps for bag in read_bags([row], Segmentation("lines"))]
+        [['3*4=12.', '2+12=14.']]
+    """
+    bags: list[Bag] = []
+    for row, record in enumerate(records, 1):
+        new = read_row(
+            record,
+            segmentation,
+            source=source,
+            row=row,
+            prompt_column=prompt_column,
+            require_label=require_label,
+            num_grades=num_grades,
+        )
+        bags += new
+        if type(new[0].prompt) is not type(bags[0].prompt):
+            kinds = ("text", "a chat") if isinstance(new[0].prompt, str) else ("a chat", "text")
+            found = f"the prompt is {kinds[0]} but that of row 1 is {kinds[1]}"
+            raise ValueError(f"{source}, row {row}: {found}; make all prompts text or all chats.")
+    if not bags:
+        raise ValueError(f"{source} has no rows; give at least one.")
+    return bags
+
+
+def read_row(
+    record: Mapping[str, Any],
+    segmentation: Segmentation,
+    *,
+    source: str = "data",
+    row: int = 1,
+    prompt_column: str = "prompt",
+    require_label: bool = True,
+    num_grades: int | None = None,
+) -> list[Bag]:
+    """Make bags of one row, which has one of these formats; a column that is null counts as missing.
+
+    - Preference: `chosen` and `rejected`, each a text, a chat of one assistant message or a list of steps. (In a row
+      with `steps` too, they count only if its `aggregation` is `"native"` or `"preference"`.)
+    - Steps: `steps`, `label`, and optionally `step_labels` and `teacher_scores`. The response is the steps joined by
+      line breaks, or that of the column `response` or `completion` if there is one.
+    - Stepwise supervision: `completions` (a list of steps) and `labels` (one a step). A column `label` is the
+      response's label; without it, the response's label is the minimum of its step labels, if that is known.
+    - Unpaired preference: `completion` or `response` (a text, or a chat of one assistant message) and `label`.
+
+    Labels are booleans or numbers in [0, 1], never rounded; step labels may also be null or -100: not known.
+
+    Args:
+        record: The row.
+        segmentation: How a response that is not cut yet becomes steps.
+        source: Name of the data in error messages.
+        row: Number of the row in error messages, from 1.
+        prompt_column: Name of the column with the prompt.
+        require_label: Refuse a row without a label.
+        num_grades: For ordinal labels: how many grades there are.
+
+    Returns:
+        One bag, or the chosen and the rejected one of a preference.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a column is missing or a value is out of range.
+    """
+    try:
+        if not isinstance(record, Mapping):
+            raise TypeError(f"the row is {type(record).__name__}; make it an object with named columns.")
+        columns = {name: value for name, value in record.items() if value is not None}
+        # Parquet files bring numpy arrays.
+        columns = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in columns.items()}
+        prompt = _prompt(_column(columns, prompt_column, record))
+        name = str(columns["id"]) if "id" in columns else None
+        compared = "steps" not in columns or columns.get("aggregation") in ("native", "preference")
+        if compared and ("chosen" in columns or "rejected" in columns):
+            return [
+                Bag(
+                    prompt,
+                    *_answer(_column(columns, side, record), side, segmentation),
+                    label=label,
+                    id=name and f"{name}-{side}",
+                    pair_id=f"{source}:{row}",
+                )
+                for side, label in (("chosen", 1.0), ("rejected", 0.0))
+            ]
+        response, spans, step_labels = _steps(columns, record, segmentation)
+        teacher = _list(columns["teacher_scores"], "teacher_scores") if "teacher_scores" in columns else None
+        bag = Bag(
+            prompt,
+            response,
+            spans,
+            columns.get("label"),
+            step_labels,
+            teacher_scores=tuple(teacher) if teacher is not None else None,
+            num_grades=num_grades,
+            id=name,
+        )
+        if bag.label is None and "completions" in columns and bag.step_labels is not None:
+            bag = replace(bag, label=_minimum(bag.step_labels))
+            if bag.label is None and require_label:
+                raise ValueError("the label does not follow from the step labels, some are unknown; add 'label'.")
+        if bag.label is None and require_label:
+            _column(columns, "labels" if "completions" in columns else "label", record)
+        return [bag]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{source}, row {row}: {error}") from None
+
+
+def _column(columns: Mapping[str, Any], name: str, record: Mapping[str, Any]) -> Any:
+    """Return a column, or raise a sentence if it is missing or null."""
+    if name in record and name not in columns:
+        raise ValueError(f"column {name!r} is null; fill it in or drop the row.")
+    if name not in columns:
+        found = ", ".join(map(repr, record)) or "no columns"
+        hint = ", or name the column with prompt_column" if name == "prompt" else ""
+        raise ValueError(f"column {name!r} is missing (found: {found}); add it or rename one{hint}.")
+    return columns[name]
+
+
+def _prompt(value: Any) -> Any:
+    """A chat without the keys that `datasets` fills with None where only other rows have them."""
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+        return value
+    return [{key: text for key, text in message.items() if text is not None} for message in value]
+
+
+def _steps(
+    columns: Mapping[str, Any], record: Mapping[str, Any], segmentation: Segmentation
+) -> tuple[str, tuple[Span, ...], Any]:
+    """Response, step spans and step labels of a row that is no preference."""
+    names = [name for name in ("completion", "response") if name in columns]
+    if len(names) > 1:
+        raise ValueError("there are both a 'completion' and a 'response'; drop one of the columns.")
+    if "steps" in columns and names:
+        response = _text(columns[names[0]], names[0])
+        spans = tuple(locate_steps(response, _list(columns["steps"], "steps")))
+    elif "steps" in columns or "completions" in columns:
+        name = "steps" if "steps" in columns else "completions"
+        response, spans = _answer(_list(columns[name], name), name, segmentation)
+    elif names:
+        response, spans = _answer(columns[names[0]], names[0], segmentation)
+    else:
+        raise ValueError(
+            f"there is no response (found: {', '.join(map(repr, record))}); add a column 'completion' or 'response', "
+            "'steps', 'completions' and 'labels', or 'chosen' and 'rejected'."
+        )
+    labels_name = "labels" if "completions" in columns else "step_labels"
+    if labels_name not in columns:
+        return response, spans, None
+    labels = _list(columns[labels_name], labels_name)
+    return response, spans, tuple(None if label == UNKNOWN_LABEL else label for label in labels)
+
+
+def _answer(value: Any, what: str, segmentation: Segmentation) -> tuple[str, tuple[Span, ...]]:
+    """Response and step spans of a text, a chat of one message, or a list of steps."""
+    if isinstance(value, list) and value and not isinstance(value[0], Mapping):
+        response, spans = join_steps(value)
+        return response, tuple(spans)
+    response = _text(value, what)
+    return response, tuple(segmentation(response))
+
+
+def _text(value: Any, what: str) -> str:
+    """The text of a response: itself, or the content of a chat's only message."""
+    text = value
+    if isinstance(value, list) and all(isinstance(message, Mapping) for message in value):
+        if len(value) != 1 or value[0].get("role") != "assistant":
+            raise ValueError(
+                f"{what!r} is a chat of {len(value)} messages; leave one message of the assistant in it and move the "
+                "others to the prompt."
+            )
+        text = value[0].get("content")
+    check_text(text, repr(what))
+    return text
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{what!r} is {type(value).__name__}; make it a list with one entry for each step.")
+    if not value:
+        raise ValueError(f"{what!r} is empty; drop the row or fill it in.")
+    return list(value)
+
+
+def _minimum(step_labels: tuple[float | None, ...]) -> float | None:
+    """The smallest step label; None if an unknown one could be smaller."""
+    known = [label for label in step_labels if label is not None]
+    return min(known) if len(known) == len(step_labels) or 0.0 in known else None

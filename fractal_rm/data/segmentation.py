@@ -1,0 +1,246 @@
+r"""Cut a response into steps.
+
+A step is a character span of the response; the text itself is never changed. Whatever lies between two steps is a
+gap, and steps and gaps together give back the response exactly.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from fractal_rm.data.sentences import NEWLINE, Span, sentences, trim
+
+Method = Literal["lines", "sentences", "separator", "pattern", "given"]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    r"""How a response becomes steps. It is stored with a reward model, so that training and scoring cut alike.
+
+    Args:
+        method: `"lines"` (every line that is not blank), `"sentences"`, `"separator"` (a fixed text lies between
+            steps), `"pattern"` (a regular expression matches what lies between steps) or `"given"` (the data brings
+            its steps already cut).
+        separator: The text between steps, for `method="separator"`.
+        pattern: The regular expression between steps, for `method="pattern"`. An empty match, such as that of
+            `(?=Step \d)`, cuts where it stands.
+        language: Language code for `method="sentences"`.
+
+    Raises:
+        ValueError: If the method is unknown, or its option is missing, unusable, or belongs to another method.
+
+    Example:
+        >>> Segmentation()("3*4=12.\n2+12=14.")
+        [(0, 7), (8, 16)]
+        >>> Segmentation("separator", separator=" ## ")("3*4=12 ## 2+12=14")
+        [(0, 6), (10, 17)]
+    """
+
+    method: Method = "lines"
+    separator: str | None = None
+    pattern: str | None = None
+    language: str = "en"
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ValueError(f"Unknown segmentation method {self.method!r}; use one of {', '.join(get_args(Method))}.")
+        for name in ("separator", "pattern"):
+            value = getattr(self, name)
+            if (self.method == name) != (value is not None) or value == "":
+                found = f"method={self.method!r} with {name}={value!r}"
+                raise ValueError(f"Segmentation has {found}; give {name} a text if and only if method={name!r}.")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"Segmentation pattern {self.pattern!r} is no regular expression: {error}.") from None
+        if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)*", self.language):
+            raise ValueError(f"Segmentation language {self.language!r} is no language code; give one such as 'en'.")
+
+    def __call__(self, text: str) -> list[Span]:
+        """Cut one response.
+
+        Args:
+            text: The response.
+
+        Returns:
+            Spans in order, apart, not empty and without white space at their ends; `[]` for a blank text.
+
+        Raises:
+            ValueError: If the method is `"given"`, which cannot cut a text.
+        """
+        if self.separator is not None:
+            return separator(text, self.separator)
+        if self.pattern is not None:
+            return pattern(text, self.pattern)
+        if self.method == "given":
+            raise ValueError(
+                "Segmentation 'given' cannot cut a text; bring data with a 'steps' column or choose another method."
+            )
+        return lines(text) if self.method == "lines" else sentences(text, self.language)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON object, for a checkpoint.
+
+        Returns:
+            The argument of `from_dict`.
+        """
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Segmentation":
+        """Rebuild a segmentation from `to_dict`.
+
+        Args:
+            values: Fields by name; a missing one has its default.
+
+        Returns:
+            The segmentation.
+
+        Raises:
+            ValueError: If a name is no field.
+        """
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"Segmentation has no {', '.join(map(repr, unknown))}; its fields are {', '.join(known)}.")
+        return cls(**values)
+
+
+def lines(text: str) -> list[Span]:
+    r"""Make every line that is not blank a step.
+
+    Args:
+        text: The response. Lines end with `\n`, `\r\n` or `\r`.
+
+    Returns:
+        Spans of the steps.
+
+    Example:
+        >>> lines("a\n\n  b \n")
+        [(0, 1), (5, 6)]
+    """
+    return pattern(text, NEWLINE.pattern)
+
+
+def separator(text: str, separator: str) -> list[Span]:
+    r"""Cut wherever a fixed text stands.
+
+    Args:
+        text: The response.
+        separator: What lies between steps, taken literally.
+
+    Returns:
+        Spans of the steps; blank pieces are no steps.
+
+    Example:
+        >>> separator("one ## two", "##")
+        [(0, 3), (7, 10)]
+    """
+    return pattern(text, re.escape(separator))
+
+
+def pattern(text: str, pattern: str) -> list[Span]:
+    r"""Cut wherever a regular expression matches.
+
+    Args:
+        text: The response.
+        pattern: Matches what lies between steps. An empty match cuts where it stands.
+
+    Returns:
+        Spans of the steps; blank pieces are no steps.
+
+    Example:
+        >>> pattern("Step 1: a Step 2: b", r"(?=Step \d)")
+        [(0, 9), (10, 19)]
+    """
+    edges = [0, *(edge for match in re.finditer(pattern, text) for edge in match.span()), len(text)]
+    return trim(text, zip(edges[::2], edges[1::2], strict=True))
+
+
+def join_steps(steps: Sequence[str], joiner: str = "\n") -> tuple[str, list[Span]]:
+    r"""Join steps that are already cut into a response.
+
+    Args:
+        steps: Texts of the steps.
+        joiner: What is put between two steps.
+
+    Returns:
+        The response, and the spans of the steps in it, without the white space at a step's ends.
+
+    Raises:
+        TypeError: If a step is no text.
+        ValueError: If there is no step, or a step is blank.
+
+    Example:
+        >>> join_steps(["3*4=12.", "2+12=14."])
+        ('3*4=12.\n2+12=14.', [(0, 7), (8, 16)])
+    """
+    _check_steps(steps)
+    pieces, start = [], 0
+    for step in steps:
+        pieces.append((start, start + len(step)))
+        start += len(step) + len(joiner)
+    text = joiner.join(steps)
+    return text, trim(text, pieces)
+
+
+def locate_steps(text: str, steps: Sequence[str]) -> list[Span]:
+    r"""Find steps that are already cut in the response they come from.
+
+    Args:
+        text: The response.
+        steps: Texts of the steps, in order. White space at their ends does not matter.
+
+    Returns:
+        Spans of the steps.
+
+    Raises:
+        TypeError: If a step is no text.
+        ValueError: If there is no step, or a step is blank or does not follow the one before it in the response.
+
+    Example:
+        >>> locate_steps("a. b. a.", ["a.", "a."])
+        [(0, 2), (6, 8)]
+    """
+    _check_steps(steps)
+    spans, end = [], 0
+    for number, step in enumerate(steps, 1):
+        start = text.find(step.strip(), end)
+        if start < 0:
+            raise ValueError(f"step {number} is not in the response after step {number - 1}; copy steps as they stand.")
+        end = start + len(step.strip())
+        spans.append((start, end))
+    return spans
+
+
+def gaps(text: str, spans: Sequence[Span]) -> list[str]:
+    r"""Return what lies around and between the steps.
+
+    Args:
+        text: The response.
+        spans: Spans of the steps, in order.
+
+    Returns:
+        One text more than there are steps: `gap, step, gap, ..., step, gap` joined is the response.
+
+    Raises:
+        ValueError: If the spans overlap, are out of order or leave the text.
+
+    Example:
+        >>> gaps("a\n\nb ", [(0, 1), (3, 4)])
+        ['', '\n\n', ' ']
+    """
+    edges = [0, *(edge for span in spans for edge in span), len(text)]
+    if edges != sorted(edges):
+        raise ValueError(f"Spans {spans} overlap or leave the text of {len(text)} characters; sort and mend them.")
+    return [text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _check_steps(steps: Sequence[str]) -> None:
+    if not steps:
+        raise ValueError("there are no steps; drop the row or give it at least one.")
+    for number, step in enumerate(steps, 1):
+        if not isinstance(step, str):
+            raise TypeError(f"step {number} is {type(step).__name__}, not text; make every step a text.")
+        if not step.strip():
+            raise ValueError(f"step {number} is blank; remove it together with its label.")

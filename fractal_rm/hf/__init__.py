@@ -1,0 +1,1 @@
+"""What both trainers share with transformers: checkpoints, logs, length buckets, processes, cards."""

@@ -1,0 +1,136 @@
+"""Guards in training: what `StepPPOTrainer` shows them of a rollout, and what it does when they raise an alarm."""
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fractal_rm.credit.guards import Alarm, Guards, Rollouts, measure_rollouts
+from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.online.replay import mean_outcomes
+from fractal_rm.ppo.rewards import Rollout, StepRewards
+from fractal_rm.ppo.sources import DenseSource
+
+logger = logging.getLogger(__name__)
+# What a rollback multiplies `step_weight` by: the same weights and the same rewards would take the same way again.
+ROLLBACK_FACTOR = 0.5
+
+
+def ending_ids(tokenizer: Any, model: Any) -> set[int]:
+    """Ids that a finished completion may end with, as TRL counts them: EOS, the model's own EOS ids, and padding."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, tokenizer.pad_token_id, *(eos if isinstance(eos, list) else [eos])}
+    return ids - {None}
+
+
+def as_rollouts(
+    rollout: Rollout,
+    ends: set[int],
+    source: DenseSource | None,
+    weights: Tensor,
+) -> Rollouts:
+    """A rollout as the guards see it.
+
+    Args:
+        rollout: The completions.
+        ends: Ids that a finished completion may end with.
+        source: The source of step rewards that is watched; None: there is none. Where its scores are no probabilities,
+            its steps are seen without them.
+        weights: Of the reward functions.
+    """
+    completion_ids, count, kl = rollout.completion_ids, len(rollout.completion_ids), rollout.kl
+    checked = weights.to(rollout.rewards.device) * rollout.is_outcome
+    outcomes = mean_outcomes(rollout.rewards, checked)
+    scored = source.scored if source is not None else None
+    rated = scored if source is not None and source.gives_probabilities else None
+    return Rollouts(
+        token_ids=[[i for i in ids if i not in ends] for ids in completion_ids],
+        ended=[not ids or ids[-1] in ends for ids in completion_ids],
+        steps=[[step.text for step in row.steps] for row in scored] if scored else [[]] * count,
+        step_scores=[row.step_scores for row in rated] if rated else [[]] * count,
+        scores=[row.score for row in rated] if rated else [math.nan] * count,
+        outcomes=outcomes.tolist(),
+        kl=kl.sum(dim=1).tolist() if kl is not None else [math.nan] * count,
+    )
+
+
+def mean_over_processes(measured: dict[str, float]) -> dict[str, float]:
+    """The mean of what every process measured, so that all of them see the same alarms; NaN says nothing."""
+    everyone = gather_object([measured])
+    return {
+        name: torch.tensor([one[name] for one in everyone], dtype=torch.float64).nanmean().item() for name in measured
+    }
+
+
+class AlarmActions(TrainerCallback):
+    """Watches rollouts, remembers checkpoints, and says where to go back to.
+
+    Args:
+        args: The configuration: what to do, and how patiently.
+        rewards: The rewards, whose step weight rollbacks lower.
+    """
+
+    def __init__(self, args: StepPPOConfig, rewards: StepRewards) -> None:
+        self.args, self.rewards = args, rewards
+        self.guards = Guards(reference_batches=args.guard_reference_batches, patience=args.guard_patience)
+        self.checkpoints: dict[int, Path] = {}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.checkpoints[state.global_step] = self._folder(state.global_step)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step:  # resumed, from a checkpoint that could not know of itself
+            self.on_save(args, state, control)
+
+    def _folder(self, step: int) -> Path:
+        return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    def watch(self, rollouts: Rollouts, *, step: int) -> tuple[dict[str, float], list[Alarm]]:
+        """Measure a rollout, and say what has gone wrong: the same on every process."""
+        measured = mean_over_processes(measure_rollouts(rollouts))
+        alarms = self.guards.update(measured, step=step)
+        for alarm in alarms:
+            if self.args.process_index == 0:
+                logger.warning("%s", alarm)
+        return measured, alarms
+
+    def checkpoint_before(self, alarms: Sequence[Alarm]) -> Path | None:
+        """The last checkpoint that is older than the first sign of any of these alarms; later ones are forgotten.
+
+        The weights of step n wrote the rollout of step n, so a checkpoint of that step is one too late.
+        """
+        since = min(alarm.since for alarm in alarms)
+        self.checkpoints = {step: path for step, path in self.checkpoints.items() if step < since and path.is_dir()}
+        return self.checkpoints[max(self.checkpoints)] if self.checkpoints else None
+
+    def rolled_back(self, checkpoint: Path, alarms: Sequence[Alarm]) -> None:
+        """Take note of a rollback: less weight on step rewards, and a clean record."""
+        self.rewards.scale *= ROLLBACK_FACTOR
+        self.guards.forgive()
+        if self.args.process_index == 0:
+            names = ", ".join(f"`{alarm.signal}`" for alarm in alarms)
+            weight = self.args.step_weight * self.rewards.scale
+            logger.warning("Went back to %s for %s; `step_weight` is now %g.", checkpoint, names, weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything there is to save, for JSON."""
+        return {
+            "guards": self.guards.state_dict(),
+            "step_weight_scale": self.rewards.scale,
+            "checkpoints": sorted(self.checkpoints),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.guards.load_state_dict(state["guards"])
+        self.rewards.scale = state["step_weight_scale"]
+        self.checkpoints = {step: self._folder(step) for step in state["checkpoints"]}

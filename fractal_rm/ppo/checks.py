@@ -1,0 +1,179 @@
+"""What `StepPPOTrainer` refuses before it loads a model or samples a completion: one sentence each."""
+
+import http.client
+import inspect
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl.trainer.utils import get_callable_name
+
+from fractal_rm.objectives.aggregation import meaning
+from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.reward_model import StepRewardModel
+
+# Seconds for one answer of a vLLM server, and between two questions.
+_ANSWER, _PAUSE = 5.0, 1.0
+# One of these begins the name of a file that every tokenizer, and every processor of several modalities, saves.
+_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "processor_config")
+# What TRL passes to every reward function, beside the data set's columns.
+_TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dataset: Any) -> None:
+    """Check what needs no model: the policy's tokenizer, batches of evaluation, the vLLM server.
+
+    Args:
+        args: The configuration.
+        model: The policy: path, hub id or instance.
+        processing_class: Its tokenizer, if it was given.
+        eval_dataset: What is evaluated on, if anything.
+
+    Raises:
+        ConnectionError: If no vLLM server answers.
+        ValueError: If there is no tokenizer, or a batch of evaluation does not hold whole groups.
+    """
+    if processing_class is None:
+        _check_tokenizer(model if isinstance(model, str) else getattr(model.config, "_name_or_path", None) or "")
+    if eval_dataset is not None:
+        generations = args.num_generations_eval or args.num_generations or 1
+        batch = args.per_device_eval_batch_size * args.world_size
+        if batch % generations:
+            raise ValueError(
+                f"A batch of evaluation holds {batch} completions (`per_device_eval_batch_size` x processes), which "
+                f"are not whole groups of {generations}. Set `num_generations_eval` to 1, or to a divisor of {batch}."
+            )
+    if args.use_vllm and args.vllm_mode == "server" and args.process_index == 0:  # the process that talks to it
+        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        wait_for_vllm(url.rstrip("/"), args.vllm_server_timeout)
+
+
+def _check_tokenizer(name: str) -> None:
+    """Raise if the policy has no name, or is a local folder, and there is no tokenizer; hub ids pass."""
+    folder = Path(name)
+    if not name:
+        raise ValueError("The policy was made in code, so its tokenizer is not known. Give it as `processing_class`.")
+    if not folder.is_dir() or (folder / "adapter_config.json").is_file():  # an adapter's tokenizer is its base model's
+        return
+    if not any(path.name.startswith(_TOKENIZER_FILES) for path in folder.iterdir()):
+        raise ValueError(
+            f"{name} holds a policy without a tokenizer. Save its tokenizer there, or give it as `processing_class`."
+        )
+
+
+def wait_for_vllm(url: str, seconds: float) -> None:
+    """Wait until a vLLM server says that it is healthy: before the policy is loaded, not minutes later.
+
+    Args:
+        url: Its address.
+        seconds: How long to wait.
+
+    Raises:
+        ConnectionError: If it does not in that time; names the address and what to do.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=_ANSWER) as answer:
+                if answer.status == 200:
+                    return
+                reason = f"status {answer.status}"
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = str(getattr(error, "reason", None) or error)
+        if time.monotonic() + _PAUSE > until:
+            raise ConnectionError(
+                f"No vLLM server answers at {url} ({reason}). Start one with `vllm serve`, set `vllm_server_base_url`, "
+                "or raise `vllm_server_timeout` to wait for one that is starting."
+            )
+        time.sleep(_PAUSE)
+
+
+def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, train_dataset: Any) -> None:
+    """Check that reward models suit the configuration and the prompts.
+
+    Args:
+        models: The reward models.
+        args: The configuration.
+        train_dataset: The prompts; only a data set with a length is looked into.
+
+    Raises:
+        ValueError: If a model was trained with another aggregation, cannot cut a completion into steps, or was trained
+            on texts where the prompts are chats (or the other way round), or cannot write a chat.
+    """
+    for number, model in enumerate(models, 1):
+        which = f"Reward model {number} of {len(models)}" if len(models) > 1 else "The reward model"
+        found = model.settings.aggregation
+        if args.aggregation not in (None, found):
+            raise ValueError(
+                f"{which} was trained with aggregation {found!r}, not {args.aggregation!r}. Give another model, or "
+                f"set `aggregation` to {found!r}."
+            )
+        if args.shaping == "min_form" and meaning(found) == "max":
+            raise ValueError(
+                f"{which} was trained with aggregation {found!r}: one good step makes a response good, but "
+                "`shaping='min_form'` pays for the worst. Choose another shaping, or another model."
+            )
+        if model.segmentation.method == "given":
+            raise ValueError(
+                f"{which} was trained on steps that were given, so it cannot cut completions into steps. Train it "
+                "with a `segmentation`, or set one in its `settings`."
+            )
+        columns = _columns(train_dataset)
+        if "prompt" not in columns or not len(train_dataset):
+            continue
+        prompt = train_dataset[0]["prompt"]  # a column holds one kind
+        model.check_prompts([prompt])
+        if isinstance(prompt, list) and model.tokenizer is not None and not model.tokenizer.chat_template:
+            raise ValueError(
+                f"The prompts are chats, but the tokenizer of {which[0].lower()}{which[1:]} has no chat template. Set "
+                "its `chat_template`, or give the prompts as text."
+            )
+
+
+def check_step_functions(functions: Sequence[Callable[..., Any]], args: StepPPOConfig, train_dataset: Any) -> None:
+    """Check that functions can be called as they will be.
+
+    Args:
+        functions: The `step_reward_funcs`.
+        args: The configuration.
+        train_dataset: Its columns are passed on; those of a stream are not known.
+
+    Raises:
+        TypeError: If something cannot be called, or not with these arguments.
+        ValueError: If a column has the name of the steps, or an option is for functions and there are none.
+    """
+    if not functions and args.step_segmentation is not None:
+        raise ValueError(
+            "`step_segmentation` is for `step_reward_funcs`, and there are none; a reward model cuts as it was "
+            "trained. Leave it out."
+        )
+    columns = _columns(train_dataset)
+    if functions and "steps" in columns:
+        raise ValueError(
+            "The data set has a column `steps`, which is what `step_reward_funcs` get the steps of completions as. "
+            "Rename it: `dataset.rename_column('steps', 'reference_steps')`."
+        )
+    passed = {name for name in columns if name not in ("prompt", "completion")} | {*_TRL_ARGUMENTS, "steps"}
+    for function in functions:
+        if not callable(function):
+            raise TypeError(
+                f"`step_reward_funcs` holds a {type(function).__name__}. Give functions; models are for `reward_model`."
+            )
+        try:
+            signature = inspect.signature(function)
+        except ValueError:  # written in C
+            continue
+        try:
+            signature.bind(**dict.fromkeys(passed)) if columns else signature.bind_partial(**dict.fromkeys(passed))
+        except TypeError as error:
+            raise TypeError(
+                f"`{get_callable_name(function)}` cannot be called with {', '.join(sorted(passed))}: {error}. Let it "
+                "take the columns it reads and `steps` by name, and the others as `**kwargs`."
+            ) from None
+
+
+def _columns(dataset: Any) -> list[str]:
+    return dataset.column_names if isinstance(dataset, Dataset) else []

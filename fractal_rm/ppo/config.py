@@ -1,0 +1,352 @@
+"""Configuration of [`StepPPOTrainer`]."""
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trl.trainer.grpo_config import GRPOConfig
+
+from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.objectives.aggregation import Aggregation
+
+
+@dataclass
+class StepPPOConfig(GRPOConfig):
+    """Configuration of [`StepPPOTrainer`]: only what it adds to [`~trl.GRPOConfig`].
+
+    Clipping (`epsilon`), PPO epochs (`num_iterations`), minibatches (`steps_per_generation`) and the KL penalty
+    in the loss (`beta`) are TRL's. With `advantage="gae"` or `"global"`, `num_generations=1` is allowed.
+    """
+
+    advantage: Literal["gae", "group", "global"] = field(
+        default="gae",
+        metadata={
+            "help": "Where the baseline comes from: `gae` trains a value model (PPO); `group` compares a step with the "
+            "steps of the other completions of its prompt (GRPO); `global` compares rewards to go with their mean over "
+            "all tokens of the rollout batch (REINFORCE++)."
+        },
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount per token, for `advantage=gae` and `global`."})
+    lam: float = field(
+        default=0.95,
+        metadata={
+            "help": "Mixes one-step errors (0) and full returns (1) per token, for `advantage=gae`; rewards of steps "
+            "have `step_lam`."
+        },
+    )
+    step_lam: float | None = field(
+        default=0.2,
+        metadata={
+            "help": "Lambda of step rewards, from step to step, for `advantage=gae`: all tokens of a step are credited "
+            "with what it earns, however long it is, and with this share of what the next step is credited with. "
+            "Outcomes keep `lam`, and the value model is then theirs. None: `lam` for all rewards."
+        },
+    )
+    step_gamma: float = field(
+        default=0.0,
+        metadata={
+            "help": "Discount per step, for `advantage=group`: 0 gives a step the credit of its own score, 1 that of "
+            "every later score as well, which favours short or long responses."
+        },
+    )
+    group_baseline: Literal["step", "token", "index"] = field(
+        default="step",
+        metadata={
+            "help": "What a step is compared with, for `advantage=group`: `step` is the group's mean reward of a step, "
+            "which charges a completion per step; `token` its mean reward of a token times the step's tokens, so that "
+            "how finely a text is cut changes nothing; `index` that of the steps with the same number."
+        },
+    )
+    leave_one_out: bool = field(
+        default=False,
+        metadata={"help": "Take the group's baseline from the other completions only, for `advantage=group` (RLOO)."},
+    )
+    shaping: Literal["raw", "centered", "log_odds", "delta", "min_form"] = field(
+        default="centered",
+        metadata={
+            "help": "Step score -> step reward: `raw` is P(step is good); `centered` is that minus a baseline, so that "
+            "a step earns what it is better than usual, writing more steps earns nothing, and a value model that "
+            "starts at 0 starts right; `log_odds` is its logit; `delta` is what it is better than the step before it, "
+            "so that a response earns what its last step scores; `min_form` makes the return of a step the least score "
+            "from there on (PURE), exactly so without a discount."
+        },
+    )
+    center: Literal["batch", "group", "threshold"] = field(
+        default="batch",
+        metadata={
+            "help": "Baseline of `shaping=centered`: the mean over the rollout batch, that over the prompt's "
+            "completions, or `score_threshold`."
+        },
+    )
+    score_threshold: float = field(
+        default=0.5,
+        metadata={"help": "Score that is neither good nor bad: for `center=threshold`, and the start of `delta`."},
+    )
+    normalize_step_rewards: bool = field(
+        default=False,
+        metadata={"help": "Divide step rewards by their standard deviation over the whole run so far."},
+    )
+    step_reward_clip: float | None = field(
+        default=None, metadata={"help": "Largest reward of a step, either way, before `step_weight`; None: no limit."}
+    )
+    length_neutral: Literal["none", "mean", "cap"] = field(
+        default="none",
+        metadata={
+            "help": "What more steps earn: `mean` divides a step's reward by the number of steps; `cap` lets steps "
+            "lose reward and never gain any, so that appending good ones earns nothing, whatever the others are."
+        },
+    )
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "Taken from a completion that the length limit cut, at its last token."}
+    )
+    step_weight: float = field(default=1.0, metadata={"help": "Weight of the step rewards."})
+    outcome_weight: float = field(default=1.0, metadata={"help": "Weight of the outcome rewards (`reward_funcs`)."})
+    step_reward_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of each source of step rewards: the reward models in their order, then "
+            "`step_reward_funcs`; None: 1 each. `step_weight` multiplies their sum."
+        },
+    )
+    step_segmentation: Literal["lines", "sentences", "separator", "pattern"] | None = field(
+        default=None,
+        metadata={
+            "help": "How completions are cut into steps for `step_reward_funcs`; None: as by the first reward model, "
+            "or by lines."
+        },
+    )
+    step_separator: str | None = field(
+        default=None, metadata={"help": "What stands between steps, for `step_segmentation=separator`."}
+    )
+    step_pattern: str | None = field(
+        default=None, metadata={"help": "Regular expression between steps, for `step_segmentation=pattern`."}
+    )
+    aggregation: Aggregation | None = field(
+        default=None,
+        metadata={"help": "Aggregation that reward models must have been trained with; None: any."},
+    )
+    step_weight_warmup: int = field(
+        default=0, metadata={"help": "Optimizer steps over which `step_weight` rises from 0 to its value."}
+    )
+    outcome_weight_warmup: int = field(
+        default=0, metadata={"help": "Optimizer steps over which `outcome_weight` rises from 0 to its value."}
+    )
+    kl_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the KL divergence from the reference in the reward of each token, for `advantage=gae` "
+            "and `global`; 0: none. `beta` puts it into the loss instead."
+        },
+    )
+    kl_estimator: Literal["k1", "k3"] = field(
+        default="k1", metadata={"help": "`k1`: the log-ratio; `k3`: never negative, varies less."}
+    )
+    kl_target: float | None = field(
+        default=None,
+        metadata={"help": "KL per completion, in nats, that `kl_coef` is adapted to; None: `kl_coef` stays as it is."},
+    )
+    vf_coef: float = field(default=0.5, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float = field(
+        default=0.2, metadata={"help": "How far a value may move from the rollout's before its loss is clipped."}
+    )
+    value_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the value model; None: that of the policy."}
+    )
+    value_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps at the start in which the value model learns and the policy not."}
+    )
+    value_gradients_to_policy: bool = field(
+        default=False,
+        metadata={
+            "help": "With `value_model=shared`: the value loss trains the policy's backbone too, not the head alone."
+        },
+    )
+    whiten_rewards: bool = field(
+        default=False,
+        metadata={
+            "help": "As TRL's PPOTrainer had it: give token rewards variance 1 over the rollout batch around the mean "
+            "that they have, which charges tokens without a reward a little. For `gae` and `global`."
+        },
+    )
+    whiten_advantages: bool = field(
+        default=True,
+        metadata={"help": "Give advantages variance 1 over the rollout batch (and mean 0), for `gae` and `global`."},
+    )
+    reward_model_batch_size: int | None = field(
+        default=None, metadata={"help": "Responses in a forward of a reward model; None: the model's own setting."}
+    )
+
+    vllm_server_timeout: float = field(
+        default=10.0,
+        metadata={
+            "help": "Seconds to wait for a vLLM server that does not answer (TRL waits 240), for `vllm_mode=server`."
+        },
+    )
+
+    on_alarm: Literal["warn", "stop", "rollback"] = field(
+        default="warn",
+        metadata={
+            "help": "When a sign of reward hacking (`guards/` in the logs) stays beyond its limit: `warn` says so; "
+            "`stop` ends training after this step; `rollback` goes back to the weights of the last checkpoint before "
+            "it and halves `step_weight`."
+        },
+    )
+    guard_reference_batches: int = field(
+        default=8, metadata={"help": "Rollout batches at the start that say what is usual, and raise no alarm."}
+    )
+    guard_patience: int = field(
+        default=3, metadata={"help": "Rollout batches in a row beyond a limit before an alarm."}
+    )
+    rm_update_every: int = field(
+        default=0,
+        metadata={
+            "help": "Rollout batches between updates of the reward model, which then goes on learning from the "
+            "rollouts and their outcomes (`reward_funcs`, in [0, 1]); 0: it stays as it is."
+        },
+    )
+    rm_learning_rate: float = field(
+        default=1e-5,
+        metadata={
+            "help": "Learning rate of these updates; ten times that for the scorer's own weight and bias, or head."
+        },
+    )
+    rm_update_steps: int = field(default=8, metadata={"help": "Optimizer steps of an update."})
+    rm_batch_size: int = field(default=32, metadata={"help": "Responses in a batch of an update."})
+    rm_replay_size: int = field(
+        default=2048, metadata={"help": "Rollouts that updates draw from and are judged by: the latest ones."}
+    )
+    rm_holdout_share: float = field(
+        default=0.2, metadata={"help": "Share of the prompts whose responses only judge updates."}
+    )
+    rm_original_share: float = field(
+        default=0.25,
+        metadata={
+            "help": "Share of original responses (`reward_model_dataset`) in every batch of an update, and their "
+            "weight in judging it."
+        },
+    )
+
+    @property
+    def function_segmentation(self) -> Segmentation | None:
+        """How completions are cut for `step_reward_funcs`; None: as by the first reward model."""
+        if self.step_segmentation is None:
+            return None
+        return Segmentation(self.step_segmentation, separator=self.step_separator, pattern=self.step_pattern)
+
+    def __post_init__(self) -> None:
+        one_each = self.num_generations == 1
+        if one_each and self.advantage == "group":
+            raise ValueError(
+                "`advantage='group'` compares completions of one prompt, but `num_generations` is 1. "
+                "Set `num_generations` to 2 or more, or use `advantage='gae'`."
+            )
+        self._check_ranges()
+        self._check_combinations()
+        if not one_each:
+            super().__post_init__()
+            return
+        # GRPO refuses one completion a prompt because its baseline would be the completion itself; GAE has another.
+        # Every batch is a whole number of groups of one, so the check runs with a size that divides the batch.
+        processes = int(os.environ.get("WORLD_SIZE", "1"))  # `world_size` would set devices up too early
+        size = self.generation_batch_size or processes * self.per_device_train_batch_size * (
+            self.steps_per_generation or self.gradient_accumulation_steps
+        )
+        if size < 2:
+            raise ValueError("The rollout batch holds one completion. Raise `per_device_train_batch_size`.")
+        evaluated = self.num_generations_eval
+        self.num_generations, self.num_generations_eval = size, evaluated or 1
+        super().__post_init__()
+        self.num_generations, self.num_generations_eval = 1, evaluated
+
+    def _check_ranges(self) -> None:
+        for name in ("gamma", "lam", "step_lam", "step_gamma", "score_threshold"):
+            if getattr(self, name) is not None and not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, outside [0, 1].")
+        for name in ("step_weight", "outcome_weight", "vf_coef", "missing_eos_penalty", "kl_coef"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. A weight is 0 (off) or more.")
+        for name in ("step_weight_warmup", "outcome_weight_warmup", "value_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. Give a number of steps, 0 for none.")
+        for name in ("step_reward_clip", "kl_target"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` is {value}. Give a number above 0, or leave it out.")
+        for number, weight in enumerate(self.step_reward_weights or (), 1):
+            if not math.isfinite(weight):
+                raise ValueError(f"Number {number} of `step_reward_weights` is {weight}. Give finite numbers.")
+        for name in ("guard_reference_batches", "guard_patience", "rm_update_steps", "rm_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
+        self._check_online_ranges()
+
+    def _check_online_ranges(self) -> None:
+        if self.rm_update_every < 0:
+            raise ValueError(
+                f"`rm_update_every` is {self.rm_update_every}. Give a number of rollout batches, 0 for never."
+            )
+        if not 0 < self.rm_learning_rate < math.inf:
+            raise ValueError(f"`rm_learning_rate` is {self.rm_learning_rate}. Give a number above 0.")
+        if not 0 < self.rm_holdout_share < 1:
+            raise ValueError(
+                f"`rm_holdout_share` is {self.rm_holdout_share}. Give a share above 0 (to judge by) and below 1 (to "
+                "learn from the others)."
+            )
+        if not 0 <= self.rm_original_share < 1:
+            raise ValueError(f"`rm_original_share` is {self.rm_original_share}. Give a share from 0 to below 1.")
+        if not 1 <= round(self.rm_replay_size * self.rm_holdout_share) < self.rm_replay_size:
+            raise ValueError(
+                f"`rm_replay_size` is {self.rm_replay_size}: no room for rollouts to learn from and to judge by "
+                f"(`rm_holdout_share` {self.rm_holdout_share}). Raise it."
+            )
+
+    def _check_combinations(self) -> None:
+        """Refuse options that would have no effect, or not the one they are named for."""
+        for name in ("separator", "pattern"):
+            if (self.step_segmentation == name) != (getattr(self, f"step_{name}") is not None):
+                raise ValueError(
+                    f"`step_{name}` is {getattr(self, f'step_{name}')!r} with `step_segmentation="
+                    f"{self.step_segmentation!r}`. Give it if and only if `step_segmentation='{name}'`."
+                )
+        _ = self.function_segmentation  # a pattern that is none is refused here
+        if self.shaping == "min_form" and self.advantage == "group" and self.step_gamma < 1:
+            raise ValueError(
+                "`shaping='min_form'` works by the sum of later rewards, but `step_gamma` is "
+                f"{self.step_gamma}. Set `step_gamma` to 1, or use `advantage='gae'`."
+            )
+        if self.shaping == "min_form" and self.advantage == "gae" and self.step_lam is not None and self.step_lam < 1:
+            raise ValueError(
+                f"`shaping='min_form'` works by the sum of later rewards, but `step_lam` is {self.step_lam}. "
+                "Set `step_lam` to 1."
+            )
+        if self.shaping in ("delta", "min_form") and self.length_neutral != "none":
+            raise ValueError(
+                f"`shaping='{self.shaping}'` pays a response one score whatever its length, and "
+                f"`length_neutral='{self.length_neutral}'` would change which. Leave `length_neutral` out."
+            )
+        if self.kl_coef and self.advantage == "group":
+            raise ValueError(
+                "`kl_coef` needs rewards of tokens, which `advantage='group'` has not. Use `beta` instead."
+            )
+        if self.whiten_rewards and self.advantage == "group":
+            raise ValueError(
+                "`whiten_rewards` is about rewards of tokens, which `advantage='group'` has not. Use `scale_rewards`."
+            )
+        if self.load_best_model_at_end and (self.advantage == "gae" or self.rm_update_every):
+            raise ValueError(
+                "`load_best_model_at_end` would put back the policy and leave the value model and the reward model as "
+                "they are at the end. Leave it out, and take the checkpoint that you want."
+            )
+        if self.kl_target is not None and not self.kl_coef:
+            raise ValueError("`kl_target` adapts `kl_coef`, which is 0. Give `kl_coef` a value to start from.")
+        if self.value_warmup_steps and self.advantage != "gae":
+            raise ValueError(
+                f"`value_warmup_steps` needs a value model. Leave it out for advantage='{self.advantage}'."
+            )
+        if self.on_alarm == "rollback" and self.save_strategy == "no":
+            raise ValueError("`on_alarm='rollback'` needs checkpoints. Set `save_strategy='steps'` and `save_steps`.")
+        if self.on_alarm == "rollback" and self.use_vllm:
+            raise ValueError(
+                "`on_alarm='rollback'` would leave vLLM with the weights it goes back from. Use `on_alarm='stop'`."
+            )

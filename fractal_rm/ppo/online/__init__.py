@@ -1,0 +1,1 @@
+"""A reward model that keeps learning from the rollouts and their outcomes."""

@@ -1,0 +1,1 @@
+"""FractalTrainer: a step reward model from labels on whole responses."""

@@ -1,0 +1,259 @@
+"""Configuration of [`FractalTrainer`]."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+
+from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.objectives.aggregation import Aggregation, meaning
+from fractal_rm.scorers.settings import Settings
+
+_WEIGHTS = (
+    "bag_weight",
+    "easyllp_weight",
+    "instance_weight",
+    "cosine_prior_weight",
+    "negated_cosine_prior_weight",
+    "correlation_prior_weight",
+    "teacher_prior_weight",
+    "likelihood_prior_weight",
+    "hybrid_prior_weight",
+)
+_SHARES = ("missed_good", "missed_bad", "gold_fraction")
+
+
+@dataclass
+class FractalConfig(TrainingArguments):
+    """Configuration of [`FractalTrainer`]: only what it adds to [`~transformers.TrainingArguments`].
+
+    `learning_rate` defaults to 5e-5 as in transformers; small models trained from scratch want about 1e-3.
+    """
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Always False: the collator needs all that the trainer prepared."}
+    )
+    scorer: Literal["likelihood", "token", "embedding"] = field(
+        default="likelihood",
+        metadata={
+            "help": "How a model gives step logits: `likelihood` (a causal LM; weight * log-likelihood of the step + "
+            "bias), `token` (a token classification head read where the step ends; any backbone) or `embedding` (a "
+            "head on a frozen sentence encoder)."
+        },
+    )
+    aggregation: Aggregation = field(
+        default="min", metadata={"help": "How step probabilities become a response probability."}
+    )
+    sharpness: float = field(
+        default=1.0,
+        metadata={"help": "How close the soft aggregations (power_*, lse_*, softmin, softmax) are to hard ones."},
+    )
+    num_grades: int | None = field(
+        default=None,
+        metadata={"help": "For ordinal labels: how many grades there are, 0 to `num_grades - 1`. None: good or not."},
+    )
+    segmentation: Literal["lines", "sentences", "separator", "pattern", "given"] = field(
+        default="lines", metadata={"help": "How responses are cut into steps, unless the data brings steps."}
+    )
+    separator: str | None = field(
+        default=None, metadata={"help": "What stands between steps, for `segmentation=separator`."}
+    )
+    pattern: str | None = field(
+        default=None, metadata={"help": "Regular expression between steps, for `segmentation=pattern`."}
+    )
+    prompt_template: str = field(
+        default="{prompt}",
+        metadata={"help": "Text in which `{prompt}` stands for the prompt; the response follows directly."},
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of prompt and response together; whole steps beyond it are left out and counted. "
+            "None: as many as the model takes."
+        },
+    )
+    reduction: Literal["sum", "mean"] = field(
+        default="sum", metadata={"help": "Likelihood scorer: add or average the log-probabilities of a step's tokens."}
+    )
+    head_type: Literal["pair", "mlp", "set"] = field(
+        default="pair",
+        metadata={
+            "help": "Embedding scorer: `pair` (a step compared with the prompt; benchmarks/disaggregation.py), `mlp` "
+            "(the paper's: both put side by side) or `set` (a small transformer over the steps of a response)."
+        },
+    )
+    encoder_dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto",
+        metadata={
+            "help": "Precision of the sentence encoder: `auto` is that of its weights; `bfloat16` is several times "
+            "faster on GPUs and newer processors."
+        },
+    )
+    embedding_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder where embeddings are kept. None: that of the environment's FRACTAL_RM_CACHE, else "
+            "~/.cache/fractal_rm."
+        },
+    )
+    bag_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the bag loss (response labels) and of the preference loss."}
+    )
+    preference_loss: Literal["bradley_terry", "ratio"] = field(
+        default="bradley_terry",
+        metadata={
+            "help": "Loss of preferences: `bradley_terry` (on aggregated logits) or `ratio` (the paper's: the chosen "
+            "response's share of both probabilities)."
+        },
+    )
+    missed_good: float = field(
+        default=0.0,
+        metadata={"help": "Share of good responses whose label wrongly says bad; the bag loss allows for it."},
+    )
+    missed_bad: float = field(
+        default=0.0,
+        metadata={"help": "Share of bad responses whose label wrongly says good; the bag loss allows for it."},
+    )
+    easyllp_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the EasyLLP loss, for labels that are shares of good steps."}
+    )
+    instance_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the instance loss (gold step labels); 0 = gold labels are not read."}
+    )
+    gold_fraction: float = field(
+        default=1.0, metadata={"help": "Share of the responses whose gold step labels are read, if any are."}
+    )
+    gold_selection: Literal["random", "uncertainty"] = field(
+        default="random",
+        metadata={
+            "help": "Which responses these are: drawn, or those whose steps a first model, trained without gold "
+            "labels, is least sure of."
+        },
+    )
+    prior_encoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Path or hub id of the sentence encoder of the cosine and correlation priors. None: that of the "
+            "embedding scorer."
+        },
+    )
+    cosine_prior_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the cosine prior: steps close to the prompt are good."}
+    )
+    negated_cosine_prior_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the cosine prior with the sign of the paper's released code; an ablation."},
+    )
+    correlation_prior_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the correlation prior: similar steps get similar scores."}
+    )
+    teacher_prior_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the teacher prior: the column `teacher_scores` of the data."}
+    )
+    likelihood_prior_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the likelihood prior: steps that `reference_model` finds likely are good."},
+    )
+    reference_model: str | None = field(
+        default=None,
+        metadata={"help": "Path or hub id of the causal LM of the likelihood prior. None: `model`, before training."},
+    )
+    hybrid_prior_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the hybrid prior: a model that is first fitted on the gold fraction alone."},
+    )
+    prior_distance: Literal["cross_entropy", "absolute"] = field(
+        default="cross_entropy",
+        metadata={"help": "How far scores are from priors (the correlation prior has its own)."},
+    )
+    prior_schedule: Literal["constant", "linear", "cosine"] = field(
+        default="constant", metadata={"help": "Whether priors keep their weight or lose it over the training."}
+    )
+    pseudo_labels: Literal["none", "hard", "soft"] = field(
+        default="none",
+        metadata={
+            "help": "After the joint training, train on step labels that agree with the response labels: `hard` (the "
+            "most likely ones) or `soft` (probabilities given the response label)."
+        },
+    )
+    pseudo_rounds: int = field(
+        default=1, metadata={"help": "Most rounds of pseudo-labels; they end when no label changes any more."}
+    )
+    pseudo_start: Literal["fresh", "warm"] = field(
+        default="fresh", metadata={"help": "Where a round starts: at the weights before any training, or goes on."}
+    )
+    pseudo_bag_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the bag loss beside the loss on pseudo-labels; the paper has 0."}
+    )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the scorer's own parameters (weight and bias, or the head). None: ten times "
+            "`learning_rate`, because they start from nothing while the backbone is pretrained."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Without an accelerator torch warns about every loader that is told to pin memory.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        self.remove_unused_columns = False
+        for name in (*_WEIGHTS, "pseudo_bag_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. A loss weight is 0 (off) or more.")
+        for name in _SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. Give a share from 0 to 1.")
+        if self.missed_good + self.missed_bad >= 1:
+            raise ValueError(
+                "`missed_good` and `missed_bad` sum to 1 or more: labels would mean the opposite. Lower one."
+            )
+        if self.bag_weight == self.instance_weight == self.easyllp_weight == 0:
+            raise ValueError(
+                "`bag_weight`, `instance_weight` and `easyllp_weight` are all 0: nothing would be learned. Set one."
+            )
+        if self.gold_selection == "uncertainty" and self.bag_weight == self.easyllp_weight == 0:
+            raise ValueError(
+                "`gold_selection='uncertainty'` needs a model that has learned from response labels first, but "
+                "`bag_weight` and `easyllp_weight` are 0. Set one, or leave `gold_selection` out."
+            )
+        if self.hybrid_prior_weight and not (self.instance_weight and self.gold_fraction):
+            raise ValueError("`hybrid_prior_weight` needs gold step labels. Set `instance_weight` and `gold_fraction`.")
+        binary = [name for name in ("easyllp_weight", "missed_good", "missed_bad") if getattr(self, name)]
+        if self.num_grades is not None and binary:
+            raise ValueError(
+                f"`{binary[0]}` is {getattr(self, binary[0])} with `num_grades={self.num_grades}`, but it is for "
+                "labels that say good or bad. Set it to 0, or leave `num_grades` out."
+            )
+        noisy = [name for name in ("missed_good", "missed_bad") if getattr(self, name)]
+        if noisy and self.pseudo_labels != "none" and meaning(self.aggregation) == "mean":
+            raise ValueError(
+                f"`{noisy[0]}` is {getattr(self, noisy[0])} with `pseudo_labels={self.pseudo_labels}` under "
+                f"`aggregation={self.aggregation}`, where a label is a share of good steps and neither right nor "
+                "wrong. Set it to 0, or choose another aggregation."
+            )
+        if self.pseudo_rounds < 1:
+            raise ValueError(f"`pseudo_rounds` is {self.pseudo_rounds}. Give 1 or more, or `pseudo_labels=none`.")
+        if self.head_learning_rate is not None and not 0 <= self.head_learning_rate < math.inf:
+            raise ValueError(f"`head_learning_rate` is {self.head_learning_rate}. Give 0 or more, or leave it out.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"`max_length` is {self.max_length} tokens, too few for a prompt and a step. Raise it.")
+        self.settings()  # raises its own sentences
+
+    def settings(self) -> Settings:
+        """What the checkpoint will remember of this configuration."""
+        return Settings(
+            scorer=self.scorer,
+            aggregation=self.aggregation,
+            sharpness=self.sharpness,
+            missed_good=self.missed_good,
+            missed_bad=self.missed_bad,
+            num_grades=self.num_grades,
+            head_type=self.head_type,
+            segmentation=Segmentation(self.segmentation, separator=self.separator, pattern=self.pattern),
+            prompt_template=self.prompt_template,
+            max_length=self.max_length,
+            reduction=self.reduction,
+        )

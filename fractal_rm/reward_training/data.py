@@ -1,0 +1,220 @@
+"""Records of a data set -> encoded bags that a trainer can batch."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fractal_rm.data.bag import Bag, TruncationCount, truncate_bags
+from fractal_rm.data.readers import read_bags
+from fractal_rm.evaluation.metrics import GOOD
+from fractal_rm.objectives.aggregation import meaning
+from fractal_rm.scorers.inputs import BagInputs
+from fractal_rm.scorers.settings import Settings
+
+logger = logging.getLogger(__name__)
+Records = Sequence[Bag] | Iterable[Mapping[str, Any]]
+
+
+def to_bags(records: Records, settings: Settings, *, source: str) -> list[Bag]:
+    """Bags from TRL's formats or this package's schema; bags pass through.
+
+    Args:
+        records: Rows or bags.
+        settings: Gives segmentation and aggregation.
+        source: Name of the data in messages.
+
+    Raises:
+        TypeError: For a reason of `read_bags`.
+        ValueError: If the rows state another aggregation than the settings, bags have another number of grades, or for
+            a reason of `read_bags`.
+    """
+    rows: list[Any] = list(records)
+    if rows and all(isinstance(row, Bag) for row in rows):
+        graded = next((n for n, bag in enumerate(rows, 1) if bag.num_grades != settings.num_grades), None)
+        if graded is not None:
+            raise ValueError(
+                f"{source}, row {graded}: the bag has num_grades={rows[graded - 1].num_grades}, but the configuration "
+                f"has num_grades={settings.num_grades}. Make them equal; or divide grades by the highest one and "
+                "leave `num_grades` out of both."
+            )
+        return rows
+    mine = meaning(settings.aggregation)
+    for number, row in enumerate(rows, 1):
+        stated = row.get("aggregation") if isinstance(row, Mapping) else None
+        if stated in ("min", "max", "mean") and stated != mine:
+            raise ValueError(
+                f"{source}, row {number}: the label is the {stated} of its steps, but `aggregation` is "
+                f"{settings.aggregation!r}. Set `aggregation={stated}`, or use other data."
+            )
+        if mine != "min" and isinstance(row, Mapping) and "completions" in row and row.get("label") is None:
+            raise ValueError(
+                f"{source}, row {number}: without `label` the response's label would be the minimum of its steps', "
+                f"but `aggregation` is {settings.aggregation!r}. Add a column `label`."
+            )
+    return read_bags(rows, settings.segmentation, source=source, num_grades=settings.num_grades)
+
+
+def fingerprint(bags: Sequence[Bag]) -> str:
+    """A short name for the data: equal for equal bags in equal order."""
+    digest = hashlib.sha256()
+    for bag in bags:
+        digest.update(json.dumps([bag.prompt, bag.response, bag.step_spans, bag.label]).encode())
+    return digest.hexdigest()[:16]
+
+
+def describe_labels(bags: Sequence[Bag], args: Any) -> str:
+    """What there was to learn from, for the model card.
+
+    Args:
+        bags: The training data.
+        args: `FractalConfig`: says whether gold step labels were read.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> bags = [Bag("2+2?", "4", ((0, 1),), label=1.0), Bag("2+2?", "5", ((0, 1),), label=0.0)]
+        >>> describe_labels(bags, SimpleNamespace(instance_weight=0.0))
+        '2 responses in 2 steps with one label each, 1 of them good; no gold step labels'
+    """
+    steps = sum(len(bag.step_spans) for bag in bags)
+    pairs = len({bag.pair_id for bag in bags} - {None})
+    if pairs:
+        told = f"{len(bags):,} responses in {steps:,} steps, {pairs:,} preferences"
+    elif bags[0].num_grades is not None:
+        told = f"{len(bags):,} responses in {steps:,} steps with a grade of 0 to {bags[0].num_grades - 1} each"
+    else:
+        good = sum(bag.label is not None and bag.label >= GOOD for bag in bags)
+        told = f"{len(bags):,} responses in {steps:,} steps with one label each, {good:,} of them good"
+    gold = f"gold step labels of {args.gold_fraction:.3g} of them" if args.instance_weight else "no gold step labels"
+    return f"{told}; {gold}"
+
+
+def joins_without_a_gap(bags: Sequence[Bag], settings: Settings) -> bool:
+    """Whether text prompts run into their responses without any white space between them."""
+    if settings.prompt_template != "{prompt}":
+        return False
+    return all(
+        isinstance(bag.prompt, str) and not bag.prompt[-1:].isspace() and not bag.response[:1].isspace()
+        for bag in bags[:100]
+    )
+
+
+class BagDataset(torch.utils.data.Dataset):
+    """Encoded bags with their labels; bags that do not fit are cut or dropped by the rule of `truncate_bags`.
+
+    An item is a response, or the two of a preference, so that a batch holds both or none.
+
+    Args:
+        bags: Labelled bags.
+        inputs: How text becomes the scorer's input.
+        settings: Gives maximal length and aggregation.
+        source: Name of the data in log and error messages.
+        reads_gold: Whether gold step labels may tell which long responses keep their label when they are cut.
+
+    Attributes:
+        bags: The bags that are left.
+        encoded: Their input.
+        targets: What their steps are taught, by name: a tensor for each bag, (S,) or (S, S), NaN where unknown.
+        items: The bags of each item.
+
+    Raises:
+        ValueError: If a bag has no label, a preference comes with grades, or no bag is left.
+    """
+
+    def __init__(
+        self, bags: Sequence[Bag], inputs: BagInputs, settings: Settings, *, source: str, reads_gold: bool = True
+    ) -> None:
+        unlabelled = next((number for number, bag in enumerate(bags, 1) if bag.label is None), None)
+        if unlabelled is not None:
+            raise ValueError(f"{source}, row {unlabelled}: the response has no label. Label or drop it.")
+        if settings.num_grades is not None and any(bag.pair_id for bag in bags):
+            raise ValueError(f"{source}: preferences say nothing about grades. Leave `num_grades` out, or drop them.")
+        encoded = self._encode(bags, inputs)
+        fitting = [bag.kept_steps for bag in encoded]
+        truncate = truncate_bags if reads_gold else _truncate_unseen
+        kept, count = truncate(bags, fitting, settings.aggregation)
+        if not kept:
+            raise ValueError(
+                f"{source}: no response fits into `max_length={settings.max_length}` tokens with its label. Raise it."
+            )
+        if count.truncated + count.dropped:
+            logger.warning("%s: %s", source, count)
+            encoded = self._encode(kept, inputs)
+        self.bags, self.encoded, self.truncation = kept, encoded, count
+        self.targets: dict[str, list[Tensor]] = {"step_labels": [gold_labels(bag) for bag in kept]}
+        pairs: dict[str, list[int]] = {}
+        for row, bag in enumerate(kept):
+            pairs.setdefault(bag.pair_id or f"row {row}", []).append(row)
+        # The chosen response first.
+        self.items = [sorted(rows, key=lambda row: -float(kept[row].label or 0.0)) for rows in pairs.values()]
+
+    @staticmethod
+    def _encode(bags: Sequence[Bag], inputs: BagInputs) -> list[Any]:
+        return inputs.encode(
+            [bag.prompt for bag in bags], [bag.response for bag in bags], [bag.step_spans for bag in bags]
+        )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rows = self.items[index]
+        # `input_ids` is named for transformers' length-grouped sampler, which takes its length.
+        return {
+            "input_ids": range(max(self.encoded[row].length for row in rows)),
+            "encoded": [self.encoded[row] for row in rows],
+            "labels": [self.bags[row].label for row in rows],
+            "targets": {name: [values[row] for row in rows] for name, values in self.targets.items()},
+        }
+
+
+def _truncate_unseen(
+    bags: Sequence[Bag], kept_steps: Sequence[int], aggregation: str
+) -> tuple[list[Bag], TruncationCount]:
+    """`truncate_bags` as if there were no gold step labels; the bags that are left have theirs again."""
+    unseen = [replace(bag, step_labels=None, id=str(row)) for row, bag in enumerate(bags)]
+    kept, count = truncate_bags(unseen, kept_steps, aggregation)
+    whole = [bags[int(str(bag.id))] for bag in kept]
+    gold = [bag.step_labels and bag.step_labels[: len(part.step_spans)] for bag, part in zip(whole, kept, strict=True)]
+    return [
+        replace(part, step_labels=labels, id=bag.id) for part, bag, labels in zip(kept, whole, gold, strict=True)
+    ], count
+
+
+def gold_labels(bag: Bag) -> Tensor:
+    """Gold step labels (S,), NaN where unknown."""
+    return known_or_nan(bag.step_labels, len(bag.step_spans))
+
+
+def known_or_nan(values: Sequence[float | None] | None, count: int) -> Tensor:
+    """Values of steps (S,), NaN for None."""
+    return torch.tensor([torch.nan if value is None else value for value in values or [None] * count])
+
+
+@dataclass(frozen=True)
+class BagCollator:
+    """Pads items of a [`BagDataset`] to tensors.
+
+    These are the scorer's, `bag_labels` (B,), each target (B, S) or (B, S, S) with NaN at padding, and `chosen` (B,),
+    which says of each row whether it is the chosen response of a preference (1), the rejected one (0) or of none (-1).
+    """
+
+    inputs: BagInputs
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self.inputs.pad([bag for item in items for bag in item["encoded"]])
+        batch["bag_labels"] = torch.tensor([label for item in items for label in item["labels"]], dtype=torch.float32)
+        sides = [side for item in items for side in ([-1] if len(item["labels"]) == 1 else [1, 0])]
+        batch["chosen"] = torch.tensor(sides)
+        depth = batch["mask"].size(1)
+        for name in items[0]["targets"]:
+            rows = [values for item in items for values in item["targets"][name]]
+            batch[name] = torch.full((len(rows), *(depth for _ in rows[0].shape)), torch.nan)
+            for padded, values in zip(batch[name], rows, strict=True):
+                padded[tuple(slice(size) for size in values.shape)] = values
+        return batch

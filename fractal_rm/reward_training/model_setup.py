@@ -1,0 +1,153 @@
+"""What is done to a model before it is trained: where it came from, adapters, learning rates."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.scorers.base import StepScorer
+from fractal_rm.scorers.checkpoint import (
+    head_module,
+    load_model,
+    load_tokenizer,
+    longest_input,
+    make_scorer,
+    pad_token_id,
+    with_padding,
+)
+from fractal_rm.scorers.embedding import make_head
+from fractal_rm.scorers.inputs import Processor
+from fractal_rm.scorers.sentence_encoder import SentenceEncoder
+from fractal_rm.scorers.settings import Settings
+
+
+def make_trainable(
+    model: str | Path | PreTrainedModel | SentenceEncoder,
+    args: FractalConfig,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase | None,
+    peft_config: Any | None,
+) -> tuple[StepScorer, Processor]:
+    """The scorer at the start of its training, and its tokenizer or sentence encoder.
+
+    Args:
+        model: Path, hub id or instance.
+        args: Says where embeddings are kept.
+        settings: Says which scorer; its `max_length` is filled in from the model.
+        tokenizer: The caller's; None: the model's own.
+        peft_config: The caller's configuration of adapters; None: the whole model is trained.
+
+    Raises:
+        ValueError: If the model cannot be used; the sentence says why.
+    """
+    if settings.scorer == "embedding":
+        if isinstance(model, PreTrainedModel) or peft_config is not None or args.gradient_checkpointing:
+            raise ValueError(
+                "The embedding scorer trains a small head on a frozen encoder: give `model` as path or hub id of a "
+                "sentence-transformers model, without `peft_config` and gradient checkpointing."
+            )
+        encoder = model
+        if not isinstance(encoder, SentenceEncoder):
+            encoder = SentenceEncoder(encoder, cache_dir=args.embedding_cache, dtype=args.encoder_dtype)
+        return make_head(settings.head_type, encoder.size, settings.num_grades or 1), encoder
+    if isinstance(model, SentenceEncoder):
+        raise ValueError(
+            f"The {settings.scorer} scorer got a sentence encoder. Set `scorer=embedding`, or give another model."
+        )
+    tokenizer = with_padding(tokenizer) if tokenizer else load_tokenizer(model_source(model))
+    if isinstance(model, str | Path):
+        # As TRL does: transformers would keep half precision, and small updates would be rounded away.
+        model, _ = load_model(model, settings, dtype=torch.float32)
+    check_vocabulary(model, tokenizer)
+    model.config.pad_token_id = pad_token_id(tokenizer)
+    if settings.max_length is None:
+        settings.max_length = longest_input(model, tokenizer)
+    wrapped = model if peft_config is None else add_adapter(model, peft_config, settings)
+    return make_scorer(wrapped, settings), tokenizer
+
+
+def model_source(model: str | Path | PreTrainedModel) -> str | Path:
+    """Where a model came from, which is where its tokenizer is.
+
+    Raises:
+        ValueError: If the model was made in code.
+    """
+    if isinstance(model, str | Path):
+        return model
+    if not model.config._name_or_path:
+        raise ValueError(
+            "The model does not come from a folder, so its tokenizer is not known. Give `processing_class`."
+        )
+    return model.config._name_or_path
+
+
+def model_name(model: Any) -> str | None:
+    """Path or hub id of a model or of a sentence encoder; None if it was made in code."""
+    if isinstance(model, str | Path):
+        return str(model)
+    source = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return source or None
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise if the tokenizer has tokens that the model does not know.
+
+    Raises:
+        ValueError: Names both numbers and what to do.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    known = embeddings.weight.shape[0]
+    if len(tokenizer) > known:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the model knows {known}. Use the model's own tokenizer, "
+            "or call `model.resize_token_embeddings(len(tokenizer))`."
+        )
+
+
+def add_adapter(model: PreTrainedModel, peft_config: Any, settings: Settings) -> nn.Module:
+    """A PEFT model that trains adapters, and the classification head where there is one.
+
+    Args:
+        model: The model for the scorer.
+        peft_config: The caller's configuration; it is not changed.
+        settings: Says which scorer.
+
+    Raises:
+        ValueError: If the adapter is one that cannot be merged into the model.
+    """
+    from peft import get_peft_model
+
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"`peft_config` is a {type(peft_config).__name__}, which puts tokens before the text and cannot be merged "
+            "into the saved model. Use one that adapts weights, such as `LoraConfig`."
+        )
+    peft_config = copy.copy(peft_config)
+    # With the task known, PEFT trains the classification head as well.
+    peft_config.task_type = "TOKEN_CLS" if settings.scorer == "token" else "CAUSAL_LM"
+    if settings.scorer == "token" and getattr(peft_config, "target_modules", None) == "all-linear":
+        # All but the head, which is trained as a whole: PEFT knows that for causal models only.
+        head = head_module(model, settings)
+        peft_config.exclude_modules = [name for name, module in model.named_modules() if module is head]
+    adapted: Any = get_peft_model(model, peft_config)
+    return adapted
+
+
+def move_to_group(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float) -> None:
+    """Give parameters a group of their own in an optimizer, without weight decay and with their own learning rate.
+
+    Args:
+        optimizer: The optimizer; it has made no step yet.
+        parameters: Some of its parameters; frozen ones stay out.
+        learning_rate: Theirs.
+    """
+    moved = [parameter for parameter in parameters if parameter.requires_grad]
+    chosen = {id(parameter) for parameter in moved}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+    if moved:
+        optimizer.add_param_group({"params": moved, "lr": learning_rate, "weight_decay": 0.0})

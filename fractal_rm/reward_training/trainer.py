@@ -1,0 +1,390 @@
+"""A step reward model from labels on whole responses, on `transformers.Trainer`."""
+
+import os
+import warnings
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+
+from fractal_rm.data.bag import Bag, check_labels
+from fractal_rm.files import write_atomic
+from fractal_rm.hf.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
+from fractal_rm.hf.denormals import flushed_subnormals
+from fractal_rm.hf.finite_logs import FiniteLogs
+from fractal_rm.hf.length_buckets import step_logits_by_length
+from fractal_rm.hf.model_card import RewardModelCard
+from fractal_rm.hf.parallelism import check_unsharded
+from fractal_rm.hf.processes import logged_means, mean_terms
+from fractal_rm.objectives.calibration import fit_temperature
+from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.data import (
+    BagCollator,
+    BagDataset,
+    Records,
+    describe_labels,
+    fingerprint,
+    joins_without_a_gap,
+    to_bags,
+)
+from fractal_rm.reward_training.logit_metrics import by_item, collected_bags, evaluate_logits, judge_logits
+from fractal_rm.reward_training.model_setup import make_trainable, model_name, move_to_group
+from fractal_rm.reward_training.objective import StageKind, loss_terms, term_weights
+from fractal_rm.reward_training.prior_targets import prior_targets
+from fractal_rm.reward_training.stages import Stage, plan, reveal_gold, train_in_stages, withhold_gold
+from fractal_rm.scorers.base import StepScorer
+from fractal_rm.scorers.checkpoint import head_parameters, load_scorer, save_scorer
+from fractal_rm.scorers.inputs import make_inputs
+from fractal_rm.scorers.likelihood import LikelihoodScorer
+from fractal_rm.scorers.sentence_encoder import SentenceEncoder
+
+# Trainable weights of a PEFT run, unmerged: what resuming needs and the ordinary folder cannot hold.
+_TRAINABLE_FILE = "trainable.safetensors"
+# Responses on which weight and bias of the likelihood scorer are fitted before training; two numbers need no more.
+_SCALE_RESPONSES = 256
+
+
+class FractalTrainer(WholeCheckpoints, FiniteLogs):
+    """Trains a step reward model from response labels.
+
+    Args:
+        model: Path, hub id or instance of a causal language model (`scorer="likelihood"`) or of any backbone that
+            `AutoModelForTokenClassification` knows (`scorer="token"`); path or hub id of a sentence-transformers model,
+            or a [`~fractal_rm.scorers.sentence_encoder.SentenceEncoder`] (`scorer="embedding"`).
+        args: The configuration.
+        train_dataset: Rows in one of TRL's formats (prompt + completion + label, prompt + chosen + rejected, stepwise
+            supervision) or in this package's schema, or [`Bag`] objects.
+        eval_dataset: The same; gold step labels in it are used for metrics.
+        processing_class: The tokenizer; default: the model's own.
+        peft_config: A `peft` configuration; the saved folder holds the merged model.
+        callbacks: As in `transformers.Trainer`.
+        optimizers: As in `transformers.Trainer`.
+
+    Raises:
+        ValueError: On data or a model that cannot be used; the sentence says what, where, and what to do.
+    """
+
+    args: FractalConfig
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | SentenceEncoder,
+        args: FractalConfig,
+        train_dataset: Records | None = None,
+        eval_dataset: Records | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        self.settings = args.settings()
+        if optimizers != (None, None) and len(plan(args)) > 1:
+            raise ValueError(
+                f"`optimizers` came with a training in {len(plan(args))} stages, each of which needs its own. "
+                "Leave it out, or configure a training in one stage."
+            )
+        bags = {
+            name: to_bags(records, self.settings, source=f"{name} data")
+            for name, records in (("train", train_dataset), ("eval", eval_dataset))
+            if records is not None
+        }
+        if "train" in bags:
+            check_labels(bags["train"])
+            if args.instance_weight == 0:  # gold labels are not read: not even to tell which long responses to keep
+                bags["train"] = [replace(bag, step_labels=None) for bag in bags["train"]]
+        set_seed(args.seed)  # adapters and heads are made before Trainer seeds
+        scorer, self.processor = make_trainable(model, args, self.settings, processing_class, peft_config)
+        self.inputs = make_inputs(self.processor, self.settings)
+        self._base_rate = 0.5
+        self.card = RewardModelCard(base=model_name(model))
+        # Of long responses gold labels tell which to keep; where only some may be read, none do.
+        datasets = {
+            name: self._encoded(found, f"{name} data", reads_gold=name != "train" or args.gold_fraction == 1)
+            for name, found in bags.items()
+        }
+        if "train" in bags:
+            self._describe(bags["train"], args)
+            self._check_prompts(scorer, bags.get("eval", []))
+            if args.scorer != "embedding" and joins_without_a_gap(bags["train"], self.settings):
+                self._warn_about_joined_text()
+            self._prepare(datasets["train"], model, args)
+        super().__init__(
+            model=scorer,
+            args=args,
+            data_collator=BagCollator(self.inputs),
+            train_dataset=datasets.get("train"),
+            eval_dataset=datasets.get("eval"),
+            processing_class=None if isinstance(self.processor, SentenceEncoder) else self.processor,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            compute_metrics=self._metrics,
+        )
+        check_unsharded(self)
+        self._terms: defaultdict[tuple[str, str], list[Tensor]] = defaultdict(list)
+        self._stage: StageKind = "joint"
+
+    def _encoded(self, bags: list[Bag], source: str, *, reads_gold: bool = True) -> BagDataset:
+        return BagDataset(bags, self.inputs, self.settings, source=source, reads_gold=reads_gold)
+
+    def _describe(self, bags: list[Bag], args: FractalConfig) -> None:
+        """What the checkpoint and its card say about the training data."""
+        self.settings.data = fingerprint(bags)
+        self.card.labels = describe_labels(bags, args)
+        kinds = {not isinstance(bag.prompt, str) for bag in bags}
+        self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it takes both
+
+    def _check_prompts(self, scorer: StepScorer, bags: list[Bag]) -> None:
+        """Refuse evaluation data whose prompts are of another kind than those of the training data."""
+        try:
+            StepRewardModel(scorer, self.processor, self.settings).check_prompts(bag.prompt for bag in bags)
+        except ValueError as error:
+            raise ValueError(f"eval data, {error}") from None
+
+    def _prepare(self, data: BagDataset, model: Any, args: FractalConfig) -> None:
+        """Targets of the steps of the training data: what priors say, and the gold labels that may be read."""
+        self.data = data
+        data.targets |= prior_targets(data.bags, args, model=model, processor=self.processor)
+        shares = [bag.label for bag in data.bags if bag.label is not None and bag.pair_id is None]
+        self._base_rate = float(np.mean(shares)) if shares else 0.5
+        if args.instance_weight:
+            self.withheld = withhold_gold(data)
+            drawn = np.random.default_rng(args.seed).permutation(len(data.bags)).tolist()
+            if plan(args)[0].reads_gold:
+                reveal_gold(data, self.withheld, drawn, args)
+
+    @staticmethod
+    def _warn_about_joined_text() -> None:
+        warnings.warn(
+            "Prompts run into responses without a space or newline, and they are scored as written. If that is not how "
+            "the policy sees them, set `prompt_template`, for example '{prompt}\\n'.",
+            stacklevel=3,
+        )
+
+    @property
+    def scorer(self) -> StepScorer:
+        """The scorer, without wrappers of accelerate."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def reward_model(self) -> StepRewardModel:
+        """The model in training, ready to score."""
+        return StepRewardModel(self.scorer, self.processor, self.settings)
+
+    # Learning -----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`.
+
+        A configuration with several stages (hybrid prior, pseudo-labels, choice of gold labels by uncertainty) trains
+        each in a folder of its own; with `resume_from_checkpoint=True`, finished ones are skipped.
+        """
+        stages = plan(self.args)
+        if len(stages) > 1:
+            if resume_from_checkpoint not in (None, False, True, ""):
+                raise ValueError(
+                    f"`resume_from_checkpoint` is {resume_from_checkpoint}, and there are {len(stages)} stages, "
+                    "each with checkpoints of its own. Give true: it goes on where it was."
+                )
+            with flushed_subnormals(self.accelerator.device):
+                return train_in_stages(self, resume=bool(resume_from_checkpoint), **kwargs)
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        with flushed_subnormals(self.accelerator.device):
+            return take_up(self, checkpoint) or self.train_stage(stages[0], checkpoint, **kwargs)
+
+    def train_stage(self, stage: Stage, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train one stage from the weights of now; the likelihood scorer's weight and bias are fitted at the start."""
+        self._stage = stage.kind
+        everything = self.train_dataset
+        goes_on = resume_from_checkpoint or (stage.kind == "pseudo" and self.args.pseudo_start == "warm")
+        if stage.kind == "gold":
+            rows = [i for i, items in enumerate(self.data.items) if self._has_gold(items)]
+            self.train_dataset = torch.utils.data.Subset(self.data, rows)
+        try:
+            if not goes_on and isinstance(self.scorer, LikelihoodScorer) and everything is not None:
+                self._fit_scale(self.scorer, everything)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.train_dataset = everything
+
+    def _has_gold(self, rows: list[int]) -> bool:
+        return any(not self.data.targets["step_labels"][row].isnan().all() for row in rows)
+
+    def _fit_scale(self, scorer: LikelihoodScorer, data: Any) -> None:
+        """Fit weight and bias to the bag labels of some responses."""
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.args.seed))
+        batches = self._logits([data[int(i)] for i in order[:_SCALE_RESPONSES]])
+        scorer.fit_scale(
+            [logits for logits, _ in batches],
+            [batch["bag_labels"] for _, batch in batches],
+            [batch["mask"] for _, batch in batches],
+            aggregation=self.settings.aggregation,
+            sharpness=self.settings.sharpness,
+            label_noise=(self.args.missed_good, self.args.missed_bad),
+        )
+
+    def _logits(self, items: list[dict[str, Any]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Step logits of items in evaluation mode, batch by batch, each with its batch."""
+        scorer, size = self.scorer, self.args.per_device_eval_batch_size
+        training = scorer.training
+        scorer.eval()
+        batches = []
+        for start in range(0, len(items), size):
+            batch = self._prepare_inputs(self.data_collator(items[start : start + size]))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                batches.append((scorer(**{name: batch[name] for name in scorer.inputs}), batch))
+        scorer.train(training)
+        return batches
+
+    def step_logits(self, data: BagDataset) -> list[Tensor]:
+        """Logits (S,) or (S, G) of the steps of each bag, in evaluation mode."""
+        found: dict[int, Tensor] = {}
+        rows = iter(row for item in data.items for row in item)
+        for logits, batch in self._logits([data[i] for i in range(len(data))]):
+            for row_logits, real in zip(logits.cpu(), batch["mask"].cpu(), strict=True):
+                found[next(rows)] = row_logits[real]
+        return [found[row] for row in range(len(data.bags))]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Weighted sum of the loss terms, each averaged over the bags or preferences of the batch.
+
+        Evaluation knows no priors and no pseudo-labels: its loss is that of the labels of its data.
+        """
+        texts = {name: inputs[name] for name in self.scorer.inputs}
+        logits = step_logits_by_length(model, texts, self.accelerator)
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        weights = term_weights(self.args, self._stage if model.training else "joint", progress)
+        terms = loss_terms(logits, inputs, set(weights), self.args, base_rate=self._base_rate)
+        if model.training:
+            means = mean_terms(terms, list(weights), self.accelerator)
+        else:  # evaluation pads its last batch: processes need not be in step
+            means = {name: term.mean() for name, term in terms.items()}
+        # A batch without anything to learn has a gradient all the same, or other processes would wait for it.
+        loss = sum(weights[name] * mean for name, mean in means.items()) if means else 0.0 * logits.nan_to_num().sum()
+        for name, term in terms.items():
+            self._terms["loss" if model.training else "eval", name].append(term.detach())
+        return (loss, logits) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The usual optimizer; the scorer's own parameters get `head_learning_rate`."""
+        if self.optimizer is None:
+            optimizer = super().create_optimizer(model)
+            rate = self.args.head_learning_rate
+            rate = 10 * self.args.learning_rate if rate is None else rate
+            move_to_group(optimizer, head_parameters(self.scorer, self.settings), rate)
+            return optimizer
+        return super().create_optimizer(model)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds every named loss term, averaged over the bags since the last log or of the evaluation."""
+        total = next((name for name in logs if name.endswith("loss") and name != "train_loss"), None)
+        if total is not None:
+            wanted = "loss" if total == "loss" else "eval"
+            seen = {term: self._terms.pop((kind, term)) for kind, term in list(self._terms) if kind == wanted}
+            logs |= {f"{total}/{term}": mean for term, mean in logged_means(seen).items()}
+        super().log(logs, start_time)
+
+    # Evaluation ---------------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """As in `transformers.Trainer`; `evaluate` takes records too."""
+        for key in [key for key in self._terms if key[0] == "eval"]:
+            del self._terms[key]  # of a prediction, which logs nothing
+        if eval_dataset is not None and not isinstance(eval_dataset, str | BagDataset):
+            eval_dataset = self._encoded(to_bags(eval_dataset, self.settings, source="eval data"), "eval data")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Loss, step logits (items, S, 2) and (bag labels, step labels, mask, chosen), laid out by [`by_item`]."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, logits = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        labels = (inputs["bag_labels"], inputs["step_labels"], inputs["mask"].long(), inputs["chosen"])
+        return loss, by_item(logits.detach(), inputs["chosen"]), tuple(by_item(x, inputs["chosen"]) for x in labels)
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Metrics on bag labels, and on gold step labels where the data has them."""
+        bags = collected_bags(prediction)
+        settings = replace(self.settings)  # the card judges later, and calibration changes the temperature
+        found = evaluate_logits(bags.logits, bags.labels, bags.step_labels, settings, chosen=bags.chosen)
+        self.card.evaluated(found, lambda: judge_logits(bags.logits, bags.labels, bags.step_labels, settings))
+        return found
+
+    def calibrate(self) -> float:
+        """Fit the temperature of the scores to the response labels of the evaluation data; the checkpoint stores it.
+
+        Returns:
+            The temperature; 1 for grades and preferences, whose labels say nothing about probabilities.
+
+        Raises:
+            ValueError: If there is no evaluation data.
+        """
+        data: Any = self.eval_dataset
+        if data is None:
+            raise ValueError("There is no evaluation data to calibrate on. Give `eval_dataset`.")
+        logits = torch.nn.utils.rnn.pad_sequence(self.step_logits(data), batch_first=True)
+        if self.settings.num_grades is None and all(len(rows) == 1 for rows in data.items):
+            mask = torch.nn.utils.rnn.pad_sequence(
+                [torch.ones(len(bag.step_spans), dtype=torch.bool) for bag in data.bags], batch_first=True
+            )
+            labels = torch.tensor([float(bag.label) for bag in data.bags])
+            self.settings.temperature = fit_temperature(
+                logits, labels, mask, aggregation=self.settings.aggregation, sharpness=self.settings.sharpness
+            )
+        return self.settings.temperature
+
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return  # another process writes
+        folder = Path(output_dir or str(self.args.output_dir))
+        begin_checkpoint(folder)
+        saved = save_scorer(folder, self.scorer, self.processor, self.settings)
+        write_atomic(folder / "README.md", self.card.text(saved, self.processor))
+        if self.scorer.is_adapted:
+            trainable = {name: p.detach().contiguous() for name, p in self.scorer.named_parameters() if p.requires_grad}
+            save_file(trainable, folder / f"{_TRAINABLE_FILE}.tmp")
+            os.replace(folder / f"{_TRAINABLE_FILE}.tmp", folder / _TRAINABLE_FILE)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card of the reward model, which tells more than that of `transformers.Trainer`."""
+        if self.is_world_process_zero():
+            text = self.card.text(self.settings, self.processor)
+            write_atomic(Path(str(self.args.output_dir)) / "README.md", text)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if self.scorer.is_adapted:
+            self.scorer.load_state_dict(load_file(folder / _TRAINABLE_FILE), strict=False)
+        else:
+            saved, _, _ = load_scorer(folder)
+            self.scorer.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))

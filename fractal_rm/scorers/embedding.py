@@ -1,0 +1,238 @@
+"""A frozen sentence encoder with a small head: the paper's own, one that compares, one whose steps see each other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fractal_rm.data.bag import Prompt
+from fractal_rm.data.segmentation import Span
+from fractal_rm.data.sentences import sentences
+from fractal_rm.scorers.base import StepScorer
+from fractal_rm.scorers.sentence_encoder import SentenceEncoder
+
+# Characters of a part of a prompt that is embedded as one: about as much as common encoders read at once.
+SPLIT_CHARACTERS = 800
+# Numbers that a step has inside the `set` head, and how many ways there are to look at the other steps.
+_WIDTH, _VIEWS, _LAYERS = 64, 4, 2
+_DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class EmbeddedBag:
+    """Embeddings of one response.
+
+    Args:
+        steps: Embeddings of the steps (S, D).
+        contexts: For each step the part of the prompt that is closest to it (S, D).
+    """
+
+    steps: Tensor
+    contexts: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the response."""
+        return len(self.steps)
+
+    @property
+    def kept_steps(self) -> int:
+        """All of them: each is embedded by itself, so none is one too many."""
+        return len(self.steps)
+
+    @property
+    def length(self) -> int:
+        """What makes a forward long."""
+        return len(self.steps)
+
+
+def prompt_splits(prompt: Prompt) -> list[str]:
+    """A prompt in parts of whole sentences, each short enough to be embedded as one.
+
+    Args:
+        prompt: Text, or a chat, whose messages are joined by line breaks.
+
+    Example:
+        >>> prompt_splits("2+3*4?")
+        ['2+3*4?']
+    """
+    text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    if len(text) <= SPLIT_CHARACTERS:
+        return [text]
+    parts: list[Span] = []
+    for start, end in sentences(text):
+        if parts and end - parts[-1][0] <= SPLIT_CHARACTERS:
+            parts[-1] = parts[-1][0], end
+        else:
+            parts.append((start, end))
+    return [text[start:end] for start, end in parts] or [text]
+
+
+@dataclass(frozen=True)
+class EmbeddingInputs:
+    """How text becomes what an [`EmbeddingScorer`] reads.
+
+    Args:
+        encoder: The frozen encoder.
+    """
+
+    encoder: SentenceEncoder
+
+    def encode(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], spans: Sequence[Sequence[Span]]
+    ) -> list[EmbeddedBag]:
+        """Embed the steps of responses, each with the part of its prompt that is closest to it.
+
+        Args:
+            prompts: Texts or chats.
+            responses: Texts, as written.
+            spans: Character spans of the steps of each response.
+        """
+        splits = [prompt_splits(prompt) for prompt in prompts]
+        steps = [
+            [response[start:end] for start, end in found] for response, found in zip(responses, spans, strict=True)
+        ]
+        texts = [text for part in (*splits, *steps) for text in part]
+        # Some encoders give vectors of length 1, some do not; the head and its learning rate want one size.
+        embeddings = nn.functional.normalize(self.encoder.embed(texts, progress=True), dim=1)
+        rows = iter(embeddings.split([len(part) for part in (*splits, *steps)]))
+        contexts = [next(rows) for _ in splits]
+        return [EmbeddedBag(found, closest(found, context)) for found, context in zip(rows, contexts, strict=True)]
+
+    def pad(self, bags: Sequence[EmbeddedBag]) -> dict[str, Tensor]:
+        """Right-padded tensors: `steps` and `contexts` (B, S, D), `mask` (B, S), True where a step is real."""
+        pad = nn.utils.rnn.pad_sequence
+        real = [torch.ones(bag.num_steps, dtype=torch.bool) for bag in bags]
+        return {
+            "steps": pad([bag.steps for bag in bags], batch_first=True),
+            "contexts": pad([bag.contexts for bag in bags], batch_first=True),
+            "mask": pad(real, batch_first=True),
+        }
+
+
+def closest(steps: Tensor, contexts: Tensor) -> Tensor:
+    """For each step (S, D) the context (C, D) with the largest cosine: (S, D)."""
+    if len(contexts) == 1:
+        return contexts.expand_as(steps)
+    cosines = nn.functional.normalize(steps, dim=1) @ nn.functional.normalize(contexts, dim=1).T
+    return contexts[cosines.argmax(dim=1)]
+
+
+class MLPHead(nn.Sequential):
+    """The paper's head: context and step concatenated, two hidden layers; a step never sees the others.
+
+    Args:
+        size: Numbers in an embedding, D.
+        outputs: Logits a step gets.
+
+    Source:
+        The released code of FRACTAL (Makhija et al., ACL 2025): widths D/2 and D/4 with GELU.
+    """
+
+    def __init__(self, size: int, outputs: int) -> None:
+        super().__init__(
+            nn.Linear(2 * size, size // 2),
+            nn.GELU(),
+            nn.Dropout(_DROPOUT),
+            nn.Linear(size // 2, size // 4),
+            nn.GELU(),
+            nn.Linear(size // 4, outputs),
+        )
+
+    def forward(self, steps: Tensor, contexts: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, S, outputs) from embeddings (B, S, D)."""
+        return super().forward(torch.cat([contexts, steps], dim=-1))
+
+
+def comparison(steps: Tensor, contexts: Tensor) -> Tensor:
+    """Both embeddings, their product, the size of their difference, their cosine: (B, S, 4 D + 1).
+
+    Source:
+        Features of Conneau et al., "Supervised Learning of Universal Sentence Representations", 2017. With the product
+        and the cosine, "the step is about the prompt" is a linear function and need not be learned from few labels.
+    """
+    cosine = (nn.functional.normalize(steps, dim=-1) * nn.functional.normalize(contexts, dim=-1)).sum(-1, keepdim=True)
+    # Embeddings come with numbers around 1, so that the cosine weighs as much as any of them times sqrt(D).
+    return torch.cat([contexts, steps, contexts * steps, (contexts - steps).abs(), cosine * steps.size(-1) ** 0.5], -1)
+
+
+class PairHead(nn.Sequential):
+    """Context and step compared, one hidden layer; a step never sees the others.
+
+    Args:
+        size: Numbers in an embedding, D.
+        outputs: Logits a step gets.
+    """
+
+    def __init__(self, size: int, outputs: int) -> None:
+        super().__init__(
+            nn.Linear(4 * size + 1, 2 * _WIDTH), nn.GELU(), nn.Dropout(2 * _DROPOUT), nn.Linear(2 * _WIDTH, outputs)
+        )
+
+    def forward(self, steps: Tensor, contexts: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, S, outputs) from embeddings (B, S, D)."""
+        return super().forward(comparison(steps, contexts))
+
+
+class SetHead(nn.Module):
+    """A small transformer over the steps of a response: each step is judged in the company of the others.
+
+    It knows no order: a permutation of the steps permutes the scores, so position alone cannot be learned.
+
+    Args:
+        size: Numbers in an embedding, D.
+        outputs: Logits a step gets.
+    """
+
+    def __init__(self, size: int, outputs: int) -> None:
+        super().__init__()
+        # Dropout here alone: inside the layers it would cost more time than they do.
+        self.project = nn.Sequential(nn.Linear(4 * size + 1, _WIDTH), nn.Dropout(_DROPOUT))
+        layer = nn.TransformerEncoderLayer(
+            _WIDTH, _VIEWS, dim_feedforward=2 * _WIDTH, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, _LAYERS, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(_WIDTH)
+        self.output = nn.Linear(_WIDTH, outputs)
+
+    def forward(self, steps: Tensor, contexts: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, S, outputs) from embeddings (B, S, D)."""
+        hidden = self.layers(self.project(comparison(steps, contexts)), src_key_padding_mask=~mask)
+        return self.output(self.norm(hidden))
+
+
+HEADS = {"pair": PairHead, "mlp": MLPHead, "set": SetHead}
+
+
+class EmbeddingScorer(StepScorer):
+    """Step logits from frozen embeddings of steps and prompt; only the head is trained.
+
+    Args:
+        model: A [`PairHead`], an [`MLPHead`] or a [`SetHead`].
+        size: Numbers in an embedding, D.
+    """
+
+    inputs = ("steps", "contexts", "mask")
+
+    def __init__(self, model: nn.Module, *, size: int) -> None:
+        super().__init__(model)
+        self.size = size
+
+    def forward(self, steps: Tensor, contexts: Tensor, mask: Tensor) -> Tensor:
+        """Step logits (B, S), or (B, S, G) for grades, in float32 from tensors of [`EmbeddingInputs.pad`]."""
+        # Embeddings have length 1; layers want numbers around 1.
+        scale = self.size**0.5
+        logits = self.model(steps * scale, contexts * scale, mask).float()
+        return logits.squeeze(-1) if logits.size(-1) == 1 else logits
+
+
+def make_head(kind: str, size: int, outputs: int = 1) -> EmbeddingScorer:
+    """A scorer with a fresh head.
+
+    Args:
+        kind: `"pair"`, `"mlp"` or `"set"`.
+        size: Numbers in an embedding.
+        outputs: 1, or the number of grades.
+    """
+    return EmbeddingScorer(HEADS[kind](size, outputs), size=size)

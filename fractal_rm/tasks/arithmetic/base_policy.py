@@ -1,0 +1,207 @@
+"""A small causal language model with wrong beliefs: the policy that the arithmetic task starts from.
+
+The one that the package ships (`SHIPPED_POLICY`, 0.2 M parameters, beliefs and weights of seed 0) was made by
+
+    python -m fractal_rm.tasks.arithmetic.base_policy OUTPUT_DIR --seed 0
+"""
+
+import argparse
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from fractal_rm.tasks.arithmetic.problems import Beliefs, make_problems
+
+SHIPPED_POLICY = Path(__file__).parent / "policy"
+
+
+# "2:" and " 7" are one token each, so that looking up a change takes one step of attention.
+PIECES = "[0-9]+:| ?[0-9]| ?[A-Za-z']+|[^A-Za-z0-9]"
+
+
+def make_tokenizer(
+    vocab_size: int = 384, *, texts: Sequence[str] | None = None, pieces: str = PIECES
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the task's own text; digits stay single tokens.
+
+    Args:
+        vocab_size: Most tokens.
+        texts: What it is trained on; None: responses to chains of changes.
+        pieces: Regular expression of what no token crosses.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pieces), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    if texts is None:
+        rng = random.Random("tokenizer")
+        texts = [p.prompt + Beliefs(0.0).respond(p, rng) for p in make_problems(500, seed=-1)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
+
+
+def _id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
+    return tokenizer.get_vocab()[f"<{name}>"]
+
+
+class _Demonstrations(Dataset):
+    """Prompt and response token ids; the loss is taken on the response and its end."""
+
+    def __init__(self, texts: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> None:
+        prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
+        responses = tokenizer([response for _, response in texts])["input_ids"]
+        eos = _id(tokenizer, "eos")
+        self.rows = [(p, [*r, eos]) for p, r in zip(prompts, responses, strict=True)]
+        self.pad = _id(tokenizer, "pad")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
+        return self.rows[index]
+
+    def collate(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        """Right-padded `input_ids`, `attention_mask` and `labels` (-100 outside the response), each (B, T)."""
+        width = max(len(p) + len(r) for p, r in rows)
+        ids = torch.full((len(rows), width), self.pad)
+        labels = torch.full((len(rows), width), -100)
+        for i, (p, r) in enumerate(rows):
+            ids[i, : len(p) + len(r)] = torch.tensor(p + r)
+            labels[i, len(p) : len(p) + len(r)] = torch.tensor(r)
+        return {"input_ids": ids, "attention_mask": (ids != self.pad).long(), "labels": labels}
+
+
+def train_base_policy(
+    output_dir: str | Path,
+    beliefs: Beliefs,
+    *,
+    seed: int = 0,
+    min_steps: int = 3,
+    max_steps: int = 6,
+    num_texts: int = 25600,
+    hidden_size: int = 64,
+    num_layers: int = 3,
+) -> None:
+    """Train a small Llama from scratch on responses written with `beliefs`, and save it with its tokenizer.
+
+    Args:
+        output_dir: Where the ordinary Hugging Face folder goes.
+        beliefs: What the policy will hold true.
+        seed: Seed of the weights and the training text.
+        min_steps: Fewest changes in a problem.
+        max_steps: Most changes in a problem.
+        num_texts: Size of the training text, seen once.
+        hidden_size: Width of the model.
+        num_layers: Depth of the model.
+    """
+    rng = random.Random(f"demonstrations-{seed}")
+    problems = make_problems(num_texts, seed=1_000_000 + seed, min_steps=min_steps, max_steps=max_steps)
+    texts = [(p.prompt, beliefs.respond(p, rng)) for p in problems]
+    train_on_texts(output_dir, texts, make_tokenizer(), seed=seed, hidden_size=hidden_size, num_layers=num_layers)
+
+
+def train_on_texts(
+    output_dir: str | Path,
+    texts: list[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int = 0,
+    hidden_size: int = 64,
+    num_layers: int = 3,
+    in_order: bool = False,
+    start: str | Path | None = None,
+    learning_rate: float = 3e-3,
+) -> None:
+    """Train a small Llama on pairs of prompt and response, and save it with its tokenizer.
+
+    Args:
+        output_dir: Where the ordinary Hugging Face folder goes.
+        texts: Prompts and responses, seen once.
+        tokenizer: Its tokenizer.
+        seed: Seed of the weights and the order.
+        hidden_size: Width of the model.
+        num_layers: Depth of the model.
+        in_order: Take the texts as they come, 32 a batch, and not shuffled.
+        start: Folder of the model to start from; None: random weights.
+        learning_rate: The highest one.
+    """
+    set_seed(seed)
+    data = _Demonstrations(texts, tokenizer)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.08,  # the usual 0.02 is for wide models; at width 64 it delays learning to copy
+        tie_word_embeddings=True,
+        pad_token_id=_id(tokenizer, "pad"),
+        eos_token_id=_id(tokenizer, "eos"),
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config) if start is None else LlamaForCausalLM.from_pretrained(start)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(Path(output_dir) / "trainer"),
+            per_device_train_batch_size=32,
+            num_train_epochs=1,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=50,
+            weight_decay=0.01,
+            adam_beta2=0.95,
+            logging_steps=50,
+            save_strategy="no",
+            report_to=[],
+            seed=seed,
+            train_sampling_strategy="sequential" if in_order else "random",
+            use_cpu=not torch.cuda.is_available(),
+            remove_unused_columns=False,
+        ),
+        train_dataset=data,
+        data_collator=data.collate,
+    )
+    trainer.train()
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Make a base policy of the arithmetic task.")
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--seed", type=int, default=0, help="Seed of beliefs, weights and text.")
+    parser.add_argument("--num_texts", type=int, default=25600, help="Size of the training text.")
+    arguments = parser.parse_args()
+    train_base_policy(
+        arguments.output_dir,
+        Beliefs(seed=arguments.seed),
+        seed=arguments.seed,
+        num_texts=arguments.num_texts,
+    )
