@@ -82,3 +82,13 @@ def data_dir(request: pytest.FixtureRequest) -> Path:
     if named:
         pytest.fail(f"{named} is no folder: give --data-dir or FRACTAL_RM_DATA the folder of the data sets.")
     pytest.skip("the real data sets are not here: name their folder with --data-dir or FRACTAL_RM_DATA")
+
+
+@pytest.fixture(scope="module")
+def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A policy on disk: TRL loads the reference from where the policy came from."""
+    from support.step_ppo import policy
+
+    folder = tmp_path_factory.mktemp("policy")
+    policy().save_pretrained(folder)
+    return str(folder)

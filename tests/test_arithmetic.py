@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import make_model
+from support.models import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY, make_tokenizer, train_base_policy

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from stand_ins import (
+from support.stand_ins import (
     byte_tokenizer,
     gsm8k_problems,
     save_encoder,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
-from test_aggregation import logit_rows, pad
+from support.bags import logit_rows, pad
 
 from fractal_rm.objectives.aggregation import AGGREGATIONS, bag_log_probs
 from fractal_rm.objectives.bag_loss import bag_loss

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from models import (
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from support.models import (
     byte_tokenizer,
     make_model,
     reward_model,
     spaced_tokenizer,
     wordpiece_tokenizer,
 )
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,

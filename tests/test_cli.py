@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stand_ins import gsm8k_problems, save_policy, save_reward_model, solutions, write_jsonl
+from support.stand_ins import gsm8k_problems, save_policy, save_reward_model, solutions, write_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from transformers.utils.logging import is_progress_bar_enabled
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from models import reward_model as random_model
-from stand_ins import save_policy, save_reward_model
-from test_docs import REPOSITORY, blocks
-from test_step_ppo_trainer import (
+from support.documents import REPOSITORY, blocks
+from support.models import reward_model as random_model
+from support.stand_ins import save_policy, save_reward_model
+from support.step_ppo import (
     AB,
     COMPLETIONS,
     EOS,

@@ -1,38 +1,13 @@
 """What README promises: two commands on its first screen, links that lead somewhere, Python that compiles."""
 
 import re
-import textwrap
 from pathlib import Path
 
 import pytest
+from support.documents import FENCE, REPOSITORY, blocks, commands, documents
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 FIRST_SCREEN = 60  # lines
-FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"!?\[[^\]]*\]\(\s*<?([^)>\s]+)|(?:src|href|srcset)=\"([^\"\s]+)")
-
-
-def documents() -> list[Path]:
-    """README, and every Markdown file in the folders that are documented."""
-    found = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md"]
-    for folder in ("docs", "recipes", "benchmarks"):
-        found += sorted((REPOSITORY / folder).rglob("*.md"))
-    return found
-
-
-def blocks(text: str, *languages: str) -> list[str]:
-    """Bodies of the fenced blocks in one of the languages."""
-    return [textwrap.dedent(found["body"]) for found in FENCE.finditer(text) if found["language"] in languages]
-
-
-def commands(text: str) -> list[str]:
-    """Command lines of the shell blocks, without prompts, comments, and the steps that fetch the code."""
-    lines = [
-        line.partition("#")[0].strip().removeprefix("$ ")
-        for body in blocks(text, "bash", "sh", "console", "shell")
-        for line in body.splitlines()
-    ]
-    return [line for line in lines if line and line.split()[0] not in ("git", "cd")]
 
 
 def broken_links(document: Path) -> list[str]:

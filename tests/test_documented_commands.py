@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from test_docs import blocks, documents
+from support.documents import blocks, documents
 from trl.scripts.utils import TrlParser
 
 from fractal_rm.cli.main import COMMANDS

@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import make_model, sums, wordpiece_tokenizer
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-from stand_ins import save_encoder, save_policy
+from support.models import make_model, sums, wordpiece_tokenizer
+from support.stand_ins import save_encoder, save_policy
 from torch import Tensor
 from transformers import AutoModel
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import byte_tokenizer, spaced_tokenizer, wordpiece_tokenizer
+from support.models import byte_tokenizer, spaced_tokenizer, wordpiece_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fractal_rm.data.segmentation import Span, lines

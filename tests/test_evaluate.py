@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from rich.console import Console
-from stand_ins import save_policy, save_reward_model, solutions
+from support.stand_ins import save_policy, save_reward_model, solutions
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_bags

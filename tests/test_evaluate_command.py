@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from stand_ins import save_reward_model, solutions, write_jsonl
-from test_docs import commands
+from support.documents import commands
+from support.stand_ins import save_reward_model, solutions, write_jsonl
 
 from fractal_rm.cli.main import main
 from fractal_rm.data.readers import read_bags

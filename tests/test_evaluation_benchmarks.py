@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from stand_ins import save_encoder, save_reward_model, solutions, write_jsonl
+from support.stand_ins import save_encoder, save_reward_model, solutions, write_jsonl
 
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import byte_tokenizer, make_model, sums, wordpiece_tokenizer
 from peft import LoraConfig, PromptTuningConfig
 from sklearn.metrics import roc_auc_score
+from support.fractal import ROWS, make
+from support.models import byte_tokenizer, make_model, sums
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_bags
@@ -25,41 +26,6 @@ from fractal_rm.scorers.likelihood import LikelihoodScorer
 from fractal_rm.scorers.settings import Settings
 
 KINDS = [("likelihood", "llama"), ("likelihood", "gpt2"), ("token", "llama"), ("token", "gpt2"), ("token", "bert")]
-ROWS = sums(16)
-
-
-def make(
-    folder: Path,
-    rows: Any = ROWS,
-    *,
-    scorer: str = "likelihood",
-    family: str = "llama",
-    eval_rows: Any = None,
-    peft_config: Any = None,
-    tokenizer: Any = None,
-    model: Any = None,
-    model_options: dict[str, Any] | None = None,
-    **options: Any,
-) -> FractalTrainer:
-    defaults: dict[str, Any] = {
-        "learning_rate": 1e-2,
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return FractalTrainer(
-        model or make_model(scorer, family, **model_options or {}),
-        args=FractalConfig(output_dir=str(folder), scorer=scorer, **defaults | options),  # type: ignore[arg-type]
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer or (wordpiece_tokenizer() if family == "bert" else byte_tokenizer(merges=True)),
-        peft_config=peft_config,
-    )
 
 
 def train(folder: Path, *args: Any, **kwargs: Any) -> FractalTrainer:

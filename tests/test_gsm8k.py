@@ -4,7 +4,7 @@ import sys
 import threading
 
 import pytest
-from stand_ins import gsm8k_problems
+from support.stand_ins import gsm8k_problems
 
 from fractal_rm.tasks.gsm8k import gold_answer, gsm8k_answer, read_gsm8k
 

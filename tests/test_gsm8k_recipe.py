@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
-from stand_ins import save_reward_model, write_jsonl
+from support.stand_ins import save_reward_model, write_jsonl
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation.results import read_results

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, roc_auc_score
-from stand_ins import solutions
+from support.stand_ins import solutions
 
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import DistributedType
-from test_step_ppo_trainer import (
+from support.step_ppo import (
     RAGGED,
     make,
     policy,
-    policy_folder,  # noqa: F401 - a fixture
     replay,
     reward_model,
     same,
@@ -45,7 +44,7 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"value_warmup_steps": 1}, {"gradient_checkpointing": True}])
-def test_the_same_is_learned_with_half_of_the_forward_passes(tmp_path, policy_folder, monkeypatch, options):  # noqa: F811
+def test_the_same_is_learned_with_half_of_the_forward_passes(tmp_path, policy_folder, monkeypatch, options):
     # Adam divides a gradient by its own size: next to 0, rounding would show in the weight, but for a larger epsilon.
     options = options | {"model": policy_folder, "adam_epsilon": 1e-5}
     kept, fewer = learn(tmp_path / "kept", **options)
@@ -57,7 +56,7 @@ def test_the_same_is_learned_with_half_of_the_forward_passes(tmp_path, policy_fo
     assert more == Counter(policy=6, value=6)
 
 
-def test_rows_are_followed_through_the_shuffle(tmp_path, policy_folder, monkeypatch):  # noqa: F811
+def test_rows_are_followed_through_the_shuffle(tmp_path, policy_folder, monkeypatch):
     kept, _ = learn(tmp_path / "kept", model=policy_folder)
     monkeypatch.setattr(KeptForward, "take", lambda self, rows: self._tensors)
     unfollowed, _ = learn(tmp_path / "unfollowed", model=policy_folder)
@@ -67,7 +66,7 @@ def test_rows_are_followed_through_the_shuffle(tmp_path, policy_folder, monkeypa
 @pytest.mark.parametrize(
     "options", [{"num_iterations": 2}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}]
 )
-def test_nothing_is_kept_of_several_epochs_or_minibatches(tmp_path, policy_folder, monkeypatch, options):  # noqa: F811
+def test_nothing_is_kept_of_several_epochs_or_minibatches(tmp_path, policy_folder, monkeypatch, options):
     usual, count = learn(tmp_path / "usual", model=policy_folder, **options)
     forget(monkeypatch)
     anew, same_count = learn(tmp_path / "anew", model=policy_folder, **options)
@@ -75,7 +74,7 @@ def test_nothing_is_kept_of_several_epochs_or_minibatches(tmp_path, policy_folde
     assert count == same_count
 
 
-def test_a_resumed_run_keeps_what_an_uninterrupted_one_keeps(tmp_path, policy_folder):  # noqa: F811
+def test_a_resumed_run_keeps_what_an_uninterrupted_one_keeps(tmp_path, policy_folder):
     whole, _ = learn(tmp_path / "run", model=policy_folder, save_strategy="steps", save_steps=2)
     options = {"reward_model": reward_model(), "value_model": value_model(), "rollout_func": replay(RAGGED)}
     trainer = make(tmp_path / "run", model=policy_folder, kl_coef=0.1, max_steps=3, **options)

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from test_step_ppo_trainer import RESUMABLE, logs, make, reward_model, same, weights
+from support.step_ppo import RESUMABLE, logs, make, reward_model, same, weights
 
 from fractal_rm.hf.checkpoints import STATE, begin_checkpoint, find_checkpoint, is_complete, last_checkpoint
 

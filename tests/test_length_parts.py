@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from models import reward_model as scorer_model
-from models import sums
-from test_step_ppo_trainer import RAGGED, Q, make, policy, replay, reward_model, rollout, same, train, weights
+from support.models import reward_model as scorer_model
+from support.models import sums
+from support.step_ppo import RAGGED, Q, make, policy, replay, reward_model, rollout, same, train, weights
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from fractal_rm.hf import length_buckets as length_parts

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_aggregation import enumerated, few, logit_rows, pad, sharpnesses
+from support.bags import enumerated, few, logit_rows, pad, sharpnesses
 
 from fractal_rm.objectives.aggregation import AGGREGATIONS
 from fractal_rm.objectives.bag_loss import bag_loss, easyllp_loss, instance_loss, proportion_loss

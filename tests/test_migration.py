@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from stand_ins import byte_tokenizer, save_policy, save_reward_model, solutions
-from test_docs import blocks
-from test_step_ppo_trainer import make
+from support.documents import blocks
+from support.stand_ins import byte_tokenizer, save_policy, save_reward_model, solutions
+from support.step_ppo import make
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 

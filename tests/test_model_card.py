@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import byte_tokenizer, reward_model, spaced_tokenizer
 from safetensors.torch import load_file, save_file
-from stand_ins import save_encoder, save_policy, solutions
-from test_docs import blocks
+from support.documents import blocks
+from support.models import byte_tokenizer, reward_model, spaced_tokenizer
+from support.stand_ins import save_encoder, save_policy, solutions
 from transformers import AutoModel, AutoModelForTokenClassification
 
 from fractal_rm import FractalConfig, FractalTrainer

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import sums
 from sklearn.metrics import roc_auc_score
-from stand_ins import save_encoder
+from support.models import sums
+from support.stand_ins import save_encoder
 from torch import Tensor
 
 from fractal_rm.objectives.bag_loss import bag_loss, easyllp_loss, instance_loss

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import reward_model
-from stand_ins import preferences, save_encoder, save_policy, save_reward_model
+from support.models import reward_model
+from support.stand_ins import preferences, save_encoder, save_policy, save_reward_model
 from transformers import AutoModelForTokenClassification
 
 from fractal_rm.data.bag import Bag

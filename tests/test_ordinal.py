@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_aggregation import logit_rows, pad
+from support.bags import logit_rows, pad
 
 from fractal_rm.objectives.aggregation import bag_log_probs
 from fractal_rm.objectives.bag_loss import instance_loss

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import byte_tokenizer, make_model, sums
+from support.models import byte_tokenizer, make_model, sums
 
 from fractal_rm.data.formats.math_sets import read_prm800k
 from fractal_rm.data.formats.retrieval_sets import read_multispanqa

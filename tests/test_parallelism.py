@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from models import byte_tokenizer, make_model, sums
-from stand_ins import save_reward_model
-from test_step_ppo_trainer import count_of_a, make, reward_model
+from support.models import byte_tokenizer, make_model, sums
+from support.stand_ins import save_reward_model
+from support.step_ppo import count_of_a, make, reward_model
 from transformers import Trainer
 
 from fractal_rm.hf.parallelism import check_whole_model

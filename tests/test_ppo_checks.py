@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from stand_ins import byte_tokenizer
-from test_step_ppo_trainer import (
+from support.stand_ins import byte_tokenizer
+from support.step_ppo import (
     RAGGED,
     config,
     make,

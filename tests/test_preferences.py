@@ -7,8 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_aggregation import enumerated, pad
-from test_pseudo_labels import log_likelihood
+from support.bags import enumerated, log_likelihood, pad
 
 from fractal_rm.objectives.aggregation import AGGREGATIONS
 from fractal_rm.objectives.preferences import preference_loss, preference_pseudo_labels

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import make_model
-from stand_ins import byte_tokenizer, save_encoder, save_policy
+from support.models import make_model
+from support.stand_ins import byte_tokenizer, save_encoder, save_policy
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

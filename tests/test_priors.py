@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from test_aggregation import logit_rows, pad
+from support.bags import logit_rows, pad
 
 from fractal_rm.objectives.bag_loss import instance_loss
 from fractal_rm.objectives.priors import (

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import make_model
 from safetensors.torch import load_file
-from test_step_ppo_trainer import policy, policy_tokenizer
-from train_in_processes import CASES, train_all
+from support.models import make_model
+from support.step_ppo import policy, policy_tokenizer
+from support.train_in_processes import CASES, train_all
 
 TESTS = Path(__file__).parent
 TOLERANCE = 1e-4
@@ -31,7 +31,7 @@ def launch(folder: Path, processes: int) -> None:
         "PYTHONPATH": os.pathsep.join(paths),
     }
     done = subprocess.run(
-        [*command, str(TESTS / "train_in_processes.py"), str(folder)],
+        [*command, str(TESTS / "support" / "train_in_processes.py"), str(folder)],
         capture_output=True,
         text=True,
         env=environment,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_aggregation import pad
+from support.bags import log_likelihood, pad
 
 from fractal_rm.objectives.aggregation import AGGREGATIONS
 from fractal_rm.objectives.pseudo_labels import posteriors, pseudo_labels
@@ -32,10 +32,6 @@ def agrees(labels, rule, y):
     if rule == "mean":
         return sum(labels) == math.floor(y * len(labels) + 0.5)
     return {"min": min, "max": max}[rule](labels) == (y >= 0.5)
-
-
-def log_likelihood(labels, row):
-    return sum(-math.log1p(math.exp(-x if z else x)) for z, x in zip(labels, row, strict=True))
 
 
 def admissible(row, rule, y):

@@ -1,13 +1,20 @@
 """Every recipe runs: each configuration for two steps, with small stand-ins for its models and data."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
-from stand_ins import gsm8k_problems, preferences, save_encoder, save_policy, save_reward_model, solutions, write_jsonl
+from support.documents import script
+from support.stand_ins import (
+    gsm8k_problems,
+    preferences,
+    save_encoder,
+    save_policy,
+    save_reward_model,
+    solutions,
+    write_jsonl,
+)
 
 from fractal_rm.cli.main import main
 
@@ -27,14 +34,6 @@ def name(path: Path) -> str:
 def command_of(config: Path) -> str:
     """The command line in the first line of a configuration file."""
     return config.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-
-
-def script(path: Path) -> ModuleType:
-    """A script of a recipe as a module."""
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # Configurations of scripts, and those of `fractal-rm`.

@@ -263,7 +263,7 @@ def test_the_commit_is_that_of_the_running_code_marked_where_the_code_differs(tm
     assert commit() == head
     (tmp_path / "results.jsonl").write_text("{}\n")
     assert commit() == head
-    with (package / "results.py").open("a") as file:
+    with (package / "evaluation" / "results.py").open("a") as file:
         file.write("# changed\n")
     assert commit() == f"{head}-dirty"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from models import byte_tokenizer, make_model, reward_model
+from support.models import byte_tokenizer, make_model, reward_model
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from fractal_rm.data.segmentation import Segmentation

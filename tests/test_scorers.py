@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import CAUSAL_FAMILIES, byte_tokenizer, make_model, reward_model, spaced_tokenizer
+from support.models import CAUSAL_FAMILIES, byte_tokenizer, make_model, reward_model, spaced_tokenizer
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, BertConfig, T5Config, T5ForConditionalGeneration
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stand_ins import save_encoder
+from support.stand_ins import save_encoder
 from transformers import AutoModel
 
 from fractal_rm.scorers.sentence_encoder import CACHE_VARIABLE, SentenceEncoder

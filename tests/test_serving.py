@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import uvicorn
-from models import byte_tokenizer, reward_model, sums
-from stand_ins import save_reward_model
-from test_recipes import script
+from support.documents import script
+from support.models import byte_tokenizer, reward_model, sums
+from support.stand_ins import save_reward_model
 
 from fractal_rm.cli.main import main
 from fractal_rm.reward_model import FractalReward, StepRewardModel

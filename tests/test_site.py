@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY
-from test_docs import documents
+from support.documents import documents
 
 import fractal_rm
 from fractal_rm.cli.main import COMMANDS

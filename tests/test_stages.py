@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import byte_tokenizer, make_model, sums
-from stand_ins import save_encoder
+from support.models import byte_tokenizer, make_model, sums
+from support.stand_ins import save_encoder
 from torch import Tensor
 from transformers import TrainerCallback
 

@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from stand_ins import save_policy
-from test_step_ppo_trainer import COMPLETIONS, SCORES, count_of_a, make, policy_tokenizer, replay, reward_model
+from support.stand_ins import save_policy
+from support.step_ppo import COMPLETIONS, SCORES, count_of_a, make, policy_tokenizer, replay, reward_model
 from transformers.integrations import integration_utils
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer

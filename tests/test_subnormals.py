@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import sums
-from test_fractal_trainer import make as make_fractal
-from test_step_ppo_trainer import make as make_ppo
-from test_step_ppo_trainer import reward_model
+from support.fractal import make as make_fractal
+from support.models import sums
+from support.step_ppo import make as make_ppo
+from support.step_ppo import reward_model
 from transformers import TrainerCallback
 
 from fractal_rm.hf.denormals import flushed_subnormals

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from models import sums
-from stand_ins import save_encoder, save_policy, write_jsonl
+from support.models import sums
+from support.stand_ins import save_encoder, save_policy, write_jsonl
 from transformers import TrainingArguments
 
 from fractal_rm.cli.main import main

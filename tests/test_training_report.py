@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from test_report import Page
-from test_step_ppo_trainer import (
+from support.pages import Page
+from support.step_ppo import (
     COMPLETIONS,
     GUARDED,
     A,

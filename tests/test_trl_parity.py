@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from datasets import Dataset
-from stand_ins import save_policy
+from support.stand_ins import save_policy
 
 from fractal_rm.credit.advantages import gae, whiten
 from fractal_rm.credit.kl import kl_estimates

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from conftest import REPOSITORY
-from test_docs import FENCE
+from support.documents import FENCE
 
 from fractal_rm.cli.main import main
 from fractal_rm.evaluation.results import read_results

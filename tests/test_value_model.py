@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from test_step_ppo_trainer import (
+from support.step_ppo import (
     RAGGED,
     RESUMABLE,
     count_of_a,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_step_ppo_trainer import RAGGED, count_of_a, make, replay, reward_model, same, value_model, weights
+from support.step_ppo import RAGGED, count_of_a, make, replay, reward_model, same, value_model, weights
 
 from fractal_rm.ppo.trainer import StepPPOTrainer
 

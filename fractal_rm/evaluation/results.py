@@ -206,7 +206,7 @@ def current_commit() -> str | None:
 
     try:
         # A package installed inside someone's checkout is not part of it.
-        if git("ls-files", "--error-unmatch", Path(__file__).name).returncode:
+        if git("ls-files", "--error-unmatch", str(Path(__file__).resolve())).returncode:
             return None
         head = git("rev-parse", "HEAD")
         if head.returncode:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import config, wordpiece_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification, PreTrainedTokenizerFast
 
 from fractal_rm.scorers.checkpoint import make_scorer, save_scorer
 from fractal_rm.scorers.settings import Settings
+from support.models import config, wordpiece_tokenizer
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"

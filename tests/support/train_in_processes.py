@@ -14,10 +14,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from models import byte_tokenizer, make_model, sums
 from safetensors.torch import save_file
-from stand_ins import preferences, solutions
-from test_step_ppo_trainer import (
+
+from fractal_rm.data.readers import read_bags
+from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.hf import length_buckets as length_parts
+from fractal_rm.ppo.trainer import StepPPOTrainer
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.trainer import FractalTrainer
+from support.models import byte_tokenizer, make_model, sums
+from support.stand_ins import preferences, solutions
+from support.step_ppo import (
     EOS,
     GUARDED,
     RAGGED,
@@ -26,13 +33,6 @@ from test_step_ppo_trainer import (
     reward_model,
     value_model,
 )
-
-from fractal_rm.data.readers import read_bags
-from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.hf import length_buckets as length_parts
-from fractal_rm.ppo.trainer import StepPPOTrainer
-from fractal_rm.reward_training.config import FractalConfig
-from fractal_rm.reward_training.trainer import FractalTrainer
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
