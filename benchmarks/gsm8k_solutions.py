@@ -39,7 +39,7 @@ from fractal_rm.files import write_atomic
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.scorers.checkpoint import load_model, load_tokenizer, make_scorer
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPE = REPOSITORY / "recipes" / "gsm8k_solutions"
@@ -162,7 +162,7 @@ def train(arm: str, seed: int, runs_dir: Path, data_dir: Path) -> Path:
 def untrained(lm: Path, reduction: str) -> StepRewardModel:
     """The language model's own log-likelihood of a step as its score."""
     config = yaml.safe_load((RECIPE / "likelihood.yaml").read_text(encoding="utf-8"))
-    settings = Settings(
+    settings = FractalSettings(
         scorer="likelihood",
         aggregation="min",
         prompt_template=config["prompt_template"],

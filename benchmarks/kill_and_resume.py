@@ -37,7 +37,7 @@ from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.scorers.checkpoint import make_scorer
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.arithmetic.problems import Beliefs, make_problems
 
@@ -95,7 +95,7 @@ def ppo(folder: Path, steps: int) -> StepPPOTrainer:
     if not (policy / "config.json").is_file():  # the reference is loaded from where the policy comes from
         small(LlamaForCausalLM, 0).save_pretrained(policy)
         tokenizer.save_pretrained(policy)
-    settings = Settings(scorer="token")
+    settings = FractalSettings(scorer="token")
     judge = StepRewardModel(
         make_scorer(small(LlamaForTokenClassification, 1, num_labels=1), settings), tokenizer, settings
     )

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForTokenClassification
 
 from fractal_rm.scorers.checkpoint import make_scorer, save_scorer
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
 # Name, width and layers; parameters follow.
@@ -85,7 +85,7 @@ def save_models(folder: Path, size: str, *, dtype: torch.dtype = torch.float32, 
     torch.manual_seed(seed)
     model = LlamaForTokenClassification(config).to(dtype)
     model.model.load_state_dict(policy.model.state_dict())
-    settings = Settings(scorer="token")
+    settings = FractalSettings(scorer="token")
     save_scorer(folder / "reward_model", make_scorer(model, settings), tokenizer, settings)
     for parameter in model.score.parameters():
         nn.init.zeros_(parameter)

@@ -27,7 +27,7 @@ from fractal_rm.scorers.encoding import RenderedPrompt, prompt_text
 from fractal_rm.scorers.hub import CARD, upload
 from fractal_rm.scorers.inputs import Processor, make_inputs
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 logger = logging.getLogger(__name__)
 # A progress bar for fewer batches would flicker by.
@@ -83,7 +83,9 @@ class StepRewardModel:
         batch_size: Responses in a forward.
     """
 
-    def __init__(self, scorer: StepScorer, processor: Processor, settings: Settings, *, batch_size: int = 32) -> None:
+    def __init__(
+        self, scorer: StepScorer, processor: Processor, settings: FractalSettings, *, batch_size: int = 32
+    ) -> None:
         self.scorer, self.processor, self.settings, self.batch_size = scorer, processor, settings, batch_size
         self._inputs = make_inputs(processor, settings)
         self.card: str | None = None  # the model card of the folder that this model comes from
@@ -289,7 +291,7 @@ class StepRewardModel:
         return results
 
 
-def probabilities(logits: Tensor, mask: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def probabilities(logits: Tensor, mask: Tensor, settings: FractalSettings) -> tuple[Tensor, Tensor]:
     """Scores in [0, 1] from a scorer's logits.
 
     Args:

@@ -187,7 +187,7 @@ def test_whitened_tokens_have_mean_0_and_deviation_1(batch):
 def test_whitening_over_processes_is_whitening_of_their_rows_together(shift_mean, batch):
     x, _, mask = batch
     totals: list[torch.Tensor] = []
-    together = whiten(x, mask, shift_mean=shift_mean, add_up=lambda total: totals.append(total) or total)
+    together = whiten(x, mask, shift_mean=shift_mean, all_reduce=lambda total: totals.append(total) or total)
     parts: list[list[torch.Tensor]] = []
     for rows in (slice(0, 1), slice(1, None)):  # two processes, which learn of each other by sums only
         seen, known = [], iter(totals)
@@ -195,7 +195,7 @@ def test_whitening_over_processes_is_whitening_of_their_rows_together(shift_mean
             x[rows],
             mask[rows],
             shift_mean=shift_mean,
-            add_up=lambda total, seen=seen, known=known: (seen.append(total), next(known))[1],
+            all_reduce=lambda total, seen=seen, known=known: (seen.append(total), next(known))[1],
         )
         torch.testing.assert_close(apart, together[rows])
         parts.append(seen)

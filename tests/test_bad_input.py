@@ -22,7 +22,7 @@ from fractal_rm.cli.main import main
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.embedding import make_head
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.tasks.arithmetic.problems import make_problems
 
 GOOD = {"prompt": "1+1?\n", "completion": "1+1=2.", "label": 1}
@@ -456,7 +456,7 @@ def test_chats_for_a_reward_model_without_a_chat_template_are_refused_before_ppo
 
 def test_an_embedding_reward_model_needs_no_chat_template(tmp_path, models):
     encoder = SentenceEncoder(save_encoder(tmp_path))
-    settings = Settings(scorer="embedding")
+    settings = FractalSettings(scorer="embedding")
     reward_model = StepRewardModel(make_head(settings.head_type, encoder.size, 1), encoder, settings)
     check_chat_templates(str(models / "chat_policy"), [reward_model])
 

@@ -30,7 +30,7 @@ from transformers import (
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import load_model, load_scorer, load_tokenizer, make_scorer, save_scorer
-from fractal_rm.scorers.settings import FORMAT_VERSION, Settings
+from fractal_rm.scorers.settings import FORMAT_VERSION, FractalSettings
 
 PROMPT = "What is 3+4?\n"
 RESPONSE = "3+4=7.\nso 12.\n✓ done."
@@ -106,7 +106,7 @@ def test_a_saved_model_scores_as_before(tmp_path, scorer, family):
 
 
 def test_the_block_holds_every_setting(tmp_path):
-    settings = Settings(
+    settings = FractalSettings(
         scorer="token",
         aggregation="max",
         segmentation=Segmentation("separator", separator="##"),
@@ -175,7 +175,7 @@ def test_adapters_are_merged_into_what_is_saved(tmp_path, scorer, family):
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name:
             torch.nn.init.normal_(parameter)
-    settings = Settings(scorer=scorer, log_weight=-3.0, bias=2.0)
+    settings = FractalSettings(scorer=scorer, log_weight=-3.0, bias=2.0)
     tokenizer = byte_tokenizer(merges=True)
     live = StepRewardModel(make_scorer(model, settings).eval(), tokenizer, settings)
     before = live.score([PROMPT], [RESPONSE])[0]
@@ -355,7 +355,7 @@ def test_grades_that_the_head_does_not_have_are_refused(tmp_path):
     edit_config(tmp_path, lambda config: config["fractal"].update(num_grades=5))
     assert "cannot be loaded as an AutoModelForTokenClassification" in refusal(tmp_path)
     with pytest.raises(ValueError, match=r"The token scorer got a \w+ with 1 labels.*num_labels=3\)`"):
-        make_scorer(make_model("token", "llama"), Settings(scorer="token", num_grades=3, aggregation="max"))
+        make_scorer(make_model("token", "llama"), FractalSettings(scorer="token", num_grades=3, aggregation="max"))
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_grades_that_the_head_does_not_have_are_refused(tmp_path):
 )
 def test_settings_that_cannot_be_are_refused(settings, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        Settings(**settings)
+        FractalSettings(**settings)
 
 
 # Models to start from ----------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_settings_that_cannot_be_are_refused(settings, sentence):
 
 def test_a_causal_model_starts_a_token_scorer_with_a_new_head_only(tmp_path):
     make_model("likelihood", "llama").save_pretrained(tmp_path)
-    model, missing = load_model(tmp_path, Settings(scorer="token"))
+    model, missing = load_model(tmp_path, FractalSettings(scorer="token"))
     assert all(name.startswith("score.") for name in missing)
     assert model.config.num_labels == 1
 
@@ -389,13 +389,13 @@ def test_a_classifier_of_other_labels_is_named(tmp_path):
         ValueError,
         match=r"cannot be loaded as an AutoModelForTokenClassification for the token scorer \([^\n]+\)\. Give",
     ):
-        load_model(tmp_path, Settings(scorer="token"))
+        load_model(tmp_path, FractalSettings(scorer="token"))
 
 
 def test_a_language_model_without_its_head_is_named(tmp_path):
     make_model("likelihood", "llama").base_model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"1 weights are missing .*lm_head.weight.* Give a folder with all weights"):
-        load_model(tmp_path, Settings(scorer="likelihood"))
+        load_model(tmp_path, FractalSettings(scorer="likelihood"))
 
 
 def test_an_encoder_is_no_causal_language_model(tmp_path):
@@ -403,7 +403,7 @@ def test_an_encoder_is_no_causal_language_model(tmp_path):
         tmp_path
     )
     with pytest.raises(ValueError, match=r"for the likelihood scorer \(it is no causal language model\)\. Give"):
-        load_model(tmp_path, Settings(scorer="likelihood"))
+        load_model(tmp_path, FractalSettings(scorer="likelihood"))
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_of_text(tmp_path):

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fractal_rm.data.segmentation import Span, lines
 from fractal_rm.scorers.encoding import EncodedBag, encode, pad_encoded, prompt_text, special_affixes
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 TEXTS = st.text(alphabet="ab 12.=#\n✓é字", min_size=1, max_size=30)
 RESPONSES = TEXTS.filter(lambda text: text.strip())
@@ -24,7 +24,7 @@ SPACED = {"normalizer": spaced_tokenizer(normalizer=True), "pre_tokenizer": spac
 def encode_one(
     prompt: str, response: str, tokenizer: PreTrainedTokenizerFast, spans: list[Span] | None = None, **settings
 ) -> EncodedBag:
-    return encode([prompt], [response], [spans or lines(response)], tokenizer, Settings(**settings))[0]
+    return encode([prompt], [response], [spans or lines(response)], tokenizer, FractalSettings(**settings))[0]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -159,7 +159,7 @@ def test_the_prompt_template_is_filled_in_literally():
 def test_a_chat_goes_through_the_chat_template_and_gets_no_other_special_tokens():
     tokenizer = byte_tokenizer(bos=True, chat=True)
     chat = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1?"}]
-    bag = encode([chat], ["2"], [[(0, 1)]], tokenizer, Settings(prompt_template="not for chats {prompt}"))[0]
+    bag = encode([chat], ["2"], [[(0, 1)]], tokenizer, FractalSettings(prompt_template="not for chats {prompt}"))[0]
     assert tokenizer.decode(bag.input_ids) == "<system>Add.\n<user>1+1?\n<assistant>2"
 
 
@@ -175,13 +175,13 @@ def test_a_chat_without_a_chat_template_is_named():
 
 
 def test_no_rows_are_no_bags():
-    assert encode([], [], [], byte_tokenizer(), Settings()) == []
+    assert encode([], [], [], byte_tokenizer(), FractalSettings()) == []
 
 
 @given(st.lists(RESPONSES, min_size=1, max_size=4))
 def test_padding_is_marked_everywhere(responses):
     spans = [lines(response) for response in responses]
-    bags = encode(["?"] * len(responses), responses, spans, TOKENIZERS["merges"], Settings())
+    bags = encode(["?"] * len(responses), responses, spans, TOKENIZERS["merges"], FractalSettings())
     batch = pad_encoded(bags, pad_token_id=7)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["step_ids"].shape
     assert batch["mask"].shape == batch["step_ends"].shape

@@ -23,7 +23,7 @@ from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.data import to_bags
 from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.scorers.likelihood import LikelihoodScorer
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 KINDS = [("likelihood", "llama"), ("likelihood", "gpt2"), ("token", "llama"), ("token", "gpt2"), ("token", "bert")]
 
@@ -435,8 +435,10 @@ def test_stepwise_supervision_trains(tmp_path):
 def test_stepwise_rows_need_a_label_where_it_is_not_the_minimum_of_the_steps():
     rows = [{"prompt": "q", "completions": ["a", "b"], "labels": [0, 3]}]
     with pytest.raises(ValueError, match=r"rows, row 1: without `label` the response's label would be the minimum"):
-        to_bags(rows, Settings(scorer="token", aggregation="max", num_grades=4), source="rows")
-    (bag,) = to_bags([rows[0] | {"label": 3}], Settings(scorer="token", aggregation="max", num_grades=4), source="rows")
+        to_bags(rows, FractalSettings(scorer="token", aggregation="max", num_grades=4), source="rows")
+    (bag,) = to_bags(
+        [rows[0] | {"label": 3}], FractalSettings(scorer="token", aggregation="max", num_grades=4), source="rows"
+    )
     assert bag.label == 3
 
 

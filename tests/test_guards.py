@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.credit.guards import CEILING, LIMITS, NGRAM, Guards, Rollouts, agreement, measure_rollouts, repeated
+from fractal_rm.credit.guards import CEILING, LIMITS, NGRAM, GuardInputs, Guards, agreement, measure_rollouts, repeated
 
 BATCHES, HONEST_START, RESPONSES = 60, 10, 32
 
 
-def honest(batch: int, rng: random.Random) -> Rollouts:
+def honest(batch: int, rng: random.Random) -> GuardInputs:
     """A policy that learns: more right answers and so higher scores, a little longer, slowly away from its start."""
     progress = batch / BATCHES
     rows = []
@@ -28,7 +28,7 @@ def honest(batch: int, rng: random.Random) -> Rollouts:
         scores = [min(max(rng.gauss(0.9 if right else 0.6, 0.15), 0.0), 1.0) for _ in steps]
         ids = [rng.randint(0, 30) for step in steps for _ in step]
         rows.append((ids, rng.random() > 0.05, steps, scores, min(scores), float(right), 0.05 * progress * len(ids)))
-    return Rollouts(*map(list, zip(*rows, strict=True)))
+    return GuardInputs(*map(list, zip(*rows, strict=True)))
 
 
 def flatter(batch, rng):
@@ -213,7 +213,7 @@ def test_resumed_guards_raise_the_same_alarms(at):
 
 
 def test_a_batch_measured_by_hand():
-    rollouts = Rollouts(
+    rollouts = GuardInputs(
         token_ids=[[1, 2, 3, 4, 1, 2, 3, 4], [], [5, 6]],
         ended=[True, True, False],
         steps=[["a", "b ", "a"], [], ["c"]],
@@ -241,7 +241,7 @@ def test_a_batch_measured_by_hand():
 
 
 def test_a_batch_of_nothing_says_nothing():
-    nothing = Rollouts([[]], [True], [[]], [[]], [math.nan], [math.nan], [math.nan])
+    nothing = GuardInputs([[]], [True], [[]], [[]], [math.nan], [math.nan], [math.nan])
     measured = measure_rollouts(nothing)
     assert {name for name, value in measured.items() if not math.isnan(value)} == {"truncated", "empty"}
 
@@ -273,5 +273,5 @@ def test_repeated_items_are_those_seen_before(items):
 
 
 def test_a_response_shorter_than_an_ngram_repeats_nothing():
-    short = Rollouts([[7] * (NGRAM - 1)], [True], [["x"]], [[0.5]], [0.5], [1.0], [0.0])
+    short = GuardInputs([[7] * (NGRAM - 1)], [True], [["x"]], [[0.5]], [0.5], [1.0], [0.0])
     assert math.isnan(measure_rollouts(short)["repeated_ngrams"])

@@ -14,7 +14,7 @@ from support.step_ppo import RAGGED, Q, make, policy, replay, reward_model, roll
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from fractal_rm.hf import length_buckets as length_parts
-from fractal_rm.hf.length_buckets import LengthParts, may_be_sorted, step_logits_by_length
+from fractal_rm.hf.length_buckets import LengthBuckets, bucketed_step_logits, may_be_sorted
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 
@@ -43,7 +43,7 @@ def test_parts_hold_all_text_once_and_join_to_the_batch(made, most_rows, sort):
     mask, prompt_width = made
     length_parts._TOKENS["cpu"], usual = 4, length_parts._TOKENS["cpu"]
     try:
-        parts = LengthParts(mask, prompt_width, most_rows=most_rows, sort=sort)
+        parts = LengthBuckets(mask, prompt_width, most_rows=most_rows, sort=sort)
     finally:
         length_parts._TOKENS["cpu"] = usual
     texts = (torch.arange(mask.numel()).view_as(mask) + 1) * mask
@@ -61,18 +61,18 @@ def test_parts_hold_all_text_once_and_join_to_the_batch(made, most_rows, sort):
 def test_rows_of_like_length_are_read_together_without_the_padding_of_others(small_parts):
     lengths = torch.tensor([9, 1, 8, 2, 9, 1, 8, 2])
     mask = torch.arange(10) < 1 + lengths.unsqueeze(1)
-    parts = LengthParts(mask, 1).parts
+    parts = LengthBuckets(mask, 1).parts
     assert [part.rows.tolist() for part in parts] == [[1, 5], [3, 7], [2, 6], [0, 4]]
     assert [part.columns for part in parts] == [slice(0, 2), slice(0, 3), slice(0, 9), slice(0, 10)]
 
 
 def test_a_batch_is_left_whole_where_sorting_saves_nothing_or_parts_would_be_small(small_parts, monkeypatch):
     alike, ragged = torch.ones(8, 10), torch.arange(10) < torch.tensor([[10]] * 4 + [[2]] * 4)
-    assert len(LengthParts(alike, 1).parts) == 1
-    assert len(LengthParts(ragged, 1).parts) == 4
-    assert len(LengthParts(ragged, 1, sort=False).parts) == 1
+    assert len(LengthBuckets(alike, 1).parts) == 1
+    assert len(LengthBuckets(ragged, 1).parts) == 4
+    assert len(LengthBuckets(ragged, 1, sort=False).parts) == 1
     monkeypatch.setitem(length_parts._TOKENS, "cpu", 1024)
-    assert len(LengthParts(ragged, 1).parts) == 1
+    assert len(LengthBuckets(ragged, 1).parts) == 1
 
 
 def test_models_with_learned_positions_and_several_processes_read_a_batch_whole():
@@ -177,9 +177,9 @@ def test_a_scorer_says_of_parts_what_it_says_of_the_batch(small_parts, monkeypat
         lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     scored.scorer.eval()
-    parts = step_logits_by_length(scored.scorer, batch, accelerator)[batch["mask"]]
+    parts = bucketed_step_logits(scored.scorer, batch, accelerator)[batch["mask"]]
     assert scorer == "likelihood" or (len(shapes) == 4 and len({width for _, width in shapes}) > 1)
     monkeypatch.setitem(length_parts._TOKENS, "cpu", 1 << 30)
-    whole = step_logits_by_length(scored.scorer, batch, accelerator)[batch["mask"]]
+    whole = bucketed_step_logits(scored.scorer, batch, accelerator)[batch["mask"]]
     assert whole.std() > 1e-3
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)

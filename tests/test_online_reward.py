@@ -26,7 +26,7 @@ from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.scorers.embedding import make_head
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 # What is kept -------------------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ def token_model(**settings: Any) -> StepRewardModel:
 
 def embedding_model(folder: Path) -> StepRewardModel:
     encoder = SentenceEncoder(save_encoder(folder), cache_dir="")
-    return StepRewardModel(make_head("set", encoder.size, 1).eval(), encoder, Settings(scorer="embedding"))
+    return StepRewardModel(make_head("set", encoder.size, 1).eval(), encoder, FractalSettings(scorer="embedding"))
 
 
 @pytest.mark.parametrize("scorer", ["token", "likelihood", "embedding"])

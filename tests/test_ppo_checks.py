@@ -66,7 +66,7 @@ def half(steps: list[list[str]], **_: Any) -> list[list[float]]:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_trainer_is_not_made(tmp_path, monkeypatch, options, error, sentence):
-    monkeypatch.setattr("test_step_ppo_trainer.policy_tokenizer", lambda: None)
+    monkeypatch.setattr("support.step_ppo.policy_tokenizer", lambda: None)
     given = {"processing_class": byte_tokenizer(), "step_reward_funcs": half, "vllm_server_host": "127.0.0.1"}
     with pytest.raises(error, match=sentence) as caught:
         make(tmp_path, reward_model=[reward_model()], vllm_server_timeout=0.0, **given | options)

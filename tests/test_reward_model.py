@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import FractalReward, StepRewardModel, StepScores, probabilities
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 PROMPT = "What is 3+4?\n"
 RESPONSE = "3+4=7.\n  so 12.\n\n✓ done.\n"
@@ -50,7 +50,7 @@ def test_temperature_divides_the_logits():
 
 def test_grades_are_scored_as_shares_of_the_highest():
     """By enumeration of the grades of two steps."""
-    settings = Settings(scorer="token", num_grades=3, aggregation="max", temperature=2.0)
+    settings = FractalSettings(scorer="token", num_grades=3, aggregation="max", temperature=2.0)
     logits = torch.randn(1, 3, 3)
     steps, responses = probabilities(logits, torch.tensor([[True, True, False]]), settings)
     first, second = (logits[0, :2] / 2.0).softmax(dim=1).tolist()
@@ -62,7 +62,7 @@ def test_grades_are_scored_as_shares_of_the_highest():
 
 @pytest.mark.parametrize("sharpness", [1.0, 20.0])
 def test_the_sharpness_of_an_aggregation_is_that_of_the_settings(sharpness):
-    settings = Settings(scorer="token", aggregation="lse_min", sharpness=sharpness)
+    settings = FractalSettings(scorer="token", aggregation="lse_min", sharpness=sharpness)
     logits, mask = torch.tensor([[-1.0, 2.0, 0.5]]), torch.ones(1, 3, dtype=torch.bool)
     _, (found,) = probabilities(logits, mask, settings)
     mean = sum(math.exp(-sharpness * logit) for logit in (-1.0, 2.0, 0.5)) / 3

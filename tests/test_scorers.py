@@ -17,7 +17,7 @@ from fractal_rm.scorers import likelihood as likelihood_scorer
 from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.encoding import encode, pad_encoded
 from fractal_rm.scorers.likelihood import LikelihoodScorer
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.scorers.token import TokenScorer
 
 SCORERS = ("likelihood", "token")
@@ -324,9 +324,9 @@ def test_a_scorer_that_is_none_says_so():
 @pytest.mark.parametrize(("name", "value"), [("scorer", "window"), ("aggregation", "median"), ("reduction", "max")])
 def test_a_setting_that_does_not_exist_is_named(name, value):
     with pytest.raises(ValueError, match=rf"Unknown {name} '{value}'. Choose one of "):
-        Settings(**{name: value})
+        FractalSettings(**{name: value})
 
 
 def test_a_prompt_template_without_the_prompt_is_named():
     with pytest.raises(ValueError, match=r"without the place for the prompt. Write `{prompt}` in it"):
-        Settings(prompt_template="Q:")
+        FractalSettings(prompt_template="Q:")

@@ -70,7 +70,7 @@ from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.ppo.value_model import clipped_value_loss, explained_variance, make_value_model
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.likelihood import LikelihoodScorer
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.scorers.token import TokenScorer
 
 # Tests that hand completions to the trainer do it by `rollout_func`, which TRL calls experimental.
@@ -778,7 +778,7 @@ def test_a_value_model_made_from_the_reward_model_has_its_backbone_and_starts_at
         if kind == "adapted":
             model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
         scorer = TokenScorer(model)
-    settings = Settings(scorer="likelihood" if kind == "likelihood" else "token")
+    settings = FractalSettings(scorer="likelihood" if kind == "likelihood" else "token")
     scored_by = StepRewardModel(scorer, policy_tokenizer(), settings)
     before = weights(model)
     trainer = train(tmp_path, reward_model=scored_by, value_model="reward_model")

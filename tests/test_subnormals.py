@@ -8,7 +8,7 @@ from support.step_ppo import make as make_ppo
 from support.step_ppo import reward_model
 from transformers import TrainerCallback
 
-from fractal_rm.hf.denormals import flushed_subnormals
+from fractal_rm.hf.denormals import flush_denormals
 
 
 def tenth_of_the_least() -> float:
@@ -46,12 +46,12 @@ def test_subnormal_numbers_are_0_in_training_and_as_they_were_before_and_after(k
 
 
 def test_nothing_changes_where_training_is_not_on_a_cpu(kept):
-    with flushed_subnormals(torch.device("meta")):
+    with flush_denormals(torch.device("meta")):
         assert tenth_of_the_least() > 0
 
 
 def test_who_had_them_flushed_before_has_them_flushed_after(kept):
     torch.set_flush_denormal(True)
-    with flushed_subnormals(torch.device("cpu")):
+    with flush_denormals(torch.device("cpu")):
         assert tenth_of_the_least() == 0
     assert tenth_of_the_least() == 0

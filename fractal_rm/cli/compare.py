@@ -41,7 +41,7 @@ class CompareArguments:
         metadata={"help": "YAML file with the settings of each arm; None: `chosen.yaml` in `output_dir`."},
     )
     settings: list[str] | None = field(
-        default=None, metadata={"help": "Settings, the most important first; None: all of them."}
+        default=None, metadata={"help": "FractalSettings, the most important first; None: all of them."}
     )
     arms: list[str] | None = field(default=None, metadata={"help": "Arms; None: all of them."})
     seeds: int = field(default=10, metadata={"help": "Seeds of the core arms; the others have five at most."})

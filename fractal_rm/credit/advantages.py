@@ -128,7 +128,7 @@ def whiten(
     mask: Bool[Tensor, "B T"],
     *,
     shift_mean: bool = True,
-    add_up: Callable[[Tensor], Tensor] = _here,
+    all_reduce: Callable[[Tensor], Tensor] = _here,
 ) -> Float[Tensor, "B T"]:
     """Scale to standard deviation 1 over all real tokens of the batch, by default with mean 0.
 
@@ -136,7 +136,7 @@ def whiten(
         x: What to whiten. Values at masked positions are ignored.
         mask: True where a token is real.
         shift_mean: Remove the mean. False keeps it, as is usual for rewards.
-        add_up: Turns a sum over this process's rows into that over the rows of all, where several share a batch.
+        all_reduce: Turns a sum over this process's rows into that over the rows of all, where several share a batch.
 
     Returns:
         Whitened values, 0 at masked positions, in float32 or wider. A single real token has no spread: it becomes 0,
@@ -147,10 +147,10 @@ def whiten(
         tensor([[-0.7071,  0.7071,  0.0000]])
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~mask, 0.0)
-    count = add_up(mask.sum())
-    mean = add_up(x.sum()) / count.clamp(min=1)
+    count = all_reduce(mask.sum())
+    mean = all_reduce(x.sum()) / count.clamp(min=1)
     centred = (x - mean).masked_fill(~mask, 0.0)
-    variance = add_up(centred.square().sum()) / (count - 1).clamp(min=1)
+    variance = all_reduce(centred.square().sum()) / (count - 1).clamp(min=1)
     whitened = centred * torch.rsqrt(variance + WHITEN_EPSILON)
     return whitened if shift_mean else (whitened + mean).masked_fill(~mask, 0.0)
 
@@ -161,7 +161,7 @@ def global_advantages(
     *,
     gamma: float = 1.0,
     scale: bool = True,
-    add_up: Callable[[Tensor], Tensor] = _here,
+    all_reduce: Callable[[Tensor], Tensor] = _here,
 ) -> Float[Tensor, "B T"]:
     """Discounted rewards to go against their mean over all tokens of the batch: no value model, no groups.
 
@@ -170,7 +170,7 @@ def global_advantages(
         mask: True where the policy wrote the token.
         gamma: Discount per real token.
         scale: Divide by the standard deviation over the batch as well.
-        add_up: As for [`whiten`].
+        all_reduce: As for [`whiten`].
 
     Returns:
         Advantages, 0 at masked positions, in float32 or wider.
@@ -186,8 +186,8 @@ def global_advantages(
     """
     to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
     if scale:
-        return whiten(to_go, mask, add_up=add_up)
-    return (to_go - add_up(to_go.sum()) / add_up(mask.sum()).clamp(min=1)).masked_fill(~mask, 0.0)
+        return whiten(to_go, mask, all_reduce=all_reduce)
+    return (to_go - all_reduce(to_go.sum()) / all_reduce(mask.sum()).clamp(min=1)).masked_fill(~mask, 0.0)
 
 
 class _Step(NamedTuple):

@@ -23,7 +23,7 @@ SPREAD = 4.0
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class GuardInputs:
     """A rollout batch as the guards see it: one entry per response in every list.
 
     Attributes:
@@ -122,7 +122,7 @@ def repeated(items: Sequence[Any]) -> float:
     return 1.0 - len(set(items)) / len(items) if items else math.nan
 
 
-def measure_rollouts(rollouts: Rollouts) -> dict[str, float]:
+def measure_rollouts(rollouts: GuardInputs) -> dict[str, float]:
     """Measure everything that [`LIMITS`] watches, the mean outcome, and the plain share of steps at the ceiling.
 
     Args:

@@ -3,7 +3,7 @@
 from fractal_rm.scorers.encoding import special_affixes
 from fractal_rm.scorers.inputs import Processor
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 _HEADING = "## Without fractal-rm"
 
@@ -48,7 +48,7 @@ _LIKELIHOOD = """    members = []
 _GRADES = "return (logits.softmax(-1) @ torch.arange(logits.size(-1)).float() / (logits.size(-1) - 1)).tolist()"
 
 
-def without_this_package(settings: Settings, processor: Processor) -> str:
+def without_this_package(settings: FractalSettings, processor: Processor) -> str:
     """A section of a model card: code that gives the same step scores, or why there is none.
 
     Args:

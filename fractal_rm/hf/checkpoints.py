@@ -72,7 +72,7 @@ def find_checkpoint(wanted: Any, output_dir: str | Path | None) -> str | None:
     return str(wanted)
 
 
-def take_up(trainer: Any, checkpoint: str | None) -> TrainOutput | None:
+def finish_if_complete(trainer: Any, checkpoint: str | None) -> TrainOutput | None:
     """Load a checkpoint that was written after the last step: `Trainer.train` would make one step more.
 
     Args:

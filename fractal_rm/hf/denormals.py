@@ -7,7 +7,7 @@ import torch
 
 
 @contextmanager
-def flushed_subnormals(device: torch.device) -> Iterator[None]:
+def flush_denormals(device: torch.device) -> Iterator[None]:
     """Let the CPU take numbers below 1e-38 as 0 for a while.
 
     A policy that is sure of its tokens has gradients full of them: with small models half of the time of a backward

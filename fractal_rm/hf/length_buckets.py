@@ -51,7 +51,7 @@ class Part(NamedTuple):
         return [text[self.rows, self.columns] for text in texts]
 
 
-class LengthParts:
+class LengthBuckets:
     """A batch of padded texts in parts.
 
     Args:
@@ -65,7 +65,7 @@ class LengthParts:
 
     Example:
         >>> mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]])  # two columns of prompts
-        >>> parts = LengthParts(mask, 2)
+        >>> parts = LengthBuckets(mask, 2)
         >>> torch.equal(parts.join([piece for part in parts.parts for piece in part.of(mask)]), mask)
         True
     """
@@ -126,7 +126,7 @@ class LengthParts:
         return self.in_order(wide)
 
 
-def step_logits_by_length(scorer: Any, inputs: dict[str, Tensor], accelerator: Accelerator) -> Tensor:
+def bucketed_step_logits(scorer: Any, inputs: dict[str, Tensor], accelerator: Accelerator) -> Tensor:
     """A scorer's step logits (B, S, ...), computed part by part.
 
     Args:
@@ -137,7 +137,7 @@ def step_logits_by_length(scorer: Any, inputs: dict[str, Tensor], accelerator: A
     attention_mask = inputs.get("attention_mask")
     if attention_mask is None:  # embeddings
         return scorer(**inputs)
-    parts = LengthParts(attention_mask, 1, sort=accelerator.num_processes == 1)
+    parts = LengthBuckets(attention_mask, 1, sort=accelerator.num_processes == 1)
 
     def of(part: Part) -> dict[str, Tensor]:
         return {name: (part.of(x)[0] if name in _BY_TOKEN else x[part.rows]) for name, x in inputs.items()}
@@ -145,7 +145,7 @@ def step_logits_by_length(scorer: Any, inputs: dict[str, Tensor], accelerator: A
     return parts.in_order([scorer(**of(part)) for part in parts.parts])
 
 
-def log_probs_by_length(log_probs: Any, parts: LengthParts, model: Any, *texts: Tensor, **options: Any) -> Any:
+def bucketed_log_probs(log_probs: Any, parts: LengthBuckets, model: Any, *texts: Tensor, **options: Any) -> Any:
     """TRL's log-probabilities and entropies, computed part by part.
 
     Args:

@@ -10,7 +10,7 @@ from fractal_rm.evaluation.intervals import Estimate, Judgement, estimates
 from fractal_rm.evaluation.results import package_versions
 from fractal_rm.hf.card_code import without_this_package
 from fractal_rm.scorers.inputs import Processor
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 
 @dataclass
@@ -38,7 +38,7 @@ class RewardModelCard:
         self.metrics["evaluation"], self.judge = metrics, judge
         self.intervals.pop("evaluation", None)
 
-    def text(self, settings: Settings, processor: Processor) -> str:
+    def text(self, settings: FractalSettings, processor: Processor) -> str:
         """The card.
 
         Args:

@@ -32,7 +32,7 @@ def masks_of_all(mask: Tensor, accelerator: Accelerator) -> Tensor:
     return gathered.bool()
 
 
-def add_up(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
+def all_reduce(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
     """What turns a process's sum into that of all processes."""
 
     def summed(total: Tensor) -> Tensor:

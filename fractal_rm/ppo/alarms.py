@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fractal_rm.credit.guards import Alarm, Guards, Rollouts, measure_rollouts
+from fractal_rm.credit.guards import Alarm, GuardInputs, Guards, measure_rollouts
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.online.replay import mean_outcomes
 from fractal_rm.ppo.rewards import Rollout, StepRewards
-from fractal_rm.ppo.sources import DenseSource
+from fractal_rm.ppo.sources import StepRewardSource
 
 logger = logging.getLogger(__name__)
 # What a rollback multiplies `step_weight` by: the same weights and the same rewards would take the same way again.
@@ -33,9 +33,9 @@ def ending_ids(tokenizer: Any, model: Any) -> set[int]:
 def as_rollouts(
     rollout: Rollout,
     ends: set[int],
-    source: DenseSource | None,
+    source: StepRewardSource | None,
     weights: Tensor,
-) -> Rollouts:
+) -> GuardInputs:
     """A rollout as the guards see it.
 
     Args:
@@ -50,7 +50,7 @@ def as_rollouts(
     outcomes = mean_outcomes(rollout.rewards, checked)
     scored = source.scored if source is not None else None
     rated = scored if source is not None and source.gives_probabilities else None
-    return Rollouts(
+    return GuardInputs(
         token_ids=[[i for i in ids if i not in ends] for ids in completion_ids],
         ended=[not ids or ids[-1] in ends for ids in completion_ids],
         steps=[[step.text for step in row.steps] for row in scored] if scored else [[]] * count,
@@ -94,7 +94,7 @@ class AlarmActions(TrainerCallback):
     def _folder(self, step: int) -> Path:
         return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
-    def watch(self, rollouts: Rollouts, *, step: int) -> tuple[dict[str, float], list[Alarm]]:
+    def watch(self, rollouts: GuardInputs, *, step: int) -> tuple[dict[str, float], list[Alarm]]:
         """Measure a rollout, and say what has gone wrong: the same on every process."""
         measured = mean_over_processes(measure_rollouts(rollouts))
         alarms = self.guards.update(measured, step=step)

@@ -11,8 +11,8 @@ from fractal_rm.ppo.checks import check_reward_models, check_step_functions
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.sources import (
     AsyncStepFunctionReward,
-    DenseSource,
     StepFunctionReward,
+    StepRewardSource,
     StepScoreReward,
 )
 from fractal_rm.reward_model import StepRewardModel
@@ -30,7 +30,7 @@ def dense_sources(
     args: StepPPOConfig,
     train_dataset: Any,
     kwargs: dict,
-) -> list[DenseSource]:
+) -> list[StepRewardSource]:
     """The sources of step rewards of a trainer, checked, and shown to TRL.
 
     Args:
@@ -59,7 +59,7 @@ def dense_sources(
 
 def make_sources(
     reward_models: Sequence[StepRewardModel], functions: Sequence[Any], args: StepPPOConfig, taken: Sequence[str] = ()
-) -> list[DenseSource]:
+) -> list[StepRewardSource]:
     """Dense sources with their weights and names, the reward models first.
 
     Functions get steps as `step_segmentation` cuts them; without one, as the first reward model does, or by lines.
@@ -74,7 +74,7 @@ def make_sources(
         ValueError: If there are not as many weights as sources.
     """
     segmentation = args.function_segmentation or (reward_models[0].segmentation if reward_models else Segmentation())
-    sources: list[DenseSource] = [StepScoreReward(model, args.reward_model_batch_size) for model in reward_models]
+    sources: list[StepRewardSource] = [StepScoreReward(model, args.reward_model_batch_size) for model in reward_models]
     for function in functions:
         kind = AsyncStepFunctionReward if is_async_callable(function) else StepFunctionReward
         sources.append(kind(function, segmentation, bounded=args.shaping == "log_odds"))
@@ -93,7 +93,9 @@ def make_sources(
     return sources
 
 
-def add_to_outcomes(sources: Sequence[DenseSource], functions: list[Any], args: StepPPOConfig, kwargs: dict) -> None:
+def add_to_outcomes(
+    sources: Sequence[StepRewardSource], functions: list[Any], args: StepPPOConfig, kwargs: dict
+) -> None:
     """Show dense sources to TRL as more reward functions, of weight 0.
 
     Args:

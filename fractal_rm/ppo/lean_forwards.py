@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from fractal_rm.hf.length_buckets import LengthParts, log_probs_by_length, may_be_sorted
+from fractal_rm.hf.length_buckets import LengthBuckets, bucketed_log_probs, may_be_sorted
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.kept_forward import ROWS, KeptForward, updates_once
 from fractal_rm.ppo.value_learning import ValueLearning
@@ -66,13 +66,13 @@ class LeanForwards(GRPOTrainer):
         texts, parts = (input_ids, attention_mask), None
         if not any(value is not None and value is not False for value in others.values()):  # images, experts: TRL's way
             sort, prompt_width = may_be_sorted(model, self.accelerator), input_ids.size(1) - logits_to_keep
-            parts = LengthParts(attention_mask, prompt_width, most_rows=batch_size, sort=sort)
+            parts = LengthBuckets(attention_mask, prompt_width, most_rows=batch_size, sort=sort)
 
         def compute() -> Any:
             if parts is None:
                 options = others | {"batch_size": batch_size, "compute_entropy": compute_entropy}
                 return log_probs_of(model, *texts, logits_to_keep, **options)
-            return log_probs_by_length(log_probs_of, parts, model, *texts, compute_entropy=compute_entropy)
+            return bucketed_log_probs(log_probs_of, parts, model, *texts, compute_entropy=compute_entropy)
 
         if self.value_learning is None or self.value_learning.shared is None or not self.model.training:
             return compute()

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fractal_rm.files import write_atomic
-from fractal_rm.ppo.sources import DenseSource
+from fractal_rm.ppo.sources import StepRewardSource
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.report.viewer import write_viewer
 
@@ -87,7 +87,7 @@ def rollout_rows(trainer: StepPPOTrainer) -> list[dict[str, Any]]:
     rollout = trainer.last_rollout
     if rollout is None or rollout.scored is None:
         return []
-    outcomes = [i for i, function in enumerate(trainer.reward_funcs) if not isinstance(function, DenseSource)]
+    outcomes = [i for i, function in enumerate(trainer.reward_funcs) if not isinstance(function, StepRewardSource)]
     weights = trainer.reward_weights.tolist()
     rows = []
     for number, (prompt, scored, values) in enumerate(

@@ -18,9 +18,9 @@ from fractal_rm.credit.placement import (
     token_end_characters,
 )
 from fractal_rm.credit.shaping import limit_step_rewards, shape_step_scores
-from fractal_rm.hf.processes import add_up, masks_of_all, rows_of_all
+from fractal_rm.hf.processes import all_reduce, masks_of_all, rows_of_all
 from fractal_rm.ppo.config import StepPPOConfig
-from fractal_rm.ppo.sources import DenseSource
+from fractal_rm.ppo.sources import StepRewardSource
 from fractal_rm.reward_model import StepScores
 
 
@@ -106,7 +106,9 @@ class StepRewards:
         scale: What rollbacks have left of `step_weight`.
     """
 
-    def __init__(self, args: StepPPOConfig, sources: Sequence[DenseSource], log: Callable[[str, float], None]) -> None:
+    def __init__(
+        self, args: StepPPOConfig, sources: Sequence[StepRewardSource], log: Callable[[str, float], None]
+    ) -> None:
         self.args, self.sources, self.log = args, sources, log
         self.ending_ids: set[int] = set()
         self.scale = 1.0
@@ -296,4 +298,4 @@ def whiten_rewards(rewards: Tensor, mask: Tensor, args: StepPPOConfig, accelerat
     """Token rewards (B, T), whitened over the batch of all processes where the configuration wants it."""
     if not args.whiten_rewards:
         return rewards
-    return whiten(rewards, mask, shift_mean=False, add_up=add_up(accelerator))
+    return whiten(rewards, mask, shift_mean=False, all_reduce=all_reduce(accelerator))

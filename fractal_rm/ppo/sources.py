@@ -13,7 +13,7 @@ from fractal_rm.ppo.finite_rewards import completion_in_words
 from fractal_rm.reward_model import Step, StepRewardModel, StepScores
 
 
-class DenseSource:
+class StepRewardSource:
     """Something that scores steps, seen by TRL as one more reward function.
 
     TRL logs what it returns, one number a completion, as `rewards/<name>`. Its weight among TRL's outcome rewards is 0:
@@ -44,7 +44,7 @@ class DenseSource:
         return [completion_text(ids, self.tokenizer) for ids in completion_ids]
 
 
-class StepScoreReward(DenseSource):
+class StepScoreReward(StepRewardSource):
     """A reward model. Its number for a completion is P(response is good).
 
     Args:
@@ -100,7 +100,7 @@ def step_lines(scored: StepScores) -> str:
     return f"not scored: {scored.error}" if scored.error else "\n".join(lines)
 
 
-class StepFunctionReward(DenseSource):
+class StepFunctionReward(StepRewardSource):
     """A function of one's own. Its number for a completion is the mean score of its steps.
 
     It is called with TRL's arguments (`prompts`, `completions`, `completion_ids`, the data set's other columns) and

@@ -22,11 +22,11 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fractal_rm.credit.advantages import global_advantages
-from fractal_rm.hf.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
-from fractal_rm.hf.denormals import flushed_subnormals
+from fractal_rm.hf.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, finish_if_complete
+from fractal_rm.hf.denormals import flush_denormals
 from fractal_rm.hf.finite_logs import FiniteLogs
 from fractal_rm.hf.parallelism import check_online_training, check_separate_value_model, check_whole_model
-from fractal_rm.hf.processes import add_up, share_metrics
+from fractal_rm.hf.processes import all_reduce, share_metrics
 from fractal_rm.ppo.alarms import AlarmActions, as_rollouts, ending_ids
 from fractal_rm.ppo.checks import check_setup
 from fractal_rm.ppo.config import StepPPOConfig
@@ -39,7 +39,7 @@ from fractal_rm.ppo.lean_forwards import LeanForwards
 from fractal_rm.ppo.online.online_reward import OnlineReward, check_online_arguments
 from fractal_rm.ppo.rewards import Rollout, ShapedSteps, StepRewards, whiten_rewards
 from fractal_rm.ppo.shared_backbone import SharedBackbone, make_value_head
-from fractal_rm.ppo.sources import DenseSource, StepScoreReward
+from fractal_rm.ppo.sources import StepRewardSource, StepScoreReward
 from fractal_rm.ppo.value_learning import ValueLearning, check_value_arguments
 from fractal_rm.ppo.value_model import ValueGradients, make_value_model
 from fractal_rm.reward_model import StepRewardModel
@@ -156,7 +156,7 @@ class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
             check_whole_model(self, scoring.scorer, "the reward model")
         for source in self.sources:
             source.prepare(self._tokenizer, self.accelerator.device)
-        self._is_outcome = torch.tensor([not isinstance(function, DenseSource) for function in self.reward_funcs])
+        self._is_outcome = torch.tensor([not isinstance(function, StepRewardSource) for function in self.reward_funcs])
         self.online_reward: OnlineReward | None = None
         if args.rm_update_every:
             check_online_training(self)
@@ -255,7 +255,7 @@ class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
             mask,
             gamma=self.args.gamma,
             scale=self.args.whiten_advantages,
-            add_up=add_up(self.accelerator),
+            all_reduce=all_reduce(self.accelerator),
         )
         return {"advantages": advantages}
 
@@ -351,8 +351,8 @@ class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint and self.is_deepspeed_enabled:  # it loads weights its own way, and nothing else
             self._load_state(Path(checkpoint))
-        with flushed_subnormals(self.accelerator.device):
-            return take_up(self, checkpoint) or super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        with flush_denormals(self.accelerator.device):
+            return finish_if_complete(self, checkpoint) or super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _stateful(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and optimizer: running statistics, the KL coefficient, the guards."""

@@ -11,8 +11,8 @@ from safetensors.torch import load_model as load_weights
 from torch import Tensor, nn
 
 from fractal_rm.credit.advantages import gae, step_lambdas, whiten
-from fractal_rm.hf.length_buckets import LengthParts, may_be_sorted
-from fractal_rm.hf.processes import add_up
+from fractal_rm.hf.length_buckets import LengthBuckets, may_be_sorted
+from fractal_rm.hf.processes import all_reduce
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.kept_forward import ROWS, KeptForward, updates_once
 from fractal_rm.ppo.rewards import TokenRewards, whiten_rewards
@@ -87,7 +87,7 @@ class ValueLearning:
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         sort = may_be_sorted(self.model if self.shared is None else self.shared.policy, self.accelerator)
-        parts = LengthParts(attention_mask, inputs["prompt_ids"].size(1), most_rows=most_rows, sort=sort)
+        parts = LengthBuckets(attention_mask, inputs["prompt_ids"].size(1), most_rows=most_rows, sort=sort)
         values = parts.join([self._forward(*part.of(input_ids, attention_mask)) for part in parts.parts])
         return _before_completion_tokens(values, inputs)
 
@@ -131,7 +131,7 @@ class ValueLearning:
         self.log("value/mean", values[mask].mean().item())
         advantages = advantages + beside
         if args.whiten_advantages:
-            advantages = whiten(advantages, mask, add_up=add_up(self.accelerator))
+            advantages = whiten(advantages, mask, all_reduce=all_reduce(self.accelerator))
         # The value loss is a mean over the tokens of a rollout batch, as the loss of TRL's default `loss_type` is.
         tokens = self.accelerator.reduce(mask.sum().float(), reduction="mean")
         kept = {"values": values, "returns": returns, "value_mask": mask, "value_tokens": tokens}

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.model_setup import add_adapter
 from fractal_rm.scorers.checkpoint import head_module
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 
 def make_value_model(
@@ -65,7 +65,7 @@ def make_value_model(
         raise ValueError(f"The value model has {labels} labels. Give one with `num_labels=1`.")
     value_model.config.use_cache = False  # whole texts only: keys and values of the past would be kept for nothing
     if peft_config is not None:
-        value_model = add_adapter(value_model, peft_config, Settings(scorer="token"))
+        value_model = add_adapter(value_model, peft_config, FractalSettings(scorer="token"))
         if copied_from is not None:
             _share_frozen_weights(value_model.get_base_model(), copied_from)
     return value_model.eval()
@@ -98,7 +98,7 @@ def _with_new_head(source: Any) -> PreTrainedModel:
     # A fresh PEFT adapter changes nothing yet, so the weights under it are the policy's.
     weights = {_without_peft(name): value for name, value in source.base_model.state_dict().items()}
     model.base_model.load_state_dict({name: weights[name] for name in model.base_model.state_dict() if name in weights})
-    for parameter in head_module(model, Settings(scorer="token")).parameters():
+    for parameter in head_module(model, FractalSettings(scorer="token")).parameters():
         nn.init.zeros_(parameter)
     return model
 

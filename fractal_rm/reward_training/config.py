@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.objectives.aggregation import Aggregation, meaning
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 _WEIGHTS = (
     "bag_weight",
@@ -242,9 +242,9 @@ class FractalConfig(TrainingArguments):
             raise ValueError(f"`max_length` is {self.max_length} tokens, too few for a prompt and a step. Raise it.")
         self.settings()  # raises its own sentences
 
-    def settings(self) -> Settings:
+    def settings(self) -> FractalSettings:
         """What the checkpoint will remember of this configuration."""
-        return Settings(
+        return FractalSettings(
             scorer=self.scorer,
             aggregation=self.aggregation,
             sharpness=self.sharpness,

@@ -15,13 +15,13 @@ from fractal_rm.data.readers import read_bags
 from fractal_rm.evaluation.metrics import GOOD
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.scorers.inputs import BagInputs
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 logger = logging.getLogger(__name__)
 Records = Sequence[Bag] | Iterable[Mapping[str, Any]]
 
 
-def to_bags(records: Records, settings: Settings, *, source: str) -> list[Bag]:
+def to_bags(records: Records, settings: FractalSettings, *, source: str) -> list[Bag]:
     """Bags from TRL's formats or this package's schema; bags pass through.
 
     Args:
@@ -94,7 +94,7 @@ def describe_labels(bags: Sequence[Bag], args: Any) -> str:
     return f"{told}; {gold}"
 
 
-def joins_without_a_gap(bags: Sequence[Bag], settings: Settings) -> bool:
+def joins_without_a_gap(bags: Sequence[Bag], settings: FractalSettings) -> bool:
     """Whether text prompts run into their responses without any white space between them."""
     if settings.prompt_template != "{prompt}":
         return False
@@ -127,7 +127,7 @@ class BagDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, bags: Sequence[Bag], inputs: BagInputs, settings: Settings, *, source: str, reads_gold: bool = True
+        self, bags: Sequence[Bag], inputs: BagInputs, settings: FractalSettings, *, source: str, reads_gold: bool = True
     ) -> None:
         unlabelled = next((number for number, bag in enumerate(bags, 1) if bag.label is None), None)
         if unlabelled is not None:

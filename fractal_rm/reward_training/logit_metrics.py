@@ -11,7 +11,7 @@ from fractal_rm.evaluation import metrics
 from fractal_rm.evaluation.intervals import Judgement, Statistic, auc_of, mean_of
 from fractal_rm.evaluation.reliability import ece_of
 from fractal_rm.reward_model import probabilities
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 
 def by_item(values: Tensor, chosen: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def _by_row(laid: np.ndarray) -> np.ndarray:
     return rows.reshape(-1, *rows.shape[2:])
 
 
-def _scores(logits: list[np.ndarray], settings: Settings) -> tuple[list[np.ndarray], np.ndarray]:
+def _scores(logits: list[np.ndarray], settings: FractalSettings) -> tuple[list[np.ndarray], np.ndarray]:
     """Scores of the steps of each bag, and of the bags (B,)."""
     found = [
         probabilities(torch.tensor(row)[None], torch.ones(1, len(row), dtype=torch.bool), settings) for row in logits
@@ -82,7 +82,7 @@ def _scores(logits: list[np.ndarray], settings: Settings) -> tuple[list[np.ndarr
 
 
 def judge_logits(
-    logits: list[np.ndarray], bag_labels: np.ndarray, step_labels: list[np.ndarray], settings: Settings
+    logits: list[np.ndarray], bag_labels: np.ndarray, step_labels: list[np.ndarray], settings: FractalSettings
 ) -> Judgement:
     """The metrics of [`evaluate_logits`] that have an interval, as statistics; the arguments are the same."""
     highest = (settings.num_grades or 2) - 1
@@ -103,7 +103,7 @@ def evaluate_logits(
     logits: list[np.ndarray],
     bag_labels: np.ndarray,
     step_labels: list[np.ndarray],
-    settings: Settings,
+    settings: FractalSettings,
     *,
     chosen: np.ndarray | None = None,
 ) -> dict[str, float]:

@@ -22,13 +22,13 @@ from fractal_rm.scorers.checkpoint import (
 from fractal_rm.scorers.embedding import make_head
 from fractal_rm.scorers.inputs import Processor
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 
 def make_trainable(
     model: str | Path | PreTrainedModel | SentenceEncoder,
     args: FractalConfig,
-    settings: Settings,
+    settings: FractalSettings,
     tokenizer: PreTrainedTokenizerBase | None,
     peft_config: Any | None,
 ) -> tuple[StepScorer, Processor]:
@@ -108,7 +108,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def add_adapter(model: PreTrainedModel, peft_config: Any, settings: Settings) -> nn.Module:
+def add_adapter(model: PreTrainedModel, peft_config: Any, settings: FractalSettings) -> nn.Module:
     """A PEFT model that trains adapters, and the classification head where there is one.
 
     Args:

@@ -15,7 +15,7 @@ from fractal_rm.scorers.checkpoint import load_model, load_tokenizer, longest_in
 from fractal_rm.scorers.embedding import EmbeddedBag, EmbeddingInputs
 from fractal_rm.scorers.inputs import TokenInputs
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 _BATCH_SIZE = 32
 
@@ -94,7 +94,7 @@ def _likelihoods(bags: Sequence[Bag], args: FractalConfig, model: Any) -> list[T
 @torch.no_grad()
 def _mean_log_probs(bags: Sequence[Bag], args: FractalConfig, path: str | Path) -> list[Tensor]:
     """Mean log-probability of each step's tokens (S,) under a language model; NaN beyond what it can read."""
-    settings = Settings(scorer="likelihood", reduction="mean", prompt_template=args.prompt_template)
+    settings = FractalSettings(scorer="likelihood", reduction="mean", prompt_template=args.prompt_template)
     language_model, _ = load_model(path, settings, dtype=torch.float32)
     tokenizer = load_tokenizer(path)
     settings.max_length = longest_input(language_model, tokenizer)

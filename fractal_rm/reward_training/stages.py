@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerState, set_seed
 
-from fractal_rm.hf.checkpoints import STATE, last_checkpoint, take_up, train_output
+from fractal_rm.hf.checkpoints import STATE, finish_if_complete, last_checkpoint, train_output
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.objectives.grades import expected_grades, ordinal_pseudo_labels
 from fractal_rm.objectives.preferences import preference_pseudo_labels
@@ -132,7 +132,7 @@ def _train(
     set_seed(args.seed)
     trainer.optimizer = trainer.lr_scheduler = None
     try:
-        result = take_up(trainer, checkpoint) or trainer.train_stage(stage, checkpoint, **kwargs)
+        result = finish_if_complete(trainer, checkpoint) or trainer.train_stage(stage, checkpoint, **kwargs)
     finally:
         args.output_dir = output
     logits = torch.cat([row.flatten() for row in trainer.step_logits(trainer.data)]).cpu()

@@ -21,10 +21,10 @@ from transformers import (
 
 from fractal_rm.data.bag import Bag, check_labels
 from fractal_rm.files import write_atomic
-from fractal_rm.hf.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, take_up
-from fractal_rm.hf.denormals import flushed_subnormals
+from fractal_rm.hf.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, finish_if_complete
+from fractal_rm.hf.denormals import flush_denormals
 from fractal_rm.hf.finite_logs import FiniteLogs
-from fractal_rm.hf.length_buckets import step_logits_by_length
+from fractal_rm.hf.length_buckets import bucketed_step_logits
 from fractal_rm.hf.model_card import RewardModelCard
 from fractal_rm.hf.parallelism import check_unsharded
 from fractal_rm.hf.processes import logged_means, mean_terms
@@ -197,11 +197,11 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
                     f"`resume_from_checkpoint` is {resume_from_checkpoint}, and there are {len(stages)} stages, "
                     "each with checkpoints of its own. Give true: it goes on where it was."
                 )
-            with flushed_subnormals(self.accelerator.device):
+            with flush_denormals(self.accelerator.device):
                 return train_in_stages(self, resume=bool(resume_from_checkpoint), **kwargs)
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        with flushed_subnormals(self.accelerator.device):
-            return take_up(self, checkpoint) or self.train_stage(stages[0], checkpoint, **kwargs)
+        with flush_denormals(self.accelerator.device):
+            return finish_if_complete(self, checkpoint) or self.train_stage(stages[0], checkpoint, **kwargs)
 
     def train_stage(self, stage: Stage, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train one stage from the weights of now; the likelihood scorer's weight and bias are fitted at the start."""
@@ -268,7 +268,7 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         Evaluation knows no priors and no pseudo-labels: its loss is that of the labels of its data.
         """
         texts = {name: inputs[name] for name in self.scorer.inputs}
-        logits = step_logits_by_length(model, texts, self.accelerator)
+        logits = bucketed_step_logits(model, texts, self.accelerator)
         progress = self.state.global_step / max(self.state.max_steps, 1)
         weights = term_weights(self.args, self._stage if model.training else "joint", progress)
         terms = loss_terms(logits, inputs, set(weights), self.args, base_rate=self._base_rate)

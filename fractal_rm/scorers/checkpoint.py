@@ -38,7 +38,7 @@ from fractal_rm.scorers.embedding import EmbeddingScorer, make_head
 from fractal_rm.scorers.inputs import Processor
 from fractal_rm.scorers.likelihood import LikelihoodScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.scorers.settings import Settings, tokenizer_fingerprint
+from fractal_rm.scorers.settings import FractalSettings, tokenizer_fingerprint
 from fractal_rm.scorers.token import TokenScorer
 
 # Where the head of an embedding scorer is, in the folder of its encoder.
@@ -95,7 +95,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(number)
 
 
-def load_model(path: str | Path, settings: Settings, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
+def load_model(path: str | Path, settings: FractalSettings, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
     """The backbone that the scorer needs.
 
     Args:
@@ -149,14 +149,14 @@ def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return min(known, default=None)
 
 
-def make_scorer(model: nn.Module, settings: Settings) -> StepScorer:
+def make_scorer(model: nn.Module, settings: FractalSettings) -> StepScorer:
     """Wrap a transformers (or PEFT) model as the scorer that the settings name."""
     if settings.scorer == "token":
         return TokenScorer(model, num_grades=settings.num_grades)
     return LikelihoodScorer(model, reduction=settings.reduction, log_weight=settings.log_weight, bias=settings.bias)
 
 
-def head_module(model: nn.Module, settings: Settings) -> nn.Module:
+def head_module(model: nn.Module, settings: FractalSettings) -> nn.Module:
     """What turns hidden states into scores: the classification head, or the output embeddings."""
     if settings.scorer == "likelihood":
         language_model: Any = model
@@ -169,7 +169,7 @@ def head_module(model: nn.Module, settings: Settings) -> nn.Module:
     return [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == outputs][-1]
 
 
-def head_parameters(scorer: StepScorer, settings: Settings) -> list[nn.Parameter]:
+def head_parameters(scorer: StepScorer, settings: FractalSettings) -> list[nn.Parameter]:
     """Trainable parameters that start from nothing: weight and bias of the log-likelihood, or the whole head."""
     if isinstance(scorer, LikelihoodScorer):
         return [scorer.log_weight, scorer.bias]
@@ -178,7 +178,7 @@ def head_parameters(scorer: StepScorer, settings: Settings) -> list[nn.Parameter
     return [parameter for parameter in head_module(scorer.base, settings).parameters() if parameter.requires_grad]
 
 
-def _head_sample(model: nn.Module, settings: Settings) -> list[float]:
+def _head_sample(model: nn.Module, settings: FractalSettings) -> list[float]:
     """Weights of the head, evenly spaced over all of them."""
     weights = next(head_module(model, settings).parameters()).detach().flatten()
     count = min(_HEAD_SAMPLE, len(weights))
@@ -213,7 +213,9 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_scorer(path: str | Path, scorer: StepScorer, processor: Processor, settings: Settings) -> Settings:
+def save_scorer(
+    path: str | Path, scorer: StepScorer, processor: Processor, settings: FractalSettings
+) -> FractalSettings:
     """Write model, tokenizer and the `fractal` block; PEFT adapters are merged into a copy first.
 
     The folder of an embedding scorer is that of its sentence encoder, with the head in a file beside it.
@@ -256,7 +258,9 @@ def _fingerprint(processor: Processor) -> str:
     return processor.fingerprint if isinstance(processor, SentenceEncoder) else tokenizer_fingerprint(processor)
 
 
-def load_scorer(path: str | Path, *, device: Any = None, **kwargs: Any) -> tuple[StepScorer, Processor, Settings]:
+def load_scorer(
+    path: str | Path, *, device: Any = None, **kwargs: Any
+) -> tuple[StepScorer, Processor, FractalSettings]:
     """Read a checkpoint and check that it is whole: block, tokenizer and head.
 
     Args:
@@ -286,7 +290,7 @@ def load_scorer(path: str | Path, *, device: Any = None, **kwargs: Any) -> tuple
             f"{path} is a model but no step reward model: its config.json has no `fractal` block. "
             "Train it with FractalTrainer first."
         )
-    settings = Settings.from_dict(block, where=str(path))
+    settings = FractalSettings.from_dict(block, where=str(path))
     if settings.scorer == "embedding":
         return *_load_embedding_scorer(path, settings, device, hub), settings
     tokenizer = load_tokenizer(path, **hub)
@@ -310,7 +314,7 @@ def load_scorer(path: str | Path, *, device: Any = None, **kwargs: Any) -> tuple
 
 
 def _load_embedding_scorer(
-    path: str | Path, settings: Settings, device: Any, hub: dict[str, Any]
+    path: str | Path, settings: FractalSettings, device: Any, hub: dict[str, Any]
 ) -> tuple[EmbeddingScorer, SentenceEncoder]:
     """The head and the encoder of a folder, or of a hub id."""
     # Responses of a policy never come again: a cache would only grow.
@@ -337,7 +341,7 @@ def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in _HUB if name in kwargs}
 
 
-def _check_head(path: str | Path, model: nn.Module, settings: Settings) -> None:
+def _check_head(path: str | Path, model: nn.Module, settings: FractalSettings) -> None:
     if settings.head is not None and not _same_head(_head_sample(model, settings), settings.head):
         raise ValueError(
             f"{path}: the scoring head is not the one that was trained. "

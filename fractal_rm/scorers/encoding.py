@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.data.bag import Prompt
 from fractal_rm.data.segmentation import Span
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 
 class RenderedPrompt(str):
@@ -143,7 +143,7 @@ def encode(
     responses: Sequence[str],
     spans: Sequence[Sequence[Span]],
     tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
+    settings: FractalSettings,
 ) -> list[EncodedBag]:
     """Tokenize prompts with responses, keeping track of steps.
 
@@ -173,7 +173,7 @@ def _encode_some(
     responses: Sequence[str],
     spans: Sequence[Sequence[Span]],
     tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
+    settings: FractalSettings,
 ) -> list[EncodedBag]:
     texts = [prompt_text(prompt, tokenizer, settings.prompt_template) for prompt in prompts]
     # From the end of the step before to the end of the step.

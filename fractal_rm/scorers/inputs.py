@@ -12,7 +12,7 @@ from fractal_rm.data.segmentation import Span
 from fractal_rm.scorers.embedding import EmbeddingInputs
 from fractal_rm.scorers.encoding import EncodedBag, encode, pad_encoded
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 # What turns text into a scorer's input: its tokenizer, or its frozen encoder.
 Processor = PreTrainedTokenizerBase | SentenceEncoder
@@ -40,7 +40,7 @@ class TokenInputs:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    settings: Settings
+    settings: FractalSettings
 
     def encode(
         self, prompts: Sequence[Prompt], responses: Sequence[str], spans: Sequence[Sequence[Span]]
@@ -54,7 +54,7 @@ class TokenInputs:
         return pad_encoded(bags, int(number))
 
 
-def make_inputs(processor: Processor, settings: Settings) -> BagInputs:
+def make_inputs(processor: Processor, settings: FractalSettings) -> BagInputs:
     """The inputs of the scorer that a tokenizer or an encoder belongs to."""
     if isinstance(processor, SentenceEncoder):
         return EmbeddingInputs(processor)

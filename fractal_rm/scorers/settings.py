@@ -34,7 +34,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @dataclass
-class Settings:
+class FractalSettings:
     """The `fractal` block: how text becomes tokens, and how logits become scores.
 
     Args:
@@ -116,7 +116,7 @@ class Settings:
         return asdict(self) | {"segmentation": self.segmentation.to_dict()}
 
     @classmethod
-    def from_dict(cls, block: Mapping[str, Any], *, where: str) -> "Settings":
+    def from_dict(cls, block: Mapping[str, Any], *, where: str) -> "FractalSettings":
         """Read a block, refusing versions and keys that this package does not know.
 
         Args:

@@ -22,8 +22,8 @@ class Claim:
 
     Args:
         text: What is claimed.
-        holds: Settings where it holds.
-        known: Settings whose rows decide it.
+        holds: FractalSettings where it holds.
+        known: FractalSettings whose rows decide it.
         asked: On how many it should hold.
         undecided: How many settings have too few seeds.
         learning: Those of the known settings on which outcome-only learns something.

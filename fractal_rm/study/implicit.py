@@ -17,7 +17,7 @@ from fractal_rm.data.bag import Bag
 from fractal_rm.reward_model import Step, StepScores
 from fractal_rm.scorers.checkpoint import load_model, load_tokenizer, make_scorer
 from fractal_rm.scorers.inputs import TokenInputs
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 # Responses that are scored at once.
 SCORED_AT_ONCE = 64
@@ -35,7 +35,7 @@ class ImplicitReward:
 
     def __init__(self, path: Path, beta: float, seed: int, *, trained: Path | None = None) -> None:
         torch.manual_seed(seed)
-        self.settings = Settings(scorer="likelihood", reduction="sum")
+        self.settings = FractalSettings(scorer="likelihood", reduction="sum")
         self.inputs = TokenInputs(load_tokenizer(path), self.settings)
         models = [load_model(path, self.settings, dtype=torch.float32)[0] for path in (trained or path, path)]
         # Weight 1 and offset 0: the log-likelihood itself.

@@ -8,7 +8,7 @@ from torch import nn
 
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import Step, StepRewardModel, StepScores
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.tasks.arithmetic.variants import read_problem
 
 # Prompt and the texts of the steps -> a score in [0, 1] for each step.
@@ -23,7 +23,7 @@ class ScriptedRewardModel(StepRewardModel):
     """
 
     def __init__(self, rule: Rule) -> None:
-        self.rule, self.settings, self.processor = rule, Settings(segmentation=Segmentation("lines")), None
+        self.rule, self.settings, self.processor = rule, FractalSettings(segmentation=Segmentation("lines")), None
         self.scorer: Any = nn.Identity()
 
     @property

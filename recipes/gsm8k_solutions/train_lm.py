@@ -32,7 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from fractal_rm.data.readers import read_jsonl
 from fractal_rm.data.segmentation import lines
 from fractal_rm.scorers.encoding import encode
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 # Sources of the text: worked solutions that share no problem with the data that the recipe is judged on. Left out are
 # asdiv, svamp and mawps_* (answers without steps), prm800k_steps (holds wrong steps), prmbench_correct (shares problems
@@ -127,7 +127,7 @@ def pack(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -
         [answer for _, answer in texts],
         [lines(answer) for _, answer in texts],
         tokenizer,
-        Settings(prompt_template=TEMPLATE),
+        FractalSettings(prompt_template=TEMPLATE),
     )
     ids = torch.tensor([token for text in encoded for token in [*text.input_ids, tokenizer.eos_token_id]])
     rows = len(ids) // BLOCK

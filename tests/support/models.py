@@ -21,7 +21,7 @@ from transformers import (
 
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import make_scorer
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 
 CAUSAL_FAMILIES = ("llama", "gpt2", "qwen2")
 VOCABULARY = 512
@@ -144,7 +144,7 @@ def reward_model(
     tokenizer = tokenizer or (wordpiece_tokenizer() if family == "bert" else byte_tokenizer(merges=True))
     if scorer == "likelihood":
         settings = {"log_weight": -3.0, "bias": 2.0} | settings
-    fractal = Settings(scorer=scorer, **settings)  # type: ignore[arg-type]
+    fractal = FractalSettings(scorer=scorer, **settings)  # type: ignore[arg-type]
     model = make_model(scorer, family, **model_options or {})
     return StepRewardModel(make_scorer(model, fractal).eval(), tokenizer, fractal)
 

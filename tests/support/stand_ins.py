@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification, PreTrainedTokenizerFast
 
 from fractal_rm.scorers.checkpoint import make_scorer, save_scorer
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 from support.models import config, wordpiece_tokenizer
 
 CHAT_TEMPLATE = (
@@ -59,7 +59,7 @@ def save_policy(folder: Path, *, chat: bool = False) -> str:
 
 def save_reward_model(folder: Path, *, chat: bool = False, **settings: Any) -> str:
     """A step reward model that knows nothing."""
-    tokenizer, fractal = byte_tokenizer(chat=chat), Settings(**settings)
+    tokenizer, fractal = byte_tokenizer(chat=chat), FractalSettings(**settings)
     torch.manual_seed(1)
     kind = LlamaForCausalLM if fractal.scorer == "likelihood" else LlamaForTokenClassification
     save_scorer(folder, make_scorer(kind(tiny_config(tokenizer)), fractal), tokenizer, fractal)

@@ -19,7 +19,7 @@ from transformers import (
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.scorers.settings import Settings
+from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.scorers.token import TokenScorer
 from support.stand_ins import CHAT_TEMPLATE, byte_tokenizer
 
@@ -100,7 +100,7 @@ def reward_model(*, chat: bool = False, **settings: Any) -> StepRewardModel:
         model.model.embed_tokens.weight.copy_(torch.stack([angles.sin(), angles.cos()], dim=1))
         model.score.weight.copy_(torch.tensor([[4.0, 0.0]]))
         model.score.bias.zero_()
-    return StepRewardModel(TokenScorer(model), tokenizer, Settings(scorer="token", **settings))
+    return StepRewardModel(TokenScorer(model), tokenizer, FractalSettings(scorer="token", **settings))
 
 
 def replay(completions: list[tuple[int, ...]], **extra: Any) -> Callable[..., dict[str, Any]]:

@@ -20,7 +20,7 @@ from fractal_rm.data.bag import GOOD, Bag
 from fractal_rm.files import write_atomic
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.online.replay import ReplayBuffer, draw, is_held_out, outcome_labels
-from fractal_rm.ppo.online.updater import BagLearner
+from fractal_rm.ppo.online.updater import RewardModelUpdater
 from fractal_rm.ppo.rewards import Rollout
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.reward_training.data import BagDataset, Records, to_bags
@@ -77,7 +77,7 @@ class OnlineReward:
 
     Raises:
         ValueError: If there are no outcomes to learn from, the original data has no single labelled responses, the
-            reward model would be overwritten, or for a reason of [`BagLearner`].
+            reward model would be overwritten, or for a reason of [`RewardModelUpdater`].
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class OnlineReward:
         _check_outcomes(weights)
         _check_folder(reward_model, Path(str(args.output_dir)) / _MODEL_FOLDER)
         self.reward_model, self.args, self.accelerator, self.log = reward_model, args, accelerator, log
-        self.learner = BagLearner(
+        self.learner = RewardModelUpdater(
             reward_model,
             learning_rate=args.rm_learning_rate,
             batch_size=args.reward_model_batch_size or reward_model.batch_size,

@@ -23,7 +23,7 @@ from fractal_rm.scorers.inputs import make_inputs
 _HEAD_FACTOR = 10.0
 
 
-class BagLearner:
+class RewardModelUpdater:
     """Trains a step reward model in place, in float32, with the bag loss that it was trained with.
 
     Aggregation and shares of wrong labels are those of its settings; priors and other terms are left out.
