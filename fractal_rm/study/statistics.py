@@ -27,7 +27,7 @@ class Curves:
         rollouts: Numbers of rollouts (P,).
         seeds: Seeds, in the order of the rows.
         values: A metric (seeds, P).
-        rm_rollouts: GuardInputs that the reward model's training data took, the mean over seeds.
+        rm_rollouts: Rollouts that the reward model's training data took, the mean over seeds.
         rm_seconds: Processor seconds that it took.
         seconds: Processor seconds of training up to each point (P,), the mean over seeds.
     """
