@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from fractal_rm.data.readers import read_bags
     from fractal_rm.data.segmentation import Segmentation
     from fractal_rm.ppo.config import StepPPOConfig
-    from fractal_rm.ppo.pages import StepScoresCallback
     from fractal_rm.ppo.trainer import StepPPOTrainer
+    from fractal_rm.report.rollout_pages import StepScoresCallback
     from fractal_rm.reward_model import FractalReward, StepRewardModel, StepScores
     from fractal_rm.reward_training.config import FractalConfig
     from fractal_rm.reward_training.trainer import FractalTrainer
@@ -49,7 +49,7 @@ _MODULES = {
     "StepPPOTrainer": "fractal_rm.ppo.trainer",
     "StepRewardModel": "fractal_rm.reward_model",
     "StepScores": "fractal_rm.reward_model",
-    "StepScoresCallback": "fractal_rm.ppo.pages",
+    "StepScoresCallback": "fractal_rm.report.rollout_pages",
     "read_bags": "fractal_rm.data.readers",
 }
 

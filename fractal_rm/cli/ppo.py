@@ -22,8 +22,8 @@ from fractal_rm.cli.prompts import read_prompts, reward_function
 from fractal_rm.hf.model_card import policy_card
 from fractal_rm.hf.progress import RichProgress
 from fractal_rm.ppo.config import StepPPOConfig
-from fractal_rm.ppo.pages import StepScoresCallback
 from fractal_rm.ppo.trainer import StepPPOTrainer
+from fractal_rm.report.rollout_pages import StepScoresCallback
 
 # What the screen and the model card show of some thirty numbers; metrics.json holds all of them.
 _SHOWN = ("train_runtime", "train_loss", "eval_rewards/", "eval_completions/mean_length", "eval_kl")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fractal_rm.credit.placement import check_step_rewards, placeable_ends
 
-Baseline = Literal["step", "token", "index"]
+Baseline = Literal["step", "token"]
 
 # Keeps a division by a standard deviation finite: the values TRL uses for whitening (1e-8 in the root) and for
 # group advantages (1e-4 beside it), so that numbers can be compared.
@@ -191,12 +191,11 @@ def global_advantages(
 
 
 class _Step(NamedTuple):
-    """A step that was placed: its row, last token, reward, place among the row's steps, and number of real tokens."""
+    """A step that was placed: its row, last token, reward, and number of real tokens."""
 
     row: int
     end: int
     reward: float
-    index: int
     tokens: int
 
 
@@ -211,20 +210,15 @@ def _placed_steps(
         last = steps[-1].end if steps else -1
         if end < last:
             raise ValueError(f"Step ends of row {row} decrease: {list(ends)}. Pass the steps in the order of the text.")
-        steps.append(_Step(row, end, reward, len(steps), real_before[end + 1] - real_before[last + 1]))
+        steps.append(_Step(row, end, reward, real_before[end + 1] - real_before[last + 1]))
     return steps
 
 
-def _centred(steps: Sequence[_Step], baseline: str, *, leave_one_out: bool, scale: bool) -> list[float]:
-    """Rewards of a group's steps less their baselines: each a rate over the step's peers, times the step's size."""
-    row, index = torch.tensor([[step.row, step.index] for step in steps]).T
+def _centred(steps: Sequence[_Step], baseline: str, *, scale: bool) -> list[float]:
+    """Rewards of a group's steps less their baselines: the group's rate, times the step's size."""
     reward = torch.tensor([step.reward for step in steps], dtype=torch.float64)
     size = torch.tensor([step.tokens if baseline == "token" else 1 for step in steps], dtype=torch.float64)
-    peers = index[:, None] == index if baseline == "index" else torch.ones(len(steps), len(steps), dtype=torch.bool)
-    if leave_one_out:
-        others = peers & (row[:, None] != row)
-        peers = torch.where(others.any(dim=1, keepdim=True), others, peers)  # a step without any is left in
-    centred = reward - size * (peers.double() @ reward) / (peers.double() @ size)
+    centred = reward - size * reward.sum() / size.sum()
     if scale and len(steps) > 1:
         centred = centred / (reward.std() + GROUP_EPSILON)
     return centred.tolist()
@@ -257,7 +251,6 @@ def group_step_advantages(
     gamma: float,
     scale: bool,
     baseline: Baseline = "step",
-    leave_one_out: bool = False,
 ) -> Float[Tensor, "B T"]:
     """Advantages of steps against the other steps of the same prompt's completions, without a value model.
 
@@ -268,7 +261,6 @@ def group_step_advantages(
     |---|---|
     | `"step"` | mean reward of a step: a completion is charged per step, so those below the mean gain by having few |
     | `"token"` | mean reward of a token, times the step's tokens: how finely a text is cut changes nothing in total |
-    | `"index"` | mean reward of steps with the same number: a third step is compared with third steps only |
 
     A step's advantage is the discounted sum of these from itself to the response's end, and every token from
     after the previous step's end to this step's end gets it. Steps that end on one token count as one step there, whose
@@ -282,7 +274,6 @@ def group_step_advantages(
         gamma: Discount per step: 0 gives a step its own reward only, 1 everything that follows.
         scale: Divide by the group's standard deviation + 1e-4; a group with one step is not divided.
         baseline: What a step is compared with.
-        leave_one_out: Take the baseline from the other completions only; a step that has no peers there keeps its own.
 
     Returns:
         Advantages, float32; 0 at masked positions and on tokens after the last step.
@@ -292,7 +283,7 @@ def group_step_advantages(
 
     Source:
         Process supervision of GRPO (Shao et al., DeepSeekMath, 2024), which is `gamma=1, scale=True`. The baseline per
-        token: PURE (Cheng et al., 2025). Leaving one out: RLOO (Kool et al., 2019; Ahmadian et al., 2024).
+        token: PURE (Cheng et al., 2025).
 
     Example:
         >>> mask = torch.ones(2, 3, dtype=torch.bool)
@@ -317,7 +308,7 @@ def group_step_advantages(
         ]
         if not steps:
             continue
-        centred = _centred(steps, baseline, leave_one_out=leave_one_out, scale=scale)
+        centred = _centred(steps, baseline, scale=scale)
         for row, rewards_at in _by_row_and_end(steps, centred).items():
             _fill_to_go(advantages[row], rewards_at, gamma)
     return advantages.to(mask.device).masked_fill(~mask, 0.0)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import Trainer
@@ -12,26 +12,42 @@ logger = logging.getLogger(__name__)
 _VITAL = ("loss", "grad_norm")
 
 
-class FiniteLogs(Trainer):
-    """A trainer whose logs are plain finite numbers; what is not is left out, and a loss that is not is warned of.
+def log_finite(
+    log: Callable[[dict[str, float], float | None], None],
+    logs: dict[str, float],
+    start_time: float | None,
+    *,
+    step: int,
+) -> None:
+    """Log what is a finite number, leave out the rest, and warn of a loss that is not finite.
 
     TRL logs None where a number is not known, metrics are NaN where they are not defined, and a training that diverges
     logs NaN: each tracker drops these or fails in its own way, and strict JSON has none of them.
+
+    Args:
+        log: `log` of the class above.
+        logs: Numbers by name. The dictionary, which `evaluate` returns, keeps its NaN and gets what `log` adds.
+        start_time: As for `log`.
+        step: The optimizer step, for the warning.
     """
+    kept = finite(logs)
+    for name in _VITAL:
+        if name in logs and name not in kept:
+            logger.warning(
+                "`%s` is %s at step %d: the training diverges. Lower `learning_rate`, or go back to a checkpoint.",
+                name,
+                logs[name],
+                step,
+            )
+    log(kept, start_time)
+    logs.update(kept)
+
+
+class FiniteLogs(Trainer):
+    """A trainer whose logs are plain finite numbers: see [`log_finite`]."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `transformers.Trainer`; the dictionary itself, which `evaluate` returns, keeps its NaN."""
-        kept = finite(logs)
-        for name in _VITAL:
-            if name in logs and name not in kept:
-                logger.warning(
-                    "`%s` is %s at step %d: the training diverges. Lower `learning_rate`, or go back to a checkpoint.",
-                    name,
-                    logs[name],
-                    self.state.global_step,
-                )
-        super().log(kept, start_time)
-        logs.update(kept)  # with what `Trainer` adds, such as the epoch
+        log_finite(super().log, logs, start_time, step=self.state.global_step)
 
 
 def finite(logs: Mapping[str, Any]) -> dict[str, Any]:

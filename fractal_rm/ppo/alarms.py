@@ -1,22 +1,19 @@
-"""Guards in training: what `StepPPOTrainer` shows them of a rollout, and what it does when they raise an alarm."""
+"""Guards in training: what they see of a rollout, and what follows from their alarms."""
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fractal_rm.credit.guards import Alarm, GuardInputs, Guards, measure_rollouts
 from fractal_rm.ppo.config import StepPPOConfig
-from fractal_rm.ppo.online.replay import mean_outcomes
-from fractal_rm.ppo.rewards import Rollout, StepRewards
-from fractal_rm.ppo.sources import StepRewardSource
+from fractal_rm.ppo.rollout import RolloutBatch, mean_outcomes
 
 logger = logging.getLogger(__name__)
 # What a rollback multiplies `step_weight` by: the same weights and the same rewards would take the same way again.
@@ -30,57 +27,49 @@ def ending_ids(tokenizer: Any, model: Any) -> set[int]:
     return ids - {None}
 
 
-def as_rollouts(
-    rollout: Rollout,
-    ends: set[int],
-    source: StepRewardSource | None,
-    weights: Tensor,
-) -> GuardInputs:
+def guard_inputs(batch: RolloutBatch, ends: set[int], *, gives_probabilities: bool) -> GuardInputs:
     """A rollout as the guards see it.
 
     Args:
-        rollout: The completions.
+        batch: The rollout.
         ends: Ids that a finished completion may end with.
-        source: The source of step rewards that is watched; None: there is none. Where its scores are no probabilities,
-            its steps are seen without them.
-        weights: Of the reward functions.
+        gives_probabilities: Whether scores of the watched source are P(step is good); otherwise the guards see its
+            steps without scores.
     """
-    completion_ids, count, kl = rollout.completion_ids, len(rollout.completion_ids), rollout.kl
-    checked = weights.to(rollout.rewards.device) * rollout.is_outcome
-    outcomes = mean_outcomes(rollout.rewards, checked)
-    scored = source.scored if source is not None else None
-    rated = scored if source is not None and source.gives_probabilities else None
+    count, kl = len(batch.completion_ids), batch.kl
+    checked = batch.function_weights.to(batch.function_rewards.device) * batch.is_outcome
+    scored = batch.watched
+    rated = scored if gives_probabilities else None
     return GuardInputs(
-        token_ids=[[i for i in ids if i not in ends] for ids in completion_ids],
-        ended=[not ids or ids[-1] in ends for ids in completion_ids],
+        token_ids=[[i for i in ids if i not in ends] for ids in batch.completion_ids],
+        ended=[not ids or ids[-1] in ends for ids in batch.completion_ids],
         steps=[[step.text for step in row.steps] for row in scored] if scored else [[]] * count,
         step_scores=[row.step_scores for row in rated] if rated else [[]] * count,
         scores=[row.score for row in rated] if rated else [math.nan] * count,
-        outcomes=outcomes.tolist(),
+        outcomes=mean_outcomes(batch.function_rewards, checked).tolist(),
         kl=kl.sum(dim=1).tolist() if kl is not None else [math.nan] * count,
     )
 
 
-def mean_over_processes(measured: dict[str, float]) -> dict[str, float]:
-    """The mean of what every process measured, so that all of them see the same alarms; NaN says nothing."""
-    everyone = gather_object([measured])
-    return {
-        name: torch.tensor([one[name] for one in everyone], dtype=torch.float64).nanmean().item() for name in measured
-    }
-
-
-class AlarmActions(TrainerCallback):
+class Alarms(TrainerCallback):
     """Watches rollouts, remembers checkpoints, and says where to go back to.
 
     Args:
         args: The configuration: what to do, and how patiently.
-        rewards: The rewards, whose step weight rollbacks lower.
+
+    Attributes:
+        step_weight: Weight of the step rewards: `args.step_weight`, halved by every rollback.
     """
 
-    def __init__(self, args: StepPPOConfig, rewards: StepRewards) -> None:
-        self.args, self.rewards = args, rewards
+    def __init__(self, args: StepPPOConfig) -> None:
+        self.args = args
         self.guards = Guards(reference_batches=args.guard_reference_batches, patience=args.guard_patience)
         self.checkpoints: dict[int, Path] = {}
+        self._scale = 1.0
+
+    @property
+    def step_weight(self) -> float:
+        return self._scale * self.args.step_weight
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.checkpoints[state.global_step] = self._folder(state.global_step)
@@ -94,14 +83,15 @@ class AlarmActions(TrainerCallback):
     def _folder(self, step: int) -> Path:
         return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
-    def watch(self, rollouts: GuardInputs, *, step: int) -> tuple[dict[str, float], list[Alarm]]:
-        """Measure a rollout, and say what has gone wrong: the same on every process."""
-        measured = mean_over_processes(measure_rollouts(rollouts))
+    def watch(self, seen: GuardInputs, *, step: int) -> tuple[dict[str, float], list[Alarm]]:
+        """Numbers to log of a rollout, and the alarms that it raises: the same on every process."""
+        measured = _mean_over_processes(measure_rollouts(seen))
         alarms = self.guards.update(measured, step=step)
         for alarm in alarms:
             if self.args.process_index == 0:
                 logger.warning("%s", alarm)
-        return measured, alarms
+        raised = {f"guards/alarm/{alarm.signal}": 1.0 for alarm in alarms}
+        return {f"guards/{name}": value for name, value in measured.items()} | raised, alarms
 
     def checkpoint_before(self, alarms: Sequence[Alarm]) -> Path | None:
         """The last checkpoint that is older than the first sign of any of these alarms; later ones are forgotten.
@@ -114,23 +104,30 @@ class AlarmActions(TrainerCallback):
 
     def rolled_back(self, checkpoint: Path, alarms: Sequence[Alarm]) -> None:
         """Take note of a rollback: less weight on step rewards, and a clean record."""
-        self.rewards.scale *= ROLLBACK_FACTOR
+        self._scale *= ROLLBACK_FACTOR
         self.guards.forgive()
         if self.args.process_index == 0:
             names = ", ".join(f"`{alarm.signal}`" for alarm in alarms)
-            weight = self.args.step_weight * self.rewards.scale
-            logger.warning("Went back to %s for %s; `step_weight` is now %g.", checkpoint, names, weight)
+            logger.warning("Went back to %s for %s; `step_weight` is now %g.", checkpoint, names, self.step_weight)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything there is to save, for JSON."""
         return {
             "guards": self.guards.state_dict(),
-            "step_weight_scale": self.rewards.scale,
+            "step_weight_scale": self._scale,
             "checkpoints": sorted(self.checkpoints),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
         self.guards.load_state_dict(state["guards"])
-        self.rewards.scale = state["step_weight_scale"]
+        self._scale = state["step_weight_scale"]
         self.checkpoints = {step: self._folder(step) for step in state["checkpoints"]}
+
+
+def _mean_over_processes(measured: dict[str, float]) -> dict[str, float]:
+    """The mean of what every process measured, so that all of them see the same alarms; NaN says nothing."""
+    everyone = gather_object([measured])
+    return {
+        name: torch.tensor([one[name] for one in everyone], dtype=torch.float64).nanmean().item() for name in measured
+    }

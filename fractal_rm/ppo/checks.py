@@ -1,4 +1,4 @@
-"""What `StepPPOTrainer` refuses before it loads a model or samples a completion: one sentence each."""
+"""What `StepPPOTrainer` refuses before it samples a completion: one sentence each."""
 
 import http.client
 import inspect
@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 from trl.trainer.utils import get_callable_name
 
+from fractal_rm.hf.parallelism import check_online_training, check_separate_value_model, check_whole_model
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.reward_model import StepRewardModel
@@ -21,6 +22,81 @@ _ANSWER, _PAUSE = 5.0, 1.0
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "processor_config")
 # What TRL passes to every reward function, beside the data set's columns.
 _TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+def load_checked(
+    args: StepPPOConfig,
+    *,
+    policy: Any,
+    tokenizer: Any,
+    reward_models: Sequence[Any],
+    outcomes: Sequence[Any],
+    step_functions: Sequence[Any],
+    value_model: Any,
+    value_peft_config: Any,
+    reward_model_dataset: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+) -> list[StepRewardModel]:
+    """Check the arguments of `StepPPOTrainer`, the cheap ones first, and load the reward models among them.
+
+    Returns:
+        The reward models.
+
+    Raises:
+        ConnectionError: If no vLLM server answers.
+        TypeError: If a function cannot be called as it will be.
+        ValueError: If something is missing, has no effect, or does not suit the rest.
+    """
+    if not (outcomes or step_functions or reward_models):
+        raise ValueError(
+            "There is no reward. Give a `reward_model` or `step_reward_funcs` (dense), `reward_funcs` (outcome), "
+            "or several of them."
+        )
+    check_value_arguments(args, value_model, value_peft_config)
+    check_setup(args, policy, tokenizer, eval_dataset)
+    check_step_functions(step_functions, args, train_dataset)
+    models = [
+        one if isinstance(one, StepRewardModel) else StepRewardModel.from_pretrained(one) for one in reward_models
+    ]
+    check_reward_models(models, args, train_dataset)
+    if reward_model_dataset is not None and not args.rm_update_every:
+        raise ValueError("`reward_model_dataset` is for `rm_update_every`, which is 0. Set it, or leave the data out.")
+    if args.rm_update_every and not models:
+        raise ValueError("`rm_update_every` needs a `reward_model` to update. Give one, or set it to 0.")
+    return models
+
+
+def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None:
+    """Check what is known when TRL's trainer stands: whether weights are in pieces that must be whole.
+
+    Raises:
+        ValueError: Says what to set.
+    """
+    args = trainer.args
+    if args.on_alarm == "rollback" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError("`on_alarm='rollback'` cannot put sharded weights back. Use `on_alarm='stop'`.")
+    if args.advantage == "gae":
+        check_separate_value_model(trainer)
+    for model in reward_models:
+        check_whole_model(trainer, model.scorer, "the reward model")
+    if args.rm_update_every:
+        check_online_training(trainer)
+
+
+def check_value_arguments(args: StepPPOConfig, value_model: Any, value_peft_config: Any) -> None:
+    """Refuse arguments of a value model that would have no effect.
+
+    Raises:
+        ValueError: Says what to leave out.
+    """
+    if args.advantage != "gae" and not (value_model is None and value_peft_config is None):
+        name = "value_model" if value_model is not None else "value_peft_config"
+        raise ValueError(f"`advantage='{args.advantage}'` uses no `{name}`. Leave it out or set `advantage='gae'`.")
+    if isinstance(value_model, str) and value_model == "shared" and value_peft_config is not None:
+        raise ValueError(
+            "`value_model='shared'` has no backbone of its own that `value_peft_config` could adapt. Leave one out."
+        )
 
 
 def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dataset: Any) -> None:
@@ -100,17 +176,12 @@ def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, 
         train_dataset: The prompts; only a data set with a length is looked into.
 
     Raises:
-        ValueError: If a model was trained with another aggregation, cannot cut a completion into steps, or was trained
-            on texts where the prompts are chats (or the other way round), or cannot write a chat.
+        ValueError: If a model does not suit the shaping, cannot cut a completion into steps, was trained on texts where
+            the prompts are chats (or the other way round), or cannot write a chat.
     """
     for number, model in enumerate(models, 1):
         which = f"Reward model {number} of {len(models)}" if len(models) > 1 else "The reward model"
         found = model.settings.aggregation
-        if args.aggregation not in (None, found):
-            raise ValueError(
-                f"{which} was trained with aggregation {found!r}, not {args.aggregation!r}. Give another model, or "
-                f"set `aggregation` to {found!r}."
-            )
         if args.shaping == "min_form" and meaning(found) == "max":
             raise ValueError(
                 f"{which} was trained with aggregation {found!r}: one good step makes a response good, but "

@@ -3,12 +3,20 @@
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from trl.trainer.grpo_config import GRPOConfig
 
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.objectives.aggregation import Aggregation
+
+# Options of earlier versions, and what to use instead.
+REMOVED = {
+    "leave_one_out": "Use `group_baseline`; with `num_generations` of 8 the two baselines differ by an eighth.",
+    "step_weight_warmup": "Set `step_weight`.",
+    "outcome_weight_warmup": "Set `outcome_weight`.",
+    "aggregation": "The reward model's own aggregation is used.",
+    "value_gradients_to_policy": "A shared head learns alone; `value_model=None` learns in all its layers.",
+}
 
 
 @dataclass
@@ -18,6 +26,11 @@ class StepPPOConfig(GRPOConfig):
     Clipping (`epsilon`), PPO epochs (`num_iterations`), minibatches (`steps_per_generation`) and the KL penalty
     in the loss (`beta`) are TRL's. With `advantage="gae"` or `"global"`, `num_generations=1` is allowed.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "StepPPOConfig":
+        for name in REMOVED.keys() & kwargs.keys():
+            raise TypeError(f"`{name}` is no longer an option. {REMOVED[name]}")
+        return super().__new__(cls)
 
     advantage: Literal["gae", "group", "global"] = field(
         default="gae",
@@ -50,17 +63,13 @@ class StepPPOConfig(GRPOConfig):
             "every later score as well, which favours short or long responses."
         },
     )
-    group_baseline: Literal["step", "token", "index"] = field(
+    group_baseline: Literal["step", "token"] = field(
         default="step",
         metadata={
             "help": "What a step is compared with, for `advantage=group`: `step` is the group's mean reward of a step, "
             "which charges a completion per step; `token` its mean reward of a token times the step's tokens, so that "
-            "how finely a text is cut changes nothing; `index` that of the steps with the same number."
+            "how finely a text is cut changes nothing."
         },
-    )
-    leave_one_out: bool = field(
-        default=False,
-        metadata={"help": "Take the group's baseline from the other completions only, for `advantage=group` (RLOO)."},
     )
     shaping: Literal["raw", "centered", "log_odds", "delta", "min_form"] = field(
         default="centered",
@@ -122,16 +131,6 @@ class StepPPOConfig(GRPOConfig):
     step_pattern: str | None = field(
         default=None, metadata={"help": "Regular expression between steps, for `step_segmentation=pattern`."}
     )
-    aggregation: Aggregation | None = field(
-        default=None,
-        metadata={"help": "Aggregation that reward models must have been trained with; None: any."},
-    )
-    step_weight_warmup: int = field(
-        default=0, metadata={"help": "Optimizer steps over which `step_weight` rises from 0 to its value."}
-    )
-    outcome_weight_warmup: int = field(
-        default=0, metadata={"help": "Optimizer steps over which `outcome_weight` rises from 0 to its value."}
-    )
     kl_coef: float = field(
         default=0.0,
         metadata={
@@ -155,12 +154,6 @@ class StepPPOConfig(GRPOConfig):
     )
     value_warmup_steps: int = field(
         default=0, metadata={"help": "Optimizer steps at the start in which the value model learns and the policy not."}
-    )
-    value_gradients_to_policy: bool = field(
-        default=False,
-        metadata={
-            "help": "With `value_model=shared`: the value loss trains the policy's backbone too, not the head alone."
-        },
     )
     whiten_rewards: bool = field(
         default=False,
@@ -266,9 +259,8 @@ class StepPPOConfig(GRPOConfig):
         for name in ("step_weight", "outcome_weight", "vf_coef", "missing_eos_penalty", "kl_coef"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. A weight is 0 (off) or more.")
-        for name in ("step_weight_warmup", "outcome_weight_warmup", "value_warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. Give a number of steps, 0 for none.")
+        if self.value_warmup_steps < 0:
+            raise ValueError(f"`value_warmup_steps` is {self.value_warmup_steps}. Give a number of steps, 0 for none.")
         for name in ("step_reward_clip", "kl_target"):
             value = getattr(self, name)
             if value is not None and not value > 0:

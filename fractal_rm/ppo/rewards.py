@@ -1,168 +1,77 @@
-"""The step rewards of `StepPPOTrainer`: scores of sampled completions, shaped, with the token where each step ends."""
+"""Scores of steps -> rewards of tokens: the two stages in the middle of a rollout."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fractal_rm.credit.advantages import group_step_advantages, whiten
+from fractal_rm.credit.advantages import whiten
+from fractal_rm.credit.kl import AdaptiveKL
 from fractal_rm.credit.moments import RunningMoments
-from fractal_rm.credit.placement import (
-    Placement,
-    place_outcome,
-    place_step_rewards,
-    step_end_tokens,
-    token_end_characters,
-)
+from fractal_rm.credit.placement import place_outcome, place_step_rewards, step_end_tokens, token_end_characters
 from fractal_rm.credit.shaping import limit_step_rewards, shape_step_scores
-from fractal_rm.hf.processes import all_reduce, masks_of_all, rows_of_all
+from fractal_rm.hf.processes import all_reduce, rows_of_all
 from fractal_rm.ppo.config import StepPPOConfig
-from fractal_rm.ppo.sources import StepRewardSource
+from fractal_rm.ppo.rollout import RolloutBatch, ShapedSteps, TokenRewards
 from fractal_rm.reward_model import StepScores
 
 
-@dataclass
-class Rollout:
-    """What TRL hands to reward functions, and what they gave: the completions of this process.
-
-    Attributes:
-        prompts: Their prompts.
-        completion_ids: Sampled ids, without padding.
-        rewards: Reward of each function (B, functions), NaN where it gave None.
-        is_outcome: Which functions are outcome rewards, and no source of step rewards (functions,).
-        scored: Step scores of the first dense source; None without one.
-        kl: KL divergence from the reference at each token (B, T), where it is part of the reward, or known anyway.
-        logprobs: The policy's log-probabilities of the tokens (B, T), where they were computed.
-    """
-
-    prompts: list[Any]
-    completion_ids: list[list[int]]
-    rewards: Tensor
-    is_outcome: Tensor
-    scored: Sequence[StepScores] | None = None
-    kl: Tensor | None = None
-    logprobs: Tensor | None = None
-
-    @property
-    def judged(self) -> Tensor:
-        """Whether some function gave a completion a reward (B,)."""
-        return ~self.rewards.isnan().all(dim=1)
-
-    def outcome(self, weights: Tensor) -> Tensor:
-        """Weighted sum of the rewards (B,); what is not there counts for nothing."""
-        return (self.rewards * weights.to(self.rewards.device)).nansum(dim=1)
-
-
-class ShapedSteps(NamedTuple):
-    """Rewards of one source's steps, before its weight.
-
-    Attributes:
-        weight: Of the source.
-        rewards: Of every step of every completion.
-        ends: Token where each step ends, None where there is none.
-        placement: The rewards on the tokens.
-    """
-
-    weight: float
-    rewards: list[list[float]]
-    ends: list[list[int | None]]
-    placement: Placement
-
-
-class TokenRewards(NamedTuple):
-    """Rewards of tokens, those of steps apart.
-
-    Attributes:
-        steps: Those of steps (B, T).
-        others: Those of outcomes, endings and the KL penalty (B, T).
-        step_ends: Tokens at which the steps of each row end.
-        has_steps: Whether anything scored steps.
-        has_outcomes: Whether anything judged outcomes.
-    """
-
-    steps: Tensor
-    others: Tensor
-    step_ends: list[list[int | None]]
-    has_steps: bool
-    has_outcomes: bool
-
-
-class StepRewards:
-    """Rewards of a rollout's steps and tokens, as the configuration wants them.
-
-    Every source is shaped, normalised and placed by itself, with its own steps; what adds up is token rewards, or
-    advantages of a group.
+class StepShaper:
+    """Scores of steps -> rewards of steps, for each source by itself.
 
     Args:
-        args: The configuration: form, baseline, limits, weights.
-        sources: What scores steps; none: outcomes only.
-        log: Takes the name and the value of a number to log.
+        args: The configuration: form, baseline, limits.
+        weights: Weight of each source, by its name.
 
     Attributes:
-        ending_ids: Ids that a finished completion may end with.
-        scale: What rollbacks have left of `step_weight`.
+        moments: Moments of each source's shaped rewards in the whole run, for `normalize_step_rewards`.
     """
 
-    def __init__(
-        self, args: StepPPOConfig, sources: Sequence[StepRewardSource], log: Callable[[str, float], None]
-    ) -> None:
-        self.args, self.sources, self.log = args, sources, log
-        self.ending_ids: set[int] = set()
-        self.scale = 1.0
+    def __init__(self, args: StepPPOConfig, weights: Mapping[str, float]) -> None:
+        self.args, self.weights = args, weights
+        self.moments = {name: RunningMoments() for name in weights}
         self._pieces: dict[int, str] = {}  # texts of the tokens seen so far
 
-    def steps(self, rollout: Rollout, mask: Tensor, group_size: int) -> list[ShapedSteps]:
-        """Shaped reward and end token of every step, and their placement, for each source.
+    def shape(self, batch: RolloutBatch, *, group_size: int, tokenizer: Any) -> RolloutBatch:
+        """Add `steps`: reward and last token of every step, for each source.
 
         A completion that TRL masks as a whole (`mask_truncated_completions`) has no steps, rather than unplaced ones.
+
+        Args:
+            batch: The rollout.
+            group_size: Completions per prompt.
+            tokenizer: The policy's tokenizer.
         """
-        used = mask.any(dim=1).tolist()
-        found: list[ShapedSteps] = []
-        token_ends: list[list[int]] = []
-        for number, source in enumerate(self.sources):
-            token_ends = token_ends or [
-                token_end_characters(ids, source.tokenizer, self._pieces) for ids in rollout.completion_ids
-            ]
-            scored = [
-                scored if keep else StepScores(scored.response)
-                for scored, keep in zip(source.scored, used, strict=True)
-            ]
+        if not batch.scores:
+            return batch.plus({"placement/unplaced_steps": 0.0})
+        used = batch.mask.any(dim=1).tolist()
+        token_ends = [token_end_characters(ids, tokenizer, self._pieces) for ids in batch.completion_ids]
+        steps, metrics = [], {}
+        for name, found in batch.scores.items():
+            scored = [one if keep else StepScores(one.response) for one, keep in zip(found, used, strict=True)]
             ends = [step_end_tokens(at, result.spans) for at, result in zip(token_ends, scored, strict=True)]
             scores = [result.step_scores for result in scored]
-            rewards = self.shape(scores, group_size, source.moments)
-            found.append(ShapedSteps(source.weight, rewards, ends, place_step_rewards(rewards, ends, mask)))
-            if number == 0:
-                self._log_scores(scores)
-            self._log_rewards(source.__name__, rewards)
-        self.log("placement/unplaced_steps", sum(one.placement.unplaced for one in found))
-        return found
+            rewards = self.rewards(scores, self.moments[name], group_size=group_size)
+            steps.append(ShapedSteps(self.weights[name], rewards, ends, place_step_rewards(rewards, ends, batch.mask)))
+            metrics |= {} if metrics else _score_metrics(scores)  # the scores of the watched source
+            metrics |= _reward_metrics(name, rewards)
+        metrics["placement/unplaced_steps"] = float(sum(one.placement.unplaced for one in steps))
+        return batch.plus(metrics, steps=tuple(steps))
 
-    def _log_scores(self, step_scores: Sequence[Sequence[float]]) -> None:
-        flat = [score for row in step_scores for score in row]
-        self.log("steps/score", sum(flat) / max(len(flat), 1))
-        self.log("steps/per_response", len(flat) / max(len(step_scores), 1))
-
-    def _log_rewards(self, source: str, rewards: Sequence[Sequence[float]]) -> None:
-        earned = torch.tensor([reward for row in rewards for reward in row], dtype=torch.float64)
-        if len(earned):
-            self.log(f"step_rewards/{source}/mean", earned.mean().item())
-            self.log(f"step_rewards/{source}/std", earned.std(correction=0).item())
-
-    def shape(
-        self, step_scores: Sequence[Sequence[float]], group_size: int, moments: RunningMoments
+    def rewards(
+        self, step_scores: Sequence[Sequence[float]], moments: RunningMoments, *, group_size: int
     ) -> list[list[float]]:
         """Rewards from a source's scores, as many.
 
-        Baselines and deviations are those of the batch of all processes, and groups may reach over several: every
-        process shapes all rows and keeps its own.
+        Baselines and deviations are over the batch of all processes, and a group may reach over several: every process
+        shapes all rows and keeps its own.
 
         Args:
             step_scores: Score of every step of every completion of this process.
+            moments: Moments of the source, updated where `normalize_step_rewards` is set.
             group_size: Completions per prompt.
-            moments: Of the source's shaped rewards of the whole run, for `normalize_step_rewards`.
         """
         everyone, ours = rows_of_all([list(row) for row in step_scores])
         args, width = self.args, max(map(len, everyone), default=0)
@@ -183,100 +92,9 @@ class StepRewards:
         rewards = limit_step_rewards(rewards, mask, clip=args.step_reward_clip, length_neutral=args.length_neutral)
         return [values[: len(row)] for values, row in zip(rewards[ours].tolist(), step_scores, strict=True)]
 
-    def weights(self, step: int) -> tuple[float, float]:
-        """Weights of step and outcome rewards at an optimizer step: each rises from 0 in a straight line."""
-        args = self.args
-        weighted = (
-            (self.scale * args.step_weight, args.step_weight_warmup),
-            (args.outcome_weight, args.outcome_weight_warmup),
-        )
-        first, second = (weight * min(step / warmup, 1.0) if warmup else weight for weight, warmup in weighted)
-        return first, second
-
-    def penalties(self, rollout: Rollout) -> Tensor:
-        """What is taken from each completion (B,) that did not end."""
-        cut = [bool(ids) and ids[-1] not in self.ending_ids for ids in rollout.completion_ids]
-        return self.args.missing_eos_penalty * torch.tensor(cut, dtype=torch.float32, device=rollout.rewards.device)
-
-    def has_outcomes(self, rollout: Rollout) -> bool:
-        """Whether outcomes are a reward."""
-        return bool(self.args.outcome_weight and rollout.is_outcome.any())
-
-    def without_unjudged(self, mask: Tensor, rollout: Rollout) -> Tensor:
-        """The mask (B, T) without completions that no outcome function judged: no outcome is not an outcome of 0."""
-        return mask & rollout.judged.unsqueeze(1) if self.has_outcomes(rollout) else mask
-
-    def tokens(
-        self, rollout: Rollout, shaped: Sequence[ShapedSteps], weights: Tensor, mask: Tensor, *, step: int
-    ) -> TokenRewards:
-        """Rewards of steps, outcomes and endings on the tokens.
-
-        Args:
-            rollout: The completions.
-            shaped: Their step rewards, of each source.
-            weights: Of the reward functions.
-            mask: True where the policy wrote a token that is learned from.
-            step: The optimizer step.
-        """
-        step_weight, outcome_weight = self.weights(step)
-        dense = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        marking = [one for one in shaped if one.weight]
-        for one in marking:
-            dense = dense + one.weight * one.placement.rewards
-        ends = [[end for row in rows for end in row] for rows in zip(*(one.ends for one in marking), strict=True)]
-        others = outcome_weight * place_outcome(rollout.outcome(weights), mask)
-        if self.args.missing_eos_penalty:
-            others = others - place_outcome(self.penalties(rollout), mask)
-        return TokenRewards(step_weight * dense, others, ends, bool(marking), self.has_outcomes(rollout))
-
-    def group_advantages(
-        self,
-        rollout: Rollout,
-        shaped: Sequence[ShapedSteps],
-        outcome: Tensor,
-        mask: Tensor,
-        group_size: int,
-        accelerator: Accelerator,
-        *,
-        step: int,
-    ) -> Tensor:
-        """Steps against those of the prompt's other completions (B, T), beside the advantages of outcomes.
-
-        Args:
-            rollout: The completions.
-            shaped: Their step rewards, of each source.
-            outcome: Advantages of the outcomes (B,), which TRL computed.
-            mask: True where the policy wrote a token.
-            group_size: Completions per prompt; those of one prompt may be spread over processes.
-            accelerator: Knows the other processes.
-            step: The optimizer step.
-        """
-        _, ours = rows_of_all([None] * len(mask))
-        masks, dense = masks_of_all(mask, accelerator), torch.zeros(mask.shape, device=mask.device)
-        for one in shaped:
-            advantages = group_step_advantages(
-                rows_of_all(one.rewards)[0],
-                rows_of_all(one.ends)[0],
-                masks,
-                group_size,
-                gamma=self.args.step_gamma,
-                scale=self.args.scale_rewards != "none",
-                baseline=self.args.group_baseline,
-                leave_one_out=self.args.leave_one_out,
-            )
-            dense = dense + one.weight * advantages[ours, : mask.size(1)]
-        step_weight, outcome_weight = self.weights(step)
-        advantages = outcome_weight * (outcome.unsqueeze(1) * mask) + step_weight * dense
-        if not self.args.missing_eos_penalty:
-            return advantages
-        everyone: Any = accelerator.gather(self.penalties(rollout))
-        penalties = everyone.view(-1, group_size)
-        penalties = (penalties - penalties.mean(dim=1, keepdim=True)).view(-1, 1)[ours]
-        return advantages - penalties * mask
-
     def state_dict(self) -> dict[str, Any]:
         """Running statistics of each source, for JSON."""
-        return {source.__name__: source.moments.state_dict() for source in self.sources}
+        return {name: moments.state_dict() for name, moments in self.moments.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state.
@@ -284,17 +102,85 @@ class StepRewards:
         Raises:
             ValueError: If it belongs to other sources.
         """
-        names = [source.__name__ for source in self.sources]
-        if sorted(state) != sorted(names):
+        if sorted(state) != sorted(self.moments):
             raise ValueError(
                 f"The checkpoint holds running statistics of the step rewards {sorted(state)}, but there are "
-                f"{sorted(names)}. Resume with the reward models and `step_reward_funcs` of that run, or start again."
+                f"{sorted(self.moments)}. Resume with the reward models and `step_reward_funcs` of that run, or start "
+                "again."
             )
-        for source in self.sources:
-            source.moments.load_state_dict(state[source.__name__])
+        for name, moments in self.moments.items():
+            moments.load_state_dict(state[name])
 
 
-def whiten_rewards(rewards: Tensor, mask: Tensor, args: StepPPOConfig, accelerator: Accelerator) -> Tensor:
+def _score_metrics(step_scores: Sequence[Sequence[float]]) -> dict[str, float]:
+    flat = [score for row in step_scores for score in row]
+    return {
+        "steps/score": sum(flat) / max(len(flat), 1),
+        "steps/per_response": len(flat) / max(len(step_scores), 1),
+    }
+
+
+def _reward_metrics(source: str, rewards: Sequence[Sequence[float]]) -> dict[str, float]:
+    earned = torch.tensor([reward for row in rewards for reward in row], dtype=torch.float64)
+    if not len(earned):
+        return {}
+    std = earned.std(correction=0).item()
+    return {f"step_rewards/{source}/mean": earned.mean().item(), f"step_rewards/{source}/std": std}
+
+
+def place_rewards(
+    batch: RolloutBatch, args: StepPPOConfig, *, ending_ids: set[int], step_weight: float
+) -> RolloutBatch:
+    """Add `rewards`: steps at their last tokens, outcomes and the price of not ending at the last token; and `learned`.
+
+    Args:
+        batch: The rollout, with `steps`.
+        args: The configuration.
+        ending_ids: Ids that a finished completion may end with.
+        step_weight: Weight of the step rewards, which rollbacks lower.
+    """
+    mask = learned_mask(batch, args)
+    steps = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    marking = [one for one in batch.steps if one.weight]
+    for one in marking:
+        steps = steps + one.weight * one.placement.rewards
+    ends = [[end for row in rows for end in row] for rows in zip(*(one.ends for one in marking), strict=True)]
+    others = args.outcome_weight * place_outcome(batch.outcomes, mask)
+    cut = [bool(ids) and ids[-1] not in ending_ids for ids in batch.completion_ids]
+    penalties = args.missing_eos_penalty * torch.tensor(cut, dtype=torch.float32, device=mask.device)
+    if args.missing_eos_penalty:
+        others = others - place_outcome(penalties, mask)
+    return batch.plus(learned=mask, rewards=TokenRewards(step_weight * steps, others, ends, penalties, step_weight))
+
+
+def has_outcomes(batch: RolloutBatch, args: StepPPOConfig) -> bool:
+    """Whether outcomes are a reward."""
+    return bool(args.outcome_weight and batch.is_outcome.any())
+
+
+def learned_mask(batch: RolloutBatch, args: StepPPOConfig) -> Tensor:
+    """True where a token is learned from (B, T).
+
+    A completion that no outcome function judged is left out of `gae` and `global`: no outcome is not an outcome of 0.
+    TRL's group advantages, which `group` builds on, leave it out by themselves.
+    """
+    if args.advantage == "group" or not has_outcomes(batch, args):
+        return batch.mask
+    return batch.mask & batch.judged.unsqueeze(1)
+
+
+def charge_kl(batch: RolloutBatch, coefficient: AdaptiveKL, accelerator: Accelerator) -> RolloutBatch:
+    """Take the KL divergence from the reference from each token's reward; the coefficient then follows its target."""
+    assert batch.kl is not None
+    assert batch.rewards is not None
+    mean: Any = accelerator.reduce(batch.kl.sum(dim=1).mean(), reduction="mean")
+    metrics = {"kl_reward/per_completion": mean.item(), "kl_reward/coef": coefficient.coef}
+    others = batch.rewards.others - coefficient.coef * batch.kl
+    coefficient.update(mean.item())
+    return batch.plus(metrics, rewards=batch.rewards._replace(others=others))
+
+
+def whitened_rewards(rewards: Tensor, mask: Tensor, args: StepPPOConfig, accelerator: Accelerator) -> Tensor:
     """Token rewards (B, T), whitened over the batch of all processes where the configuration wants it."""
     if not args.whiten_rewards:
         return rewards

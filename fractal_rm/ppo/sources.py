@@ -1,87 +1,232 @@
-"""Where step rewards come from: reward models and functions of one's own, each one more reward function to TRL."""
+"""Where rewards come from: outcome functions, reward models, and functions that score steps.
+
+An outcome function is TRL's own kind: one number a completion. A source of step rewards gives each completion its steps
+with their scores. Neither knows the other, nor what becomes of what it returns.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from functools import wraps
 from typing import Any
 
-from trl.trainer.utils import get_callable_name
+from torch import Tensor, nn
+from trl.trainer.utils import get_callable_name, is_async_callable
 
-from fractal_rm.credit.moments import RunningMoments
-from fractal_rm.credit.placement import completion_text
 from fractal_rm.data.segmentation import Segmentation, Span
-from fractal_rm.ppo.finite_rewards import completion_in_words
+from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.reward_model import Step, StepRewardModel, StepScores
 
+# Characters of a prompt or a completion in a message.
+_SHOWN = 200
 
-class StepRewardSource:
-    """Something that scores steps, seen by TRL as one more reward function.
 
-    TRL logs what it returns, one number a completion, as `rewards/<name>`. Its weight among TRL's outcome rewards is 0:
-    the trainer uses the step scores instead.
+# Sources of step rewards ----------------------------------------------------------------------------------------------
+
+
+class StepRewardSource(ABC):
+    """Something that scores steps.
+
+    Args:
+        name: Its name in logs, unlike every other.
+        weight: Its weight among the sources.
 
     Attributes:
-        weight: Among the dense sources.
         gives_probabilities: Whether scores are P(step is good), as the guards take them.
-        scored: Steps of the last rollout's completions, with their scores.
-        moments: Of its shaped rewards in the whole run, for `normalize_step_rewards`.
-        tokenizer: The policy's, once TRL has loaded it.
+        is_async: Whether TRL must await it.
     """
 
     gives_probabilities = False
+    is_async = False
 
-    def __init__(self) -> None:
-        self.__name__, self.weight = "", 1.0
-        self.scored: list[StepScores] = []
-        self.moments = RunningMoments()
-        self.tokenizer: Any = None
+    def __init__(self, name: str, weight: float) -> None:
+        self.name, self.weight = name, weight
 
-    def prepare(self, tokenizer: Any, device: Any) -> None:
-        """Take what the trainer knows once TRL has made it."""
-        self.tokenizer = tokenizer
+    @abstractmethod
+    def __call__(
+        self, prompts: list[Any], texts: list[str], **arguments: Any
+    ) -> list[StepScores] | Awaitable[list[StepScores]]:
+        """Score completions.
 
-    def texts(self, completion_ids: Sequence[Sequence[int]]) -> list[str]:
-        """The completions. Not TRL's: placement counts the characters of exactly this decoding."""
-        return [completion_text(ids, self.tokenizer) for ids in completion_ids]
+        Args:
+            prompts: Their prompts.
+            texts: The completions.
+            arguments: What TRL passes to reward functions: `completions`, `completion_ids`, columns of the data set.
+
+        Returns:
+            Steps and scores of each completion; a `score` of NaN: no opinion.
+        """
 
 
-class StepScoreReward(StepRewardSource):
+class ModelSource(StepRewardSource):
     """A reward model. Its number for a completion is P(response is good).
 
     Args:
         reward_model: The model.
         batch_size: Responses in a forward; None: the model's own setting.
+        name: See [`StepRewardSource`].
+        weight: See [`StepRewardSource`].
     """
 
     gives_probabilities = True
 
-    def __init__(self, reward_model: StepRewardModel, batch_size: int | None) -> None:
-        super().__init__()
-        self.__name__ = "step_reward_model"
+    def __init__(
+        self,
+        reward_model: StepRewardModel,
+        batch_size: int | None,
+        name: str = "step_reward_model",
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(name, weight)
         self.reward_model, self.batch_size = reward_model, batch_size
 
-    def prepare(self, tokenizer: Any, device: Any) -> None:
-        super().prepare(tokenizer, device)
-        self.reward_model.scorer.to(device)
-
-    def __call__(
-        self,
-        prompts: list[Any],
-        completion_ids: list[list[int]],
-        log_extra: Callable[[str, list[str]], None] | None = None,
-        **kwargs: Any,
-    ) -> list[float | None]:
-        texts = self.texts(completion_ids)
-        self.scored = self.reward_model.score(prompts, texts, batch_size=self.batch_size, progress=False)
-        for row, scored in enumerate(self.scored):
+    def __call__(self, prompts: list[Any], texts: list[str], **arguments: Any) -> list[StepScores]:
+        found = self.reward_model.score(prompts, texts, batch_size=self.batch_size, progress=False)
+        for row, scored in enumerate(found):
             if not all(map(math.isfinite, scored.step_scores)):
                 raise ValueError(
-                    f"`{self.__name__}` scored the steps of {completion_in_words(row, prompts[row], texts[row])} as "
+                    f"`{self.name}` scored the steps of {completion_in_words(row, prompts[row], texts[row])} as "
                     f"{scored.step_scores}. Its weights or their precision are broken: check them with "
                     "`StepRewardModel.score` on that text."
                 )
-        if log_extra is not None:  # a column of TRL's table of completions, for `log_completions`
-            log_extra(f"steps/{self.__name__}", [step_lines(scored) for scored in self.scored])
-        return [None if scored.error else scored.score for scored in self.scored]
+        return found
+
+
+class FunctionSource(StepRewardSource):
+    """A function that scores steps. Its number for a completion is the mean score of its steps.
+
+    The function gets TRL's arguments (`prompts`, `completions`, `completion_ids`, columns of the data set) and `steps`,
+    the texts of each completion's steps. It returns a score for each step of each completion, on any scale; None for a
+    step or a completion without an opinion, which is then as if it were not there.
+
+    Args:
+        function: The function.
+        segmentation: How completions become steps.
+        bounded: Whether the shaping needs scores in [0, 1].
+        name: See [`StepRewardSource`]; None: that of the function.
+        weight: See [`StepRewardSource`].
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        segmentation: Segmentation,
+        *,
+        bounded: bool,
+        name: str | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(name or get_callable_name(function), weight)
+        self.function, self.segmentation, self.bounded = function, segmentation, bounded
+        self.is_async = is_async_callable(function)
+
+    def __call__(
+        self, prompts: list[Any], texts: list[str], **arguments: Any
+    ) -> list[StepScores] | Awaitable[list[StepScores]]:
+        spans = [self.segmentation(text) for text in texts]
+        steps = [[text[a:b] for a, b in cut] for text, cut in zip(texts, spans, strict=True)]
+        returned = self.function(prompts=prompts, steps=steps, **arguments)
+        if not self.is_async:
+            return self._checked(returned, prompts, texts, spans)
+
+        async def later() -> list[StepScores]:
+            return self._checked(await returned, prompts, texts, spans)
+
+        return later()
+
+    def _checked(
+        self, returned: Any, prompts: Sequence[Any], texts: Sequence[str], spans: Sequence[Sequence[Span]]
+    ) -> list[StepScores]:
+        """What the function returned, as steps with scores.
+
+        Raises:
+            TypeError: If something is not a list or not a number.
+            ValueError: If the number of completions or steps is wrong, or a score is not finite or out of bounds. The
+                sentence names the row, its prompt and the completion.
+        """
+        rows = _checked_list(returned, f"`{self.name}` returned", "a list with an entry for each completion")
+        if len(rows) != len(texts):
+            raise ValueError(
+                f"`{self.name}` returned {len(rows)} entries for {len(texts)} completions. Return one list of step "
+                "scores for each completion, None for one without an opinion."
+            )
+        found = []
+        for row, (scores, prompt, text, cut) in enumerate(zip(rows, prompts, texts, spans, strict=True)):
+            steps = [] if scores is None else self._steps(scores, text, cut, completion_in_words(row, prompt, text))
+            mean = sum(step.score for step in steps) / len(steps) if steps else math.nan
+            found.append(StepScores(text, steps, mean))
+        return found
+
+    def _steps(self, scores: Any, text: str, cut: Sequence[Span], where: str) -> list[Step]:
+        values = _checked_list(scores, f"`{self.name}` gave {where}", "a list with a score for each step")
+        if len(values) != len(cut):
+            raise ValueError(
+                f"`{self.name}` gave {where} {len(values)} scores for {len(cut)} steps. Return one score for each "
+                "of `steps`, None for a step without an opinion."
+            )
+        steps = []
+        for number, (value, (start, end)) in enumerate(zip(values, cut, strict=True), 1):
+            if value is None:
+                continue
+            try:
+                score = float(value)
+            except (TypeError, ValueError):
+                kind = type(value).__name__
+                raise TypeError(
+                    f"`{self.name}` gave step {number} of {where} a {kind}. Return a number, or None."
+                ) from None
+            if not math.isfinite(score):
+                raise ValueError(
+                    f"`{self.name}` gave step {number} of {where} the score {score}. Return a finite number, or "
+                    "None for a step without an opinion."
+                )
+            if self.bounded and not 0.0 <= score <= 1.0:
+                raise ValueError(
+                    f"`{self.name}` gave step {number} of {where} the score {score:g}, and `shaping='log_odds'` "
+                    "needs probabilities. Return scores in [0, 1], or choose another shaping."
+                )
+            steps.append(Step(text[start:end], start, end, score))
+        return steps
+
+
+def as_list(given: Any) -> list[Any]:
+    """One or several as a new list; None: an empty one."""
+    return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+
+
+def make_sources(
+    reward_models: Sequence[StepRewardModel], functions: Sequence[Any], args: StepPPOConfig, taken: Sequence[str] = ()
+) -> list[StepRewardSource]:
+    """The sources of step rewards with their weights and names, the reward models first.
+
+    Functions get steps as `step_segmentation` cuts them; without it, as the first reward model does, or by lines.
+
+    Args:
+        reward_models: Step reward models.
+        functions: Functions that score steps.
+        args: The configuration.
+        taken: Names of outcome rewards. A name that occurs more than once gets a number.
+
+    Raises:
+        ValueError: If there are not as many weights as sources.
+    """
+    segmentation = args.function_segmentation or (reward_models[0].segmentation if reward_models else Segmentation())
+    sources: list[StepRewardSource] = [ModelSource(model, args.reward_model_batch_size) for model in reward_models]
+    sources += [FunctionSource(one, segmentation, bounded=args.shaping == "log_odds") for one in functions]
+    weights = [1.0] * len(sources) if args.step_reward_weights is None else args.step_reward_weights
+    if len(weights) != len(sources):
+        raise ValueError(
+            f"`step_reward_weights` has {len(weights)} numbers for {len(reward_models)} reward models and "
+            f"{len(functions)} `step_reward_funcs`. Give one each, in this order."
+        )
+    counts, seen = Counter([*taken, *(source.name for source in sources)]), Counter()
+    for source, weight in zip(sources, weights, strict=True):
+        source.weight = weight
+        if counts[source.name] > 1:
+            seen[source.name] += 1
+            source.name += f"_{seen[source.name]}"
+    return sources
 
 
 def step_lines(scored: StepScores) -> str:
@@ -100,113 +245,98 @@ def step_lines(scored: StepScores) -> str:
     return f"not scored: {scored.error}" if scored.error else "\n".join(lines)
 
 
-class StepFunctionReward(StepRewardSource):
-    """A function of one's own. Its number for a completion is the mean score of its steps.
-
-    It is called with TRL's arguments (`prompts`, `completions`, `completion_ids`, the data set's other columns) and
-    `steps`, the texts of each completion's steps. It returns one score per step for each completion, on a scale of its
-    own; None for a step or for a completion without an opinion, which is then as if it were not there.
-
-    Args:
-        function: The function.
-        segmentation: How completions become steps.
-        bounded: Whether the shaping needs scores in [0, 1].
-    """
-
-    def __init__(self, function: Callable[..., Any], segmentation: Segmentation, *, bounded: bool) -> None:
-        super().__init__()
-        self.__name__ = get_callable_name(function)
-        self.function, self.segmentation, self.bounded = function, segmentation, bounded
-
-    def __call__(self, prompts: list[Any], completion_ids: list[list[int]], **kwargs: Any) -> Any:
-        texts, spans, steps = self.cut(completion_ids)
-        returned = self.function(prompts=prompts, completion_ids=completion_ids, steps=steps, **kwargs)
-        return self.take(returned, prompts, texts, spans)
-
-    def cut(self, completion_ids: Sequence[Sequence[int]]) -> tuple[list[str], list[list[Span]], list[list[str]]]:
-        """The completions, the characters of their steps, and the texts of these."""
-        texts = self.texts(completion_ids)
-        spans = [self.segmentation(text) for text in texts]
-        return texts, spans, [[text[a:b] for a, b in cut] for text, cut in zip(texts, spans, strict=True)]
-
-    def take(
-        self, returned: Any, prompts: Sequence[Any], texts: Sequence[str], spans: Sequence[Sequence[Span]]
-    ) -> list[float | None]:
-        """Check and keep what the function returned.
-
-        Args:
-            returned: Scores of the steps of each completion.
-            prompts: Their prompts, for messages.
-            texts: The completions.
-            spans: Characters of their steps.
-
-        Returns:
-            Mean score of each completion, None where there is none.
-
-        Raises:
-            TypeError: If something is no list or no number.
-            ValueError: If there are not as many completions or steps as there should be, or a score is not finite or
-                out of bounds. The sentence names the row, its prompt and the completion.
-        """
-        rows = _checked_list(returned, f"`{self.__name__}` returned", "a list with an entry for each completion")
-        if len(rows) != len(texts):
-            raise ValueError(
-                f"`{self.__name__}` returned {len(rows)} entries for {len(texts)} completions. Return one list of step "
-                "scores for each completion, None for one without an opinion."
-            )
-        self.scored = []
-        for row, (scores, prompt, text, cut) in enumerate(zip(rows, prompts, texts, spans, strict=True)):
-            found = [] if scores is None else self._steps(scores, text, cut, completion_in_words(row, prompt, text))
-            mean = sum(step.score for step in found) / len(found) if found else math.nan
-            self.scored.append(StepScores(text, found, mean))
-        return [scored.score if scored.steps else None for scored in self.scored]
-
-    def _steps(self, scores: Any, text: str, cut: Sequence[Span], where: str) -> list[Step]:
-        values = _checked_list(scores, f"`{self.__name__}` gave {where}", "a list with a score for each step")
-        if len(values) != len(cut):
-            raise ValueError(
-                f"`{self.__name__}` gave {where} {len(values)} scores for {len(cut)} steps. Return one score for each "
-                "of `steps`, None for a step without an opinion."
-            )
-        steps = []
-        for number, (value, (start, end)) in enumerate(zip(values, cut, strict=True), 1):
-            if value is None:
-                continue
-            try:
-                score = float(value)
-            except (TypeError, ValueError):
-                kind = type(value).__name__
-                raise TypeError(
-                    f"`{self.__name__}` gave step {number} of {where} a {kind}. Return a number, or None."
-                ) from None
-            if not math.isfinite(score):
-                raise ValueError(
-                    f"`{self.__name__}` gave step {number} of {where} the score {score}. Return a finite number, or "
-                    "None for a step without an opinion."
-                )
-            if self.bounded and not 0.0 <= score <= 1.0:
-                raise ValueError(
-                    f"`{self.__name__}` gave step {number} of {where} the score {score:g}, and `shaping='log_odds'` "
-                    "needs probabilities. Return scores in [0, 1], or choose another shaping."
-                )
-            steps.append(Step(text[start:end], start, end, score))
-        return steps
-
-
-class AsyncStepFunctionReward(StepFunctionReward):
-    """An `async` function of one's own: TRL runs it beside the other asynchronous reward functions."""
-
-    async def __call__(self, prompts: list[Any], completion_ids: list[list[int]], **kwargs: Any) -> Any:
-        texts, spans, steps = self.cut(completion_ids)
-        returned = await self.function(prompts=prompts, completion_ids=completion_ids, steps=steps, **kwargs)
-        return self.take(returned, prompts, texts, spans)
-
-
 def _checked_list(value: Any, found: str, wanted: str) -> list[Any]:
-    """Lists, tuples, arrays and tensors as lists; a text is none, although it has a length."""
+    """Lists, tuples, arrays and tensors as lists; a text has a length too, and is refused."""
     try:
         if isinstance(value, str | dict):
             raise TypeError
         return list(value)
     except TypeError:
         raise TypeError(f"{found} a {type(value).__name__}. Return {wanted}.") from None
+
+
+# Outcome functions ----------------------------------------------------------------------------------------------------
+
+
+def finite_outcomes(function: Any, name: str) -> Any:
+    """An outcome function whose rewards are checked: NaN and infinity would spread to the whole batch.
+
+    None means "no opinion" to TRL, which turns it into NaN: the two must be told apart where the function returns.
+
+    Args:
+        function: A reward function of TRL; a reward model of transformers stays as it is.
+        name: Its name, for messages.
+    """
+    if isinstance(function, nn.Module):
+        return function
+    if is_async_callable(function):
+
+        @wraps(function, updated=())
+        async def checked_later(prompts: Any, completions: Any, **arguments: Any) -> list[Any]:
+            rewards = list(await function(prompts=prompts, completions=completions, **arguments))
+            check_finite(rewards, name, prompts, completions)
+            return rewards
+
+        return checked_later
+
+    @wraps(function, updated=())
+    def checked(prompts: Any, completions: Any, **arguments: Any) -> list[Any]:
+        rewards = list(function(prompts=prompts, completions=completions, **arguments))
+        check_finite(rewards, name, prompts, completions)
+        return rewards
+
+    return checked
+
+
+def check_finite(rewards: Sequence[Any], name: str, prompts: Sequence[Any], completions: Sequence[Any]) -> None:
+    """Raise if a reward is NaN or infinite.
+
+    Args:
+        rewards: One number for each completion, None without an opinion.
+        name: Name of the reward function.
+        prompts: The prompts.
+        completions: The completions.
+
+    Raises:
+        ValueError: Names the function, the row, its prompt and its completion.
+    """
+    for row, (reward, prompt, completion) in enumerate(zip(rewards, prompts, completions, strict=False)):
+        if reward is not None and not math.isfinite(reward):
+            raise ValueError(
+                f"The reward function `{name}` gave {completion_in_words(row, prompt, completion)} the reward "
+                f"{float(reward)}. Return a finite number, or None for no opinion."
+            )
+
+
+def check_model_outcomes(
+    functions: Sequence[Any], names: Sequence[str], rewards: Tensor, prompts: Sequence[Any], completions: Sequence[Any]
+) -> None:
+    """Raise if a reward model of transformers gave NaN or infinity: it always has an opinion.
+
+    Args:
+        functions: All reward functions (F).
+        names: Their names.
+        rewards: What they gave in this process (B, F).
+        prompts: The prompts.
+        completions: The completions.
+    """
+    for column, (function, name) in enumerate(zip(functions, names, strict=True)):
+        if isinstance(function, nn.Module):
+            check_finite(rewards[:, column].tolist(), name, prompts, completions)
+
+
+def completion_in_words(row: int, prompt: Any, completion: Any) -> str:
+    """A completion as messages name it: its row, its prompt, its text; the last message of a chat.
+
+    Example:
+        >>> completion_in_words(3, [{"role": "user", "content": "2+2?"}], "4")
+        "row 3 (prompt '2+2?', completion '4')"
+    """
+    return f"row {row} (prompt {_shown(prompt)}, completion {_shown(completion)})"
+
+
+def _shown(text: Any) -> str:
+    if isinstance(text, list) and text and isinstance(text[-1], dict):
+        text = text[-1].get("content")
+    words = repr(text)
+    return words if len(words) <= _SHOWN else f"{words[:_SHOWN]}..."

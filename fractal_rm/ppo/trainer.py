@@ -1,58 +1,43 @@
-"""PPO with dense step rewards, on TRL's online engine.
+"""PPO with a reward for every step: the algorithm, from top to bottom.
 
-`trl.GRPOTrainer` generates, computes log-probabilities, clips, logs and checkpoints. This class changes what a token's
-advantage is (rewards where steps end, GAE or a group baseline) and trains a value model beside the policy. It overrides
-the few hooks that `trl_contract.py` lists, and copies none of them.
+The class reads in the order in which a batch is made: sample, score steps, shape, place, advantages, loss. Each stage
+takes a [`RolloutBatch`] and returns one that holds more. How TRL is made to do this stands in `engine.py`.
 """
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.utils import get_callable_name
 
-from fractal_rm.credit.advantages import global_advantages
-from fractal_rm.hf.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, finish_if_complete
-from fractal_rm.hf.denormals import flush_denormals
-from fractal_rm.hf.finite_logs import FiniteLogs
-from fractal_rm.hf.parallelism import check_online_training, check_separate_value_model, check_whole_model
-from fractal_rm.hf.processes import all_reduce, share_metrics
-from fractal_rm.ppo.alarms import AlarmActions, as_rollouts, ending_ids
-from fractal_rm.ppo.checks import check_setup
+from fractal_rm.credit.kl import AdaptiveKL
+from fractal_rm.ppo.advantage import ESTIMATORS
+from fractal_rm.ppo.alarms import Alarms, ending_ids, guard_inputs
+from fractal_rm.ppo.checks import check_engine, load_checked
 from fractal_rm.ppo.config import StepPPOConfig
-from fractal_rm.ppo.contract import check_contract
-from fractal_rm.ppo.dense_setup import as_list, dense_sources
-from fractal_rm.ppo.finite_rewards import check_model_rewards, checked_reward_functions
-from fractal_rm.ppo.kept_forward import ROWS
-from fractal_rm.ppo.kl_reward import KLReward, lent_beta
-from fractal_rm.ppo.lean_forwards import LeanForwards
-from fractal_rm.ppo.online.online_reward import OnlineReward, check_online_arguments
-from fractal_rm.ppo.rewards import Rollout, ShapedSteps, StepRewards, whiten_rewards
-from fractal_rm.ppo.shared_backbone import SharedBackbone, make_value_head
-from fractal_rm.ppo.sources import StepRewardSource, StepScoreReward
-from fractal_rm.ppo.value_learning import ValueLearning, check_value_arguments
-from fractal_rm.ppo.value_model import ValueGradients, make_value_model
+from fractal_rm.ppo.engine import Engine
+from fractal_rm.ppo.online.online_reward import OnlineReward
+from fractal_rm.ppo.rewards import StepShaper, charge_kl, place_rewards
+from fractal_rm.ppo.rollout import RolloutBatch
+from fractal_rm.ppo.sources import ModelSource, as_list, make_sources
+from fractal_rm.ppo.value_learning import ValueGradients, ValueLearning
+from fractal_rm.ppo.value_model import make_value_head, make_value_model
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.data import Records
 
 _STATE_FILE = "step_ppo_state.json"
 
 
-class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
-    """PPO with a reward for every step.
+class StepPPOTrainer(Engine):
+    """PPO with dense step rewards, on TRL's online engine.
 
     A completion that no outcome function judges (all give None) is left out of what is learned, as in TRL. Without
-    outcome functions, one that has no step earns nothing: as much as a usual step, where rewards are centred.
+    outcome functions, one without steps earns nothing: as much as a usual step, where rewards are centred.
 
     Checkpoints hold the value model in `value_model/`, and a reward model that goes on learning (`rm_update_every`) in
     `reward_model/`; an instance that is given learns in place. A resumed run equals an uninterrupted one if the
@@ -75,7 +60,7 @@ class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
         callbacks: As for `GRPOTrainer`.
         peft_config: As for `GRPOTrainer`: the policy trains an adapter, and is the reference without it.
         value_peft_config: The value model trains an adapter and its head, in place of all its weights.
-        step_reward_funcs: Dense rewards of your own, one or a list: called as TRL calls `reward_funcs`, and with
+        step_reward_funcs: Functions that score steps, one or a list: called as TRL calls `reward_funcs`, and with
             `steps`, the texts of each completion's steps; they return one score per step for each completion.
         reward_model_dataset: For `rm_update_every`, by which the first reward model goes on learning: labelled
             responses that are mixed in, best ones that it has not seen. Records or bags, as for [`FractalTrainer`].
@@ -89,13 +74,11 @@ class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
         RuntimeError: If the installed TRL has moved a name that this class relies on.
 
     Attributes:
-        last_rollout: The completions of this process that were trained on last, with rewards and step scores.
+        sources: The sources of step rewards, reward models first.
+        last_rollout: The completions of this process that were trained on last, with everything that was made of them.
     """
 
     _tag_names = ("trl", "fractal-rm", "step-ppo")
-    args: StepPPOConfig
-    model: Any
-    num_generations: int
 
     def __init__(
         self,
@@ -114,71 +97,61 @@ class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
         reward_model_dataset: Records | None = None,
         **kwargs: Any,
     ) -> None:
-        moved = check_contract()
-        if moved:
-            raise RuntimeError(" ".join(moved))
-        args = copy.copy(args) if args is not None else StepPPOConfig("step-ppo")
-        functions = as_list(reward_funcs)
-        if not (functions or as_list(step_reward_funcs) or as_list(reward_model)):
-            raise ValueError(
-                "There is no reward. Give a `reward_model` or `step_reward_funcs` (dense), `reward_funcs` (outcome), "
-                "or several of them."
-            )
-        check_value_arguments(args, value_model, value_peft_config)
-        check_setup(args, model, processing_class, eval_dataset)
-        self.sources = dense_sources(reward_model, step_reward_funcs, functions, args, train_dataset, kwargs)
-        reward_models = [source.reward_model for source in self.sources if isinstance(source, StepScoreReward)]
-        check_online_arguments(args, reward_models, reward_model_dataset)
-        self._rollout: Rollout | None = None
-        self.last_rollout: Rollout | None = None
-        self.step_rewards, self.kl_reward = StepRewards(args, self.sources, self._log), KLReward(args)
-        self.alarm_actions = AlarmActions(args, self.step_rewards)
-        with lent_beta(args, wanted=self.kl_reward.on):
-            super().__init__(
-                model=model,
-                reward_funcs=functions,
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                callbacks=callbacks,
-                peft_config=peft_config,
-                **kwargs,
-            )
-        self.beta = args.beta
-        self.add_callback(self.alarm_actions)
-        self.step_rewards.ending_ids = ending_ids(self._tokenizer, self.accelerator.unwrap_model(self.model))
-        if args.on_alarm == "rollback" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("`on_alarm='rollback'` cannot put sharded weights back. Use `on_alarm='stop'`.")
-        if args.advantage == "gae":
-            check_separate_value_model(self)
-        for scoring in reward_models:
-            check_whole_model(self, scoring.scorer, "the reward model")
-        for source in self.sources:
-            source.prepare(self._tokenizer, self.accelerator.device)
-        self._is_outcome = torch.tensor([not isinstance(function, StepRewardSource) for function in self.reward_funcs])
+        args = args if args is not None else StepPPOConfig("step-ppo")
+        outcomes, step_functions = as_list(reward_funcs), as_list(step_reward_funcs)
+        models = load_checked(
+            args,
+            policy=model,
+            tokenizer=processing_class,
+            reward_models=as_list(reward_model),
+            outcomes=outcomes,
+            step_functions=step_functions,
+            value_model=value_model,
+            value_peft_config=value_peft_config,
+            reward_model_dataset=reward_model_dataset,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+        )
+        taken = [get_callable_name(function) for function in outcomes]
+        self.sources = make_sources(models, step_functions, args, taken)
+        self.value_learning: ValueLearning | None = None
         self.online_reward: OnlineReward | None = None
-        if args.rm_update_every:
-            check_online_training(self)
-            weights = self.reward_weights
+        super().__init__(
+            model=model,
+            reward_funcs=outcomes,
+            sources=self.sources,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        check_engine(self, models)
+        self.last_rollout: RolloutBatch | None = None
+        self.shaper = StepShaper(self.args, {source.name: source.weight for source in self.sources})
+        self.kl_coefficient = AdaptiveKL(self.args.kl_coef, target=self.args.kl_target)
+        self.alarms = Alarms(self.args)
+        self.add_callback(self.alarms)
+        self.ending_ids = ending_ids(self.tokenizer, self.policy)
+        for scoring in models:
+            scoring.scorer.to(self.accelerator.device)
+        if self.args.rm_update_every:
             self.online_reward = OnlineReward(
-                reward_models[0], args, reward_model_dataset, weights, self.accelerator, self._log
+                models[0], self.args, reward_model_dataset, self.reward_weights, self.accelerator
             )
-        if args.advantage == "gae":
+        if self.args.advantage == "gae":
             self.value_learning = self._make_value_learning(value_model, value_peft_config)
-            self.add_callback(ValueGradients(self.value_learning.model, args.value_warmup_steps))
+            self.add_callback(ValueGradients(self.value_learning.model, self.args.value_warmup_steps))
 
     def _make_value_learning(self, value_model: Any, peft_config: Any) -> ValueLearning:
-        policy = self.accelerator.unwrap_model(self.model)
-        shared = None
         if isinstance(value_model, str) and value_model == "shared":
-            model: Any = make_value_head(policy)
-            shared = SharedBackbone(lambda: self.accelerator.unwrap_model(self.model), model)
-        else:
-            reward_model = self.step_scores.reward_model if self.step_scores else None
-            tokens = {"reward_model": reward_model, "tokenizer": self._tokenizer}
-            model = make_value_model(policy, value_model, **tokens, peft_config=peft_config)
-        return ValueLearning(model, shared, self.args, self.accelerator, self._log)
+            return ValueLearning(self, make_value_head(self.policy), shared=True)
+        reward_model = self.step_scores.reward_model if self.step_scores else None
+        tokens = {"reward_model": reward_model, "tokenizer": self.tokenizer}
+        model = make_value_model(self.policy, value_model, **tokens, peft_config=peft_config)
+        return ValueLearning(self, model, shared=False)
 
     @property
     def value_model(self) -> Any:
@@ -186,156 +159,68 @@ class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
         return None if self.value_learning is None else self.value_learning.model
 
     @property
-    def step_scores(self) -> StepScoreReward | None:
+    def step_scores(self) -> ModelSource | None:
         """The first reward model; None without one."""
-        return next((source for source in self.sources if isinstance(source, StepScoreReward)), None)
+        return next((source for source in self.sources if isinstance(source, ModelSource)), None)
 
-    # Rollouts: rewards and advantages -----------------------------------------------------------------------------
+    @property
+    def state_reader(self) -> nn.Module | None:
+        return self.value_model if self.value_learning is not None and self.value_learning.shared else None
 
-    def get_train_dataloader(self) -> Any:
-        prompts: Any = self.train_dataset
-        needed = self.args.generation_batch_size // self.num_generations  # type: ignore[operator]
-        if hasattr(prompts, "__len__") and len(prompts) < needed:  # TRL would end without a step
-            raise ValueError(
-                f"The training set has {len(prompts)} prompts, but a rollout takes {needed}. Give more prompts, raise "
-                "`num_generations`, or lower `per_device_train_batch_size` or `steps_per_generation`."
-            )
-        return super().get_train_dataloader()
+    # The algorithm ----------------------------------------------------------------------------------------------------
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        with checked_reward_functions(self):
-            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        is_outcome = self._is_outcome.to(rewards_per_func.device)
-        if self.sources and is_outcome.any():
-            # TRL leaves out what no function could judge. Step scores must not make a judged outcome of 0 of it.
-            unjudged = rewards_per_func[:, is_outcome].isnan().all(dim=1)
-            rewards_per_func[unjudged.unsqueeze(1) & ~is_outcome] = torch.nan
-        local = slice(
-            self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts)
-        )
-        check_model_rewards(self, rewards_per_func[local], prompts, completions)
-        scored = self.sources[0].scored if self.sources else None
-        self._rollout = Rollout(prompts, completion_ids_list, rewards_per_func[local], is_outcome, scored)
-        return rewards_per_func
-
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        output, rollout = self._roll_out(inputs)
+    def rollout(self, inputs: Any) -> RolloutBatch:
+        """Sample completions, score their steps, and turn scores into advantages."""
+        batch = self.sample(inputs)  # completions, with outcomes and scores of steps
         if not self.model.training:
-            return output  # evaluation only logs rewards
-        if self._went_back(rollout):
-            output, rollout = self._roll_out(inputs)  # by the policy that there is now
-        self.last_rollout = rollout
-        if self.online_reward is not None and self.step_scores is not None:
-            self.online_reward.take(rollout, self.step_scores.scored, self.reward_weights)
-        output[ROWS] = torch.arange(len(output["prompt_ids"]), device=output["prompt_ids"].device)
-        mask, step = self._policy_mask(output), self.state.global_step
-        shaped = self.step_rewards.steps(rollout, mask, self.num_generations)
-        if self.args.advantage == "group":
-            output["advantages"] = self.step_rewards.group_advantages(
-                rollout, shaped, output["advantages"], mask, self.num_generations, self.accelerator, step=step
-            )
-        else:
-            mask = self.step_rewards.without_unjudged(mask, rollout)
-            output |= self._advantages(output, rollout, shaped, mask, step=step)
-        self._show_advantages(output["advantages"], mask)
-        return output
+            return batch  # evaluation logs rewards and learns nothing
+        if self._went_back(batch):
+            batch = self.sample(inputs)  # by the policy that there is now
+        self._keep_learning(batch)
+        group_size = self.num_generations
+        batch = self.shaper.shape(batch, group_size=group_size, tokenizer=self.tokenizer)  # scores -> rewards of steps
+        batch = place_rewards(batch, self.args, ending_ids=self.ending_ids, step_weight=self.alarms.step_weight)
+        if self.args.kl_coef:
+            batch = charge_kl(batch, self.kl_coefficient, self.accelerator)
+        estimate = ESTIMATORS[self.args.advantage]
+        batch = estimate(batch, self.args, self.accelerator, group_size=group_size, value_learning=self.value_learning)
+        self.record(batch.metrics)
+        self.last_rollout = batch
+        return batch
 
-    def _advantages(
-        self, output: dict[str, Any], rollout: Rollout, shaped: list[ShapedSteps], mask: Tensor, *, step: int
-    ) -> dict[str, Any]:
-        """Advantages (B, T), and what a value model learns from, if there is one."""
-        rewards = self.step_rewards.tokens(rollout, shaped, self.reward_weights, mask, step=step)
-        if self.kl_reward.on and rollout.kl is not None:
-            penalty = self.kl_reward.penalty(rollout.kl, self.accelerator, self._log)
-            rewards = rewards._replace(others=rewards.others - penalty)
-        if self.value_learning is not None:
-            return self.value_learning.advantages(output, rewards, mask, rollout.logprobs)
-        advantages = global_advantages(
-            whiten_rewards(rewards.steps + rewards.others, mask, self.args, self.accelerator),
-            mask,
-            gamma=self.args.gamma,
-            scale=self.args.whiten_advantages,
-            all_reduce=all_reduce(self.accelerator),
-        )
-        return {"advantages": advantages}
+    def loss(self, policy_loss: Tensor, minibatch: dict[str, Any], states: Tensor | None) -> Tensor:
+        """TRL's clipped policy loss, and the value model's; in the value model's warm-up the policy learns nothing."""
+        if self.value_learning is None or "returns" not in minibatch:
+            return policy_loss
+        if self.state.global_step < self.args.value_warmup_steps:
+            policy_loss = 0.0 * policy_loss
+        accumulation = self.current_gradient_accumulation_steps
+        return policy_loss + self.value_learning.loss(minibatch, states, accumulation=accumulation)
 
-    def _roll_out(self, inputs: Any) -> tuple[dict[str, Any], Rollout]:
-        """TRL's rollout, with the KL divergence from the reference where it is part of the reward, or costs nothing."""
-        in_reward = self.kl_reward.on and self.model.training
-        with lent_beta(self, wanted=in_reward):
-            output = super()._generate_and_score_completions(inputs)
-        rollout, self._rollout = self._rollout, None
-        assert rollout is not None
-        known = self.model.training and {"ref_per_token_logps", "old_per_token_logps"} <= output.keys()
-        if in_reward or known:
-            rollout.logprobs, rollout.kl = self.kl_reward.measure(self, output, self._policy_mask(output))
-        else:
-            rollout.logprobs = output.get("old_per_token_logps")
-        return output, rollout
-
-    def _went_back(self, rollout: Rollout) -> bool:
+    def _went_back(self, batch: RolloutBatch) -> bool:
         """Show a rollout to the guards and act on their alarms; whether the policy is now that of a checkpoint."""
-        watched = self.sources[0] if self.sources else None
-        seen = as_rollouts(rollout, self.step_rewards.ending_ids, watched, self.reward_weights)
-        measured, alarms = self.alarm_actions.watch(seen, step=self.state.global_step)
-        for name, value in measured.items():
-            self._log(f"guards/{name}", value)
-        for alarm in alarms:
-            self._log(f"guards/alarm/{alarm.signal}", 1.0)
+        trusted = bool(self.sources) and self.sources[0].gives_probabilities
+        seen = guard_inputs(batch, self.ending_ids, gives_probabilities=trusted)
+        metrics, alarms = self.alarms.watch(seen, step=self.state.global_step)
+        self.record(metrics)
         if not alarms or self.args.on_alarm == "warn":
             return False
-        checkpoint = self.alarm_actions.checkpoint_before(alarms) if self.args.on_alarm == "rollback" else None
+        checkpoint = self.alarms.checkpoint_before(alarms) if self.args.on_alarm == "rollback" else None
         if checkpoint is None:  # to stop, or nothing to go back to
             self.control.should_training_stop = True
             return False
-        self._restore_weights(checkpoint)
-        self.alarm_actions.rolled_back(checkpoint, alarms)
-        return True
-
-    def _restore_weights(self, checkpoint: Path) -> None:
-        """Put the weights of policy and value model back, and forget what the optimizer knows of the later ones."""
-        super()._load_from_checkpoint(str(checkpoint))
+        self.restore_weights(checkpoint)
         if self.value_learning is not None:
             self.value_learning.load(checkpoint)
-        optimizer: Any = self.optimizer
-        optimizer.state.clear()
-        optimizer.zero_grad()
+        self.alarms.rolled_back(checkpoint, alarms)
+        return True
 
-    @staticmethod
-    def _policy_mask(output: dict[str, Any]) -> Tensor:
-        """True where the policy wrote a token (B, T)."""
-        mask = output["completion_mask"].bool()
-        return mask & output["tool_mask"].bool() if "tool_mask" in output else mask
+    def _keep_learning(self, batch: RolloutBatch) -> None:
+        """Give the rollout to a reward model that goes on learning; its scores of this batch stay what they are."""
+        if self.online_reward is not None and self.step_scores is not None:
+            self.record(self.online_reward.take(batch, batch.scores[self.step_scores.name]))
 
-    def _log(self, name: str, value: float) -> None:
-        self._metrics["train" if self.model.training else "eval"][name].append(float(value))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `GRPOTrainer`; numbers that each process measured on its own rollouts become those of all."""
-        if self.accelerator.num_processes > 1:
-            share_metrics(self._metrics["train" if self.model.training else "eval"])
-        super().log(logs, start_time)
-
-    def _show_advantages(self, advantages: Tensor, mask: Tensor) -> None:
-        """Put each completion's mean advantage into TRL's table of completions, in place of TRL's own."""
-        means = (advantages.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).detach()
-        gathered: Any = self.accelerator.gather(means)
-        for _ in gathered:
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(gathered.tolist())
-
-    # The value model ----------------------------------------------------------------------------------------------
-
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        loss = super()._compute_loss(model, inputs)
-        if "returns" not in inputs:
-            return loss
-        assert self.value_learning is not None
-        warming_up = self.state.global_step < self.args.value_warmup_steps
-        value_loss = self.value_learning.loss(
-            inputs, accumulation=self.current_gradient_accumulation_steps, warming_up=warming_up
-        )
-        return (0.0 * loss if warming_up else loss) + value_loss
+    # Optimizer and checkpoints ----------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """The policy's optimizer with the value model as one more parameter group."""
@@ -344,54 +229,30 @@ class StepPPOTrainer(WholeCheckpoints, LeanForwards, FiniteLogs):
             self.value_learning.add_to(optimizer)
         return optimizer
 
-    # Checkpoints --------------------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`; `resume_from_checkpoint=True` is the last checkpoint that is whole."""
-        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        if checkpoint and self.is_deepspeed_enabled:  # it loads weights its own way, and nothing else
-            self._load_state(Path(checkpoint))
-        with flush_denormals(self.accelerator.device):
-            return finish_if_complete(self, checkpoint) or super().train(resume_from_checkpoint=checkpoint, **kwargs)
-
-    def _stateful(self) -> dict[str, Any]:
+    def _statistics(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and optimizer: running statistics, the KL coefficient, the guards."""
-        parts = {
-            "step_rewards": self.step_rewards,
-            "kl_reward": self.kl_reward.adaptive,
-            "alarms": self.alarm_actions,
-        }
+        parts = {"step_rewards": self.shaper, "kl_reward": self.kl_coefficient, "alarms": self.alarms}
         return parts if self.online_reward is None else parts | {"online_reward": self.online_reward}
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir or ".")
-        if self.args.should_save:
-            begin_checkpoint(folder)
-        super()._save(output_dir, state_dict=state_dict)
-        if not self.args.should_save:
-            return  # another process writes
-        state = {name: part.state_dict() for name, part in self._stateful().items()}
+    def save_state(self, folder: Path) -> None:
+        state = {name: part.state_dict() for name, part in self._statistics().items()}
         (folder / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         if self.value_learning is not None:
             self.value_learning.save(folder)
         if self.online_reward is not None:
             self.online_reward.save(folder, resumable=folder.name.startswith(PREFIX_CHECKPOINT_DIR))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model=model)
-        if self.value_learning is not None:
-            self.value_learning.load(Path(resume_from_checkpoint))
-        if self.online_reward is not None:
-            self.online_reward.load(Path(resume_from_checkpoint))
-        self._load_state(Path(resume_from_checkpoint))
-
-    def _load_state(self, checkpoint: Path) -> None:
-        file = checkpoint / _STATE_FILE
+    def load_state(self, folder: Path, *, weights: bool) -> None:
+        if weights and self.value_learning is not None:
+            self.value_learning.load(folder)
+        if weights and self.online_reward is not None:
+            self.online_reward.load(folder)
+        file = folder / _STATE_FILE
         if not file.is_file():
             raise ValueError(
                 f"{file} is missing, so running statistics cannot be resumed. Resume from a checkpoint that "
                 "StepPPOTrainer wrote, or start again without `resume_from_checkpoint`."
             )
         state = json.loads(file.read_text(encoding="utf-8"))
-        for name, part in self._stateful().items():
+        for name, part in self._statistics().items():
             part.load_state_dict(state[name])

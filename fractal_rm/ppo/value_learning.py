@@ -1,7 +1,5 @@
 """The value model of `StepPPOTrainer` in training: its values, its loss, its optimizer group, its place on disk."""
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from safetensors.torch import load_model as load_weights
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fractal_rm.credit.advantages import gae, step_lambdas, whiten
+from fractal_rm.files import replacing
 from fractal_rm.hf.length_buckets import LengthBuckets, may_be_sorted
-from fractal_rm.hf.processes import all_reduce
 from fractal_rm.ppo.config import StepPPOConfig
-from fractal_rm.ppo.kept_forward import ROWS, KeptForward, updates_once
-from fractal_rm.ppo.rewards import TokenRewards, whiten_rewards
-from fractal_rm.ppo.shared_backbone import SharedBackbone
-from fractal_rm.ppo.value_model import checkpoint_layers, clipped_value_loss, explained_variance
+from fractal_rm.ppo.engine import Engine, backbone
+from fractal_rm.ppo.rollout import RolloutBatch
+from fractal_rm.ppo.value_model import checkpoint_layers, clipped_value_loss
 
 VALUE_FOLDER = "value_model"
 _WEIGHTS = "model.safetensors"
@@ -25,156 +22,98 @@ _WEIGHTS = "model.safetensors"
 _ONE_FILE = "1000TB"
 # One folder deeper: whatever adapter lies in a folder of a checkpoint, `Trainer` loads into the policy.
 _ADAPTER_FOLDER, _ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"
-
-
-def check_value_arguments(args: StepPPOConfig, value_model: Any, value_peft_config: Any) -> None:
-    """Refuse what would have no effect.
-
-    Raises:
-        ValueError: Says what to leave out.
-    """
-    if args.advantage != "gae" and not (value_model is None and value_peft_config is None):
-        name = "value_model" if value_model is not None else "value_peft_config"
-        raise ValueError(f"`advantage='{args.advantage}'` uses no `{name}`. Leave it out or set `advantage='gae'`.")
-    shared = isinstance(value_model, str) and value_model == "shared"
-    if shared and value_peft_config is not None:
-        raise ValueError(
-            "`value_model='shared'` has no backbone of its own that `value_peft_config` could adapt. Leave one out."
-        )
-    if args.value_gradients_to_policy and not shared:
-        raise ValueError(
-            "`value_gradients_to_policy` is about a shared backbone. Set `value_model='shared'`, or leave it out."
-        )
+# Name in a minibatch of the values that the rollout's own forward gave, with their graph.
+_FRESH = "rollout_values"
 
 
 class ValueLearning:
-    """A value model beside a policy.
+    """A value model beside a policy, or a head on the policy's own hidden states.
 
     Args:
-        model: The value model, or the head on a shared backbone.
-        shared: The policy's backbone, for such a head.
-        args: The configuration.
-        accelerator: The trainer's.
-        log: Takes the name and the value of a number to log.
+        engine: The trainer: its accelerator, its policy, its configuration.
+        model: The value model, or the head.
+        shared: Whether it is such a head. It reads the states that log-probabilities are computed from, so there is no
+            second backbone, and no forward where TRL runs one anyway.
 
     Attributes:
         model: The value model, or the head, as accelerate wraps it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        shared: SharedBackbone | None,
-        args: StepPPOConfig,
-        accelerator: Any,
-        log: Callable[[str, float], None],
-    ) -> None:
-        if args.gradient_checkpointing:
+    def __init__(self, engine: Engine, model: nn.Module, *, shared: bool) -> None:
+        if engine.args.gradient_checkpointing:
             checkpoint_layers(model)
-        self.model: Any = accelerator.prepare_model(model)
-        self.shared, self.args, self.accelerator, self.log = shared, args, accelerator, log
-        self._kept = KeptForward()
+        self.engine, self.shared = engine, shared
+        self.model: Any = engine.accelerator.prepare_model(model)
 
-    # Values and what they are for -------------------------------------------------------------------------------------
+    @property
+    def args(self) -> StepPPOConfig:
+        """The configuration."""
+        return self.engine.args
 
-    def values(self, inputs: dict[str, Any], *, most_rows: int | None = None) -> Tensor:
-        """Value of the state before each completion token, (B, T) in float32, by a forward of their own.
+    # Values -----------------------------------------------------------------------------------------------------------
+
+    def values(self, tokens: dict[str, Any], *, most_rows: int | None = None) -> Tensor:
+        """Value of the state before each completion token, (B, T) in float32, by a forward for nothing else.
 
         Args:
-            inputs: Prompts and completions, as TRL has them in a rollout.
+            tokens: Prompts and completions, as TRL has them in a rollout.
             most_rows: Most texts in a forward pass; None: all.
         """
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        sort = may_be_sorted(self.model if self.shared is None else self.shared.policy, self.accelerator)
-        parts = LengthBuckets(attention_mask, inputs["prompt_ids"].size(1), most_rows=most_rows, sort=sort)
-        values = parts.join([self._forward(*part.of(input_ids, attention_mask)) for part in parts.parts])
-        return _before_completion_tokens(values, inputs)
+        input_ids = torch.cat([tokens["prompt_ids"], tokens["completion_ids"]], dim=1)
+        attention_mask = torch.cat([tokens["prompt_mask"], tokens["completion_mask"]], dim=1)
+        sort = may_be_sorted(self.engine.policy if self.shared else self.model, self.engine.accelerator)
+        buckets = LengthBuckets(attention_mask, tokens["prompt_ids"].size(1), most_rows=most_rows, sort=sort)
+        values = buckets.join([self._forward(*part.of(input_ids, attention_mask)) for part in buckets.parts])
+        return _before_completion_tokens(values, tokens)
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values at all positions (B, W)."""
-        with self.accelerator.autocast():
-            if self.shared is not None:
-                return self.shared.values(input_ids, attention_mask)
-            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits[..., 0]
+        texts = {"input_ids": input_ids, "attention_mask": attention_mask}
+        with self.engine.accelerator.autocast():
+            if self.shared:
+                return self.model(backbone(self.engine.policy)(**texts, use_cache=False)[0])
+            return self.model(**texts).logits[..., 0]
 
-    def _rollout_values(self, output: dict[str, Any], logprobs: Tensor | None) -> Tensor:
-        if self.shared is None and updates_once(self.args, self.accelerator):
-            values = self.values(output)
-            self._kept.keep(values)
-            return values.detach()
-        known = None if self.shared is None else self.shared.values_beside(logprobs)
-        if known is not None:
-            return _before_completion_tokens(known, output)
+    def with_values(self, batch: RolloutBatch) -> RolloutBatch:
+        """Add `values`: from a forward that TRL ran, or one that the update takes over, or one for nothing else."""
+        if batch.state_values is not None:
+            return batch.plus(values=_before_completion_tokens(batch.state_values, batch.tokens))
+        if not self.shared and self.engine.updates_once():
+            fresh = self.values(batch.tokens)
+            return batch.plus(for_update={_FRESH: fresh}, values=fresh.detach())
         with torch.no_grad():
-            return self.values(output, most_rows=self.args.per_device_train_batch_size)
+            rows = self.args.per_device_train_batch_size
+            return batch.plus(values=self.values(batch.tokens, most_rows=rows))
 
-    def advantages(
-        self, output: dict[str, Any], rewards: TokenRewards, mask: Tensor, logprobs: Tensor | None
-    ) -> dict[str, Any]:
-        """GAE, with what the value model needs to learn from.
+    # Loss -------------------------------------------------------------------------------------------------------------
 
-        Args:
-            output: TRL's rollout.
-            rewards: Of its tokens.
-            mask: True where the policy wrote a token that is learned from (B, T).
-            logprobs: The policy's log-probabilities of the rollout (B, T), where they were computed.
-
-        Returns:
-            What joins the rollout.
-        """
-        args = self.args
-        learned, lam, beside = self._by_reach(rewards, mask)
-        values = self._rollout_values(output, logprobs)
-        advantages, returns = gae(learned, values, mask, gamma=args.gamma, lam=lam)
-        self.log("value/explained_variance", explained_variance(values[mask], returns[mask]))
-        self.log("value/mean", values[mask].mean().item())
-        advantages = advantages + beside
-        if args.whiten_advantages:
-            advantages = whiten(advantages, mask, all_reduce=all_reduce(self.accelerator))
-        # The value loss is a mean over the tokens of a rollout batch, as the loss of TRL's default `loss_type` is.
-        tokens = self.accelerator.reduce(mask.sum().float(), reduction="mean")
-        kept = {"values": values, "returns": returns, "value_mask": mask, "value_tokens": tokens}
-        return kept | {"advantages": advantages}
-
-    def _by_reach(self, rewards: TokenRewards, mask: Tensor) -> tuple[Tensor, float | Tensor, float | Tensor]:
-        """The rewards that the value model learns (B, T), their lambda, and what is added to their advantages (B, T).
-
-        Where there are rewards of steps and of outcomes, each kind has its own reach (`step_lam`, `lam`): the value
-        model is the outcome's, and steps have the baseline of their shaping.
-        """
-        args = self.args
-        if args.step_lam is None or not rewards.has_steps:
-            return self._whitened(rewards.steps + rewards.others, mask), args.lam, 0.0
-        lam = step_lambdas(rewards.step_ends, mask, args.step_lam)
-        if not rewards.has_outcomes:
-            return self._whitened(rewards.steps + rewards.others, mask), lam, 0.0
-        steps = self._whitened(rewards.steps, mask)
-        credit, _ = gae(steps, torch.zeros_like(steps), mask, gamma=args.gamma, lam=lam)
-        return self._whitened(rewards.others, mask), args.lam, credit
-
-    def _whitened(self, rewards: Tensor, mask: Tensor) -> Tensor:
-        return whiten_rewards(rewards, mask, self.args, self.accelerator)
-
-    def loss(self, inputs: dict[str, Any], *, accumulation: int, warming_up: bool) -> Tensor:
-        """The weighted value loss of a minibatch, after the policy's loss of the same minibatch.
+    def loss(self, minibatch: dict[str, Any], states: Tensor | None, *, accumulation: int) -> Tensor:
+        """The weighted value loss of a minibatch.
 
         Args:
-            inputs: The minibatch.
+            minibatch: A part of the rollout.
+            states: Last hidden states of the policy (B, P + T, H), from the forward of its own loss; read by a head on
+                them, which does not train them.
             accumulation: Minibatches in an optimizer step.
-            warming_up: Whether the policy must not learn yet.
+
+        Raises:
+            RuntimeError: If there are no states to read: TRL computes log-probabilities in another way than it used to.
         """
-        if self.shared is None:
-            (values,) = self._kept.take(inputs[ROWS]) or (self.values(inputs),)
+        if not self.shared:
+            fresh = minibatch.pop(_FRESH, None)  # once: after the backward pass the graph is gone
+            values = self.values(minibatch) if fresh is None else fresh
+        elif states is None:
+            raise RuntimeError(
+                "The loss was computed without a forward of the policy's backbone, so `value_model='shared'` has no "
+                "states to read. Use `value_model=None`, or the TRL versions that fractal_rm is tested with."
+            )
         else:
-            states = self.shared.take_states()
-            learn_states = self.args.value_gradients_to_policy and not warming_up
-            values = _before_completion_tokens(self.model(states if learn_states else states.detach()), inputs)
-        mask = inputs["value_mask"]
-        loss = clipped_value_loss(values, inputs["values"], inputs["returns"], mask, self.args.cliprange_value)
-        self.log("value/loss", loss.item())
+            values = _before_completion_tokens(self.model(states.detach()), minibatch)
+        mask = minibatch["value_mask"]
+        loss = clipped_value_loss(values, minibatch["values"], minibatch["returns"], mask, self.args.cliprange_value)
+        self.engine.record({"value/loss": loss.item()})
         # One batch or several with accumulation: every token of the window counts the same.
-        window = inputs["value_tokens"] * accumulation / self.args.steps_per_generation
+        window = minibatch["value_tokens"] * accumulation / self.args.steps_per_generation
         return self.args.vf_coef * loss * mask.sum() / window.clamp(min=1.0)
 
     # Optimizer and checkpoints ----------------------------------------------------------------------------------------
@@ -190,15 +129,13 @@ class ValueLearning:
 
     def save(self, checkpoint: Path) -> None:
         """Write `value_model/`: an ordinary folder of a model, or of its PEFT adapter, or the weights of a head."""
-        model, folder = self.accelerator.unwrap_model(self.model), checkpoint / VALUE_FOLDER
+        model, folder = self.engine.accelerator.unwrap_model(self.model), checkpoint / VALUE_FOLDER
         if _is_adapted(model):
             return model.save_pretrained(folder / _ADAPTER_FOLDER, save_embedding_layers=False)
-        if self.shared is None:
+        if not self.shared:
             return model.save_pretrained(folder, max_shard_size=_ONE_FILE)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{_WEIGHTS}.{os.getpid()}.tmp"
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
-        os.replace(temporary, folder / _WEIGHTS)
+        with replacing(folder / _WEIGHTS) as file:
+            save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, file)
 
     def load(self, checkpoint: Path) -> None:
         """Go on from what `save` wrote.
@@ -206,7 +143,7 @@ class ValueLearning:
         Raises:
             ValueError: If the checkpoint holds no such value model.
         """
-        model, folder = self.accelerator.unwrap_model(self.model), checkpoint / VALUE_FOLDER
+        model, folder = self.engine.accelerator.unwrap_model(self.model), checkpoint / VALUE_FOLDER
         file = folder / _ADAPTER_FOLDER / _ADAPTER_WEIGHTS if _is_adapted(model) else folder / _WEIGHTS
         if not file.is_file():
             raise ValueError(
@@ -225,6 +162,30 @@ def _is_adapted(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
-def _before_completion_tokens(values: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+def _before_completion_tokens(values: Tensor, tokens: dict[str, Tensor]) -> Tensor:
     """Of values at all positions (B, P + T), those one position before each completion token (B, T)."""
-    return values[:, inputs["prompt_ids"].size(1) - 1 : -1].float()
+    return values[:, tokens["prompt_ids"].size(1) - 1 : -1].float()
+
+
+class ValueGradients(TrainerCallback):
+    """Clips the value model's gradients by their own norm and clears them: Trainer does both to the policy's only.
+
+    In the value model's warm-up it takes the policy's gradients away: with gradients of 0, weight decay would move it.
+    """
+
+    def __init__(self, value_model: nn.Module, warmup_steps: int = 0) -> None:
+        self.value_model, self.warmup_steps = value_model, warmup_steps
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step < self.warmup_steps:
+            for parameter in kwargs["model"].parameters():
+                parameter.grad = None
+        if args.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.value_model.parameters(), args.max_grad_norm)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.value_model.zero_grad()

@@ -1,4 +1,4 @@
-"""The value model of PPO: how it is made, what it learns, and the care that `Trainer` gives to the policy only."""
+"""The value model of PPO: how it is made, and the loss that it learns by."""
 
 import copy
 import math
@@ -12,10 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForTokenClassification,
     PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -122,6 +118,43 @@ def _share_frozen_weights(model: nn.Module, source: Any) -> None:
             parameter.data = twin.data
 
 
+class ValueHead(nn.Linear):
+    """Hidden states (..., H) -> values (...), in float32 whatever the states are in; 0 everywhere at the start.
+
+    Args:
+        width: Size H of a hidden state.
+
+    Example:
+        >>> ValueHead(8)(torch.ones(2, 3, 8)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 1)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        # One output in half precision would round every value to three digits.
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float()).squeeze(-1)
+
+
+def make_value_head(policy: Any) -> ValueHead:
+    """A head for the last hidden states of a causal language model, with or without a PEFT adapter.
+
+    Raises:
+        ValueError: If the model has no output embeddings, which say how wide those states are.
+    """
+    embeddings = policy.get_output_embeddings()
+    if embeddings is None:
+        raise ValueError(
+            f"{type(policy).__name__} has no output embeddings, so no value head fits it. Leave out "
+            "`value_model='shared'`."
+        )
+    return ValueHead(embeddings.in_features)
+
+
 def checkpoint_layers(model: nn.Module) -> None:
     """Recompute the activations of each layer in the backward pass, to save memory: `gradient_checkpointing`.
 
@@ -157,27 +190,3 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     if len(returns) < 2 or returns.var() < 1e-8:
         return math.nan
     return 1.0 - ((returns - values).var() / returns.var()).item()
-
-
-class ValueGradients(TrainerCallback):
-    """Clips the value model's gradients by their own norm and clears them: Trainer does both to the policy's only.
-
-    In the value model's warm-up it takes the policy's gradients away: with gradients of 0, weight decay would move it.
-    """
-
-    def __init__(self, value_model: nn.Module, warmup_steps: int = 0) -> None:
-        self.value_model, self.warmup_steps = value_model, warmup_steps
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step < self.warmup_steps:
-            for parameter in kwargs["model"].parameters():
-                parameter.grad = None
-        if args.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.value_model.parameters(), args.max_grad_norm)
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.value_model.zero_grad()

@@ -6,7 +6,7 @@ ones, trains on them every few rollout batches, and takes an update back that wo
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fractal_rm.files import write_atomic
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.online.replay import ReplayBuffer, draw, is_held_out, outcome_labels
 from fractal_rm.ppo.online.updater import RewardModelUpdater
-from fractal_rm.ppo.rewards import Rollout
+from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.reward_training.data import BagDataset, Records, to_bags
 from fractal_rm.scorers.checkpoint import load_scorer
@@ -73,7 +73,6 @@ class OnlineReward:
         original: Labelled responses that the model was trained on, to mix in; None: rollouts only.
         weights: Of the reward functions; that of the step reward model itself is 0.
         accelerator: The trainer's.
-        log: Takes the name and the value of a number to log.
 
     Raises:
         ValueError: If there are no outcomes to learn from, the original data has no single labelled responses, the
@@ -87,11 +86,10 @@ class OnlineReward:
         original: Records | None,
         weights: Tensor,
         accelerator: Accelerator,
-        log: Callable[[str, float], None],
     ) -> None:
         _check_outcomes(weights)
         _check_folder(reward_model, Path(str(args.output_dir)) / _MODEL_FOLDER)
-        self.reward_model, self.args, self.accelerator, self.log = reward_model, args, accelerator, log
+        self.reward_model, self.args, self.accelerator = reward_model, args, accelerator
         self.learner = RewardModelUpdater(
             reward_model,
             learning_rate=args.rm_learning_rate,
@@ -127,29 +125,32 @@ class OnlineReward:
 
     # Rollouts -----------------------------------------------------------------------------------------------------
 
-    def take(self, rollout: Rollout, scored: Sequence[StepScores], weights: Tensor) -> None:
+    def take(self, batch: RolloutBatch, scored: Sequence[StepScores]) -> dict[str, float]:
         """Keep a rollout batch, and update the reward model if it is time to.
 
         Scores of this batch stay what they are: an update changes those of later ones.
 
         Args:
-            rollout: The completions of this process, with their rewards.
-            scored: Their steps and scores. What could not be scored as a whole is left out.
-            weights: Of the reward functions.
+            batch: The completions of this process, with their rewards.
+            scored: Their steps and scores by the model that learns. What it could not score as a whole is left out.
+
+        Returns:
+            Numbers to log; none where nothing was updated.
 
         Raises:
             ValueError: If an outcome is outside [0, 1].
         """
-        labels = outcome_labels(rollout.rewards, weights).tolist()
+        labels = outcome_labels(batch.function_rewards, batch.function_weights).tolist()
         bags = [
             Bag(prompt, row.response, tuple(row.spans), label=label)
-            for prompt, row, label in zip(rollout.prompts, scored, labels, strict=True)
+            for prompt, row, label in zip(batch.prompts, scored, labels, strict=True)
             if row.steps and not row.error and not row.truncated_steps and not math.isnan(label)
         ]
         self.replay.add(gather_object(bags))
         self.counters.batches += 1
-        if self.counters.batches % self.args.rm_update_every == 0:
-            self._count(self._everywhere())
+        if self.counters.batches % self.args.rm_update_every:
+            return {}
+        return self._count(self._everywhere())
 
     def _everywhere(self) -> Report:
         """Update on the first process, and bring the others to the same weights."""
@@ -163,15 +164,16 @@ class OnlineReward:
         assert report is not None
         return report
 
-    def _count(self, report: Report) -> None:
+    def _count(self, report: Report) -> dict[str, float]:
+        """Count an update, and name what there is to log of it."""
         if not report.judged:
             self.counters.skipped += 1
         elif report.kept:
             self.counters.kept += 1
         else:
             self.counters.rolled_back += 1
-        for name, value in (report.metrics | {"skipped": self.counters.skipped}).items():
-            self.log(f"rm_update/{name}", value)
+        numbers = report.metrics | {"skipped": float(self.counters.skipped)}
+        return {f"rm_update/{name}": value for name, value in numbers.items()}
 
     # Updates ------------------------------------------------------------------------------------------------------
 
@@ -264,20 +266,6 @@ class OnlineReward:
         self.learner.scorer.load_state_dict(saved.state_dict())
         self.learner.load_optimizer(state / _OPTIMIZER_FILE)
         self.replay.load_jsonl((state / _REPLAY_FILE).read_text(encoding="utf-8"))
-
-
-def check_online_arguments(
-    args: StepPPOConfig, reward_models: Sequence[StepRewardModel], original: Records | None
-) -> None:
-    """Refuse what would have no effect, and updates of nothing.
-
-    Raises:
-        ValueError: Says what to leave out or to give.
-    """
-    if original is not None and not args.rm_update_every:
-        raise ValueError("`reward_model_dataset` is for `rm_update_every`, which is 0. Set it, or leave the data out.")
-    if args.rm_update_every and not reward_models:
-        raise ValueError("`rm_update_every` needs a `reward_model` to update. Give one, or set it to 0.")
 
 
 def _tells(bags: Sequence[Bag] | Any) -> bool:

@@ -9,24 +9,7 @@ import torch
 from torch import Tensor
 
 from fractal_rm.data.bag import Bag, Prompt
-
-
-def mean_outcomes(rewards: Tensor, weights: Tensor) -> Tensor:
-    """The weighted mean of the outcome rewards that judged a response.
-
-    Args:
-        rewards: Reward of each function (B, functions), NaN where it gave None.
-        weights: Of the functions (functions,), 0 or more; functions of weight 0 have no say.
-
-    Returns:
-        Means (B,) on the scale of one function, NaN where no function judged.
-
-    Example:
-        >>> mean_outcomes(torch.tensor([[1.0, 0.0], [torch.nan, 0.5]]), torch.tensor([3.0, 1.0]))
-        tensor([0.7500, 0.5000])
-    """
-    said = weights.to(rewards.device).expand_as(rewards).masked_fill(rewards.isnan(), 0.0)
-    return (said * rewards.nan_to_num()).sum(dim=1) / said.sum(dim=1)
+from fractal_rm.ppo.rollout import mean_outcomes
 
 
 def outcome_labels(rewards: Tensor, weights: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The bag-loss training of a finished step reward model, continued: a few steps at a time, which can be taken back."""
 
 import copy
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fractal_rm.evaluation.metrics import bag_metrics
+from fractal_rm.files import replacing
 from fractal_rm.objectives.bag_loss import bag_loss
 from fractal_rm.reward_model import StepRewardModel, probabilities
 from fractal_rm.reward_training.data import BagCollator, BagDataset
@@ -127,9 +127,8 @@ class RewardModelUpdater:
         """Write the optimizer's state, by number of the parameter."""
         state = self.optimizer.state_dict()["state"]
         tensors = {f"{number}.{name}": value for number, values in state.items() for name, value in values.items()}
-        temporary = file.with_suffix(".tmp")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
-        os.replace(temporary, file)
+        with replacing(file) as temporary:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
 
     def load_optimizer(self, file: Path) -> None:
         """Read what [`save_optimizer`] wrote."""

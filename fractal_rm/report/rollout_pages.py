@@ -8,7 +8,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fractal_rm.files import write_atomic
-from fractal_rm.ppo.sources import StepRewardSource
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.report.viewer import write_viewer
 
@@ -85,13 +84,13 @@ def rollout_rows(trainer: StepPPOTrainer) -> list[dict[str, Any]]:
         `rewards` (what each outcome function gave) and `label`, their weighted sum; None where nothing is known.
     """
     rollout = trainer.last_rollout
-    if rollout is None or rollout.scored is None:
+    if rollout is None or rollout.watched is None:
         return []
-    outcomes = [i for i, function in enumerate(trainer.reward_funcs) if not isinstance(function, StepRewardSource)]
-    weights = trainer.reward_weights.tolist()
+    outcomes = [column for column, is_outcome in enumerate(rollout.is_outcome.tolist()) if is_outcome]
+    weights = rollout.function_weights.tolist()
     rows = []
     for number, (prompt, scored, values) in enumerate(
-        zip(rollout.prompts, rollout.scored, rollout.rewards.tolist(), strict=True), start=1
+        zip(rollout.prompts, rollout.watched, rollout.function_rewards.tolist(), strict=True), start=1
     ):
         given = {i: values[i] for i in outcomes if math.isfinite(values[i])}
         rows.append(

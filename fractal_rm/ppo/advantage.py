@@ -1,0 +1,144 @@
+"""Rewards of tokens -> advantages: three estimators with one signature, the mathematics of which is in `credit`.
+
+Each takes a rollout with `steps` and `rewards`, and returns it with `advantages`.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from fractal_rm.credit.advantages import gae, global_advantages, group_step_advantages, step_lambdas, whiten
+from fractal_rm.hf.processes import all_reduce, masks_of_all, rows_of_all
+from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.rewards import has_outcomes, whitened_rewards
+from fractal_rm.ppo.rollout import RolloutBatch
+from fractal_rm.ppo.value_learning import ValueLearning
+from fractal_rm.ppo.value_model import explained_variance
+
+
+class Estimator(Protocol):
+    """What an estimator is called with."""
+
+    def __call__(
+        self,
+        batch: RolloutBatch,
+        args: StepPPOConfig,
+        accelerator: Accelerator,
+        *,
+        group_size: int,
+        value_learning: ValueLearning | None,
+    ) -> RolloutBatch:
+        """Add `advantages` to a rollout.
+
+        Args:
+            batch: The rollout, with `steps` and `rewards`.
+            args: The configuration.
+            accelerator: Knows the other processes.
+            group_size: Completions per prompt; those of one prompt may be spread over processes.
+            value_learning: The value model in training, for the estimator that has one.
+        """
+        ...
+
+
+def by_gae(
+    batch: RolloutBatch,
+    args: StepPPOConfig,
+    accelerator: Accelerator,
+    *,
+    group_size: int,
+    value_learning: ValueLearning | None,
+) -> RolloutBatch:
+    """Generalised advantage estimates against a value model (PPO), with what that model learns from.
+
+    Where there are rewards of steps and of outcomes, each kind has its own reach (`step_lam`, `lam`): the value model
+    is the outcome's, and steps have the baseline of their shaping.
+    """
+    assert value_learning is not None
+    assert batch.rewards is not None
+    assert batch.learned is not None
+    rewards, mask = batch.rewards, batch.learned
+    both = rewards.steps + rewards.others
+    lam: float | Tensor = args.lam
+    credit: float | Tensor = 0.0
+    if args.step_lam is not None and any(one.weight for one in batch.steps):
+        lam = step_lambdas(rewards.step_ends, mask, args.step_lam)
+        if has_outcomes(batch, args):
+            steps = whitened_rewards(rewards.steps, mask, args, accelerator)
+            credit, _ = gae(steps, torch.zeros_like(steps), mask, gamma=args.gamma, lam=lam)
+            both, lam = rewards.others, args.lam
+    batch = value_learning.with_values(batch)
+    assert batch.values is not None
+    learned = whitened_rewards(both, mask, args, accelerator)
+    advantages, returns = gae(learned, batch.values, mask, gamma=args.gamma, lam=lam)
+    metrics = {
+        "value/explained_variance": explained_variance(batch.values[mask], returns[mask]),
+        "value/mean": batch.values[mask].mean().item(),
+    }
+    advantages = advantages + credit
+    if args.whiten_advantages:
+        advantages = whiten(advantages, mask, all_reduce=all_reduce(accelerator))
+    # The value loss is a mean over the tokens of a rollout batch, as the loss of TRL's default `loss_type` is.
+    tokens: Any = accelerator.reduce(mask.sum().float(), reduction="mean")
+    for_update = {"values": batch.values, "returns": returns, "value_mask": mask, "value_tokens": tokens}
+    return batch.plus(metrics, for_update, advantages=advantages, returns=returns)
+
+
+def by_group(
+    batch: RolloutBatch,
+    args: StepPPOConfig,
+    accelerator: Accelerator,
+    *,
+    group_size: int,
+    value_learning: ValueLearning | None,
+) -> RolloutBatch:
+    """Steps against the steps of the prompt's other completions, beside TRL's advantages of the outcomes (GRPO)."""
+    assert batch.rewards is not None
+    mask = batch.mask
+    _, ours = rows_of_all([None] * len(mask))
+    masks, steps = masks_of_all(mask, accelerator), torch.zeros(mask.shape, device=mask.device)
+    for one in batch.steps:
+        found = group_step_advantages(
+            rows_of_all(one.rewards)[0],
+            rows_of_all(one.ends)[0],
+            masks,
+            group_size,
+            gamma=args.step_gamma,
+            scale=args.scale_rewards != "none",
+            baseline=args.group_baseline,
+        )
+        steps = steps + one.weight * found[ours, : mask.size(1)]
+    outcomes = args.outcome_weight * (batch.outcome_advantages.unsqueeze(1) * mask)
+    advantages = outcomes + batch.rewards.step_weight * steps
+    if args.missing_eos_penalty:
+        everyone: Any = accelerator.gather(batch.rewards.penalties)
+        penalties = everyone.view(-1, group_size)
+        penalties = (penalties - penalties.mean(dim=1, keepdim=True)).view(-1, 1)[ours]
+        advantages = advantages - penalties * mask
+    return batch.plus(advantages=advantages)
+
+
+def by_batch(
+    batch: RolloutBatch,
+    args: StepPPOConfig,
+    accelerator: Accelerator,
+    *,
+    group_size: int,
+    value_learning: ValueLearning | None,
+) -> RolloutBatch:
+    """Rewards to go against their mean over all tokens of the rollout batch (REINFORCE++)."""
+    assert batch.rewards is not None
+    assert batch.learned is not None
+    rewards, mask = batch.rewards, batch.learned
+    advantages = global_advantages(
+        whitened_rewards(rewards.steps + rewards.others, mask, args, accelerator),
+        mask,
+        gamma=args.gamma,
+        scale=args.whiten_advantages,
+        all_reduce=all_reduce(accelerator),
+    )
+    return batch.plus(advantages=advantages)
+
+
+ESTIMATORS: dict[str, Estimator] = {"gae": by_gae, "group": by_group, "global": by_batch}

@@ -1,0 +1,450 @@
+"""TRL's online engine, as `StepPPOTrainer` uses it: the only module that names TRL's private methods.
+
+`trl.GRPOTrainer` generates, calls reward functions, computes log-probabilities, clips, logs and checkpoints. This class
+turns its calling order around: it asks for a `rollout` and for a `loss`, and offers what both are made of. It copies
+nothing of TRL; what it relies on stands in `contract.py`.
+
+TRL hands over nothing of what its methods compute on the way (which completions were judged, the hidden states behind
+a log-probability), and takes nothing in (log-probabilities that are known already). `_HandOver` is the one place where
+such things wait, from a call into TRL to the line after it.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import use_adapter
+
+from fractal_rm.credit.kl import kl_estimates
+from fractal_rm.credit.placement import completion_text
+from fractal_rm.hf.checkpoints import begin_checkpoint, find_checkpoint, finish_if_complete
+from fractal_rm.hf.denormals import flush_denormals
+from fractal_rm.hf.finite_logs import log_finite
+from fractal_rm.hf.length_buckets import LengthBuckets, bucketed_log_probs, may_be_sorted
+from fractal_rm.hf.parallelism import is_sharded
+from fractal_rm.hf.processes import share_metrics
+from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.contract import check_contract
+from fractal_rm.ppo.rollout import RolloutBatch, policy_mask
+from fractal_rm.ppo.sources import StepRewardSource, check_model_outcomes, finite_outcomes, step_lines
+from fractal_rm.reward_model import StepScores
+
+# TRL makes a reference model for its own penalty only, and asks no more than whether `beta` is 0.
+_ANY_BETA = 1.0
+# Names in a minibatch of the rollout's forward pass, where the update uses it instead of one of its own.
+_LOGPROBS, _ENTROPIES = "rollout_logprobs", "rollout_entropies"
+
+
+class _Forward(NamedTuple):
+    """A forward of the policy: log-probabilities (B, T), and what was read of its last hidden states, if anything.
+
+    With gradients that is the states (B, P + T, H); without, what the reader made of them (B, P + T), which is narrow.
+    """
+
+    logprobs: Tensor
+    read: Tensor | None
+
+
+@dataclass
+class _HandOver:
+    """What waits between a call into TRL and the line after it.
+
+    Attributes:
+        prompts: Prompts of the completions that were judged.
+        completion_ids: Their token ids, without padding.
+        texts: Their texts.
+        function_rewards: Rewards of this process (B, F).
+        scores: Steps and scores, by the name of the source.
+        forwards: Forwards of the policy, in TRL's order.
+        known: Log-probabilities and entropies that TRL gets in place of the next forward.
+    """
+
+    prompts: list[Any] = field(default_factory=list)
+    completion_ids: list[list[int]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    function_rewards: Tensor = field(default_factory=lambda: torch.empty(0))
+    scores: dict[str, Sequence[StepScores]] = field(default_factory=dict)
+    forwards: list[_Forward] = field(default_factory=list)
+    known: tuple[Tensor, Tensor] | None = None
+
+
+class _SourceFunction:
+    """A source of step rewards as TRL sees it: one more reward function, of weight 0.
+
+    So TRL logs its numbers, runs asynchronous ones side by side, and passes the columns of the data set.
+    """
+
+    def __init__(self, source: StepRewardSource, hand_over: Callable[[], _HandOver]) -> None:
+        self.__name__, self.source, self._hand_over = source.name, source, hand_over
+
+    def __call__(
+        self,
+        prompts: list[Any],
+        log_extra: Callable[[str, list[str]], None] | None = None,
+        **arguments: Any,
+    ) -> list[float | None]:
+        found: Any = self.source(prompts, self._hand_over().texts, log_extra=log_extra, **arguments)
+        return self._hand(found, log_extra)
+
+    def _hand(self, found: Sequence[StepScores], log_extra: Any) -> list[float | None]:
+        self._hand_over().scores[self.source.name] = found
+        if log_extra is not None and self.source.gives_probabilities:  # a column of TRL's table of completions
+            log_extra(f"steps/{self.source.name}", [step_lines(scored) for scored in found])
+        return [None if math.isnan(scored.score) else scored.score for scored in found]
+
+
+class _AsyncSourceFunction(_SourceFunction):
+    async def __call__(self, prompts: list[Any], log_extra: Any = None, **arguments: Any) -> list[float | None]:  # type: ignore[override]
+        found: Any = self.source(prompts, self._hand_over().texts, log_extra=log_extra, **arguments)
+        return self._hand(await found, log_extra)
+
+
+class Engine(GRPOTrainer):
+    """`GRPOTrainer` turned around: `rollout` and `loss` are asked for, the rest is offered.
+
+    Args:
+        reward_funcs: Outcome rewards, as `GRPOTrainer` takes them.
+        sources: Sources of step rewards.
+        args: The configuration; a copy is kept.
+        reward_processing_classes: As for `GRPOTrainer`, for `reward_funcs`.
+        kwargs: Further arguments of `GRPOTrainer`.
+
+    Raises:
+        RuntimeError: If the installed TRL has moved a name that this class relies on.
+        ValueError: If there are not as many weights as outcome rewards.
+    """
+
+    args: StepPPOConfig
+    model: Any
+    num_generations: int
+
+    def __init__(
+        self,
+        *,
+        reward_funcs: Sequence[Any],
+        sources: Sequence[StepRewardSource],
+        args: StepPPOConfig,
+        reward_processing_classes: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        moved = check_contract()
+        if moved:
+            raise RuntimeError(" ".join(moved))
+        self._hand_over = _HandOver()
+        args, beta = copy.copy(args), args.beta
+        args.reward_weights = _weights(args, len(reward_funcs), len(sources))
+        args.beta = beta or (_ANY_BETA if args.kl_coef else 0.0)
+        kinds = {True: _AsyncSourceFunction, False: _SourceFunction}
+        scorers = [kinds[source.is_async](source, lambda: self._hand_over) for source in sources]
+        if reward_processing_classes is not None:
+            theirs = (
+                reward_processing_classes
+                if isinstance(reward_processing_classes, list)
+                else [reward_processing_classes]
+            )
+            reward_processing_classes = [*theirs, *[None] * len(sources)]
+        super().__init__(
+            reward_funcs=[*reward_funcs, *scorers],
+            args=args,
+            reward_processing_classes=reward_processing_classes,
+            **kwargs,
+        )
+        self.args.beta = self.beta = beta
+        self.is_outcome = torch.tensor([not isinstance(function, _SourceFunction) for function in self.reward_funcs])
+        self.reward_funcs = [
+            finite_outcomes(function, name) if outcome else function
+            for function, name, outcome in zip(
+                self.reward_funcs, self.reward_func_names, self.is_outcome.tolist(), strict=True
+            )
+        ]
+
+    # What a trainer defines ------------------------------------------------------------------------------------------
+
+    def rollout(self, inputs: Any) -> RolloutBatch:
+        """A batch with its advantages, made with [`sample`]; called whenever a new one is due, and in evaluation."""
+        return self.sample(inputs)
+
+    def loss(self, policy_loss: Tensor, minibatch: dict[str, Any], states: Tensor | None) -> Tensor:
+        """The whole loss of a minibatch, from TRL's policy loss.
+
+        Args:
+            policy_loss: TRL's clipped loss.
+            minibatch: A part of what `RolloutBatch.minibatches` gave.
+            states: Last hidden states of the policy (B, P + T, H), where `state_reader` reads them.
+        """
+        return policy_loss
+
+    @property
+    def state_reader(self) -> nn.Module | None:
+        """What reads the policy's last hidden states (..., H) while log-probabilities are computed; None: nothing."""
+        return None
+
+    def save_state(self, folder: Path) -> None:
+        """Write what a checkpoint holds beside policy and optimizer."""
+
+    def load_state(self, folder: Path, *, weights: bool) -> None:
+        """Go on from what `save_state` wrote; without `weights`, running statistics only."""
+
+    # What a trainer is offered ---------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer."""
+        return self._tokenizer
+
+    @property
+    def policy(self) -> Any:
+        """The policy without wrappers. Looked up on every call, because wrappers are added after construction."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Log numbers: each is averaged until the next log, and over all processes."""
+        mode = "train" if self.model.training else "eval"
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(float(value))
+
+    def updates_once(self) -> bool:
+        """Whether a rollout is followed by one backward pass over all of it, before any weight moves.
+
+        The update may then learn from the rollout's own forward passes. Not where weights are sharded: they are
+        gathered for a forward and its backward, and other models run in between.
+        """
+        args = self.args
+        return args.num_iterations == 1 and args.steps_per_generation == 1 and not is_sharded(self.accelerator)
+
+    def sample(self, inputs: Any) -> RolloutBatch:
+        """Let TRL generate completions and judge them, and measure the KL divergence where it is asked for or free."""
+        self._hand_over = hand_over = _HandOver()
+        output = super()._generate_and_score_completions(inputs)
+        old = output.get("old_per_token_logps")
+        batch = RolloutBatch(
+            prompts=hand_over.prompts,
+            completion_ids=hand_over.completion_ids,
+            texts=hand_over.texts,
+            function_rewards=hand_over.function_rewards,
+            function_weights=self.reward_weights,
+            is_outcome=self.is_outcome,
+            scores={name: hand_over.scores[name] for name in self.reward_func_names if name in hand_over.scores},
+            tokens=output,
+            mask=policy_mask(output),
+            outcome_advantages=output["advantages"],
+            logprobs=old,
+            # TRL computes the policy's log-probabilities before those of the reference.
+            state_values=None if old is None or not hand_over.forwards else hand_over.forwards[0].read,
+        )
+        return self._with_kl(batch) if self.model.training else batch
+
+    def _with_kl(self, batch: RolloutBatch) -> RolloutBatch:
+        reference = batch.tokens.get("ref_per_token_logps")
+        if not self.args.kl_coef and (reference is None or batch.logprobs is None):
+            return batch
+        if batch.logprobs is None:
+            batch = self._with_logprobs(batch)
+        if reference is None:
+            reference = self._reference_logprobs(batch)
+        assert batch.logprobs is not None
+        return batch.plus(kl=kl_estimates(batch.logprobs, reference, batch.mask, estimator=self.args.kl_estimator))
+
+    def _with_logprobs(self, batch: RolloutBatch) -> RolloutBatch:
+        """Log-probabilities of the policy that sampled (B, T); the update takes the forward over where it can."""
+        if self.updates_once() and self.state_reader is None and not self.aux_loss_enabled:
+            logprobs, entropies, _ = self._logprobs_of(self.model_wrapped, batch, compute_entropy=True)
+            return batch.plus(logprobs=logprobs.detach(), for_update={_LOGPROBS: logprobs, _ENTROPIES: entropies})
+        self._hand_over = hand_over = _HandOver()
+        with torch.no_grad():
+            logprobs, _, _ = self._logprobs_of(self.model, batch, batch_size=self.args.per_device_train_batch_size)
+        return batch.plus(logprobs=logprobs, state_values=hand_over.forwards[0].read if hand_over.forwards else None)
+
+    def _reference_logprobs(self, batch: RolloutBatch) -> Tensor:
+        """Log-probabilities of the reference (B, T): a model of its own, or the policy without its adapter."""
+        rows = self.args.per_device_train_batch_size
+        adapter: Any = nullcontext()
+        if self.ref_model is None:
+            adapter = use_adapter(self.policy, adapter_name="ref" if "ref" in self.policy.peft_config else None)
+        model = self.model if self.ref_model is None else self.ref_model
+        with torch.no_grad(), adapter:
+            return self._logprobs_of(model, batch, batch_size=rows)[0]
+
+    def _logprobs_of(self, model: Any, batch: RolloutBatch, **options: Any) -> Any:
+        tokens = batch.tokens
+        return self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([tokens["prompt_ids"], tokens["completion_ids"]], dim=1),
+            torch.cat([tokens["prompt_mask"], tokens["completion_mask"]], dim=1),
+            tokens["completion_ids"].size(1),
+            **options,
+        )
+
+    def restore_weights(self, checkpoint: Path) -> None:
+        """Put the policy's weights back, and forget what the optimizer knows of the later ones."""
+        super()._load_from_checkpoint(str(checkpoint))
+        optimizer: Any = self.optimizer
+        optimizer.state.clear()
+        optimizer.zero_grad()
+
+    # What TRL calls ---------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        prompts: Any = self.train_dataset
+        needed = self.args.generation_batch_size // self.num_generations  # type: ignore[operator]
+        if hasattr(prompts, "__len__") and len(prompts) < needed:  # TRL would end without a step
+            raise ValueError(
+                f"The training set has {len(prompts)} prompts, but a rollout takes {needed}. Give more prompts, raise "
+                "`num_generations`, or lower `per_device_train_batch_size` or `steps_per_generation`."
+            )
+        return super().get_train_dataloader()
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        batch = self.rollout(inputs)
+        if batch.advantages is not None:
+            self._show_advantages(batch)
+        return batch.minibatches()
+
+    def _show_advantages(self, batch: RolloutBatch) -> None:
+        """Put each completion's mean advantage into TRL's table of completions, in place of TRL's own."""
+        assert batch.advantages is not None
+        mask = batch.mask if batch.learned is None else batch.learned
+        means = (batch.advantages.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).detach()
+        gathered: Any = self.accelerator.gather(means)
+        for _ in gathered:
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(gathered.tolist())
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        hand_over = self._hand_over
+        # Not TRL's texts: placement counts the characters of exactly this decoding.
+        hand_over.texts = [completion_text(ids, self._tokenizer) for ids in completion_ids_list]
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        is_outcome = self.is_outcome.to(rewards.device)
+        if is_outcome.any() and not is_outcome.all():
+            # TRL leaves out what no function could judge. Step scores must not make that a judged outcome of 0.
+            unjudged = rewards[:, is_outcome].isnan().all(dim=1)
+            rewards[unjudged.unsqueeze(1) & ~is_outcome] = torch.nan
+        first = self.accelerator.process_index * len(prompts)
+        ours = rewards[first : first + len(prompts)]
+        check_model_outcomes(self.reward_funcs, self.reward_func_names, ours, prompts, completions)
+        hand_over.prompts, hand_over.completion_ids, hand_over.function_rewards = prompts, completion_ids_list, ours
+        return rewards
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        self._hand_over = hand_over = _HandOver()
+        if _LOGPROBS in inputs:  # once: after the backward pass the graph is gone
+            hand_over.known = inputs.pop(_LOGPROBS), inputs.pop(_ENTROPIES)
+        policy_loss = super()._compute_loss(model, inputs)
+        self._hand_over = _HandOver()  # states are wide: nobody keeps them longer than needed
+        return self.loss(policy_loss, inputs, hand_over.forwards[-1].read if hand_over.forwards else None)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As TRL's, in length buckets; the policy's hidden states are read on the way where somebody reads them."""
+        hand_over = self._hand_over
+        if hand_over.known is not None:
+            (logprobs, entropies), hand_over.known = hand_over.known, None
+            return logprobs, entropies, None
+        log_probs_of = super()._get_per_token_logps_and_entropies
+        texts, buckets = (input_ids, attention_mask), None
+        if not any(value is not None and value is not False for value in others.values()):  # images, experts: TRL's way
+            sort, prompt_width = may_be_sorted(model, self.accelerator), input_ids.size(1) - logits_to_keep
+            buckets = LengthBuckets(attention_mask, prompt_width, most_rows=batch_size, sort=sort)
+
+        def compute() -> Any:
+            if buckets is None:
+                options = others | {"batch_size": batch_size, "compute_entropy": compute_entropy}
+                return log_probs_of(model, *texts, logits_to_keep, **options)
+            return bucketed_log_probs(log_probs_of, buckets, model, *texts, compute_entropy=compute_entropy)
+
+        reader = self.state_reader
+        if reader is None or not self.model.training:
+            return compute()
+        keeps_states, read = torch.is_grad_enabled(), []
+        with _each_output(
+            backbone(self.policy), lambda states: read.append(states if keeps_states else reader(states))
+        ):
+            result = compute()
+        if read:  # a reference that is a model of its own gives none
+            joined = torch.cat(read) if buckets is None else buckets.join(read)
+            hand_over.forwards.append(_Forward(result[0], joined))
+        return result
+
+    # Logs and checkpoints ---------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `GRPOTrainer`: the means over all processes, as far as they are finite numbers."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if self.accelerator.num_processes > 1:
+            share_metrics(metrics)
+        for name in [name for name, values in metrics.items() if not math.isfinite(_mean(values))]:
+            del metrics[name]  # TRL would log None or infinity
+        log_finite(super().log, logs, start_time, step=self.state.global_step)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; `resume_from_checkpoint=True` is the last checkpoint that is whole."""
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint and self.is_deepspeed_enabled:  # it loads weights its own way, and nothing else
+            self.load_state(Path(checkpoint), weights=False)
+        with flush_denormals(self.accelerator.device):
+            done = finish_if_complete(self, checkpoint)
+            return done or super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir or ".")
+        if self.args.should_save:
+            begin_checkpoint(folder)
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            self.save_state(folder)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # `trainer_state.json`, which says that a checkpoint is whole, comes after the files of every process.
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model=model)
+        self.load_state(Path(resume_from_checkpoint), weights=True)
+
+
+def _weights(args: StepPPOConfig, outcomes: int, sources: int) -> list[float] | None:
+    """Weights of all reward functions: those of the outcomes, and 0 for each source."""
+    weights = args.reward_weights
+    if weights is not None and len(weights) != outcomes:
+        raise ValueError(
+            f"`reward_weights` has {len(weights)} numbers for {outcomes} `reward_funcs`. Give one each; "
+            "the weights of step rewards are `step_weight` and `step_reward_weights`."
+        )
+    return [*(weights or [1.0] * outcomes), *[0.0] * sources] if sources else weights
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def backbone(policy: Any) -> nn.Module:
+    """The part of a causal language model that ends with the last hidden states, PEFT layers included."""
+    return (policy.get_base_model() if hasattr(policy, "peft_config") else policy).base_model
+
+
+@contextmanager
+def _each_output(module: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]:
+    """Show the first output of every forward of a module to a function, for a while."""
+    handle = module.register_forward_hook(lambda module, args, output: take(output[0]))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,154 @@
+"""One batch of rollouts: made once, handed from stage to stage, never edited.
+
+Every stage takes a batch and returns a batch that holds more. Shapes: B completions of this process, T tokens of the
+longest one, P columns of prompts, F reward functions.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fractal_rm.credit.placement import Placement
+from fractal_rm.reward_model import StepScores
+
+
+class ShapedSteps(NamedTuple):
+    """Rewards of the steps that one source scored, before the weight of the source.
+
+    Attributes:
+        weight: Weight of the source.
+        rewards: Reward of every step of every completion.
+        ends: Token at which each step ends; None where the step could not be placed.
+        placement: The rewards on tokens (B, T), with the audit.
+    """
+
+    weight: float
+    rewards: list[list[float]]
+    ends: list[list[int | None]]
+    placement: Placement
+
+
+class TokenRewards(NamedTuple):
+    """Rewards of tokens, in two parts because each part has its own reach (`step_lam`, `lam`).
+
+    Attributes:
+        steps: Rewards of steps (B, T), weighted.
+        others: Rewards of outcomes, endings and the KL penalty (B, T), weighted.
+        step_ends: Tokens at which the steps of each row end.
+        penalties: What a completion pays for not ending (B,).
+        step_weight: Weight that `steps` were multiplied by.
+    """
+
+    steps: Tensor
+    others: Tensor
+    step_ends: list[list[int | None]]
+    penalties: Tensor
+    step_weight: float
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Completions of this process, with everything that was found out about them so far.
+
+    Attributes:
+        prompts: Their prompts, texts or chats.
+        completion_ids: Sampled token ids, without padding.
+        texts: The completions as text: `completion_text` of the ids, in which spans of steps count characters.
+        function_rewards: What each reward function gave (B, F), NaN where it had no opinion.
+        function_weights: Weight of each reward function (F,); sources of step rewards have 0.
+        is_outcome: Which functions judge outcomes, and do not score steps (F,).
+        scores: Steps and scores of every completion, by the name of the source; the first source is the watched one.
+        tokens: TRL's dictionary of the rollout: what an update needs beside advantages.
+        mask: True where the policy wrote a token (B, T); tool outputs and padding are False.
+        outcome_advantages: TRL's group advantages of the outcomes (B,).
+        logprobs: Log-probabilities of the policy that sampled (B, T), where they were computed.
+        kl: KL divergence from the reference at each token (B, T), where it is part of the reward or free.
+        state_values: Values at all positions (B, P + T) of a head on the policy's states, where a forward gave them.
+        steps: Shaped rewards of steps, an entry a source.
+        rewards: Rewards on tokens.
+        values: Values of the states before the tokens (B, T).
+        returns: What the value model learns (B, T).
+        advantages: What the policy learns from (B, T).
+        learned: True where a token is learned from (B, T): `mask` without completions that no outcome function judged.
+        for_update: Tensors that the update of this rollout needs beside `tokens`, by their names in a minibatch.
+        metrics: Numbers to log, by name.
+    """
+
+    prompts: list[Any]
+    completion_ids: list[list[int]]
+    texts: list[str]
+    function_rewards: Tensor
+    function_weights: Tensor
+    is_outcome: Tensor
+    scores: Mapping[str, Sequence[StepScores]]
+    tokens: dict[str, Any]
+    mask: Tensor
+    outcome_advantages: Tensor
+    logprobs: Tensor | None = None
+    kl: Tensor | None = None
+    state_values: Tensor | None = None
+    steps: Sequence[ShapedSteps] = ()
+    rewards: TokenRewards | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
+    advantages: Tensor | None = None
+    learned: Tensor | None = None
+    for_update: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def plus(
+        self, metrics: Mapping[str, float] | None = None, for_update: Mapping[str, Tensor] | None = None, **made: Any
+    ) -> "RolloutBatch":
+        """The batch with what a stage made; metrics and tensors for the update are added to those there are."""
+        return replace(
+            self,
+            metrics={**self.metrics, **(metrics or {})},
+            for_update={**self.for_update, **(for_update or {})},
+            **made,
+        )
+
+    @property
+    def watched(self) -> Sequence[StepScores] | None:
+        """Scores of the first source; None without one."""
+        return next(iter(self.scores.values()), None)
+
+    @property
+    def outcomes(self) -> Tensor:
+        """Weighted sum of the outcome rewards (B,); a function without an opinion counts 0."""
+        return (self.function_rewards * self.function_weights.to(self.function_rewards.device)).nansum(dim=1)
+
+    @property
+    def judged(self) -> Tensor:
+        """Whether any function had an opinion on a completion (B,)."""
+        return ~self.function_rewards.isnan().all(dim=1)
+
+    def minibatches(self) -> dict[str, Any]:
+        """TRL's dictionary with the advantages in place of its own: TRL shuffles it and splits it into minibatches."""
+        advantages = {} if self.advantages is None else {"advantages": self.advantages}
+        return {**self.tokens, **self.for_update, **advantages}
+
+
+def policy_mask(tokens: Mapping[str, Any]) -> Tensor:
+    """True where the policy wrote a token (B, T), from TRL's dictionary: not padding, not the output of a tool."""
+    mask = tokens["completion_mask"].bool()
+    return mask & tokens["tool_mask"].bool() if "tool_mask" in tokens else mask
+
+
+def mean_outcomes(rewards: Tensor, weights: Tensor) -> Tensor:
+    """The weighted mean of the outcome rewards that judged a response.
+
+    Args:
+        rewards: Reward of each function (B, F), NaN where it had no opinion.
+        weights: Weights of the functions (F,), 0 or more; functions of weight 0 have no say.
+
+    Returns:
+        Means (B,) on the scale of one function, NaN where no function judged.
+
+    Example:
+        >>> mean_outcomes(torch.tensor([[1.0, 0.0], [torch.nan, 0.5]]), torch.tensor([3.0, 1.0]))
+        tensor([0.7500, 0.5000])
+    """
+    said = weights.to(rewards.device).expand_as(rewards).masked_fill(rewards.isnan(), 0.0)
+    return (said * rewards.nan_to_num()).sum(dim=1) / said.sum(dim=1)
