@@ -182,8 +182,9 @@ def test_a_key_that_is_no_longer_returned_is_named():
         def _generate_and_score_completions(self, inputs):
             rewards = self._calculate_rewards(inputs, [], [], [])
             batch = {"prompt_ids": inputs, "prompt_mask": inputs, "completion_ids": inputs, "rewards": rewards}
-            batch["completion_mask"] = inputs
-            batch["old_per_token_logps"] = self._get_per_token_logps_and_entropies(self.model, inputs, inputs, 1)
+            batch["completion_mask"] = batch["tool_mask"] = inputs
+            logprobs, _, _ = self._get_per_token_logps_and_entropies(self.model, inputs, inputs, 1)
+            batch["old_per_token_logps"] = batch["ref_per_token_logps"] = logprobs
             return batch
 
     (sentence,) = check_contract(Moved)
@@ -203,10 +204,10 @@ def test_a_loss_that_takes_one_advantage_a_response_only_is_named():
     class Moved(GRPOTrainer):
         def _compute_loss(self, model, inputs):
             ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1) * inputs["tool_mask"]
             advantages = inputs["advantages"]
-            logprobs = self._get_per_token_logps_and_entropies(model, ids, mask)
-            return (advantages.unsqueeze(1) * logprobs).sum()
+            logprobs, _, _ = self._get_per_token_logps_and_entropies(model, ids, mask, 1)
+            return (advantages.unsqueeze(1) * (logprobs - inputs.get("old_per_token_logps"))).sum()
 
     (sentence,) = check_contract(Moved)
     assert "`Moved._compute_loss` adds the token axis to advantages whatever their shape" in sentence
@@ -217,7 +218,7 @@ def test_attributes_and_their_keys_that_are_gone_are_named():
         self.num_generations = num_generations
         self._metrics: dict = {"train": {}, "evaluation": {}}
         self._logs = {"prompt": [], "completion": [], "rewards": {}, "advantages": []}
-        self._tokenizer = self._step = self.reward_weights = self.beta = self.aux_loss_enabled = None
+        self._tokenizer = self._step = self.reward_weights = self.beta = self.aux_loss_enabled = self.ref_model = None
         self.reward_funcs = self.reward_func_names = []
 
     sentences = check_contract(without("__init__", __init__=constructor))
@@ -230,6 +231,7 @@ def test_attributes_and_their_keys_that_are_gone_are_named():
 def test_a_function_on_batches_that_is_gone_or_changed_is_named():
     utils = ModuleType("trl.trainer.utils")
     utils.shuffle_sequence_dict = lambda seq_dict, seed: seq_dict
+    utils.use_adapter = lambda model, adapter_name: model
     gone, changed = check_contract(utils=utils)
     assert "`trl.trainer.utils.split_tensor_dict` is gone" in gone
     assert "`trl.trainer.utils.shuffle_sequence_dict` takes (seq_dict, seed)" in changed
@@ -250,15 +252,85 @@ def test_shuffling_and_splitting_keep_the_rows_of_all_tensors_together():
         assert torch.equal(part["tokens"], part["ids"][:, None].expand(3, 3))
 
 
-def test_every_private_name_that_the_trainer_uses_is_in_the_contract():
-    listed = {*trl_contract.METHODS, *trl_contract.ATTRIBUTES, *(name for pair in trl_contract.CALLS for name in pair)}
-    theirs = {name for parent in GRPOTrainer.__mro__[:-1] for name in vars(parent)} | set(trl_contract.ATTRIBUTES)
-    used = set()
-    modules = ["trainer", "rewards", "kl_reward", "alarms", "lean_forwards"]
-    for name in (*modules, "value_model", "value_learning", "shared_backbone"):
-        tree = ast.parse(Path(trl_contract.__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
-        used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        used |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    private = {name for name in used & theirs if name.startswith("_") and not name.startswith("__")}
-    assert private - listed == set()
-    assert private & set(trl_contract.METHODS), "the trainer overrides nothing of TRL: is this still its file?"
+PPO = Path(trl_contract.__file__).parent
+OURS = {"values", "returns", "value_mask", "value_tokens", "rollout_logprobs", "rollout_entropies", "rollout_values"}
+
+
+def theirs() -> set[str]:
+    """Names of methods and attributes that TRL's trainer, or the one of transformers below it, has."""
+    return {name for parent in GRPOTrainer.__mro__[:-1] for name in vars(parent)} | set(trl_contract.ATTRIBUTES)
+
+
+def private_names(path: Path) -> set[str]:
+    """Private names of TRL's trainer in a module: attributes that it reads, and methods that it overrides."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    return {name for name in used & theirs() if name.startswith("_") and not name.startswith("__")}
+
+
+def keys(path: Path) -> set[str]:
+    """Keys of TRL's dictionaries in a module: `tokens["x"]`, `output.get("x")`, `"x" in inputs`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Subscript):
+            owner, key = node.value, node.slice
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "pop"):
+            owner, key = node.func.value, next(iter(node.args), None)
+        elif isinstance(node, ast.Compare):
+            owner, key = node.comparators[0], node.left
+        else:
+            continue
+        name = ast.unparse(owner).rpartition(".")[2]
+        if name in ("tokens", "output", "minibatch", "inputs") and isinstance(key, ast.Constant):
+            found.add(key.value)
+    return found
+
+
+def test_every_private_name_that_the_engine_uses_is_in_the_contract():
+    listed = {*trl_contract.METHODS, *trl_contract.ATTRIBUTES, *trl_contract.CALLABLE_WITH}
+    used = private_names(PPO / "engine.py")
+    assert used - listed == set()
+    assert {*trl_contract.METHODS, *trl_contract.CALLABLE_WITH} - used <= {"log", "_prepare_inputs"}
+
+
+def test_only_the_engine_names_private_methods_of_trl():
+    package = PPO.parent
+    # `_load_from_checkpoint` is a hook of transformers, which both trainers override.
+    elsewhere = {
+        path.relative_to(package).as_posix(): private_names(path) - {"_load_from_checkpoint"}
+        for path in sorted([*package.glob("ppo/**/*.py"), *package.glob("cli/*.py")])
+        if path.name != "engine.py"
+    }
+    assert {path: names for path, names in elsewhere.items() if names} == {}
+
+
+def test_every_key_of_a_rollout_that_is_read_is_in_the_contract():
+    returned = {key for keys in trl_contract.RETURNED_KEYS.values() for key in keys}
+    found = {key for path in PPO.glob("*.py") for key in keys(path)}
+    assert {"prompt_ids", "completion_mask", "old_per_token_logps"} <= found
+    assert found - returned - OURS == set()
+
+
+def test_log_probabilities_that_are_called_or_unpacked_otherwise_are_named():
+    class Moved(GRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, model, texts, *, batch_size=None):
+            return model, texts, batch_size
+
+    (sentence,) = check_contract(Moved)
+    assert "`Moved._get_per_token_logps_and_entropies` cannot be called with (model, input_ids, " in sentence
+
+
+def test_another_number_of_results_is_named():
+    class Moved(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1) * inputs["tool_mask"]
+            logprobs, entropies = self._get_per_token_logps_and_entropies(model, ids, mask, 1)
+            advantages = inputs["advantages"]
+            if advantages.dim() == 1:
+                advantages = advantages.unsqueeze(1)
+            return (advantages * logprobs * inputs.get("old_per_token_logps") + entropies).sum()
+
+    (sentence,) = check_contract(Moved)
+    assert "`Moved._compute_loss` unpacks [2] values of `_get_per_token_logps_and_entropies`, expected 3" in sentence

@@ -1,8 +1,8 @@
-"""What `StepPPOTrainer` relies on inside TRL, written down and compared with the TRL that is installed.
+"""What the engine relies on inside TRL, written down and compared with the TRL that is installed.
 
-`StepPPOTrainer` overrides private methods of `trl.GRPOTrainer`, and TRL may change those in any release. Everything it
-uses stands in the tables of this module, and `check_contract` says in one sentence each what is no longer as expected:
-before training, instead of a traceback (or silently wrong advantages) in the middle of it.
+`engine.py` overrides private methods of `trl.GRPOTrainer`, and TRL may change those in any release. Everything it uses
+stands in the tables of this module (a test reads the engine's source and compares), and `check_contract` says in one
+sentence each what is no longer as expected: before training, instead of a traceback or silently wrong advantages.
 """
 
 import ast
@@ -29,6 +29,20 @@ METHODS = {
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
 }
 
+# Methods whose signature differs between versions, with a call that each accepts: positional arguments, and keywords.
+CALLABLE_WITH = {
+    "_get_per_token_logps_and_entropies": (
+        ("model", "input_ids", "attention_mask", "logits_to_keep"),
+        ("batch_size", "compute_entropy"),
+    ),
+}
+
+# What a method returns, by how TRL itself unpacks it: (method, caller) -> number of values.
+UNPACKED = {
+    ("_get_per_token_logps_and_entropies", "_generate_and_score_completions"): 3,
+    ("_get_per_token_logps_and_entropies", "_compute_loss"): 3,
+}
+
 # (caller, callee): an override that nothing calls would be ignored without a word.
 CALLS = (
     ("_prepare_inputs", "_generate_and_score_completions"),
@@ -46,9 +60,23 @@ RETURNED_KEYS = {
         "completion_ids",
         "completion_mask",
         "advantages",
+        # Where there are tools, updates on older samples, a reference:
+        "tool_mask",
+        "old_per_token_logps",
+        "ref_per_token_logps",
     ),
 }
-READ_KEYS = {"_compute_loss": ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")}
+READ_KEYS = {
+    "_compute_loss": (
+        "prompt_ids",
+        "prompt_mask",
+        "completion_ids",
+        "completion_mask",
+        "advantages",
+        "tool_mask",
+        "old_per_token_logps",
+    )
+}
 
 # Attributes that a constructor sets (TRL's, or that of `transformers.Trainer`), and the keys of the dictionaries.
 ATTRIBUTES = {
@@ -61,15 +89,20 @@ ATTRIBUTES = {
     "control": (),
     "model_wrapped": (),
     "num_generations": (),
+    "ref_model": (),
     "reward_func_names": (),
     "reward_funcs": (),
     "reward_weights": (),
 }
 
+# Attributes that one of these methods sets, by the version of transformers.
+SET_IN_TRAINING = {"current_gradient_accumulation_steps": ("_run_epoch", "_inner_training_loop")}
+
 # Functions of `trl.trainer.utils`, with their parameters.
 FUNCTIONS = {
     "split_tensor_dict": ("tensor_dict", "num_chunks"),
     "shuffle_sequence_dict": ("seq_dict",),
+    "use_adapter": ("model", "adapter_name"),
 }
 
 
@@ -94,6 +127,8 @@ def check_contract(trainer_class: type = GRPOTrainer, utils: ModuleType = trl_ut
         *_moved_signatures(trainer_class, METHODS),
         *_moved_signatures(utils, FUNCTIONS),
         *_moved_calls(trainer_class),
+        *_refused_calls(trainer_class),
+        *_moved_results(trainer_class),
         *_moved_keys(trainer_class),
         *_moved_attributes(trainer_class),
         *_moved_advantages(trainer_class),
@@ -135,6 +170,37 @@ def _moved_calls(trainer_class: type) -> list[str]:
     return moved
 
 
+def _refused_calls(trainer_class: type) -> list[str]:
+    moved = []
+    for name, (positional, keywords) in CALLABLE_WITH.items():
+        method = getattr(trainer_class, name, None)
+        if not callable(method):
+            moved.append(f"`{trainer_class.__name__}.{name}` is gone, expected it to take ({', '.join(positional)})")
+            continue
+        try:
+            inspect.signature(method).bind(None, *positional, **dict.fromkeys(keywords))
+        except TypeError as error:
+            found = ", ".join((*positional, *keywords))
+            moved.append(f"`{trainer_class.__name__}.{name}` cannot be called with ({found}): {error}")
+    return moved
+
+
+def _moved_results(trainer_class: type) -> list[str]:
+    moved = []
+    for (method, caller), count in UNPACKED.items():
+        for tree in _syntax(trainer_class, caller):
+            found = {
+                len(target.elts) if isinstance(target, ast.Tuple) else 1
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Assign) and f"self.{method}(" in ast.unparse(node.value)
+                for target in node.targets
+            }
+            if found - {count}:
+                owner = trainer_class.__name__
+                moved.append(f"`{owner}.{caller}` unpacks {sorted(found)} values of `{method}`, expected {count}")
+    return moved
+
+
 def _moved_keys(trainer_class: type) -> list[str]:
     moved = []
     for method, keys in RETURNED_KEYS.items():
@@ -169,6 +235,10 @@ def _moved_attributes(trainer_class: type) -> list[str]:
         missing = [repr(key) for key in keys if key not in found]
         if missing:
             moved.append(f"`{trainer_class.__name__}.{name}` has no key {', '.join(missing)}, expected it to")
+    for name, methods in SET_IN_TRAINING.items():
+        trees = [tree for method in methods for tree in _syntax(trainer_class, method)]
+        if not any(name == found for tree in trees for found, _ in _assignments(tree)):
+            moved.append(f"`{trainer_class.__name__}.{name}` is not set in training, expected it to be")
     return moved
 
 
@@ -213,15 +283,14 @@ def _written_keys(tree: ast.AST) -> set[str]:
 
 
 def _read_keys(tree: ast.AST) -> set[str]:
-    """Keys of `inputs["key"]`."""
-    return {
-        node.slice.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Subscript)
-        and ast.unparse(node.value) == "inputs"
-        and isinstance(node.slice, ast.Constant)
-        and isinstance(node.slice.value, str)
-    }
+    """Keys of `inputs["key"]` and `inputs.get("key")`."""
+    keys: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "inputs":
+            keys.append(node.slice)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "inputs.get":
+            keys += node.args[:1]
+    return {key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
 
 
 def _assignments(tree: ast.AST) -> list[tuple[str, ast.expr]]:
