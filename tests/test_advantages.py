@@ -313,7 +313,7 @@ def test_step_ends_out_of_order_are_named():
 
 # Baselines of a group -------------------------------------------------------------------------------------------------
 
-BASELINES = ["step", "token", "index"]
+BASELINES = ["step", "token"]
 
 
 def placed_steps(rewards, ends, mask):
@@ -328,19 +328,13 @@ def placed_steps(rewards, ends, mask):
     return found
 
 
-@given(grouped_steps(), st.sampled_from(BASELINES), st.booleans())
-def test_each_baseline_is_its_definition(batch, baseline, leave_one_out):
+@given(grouped_steps(), st.sampled_from(BASELINES))
+def test_each_baseline_is_its_definition(batch, baseline):
     rewards, ends, mask, group_size = batch
-    result = group_step_advantages(
-        rewards, ends, mask, group_size, gamma=0.0, scale=False, baseline=baseline, leave_one_out=leave_one_out
-    )
+    result = group_step_advantages(rewards, ends, mask, group_size, gamma=0.0, scale=False, baseline=baseline)
     steps = placed_steps(rewards, ends, mask)
-    for row, number, reward, tokens, end in steps:
+    for row, _, reward, tokens, end in steps:
         group = [s for s in steps if s[0] // group_size == row // group_size]
-        if baseline == "index":
-            group = [s for s in group if s[1] == number]
-        if leave_one_out:
-            group = [s for s in group if s[0] != row] or group
         if baseline == "token":
             expected = reward - tokens * sum(s[2] for s in group) / sum(s[3] for s in group)
         else:
@@ -358,10 +352,8 @@ def test_what_a_group_gains_it_loses(batch, baseline):
     assert gained == pytest.approx([0.0] * len(mask), abs=1e-4)
 
 
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_leaving_one_out_of_one_step_responses_is_rloo_and_each_baseline_the_same(leave_one_out):
+def test_one_step_responses_are_compared_with_the_mean_by_each_baseline():
     scalars = torch.tensor([1.0, 0.0, 3.0, 2.0])
-    others = (scalars.sum() - scalars) / 3 if leave_one_out else scalars.mean()
     for baseline in BASELINES:
         result = group_step_advantages(
             [[r] for r in scalars.tolist()],
@@ -371,54 +363,32 @@ def test_leaving_one_out_of_one_step_responses_is_rloo_and_each_baseline_the_sam
             gamma=1.0,
             scale=False,
             baseline=baseline,
-            leave_one_out=leave_one_out,
         )
-        torch.testing.assert_close(result, (scalars - others)[:, None].expand(4, 3))
+        torch.testing.assert_close(result, (scalars - scalars.mean())[:, None].expand(4, 3))
 
 
-def first_tokens(rewards, ends, baseline, **options):
+def first_tokens(rewards, ends, baseline):
     """What each response gains in total: its first token's advantage without a discount."""
     mask = torch.ones(len(ends), 12, dtype=torch.bool)
-    result = group_step_advantages(rewards, ends, mask, len(ends), gamma=1.0, scale=False, baseline=baseline, **options)
+    result = group_step_advantages(rewards, ends, mask, len(ends), gamma=1.0, scale=False, baseline=baseline)
     return result[:, 0].tolist()
 
 
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_cutting_the_same_text_into_more_steps_gains_nothing_per_token_but_does_per_step(leave_one_out):
+def test_cutting_the_same_text_into_more_steps_gains_nothing_per_token_but_does_per_step():
     whole = ([[0.6], [0.2]], [[11], [11]])
     cut = ([[0.2, 0.2, 0.2], [0.2]], [[3, 7, 11], [11]])
-    options = {"leave_one_out": leave_one_out}
-    assert first_tokens(*whole, "token", **options) == pytest.approx(first_tokens(*cut, "token", **options))
-    assert first_tokens(*whole, "step", **options) != pytest.approx(first_tokens(*cut, "step", **options))
+    assert first_tokens(*whole, "token") == pytest.approx(first_tokens(*cut, "token"))
+    assert first_tokens(*whole, "step") != pytest.approx(first_tokens(*cut, "step"))
 
 
-def test_a_short_answer_is_favoured_by_a_baseline_per_step_where_steps_lose_and_not_per_step_number():
+def test_a_short_answer_is_favoured_by_a_baseline_per_step_where_steps_lose_and_not_per_token():
     # Equal steps of four tokens each: the answer with one step is worth as much as the answer with three.
     rewards, ends = [[0.5], [0.5, 0.5, 0.5], [0.9, 0.9, 0.9]], [[3], [3, 7, 11], [3, 7, 11]]
     short, same, _ = first_tokens(rewards, ends, "step")
     assert short > same + 0.3, "the trap: three equal steps below the mean lose three times as much"
-    # Compared with first steps only, a first step is judged alike; what follows is compared with what follows.
     mask = torch.ones(3, 12, dtype=torch.bool)
-    by_index = group_step_advantages(rewards, ends, mask, 3, gamma=0.0, scale=False, baseline="index")
-    assert by_index[0, 0] == by_index[1, 0]
-
-
-def test_a_step_without_peers_is_its_own_baseline():
-    mask = torch.ones(2, 3, dtype=torch.bool)
-    for baseline, leave_one_out in (("index", False), ("index", True)):
-        result = group_step_advantages(
-            [[1.0, 5.0], [0.0]],
-            [[0, 2], [1]],
-            mask,
-            2,
-            gamma=0.0,
-            scale=False,
-            baseline=baseline,
-            leave_one_out=leave_one_out,
-        )
-        assert result[0, 2] == 0.0
-    alone = group_step_advantages([[1.0], []], [[0], []], mask, 2, gamma=0.0, scale=False, leave_one_out=True)
-    assert not alone.any()
+    by_token = group_step_advantages(rewards, ends, mask, 3, gamma=0.0, scale=False, baseline="token")
+    assert by_token[0, 0] == by_token[1, 0], "a first step is judged alike, whatever follows"
 
 
 # The global baseline --------------------------------------------------------------------------------------------------

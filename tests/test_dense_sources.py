@@ -13,7 +13,6 @@ from support.stand_ins import save_policy, save_reward_model
 from support.step_ppo import (
     AB,
     COMPLETIONS,
-    EOS,
     NEWLINE,
     RAGGED,
     SCORES,
@@ -24,6 +23,7 @@ from support.step_ppo import (
     count_of_a,
     last_log,
     make,
+    measured,
     placed,
     policy_tokenizer,
     replay,
@@ -36,8 +36,7 @@ from support.step_ppo import (
 
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.ppo.config import StepPPOConfig
-from fractal_rm.ppo.dense_setup import make_sources
-from fractal_rm.ppo.sources import StepFunctionReward
+from fractal_rm.ppo.sources import FunctionSource, make_sources
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 
@@ -57,10 +56,8 @@ def other_model() -> Any:
     return random_model("token", "gpt2", segmentation=Segmentation("pattern", pattern="(?<=b)"))
 
 
-def source(function: Any, *, bounded: bool = False) -> StepFunctionReward:
-    made = StepFunctionReward(function, Segmentation(), bounded=bounded)
-    made.prepare(policy_tokenizer(), "cpu")
-    return made
+def source(function: Any, *, bounded: bool = False) -> FunctionSource:
+    return FunctionSource(function, Segmentation(), bounded=bounded)
 
 
 # Sums -----------------------------------------------------------------------------------------------------------------
@@ -99,9 +96,9 @@ def test_a_function_that_says_what_a_reward_model_says_is_worth_the_same(tmp_pat
     model = rollout(tmp_path, reward_model=reward_model(), **shared)
     function = rollout(tmp_path, step_reward_funcs=letters, **shared)
     torch.testing.assert_close(function["advantages"], model["advantages"], atol=1e-5, rtol=1e-5)
-    measured = function["trainer"]._metrics["train"]
+    ours, theirs = (measured(output["trainer"]) for output in (function, model))
     for name in ("steps/score", "steps/per_response", "placement/unplaced_steps"):
-        assert measured[name] == pytest.approx(model["trainer"]._metrics["train"][name])
+        assert ours[name] == pytest.approx(theirs[name])
 
 
 def test_a_source_of_weight_0_changes_no_bit_of_a_training(tmp_path):
@@ -131,8 +128,8 @@ def test_outcomes_keep_their_weights_and_functions_their_names(tmp_path):
         expected[row, len(ids) - 1] = 2.0 * count_of_a([list(ids)])[0] + 3.0 * len(ids)
     torch.testing.assert_close(output["advantages"], expected)
     names = ["step_reward_model_1", "step_reward_model_2", "letters_1", "count_of_a_step"]
-    assert [source.__name__ for source in trainer.sources] == names
-    logged = trainer._metrics["train"]
+    assert [source.name for source in trainer.sources] == names
+    logged = measured(trainer)
     assert all(f"rewards/{name}/mean" in logged and f"step_rewards/{name}/std" in logged for name in names)
     assert set(trainer._logs["rewards"]) == {"count_of_a", "letters", *names}
 
@@ -156,13 +153,13 @@ def test_what_no_outcome_judges_stays_unjudged_beside_several_sources(tmp_path):
     plain = rollout(tmp_path, **shared)
     dense = rollout(tmp_path, reward_model=reward_model(), step_reward_funcs=lengths, step_weight=0.0, **shared)
     torch.testing.assert_close(dense["advantages"], plain["advantages"])
-    outcomes = [dense["trainer"]._metrics["train"][f"guards/{name}"] for name in ("outcome", "score_outcome_gap")]
+    outcomes = [measured(dense["trainer"])[f"guards/{name}"] for name in ("outcome", "score_outcome_gap")]
     assert all(math.isnan(value) for (value,) in outcomes), "outcomes above 1, and no source among them"
     assert last_correlation(dense) == pytest.approx(expected_correlation(), abs=1e-6)
 
 
 def last_correlation(output: dict[str, Any]) -> float:
-    return output["trainer"]._metrics["train"]["guards/score_outcome_correlation"][-1]
+    return measured(output["trainer"])["guards/score_outcome_correlation"][-1]
 
 
 def expected_correlation() -> float:
@@ -177,12 +174,12 @@ def test_running_moments_are_those_of_each_source_and_are_resumed_by_name(tmp_pa
     trainer = train(tmp_path, step_reward_funcs=lengths, save_strategy="steps", save_steps=1, max_steps=1, **shared)
     file = tmp_path / "checkpoint-1" / "step_ppo_state.json"
     saved = json.loads(file.read_text())["step_rewards"]
-    model, function = trainer.sources
-    assert saved == {"step_reward_model": model.moments.state_dict(), "lengths": function.moments.state_dict()}
-    assert function.moments.std > 3 * model.moments.std
+    moments = trainer.shaper.moments
+    assert saved == {name: moments[name].state_dict() for name in ("step_reward_model", "lengths")}
+    assert moments["lengths"].std > 3 * moments["step_reward_model"].std
     resumed = make(tmp_path / "b", step_reward_funcs=lengths, **shared)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert resumed.sources[1].moments.count > function.moments.count
+    assert resumed.shaper.moments["lengths"].count > moments["lengths"].count
     other = make(tmp_path / "c", step_reward_funcs=letters, **shared)
     with pytest.raises(ValueError, match=r"statistics of the step rewards \['lengths', 'step_reward_model'\], but"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
@@ -241,9 +238,8 @@ def test_functions_cut_as_they_are_told_or_as_the_first_reward_model_or_by_lines
     def cut(**options: Any) -> list[list[str]]:
         models = options.pop("models", [])
         args = StepPPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
-        made = make_sources(models, [lambda steps, **_: steps], args)[-1]
-        made.prepare(policy_tokenizer(), "cpu")
-        return made.cut([[A, NEWLINE, B, A, B, EOS]])[2]
+        made = make_sources(models, [lambda steps, **_: [[1.0] * len(row) for row in steps]], args)[-1]
+        return [[step.text for step in row.steps] for row in made(["q"], ["a\nbab"])]
 
     assert cut() == [["a", "bab"]]
     assert cut(models=[other_model()]) == [["a\nb", "ab"]]
@@ -263,20 +259,20 @@ def test_an_asynchronous_function_is_awaited(tmp_path):
 def test_arrays_and_tensors_are_scores_too():
     for kind in (torch.tensor, tuple, lambda row: torch.tensor(row).numpy()):
         made = source(lambda steps, kind=kind, **_: [kind([0.25] * len(row)) for row in steps])
-        assert made(["q"], [[A, NEWLINE, B, EOS]]) == [0.25]
-        assert made.scored[0].step_scores == [0.25, 0.25]
+        (scored,) = made(["q"], ["a\nb"])
+        assert scored.score == 0.25
+        assert scored.step_scores == [0.25, 0.25]
 
 
 def test_the_guards_watch_steps_of_a_function_and_take_no_score_of_it_for_a_probability(tmp_path):
     output = rollout(tmp_path, step_reward_funcs=lengths, reward_funcs=count_of_a, rollout_func=replay(RAGGED))
     trainer = output["trainer"]
-    logged = trainer._metrics["train"]
+    logged = measured(trainer)
     assert logged["guards/steps_per_response"] == [12 / 8]
     assert math.isnan(logged["guards/steps_at_ceiling"][0])
     assert math.isnan(logged["guards/score_outcome_correlation"][0])
-    both = rollout(tmp_path, reward_model=other_model(), step_reward_funcs=lengths, rollout_func=replay(RAGGED))[
-        "trainer"
-    ]._metrics["train"]
+    together = {"reward_model": other_model(), "step_reward_funcs": lengths}
+    both = measured(rollout(tmp_path, rollout_func=replay(RAGGED), **together)["trainer"])
     assert both["guards/steps_at_ceiling"][0] <= 1.0
     assert both["guards/steps_per_response"] == both["steps/per_response"] != [12 / 8]
 
@@ -338,7 +334,7 @@ def test_no_source_rewards_a_token_that_the_policy_did_not_write(tmp_path, advan
     assert (output["tool_mask"] == own).all()
     assert (output["advantages"][own == 0] == 0).all()
     assert (output["advantages"][own == 1] != 0).any()
-    assert output["trainer"]._metrics["train"]["placement/unplaced_steps"][0] >= 2
+    assert measured(output["trainer"])["placement/unplaced_steps"][0] >= 2
 
 
 # Wrong answers of functions -------------------------------------------------------------------------------------------
@@ -366,7 +362,7 @@ def test_what_a_function_returns_is_checked_and_the_row_named(returned, error, s
         return returned
 
     with pytest.raises(error, match=sentence) as caught:
-        source(own, bounded=True)(["q", "qa"], [[EOS], [A, NEWLINE, B, EOS]])
+        source(own, bounded=True)(["q", "qa"], ["", "a\nb"])
     assert "\n" not in str(caught.value)
 
 
@@ -396,5 +392,5 @@ def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(example.replace('output_dir="out"', 'output_dir="out", **tiny'), "example", "exec"), given)
     names = ["step_reward_model_1", "step_reward_model_2", "brevity"]
-    assert [source.__name__ for source in given["trainer"].sources] == names
+    assert [source.name for source in given["trainer"].sources] == names
     assert all(f"step_rewards/{name}/std" in given["trainer"].state.log_history[0] for name in names)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import DistributedType
 from support.step_ppo import (
     RAGGED,
     make,
@@ -18,8 +17,7 @@ from support.step_ppo import (
     weights,
 )
 
-from fractal_rm.ppo import lean_forwards, value_learning
-from fractal_rm.ppo.kept_forward import KeptForward, updates_once
+from fractal_rm.ppo.engine import Engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 
@@ -39,8 +37,7 @@ def learn(folder: Path, **changed: Any) -> tuple[dict[str, torch.Tensor], Counte
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is kept from here on."""
-    for module in (lean_forwards, value_learning):
-        monkeypatch.setattr(module, "updates_once", lambda *_: False)
+    monkeypatch.setattr(Engine, "updates_once", lambda self: False)
 
 
 @pytest.mark.parametrize("options", [{}, {"value_warmup_steps": 1}, {"gradient_checkpointing": True}])
@@ -58,7 +55,14 @@ def test_the_same_is_learned_with_half_of_the_forward_passes(tmp_path, policy_fo
 
 def test_rows_are_followed_through_the_shuffle(tmp_path, policy_folder, monkeypatch):
     kept, _ = learn(tmp_path / "kept", model=policy_folder)
-    monkeypatch.setattr(KeptForward, "take", lambda self, rows: self._tensors)
+    compute = Engine._compute_loss
+
+    def in_order_of_the_rollout(self: Engine, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """As if the forward of the rollout had not been shuffled with the rest."""
+        fixed = {name: inputs[name].flip(0) for name in ("rollout_logprobs", "rollout_values") if name in inputs}
+        return compute(self, model, inputs | fixed)
+
+    monkeypatch.setattr(Engine, "_compute_loss", in_order_of_the_rollout)
     unfollowed, _ = learn(tmp_path / "unfollowed", model=policy_folder)
     assert not same(kept, unfollowed, atol=1e-3)
 
@@ -83,20 +87,20 @@ def test_a_resumed_run_keeps_what_an_uninterrupted_one_keeps(tmp_path, policy_fo
     assert same(resumed, {name: tensor for name, tensor in whole.items() if name.startswith("policy.")})
 
 
-def test_sharded_weights_are_read_anew(tmp_path):
+def test_sharded_weights_are_read_anew(tmp_path, monkeypatch):
     trainer = make(tmp_path, reward_model=reward_model())
-
-    class Sharded:
-        distributed_type = DistributedType.FSDP
-
-    assert updates_once(trainer.args, trainer.accelerator)
-    assert not updates_once(trainer.args, Sharded())  # type: ignore[arg-type]
+    assert trainer.updates_once()
+    monkeypatch.setattr("fractal_rm.ppo.engine.is_sharded", lambda accelerator: True)
+    assert not trainer.updates_once()
 
 
-def test_kept_tensors_are_taken_once():
-    kept = KeptForward()
-    kept.keep(torch.tensor([1.0, 2.0, 3.0]))
-    rows = torch.tensor([2, 0, 1])
-    (taken,) = kept.take(rows)
-    assert taken.tolist() == [3.0, 1.0, 2.0]
-    assert kept.take(rows) == ()
+def test_the_forward_of_a_rollout_is_taken_once(tmp_path, policy_folder):
+    """A graph serves one backward pass: a second loss of the same minibatch has a forward of its own."""
+    trainer = make(tmp_path, model=policy_folder, reward_model=reward_model(), kl_coef=0.1, rollout_func=replay(RAGGED))
+    trainer.model.train()
+    minibatch = trainer.rollout([trainer.train_dataset[i % 4] for i in range(8)]).minibatches()
+    trainer.current_gradient_accumulation_steps = 1
+    losses = [trainer.compute_loss(trainer.model, minibatch) for _ in range(2)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[0], losses[1])

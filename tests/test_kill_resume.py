@@ -146,8 +146,8 @@ def test_the_checkpoints_to_go_back_to_are_resumed(tmp_path):
     shared = {"reward_model": reward_model(), "on_alarm": "rollback", "max_steps": 4, **RESUMABLE}
     whole = make(tmp_path, **shared)
     whole.train()
-    assert sorted(whole.alarm_actions.checkpoints) == [2, 4]
+    assert sorted(whole.alarms.checkpoints) == [2, 4]
     shutil.rmtree(tmp_path / "checkpoint-4")
     resumed = make(tmp_path, **shared)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.alarm_actions.checkpoints == whole.alarm_actions.checkpoints
+    assert resumed.alarms.checkpoints == whole.alarms.checkpoints

@@ -20,7 +20,7 @@ from fractal_rm.objectives.bag_loss import bag_loss
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.online.online_reward import OnlineReward
 from fractal_rm.ppo.online.replay import ReplayBuffer, draw, is_held_out, outcome_labels
-from fractal_rm.ppo.rewards import Rollout
+from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.config import FractalConfig
@@ -110,8 +110,27 @@ def make(model: StepRewardModel, folder: Path, original: Any = None, **options: 
     logged: list[tuple[str, float]] = []
     defaults = {"rm_update_every": 1, "rm_learning_rate": 3e-3, "rm_update_steps": 30, "rm_batch_size": 16}
     args = StepPPOConfig(str(folder), use_cpu=True, bf16=False, **(defaults | options))
-    log = lambda name, value: logged.append((name, value))  # noqa: E731
-    return OnlineReward(model, args, original, WEIGHTS, Accelerator(cpu=True), log), logged
+    online = OnlineReward(model, args, original, WEIGHTS, Accelerator(cpu=True))
+    take = online.take
+    online.take = lambda batch, scored: logged.extend(take(batch, scored).items())  # type: ignore[method-assign]
+    return online, logged
+
+
+def batch(prompts: list[str], rewards: torch.Tensor) -> RolloutBatch:
+    """What the online reward reads of a rollout."""
+    nothing = torch.zeros(len(prompts), 0)
+    return RolloutBatch(
+        prompts=prompts,
+        completion_ids=[[] for _ in prompts],
+        texts=[""] * len(prompts),
+        function_rewards=rewards,
+        function_weights=WEIGHTS,
+        is_outcome=WEIGHTS > 0,
+        scores={},
+        tokens={},
+        mask=nothing.bool(),
+        outcome_advantages=nothing.sum(dim=1),
+    )
 
 
 def responses(count: int, start: int = 0) -> list[dict[str, Any]]:
@@ -134,7 +153,7 @@ def feed(online: OnlineReward, rows: list[dict[str, Any]], *, flip_learned: bool
     ]  # fmt: skip
     rewards = torch.tensor([[label, 0.5] for label in labels])
     scored = online.reward_model.score(questions, texts, progress=False)
-    online.take(Rollout(questions, [[] for _ in rows], rewards, WEIGHTS > 0), scored, WEIGHTS)
+    online.take(batch(questions, rewards), scored)
 
 
 def bits(online: OnlineReward) -> list[torch.Tensor]:
@@ -252,7 +271,7 @@ def test_what_nobody_judged_and_what_has_no_steps_is_left_out(tmp_path):
     texts = ["aa.", "aa.", "  \n", "aa.\n" + 60 * "b"]
     scored = online.reward_model.score(["q\n"] * 4, texts, progress=False)
     rewards = torch.tensor([[1.0, 0.5], [torch.nan, 0.5], [0.0, torch.nan], [0.0, 0.5]])
-    online.take(Rollout(["q\n"] * 4, [[]] * 4, rewards, WEIGHTS > 0), scored, WEIGHTS)
+    online.take(batch(["q\n"] * 4, rewards), scored)
     kept = [*online.replay.learned, *online.replay.held_out]
     assert [(bag.response, bag.label) for bag in kept] == [("aa.", 1.0)]
 

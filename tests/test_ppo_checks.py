@@ -30,7 +30,7 @@ from transformers import LlamaForSequenceClassification
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.ppo.checks import check_reward_models, check_setup, check_step_functions, wait_for_vllm
 from fractal_rm.ppo.config import StepPPOConfig
-from fractal_rm.ppo.finite_rewards import completion_in_words
+from fractal_rm.ppo.sources import completion_in_words
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 PROMPTS = Dataset.from_dict({"prompt": ["q"] * 8})
@@ -52,7 +52,6 @@ def half(steps: list[list[str]], **_: Any) -> list[list[float]]:
     ("options", "error", "sentence"),
     [
         ({"step_reward_weights": [1.0]}, ValueError, r"has 1 numbers for 1 reward models and 1 `step_reward_funcs`\."),
-        ({"aggregation": "max"}, ValueError, r"The reward model was trained with aggregation 'min', not 'max'\. Give"),
         ({"step_reward_funcs": ["a"]}, TypeError, r"`step_reward_funcs` holds a str\. Give functions"),
         ({"processing_class": None}, ValueError, r"policy was made in code, .* Give it as `processing_class`"),
         ({"eval_dataset": PROMPTS, "per_device_eval_batch_size": 3}, ValueError, r"holds 3 completions .* groups of 2"),
@@ -112,12 +111,9 @@ def test_a_policy_folder_without_a_tokenizer_is_refused_and_one_with_an_adapter_
 # Reward models and functions ------------------------------------------------------------------------------------------
 
 
-def test_a_reward_model_of_another_aggregation_is_refused_by_number():
+def test_a_reward_model_that_does_not_suit_the_shaping_is_refused_by_number():
     one, other = reward_model(), reward_model(aggregation="max")
     check_reward_models([one, other], settings(), PROMPTS)
-    check_reward_models([one, reward_model()], settings(aggregation="min"), PROMPTS)
-    with pytest.raises(ValueError, match=r"Reward model 2 of 2 was trained with aggregation 'max', not 'min'\. Give"):
-        check_reward_models([one, other], settings(aggregation="min"), PROMPTS)
     with pytest.raises(ValueError, match=r"2 of 2 was trained with aggregation 'max': one good step .* pays for the"):
         check_reward_models([one, other], settings(shaping="min_form", step_lam=1.0), PROMPTS)
     check_reward_models([one, reward_model(aggregation="mean")], settings(shaping="min_form", step_lam=1.0), PROMPTS)
@@ -246,10 +242,14 @@ def test_a_broken_reward_model_of_transformers_is_named(tmp_path):
         rollout(tmp_path, rollout_func=replay(RAGGED), **options)
 
 
-def test_functions_are_the_users_own_again_after_a_rollout(tmp_path):
-    judge = outcome(1.0)
-    trainer = rollout(tmp_path, reward_funcs=judge, step_reward_funcs=half)["trainer"]
-    assert trainer.reward_funcs == [judge, *trainer.sources]
+def test_checked_functions_keep_their_names_and_the_lists_that_were_given_stay_as_they_are(tmp_path):
+    judge, sources, kwargs = outcome(1.0), [half], {"reward_processing_classes": [None]}
+    functions, args = [judge], settings(per_device_train_batch_size=8, num_generations=2)
+    trainer = rollout(tmp_path, reward_funcs=functions, step_reward_funcs=sources, **kwargs)["trainer"]
+    assert trainer.reward_func_names == ["judge", "half"]
+    assert trainer.reward_funcs[0].__wrapped__ is judge
+    assert (functions, sources, kwargs) == ([judge], [half], {"reward_processing_classes": [None]})
+    assert args.reward_weights is None
 
 
 def test_a_long_completion_is_cut_in_messages():

@@ -38,6 +38,7 @@ from support.step_ppo import (
     last_log,
     logs,
     make,
+    measured,
     placed,
     policy,
     policy_tokenizer,
@@ -63,9 +64,9 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from fractal_rm.credit.advantages import group_step_advantages
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.ppo.alarms import as_rollouts
+from fractal_rm.ppo.alarms import guard_inputs
 from fractal_rm.ppo.config import StepPPOConfig
-from fractal_rm.ppo.rewards import Rollout
+from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.ppo.value_model import clipped_value_loss, explained_variance, make_value_model
 from fractal_rm.reward_model import StepRewardModel
@@ -104,8 +105,8 @@ def test_each_step_is_rewarded_at_the_token_that_holds_its_last_character(tmp_pa
     scores = [SCORES[letter] for steps in COMPLETIONS.values() for letter in steps.values()]
     expected = expected_rewards(sum(scores) / len(scores) if shaping == "centered" else 0.0)
     torch.testing.assert_close(output["advantages"], expected, atol=1e-5, rtol=0.0)
-    assert output["trainer"]._metrics["train"]["placement/unplaced_steps"] == [0.0]
-    assert output["trainer"]._metrics["train"]["steps/per_response"] == [12 / 8]
+    assert measured(output["trainer"])["placement/unplaced_steps"] == [0.0]
+    assert measured(output["trainer"])["steps/per_response"] == [12 / 8]
 
 
 def test_sampled_completions_are_rewarded_where_decoding_every_prefix_says(tmp_path):
@@ -133,7 +134,7 @@ def test_sampled_completions_are_rewarded_where_decoding_every_prefix_says(tmp_p
     assert steps > 40
     assert len({int(length) for length in output["completion_mask"].sum(dim=1)}) > 4, "all of one length: nothing shown"
     torch.testing.assert_close(output["advantages"], expected, atol=1e-5, rtol=0.0)
-    assert output["trainer"]._metrics["train"]["placement/unplaced_steps"] == [0.0]
+    assert measured(output["trainer"])["placement/unplaced_steps"] == [0.0]
 
 
 def test_an_outcome_is_added_on_the_last_real_token_with_its_weight(tmp_path):
@@ -242,7 +243,7 @@ def test_tokens_of_an_environment_have_no_advantage_and_are_skipped_over(tmp_pat
     values = masked["values"]
     # The first row's second token is followed by its fifth; the step in between was not the policy's.
     assert masked["advantages"][0, 1].item() == pytest.approx((values[0, 4] - values[0, 1]).item(), abs=1e-5)
-    assert masked["trainer"]._metrics["train"]["placement/unplaced_steps"] == [1.0]
+    assert measured(masked["trainer"])["placement/unplaced_steps"] == [1.0]
 
 
 def test_truncated_completions_that_trl_masks_lose_no_step_in_the_audit(tmp_path):
@@ -256,7 +257,7 @@ def test_truncated_completions_that_trl_masks_lose_no_step_in_the_audit(tmp_path
         )
         truncated = torch.tensor([ids[-1] != EOS for ids in RAGGED])
         assert (output["advantages"][truncated] == 0).all()
-        assert output["trainer"]._metrics["train"]["placement/unplaced_steps"] == [0.0]
+        assert measured(output["trainer"])["placement/unplaced_steps"] == [0.0]
 
 
 def test_a_completion_that_no_reward_function_judges_teaches_nothing(tmp_path):
@@ -462,28 +463,7 @@ def test_a_group_without_step_scores_weighs_outcomes_penalises_missing_ends_and_
     cut = torch.tensor([float(ids[-1] != EOS) for ids in RAGGED]).view(4, 2)
     penalty = 2.0 * (cut - cut.mean(dim=1, keepdim=True)).view(8, 1) * mask
     torch.testing.assert_close(changed["advantages"], 0.5 * plain["advantages"] - penalty)
-    assert changed["trainer"]._metrics["train"]["guards/empty"] == [1 / 8]
-
-
-def test_weights_warm_up_in_a_straight_line(tmp_path):
-    shared = {"reward_funcs": count_of_a, "reward_model": reward_model(), "rollout_func": replay(RAGGED)}
-    trainer = train(
-        tmp_path,
-        step_weight=0.5,
-        step_weight_warmup=4,
-        outcome_weight_warmup=2,
-        shaping="raw",
-        value_learning_rate=0.0,
-        max_steps=5,
-        **shared,
-        **TOKEN_REWARDS,
-    )
-    outcomes = torch.zeros(8, 8)
-    for row, (ids, outcome) in enumerate(zip(RAGGED, count_of_a([list(ids) for ids in RAGGED]), strict=True)):
-        outcomes[row, len(ids) - 1] = outcome
-    for step, output in enumerate(trainer.rollouts):
-        expected = 0.5 * min(step / 4, 1.0) * expected_rewards() + min(step / 2, 1.0) * outcomes
-        torch.testing.assert_close(output["advantages"], expected, atol=1e-5, rtol=0.0)
+    assert measured(changed["trainer"])["guards/empty"] == [1 / 8]
 
 
 def test_step_rewards_are_divided_by_the_deviation_of_all_so_far(tmp_path):
@@ -528,7 +508,7 @@ def test_the_global_baseline_is_whitened_rewards_to_go(tmp_path):
     torch.testing.assert_close(centred["advantages"][mask], real - real.mean(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("baseline", ["step", "token", "index"])
+@pytest.mark.parametrize("baseline", ["step", "token"])
 def test_a_group_is_compared_as_the_configuration_says(tmp_path, baseline):
     output = rollout(
         tmp_path,
@@ -537,7 +517,6 @@ def test_a_group_is_compared_as_the_configuration_says(tmp_path, baseline):
         advantage="group",
         num_generations=4,
         group_baseline=baseline,
-        leave_one_out=True,
         scale_rewards="none",
         shaping="raw",
     )
@@ -550,7 +529,6 @@ def test_a_group_is_compared_as_the_configuration_says(tmp_path, baseline):
         gamma=0.0,
         scale=False,
         baseline=baseline,
-        leave_one_out=True,
     )
     torch.testing.assert_close(output["advantages"], expected, atol=1e-5, rtol=0.0)
 
@@ -590,7 +568,7 @@ def test_each_token_pays_for_its_distance_from_the_reference(tmp_path, policy_fo
         for parameter in trainer.model.parameters():
             parameter.mul_(1.5)
     trainer.model.train()
-    output = trainer._generate_and_score_completions([trainer.train_dataset[i % 4] for i in range(8)])
+    output = trainer.rollout([trainer.train_dataset[i % 4] for i in range(8)]).minibatches()
     mask = output["completion_mask"].bool()
     ratio = sampled_log_probs(trainer.model, output) - sampled_log_probs(policy(), output)
     kl = ratio if estimator == "k1" else (-ratio).exp() - 1 + ratio
@@ -599,9 +577,9 @@ def test_each_token_pays_for_its_distance_from_the_reference(tmp_path, policy_fo
         expected = expected - expected[mask].mean()
     assert expected[mask].abs().max() > 1e-3
     torch.testing.assert_close(output["advantages"], expected.masked_fill(~mask, 0.0), atol=1e-4, rtol=1e-3)
-    logged = trainer._metrics["train"]["kl_reward/per_completion"]
+    logged = measured(trainer)["kl_reward/per_completion"]
     assert logged == pytest.approx([kl.masked_fill(~mask, 0.0).sum(dim=1).mean().item()], abs=1e-3)
-    assert trainer._metrics["train"]["guards/kl_per_token"] == pytest.approx(
+    assert measured(trainer)["guards/kl_per_token"] == pytest.approx(
         [kl[mask].sum().item() / sum(token != EOS for ids in RAGGED for token in ids)], abs=1e-3
     )
     assert trainer.beta == trainer.args.beta == beta
@@ -938,7 +916,6 @@ def test_running_statistics_the_kl_coefficient_and_the_guards_are_resumed_to_the
         "kl_coef": 0.1,
         "kl_target": 0.5,
         "guard_reference_batches": 1,
-        "step_weight_warmup": 3,
         "max_steps": 4,
     }
     whole = train(tmp_path / "a", **shared, **RESUMABLE)
@@ -975,7 +952,7 @@ def test_an_honest_policy_trains_to_the_end_whatever_an_alarm_would_do(tmp_path,
     assert trainer.state.global_step == 8
     assert "gaming" not in caplog.text
     assert last_log(trainer, "guards/empty") == 1 / 8
-    assert trainer.step_rewards.scale == 1.0
+    assert trainer.alarms.step_weight == 1.0
 
 
 @pytest.mark.parametrize(("weights", "seen"), [([1.0], 0.75), ([2.0], 0.75), ([1.0, 1.0], 0.75), ([1.0, 0.0], 0.75)])
@@ -983,8 +960,19 @@ def test_guards_see_outcomes_on_the_scale_of_one_function_whatever_the_weights(w
     given = torch.tensor([[1.0] * len(weights)] * 3 + [[0.0] * len(weights)] + [[math.nan] * len(weights)])
     dense = torch.tensor([[0.3]] * 5)  # the source of step rewards is no outcome
     outcome = torch.tensor([True] * len(weights) + [False])
-    found = Rollout(["q"] * 5, [[A, EOS]] * 5, torch.cat([given, dense], dim=1), outcome)
-    outcomes = as_rollouts(found, {EOS}, None, torch.tensor([*weights, 1.0])).outcomes
+    found = RolloutBatch(
+        prompts=["q"] * 5,
+        completion_ids=[[A, EOS]] * 5,
+        texts=["a"] * 5,
+        function_rewards=torch.cat([given, dense], dim=1),
+        function_weights=torch.tensor([*weights, 1.0]),
+        is_outcome=outcome,
+        scores={},
+        tokens={},
+        mask=torch.ones(5, 2, dtype=torch.bool),
+        outcome_advantages=torch.zeros(5),
+    )
+    outcomes = guard_inputs(found, {EOS}, gives_probabilities=True).outcomes
     assert sum(outcomes[:4]) / 4 == seen
     assert math.isnan(outcomes[4])
 
@@ -1014,10 +1002,10 @@ def test_an_alarm_may_go_back_to_the_checkpoint_before_the_first_sign(tmp_path, 
     assert len(script.seen) == 9
     assert "checkpoint-2" in caplog.text
     assert "`step_weight` is now 0.4" in caplog.text
-    assert trainer.step_rewards.weights(0)[0] == pytest.approx(0.4)
+    assert trainer.alarms.step_weight == pytest.approx(0.4)
     resumed = make(tmp_path / "new", reward_model=reward_model(), on_alarm="rollback", save_strategy="steps", **GUARDED)
-    resumed._load_from_checkpoint(str(tmp_path / "checkpoint-8"))
-    assert resumed.step_rewards.scale == 0.5
+    resumed.load_state(tmp_path / "checkpoint-8", weights=False)
+    assert resumed.alarms.step_weight == 0.5
 
 
 def test_a_peft_policy_goes_back_to_its_adapter(tmp_path):
@@ -1228,7 +1216,6 @@ def test_settings_out_of_range_are_named(name, value, sentence):
         ({"missing_eos_penalty": -1.0}, r"`missing_eos_penalty` is -1\.0\. A weight is 0"),
         ({"kl_coef": -1.0}, r"`kl_coef` is -1\.0\. A weight is 0"),
         ({"score_threshold": 2.0}, r"`score_threshold` is 2\.0, outside \[0, 1\]"),
-        ({"step_weight_warmup": -1}, r"`step_weight_warmup` is -1\. Give a number of steps, 0 for none"),
         ({"step_reward_clip": 0.0}, r"`step_reward_clip` is 0\.0\. Give a number above 0"),
         ({"guard_patience": 0}, r"`guard_patience` is 0\. Give 1 or more"),
         ({"shaping": "min_form", "step_lam": 0.0}, r"but `step_lam` is 0\.0\. Set `step_lam` to 1"),

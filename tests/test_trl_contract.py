@@ -282,7 +282,7 @@ def keys(path: Path) -> set[str]:
         else:
             continue
         name = ast.unparse(owner).rpartition(".")[2]
-        if name in ("tokens", "output", "minibatch", "inputs") and isinstance(key, ast.Constant):
+        if name in ("tokens", "output", "minibatch", "inputs") and isinstance(getattr(key, "value", None), str):
             found.add(key.value)
     return found
 

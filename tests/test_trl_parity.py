@@ -121,11 +121,11 @@ def test_the_clipped_policy_loss_with_loss_type_bnpo_equals_that_of_trl(peer, tr
         "old_per_token_logps": seen.mb_logprobs,
         "num_items_in_batch": seen.mask.sum(),
     }
-    ours = trainer._compute_loss(trainer.model, inputs)
+    ours = trainer.compute_loss(trainer.model, inputs)
     torch.testing.assert_close(ours, seen.pg_loss, **CLOSE)
     # With one minibatch a rollout, TRL's default `dapo` divides by the same number of tokens.
     monkeypatch.setattr(trainer, "loss_type", "dapo")
-    torch.testing.assert_close(trainer._compute_loss(trainer.model, inputs), seen.pg_loss, **CLOSE)
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, inputs), seen.pg_loss, **CLOSE)
 
 
 @needs_peer

@@ -22,7 +22,7 @@ from support.step_ppo import (
     weights,
 )
 
-from fractal_rm.ppo.shared_backbone import ValueHead, make_value_head
+from fractal_rm.ppo.value_model import ValueHead, make_value_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 
@@ -85,7 +85,7 @@ def test_shared_values_are_the_head_on_the_policys_states_and_cost_no_forward_th
     core = trainer.model.get_base_model() if "peft_config" in options else trainer.model
     seen, whole = forwards(core.model), forwards(core)
     trainer.model.train()
-    output = trainer._generate_and_score_completions([trainer.train_dataset[i % 4] for i in range(8)])
+    output = trainer.rollout([trainer.train_dataset[i % 4] for i in range(8)]).minibatches()
     assert seen == [False] * without_gradients
     assert len(whole) == (0 if options == {} else without_gradients), "the language model's head was not needed"
     for row, expected in enumerate(explicit_values(trainer.model, trainer.value_model, output)):
@@ -132,21 +132,20 @@ def test_the_head_follows_clipped_sgd_by_hand(tmp_path):
     assert same(weights(trainer.model), weights(policy()))
 
 
-@pytest.mark.parametrize("reach", [False, True])
-def test_value_gradients_reach_the_policy_where_the_configuration_says_so(tmp_path, reach):
+def test_gradients_of_the_value_loss_stay_in_the_head(tmp_path):
     moved = []
     for coefficient in (0.1, 10.0):
-        options = {"vf_coef": coefficient, "value_gradients_to_policy": reach, "max_steps": 1, "optim": "sgd"}
+        options = {"vf_coef": coefficient, "max_steps": 1, "optim": "sgd"}
         trainer = with_random_head(make(tmp_path / str(coefficient), reward_funcs=count_of_a, **SHARED, **options))
         trainer.train()
         moved.append(weights(trainer.model))
-    assert same(*moved) != reach
+    assert same(*moved)
     assert not same(moved[0], weights(policy()))
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_weight_decay_does_not_move_the_policy_in_the_value_models_warm_up(tmp_path, shared):
-    options = SHARED | {"value_gradients_to_policy": True} if shared else SHARED | {"value_model": value_model()}
+    options = SHARED if shared else SHARED | {"value_model": value_model()}
     options |= {"reward_funcs": count_of_a, "value_warmup_steps": 2, "weight_decay": 0.5}
     trainer = with_random_head(make(tmp_path / "a", **options, max_steps=2))
     start = weights(trainer.value_model)
@@ -163,7 +162,6 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_weight(tmp_path
     for checkpointing in (False, True):
         options = SHARED | {"value_model": "shared" if kind == "shared" else value_model()}
         options |= {"reward_funcs": count_of_a, "gradient_checkpointing": checkpointing}
-        options |= {"value_gradients_to_policy": kind == "shared"}
         trainer = make(tmp_path / str(checkpointing), **options, max_steps=2)
         model = trainer.model if kind == "shared" else trainer.value_model
         seen = forwards(model.model.layers[0].self_attn)
@@ -239,7 +237,7 @@ def test_the_weights_of_a_policy_that_trains_are_copied(tmp_path, bias):
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 KINDS: dict[str, dict[str, Any]] = {
-    "shared": {"value_model": "shared", "value_gradients_to_policy": True},
+    "shared": {"value_model": "shared"},
     "shared_peft": {"value_model": "shared", "peft_config": adapter()},
     "peft": {"peft_config": adapter(), "value_peft_config": adapter()},
 }
@@ -278,7 +276,6 @@ def test_a_checkpoint_of_another_kind_of_value_model_is_refused(tmp_path):
     ("options", "sentence"),
     [
         ({"value_model": "shared", "value_peft_config": adapter()}, r"has no backbone of its own that"),
-        ({"value_gradients_to_policy": True}, r"`value_gradients_to_policy` is about a shared backbone\. Set"),
         ({"advantage": "group", "value_peft_config": adapter()}, r"`advantage='group'` uses no `value_peft_config`"),
         ({"advantage": "global", "value_model": "shared"}, r"`advantage='global'` uses no `value_model`"),
     ],

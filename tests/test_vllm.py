@@ -8,8 +8,6 @@ import pytest
 import torch
 from support.step_ppo import RAGGED, count_of_a, make, replay, reward_model, same, value_model, weights
 
-from fractal_rm.ppo.trainer import StepPPOTrainer
-
 # Without vLLM the same completions come by `rollout_func`, which TRL calls experimental.
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 
@@ -111,7 +109,7 @@ def test_the_correction_weighs_the_policy_loss_of_each_token_and_not_the_value_l
     )
     trainer.model.train()
     rows = [trainer.train_dataset[i % 4] for i in range(8)]
-    output = trainer._generate_and_score_completions(rows)
+    output = trainer.rollout(rows).minibatches()
     ratio, mask, advantages = output["importance_sampling_ratio"], output["value_mask"], output["advantages"]
     assert ratio.shape == (8, width)
     # The trainer's log-probabilities lie above the generator's by OFFSET.
@@ -121,7 +119,7 @@ def test_the_correction_weighs_the_policy_loss_of_each_token_and_not_the_value_l
     torch.testing.assert_close(ratio[real], expected[real])
     trainer.current_gradient_accumulation_steps = 1
     with torch.no_grad():
-        loss = StepPPOTrainer._compute_loss(trainer, trainer.model, output)
+        loss = trainer.compute_loss(trainer.model, output)
     policy_loss = -(ratio * advantages * mask).sum() / mask.sum()  # the policy is that of the rollout: its ratio is 1
     value_loss = 0.5 * ((output["values"] - output["returns"]).square() * mask).sum() / mask.sum()
     torch.testing.assert_close(loss, policy_loss + 0.5 * value_loss)

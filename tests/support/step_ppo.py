@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.settings import FractalSettings
@@ -133,14 +134,14 @@ class Recording(StepPPOTrainer):
         super().__init__(*args, **kwargs)
         self.rollouts, self.batches = [], []
 
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
-        self.rollouts.append({name: value.clone() for name, value in output.items()})
-        return output
+    def rollout(self, inputs: Any) -> RolloutBatch:
+        batch = super().rollout(inputs)
+        self.rollouts.append({name: value.clone() for name, value in batch.minibatches().items()})
+        return batch
 
-    def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
-        self.batches.append(dict(inputs))
-        return super()._compute_loss(model, inputs)
+    def loss(self, policy_loss: torch.Tensor, minibatch: dict[str, Any], states: Any) -> torch.Tensor:
+        self.batches.append(dict(minibatch))
+        return super().loss(policy_loss, minibatch, states)
 
 
 def make(folder: Path, trainer: type = Recording, args: type = StepPPOConfig, **changed: Any) -> Any:
@@ -184,7 +185,7 @@ def rollout(folder: Path, **changed: Any) -> dict[str, Any]:
     trainer = make(folder, **changed)
     trainer.model.train()
     rows = [trainer.train_dataset[i % 4] for i in range(trainer.args.generation_batch_size)]
-    return trainer._generate_and_score_completions(rows) | {"trainer": trainer}
+    return trainer.rollout(rows).minibatches() | {"trainer": trainer}
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -199,6 +200,11 @@ def logs(trainer: Any) -> list[dict[str, Any]]:
     """What was logged, but for times."""
     timed = ("step_time", "runtime", "per_second")
     return [{k: v for k, v in row.items() if not k.endswith(timed)} for row in trainer.state.log_history]
+
+
+def measured(trainer: Any) -> dict[str, list[float]]:
+    """What was measured since the last log: the one place where tests read TRL's own list."""
+    return trainer._metrics["train"]
 
 
 def last_log(trainer: Any, name: str) -> float:

@@ -74,11 +74,11 @@ def ppo(folder: Path, batch: int, **changed: Any) -> dict[str, torch.Tensor]:
         if model is not None
         for key, tensor in trainer.accelerator.unwrap_model(model).state_dict().items()
     }
-    moments = trainer.sources[0].moments
+    moments = trainer.shaper.moments[trainer.sources[0].name]
     watched = ("steps/per_response", "guards/alarm/empty")
     logged = [row[name] for row in trainer.state.log_history for name in watched if name in row]
     return result | {
-        "moments": torch.tensor([moments.mean, moments.std, trainer.kl_reward.adaptive.coef]),
+        "moments": torch.tensor([moments.mean, moments.std, trainer.kl_coefficient.coef]),
         "logged": torch.tensor(logged),
     }
 
