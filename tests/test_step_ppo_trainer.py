@@ -324,10 +324,10 @@ def test_an_outcome_weight_of_0_is_training_on_step_scores_alone(tmp_path, advan
 
 
 def test_trls_table_of_completions_shows_our_advantages(tmp_path):
-    output = rollout(tmp_path, reward_model=reward_model(), num_generations=1)
-    mask = output["completion_mask"].bool()
-    means = [row[real].mean().item() for row, real in zip(output["advantages"], mask, strict=True)]
-    table = output["trainer"]._logs
+    trainer = train(tmp_path, reward_model=reward_model(), num_generations=1, max_steps=1)
+    mask = trainer.rollouts[0]["completion_mask"].bool()
+    means = [row[real].mean().item() for row, real in zip(trainer.rollouts[0]["advantages"], mask, strict=True)]
+    table = trainer._logs
     assert list(table["advantages"]) == pytest.approx(means, abs=1e-6)
     assert len(table["advantages"]) == len(table["completion"]) == 8
 
