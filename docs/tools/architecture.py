@@ -464,6 +464,7 @@ BOXES = {
     "credit": ("scores to advantages", 0.74),
     "files": ("atomic writes", 0.51),
     "errors": ("causes in sentences", 0.32),
+    "versions": ("of the libraries", 0.92),
     "data": ("records to bags", 0.26),
     "scorers": ("text to step logits", 0.26),
     "tasks": ("problems and checkers", 0.9),
