@@ -35,7 +35,7 @@ def commands(text: str) -> list[str]:
 
 
 def script(path: Path) -> ModuleType:
-    """A script of a recipe as a module."""
+    """A script of a recipe or of docs/tools as a module."""
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
