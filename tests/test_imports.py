@@ -20,7 +20,7 @@ PACKAGE = Path(fractal_rm.__file__).parent
 
 # Rooms of the package, top row first: a module imports from its own row or from rows above.
 ROWS = (
-    ("objectives", "credit", "files", "errors"),
+    ("objectives", "credit", "files", "errors", "versions"),
     ("data",),
     ("scorers", "tasks"),
     ("reward_model",),

@@ -1,6 +1,5 @@
 """A step reward model from labels on whole responses, on `transformers.Trainer`."""
 
-import os
 import warnings
 from collections import defaultdict
 from dataclasses import replace
@@ -20,7 +19,7 @@ from transformers import (
 )
 
 from fractal_rm.data.bag import Bag, check_labels
-from fractal_rm.files import write_atomic
+from fractal_rm.files import replacing, write_atomic
 from fractal_rm.hf.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, finish_if_complete
 from fractal_rm.hf.denormals import flush_denormals
 from fractal_rm.hf.finite_logs import FiniteLogs
@@ -369,8 +368,8 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         write_atomic(folder / "README.md", self.card.text(saved, self.processor))
         if self.scorer.is_adapted:
             trainable = {name: p.detach().contiguous() for name, p in self.scorer.named_parameters() if p.requires_grad}
-            save_file(trainable, folder / f"{_TRAINABLE_FILE}.tmp")
-            os.replace(folder / f"{_TRAINABLE_FILE}.tmp", folder / _TRAINABLE_FILE)
+            with replacing(folder / _TRAINABLE_FILE) as file:
+                save_file(trainable, file)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card of the reward model, which tells more than that of `transformers.Trainer`."""
