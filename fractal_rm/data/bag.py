@@ -15,9 +15,6 @@ from typing import Any
 from fractal_rm.data.segmentation import Span
 from fractal_rm.objectives.aggregation import meaning
 
-# Labels and response probabilities count as good from here on.
-GOOD = 0.5
-
 Prompt = str | list[dict[str, str]]
 
 

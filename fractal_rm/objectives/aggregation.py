@@ -32,6 +32,9 @@ Aggregation = Literal[
 AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
 Meaning = Literal["min", "max", "mean"]
 
+# Labels and probabilities of responses count as good from here on.
+GOOD = 0.5
+
 # The rule on step labels that each aggregation softens.
 MEANINGS: dict[str, Meaning] = {
     "min": "min",
