@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fractal_rm.data.bag import Bag, Prompt, check_text
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.prompts import Prompt, RenderedPrompt, check_text, is_chat, response_text
 from fractal_rm.data.segmentation import Segmentation, Span, join_steps
 from fractal_rm.files import write_atomic
 from fractal_rm.objectives.aggregation import aggregate
 from fractal_rm.objectives.grades import expected_grades, ordinal_max_log_probs
 from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, save_scorer
-from fractal_rm.scorers.encoding import RenderedPrompt, prompt_text
+from fractal_rm.scorers.encoding import prompt_text
 from fractal_rm.scorers.hub import CARD, upload
 from fractal_rm.scorers.inputs import Processor, make_inputs
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
@@ -160,14 +161,15 @@ class StepRewardModel:
         """
         if self.settings.chat is None:
             return
-        wrong, found, learned = (str, "a text", "chats") if self.settings.chat else (list, "a chat", "texts")
-        unlike = (isinstance(prompt, wrong) and not isinstance(prompt, RenderedPrompt) for prompt in prompts)
-        row = next((row for row, found in enumerate(unlike) if found), None)
-        if row is not None:
-            raise ValueError(
-                f"row {row}: the prompt is {found}, but the reward model was trained on prompts that are {learned}. "
-                f"Give the prompts as {learned}, or train a reward model on prompts like these."
-            )
+        found, learned = ("a text", "chats") if self.settings.chat else ("a chat", "texts")
+        for row, prompt in enumerate(prompts):
+            if isinstance(prompt, RenderedPrompt) or not isinstance(prompt, str | list):
+                continue  # text of either kind; what is neither becomes an error of its row
+            if is_chat(prompt) != self.settings.chat:
+                raise ValueError(
+                    f"row {row}: the prompt is {found}, but the reward model was trained on prompts that are "
+                    f"{learned}. Give the prompts as {learned}, or train a reward model on prompts like these."
+                )
 
     def score(
         self,
@@ -252,7 +254,7 @@ class StepRewardModel:
     def _rendered(self, prompt: Prompt) -> Prompt:
         """A chat as its template writes it; texts, and chats of a scorer without templates, as given."""
         tokenizer = self.tokenizer
-        if isinstance(prompt, str) or not self.settings.chat or tokenizer is None or not tokenizer.chat_template:
+        if not is_chat(prompt) or not self.settings.chat or tokenizer is None or not tokenizer.chat_template:
             return prompt
         return RenderedPrompt(prompt_text(prompt, tokenizer, self.settings.prompt_template))
 
@@ -333,8 +335,3 @@ class FractalReward:
         responses = [response_text(completion) for completion in completions]
         scored = self.reward_model.score(prompts, responses, progress=False)
         return [None if math.isnan(result.score) else result.score for result in scored]
-
-
-def response_text(completion: str | list[dict[str, str]]) -> str:
-    """The text of a completion in TRL's standard or conversational format."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]

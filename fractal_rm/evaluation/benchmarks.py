@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.hub import HUB, load_hub_rows
+from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.best_of_n import judge_best_of_n, read_questions
 from fractal_rm.evaluation.evaluate import score_bags
@@ -119,8 +120,7 @@ def as_learned(reward_model: StepRewardModel, bags: Sequence[Bag]) -> list[Bag]:
     if not reward_model.settings.chat:
         return list(bags)
     return [
-        replace(bag, prompt=[{"role": "user", "content": bag.prompt}]) if isinstance(bag.prompt, str) else bag
-        for bag in bags
+        bag if is_chat(bag.prompt) else replace(bag, prompt=[{"role": "user", "content": bag.prompt}]) for bag in bags
     ]
 
 

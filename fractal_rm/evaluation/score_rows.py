@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.readers import read_row
 from fractal_rm.evaluation.evaluate import score_bags
 from fractal_rm.reward_model import StepRewardModel, StepScores
@@ -83,7 +84,7 @@ def _check_prompt(bag: Bag, reward_model: StepRewardModel, where: str) -> None:
     except ValueError as error:
         # The model counts prompts from 0; the caller's file counts.
         raise ValueError(f"{where}: {str(error).partition(': ')[2]}") from None
-    if isinstance(bag.prompt, str) or reward_model.tokenizer is None:
+    if not is_chat(bag.prompt) or reward_model.tokenizer is None:
         return  # an embedding scorer needs no template: it reads the messages one after the other
     try:
         prompt_text(bag.prompt, reward_model.tokenizer, reward_model.settings.prompt_template)

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from fractal_rm.data.bag import Bag, check_labels
+from fractal_rm.data.prompts import is_chat
 from fractal_rm.files import replacing, write_atomic
 from fractal_rm.hf.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, finish_if_complete
 from fractal_rm.hf.denormals import flush_denormals
@@ -142,7 +143,7 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         """What the checkpoint and its card say about the training data."""
         self.settings.data = fingerprint(bags)
         self.card.labels = describe_labels(bags, args)
-        kinds = {not isinstance(bag.prompt, str) for bag in bags}
+        kinds = {is_chat(bag.prompt) for bag in bags}
         self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it takes both
 
     def _check_prompts(self, scorer: StepScorer, bags: list[Bag]) -> None:

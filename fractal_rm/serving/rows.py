@@ -6,10 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fractal_rm.data.bag import Prompt
+from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
 from fractal_rm.data.segmentation import Span
 from fractal_rm.reward_model import StepRewardModel, StepScores
-from fractal_rm.scorers.encoding import RenderedPrompt
 from fractal_rm.serving.schema import OpenRLHFAnswer, OpenRLHFRequest, ScoredResponse, ScoredStep, ScoreRequest
 
 # A batch numbers the rows of several requests; the reader of an answer knows those of one.
@@ -26,7 +25,7 @@ class Row(NamedTuple):
     @property
     def characters(self) -> int:
         """How much text it is; of a message whatever a chat template may show."""
-        texts = [self.prompt] if isinstance(self.prompt, str) else [json.dumps(message) for message in self.prompt]
+        texts = [json.dumps(message) for message in self.prompt] if is_chat(self.prompt) else [self.prompt]
         answers = [self.response] if isinstance(self.response, str) else self.response
         return sum(map(len, [*texts, *answers]))
 

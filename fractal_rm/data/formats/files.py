@@ -4,13 +4,12 @@ import gzip
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.readers import read_jsonl
+from fractal_rm.data.readers import naming, read_jsonl
 
 PathLike = str | os.PathLike[str]
 Data = PathLike | Iterable[Mapping[str, Any]]
@@ -79,22 +78,6 @@ def _wrapped_rows(path: Path, key: str | None) -> list[Mapping[str, Any]]:
     if not isinstance(rows, list):
         raise TypeError(f"{path} holds no list under {key!r}; give the official file.")
     return rows
-
-
-@contextmanager
-def naming(source: str, row: int) -> Iterator[None]:
-    """Put the source and the row before the sentence of an error.
-
-    Args:
-        source: Name of the data.
-        row: Number of the row, from 1.
-    """
-    try:
-        yield
-    except TypeError as error:
-        raise TypeError(f"{source}, row {row}: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{source}, row {row}: {error}") from None
 
 
 def read_each(

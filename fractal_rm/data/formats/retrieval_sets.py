@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.formats.files import Data, PathLike, check_file, column, load_rows, naming, read_each, texts
+from fractal_rm.data.formats.files import Data, PathLike, check_file, column, load_rows, read_each, texts
+from fractal_rm.data.readers import naming
 from fractal_rm.data.segmentation import Span
 from fractal_rm.data.sentences import sentences
 
