@@ -49,6 +49,8 @@ def read_prompts(
             raise ValueError("There are no prompts. Give `train_file`, `dataset_name` or `task=arithmetic`.")
         return None
     rows, source = found
+    if data.dataset_format is not None:
+        rows = [{"prompt": prompt} for prompt in dict.fromkeys(bag.prompt for bag in rows)]
     if arguments.task == "gsm8k":
         rows = gsm8k.read_gsm8k(rows, source=source, chat=arguments.chat)
     check_prompts(rows, source)

@@ -16,6 +16,7 @@ from fractal_rm.cli.checks import (
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.formats.index import check_meaning
 from fractal_rm.data.prompts import is_chat
 from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, score_bags
 from fractal_rm.evaluation.intervals import estimates
@@ -35,6 +36,8 @@ def train(argv: Sequence[str]) -> None:
     check_writable_folder(folder)
     checkpoint = checkpoint_to_resume(config) or _is_staged(config)
     check_model(arguments.model)
+    if data.dataset_format is not None:
+        check_meaning(data.dataset_format, config.aggregation)
     bags, sources = {}, {}
     for split in ("train", "eval", "test"):
         found = data.read(split)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.formats.hub import HUB, load_hub_rows
 from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.best_of_n import judge_best_of_n, read_questions
@@ -72,21 +71,6 @@ def read_task(
     questions = read_questions(rows, segmentation or Segmentation(), source=source, answer_pattern=answer_pattern)
     outcome = None if outcome_model is None else score_whole(outcome_model, questions.bags)
     return Task(questions.bags, lambda scored, _: judge_best_of_n(scored, questions, outcome=outcome))
-
-
-def rows_from_hub(benchmark: Benchmark, *, limit: int | None = None) -> list[Mapping[str, Any]]:
-    """The official rows of a benchmark from the Hugging Face Hub, all of its subsets.
-
-    Args:
-        benchmark: Its name.
-        limit: Most rows of each subset: the first ones.
-
-    Raises:
-        ValueError: If the benchmark is not there, or cannot be loaded.
-    """
-    if benchmark not in HUB:
-        raise ValueError(f"{benchmark} is no data set of the hub. Give `data`: a file with rows.")
-    return [row for split in HUB[benchmark].splits for row in list(load_hub_rows(benchmark, split))[:limit]]
 
 
 def judge(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.formats.math_sets import read_prmbench
+from fractal_rm.data.formats.prmbench import read_prmbench
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation import metrics

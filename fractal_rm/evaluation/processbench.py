@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.formats.math_sets import read_processbench
+from fractal_rm.data.formats.processbench import read_processbench
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.evaluate import gold_labels

@@ -14,7 +14,7 @@ from fractal_rm.scorers.encoding import prompt_text
 
 def score_rows(
     reward_model: StepRewardModel,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any] | Bag],
     *,
     source: str,
     batch_size: int | None = None,
@@ -23,7 +23,7 @@ def score_rows(
 
     Args:
         reward_model: The model.
-        rows: Rows of a file.
+        rows: Rows of a file, or bags.
         source: Its name, for messages.
         batch_size: Responses in a forward; default: that of the model.
 
@@ -36,9 +36,13 @@ def score_rows(
     bags: dict[int, Bag] = {}
     for number, row in enumerate(rows, 1):
         try:
-            found = read_row(row, reward_model.segmentation, source=source, row=number, require_label=False)
+            if isinstance(row, Bag):
+                found = [row]
+            else:
+                found = read_row(row, reward_model.segmentation, source=source, row=number, require_label=False)
             _check_prompt(found[0], reward_model, f"{source}, row {number}")
         except (TypeError, ValueError) as error:
+            row = vars(row) if isinstance(row, Bag) else row
             given = {name: _writable(row.get(name)) for name in ("id", "prompt")}
             response = next((row[name] for name in ("response", "completion") if isinstance(row.get(name), str)), None)
             records.append(_record(number, given, _writable(response), str(error)))

@@ -10,6 +10,7 @@ from typing import Any
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import naming, read_jsonl
+from fractal_rm.data.sentences import Span
 
 PathLike = str | os.PathLike[str]
 Data = PathLike | Iterable[Mapping[str, Any]]
@@ -184,3 +185,13 @@ def texts(row: Mapping[str, Any], name: str, *, within: str = "") -> list[str]:
             found = f"entry {number} of '{within}{name}' is {type(value).__name__}, not text"
             raise TypeError(f"{found}; give the official columns.")
     return values
+
+
+def touches(step: Span, ranges: Sequence[Span]) -> bool:
+    """Whether a step shares a character with one of the ranges.
+
+    Example:
+        >>> touches((0, 4), [(4, 9)]), touches((0, 5), [(4, 9)])
+        (False, True)
+    """
+    return any(start < step[1] and end > step[0] for start, end in ranges)
