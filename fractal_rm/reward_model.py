@@ -13,23 +13,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
+import huggingface_hub
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fractal_rm.data.bag import Bag, Prompt, check_text
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.prompts import Prompt, RenderedPrompt, check_text, is_chat, response_text
 from fractal_rm.data.segmentation import Segmentation, Span, join_steps
+from fractal_rm.errors import reason
 from fractal_rm.files import write_atomic
 from fractal_rm.objectives.aggregation import aggregate
 from fractal_rm.objectives.grades import expected_grades, ordinal_max_log_probs
 from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, save_scorer
-from fractal_rm.scorers.encoding import RenderedPrompt, prompt_text
-from fractal_rm.scorers.hub import CARD, upload
+from fractal_rm.scorers.encoding import prompt_text
 from fractal_rm.scorers.inputs import Processor, make_inputs
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
 
 logger = logging.getLogger(__name__)
+# The model card of a folder: what the hub shows first.
+CARD = "README.md"
 # A progress bar for fewer batches would flicker by.
 _BATCHES_WORTH_A_BAR = 20
 
@@ -132,9 +137,23 @@ class StepRewardModel:
         Raises:
             ConnectionError: If the hub cannot be reached or refuses, and what to do.
         """
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError(
+                f"{repo_id} was not uploaded: HF_HUB_OFFLINE is set. Unset it where there is a network, or save the "
+                "model and upload its folder later with `hf upload`."
+            )
+        api = huggingface_hub.HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return upload(folder, repo_id, private=private, token=token)
+            try:
+                made = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                done = api.upload_folder(repo_id=made, folder_path=folder, commit_message="Upload a reward model")
+            except Exception as error:  # of the HTTP library, which is another one in older versions of huggingface_hub
+                raise ConnectionError(
+                    f"{repo_id} was not uploaded ({reason(error)}). Check the name, the network and `hf auth login`, "
+                    "or save the model and upload its folder later with `hf upload`."
+                ) from error
+        return str(done)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -160,14 +179,15 @@ class StepRewardModel:
         """
         if self.settings.chat is None:
             return
-        wrong, found, learned = (str, "a text", "chats") if self.settings.chat else (list, "a chat", "texts")
-        unlike = (isinstance(prompt, wrong) and not isinstance(prompt, RenderedPrompt) for prompt in prompts)
-        row = next((row for row, found in enumerate(unlike) if found), None)
-        if row is not None:
-            raise ValueError(
-                f"row {row}: the prompt is {found}, but the reward model was trained on prompts that are {learned}. "
-                f"Give the prompts as {learned}, or train a reward model on prompts like these."
-            )
+        found, learned = ("a text", "chats") if self.settings.chat else ("a chat", "texts")
+        for row, prompt in enumerate(prompts):
+            if isinstance(prompt, RenderedPrompt) or not isinstance(prompt, str | list):
+                continue  # text of either kind; what is neither becomes an error of its row
+            if is_chat(prompt) != self.settings.chat:
+                raise ValueError(
+                    f"row {row}: the prompt is {found}, but the reward model was trained on prompts that are "
+                    f"{learned}. Give the prompts as {learned}, or train a reward model on prompts like these."
+                )
 
     def score(
         self,
@@ -252,7 +272,7 @@ class StepRewardModel:
     def _rendered(self, prompt: Prompt) -> Prompt:
         """A chat as its template writes it; texts, and chats of a scorer without templates, as given."""
         tokenizer = self.tokenizer
-        if isinstance(prompt, str) or not self.settings.chat or tokenizer is None or not tokenizer.chat_template:
+        if not is_chat(prompt) or not self.settings.chat or tokenizer is None or not tokenizer.chat_template:
             return prompt
         return RenderedPrompt(prompt_text(prompt, tokenizer, self.settings.prompt_template))
 
@@ -333,8 +353,3 @@ class FractalReward:
         responses = [response_text(completion) for completion in completions]
         scored = self.reward_model.score(prompts, responses, progress=False)
         return [None if math.isnan(result.score) else result.score for result in scored]
-
-
-def response_text(completion: str | list[dict[str, str]]) -> str:
-    """The text of a completion in TRL's standard or conversational format."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]

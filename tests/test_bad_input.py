@@ -466,7 +466,7 @@ PROMPTS = {
     "a missing prompt": ([{"answer": "2"}], [], 1, "column 'prompt' is missing (found: 'answer')"),
     "a prompt that is a number": ([{"prompt": 1}], [], 1, "the prompt is int"),
     "an empty prompt": ([{"prompt": " "}], [], 1, "the prompt is empty"),
-    "a message without its role": ([{"prompt": [{"content": "1+1?"}]}], [], 1, "lacks 'role' or 'content'"),
+    "a message without its role": ([{"prompt": [{"content": "1+1?"}]}], [], 1, "message 1 of the prompt is no message"),
     "prompts of two types": ([{"prompt": "1?"}, {"prompt": CHAT}], [], 2, "a chat but that of row 1 is text"),
     "a missing question": ([{"answer": "#### 2"}], ["--task", "gsm8k"], 1, "column 'question' is missing"),
     "a missing answer": ([{"question": "1+1?"}], ["--task", "gsm8k"], 1, "column 'answer' is missing"),

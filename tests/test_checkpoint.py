@@ -260,8 +260,9 @@ def test_an_unknown_key_is_refused(tmp_path):
     [
         ({"scorer": "window"}, "Unknown scorer 'window'. Choose one of likelihood, token, embedding"),
         ({"aggregation": "median"}, "Unknown aggregation 'median'."),
+        ({"aggregation": "lse_min"}, "cannot be used (The aggregation 'lse_min' was removed; use 'softmin'). Train"),
         ({"segmentation": {"method": "words"}}, "Unknown segmentation method 'words'"),
-        ({"segmentation": 3}, "the `fractal` block is damaged ("),
+        ({"segmentation": 3}, "the `fractal` block cannot be used ("),
     ],
 )
 def test_a_damaged_block_is_refused(tmp_path, block, sentence):

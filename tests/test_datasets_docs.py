@@ -1,4 +1,4 @@
-"""`docs/datasets.md` says what the code does: examples run, and the tables name the readers and Hub ids there are."""
+"""`docs/datasets.md` says what the code does: examples run, and the tables are the formats and Hub ids of the code."""
 
 import importlib
 import inspect
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fractal_rm.data.formats
-from fractal_rm.data.formats.hub import HUB
+from fractal_rm.data.formats.index import FORMATS
 
 TEXT = (Path(__file__).resolve().parent.parent / "docs" / "datasets.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
@@ -17,10 +17,8 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 def readers() -> dict[str, object]:
     """Functions that read a format, by module and name."""
-    names = [found.name for found in pkgutil.iter_modules(fractal_rm.data.formats.__path__)]
-    modules = {
-        name: importlib.import_module(f"fractal_rm.data.formats.{name}") for name in names if name.endswith("_sets")
-    }
+    names = [found.name for found in pkgutil.iter_modules(fractal_rm.data.formats.__path__) if found.name != "reading"]
+    modules = {name: importlib.import_module(f"fractal_rm.data.formats.{name}") for name in names}
     return {
         f"{room}.{name}": function
         for room, module in modules.items()
@@ -38,14 +36,21 @@ def test_there_are_examples():
     assert len(EXAMPLES) == 2
 
 
-def test_the_table_names_every_reader_and_no_other():
-    assert set(re.findall(r"^\| `(\w+_sets\.read_\w+)` \|", TEXT, re.MULTILINE)) == set(readers())
+def test_every_reader_has_a_name_for_the_commands():
+    assert {id(known.read) for known in FORMATS.values()} == {id(reader) for reader in readers().values()}
+
+
+def test_the_table_is_that_of_the_formats():
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+\.read_\w+)` \|.*\| `(min|max|mean)` \|[^|]*\|$", TEXT, re.MULTILINE)
+    names = {id(reader): name for name, reader in readers().items()}
+    assert rows == [(name, names[id(known.read)], known.meaning) for name, known in FORMATS.items()]
 
 
 def test_the_table_of_the_hub_is_that_of_the_code():
     rows = re.findall(r"^\| `(\w+)` \| `([\w./-]+/[\w./-]+)`[^|]*\| ([^|]*) \| ([^|]*)\|$", TEXT, re.MULTILINE)
     found = {name: (path, *(tuple(re.findall(r"`(\w+)`", cell)) for cell in cells)) for name, path, *cells in rows}
-    assert found == {name: (known.path, known.splits, known.configs) for name, known in HUB.items()}
+    hub = {name: known.hub for name, known in FORMATS.items() if known.hub is not None}
+    assert found == {name: (known.path, known.splits, known.configs) for name, known in hub.items()}
 
 
 @pytest.mark.parametrize("name", sorted(readers()))

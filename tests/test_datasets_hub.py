@@ -1,16 +1,35 @@
-"""Data sets of the Hub go through the readers of the files; nothing is fetched here."""
+"""Formats by name: their copies on the Hub, and what the commands read of them; nothing is fetched here."""
+
+import json
+from typing import get_args
 
 import datasets
 import pytest
+from support.stand_ins import save_encoder, save_reward_model, write_jsonl
 
-from fractal_rm.data.formats.hub import HUB, load_hub
-from fractal_rm.data.formats.math_sets import read_processbench
-from fractal_rm.data.formats.retrieval_sets import read_multispanqa
+from fractal_rm.cli.arguments import DataArguments
+from fractal_rm.cli.data_files import benchmark_from_hub, load_published, read_rows
+from fractal_rm.cli.main import main
+from fractal_rm.data.formats.index import FORMATS, FormatName
+from fractal_rm.data.formats.multispanqa import read_multispanqa
+from fractal_rm.data.formats.processbench import read_processbench
+from fractal_rm.evaluation.benchmarks import read_task
+from fractal_rm.evaluation.processbench import SUBSETS
 
-PROCESSBENCH = [{"id": "a", "problem": "1+1?", "steps": ["1+1=3.", "So 3."], "final_answer_correct": False, "label": 0}]
+PROCESSBENCH = [
+    {
+        "id": f"math-{n}",
+        "problem": "1+1?",
+        "steps": ["1+1=3.", "So 3."],
+        "final_answer_correct": n % 2 == 0,
+        "label": n % 2 - 1,
+    }
+    for n in range(8)
+]
 MULTISPAN = [
     {"id": "a", "question": ["who"], "context": ["It", "rains", ".", "Eva", "came", "."], "label": list("OOOBOO")}
 ]
+ON_THE_HUB = {name: known.hub for name, known in FORMATS.items() if known.hub is not None}
 
 
 @pytest.fixture
@@ -19,8 +38,8 @@ def hub(monkeypatch):
     calls = []
 
     def serve(rows):
-        def load_dataset(*args, **options):
-            calls.append((args, options))
+        def load_dataset(**options):
+            calls.append(options)
             if isinstance(rows, Exception):
                 raise rows
             return datasets.Dataset.from_list(rows)
@@ -31,101 +50,145 @@ def hub(monkeypatch):
     return serve
 
 
+def test_every_name_is_a_choice_of_the_commands():
+    assert set(get_args(FormatName)) == set(FORMATS)
+
+
 def test_rows_of_the_hub_give_what_rows_of_a_file_give(hub):
     calls = hub(PROCESSBENCH)
-    assert load_hub("processbench", "gsm8k") == read_processbench(PROCESSBENCH)
-    assert calls == [(("Qwen/ProcessBench", None), {"split": "gsm8k"})]
+    bags, source = DataArguments(dataset_format="processbench", dataset_train_split="gsm8k").read("train")
+    assert bags == read_processbench(PROCESSBENCH)
+    assert source == "processbench (gsm8k)"
+    assert calls == [{"path": "Qwen/ProcessBench", "name": None, "split": "gsm8k"}]
 
 
-def test_options_reach_the_reader(hub):
-    hub(PROCESSBENCH)
-    assert load_hub("processbench", "math", answer_labels=True)[0].label == 0.0
-    hub(MULTISPAN)
-    assert load_hub("multispanqa", "train", negative_share=1) == read_multispanqa(MULTISPAN, negative_share=1)
+def test_a_split_that_is_not_there_is_an_error_for_training_only(hub):
+    calls = hub(PROCESSBENCH)
+    data = DataArguments(dataset_format="processbench")
+    assert data.read("eval") is None
+    with pytest.raises(ValueError, match=r"Qwen/ProcessBench has no split 'train'; use one of gsm8k, math, olympiadb"):
+        data.read("train")
+    assert calls == []
+
+
+def test_nothing_is_loaded_where_a_file_is_given(hub, tmp_path):
+    calls = hub(PROCESSBENCH)
+    file = write_jsonl(tmp_path / "gsm8k.jsonl", PROCESSBENCH)
+    data = DataArguments(dataset_format="processbench", train_file=file, limit=3, dataset_eval_split="math")
+    assert data.read("train") == (read_processbench(PROCESSBENCH[:3]), file)
+    assert data.read("eval") is None
+    assert calls == []
 
 
 def test_splits_that_are_files_are_loaded_one_at_a_time(hub):
     calls = hub(MULTISPAN)
-    load_hub("multispanqa", "validation")
+    [bag] = read_multispanqa(list(load_published("multispanqa", "validation")), negative_share=0)
+    assert bag.step_labels == (0.0, 1.0)
     file = "hf://datasets/Tugay/multispanqa/validation.json"
-    assert calls == [(("json",), {"data_files": file, "field": "data", "split": "train"})]
+    assert calls == [{"path": "json", "data_files": file, "field": "data", "split": "train"}]
 
 
 def test_the_parquet_files_of_one_configuration_are_loaded_without_the_others(hub):
     row = {"title": "owl", "paragraphs": ["Owls hunt."], "summary": {"text": ["It hunts ."], "topic": [3]}}
     calls = hub([row])
-    [bag] = load_hub("wikicatsum", "validation", config="film")
+    data = DataArguments(dataset_format="wikicatsum", dataset_config="film", dataset_eval_split="validation")
+    [bag] = data.read("eval")[0]
     assert (bag.prompt, bag.steps, bag.label) == ("owl\nOwls hunt.", ["It hunts ."], 1.0)
     files = "hf://datasets/GEM/wiki_cat_sum@refs/convert/parquet/film/validation/*.parquet"
-    assert calls == [(("parquet",), {"data_files": files, "split": "train"})]
+    assert calls == [{"path": "parquet", "data_files": files, "split": "train"}]
 
 
-@pytest.mark.parametrize("name", [name for name, known in HUB.items() if known.data_files])
-def test_files_are_named_with_every_blank_filled_in(hub, name):
-    known = HUB[name]
-    calls = hub(ConnectionError("offline"))
-    for config in known.configs or (None,):
-        with pytest.raises(ValueError, match="cannot be loaded"):
-            load_hub(name, known.splits[0], config=config)
-        files = calls[-1][1]["data_files"]
-        assert known.splits[0] in files
-        assert config is None or config in files
-        assert "None" not in files
-
-
-def test_the_first_configuration_is_the_default(hub):
-    row = {"query": "who", "input_urls": [], "target": "Eva came."}
-    calls = hub([row])
-    load_hub("aquamuse", "test")
-    load_hub("aquamuse", "test", config="extractive")
-    assert [args[1] for args, _ in calls] == ["abstractive", "extractive"]
+@pytest.mark.parametrize("name", ON_THE_HUB)
+def test_every_split_can_be_asked_for_with_every_blank_filled_in(hub, name):
+    known = ON_THE_HUB[name]
+    calls = hub(ConnectionError("offline mode is enabled.\nmore"))
+    for split in known.splits:
+        for config in (None, *known.configs):
+            with pytest.raises(ValueError, match=rf"^{known.path} cannot be loaded from the hub \(offline mode is"):
+                load_published(name, split, config)
+            files = calls[-1].get("data_files")
+            if files is None:
+                assert calls[-1] == {
+                    "path": known.path,
+                    "name": config or next(iter(known.configs), None),
+                    "split": split,
+                }
+            else:
+                assert split in files
+                assert (config or next(iter(known.configs), "")) in files
+                assert "None" not in files
 
 
 def test_an_error_in_a_row_names_the_data_set_and_the_split(hub):
     hub([PROCESSBENCH[0] | {"label": 7}])
-    with pytest.raises(ValueError, match=r"Qwen/ProcessBench \(math\), row 1: the label is 7, no step of 2"):
-        load_hub("processbench", "math")
-
-
-def test_data_that_cannot_be_loaded_is_named(hub):
-    hub(ConnectionError("offline mode is enabled.\nmore"))
-    sentence = (
-        r"^Qwen/ProcessBench cannot be loaded from the Hub \(offline mode is enabled\); download and read its files\.$"
-    )
-    with pytest.raises(ValueError, match=sentence):
-        load_hub("processbench", "math")
+    with pytest.raises(ValueError, match=r"processbench \(math\), row 1: the label is 7, no step of 2"):
+        DataArguments(dataset_format="processbench", dataset_train_split="math").read("train")
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"name": "fira", "split": "train"}, r"Unknown data set 'fira'; use one of prm800k, processbench, .*, or read"),
-        ({"name": "aquamuse", "split": "dev"}, r"aquamuse has no split 'dev'; use one of train, validation, test\."),
-        (
-            {"name": "aquamuse", "split": "test", "config": "x"},
-            r"no configuration 'x'; use one of abstractive, extract",
-        ),
-        (
-            {"name": "processbench", "split": "math", "config": "x"},
-            r"ProcessBench has no configuration 'x'; leave it out",
-        ),
+        (("fira", "train"), r"fira is not on the hub\. Download its files, and give them\."),
+        (("aquamuse", "dev"), r"aquamuse has no split 'dev'; use one of train, validation, test\."),
+        (("aquamuse", "test", "x"), r"no configuration 'x'; use one of abstractive, extract"),
+        (("processbench", "math", "x"), r"ProcessBench has no configuration 'x'; leave it out"),
     ],
 )
-def test_an_unknown_name_is_refused_with_the_names_there_are(arguments, sentence):
+def test_what_the_hub_does_not_have_is_refused_with_what_there_is(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
-        load_hub(**arguments)
+        load_published(*arguments)
 
 
-@pytest.mark.parametrize("name", HUB)
-def test_every_entry_can_be_asked_for(hub, name):
-    known = HUB[name]
-    hub(ConnectionError("offline"))
-    for split in known.splits:
-        for config in (None, *known.configs):
-            with pytest.raises(ValueError, match=rf"^{known.path} cannot be loaded from the Hub"):
-                load_hub(name, split, config=config)
+def test_a_limit_keeps_both_responses_of_a_preference_or_none(tmp_path):
+    rows = [{"question": "Who?", "passages": [], "preference": [1, 0, 0, 0, 0, 2]}]
+    rows = [row | {f"prediction {n}": f"Answer {n}." for n in range(1, 5)} for row in rows]
+    (tmp_path / "train_feedback.json").write_text(json.dumps(rows))
+    for limit, kept in ((None, 4), (4, 4), (3, 2), (2, 2), (1, 0)):
+        assert len(read_rows(tmp_path / "train_feedback.json", "qa_preferences", limit)) == kept
+
+
+def test_a_benchmark_of_the_hub_is_all_of_its_subsets(hub):
+    calls = hub(PROCESSBENCH)
+    task = read_task("processbench", benchmark_from_hub("processbench", 2))
+    assert [call["split"] for call in calls] == list(SUBSETS)
+    assert task.bags[:2] == read_processbench(PROCESSBENCH[:2])
+    assert len(task.bags) == 8
+    with pytest.raises(ValueError, match=r"best_of_n is no data set of the hub\. Give `data`"):
+        benchmark_from_hub("best_of_n")
+
+
+# The commands
+
+
+def test_train_evaluate_and_score_read_official_files(tmp_path, capsys):
+    file = write_jsonl(tmp_path / "gsm8k.jsonl", PROCESSBENCH)
+    arguments = ["--dataset_format", "processbench"]
+    command = ["train", "--model", save_encoder(tmp_path / "encoder"), "--scorer", "embedding", "--max_steps", "1"]
+    command += ["--embedding_cache", str(tmp_path / "cache"), "--report_to", "none", "--use_cpu", "true"]
+    command += ["--output_dir", str(tmp_path / "rm"), "--train_file", file, *arguments]
+    assert main(command) == 0
+    command = ["evaluate", "--model", str(tmp_path / "rm"), "--data", file, "--output", str(tmp_path / "metrics.json")]
+    assert main([*command, *arguments]) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["responses"] == 8
+    command = ["score", "--model", str(tmp_path / "rm"), "--input", file, "--output", str(tmp_path / "scores.jsonl")]
+    assert main([*command, *arguments]) == 0
+    scored = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [[step["gold"] for step in row["steps"]] for row in scored[:2]] == [[1.0, 1.0], [0.0, None]]
+    capsys.readouterr()
+
+
+def test_labels_that_mean_something_else_are_refused(tmp_path, capsys):
+    file = write_jsonl(tmp_path / "valid.jsonl", MULTISPAN)
+    model = save_reward_model(tmp_path / "rm")
+    command = ["--dataset_format", "multispanqa", "--output_dir", str(tmp_path / "out"), "--train_file", file]
+    assert main(["train", "--model", model, *command]) != 0
+    assert (
+        "A label of multispanqa is the max of its steps' labels, but `aggregation` is 'min'" in capsys.readouterr().err
+    )
+    command = ["--dataset_format", "multispanqa", "--output", str(tmp_path / "m.json"), "--data", file]
+    assert main(["evaluate", "--model", model, *command]) != 0
+    assert "Set `aggregation=max`, or use other data." in capsys.readouterr().err
 
 
 def test_the_name_of_the_package_does_not_hide_the_library():
     assert datasets.__name__ == "datasets"
-    assert hasattr(datasets, "load_dataset")

@@ -1,14 +1,15 @@
-"""Official files of mathematics become bags: PRM800K, ProcessBench, PRMBench, Math-Shepherd, TRL's stepwise format."""
+"""Official files of mathematics become bags: PRM800K, ProcessBench, PRMBench, Math-Shepherd."""
 
-import gzip
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.data.formats.math_sets import read_prm800k, read_prmbench, read_processbench
-from fractal_rm.data.formats.stepwise_sets import read_math_shepherd, read_stepwise
+from fractal_rm.data.formats.math_shepherd import read_math_shepherd
+from fractal_rm.data.formats.prm800k import read_prm800k
+from fractal_rm.data.formats.prmbench import read_prmbench
+from fractal_rm.data.formats.processbench import read_processbench
 from fractal_rm.data.readers import read_bags, read_jsonl
 from fractal_rm.data.segmentation import Segmentation
 
@@ -383,21 +384,3 @@ def test_a_label_that_does_not_repeat_the_input_is_refused(label):
 def test_an_input_without_marks_is_refused():
     with pytest.raises(ValueError, match=r"data, row 1: the input has no 'ки' where a step ends"):
         read_math_shepherd([{"input": "1+1? Step 1: 2.", "label": "1+1? Step 1: 2."}])
-
-
-# TRL's stepwise format
-
-
-def test_stepwise_rows_are_labelled_by_their_worst_step(tmp_path):
-    row = {"prompt": "1+1?", "completions": ["1+1=2.", "So 2."], "labels": [True, True]}
-    rows = [row, row | {"labels": [True, False]}, row | {"labels": [0.5, -100], "label": 0.25}]
-    path = tmp_path / "train.jsonl.gz"
-    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
-    bags = read_stepwise(path)
-    assert [(bag.label, bag.step_labels) for bag in bags] == [(1.0, (1.0, 1.0)), (0.0, (1.0, 0.0)), (0.25, (0.5, None))]
-    assert bags == read_stepwise(rows)
-
-
-def test_a_defect_of_a_stepwise_row_is_named():
-    with pytest.raises(ValueError, match=r"data, row 1: there are 1 step labels for 2 steps"):
-        read_stepwise([{"prompt": "1+1?", "completions": ["1+1=2.", "So 2."], "labels": [True]}])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.data.formats.qa_sets import read_qa_feedback, read_qa_preferences
+from fractal_rm.data.formats.qa_feedback import read_qa_feedback, read_qa_preferences
 from fractal_rm.data.readers import read_jsonl
 
 ANSWER = "Bloom is an album. It has ten songs. It came out in 2018."

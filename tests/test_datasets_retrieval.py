@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.data.formats.retrieval_sets import _longest_run_of_zeros, read_fira, read_multispanqa
+from fractal_rm.data.formats.fira import read_fira
+from fractal_rm.data.formats.multispanqa import _longest_run_of_zeros, read_multispanqa
 from fractal_rm.data.readers import read_jsonl
 
 HEADER = (
@@ -43,7 +44,7 @@ def fira(tmp_path):
         }
         for name, lines in files.items():
             (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return read_fira(*(tmp_path / name for name in files))
+        return read_fira(tmp_path / "fira-trec19-raw-judgements.tsv")
 
     return read
 
@@ -109,7 +110,7 @@ def test_grades_agree_with_a_table_of_judges_and_sentences(tmp_path_factory, jud
         for n, (grade, which) in enumerate(judged)
     ]
     (folder / "j.tsv").write_text("\n".join([HEADER, *lines]) + "\n")
-    [bag] = read_fira(folder / "j.tsv", folder / "documents.tsv", folder / "queries.tsv")
+    [bag] = read_fira(folder / "j.tsv")
     table = [[grade if sentence in which else 0 for grade, which in judged] for sentence in range(3)]
     assert bag.step_labels == tuple(float(max(grades)) for grades in table)
     assert bag.label == max(bag.step_labels)

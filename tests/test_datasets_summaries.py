@@ -2,16 +2,15 @@
 
 import json
 import re
-import struct
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.formats.aquamuse import read_aquamuse
 from fractal_rm.data.formats.corruption import ATTEMPTS, MASK, WORD_SHARE, corrupt_summaries
-from fractal_rm.data.formats.summary_sets import read_aquamuse, read_wikicatsum
-from fractal_rm.data.formats.tfrecord import crc32c, masked_crc32c
+from fractal_rm.data.formats.wikicatsum import read_wikicatsum
 from fractal_rm.data.readers import read_jsonl
 from fractal_rm.data.sentences import sentences
 
@@ -23,17 +22,17 @@ def files(tmp_path):
     def write(sources, targets):
         (tmp_path / "test.src").write_text("".join(f"{line}\n" for line in sources), encoding="utf-8", newline="")
         (tmp_path / "test.tgt").write_text("".join(f"{line}\n" for line in targets), encoding="utf-8", newline="")
-        return tmp_path / "test.src", tmp_path / "test.tgt"
+        return tmp_path / "test.src"
 
     return write
 
 
 def test_lines_of_both_files_make_a_good_summary(files):
-    paths = files(
+    path = files(
         ["barn owl <EOT> the owl hunts . <EOP> it eats mice .", "acme makes anvils ."],
         ["The owl is a bird . <SNT> It hunts at night . <SNT>", "Acme is a company ."],
     )
-    first, second = read_wikicatsum(*paths)
+    first, second = read_wikicatsum(path)
     assert first.prompt == "barn owl\nthe owl hunts .\nit eats mice ."
     assert first.response == "The owl is a bird . It hunts at night ."
     assert first.steps == ["The owl is a bird .", "It hunts at night ."]
@@ -42,8 +41,8 @@ def test_lines_of_both_files_make_a_good_summary(files):
 
 
 def test_a_line_separator_inside_a_line_ends_none(files):
-    paths = files(["one\u2028two\x0cthree", "b"], ["A\u0085b .", "C ."])
-    assert [bag.prompt for bag in read_wikicatsum(*paths)] == ["one\u2028two\x0cthree", "b"]
+    path = files(["one\u2028two\x0cthree", "b"], ["A\u0085b .", "C ."])
+    assert [bag.prompt for bag in read_wikicatsum(path)] == ["one\u2028two\x0cthree", "b"]
 
 
 @pytest.mark.parametrize(
@@ -56,115 +55,51 @@ def test_a_line_separator_inside_a_line_ends_none(files):
 def test_rows_of_the_hub_give_the_same(files, summary):
     row = {"gem_id": "g1", "title": "owl", "paragraphs": ["owls hunt .", "and fly ."], "summary": summary}
     [bag] = read_wikicatsum([row])
-    [wanted] = read_wikicatsum(*files(["owl <EOT> owls hunt . <EOP> and fly ."], ["It hunts . <SNT> It flies ."]))
+    [wanted] = read_wikicatsum(files(["owl <EOT> owls hunt . <EOP> and fly ."], ["It hunts . <SNT> It flies ."]))
     assert (bag.prompt, bag.response, bag.step_spans) == (wanted.prompt, wanted.response, wanted.step_spans)
     assert bag.id == "g1"
 
 
-def test_files_that_do_not_belong_together_are_refused(files):
+def test_files_that_do_not_belong_together_are_refused(files, tmp_path):
     with pytest.raises(ValueError, match=r"test\.src has 2 lines and .*test\.tgt 1; give the two files of one split\."):
-        read_wikicatsum(*files(["a", "b"], ["A ."]))
+        read_wikicatsum(files(["a", "b"], ["A ."]))
     with pytest.raises(ValueError, match=r"test\.src, row 2: there are no steps; drop the row"):
-        read_wikicatsum(*files(["a", "b"], ["A .", ""]))
-    with pytest.raises(TypeError, match=r"Rows bring their own summaries; give `summaries` with a \.src file only\."):
-        read_wikicatsum([{}], "test.tgt")
+        read_wikicatsum(files(["a", "b"], ["A .", ""]))
+    (files(["a"], ["A ."]).with_suffix(".tgt")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"test\.tgt is no file; check the path\."):
+        read_wikicatsum(tmp_path / "test.src")
 
 
 # AquaMuSe
 
 
-def field(number, content):
-    """A field of Protocol Buffers with a length."""
-    length, size = len(content), b""
-    while length > 0x7F:
-        size, length = size + bytes([length & 0x7F | 0x80]), length >> 7
-    return bytes([number << 3 | 2]) + size + bytes([length]) + content
+ROW = {
+    "query": "what do owls eat",
+    "input_urls": ["http://a"],
+    "target": "Mice, mostly. They also eat frogs… sometimes. " + "An owl hunts at night. " * 20,
+}
 
 
-def example(**features):
-    """A tf.train.Example: texts as bytes_list, numbers as int64_list."""
-    entries = b""
-    for name, values in features.items():
-        texts = b"".join(field(1, value.encode()) for value in values if isinstance(value, str))
-        numbers = bytes(value for value in values if isinstance(value, int))
-        feature = field(1, texts) if texts else field(3, field(1, numbers))
-        entries += field(1, field(1, name.encode()) + field(2, feature))
-    return field(1, entries)
-
-
-def tfrecord(*records):
-    content = b""
-    for record in records:
-        length = struct.pack("<Q", len(record))
-        content += length + struct.pack("<I", masked_crc32c(length))
-        content += record + struct.pack("<I", masked_crc32c(record))
-    return content
-
-
-TARGET = "Mice, mostly. They also eat frogs… sometimes. " + "An owl hunts at night. " * 20
-RECORD = example(query=["what do owls eat"], input_urls=["http://a<EOD>http://b"], target=[TARGET], size=[3, 9])
-
-
-def test_check_sums_are_those_of_the_standard():
-    assert crc32c(b"123456789") == 0xE3069283
-    assert crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
-    assert crc32c(b"\xff" * 32) == 0x62A8AB43
-    assert crc32c(bytes(range(32))) == 0x46DD794E
-
-
-def test_tfrecords_are_read_without_tensorflow(tmp_path):
-    path = tmp_path / "release-set-tf-examples-00000-of-00050"
-    path.write_bytes(tfrecord(RECORD, example(query=["who"], target=["Eva."])))
-    first, second = read_aquamuse(path)
-    assert (first.prompt, first.response) == ("what do owls eat", TARGET)
+def test_an_answer_is_a_good_summary_of_its_query(tmp_path):
+    first, second = read_aquamuse([ROW, ROW | {"query": "who", "target": "Eva."}])
+    assert (first.prompt, first.response) == ("what do owls eat", ROW["target"])
     assert first.steps[:2] == ["Mice, mostly.", "They also eat frogs… sometimes."]
     assert first.label == 1.0
     assert set(first.step_labels) == {1.0}
     assert (second.prompt, second.steps, second.id) == ("who", ["Eva."], "2")
+    (tmp_path / "dev.jsonl").write_text(json.dumps(ROW), encoding="utf-8")
+    assert read_aquamuse(tmp_path / "dev.jsonl") == [first]
 
 
-def test_a_folder_of_tfrecords_is_read_in_the_order_of_its_names(tmp_path):
-    for number in (2, 0, 1):
-        record = example(query=[f"q{number}"], target=["Eva."])
-        (tmp_path / f"release-set-tf-examples-0000{number}-of-00050").write_bytes(tfrecord(record))
-    assert [bag.prompt for bag in read_aquamuse(tmp_path)] == ["q0", "q1", "q2"]
-
-
-def test_rows_and_json_lines_give_what_tfrecords_give(tmp_path):
-    row = {"query": "what do owls eat", "input_urls": ["http://a"], "target": TARGET}
-    (tmp_path / "dev").write_bytes(tfrecord(RECORD))
-    (tmp_path / "dev.jsonl").write_text(json.dumps(row), encoding="utf-8")
-    assert read_aquamuse([row]) == read_aquamuse(tmp_path / "dev") == read_aquamuse(tmp_path / "dev.jsonl")
-
-
-@given(st.integers(0, len(tfrecord(RECORD)) - 1), st.integers(1, 255))
-def test_a_damaged_byte_is_always_found(tmp_path_factory, position, change):
-    content = bytearray(tfrecord(RECORD))
-    content[position] ^= change
-    path = tmp_path_factory.mktemp("damaged") / "dev"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"dev, row 1: .*download the file again\."):
-        read_aquamuse(path)
-
-
-@pytest.mark.parametrize("kept", [1, 11, 15, 40, -1])
-def test_a_file_that_is_cut_off_is_refused(tmp_path, kept):
-    (tmp_path / "dev").write_bytes(tfrecord(RECORD)[:kept])
-    with pytest.raises(ValueError, match=r"dev, row 1: .*cut off"):
-        read_aquamuse(tmp_path / "dev")
-
-
-@pytest.mark.parametrize("record", [b"\x0b", b"\x0a\x7f", field(1, field(1, field(1, b"\xff")))])
-def test_a_record_that_is_no_example_is_refused(tmp_path, record):
-    (tmp_path / "dev").write_bytes(tfrecord(RECORD, record))
-    with pytest.raises(ValueError, match=r"dev, row 2: the record is no tf\.train\.Example; check the file\."):
-        read_aquamuse(tmp_path / "dev")
-
-
-def test_a_record_without_a_summary_is_refused(tmp_path):
-    (tmp_path / "dev").write_bytes(tfrecord(example(query=["who"], size=[1])))
+def test_a_record_without_a_summary_is_refused():
     with pytest.raises(ValueError, match=r"dev, row 1: column 'target' is missing or null \(found: 'query'\)"):
-        read_aquamuse(tmp_path / "dev")
+        read_aquamuse([{"query": "who"}], source="dev")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "release-set-tf-examples-00000-of-00050").write_bytes(b"\x0a\x7f")
+    with pytest.raises(ValueError, match=r"has an unknown ending; give a file that ends in \.jsonl"):
+        read_aquamuse(tmp_path / "release-set-tf-examples-00000-of-00050")
 
 
 # The recipe that makes bad summaries

@@ -65,7 +65,7 @@ def test_a_question_becomes_a_chat_or_a_text():
     ("row", "error", "sentence"),
     [
         ({"answer": "#### 3"}, ValueError, "rows, row 2: column 'question' is missing"),
-        ({"question": "?", "answer": 3}, TypeError, "rows, row 2: the answer is int, not text"),
+        ({"question": "?", "answer": 3}, TypeError, r"rows, row 2: the answer is 3 \(int\), not text"),
         ({"question": " ", "answer": "#### 3"}, ValueError, "rows, row 2: the question is empty"),
         ({"question": "?", "answer": "3"}, ValueError, "rows, row 2: the answer has no number after '####'"),
         ({"question": "?", "answer": "####  "}, ValueError, "rows, row 2: the answer has no number"),

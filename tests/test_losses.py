@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.bags import enumerated, few, logit_rows, pad, sharpnesses
 
 from fractal_rm.objectives.aggregation import AGGREGATIONS
-from fractal_rm.objectives.bag_loss import bag_loss, easyllp_loss, instance_loss, proportion_loss
+from fractal_rm.objectives.bag_loss import bag_loss, easyllp_loss, instance_loss
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -90,7 +90,7 @@ def test_an_empty_bag_is_named_by_the_instance_loss():
 
 @pytest.mark.parametrize("noise", [(-0.1, 0.0), (1.0, 0.0), (0.5, 0.5), (math.nan, 0.0), (0.0, math.nan)])
 def test_noise_rates_that_turn_labels_around_are_refused(noise):
-    with pytest.raises(ValueError, match="Give two rates from 0 to 1 that sum to less than 1"):
+    with pytest.raises(ValueError, match="Give two shares from 0 that sum to less than 1"):
         bag_loss(torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1, dtype=torch.bool), label_noise=noise)
 
 
@@ -104,23 +104,6 @@ def test_noise_bounds_the_loss_of_a_contradicted_label_and_keeps_gradients_finit
     assert torch.isfinite(logits.grad).all()
     if noise != (0.0, 0.0):
         torch.testing.assert_close(losses, -torch.tensor(noise).log(), rtol=1e-4, atol=1e-4)
-
-
-@given(rows=logit_rows, share=st.sampled_from([0.0, 0.25, 1.0]))
-def test_proportion_loss_is_the_divergence_of_the_mean_probability(rows, share):
-    logits, mask = pad(rows)
-    losses = proportion_loss(logits, torch.full((len(rows),), share), mask)
-    for loss, row in zip(losses.tolist(), rows, strict=True):
-        p = enumerated(row, "mean")
-        terms = [y * math.log(y / q) for y, q in ((share, p), (1 - share, 1 - p)) if y > 0]
-        assert loss == pytest.approx(sum(terms), rel=1e-3, abs=2e-6)
-
-
-@given(rows=logit_rows)
-def test_proportion_loss_is_zero_where_the_mean_probability_is_the_proportion(rows):
-    logits, mask = pad(rows)
-    shares = torch.tensor([enumerated(row, "mean") for row in rows])
-    torch.testing.assert_close(proportion_loss(logits, shares, mask), torch.zeros(len(rows)), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("base_rate", [0.2, 0.5, 0.9])
@@ -142,15 +125,14 @@ def test_a_base_rate_outside_0_and_1_is_refused():
         easyllp_loss(torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1, dtype=torch.bool), base_rate=1.5)
 
 
-@pytest.mark.parametrize("loss", [proportion_loss, lambda *args: easyllp_loss(*args, base_rate=0.4)])
 @pytest.mark.parametrize("extreme", [1.0, 50.0, 1e4])
-def test_padding_touches_no_proportion_loss_and_gradients_stay_finite(loss, extreme):
+def test_padding_does_not_touch_easyllp_and_gradients_stay_finite(extreme):
     mask = torch.tensor([[True, True, False], [True, False, False]])
     shares = torch.tensor([0.5, 1.0])
     logits = extreme * torch.tensor([[1.0, -1.0, 0.0], [-1.0, 0.0, 0.0]])
     scrambled = logits.masked_fill(~mask, -1e4).requires_grad_()
-    losses = loss(scrambled, shares, mask)
-    torch.testing.assert_close(losses, loss(logits, shares, mask), rtol=0, atol=0)
+    losses = easyllp_loss(scrambled, shares, mask, base_rate=0.4)
+    torch.testing.assert_close(losses, easyllp_loss(logits, shares, mask, base_rate=0.4), rtol=0, atol=0)
     losses.sum().backward()
     assert torch.isfinite(scrambled.grad).all()
     assert not scrambled.grad[~mask].any()

@@ -16,7 +16,6 @@ from transformers import AutoModel, AutoModelForTokenClassification
 from fractal_rm import FractalConfig, FractalTrainer
 from fractal_rm.hf.model_card import RewardModelCard
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.scorers.hub import upload
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PROMPT = "What is 3+4?\n"
@@ -126,13 +125,13 @@ def test_a_card_goes_where_its_model_goes(tmp_path):
     assert (tmp_path / "two" / "README.md").read_text() == model.card
 
 
-def test_nothing_is_uploaded_without_a_network(tmp_path, monkeypatch):
+def test_nothing_is_uploaded_without_a_network(monkeypatch):
     with pytest.raises(ConnectionError, match=r"\Ame/rm was not uploaded: HF_HUB_OFFLINE is set\. [^\n]+\.\Z"):
         reward_model("token", "gpt2").push_to_hub("me/rm")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ConnectionError, match=r"\Ame/rm was not uploaded \([^\n]+\.\Z"):
-        upload(tmp_path, "me/rm", token="no-token")
+        reward_model("token", "gpt2").push_to_hub("me/rm", token="no-token")
 
 
 # vLLM ---------------------------------------------------------------------------------------------------------------

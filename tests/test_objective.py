@@ -108,10 +108,10 @@ def test_a_batch_of_preferences_alone_has_no_loss_of_labels():
 
 def test_the_bag_loss_has_its_options():
     logits, found = batch()
-    options = {"aggregation": "lse_min", "sharpness": 3.0, "missed_good": 0.1, "missed_bad": 0.2}
-    value = bag_loss(logits, found["bag_labels"], MASK, aggregation="lse_min", sharpness=3.0, label_noise=(0.1, 0.2))
+    options = {"aggregation": "softmin", "sharpness": 3.0, "missed_good": 0.1, "missed_bad": 0.2}
+    value = bag_loss(logits, found["bag_labels"], MASK, aggregation="softmin", sharpness=3.0, label_noise=(0.1, 0.2))
     assert torch.equal(terms(logits, found, {"bag"}, **options)["bag"], value)
-    assert not torch.equal(value, bag_loss(logits, found["bag_labels"], MASK, aggregation="lse_min", sharpness=3.0))
+    assert not torch.equal(value, bag_loss(logits, found["bag_labels"], MASK, aggregation="softmin", sharpness=3.0))
 
 
 def test_the_distance_of_priors_is_an_option_of_all_but_the_correlation_prior():
@@ -290,7 +290,7 @@ def test_pairs_and_labels_train_together(encoder, tmp_path):
     ("options", "sentence"),
     [
         ({"cosine_prior_weight": -0.1}, "`cosine_prior_weight` is -0.1"),
-        ({"missed_good": 0.5, "missed_bad": 0.5}, "sum to 1 or more"),
+        ({"missed_good": 0.5, "missed_bad": 0.5}, "sum to less than 1"),
         ({"gold_fraction": 1.5}, "`gold_fraction` is 1.5"),
         ({"hybrid_prior_weight": 0.1}, "`hybrid_prior_weight` needs gold step labels"),
         ({"hybrid_prior_weight": 0.1, "instance_weight": 1.0, "gold_fraction": 0.0}, "needs gold step labels"),

@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.models import byte_tokenizer, make_model, sums
 
-from fractal_rm.data.formats.math_sets import read_prm800k
-from fractal_rm.data.formats.retrieval_sets import read_multispanqa
+from fractal_rm.data.formats.multispanqa import read_multispanqa
+from fractal_rm.data.formats.prm800k import read_prm800k
 from fractal_rm.evaluation.metrics import same_position_auc, step_auc
 from fractal_rm.objectives.aggregation import AGGREGATIONS, aggregate
 from fractal_rm.objectives.grades import ordinal_bag_loss, ordinal_max_log_probs
 from fractal_rm.objectives.preferences import preference_loss
-from fractal_rm.objectives.priors import cosine_prior, cosine_targets
+from fractal_rm.objectives.priors import cosine_targets, teacher_prior
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
 
@@ -43,7 +43,8 @@ def test_trap_1_the_cosine_prior_raises_the_score_of_a_close_step():
     logits = torch.zeros(1, 2, requires_grad=True)
     steps = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]])
     mask = torch.ones(1, 2, dtype=torch.bool)
-    cosine_prior(logits, steps, mask, torch.tensor([[[1.0, 0.0]]]), ALL_REAL).sum().backward()
+    targets = cosine_targets(steps, torch.tensor([[[1.0, 0.0]]]), torch.tensor([[True]]))
+    teacher_prior(logits, targets, mask).sum().backward()
     close, far = logits.grad[0].tolist()
     assert close < 0 < far  # descent raises the first and lowers the second
 

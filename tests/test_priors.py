@@ -14,7 +14,6 @@ from fractal_rm.objectives.priors import (
     MIN_LIKELIHOOD_SCALE,
     correlation_prior,
     correlation_targets,
-    cosine_prior,
     cosine_targets,
     fit_likelihood_scale,
     likelihood_targets,
@@ -133,15 +132,6 @@ def test_the_cross_entropy_pulls_each_step_to_its_target():
     logits = torch.log(targets / (1 - targets)).requires_grad_()
     teacher_prior(logits, targets, torch.ones(1, 2, dtype=torch.bool)).sum().backward()
     assert logits.grad.abs().max() < 1e-6
-
-
-def test_the_cosine_prior_is_the_teacher_prior_on_cosine_targets():
-    logits, steps, context = torch.randn(2, 3), torch.randn(2, 3, 4), torch.randn(2, 1, 4)
-    mask, context_mask = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool(), torch.ones(2, 1, dtype=torch.bool)
-    for negated in (False, True):
-        targets = cosine_targets(steps, context, context_mask, negated=negated)
-        loss = cosine_prior(logits, steps, mask, context, context_mask, negated=negated, distance="absolute")
-        assert torch.equal(loss, teacher_prior(logits, targets, mask, distance="absolute"))
 
 
 @few

@@ -3,14 +3,12 @@
 import itertools
 import math
 
-import datasets
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fractal_rm.data.readers import read_jsonl
-from fractal_rm.evaluation.benchmarks import read_task, rows_from_hub
 from fractal_rm.evaluation.evaluate import evaluate_scores
 from fractal_rm.evaluation.intervals import estimates
 from fractal_rm.evaluation.processbench import (
@@ -174,21 +172,6 @@ def test_a_row_that_is_no_case_is_named(row, sentence):
 def test_judging_on_nothing_is_refused():
     with pytest.raises(ValueError, match="There are no cases of ProcessBench"):
         judge_processbench([], Cases([], []), 0.5)
-
-
-def test_the_hub_gives_all_four_subsets(monkeypatch):
-    asked = []
-
-    def load_dataset(path, config, *, split):
-        asked.append((path, split))
-        return datasets.Dataset.from_list([official(split, 0, 1), official(split, 1, -1)])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    task = read_task("processbench", rows_from_hub("processbench"))
-    assert asked == [("Qwen/ProcessBench", subset) for subset in SUBSETS]
-    assert [bag.step_labels for bag in task.bags[:2]] == [(1.0, 0.0, None), (1.0, 1.0, 1.0)]
-    with pytest.raises(ValueError, match=r"best_of_n is no data set of the hub\. Give `data`"):
-        rows_from_hub("best_of_n")
 
 
 def test_the_local_file_holds_all_official_cases(data_dir):

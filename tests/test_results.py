@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fractal_rm.evaluation import results
-from fractal_rm.evaluation.results import PACKAGES, ResultsFile, portable_command, read_results
+from fractal_rm.evaluation.results import ResultsFile, portable_command, read_results
 from fractal_rm.files import write_atomic
+from fractal_rm.versions import PACKAGES
 
 NAN = float("nan")
 KEYS = ["benchmark", "arm", "dataset", "seed", "split", "metrics", "config", "command", "commit", "versions"]

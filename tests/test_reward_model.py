@@ -62,11 +62,12 @@ def test_grades_are_scored_as_shares_of_the_highest():
 
 @pytest.mark.parametrize("sharpness", [1.0, 20.0])
 def test_the_sharpness_of_an_aggregation_is_that_of_the_settings(sharpness):
-    settings = FractalSettings(scorer="token", aggregation="lse_min", sharpness=sharpness)
+    settings = FractalSettings(scorer="token", aggregation="softmin", sharpness=sharpness)
     logits, mask = torch.tensor([[-1.0, 2.0, 0.5]]), torch.ones(1, 3, dtype=torch.bool)
     _, (found,) = probabilities(logits, mask, settings)
-    mean = sum(math.exp(-sharpness * logit) for logit in (-1.0, 2.0, 0.5)) / 3
-    assert found.item() == pytest.approx(1 / (1 + mean ** (1 / sharpness)), abs=1e-6)
+    weights = [math.exp(-sharpness * logit) for logit in (-1.0, 2.0, 0.5)]
+    logit = sum(weight * x for weight, x in zip(weights, (-1.0, 2.0, 0.5), strict=True)) / sum(weights)
+    assert found.item() == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-6)
 
 
 def test_results_come_in_the_order_of_the_responses(model):

@@ -28,8 +28,7 @@ from fractal_rm.scorers.encoding import prompt_text
 from fractal_rm.serving.app import make_app
 from fractal_rm.serving.client import ScoringClient
 from fractal_rm.serving.limits import Limits
-from fractal_rm.serving.rows import Row, openrlhf_rows
-from fractal_rm.serving.schema import OpenRLHFRequest
+from fractal_rm.serving.protocol import OpenRLHFRequest, PromptedResponse, read_openrlhf
 from fractal_rm.serving.server import is_loopback, listen
 
 PROMPTS = ["2+3*4?\n", "¿Cuánto es 7-4?\n", "3\u00d72 = ?\n"]
@@ -327,12 +326,12 @@ def test_a_client_sends_less_at_a_time_where_the_server_takes_no_more(url, model
 
 def test_a_message_counts_with_all_that_a_template_may_show():
     message = {"role": "user", "content": "", "reasoning_content": "x" * 1000}
-    assert Row([message], "a").characters > 1000
+    assert PromptedResponse([message], "a").characters > 1000
 
 
 def test_many_end_tokens_are_taken_off_at_once():
     request = OpenRLHFRequest(query=["p4." + "</s>" * 100_000], prompts=["p"])
-    (row,) = openrlhf_rows(request, ["</s>"])
+    (row,) = read_openrlhf(request, ["</s>"])
     assert (str(row.prompt), row.response) == ("p", "4.")
 
 

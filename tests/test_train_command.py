@@ -45,7 +45,7 @@ COMMANDS = {
     "noise": {"missed_good": 0.1, "missed_bad": 0.1, "aggregation": "product"},
     "easyllp": {"easyllp_weight": 1.0, "bag_weight": 0.0, "aggregation": "mean"},
     "grades": {"num_grades": 4, "aggregation": "max", "pseudo_labels": "hard", "cosine_prior_weight": 0.1},
-    "soft aggregation": {"aggregation": "lse_min", "sharpness": 4.0},
+    "soft aggregation": {"aggregation": "softmin", "sharpness": 4.0},
 }
 
 

@@ -112,7 +112,7 @@ def _rectangle(x: float, y: float, width: float, colour: str, edge: str) -> "Rec
 
 def aggregations(figure: "Figure") -> None:
     """The response's probability, and how much of the gradient each step gets when the label says "bad"."""
-    names = ("min", "product", "geometric_mean", "mean", "noisy_or", "max")
+    names = ("min", "product", "softmin", "mean", "noisy_or", "max")
     for number, name in enumerate(names):
         logits = torch.logit(torch.tensor([PROBS])).requires_grad_()
         mask = torch.ones_like(logits, dtype=torch.bool)

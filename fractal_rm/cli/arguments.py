@@ -7,8 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fractal_rm.cli.data_files import DATA_DIR_VARIABLE, data_folder, find_file, find_split, load_from_hub
-from fractal_rm.data.readers import read_jsonl
+from fractal_rm.cli.data_files import (
+    DATA_DIR_VARIABLE,
+    data_folder,
+    find_file,
+    find_split,
+    load_from_hub,
+    load_published,
+    read_rows,
+)
+from fractal_rm.data.formats.index import FORMATS, FormatName
 
 
 @dataclass
@@ -43,6 +51,13 @@ class DataArguments:
         metadata={"help": "A folder in `data_dir` that holds a file for each split, or else a data set of the hub."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub's data set."})
+    dataset_format: FormatName | None = field(
+        default=None,
+        metadata={
+            "help": "Read files or a data set as their authors published them, docs/datasets.md. Without a file or "
+            "`dataset_name` the hub's copy is loaded."
+        },
+    )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_eval_split: str = field(default="validation", metadata={"help": "Split for evaluation, if there is one."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split for metrics at the end, if there is one."})
@@ -56,8 +71,8 @@ class DataArguments:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"`limit` is {self.limit}: no row would be left. Give 1 or more, or leave it out.")
 
-    def read(self, split: Literal["train", "eval", "test"]) -> tuple[list[dict[str, Any]], str] | None:
-        """Rows of a split, and the name of their source for messages.
+    def read(self, split: Literal["train", "eval", "test"]) -> tuple[list[Any], str] | None:
+        """Rows of a split (bags with `dataset_format`), and the name of their source for messages.
 
         Returns:
             None if nothing is named for the split, or the named data set has no such split (for training: an error).
@@ -68,13 +83,13 @@ class DataArguments:
         """
         file = getattr(self, f"{split}_file")
         if file is not None:
-            return read_jsonl(find_file(file, self.data_dir))[: self.limit], file
-        if self.dataset_name is None:
-            return None
+            return read_rows(find_file(file, self.data_dir), self.dataset_format, self.limit), file
         name = getattr(self, f"dataset_{split}_split")
+        if self.dataset_name is None:
+            return self._published(name, split)
         found = find_split(self.dataset_name, name, self.data_dir)
         if found is not None:
-            return read_jsonl(found)[: self.limit], str(found)
+            return read_rows(found, self.dataset_format, self.limit), str(found)
         if self.is_local:
             rows, places = None, f"files in {data_folder(self.data_dir)}/{self.dataset_name}"
         else:
@@ -84,12 +99,26 @@ class DataArguments:
             raise ValueError(
                 f"{self.dataset_name} has no split {name!r} among its {places}. Set `dataset_train_split`."
             )
-        return None if rows is None else (list(rows)[: self.limit], f"{self.dataset_name} ({name})")
+        return None if rows is None else self._limited(rows, f"{self.dataset_name} ({name})")
+
+    def _published(self, name: str, split: str) -> tuple[list[Any], str] | None:
+        """The hub's copy of the data of a format, if no file is named; a split to evaluate on need not be there."""
+        if self.dataset_format is None or self.train_file or self.eval_file or self.test_file:
+            return None
+        hub = FORMATS[self.dataset_format].hub
+        if split != "train" and hub is not None and name not in hub.splits:
+            return None
+        rows = load_published(self.dataset_format, name, self.dataset_config)
+        return self._limited(rows, f"{self.dataset_format} ({name})")
+
+    def _limited(self, rows: Any, source: str) -> tuple[list[Any], str]:
+        found = list(rows)[: self.limit]
+        return (FORMATS[self.dataset_format].read(found, source=source) if self.dataset_format else found), source
 
     @property
     def name(self) -> str:
         """What is trained on, without its folder."""
-        return Path(self.train_file).name if self.train_file else str(self.dataset_name)
+        return Path(self.train_file).name if self.train_file else str(self.dataset_name or self.dataset_format)
 
     @property
     def is_local(self) -> bool:
@@ -142,6 +171,9 @@ class ScoreArguments:
     show: int = field(default=0, metadata={"help": "Responses to print with their steps, in colour: the first ones."})
     compare_to: str | None = field(
         default=None, metadata={"help": "A second step reward model, whose scores of the same steps stand beside."}
+    )
+    dataset_format: FormatName | None = field(
+        default=None, metadata={"help": "Read `input` as its authors published it, docs/datasets.md."}
     )
     batch_size: int = field(default=32, metadata={"help": "Responses in a forward pass."})
     limit: int | None = field(default=None, metadata={"help": "Most rows read: the first ones."})
@@ -210,6 +242,10 @@ class EvaluateArguments:
         default=None,
         metadata={"help": f"Folder of data sets by name; default: that of the environment's {DATA_DIR_VARIABLE}."},
     )
+    dataset_format: FormatName | None = field(
+        default=None,
+        metadata={"help": "Read `data` as its authors published it, docs/datasets.md; None of it: the hub's copy."},
+    )
     batch_size: int = field(default=32, metadata={"help": "Responses in a forward pass."})
     limit: int | None = field(default=None, metadata={"help": "Most rows read of each file: the first ones."})
 
@@ -218,6 +254,8 @@ class EvaluateArguments:
         for name in ("outcome_model", "answer_pattern"):
             if getattr(self, name) is not None and self.benchmark != "best_of_n":
                 raise ValueError(f"`{name}` has an effect with `benchmark=best_of_n` only. Leave it out.")
+        if self.dataset_format is not None and self.benchmark is not None:
+            raise ValueError("`dataset_format` has no effect with `benchmark`, which reads its own. Leave one out.")
         if self.threshold_file is not None and self.benchmark == "best_of_n":
             raise ValueError("`threshold_file` has no effect with `benchmark=best_of_n`. Leave it out.")
 

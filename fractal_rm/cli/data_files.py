@@ -1,9 +1,11 @@
-"""Where data sets lie: a file, a folder with a file for each split, or the Hugging Face hub."""
+"""Where data sets lie: a file, a folder with a file for each split, or the Hugging Face hub; and their rows."""
 
 import os
 from pathlib import Path
 from typing import Any
 
+from fractal_rm.data.formats.index import FORMATS, FormatName
+from fractal_rm.data.readers import read_jsonl
 from fractal_rm.errors import reason
 
 # The only variable of the environment that commands read.
@@ -55,3 +57,51 @@ def load_from_hub(name: str, config: str | None) -> Any:
             f"The data set {name} cannot be loaded from the hub ({reason(error)}). Check the name, or set `data_dir` "
             f"(or {DATA_DIR_VARIABLE}) to the folder that holds a folder of this name."
         ) from error
+
+
+def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) -> list[Any]:
+    """The first rows of a file, or its first bags where a format is named.
+
+    Raises:
+        OSError: If the file is not there.
+        ValueError: If it cannot be read.
+    """
+    if dataset_format is None:
+        return read_jsonl(path)[:limit]
+    bags = FORMATS[dataset_format].read(path)
+    if limit is None or limit >= len(bags):
+        return bags
+    pair = bags[limit].pair_id
+    return bags[: limit - (pair is not None and pair == bags[limit - 1].pair_id)]  # both of a preference, or none
+
+
+def load_published(dataset_format: FormatName, split: str, config: str | None = None) -> Any:
+    """The official rows of a split of a data set on the hub.
+
+    Raises:
+        ValueError: If the hub does not have it, or it cannot be loaded.
+    """
+    from datasets import load_dataset
+
+    hub = FORMATS[dataset_format].hub
+    if hub is None:
+        raise ValueError(f"{dataset_format} is not on the hub. Download its files, and give them.")
+    arguments = hub.arguments(split, config)
+    try:
+        return load_dataset(**arguments)
+    except (OSError, ValueError) as error:  # not found, offline
+        raise ValueError(
+            f"{hub.path} cannot be loaded from the hub ({reason(error)}). Download its files, and give them."
+        ) from error
+
+
+def benchmark_from_hub(benchmark: str, limit: int | None = None) -> list[Any]:
+    """The official rows of a benchmark on the hub: the first `limit` of each of its subsets.
+
+    Raises:
+        ValueError: If the hub does not have it, or it cannot be loaded.
+    """
+    known = FORMATS.get(benchmark)  # type: ignore[arg-type]
+    if known is None or known.hub is None:
+        raise ValueError(f"{benchmark} is no data set of the hub. Give `data`: a file with rows.")
+    return [row for split in known.hub.splits for row in list(load_published(benchmark, split))[:limit]]  # type: ignore[arg-type]

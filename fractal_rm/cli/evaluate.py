@@ -10,8 +10,9 @@ from rich.table import Table
 
 from fractal_rm.cli.arguments import EvaluateArguments
 from fractal_rm.cli.checks import check_model, check_writable_file, load_reward_model, to_json
-from fractal_rm.cli.data_files import find_file, find_split
+from fractal_rm.cli.data_files import benchmark_from_hub, find_file, find_split, load_published, read_rows
 from fractal_rm.cli.parser import parse
+from fractal_rm.data.formats.index import FORMATS, check_meaning
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -53,14 +54,14 @@ def evaluate(argv: Sequence[str]) -> None:
 
 def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
     """The rows to judge on, and what to call them."""
-    from fractal_rm.data.readers import read_jsonl
-
     if arguments.data is None:
+        if arguments.dataset_format is not None:
+            source = f"{arguments.dataset_format} ({arguments.split})"
+            rows = list(load_published(arguments.dataset_format, arguments.split))[: arguments.limit]
+            return FORMATS[arguments.dataset_format].read(rows, source=source), source
         if arguments.benchmark is None:
             raise ValueError("There is nothing to judge on. Give `data`, or a `benchmark` that the hub has.")
-        from fractal_rm.evaluation.benchmarks import rows_from_hub
-
-        return rows_from_hub(arguments.benchmark, limit=arguments.limit), f"{arguments.benchmark} (hub)"
+        return benchmark_from_hub(arguments.benchmark, arguments.limit), f"{arguments.benchmark} (hub)"
     split = find_split(arguments.data, arguments.split, arguments.data_dir)
     path = split or find_file(arguments.data, arguments.data_dir)
     source = f"{arguments.data} ({arguments.split})" if split else path.name
@@ -69,8 +70,8 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
         files = sorted(file for file in path.iterdir() if file.name.endswith(ends))
         if not files:
             raise FileNotFoundError(f"{path} holds no .json or .jsonl file. Give a file, or a folder of the subsets.")
-        return [row for file in files for row in read_jsonl(file)[: arguments.limit]], source
-    return read_jsonl(path)[: arguments.limit], source
+        return [row for file in files for row in read_rows(file, arguments.dataset_format, arguments.limit)], source
+    return read_rows(path, arguments.dataset_format, arguments.limit), source
 
 
 def _judge(name: str, rows: list[Any], source: str, arguments: EvaluateArguments, *, first: bool) -> Any:
@@ -81,6 +82,8 @@ def _judge(name: str, rows: list[Any], source: str, arguments: EvaluateArguments
 
     model = load_reward_model(name, arguments.batch_size)
     threshold = _threshold(model, arguments)
+    if arguments.dataset_format is not None:
+        check_meaning(arguments.dataset_format, model.settings.aggregation)
     if arguments.benchmark is None:
         bags = to_bags(rows, model.settings, source=source)
         return judge(model, Task(bags, lambda scored, limit: judge_responses(scored, bags, limit)), threshold=threshold)
@@ -105,13 +108,12 @@ def _threshold(model: Any, arguments: EvaluateArguments) -> float | None:
     """The threshold chosen on the response labels of another file; None: the one that the model remembers."""
     if arguments.threshold_file is None:
         return None
-    from fractal_rm.data.readers import read_jsonl
     from fractal_rm.evaluation.benchmarks import as_learned
     from fractal_rm.evaluation.evaluate import choose_threshold, score_bags
     from fractal_rm.reward_training.data import to_bags
 
     path = find_file(arguments.threshold_file, arguments.data_dir)
-    bags = to_bags(read_jsonl(path)[: arguments.limit], model.settings, source=str(path))
+    bags = to_bags(read_rows(path, arguments.dataset_format, arguments.limit), model.settings, source=str(path))
     scored = score_bags(model, as_learned(model, bags))
     threshold = choose_threshold(scored, bags, aggregation=model.settings.aggregation)
     if math.isnan(threshold):

@@ -56,13 +56,13 @@ def score(argv: Sequence[str]) -> int:
     for model in (arguments.model, arguments.compare_to):
         if model is not None:
             check_model(model)
-    from fractal_rm.data.readers import read_jsonl
+    from fractal_rm.cli.data_files import read_rows
     from fractal_rm.evaluation.score_rows import add_second_model, score_rows
     from fractal_rm.files import write_atomic
     from fractal_rm.report.terminal import show_steps
     from fractal_rm.report.viewer import write_viewer
 
-    rows = read_jsonl(arguments.input)[: arguments.limit]
+    rows = read_rows(Path(arguments.input), arguments.dataset_format, arguments.limit)
     reward_model = load_reward_model(arguments.model, arguments.batch_size)
     records = score_rows(reward_model, rows, source=arguments.input)
     if arguments.compare_to is not None:

@@ -19,6 +19,7 @@ from fractal_rm.cli.checks import (
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.cli.prompts import read_prompts, reward_function
+from fractal_rm.data.prompts import is_chat
 from fractal_rm.hf.model_card import policy_card
 from fractal_rm.hf.progress import RichProgress
 from fractal_rm.ppo.config import StepPPOConfig
@@ -50,7 +51,7 @@ def ppo(argv: Sequence[str]) -> None:
     held_out = read_prompts(arguments, data, "eval", config.seed)
     loaded = [load_reward_model(path) for path in reward_models]
     hide_loading_bars()
-    if not isinstance(rows[0]["prompt"], str):  # type: ignore[index]
+    if is_chat(rows[0]["prompt"]):  # type: ignore[index]
         check_chat_templates(arguments.model, loaded)
     trainer = StepPPOTrainer(
         arguments.model,

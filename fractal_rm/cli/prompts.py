@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from fractal_rm.cli.arguments import DataArguments, PPOArguments
-from fractal_rm.data.bag import check_text
+from fractal_rm.data.prompts import check_prompt, check_same_kind, is_chat
+from fractal_rm.data.readers import naming
 from fractal_rm.tasks import gsm8k
 from fractal_rm.tasks.arithmetic import problems as arithmetic
 
@@ -48,6 +49,8 @@ def read_prompts(
             raise ValueError("There are no prompts. Give `train_file`, `dataset_name` or `task=arithmetic`.")
         return None
     rows, source = found
+    if data.dataset_format is not None:
+        rows = [{"prompt": prompt} for prompt in dict.fromkeys(bag.prompt for bag in rows)]
     if arguments.task == "gsm8k":
         rows = gsm8k.read_gsm8k(rows, source=source, chat=arguments.chat)
     check_prompts(rows, source)
@@ -63,38 +66,20 @@ def check_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> None:
         if row.get("prompt") is None:
             names = ", ".join(map(repr, row)) or "no columns"
             raise ValueError(f"{where}: column 'prompt' is missing (found: {names}); add it, or set `task`.")
-        prompt = row["prompt"]
-        if isinstance(prompt, list) and prompt:
-            for message in prompt:
-                if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                    raise TypeError(f"{where}: a message of the prompt lacks 'role' or 'content'; give it both.")
-        elif not isinstance(prompt, str):
-            raise TypeError(f"{where}: the prompt is {type(prompt).__name__}; make it a text or a list of messages.")
-        else:
-            try:
-                check_text(prompt, "the prompt")
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-            if not prompt.strip():
-                raise ValueError(f"{where}: the prompt is empty; drop the row or write the prompt.")
-        if isinstance(prompt, str) != isinstance(rows[0]["prompt"], str):
-            kinds = ("text", "a chat") if isinstance(prompt, str) else ("a chat", "text")
-            raise ValueError(
-                f"{where}: the prompt is {kinds[0]} but that of row 1 is {kinds[1]}; make all prompts text or all "
-                "chats."
-            )
+        with naming(source, number):
+            check_prompt(row["prompt"])
+            check_same_kind(row["prompt"], rows[0]["prompt"])
+            if not (is_chat(row["prompt"]) or row["prompt"].strip()):
+                raise ValueError("the prompt is empty; drop the row or write the prompt.")
 
 
 def _check_reward_columns(rows: Sequence[Mapping[str, Any]], source: str, name: str) -> None:
     for number, row in enumerate(rows, 1):
-        where = f"{source}, row {number}"
-        if name == "gsm8k_answer" and not isinstance(row.get("answer"), str):
-            raise ValueError(f"{where}: `reward_function={name}` reads the column 'answer', a text; add it.")
-        if name == "exact_answer":
-            try:
-                arithmetic.Problem.from_prompt(row["prompt"] if isinstance(row["prompt"], str) else "")
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
+        with naming(source, number):
+            if name == "gsm8k_answer" and not isinstance(row.get("answer"), str):
+                raise ValueError(f"`reward_function={name}` reads the column 'answer', a text; add it.")
+            if name == "exact_answer":
+                arithmetic.Problem.from_prompt("" if is_chat(row["prompt"]) else row["prompt"])
 
 
 def reward_function(name: str) -> Callable[..., list[float]]:

@@ -16,6 +16,8 @@ from fractal_rm.cli.checks import (
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.formats.index import check_meaning
+from fractal_rm.data.prompts import is_chat
 from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, score_bags
 from fractal_rm.evaluation.intervals import estimates
 from fractal_rm.evaluation.responses import judge_responses
@@ -34,6 +36,8 @@ def train(argv: Sequence[str]) -> None:
     check_writable_folder(folder)
     checkpoint = checkpoint_to_resume(config) or _is_staged(config)
     check_model(arguments.model)
+    if data.dataset_format is not None:
+        check_meaning(data.dataset_format, config.aggregation)
     bags, sources = {}, {}
     for split in ("train", "eval", "test"):
         found = data.read(split)
@@ -78,7 +82,7 @@ def train(argv: Sequence[str]) -> None:
 
 def _check_kinds(bags: Mapping[str, Sequence[Bag]], sources: Mapping[str, str]) -> None:
     """Raise if one file asks in texts and another in chats: the model would refuse it, but after the training."""
-    kinds = {split: "texts" if isinstance(found[0].prompt, str) else "chats" for split, found in bags.items()}
+    kinds = {split: "chats" if is_chat(found[0].prompt) else "texts" for split, found in bags.items()}
     for split, kind in kinds.items():
         if kind != kinds["train"]:
             raise ValueError(

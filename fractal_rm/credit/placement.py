@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Span = tuple[int, int]
 # What decoders write for bytes that are not, or not yet, a character.
 REPLACEMENT = "\ufffd"
 # Tokens that are decoded afresh with each new one, plus as many of context: enough that most windows end between
@@ -156,7 +155,7 @@ def _complete_by_prefixes(count: int, text: str, decode: Callable[[int, int], st
     return complete
 
 
-def step_end_tokens(token_ends: Sequence[int], spans: Sequence[Span]) -> list[int | None]:
+def step_end_tokens(token_ends: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int | None]:
     """Index of the token that holds the last character of each step.
 
     Args:

@@ -8,11 +8,13 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fractal_rm.data.bag import Bag, check_text
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.prompts import check_same_kind, check_text
 from fractal_rm.data.segmentation import Segmentation, Span, join_steps, locate_steps
 
 # TRL and transformers mark a label that is not known with this number.
@@ -94,6 +96,22 @@ def _parse(content: bytes, what: str) -> Any:
         raise ValueError(f"{what} is JSON that Python cannot hold; mend or delete it.") from None
 
 
+@contextmanager
+def naming(source: str, row: int) -> Iterator[None]:
+    """Put the source and the row before the sentence of an error.
+
+    Args:
+        source: Name of the data.
+        row: Number of the row, from 1.
+    """
+    try:
+        yield
+    except TypeError as error:
+        raise TypeError(f"{source}, row {row}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{source}, row {row}: {error}") from None
+
+
 def read_bags(
     records: Iterable[Mapping[str, Any]],
     segmentation: Segmentation,
@@ -138,10 +156,8 @@ def read_bags(
             num_grades=num_grades,
         )
         bags += new
-        if type(new[0].prompt) is not type(bags[0].prompt):
-            kinds = ("text", "a chat") if isinstance(new[0].prompt, str) else ("a chat", "text")
-            found = f"the prompt is {kinds[0]} but that of row 1 is {kinds[1]}"
-            raise ValueError(f"{source}, row {row}: {found}; make all prompts text or all chats.")
+        with naming(source, row):
+            check_same_kind(new[0].prompt, bags[0].prompt)
     if not bags:
         raise ValueError(f"{source} has no rows; give at least one.")
     return bags
@@ -185,7 +201,7 @@ def read_row(
         TypeError: If a value has the wrong type.
         ValueError: If a column is missing or a value is out of range.
     """
-    try:
+    with naming(source, row):
         if not isinstance(record, Mapping):
             raise TypeError(f"the row is {type(record).__name__}; make it an object with named columns.")
         columns = {name: value for name, value in record.items() if value is not None}
@@ -224,8 +240,6 @@ def read_row(
         if bag.label is None and require_label:
             _column(columns, "labels" if "completions" in columns else "label", record)
         return [bag]
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{source}, row {row}: {error}") from None
 
 
 def _column(columns: Mapping[str, Any], name: str, record: Mapping[str, Any]) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.formats.hub import HUB, load_hub_rows
+from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.best_of_n import judge_best_of_n, read_questions
 from fractal_rm.evaluation.evaluate import score_bags
@@ -73,21 +73,6 @@ def read_task(
     return Task(questions.bags, lambda scored, _: judge_best_of_n(scored, questions, outcome=outcome))
 
 
-def rows_from_hub(benchmark: Benchmark, *, limit: int | None = None) -> list[Mapping[str, Any]]:
-    """The official rows of a benchmark from the Hugging Face Hub, all of its subsets.
-
-    Args:
-        benchmark: Its name.
-        limit: Most rows of each subset: the first ones.
-
-    Raises:
-        ValueError: If the benchmark is not there, or cannot be loaded.
-    """
-    if benchmark not in HUB:
-        raise ValueError(f"{benchmark} is no data set of the hub. Give `data`: a file with rows.")
-    return [row for split in HUB[benchmark].splits for row in list(load_hub_rows(benchmark, split))[:limit]]
-
-
 def judge(
     reward_model: StepRewardModel, task: Task, *, threshold: float | None = None, batch_size: int | None = None
 ) -> Judgement:
@@ -119,8 +104,7 @@ def as_learned(reward_model: StepRewardModel, bags: Sequence[Bag]) -> list[Bag]:
     if not reward_model.settings.chat:
         return list(bags)
     return [
-        replace(bag, prompt=[{"role": "user", "content": bag.prompt}]) if isinstance(bag.prompt, str) else bag
-        for bag in bags
+        bag if is_chat(bag.prompt) else replace(bag, prompt=[{"role": "user", "content": bag.prompt}]) for bag in bags
     ]
 
 

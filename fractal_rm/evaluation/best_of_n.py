@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from fractal_rm.data.bag import GOOD, Bag
+from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.intervals import Judgement, Statistic, mean_of
+from fractal_rm.objectives.aggregation import GOOD
 from fractal_rm.reward_model import StepScores
 
 # Subsets a question that a vote is averaged over at most: it has no closed form.

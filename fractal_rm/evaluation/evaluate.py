@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fractal_rm.data.bag import GOOD, Bag
+from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation import metrics
-from fractal_rm.objectives.aggregation import Aggregation, meaning
+from fractal_rm.objectives.aggregation import GOOD, Aggregation, meaning
 from fractal_rm.reward_model import StepRewardModel, StepScores
 
 # A step that was not scored is a step that was not called wrong.

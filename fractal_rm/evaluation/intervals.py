@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fractal_rm.data.bag import GOOD
+from fractal_rm.objectives.aggregation import GOOD
 
 # Weights (D, N) of the items in each draw -> one value a draw, NaN where it is undefined.
 Statistic = Callable[[np.ndarray], np.ndarray]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.metrics import roc_auc_score
 
-from fractal_rm.data.bag import GOOD
+from fractal_rm.objectives.aggregation import GOOD
 
 
 def _arrays(scores: Sequence[ArrayLike]) -> list[np.ndarray]:

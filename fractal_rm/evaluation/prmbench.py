@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fractal_rm.data.bag import GOOD, Bag
-from fractal_rm.data.formats.math_sets import read_prmbench
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.formats.prmbench import read_prmbench
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation import metrics
 from fractal_rm.evaluation.evaluate import NOT_SCORED, gold_labels
 from fractal_rm.evaluation.intervals import Judgement, Statistic, divided, mean_of
 from fractal_rm.evaluation.responses import judge_responses, known_steps
+from fractal_rm.objectives.aggregation import GOOD
 from fractal_rm.reward_model import StepScores
 
 # Kinds of error under the three headings of the paper. The last one has none: right in another way.

@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fractal_rm.data.bag import GOOD, Bag
-from fractal_rm.data.formats.math_sets import read_processbench
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.formats.processbench import read_processbench
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.evaluate import gold_labels
 from fractal_rm.evaluation.intervals import Judgement, Statistic, average_of, harmonic_mean_of, mean_of
 from fractal_rm.evaluation.reliability import as_points
 from fractal_rm.evaluation.responses import judge_responses
+from fractal_rm.objectives.aggregation import GOOD
 from fractal_rm.reward_model import StepScores
 
 # Cases of the official subsets: with a wrong step, without one.

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fractal_rm.data.bag import GOOD
 from fractal_rm.evaluation.intervals import Statistic, divided, mean_of
+from fractal_rm.objectives.aggregation import GOOD
 
 BINS = 10
 

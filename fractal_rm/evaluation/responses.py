@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fractal_rm.data.bag import GOOD, Bag
+from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation import metrics
 from fractal_rm.evaluation.evaluate import evaluate_scores, gold_labels, padded_scores, response_labels
 from fractal_rm.evaluation.intervals import Judgement, Statistic, auc_of, harmonic_mean_of, mean_of, ratio_of
@@ -16,6 +16,7 @@ from fractal_rm.evaluation.reliability import (
     reliability_curve,
     risk_coverage_curve,
 )
+from fractal_rm.objectives.aggregation import GOOD
 from fractal_rm.reward_model import StepScores
 
 _COUNTS = ("responses", "unscored", "truncated", "threshold")

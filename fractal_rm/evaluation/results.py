@@ -5,7 +5,6 @@ a warning and later rows do not touch.
 """
 
 import functools
-import importlib.metadata
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "fractal_rm")
+from fractal_rm.versions import package_versions
 
 
 class ResultsFile:
@@ -214,18 +213,6 @@ def current_commit() -> str | None:
         return head.stdout.strip() + ("-dirty" if git("diff", "--quiet", "HEAD", "--", ".").returncode else "")
     except OSError:  # git is not installed
         return None
-
-
-@functools.cache
-def package_versions() -> dict[str, str | None]:
-    """Installed versions of the packages that make the numbers, None for those that are missing."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
 
 
 @functools.cache

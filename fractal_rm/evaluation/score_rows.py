@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.readers import read_row
 from fractal_rm.evaluation.evaluate import score_bags
 from fractal_rm.reward_model import StepRewardModel, StepScores
@@ -13,7 +14,7 @@ from fractal_rm.scorers.encoding import prompt_text
 
 def score_rows(
     reward_model: StepRewardModel,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any] | Bag],
     *,
     source: str,
     batch_size: int | None = None,
@@ -22,7 +23,7 @@ def score_rows(
 
     Args:
         reward_model: The model.
-        rows: Rows of a file.
+        rows: Rows of a file, or bags.
         source: Its name, for messages.
         batch_size: Responses in a forward; default: that of the model.
 
@@ -35,9 +36,13 @@ def score_rows(
     bags: dict[int, Bag] = {}
     for number, row in enumerate(rows, 1):
         try:
-            found = read_row(row, reward_model.segmentation, source=source, row=number, require_label=False)
+            if isinstance(row, Bag):
+                found = [row]
+            else:
+                found = read_row(row, reward_model.segmentation, source=source, row=number, require_label=False)
             _check_prompt(found[0], reward_model, f"{source}, row {number}")
         except (TypeError, ValueError) as error:
+            row = vars(row) if isinstance(row, Bag) else row
             given = {name: _writable(row.get(name)) for name in ("id", "prompt")}
             response = next((row[name] for name in ("response", "completion") if isinstance(row.get(name), str)), None)
             records.append(_record(number, given, _writable(response), str(error)))
@@ -83,7 +88,7 @@ def _check_prompt(bag: Bag, reward_model: StepRewardModel, where: str) -> None:
     except ValueError as error:
         # The model counts prompts from 0; the caller's file counts.
         raise ValueError(f"{where}: {str(error).partition(': ')[2]}") from None
-    if isinstance(bag.prompt, str) or reward_model.tokenizer is None:
+    if not is_chat(bag.prompt) or reward_model.tokenizer is None:
         return  # an embedding scorer needs no template: it reads the messages one after the other
     try:
         prompt_text(bag.prompt, reward_model.tokenizer, reward_model.settings.prompt_template)

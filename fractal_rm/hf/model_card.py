@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fractal_rm.evaluation.intervals import Estimate, Judgement, estimates
-from fractal_rm.evaluation.results import package_versions
 from fractal_rm.hf.card_code import without_this_package
 from fractal_rm.scorers.inputs import Processor
 from fractal_rm.scorers.settings import FractalSettings
+from fractal_rm.versions import package_versions
 
 
 @dataclass

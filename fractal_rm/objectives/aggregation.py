@@ -15,22 +15,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Aggregation = Literal[
-    "min",
-    "max",
-    "mean",
-    "product",
-    "noisy_or",
-    "geometric_mean",
-    "power_min",
-    "power_max",
-    "lse_min",
-    "lse_max",
-    "softmin",
-    "softmax",
-]
+Aggregation = Literal["min", "max", "mean", "product", "noisy_or", "softmin", "softmax"]
 AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
 Meaning = Literal["min", "max", "mean"]
+
+# Labels and probabilities of responses count as good from here on.
+GOOD = 0.5
 
 # The rule on step labels that each aggregation softens.
 MEANINGS: dict[str, Meaning] = {
@@ -39,21 +29,27 @@ MEANINGS: dict[str, Meaning] = {
     "mean": "mean",
     "product": "min",
     "noisy_or": "max",
-    "geometric_mean": "min",
-    "power_min": "min",
-    "power_max": "max",
-    "lse_min": "min",
-    "lse_max": "max",
     "softmin": "min",
     "softmax": "max",
 }
 
 # "Some step is good" is the opposite of "every step is bad": each of these is its partner with the logits negated and
 # the two answers exchanged, so it is computed that way.
-_MIRRORED: dict[str, Aggregation] = {"max": "min", "noisy_or": "product", "lse_max": "lse_min", "softmax": "softmin"}
+_MIRRORED: dict[str, Aggregation] = {"max": "min", "noisy_or": "product", "softmax": "softmin"}
+
+# Removed aggregations, which nothing was ever shown to need, and what comes closest.
+REMOVED = {
+    "geometric_mean": "product",
+    "power_min": "softmin",
+    "power_max": "softmax",
+    "lse_min": "softmin",
+    "lse_max": "softmax",
+}
 
 
 def _unknown(aggregation: str) -> ValueError:
+    if aggregation in REMOVED:
+        return ValueError(f"The aggregation {aggregation!r} was removed; use {REMOVED[aggregation]!r}.")
     return ValueError(f"Unknown aggregation {aggregation!r}. Choose one of {', '.join(AGGREGATIONS)}.")
 
 
@@ -125,29 +121,6 @@ def _log_mean_exp(values: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]) -> Fl
     return peak + torch.log1p(above.sum(dim=1) / mask.sum(dim=1))
 
 
-def _bag_logit(
-    aggregation: str, logits: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], sharpness: float
-) -> Float[Tensor, " B"]:
-    """The families that combine logits: `"min"`, `"lse_min"`, `"softmin"`."""
-    if aggregation == "min":
-        return logits.masked_fill(~mask, torch.inf).amin(dim=1)
-    if aggregation == "lse_min":
-        return -_log_mean_exp(-sharpness * logits, mask) / sharpness
-    weights = (-sharpness * logits).masked_fill(~mask, -torch.inf).softmax(dim=1)
-    return (weights * logits).sum(dim=1)
-
-
-def _log_prob_of_all(
-    aggregation: str, logits: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], sharpness: float
-) -> Float[Tensor, " B"]:
-    """The families that combine log-probabilities: `"geometric_mean"`, `"power_min"`, `"power_max"`."""
-    log_probs = F.logsigmoid(logits).masked_fill(~mask, 0.0)
-    if aggregation == "geometric_mean":
-        return log_probs.sum(dim=1) / mask.sum(dim=1)
-    exponent = sharpness if aggregation == "power_max" else -sharpness
-    return _log_mean_exp(exponent * log_probs, mask) / exponent
-
-
 def _product(
     logits: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
@@ -179,16 +152,13 @@ def bag_log_probs(
     | `"mean"` | `mean p`, the expected share of good steps |
     | `"product"` | `prod p`, exactly that of "every step is good" if steps are independent |
     | `"noisy_or"` | `1 - prod (1 - p)`, exactly that of "some step is good" if steps are independent |
-    | `"geometric_mean"` | `exp(mean log p)`: the product, whatever the number of steps |
-    | `"power_min"`, `"power_max"` | `(mean p^-r)^(-1/r)`, `(mean p^r)^(1/r)`: from the mean to the extreme |
-    | `"lse_max"`, `"lse_min"` | `sigmoid(log(mean exp(r x)) / r)` and its mirror: from the mean logit to the extreme |
     | `"softmax"`, `"softmin"` | `sigmoid(sum w x)`, `w = softmax(r x)`, `softmax(-r x)`; gradient reaches `w` too |
 
     Args:
         logits: Step scores before the sigmoid. Values at padding are ignored.
         mask: True where a step is real. Every bag needs one.
         aggregation: How step probabilities become a bag probability.
-        sharpness: How close the power, log-sum-exp and softmax forms come to the extreme step; others ignore it.
+        sharpness: How close `"softmin"` and `"softmax"` come to the extreme step; others ignore it.
 
     Returns:
         `log P(bag is good)` and `log P(bag is not good)`, in nats, float32.
@@ -198,7 +168,7 @@ def bag_log_probs(
 
     Source:
         `"min"`, `"max"`, `"mean"`: FRACTAL (Makhija et al., ACL 2025). `"softmax"`: LCA (arXiv 2606.27739).
-        `"product"` is our own exact form of the minimum; the others are generalised means.
+        `"product"` is our own exact form of the minimum.
 
     Example:
         >>> good, bad = bag_log_probs(
@@ -217,15 +187,16 @@ def bag_log_probs(
     logits = logits.float().masked_fill(~mask, 0.0)
     if aggregation == "mean":
         return _log_mean_exp(F.logsigmoid(logits), mask), _log_mean_exp(F.logsigmoid(-logits), mask)
-    if aggregation in ("min", "lse_min", "softmin"):
-        logit = _bag_logit(aggregation, logits, mask, sharpness)
-        return F.logsigmoid(logit), F.logsigmoid(-logit)
     if aggregation == "product":
         return _product(logits, mask)
-    if aggregation in ("geometric_mean", "power_min", "power_max"):
-        good = _log_prob_of_all(aggregation, logits, mask, sharpness)
-        return good, log1mexp(good)
-    raise _unknown(aggregation)
+    if aggregation == "min":
+        logit = logits.masked_fill(~mask, torch.inf).amin(dim=1)
+    elif aggregation == "softmin":
+        weights = (-sharpness * logits).masked_fill(~mask, -torch.inf).softmax(dim=1)
+        logit = (weights * logits).sum(dim=1)
+    else:
+        raise _unknown(aggregation)
+    return F.logsigmoid(logit), F.logsigmoid(-logit)
 
 
 def aggregate(
@@ -241,7 +212,7 @@ def aggregate(
         logits: Step scores before the sigmoid. Values at padding are ignored.
         mask: True where a step is real. Every bag needs one.
         aggregation: How step probabilities become a bag probability.
-        sharpness: How close the power, log-sum-exp and softmax forms come to the extreme step; others ignore it.
+        sharpness: How close `"softmin"` and `"softmax"` come to the extreme step; others ignore it.
 
     Returns:
         Bag scores before the sigmoid, float32.

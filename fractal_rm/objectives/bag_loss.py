@@ -12,7 +12,7 @@ from fractal_rm.objectives.aggregation import Aggregation, bag_log_probs, check_
 
 
 def check_label_noise(label_noise: tuple[float, float]) -> None:
-    """Refuse shares of wrong labels that cannot be.
+    """Raise unless two shares of wrong labels are possible; the one check of `missed_good` and `missed_bad`.
 
     Args:
         label_noise: Share of good responses labelled bad, and of bad responses labelled good.
@@ -22,8 +22,8 @@ def check_label_noise(label_noise: tuple[float, float]) -> None:
     """
     if min(label_noise) < 0 or not sum(label_noise) < 1:  # `not <` refuses NaN too
         raise ValueError(
-            f"The label noise is {label_noise}. Give two rates from 0 to 1 that sum to less than 1: beyond "
-            "that, labels say the opposite of what they mean."
+            f"The label noise (`missed_good`, `missed_bad`) is {label_noise}. Give two shares from 0 that sum to less "
+            "than 1, or labels would mean the opposite."
         )
 
 
@@ -109,36 +109,6 @@ def instance_loss(
     targets = step_labels.masked_fill(~known, 0.0)
     losses = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
     return losses.masked_fill(~known, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)
-
-
-def proportion_loss(
-    logits: Float[Tensor, "B S"], proportions: Float[Tensor, " B"], mask: Bool[Tensor, "B S"]
-) -> Float[Tensor, " B"]:
-    """Divergence of a bag's mean step probability from its known share of good steps.
-
-    The bag loss under `"mean"` less the entropy of the label, so that a bag that is right costs nothing. The gradient
-    is the same; the value can be read.
-
-    Args:
-        logits: Step scores before the sigmoid. Values at padding are ignored.
-        proportions: Share of good steps of each bag, in [0, 1].
-        mask: True where a step is real. Every bag needs one.
-
-    Returns:
-        `KL(proportion || mean probability)` of each bag, in nats.
-
-    Raises:
-        ValueError: If a bag has no real step.
-
-    Source:
-        Proportion loss of learning from label proportions (Ardehaly & Culotta, 2017).
-
-    Example:
-        >>> proportion_loss(torch.zeros(1, 2), torch.tensor([0.5]), torch.ones(1, 2, dtype=torch.bool))
-        tensor([0.])
-    """
-    entropy = torch.special.entr(proportions) + torch.special.entr(1.0 - proportions)
-    return bag_loss(logits, proportions, mask, aggregation="mean") - entropy
 
 
 def easyllp_loss(

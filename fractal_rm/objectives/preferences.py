@@ -22,13 +22,11 @@ def preference_loss(
     form: PreferenceForm = "bradley_terry",
     aggregation: Aggregation = "mean",
     sharpness: float = 1.0,
-    preferences: Float[Tensor, " B"] | None = None,
-    margins: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, " B"]:
     """Cross entropy between a preference and the aggregated step probabilities of both responses.
 
     With `s` the aggregated probability of a response and `x` its logit, the chosen one is better with probability
-    `sigmoid(x_c - x_r - m)` (`"bradley_terry"`) or `s_c / (s_c + s_r)` (`"ratio"`). The first tells two good responses
+    `sigmoid(x_c - x_r)` (`"bradley_terry"`) or `s_c / (s_c + s_r)` (`"ratio"`). The first tells two good responses
     apart as well as two bad ones; the second is nearly 1/2 for any two good ones.
 
     Args:
@@ -39,43 +37,30 @@ def preference_loss(
         form: How two aggregated scores become the probability of a preference.
         aggregation: How step probabilities become a response's probability.
         sharpness: How close the smooth aggregations come to the extreme step.
-        preferences: Probability that the chosen response is better: 1 (the default), 0.5 for a tie, below it if the
-            other one is.
-        margins: Least difference of the two logits to ask for, towards the better response, `m = margin (2 preference
-            - 1)`, so a tie has none. With `"bradley_terry"` only.
 
     Returns:
         Loss of each pair, in nats, not averaged.
 
     Raises:
-        ValueError: If a response has no real step, the form is unknown, or margins are given to the ratio.
+        ValueError: If a response has no real step, or the form is unknown.
 
     Source:
-        `"ratio"`: preference loss of FRACTAL (Makhija et al., ACL 2025). `"bradley_terry"`: Bradley & Terry, 1952;
-        margins as in Llama 2 (Touvron et al., 2023).
+        `"ratio"`: preference loss of FRACTAL (Makhija et al., ACL 2025). `"bradley_terry"`: Bradley & Terry, 1952.
 
     Example:
         >>> mask = torch.ones(1, 1, dtype=torch.bool)
         >>> preference_loss(torch.tensor([[1.0]]), mask, torch.tensor([[1.0]]), mask)
         tensor([0.6931])
     """
-    if preferences is None:
-        preferences = chosen_logits.new_ones(len(chosen_logits))
     if form == "bradley_terry":
         chosen = aggregate(chosen_logits, chosen_mask, aggregation=aggregation, sharpness=sharpness)
         rejected = aggregate(rejected_logits, rejected_mask, aggregation=aggregation, sharpness=sharpness)
-        gap = chosen - rejected
-        if margins is not None:
-            gap = gap - margins * (2.0 * preferences - 1.0)
     elif form == "ratio":
-        if margins is not None:
-            raise ValueError("The ratio form has no margin. Leave out margins, or use the bradley_terry form.")
         chosen, _ = bag_log_probs(chosen_logits, chosen_mask, aggregation=aggregation, sharpness=sharpness)
         rejected, _ = bag_log_probs(rejected_logits, rejected_mask, aggregation=aggregation, sharpness=sharpness)
-        gap = chosen - rejected  # s_c / (s_c + s_r) = sigmoid(log s_c - log s_r)
     else:
         raise ValueError(f"Unknown form {form!r}. Choose bradley_terry or ratio.")
-    return -(preferences * F.logsigmoid(gap) + (1.0 - preferences) * F.logsigmoid(-gap))
+    return -F.logsigmoid(chosen - rejected)  # s_c / (s_c + s_r) = sigmoid(log s_c - log s_r)
 
 
 def _best_sums(logits: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B S+1"]:

@@ -196,40 +196,6 @@ def teacher_prior(
     return gaps.masked_fill(~known, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)
 
 
-def cosine_prior(
-    logits: Float[Tensor, "B S"],
-    step_embeddings: Float[Tensor, "B S D"],
-    mask: Bool[Tensor, "B S"],
-    context_embeddings: Float[Tensor, "B C D"],
-    context_mask: Bool[Tensor, "B C"],
-    *,
-    negated: bool = False,
-    distance: Distance = "cross_entropy",
-) -> Float[Tensor, " B"]:
-    """`teacher_prior` with `cosine_targets` as its teacher: a step about the question is believed good.
-
-    Args:
-        logits: Step scores before the sigmoid. Values at padding are ignored.
-        step_embeddings: An embedding of each step.
-        mask: True where a step is real. Every bag needs one.
-        context_embeddings: Embeddings of the parts of the prompt or document.
-        context_mask: True where a part is real. Every bag needs one.
-        negated: The sign of the authors' released code, as an ablation.
-        distance: The distance of probability and target.
-
-    Returns:
-        Loss of each bag.
-
-    Raises:
-        ValueError: If a bag has no real step or no context, or the distance is unknown.
-
-    Source:
-        Cosine prior of FRACTAL (Makhija et al., ACL 2025).
-    """
-    targets = cosine_targets(step_embeddings, context_embeddings, context_mask, negated=negated)
-    return teacher_prior(logits, targets, mask, distance=distance)
-
-
 def correlation_prior(
     logits: Float[Tensor, "B S"], targets: Float[Tensor, "B S S"], mask: Bool[Tensor, "B S"]
 ) -> Float[Tensor, " B"]:

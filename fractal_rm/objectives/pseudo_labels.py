@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fractal_rm.data.bag import GOOD
-from fractal_rm.objectives.aggregation import Aggregation, check_mask, log1mexp, meaning
+from fractal_rm.objectives.aggregation import GOOD, Aggregation, check_mask, log1mexp, meaning
 from fractal_rm.objectives.bag_loss import check_label_noise
 
 

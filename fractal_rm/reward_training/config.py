@@ -22,7 +22,6 @@ _WEIGHTS = (
     "likelihood_prior_weight",
     "hybrid_prior_weight",
 )
-_SHARES = ("missed_good", "missed_bad", "gold_fraction")
 
 
 @dataclass
@@ -48,7 +47,7 @@ class FractalConfig(TrainingArguments):
     )
     sharpness: float = field(
         default=1.0,
-        metadata={"help": "How close the soft aggregations (power_*, lse_*, softmin, softmax) are to hard ones."},
+        metadata={"help": "How close `softmin` and `softmax` are to `min` and `max`."},
     )
     num_grades: int | None = field(
         default=None,
@@ -203,13 +202,8 @@ class FractalConfig(TrainingArguments):
         for name in (*_WEIGHTS, "pseudo_bag_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. A loss weight is 0 (off) or more.")
-        for name in _SHARES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. Give a share from 0 to 1.")
-        if self.missed_good + self.missed_bad >= 1:
-            raise ValueError(
-                "`missed_good` and `missed_bad` sum to 1 or more: labels would mean the opposite. Lower one."
-            )
+        if not 0 <= self.gold_fraction <= 1:
+            raise ValueError(f"`gold_fraction` is {self.gold_fraction}. Give a share from 0 to 1.")
         if self.bag_weight == self.instance_weight == self.easyllp_weight == 0:
             raise ValueError(
                 "`bag_weight`, `instance_weight` and `easyllp_weight` are all 0: nothing would be learned. Set one."

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fractal_rm.data.bag import Bag, TruncationCount, truncate_bags
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.readers import read_bags
-from fractal_rm.evaluation.metrics import GOOD
-from fractal_rm.objectives.aggregation import meaning
+from fractal_rm.data.truncation import TruncationCount, truncate_bags
+from fractal_rm.objectives.aggregation import GOOD, meaning
 from fractal_rm.scorers.inputs import BagInputs
 from fractal_rm.scorers.settings import FractalSettings
 
@@ -99,7 +100,7 @@ def joins_without_a_gap(bags: Sequence[Bag], settings: FractalSettings) -> bool:
     if settings.prompt_template != "{prompt}":
         return False
     return all(
-        isinstance(bag.prompt, str) and not bag.prompt[-1:].isspace() and not bag.response[:1].isspace()
+        not is_chat(bag.prompt) and not bag.prompt[-1:].isspace() and not bag.response[:1].isspace()
         for bag in bags[:100]
     )
 

@@ -6,7 +6,6 @@ prior, the choice of responses worth gold labels, or pseudo-labels.
 
 import logging
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerState, set_seed
 
+from fractal_rm.files import replacing
 from fractal_rm.hf.checkpoints import STATE, finish_if_complete, last_checkpoint, train_output
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.objectives.grades import expected_grades, ordinal_pseudo_labels
@@ -146,8 +146,8 @@ def _finish(trainer: "FractalTrainer", folder: Path, logits: Tensor) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         trainer.state.save_to_json(str(folder / STATE))
         for name, tensors in ((_WEIGHTS, _trainable(trainer)), (_LOGITS, {"logits": logits})):
-            save_file(tensors, folder / f"{name}.tmp")
-            os.replace(folder / f"{name}.tmp", folder / name)
+            with replacing(folder / name) as file:
+                save_file(tensors, file)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -1,6 +1,5 @@
 """A step reward model from labels on whole responses, on `transformers.Trainer`."""
 
-import os
 import warnings
 from collections import defaultdict
 from dataclasses import replace
@@ -20,7 +19,8 @@ from transformers import (
 )
 
 from fractal_rm.data.bag import Bag, check_labels
-from fractal_rm.files import write_atomic
+from fractal_rm.data.prompts import is_chat
+from fractal_rm.files import replacing, write_atomic
 from fractal_rm.hf.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, finish_if_complete
 from fractal_rm.hf.denormals import flush_denormals
 from fractal_rm.hf.finite_logs import FiniteLogs
@@ -143,7 +143,7 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         """What the checkpoint and its card say about the training data."""
         self.settings.data = fingerprint(bags)
         self.card.labels = describe_labels(bags, args)
-        kinds = {not isinstance(bag.prompt, str) for bag in bags}
+        kinds = {is_chat(bag.prompt) for bag in bags}
         self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it takes both
 
     def _check_prompts(self, scorer: StepScorer, bags: list[Bag]) -> None:
@@ -369,8 +369,8 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         write_atomic(folder / "README.md", self.card.text(saved, self.processor))
         if self.scorer.is_adapted:
             trainable = {name: p.detach().contiguous() for name, p in self.scorer.named_parameters() if p.requires_grad}
-            save_file(trainable, folder / f"{_TRAINABLE_FILE}.tmp")
-            os.replace(folder / f"{_TRAINABLE_FILE}.tmp", folder / _TRAINABLE_FILE)
+            with replacing(folder / _TRAINABLE_FILE) as file:
+                save_file(trainable, file)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card of the reward model, which tells more than that of `transformers.Trainer`."""

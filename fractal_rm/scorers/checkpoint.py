@@ -32,7 +32,6 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from fractal_rm.errors import reason
-from fractal_rm.evaluation.results import package_versions
 from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.embedding import EmbeddingScorer, make_head
 from fractal_rm.scorers.inputs import Processor
@@ -40,6 +39,7 @@ from fractal_rm.scorers.likelihood import LikelihoodScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings, tokenizer_fingerprint
 from fractal_rm.scorers.token import TokenScorer
+from fractal_rm.versions import package_versions
 
 # Where the head of an embedding scorer is, in the folder of its encoder.
 HEAD_FILE = "head.safetensors"

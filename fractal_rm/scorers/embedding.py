@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fractal_rm.data.bag import Prompt
+from fractal_rm.data.prompts import Prompt, message_texts
 from fractal_rm.data.segmentation import Span
 from fractal_rm.data.sentences import sentences
 from fractal_rm.scorers.base import StepScorer
@@ -57,7 +57,7 @@ def prompt_splits(prompt: Prompt) -> list[str]:
         >>> prompt_splits("2+3*4?")
         ['2+3*4?']
     """
-    text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    text = "\n".join(message_texts(prompt))
     if len(text) <= SPLIT_CHARACTERS:
         return [text]
     parts: list[Span] = []

@@ -14,15 +14,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fractal_rm.data.bag import Prompt
+from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
 from fractal_rm.data.segmentation import Span
 from fractal_rm.scorers.settings import FractalSettings
-
-
-class RenderedPrompt(str):
-    """A prompt in the words that the policy sees: no template is applied to it, and it may stand for a chat."""
-
-    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_templ
     """
     if isinstance(prompt, RenderedPrompt):
         return str(prompt)
-    if isinstance(prompt, str):
+    if not is_chat(prompt):
         return prompt_template.replace("{prompt}", prompt)
     if not tokenizer.chat_template:
         raise ValueError(
@@ -189,8 +183,8 @@ def _encode_some(
     encoded = []
     for prompt, text, steps in zip(prompts, texts, spans, strict=True):
         # A chat template writes its special tokens itself.
-        is_chat = bool(settings.chat) if isinstance(prompt, RenderedPrompt) else not isinstance(prompt, str)
-        before, after = ([], []) if is_chat else (prefix, suffix)
+        from_chat = bool(settings.chat) if isinstance(prompt, RenderedPrompt) else is_chat(prompt)
+        before, after = ([], []) if from_chat else (prefix, suffix)
         gaps = [start - end for (start, _), end in zip(steps, [0, *(end for _, end in steps)], strict=False)]
         parts = [next(tokenized) for _ in steps]
         room = None if settings.max_length is None else settings.max_length - len(after)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fractal_rm.data.bag import Prompt
+from fractal_rm.data.prompts import Prompt
 from fractal_rm.data.segmentation import Span
 from fractal_rm.scorers.embedding import EmbeddingInputs
 from fractal_rm.scorers.encoding import EncodedBag, encode, pad_encoded

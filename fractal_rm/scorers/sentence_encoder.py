@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from fractal_rm.errors import reason
+from fractal_rm.files import replacing
 from fractal_rm.scorers.settings import tokenizer_fingerprint
 
 # Names the folder of the cache; an empty value switches it off.
@@ -137,12 +138,10 @@ class SentenceEncoder:
     def _write_cache(self, keys: Sequence[bytes], rows: np.ndarray) -> None:
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         name = f"{uuid.uuid4().hex}.safetensors"
-        temporary = self._folder / f"{name}.tmp"
         words = np.frombuffer(b"".join(keys), dtype=np.int64).reshape(-1, _KEY_WORDS)
-        save_file({"keys": words, "embeddings": rows}, temporary)
-        os.replace(temporary, self._folder / name)
+        with replacing(self._folder / name) as file:
+            save_file({"keys": words, "embeddings": rows}, file)
         self._read.add(name)
 
 

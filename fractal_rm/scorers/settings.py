@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.objectives.aggregation import AGGREGATIONS, Aggregation
+from fractal_rm.objectives.aggregation import Aggregation, meaning
+from fractal_rm.objectives.bag_loss import check_label_noise
 
 ScorerKind = Literal["likelihood", "token", "embedding"]
 Reduction = Literal["sum", "mean"]
@@ -18,7 +19,6 @@ FORMAT_VERSION = 1
 
 _CHOICES = {
     "scorer": get_args(ScorerKind),
-    "aggregation": AGGREGATIONS,
     "reduction": get_args(Reduction),
     "head_type": get_args(HeadType),
 }
@@ -88,13 +88,10 @@ class FractalSettings:
         for name, values in _CHOICES.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}. Choose one of {', '.join(values)}.")
+        meaning(self.aggregation)  # names an unknown or a removed one
         if not 0 < self.sharpness < math.inf:
             raise ValueError(f"`sharpness` is {self.sharpness}. Give a finite number above 0.")
-        if min(self.missed_good, self.missed_bad) < 0 or not self.missed_good + self.missed_bad < 1:
-            raise ValueError(
-                f"`missed_good` is {self.missed_good} and `missed_bad` {self.missed_bad}. Give shares that sum to less "
-                "than 1, or labels would mean the opposite."
-            )
+        check_label_noise((self.missed_good, self.missed_bad))
         if self.num_grades is not None and (self.num_grades < 2 or self.scorer == "likelihood"):
             raise ValueError(
                 f"`num_grades` is {self.num_grades} with the {self.scorer} scorer. "
@@ -145,4 +142,6 @@ class FractalSettings:
             return cls(**values)
         except (TypeError, ValueError) as error:
             reason = str(error).rstrip(".")
-            raise ValueError(f"{file}: the `fractal` block is damaged ({reason}). Train the model again.") from error
+            raise ValueError(
+                f"{file}: the `fractal` block cannot be used ({reason}). Train the model again."
+            ) from error

@@ -17,8 +17,20 @@ from fractal_rm import __version__
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.serving.batching import Batcher
 from fractal_rm.serving.limits import BodyLimit, Limits
-from fractal_rm.serving.rows import Row, answer, openrlhf_answer, openrlhf_rows, rows_of, score_rows
-from fractal_rm.serving.schema import Health, OpenRLHFAnswer, OpenRLHFRequest, Refusal, ScoreAnswer, ScoreRequest
+from fractal_rm.serving.protocol import (
+    Health,
+    OpenRLHFAnswer,
+    OpenRLHFRequest,
+    PromptedResponse,
+    Refusal,
+    ScoreAnswer,
+    ScoreRequest,
+    read_openrlhf,
+    read_request,
+    score_responses,
+    write_openrlhf,
+    write_results,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +69,7 @@ def make_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         batcher = Batcher(
-            lambda rows: score_rows(reward_model, rows),
+            lambda given: score_responses(reward_model, given),
             batch_size=reward_model.batch_size,
             wait=wait,
             max_queued=limits.max_queued,
@@ -72,9 +84,9 @@ def make_app(
     app.add_exception_handler(RequestValidationError, _refuse_invalid)
     app.add_exception_handler(StarletteHTTPException, _refuse)
 
-    async def scores_of(rows: list[Row]) -> list[StepScores | Exception]:
-        _check_size(rows, limits)
-        return await _score(app.state.batcher, rows, limits.seconds)
+    async def scores_of(given: list[PromptedResponse]) -> list[StepScores | Exception]:
+        _check_size(given, limits)
+        return await _score(app.state.batcher, given, limits.seconds)
 
     @app.get("/health")
     async def health() -> Health:
@@ -91,31 +103,31 @@ def make_app(
     @app.post("/score", responses=_REFUSALS)
     async def score(request: ScoreRequest) -> ScoreAnswer:
         """Score every step of every response. A response that cannot be scored does not stop the others."""
-        return ScoreAnswer(results=answer(await scores_of(rows_of(request))))
+        return ScoreAnswer(results=write_results(await scores_of(read_request(request))))
 
     @app.post("/openrlhf", responses=_REFUSALS)
     async def openrlhf(request: OpenRLHFRequest) -> OpenRLHFAnswer:
         """Response scores in the format that OpenRLHF expects of its `remote_rm_url`."""
-        return openrlhf_answer(await scores_of(openrlhf_rows(request, ends)))
+        return write_openrlhf(await scores_of(read_openrlhf(request, ends)))
 
     return app
 
 
-def _check_size(rows: Sequence[Row], limits: Limits) -> None:
-    if len(rows) > limits.max_responses:
+def _check_size(given: Sequence[PromptedResponse], limits: Limits) -> None:
+    if len(given) > limits.max_responses:
         raise HTTPException(
-            413, f"{len(rows):,} responses are more than {limits.max_responses:,}. Send fewer at a time."
+            413, f"{len(given):,} responses are more than {limits.max_responses:,}. Send fewer at a time."
         )
-    characters = sum(row.characters for row in rows)
+    characters = sum(one.characters for one in given)
     if characters > limits.max_characters:
         most = f"{limits.max_characters:,}"
         raise HTTPException(413, f"{characters:,} characters are more than {most}. Send fewer responses at a time.")
 
 
-async def _score(batcher: Batcher, rows: Sequence[Row], seconds: float) -> list[StepScores | Exception]:
-    """Scores of rows, or why there are none, in order."""
+async def _score(batcher: Batcher, given: Sequence[PromptedResponse], seconds: float) -> list[StepScores | Exception]:
+    """Scores of responses, or why there are none, in order."""
     try:
-        futures = batcher.submit(rows)
+        futures = batcher.submit(given)
     except queue.Full:
         sentence = "Too many responses are waiting. Try again in a second, or send fewer at a time."
         raise HTTPException(503, sentence, headers={"Retry-After": "1"}) from None

@@ -1,4 +1,4 @@
-"""Rows of concurrent requests, scored together: one thread, one forward at a time."""
+"""Responses of concurrent requests, scored together: one thread, one forward at a time."""
 
 import logging
 import queue
@@ -14,24 +14,24 @@ _JOIN_SECONDS = 5.0
 
 
 class _Job(NamedTuple):
-    row: Any
+    given: Any
     result: Future[Any]
 
 
 class Batcher:
-    """Collects rows until a batch is full or the first has waited long enough, then scores them in a thread.
+    """Collects responses until a batch is full or the first has waited long enough, then scores them in a thread.
 
-    A batch that fails as a whole is scored row by row: a bad row costs its neighbours time, not their results. A row
-    whose future is cancelled before its turn costs nothing.
+    A batch that fails as a whole is scored one by one: a bad response costs its neighbours time, not their results. A
+    response whose future is cancelled before its turn costs nothing.
 
     Args:
-        score: Scores rows: one result for each, in order.
-        batch_size: Most rows in a call of `score`.
-        wait: Seconds that the first row of a batch waits for others.
-        max_queued: Most rows that wait.
+        score: Scores responses: one result for each, in order.
+        batch_size: Most responses in a call of `score`.
+        wait: Seconds that the first one of a batch waits for others.
+        max_queued: Most responses that wait.
 
     Example:
-        >>> batcher = Batcher(lambda rows: [2 * row for row in rows], batch_size=8, wait=0.0, max_queued=100)
+        >>> batcher = Batcher(lambda given: [2 * one for one in given], batch_size=8, wait=0.0, max_queued=100)
         >>> [future.result() for future in batcher.submit([1, 2, 3])]
         [2, 4, 6]
         >>> batcher.close()
@@ -47,16 +47,16 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
-    def submit(self, rows: Sequence[Any]) -> list[Future[Any]]:
-        """Queue all rows of a request, or none.
+    def submit(self, given: Sequence[Any]) -> list[Future[Any]]:
+        """Queue all responses of a request, or none.
 
         Returns:
-            A future for each row.
+            A future for each.
 
         Raises:
             queue.Full: If they would not fit, or the batcher is closed.
         """
-        jobs = [_Job(row, Future()) for row in rows]
+        jobs = [_Job(one, Future()) for one in given]
         with self._lock:
             if self._closed or self._jobs.qsize() + len(jobs) > self._max_queued:
                 raise queue.Full
@@ -65,7 +65,7 @@ class Batcher:
         return [job.result for job in jobs]
 
     def close(self) -> None:
-        """Score what is queued, then end the thread; later rows are refused."""
+        """Score what is queued, then end the thread; later ones are refused."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -97,12 +97,12 @@ class Batcher:
 
     def _finish(self, jobs: list[_Job]) -> None:
         try:
-            results = self._score([job.row for job in jobs])
+            results = self._score([job.given for job in jobs])
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].result.set_exception(error)
                 return
-            logger.info("A batch of %d failed (%r): its rows are scored one by one.", len(jobs), error)
+            logger.info("A batch of %d failed (%r): its responses are scored one by one.", len(jobs), error)
             for job in jobs:
                 self._finish([job])
             return

@@ -11,8 +11,10 @@ import urllib.request
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fractal_rm.data.prompts import response_text
+
 if TYPE_CHECKING:
-    from fractal_rm.data.bag import Prompt
+    from fractal_rm.data.prompts import Prompt
     from fractal_rm.data.segmentation import Span
     from fractal_rm.reward_model import StepScores
 
@@ -85,8 +87,7 @@ class ScoringClient:
 
     def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
         """Score completions (texts, or chats of one assistant message) as TRL's trainers call it."""
-        texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
-        return self.rewards(prompts, texts)
+        return self.rewards(prompts, [response_text(completion) for completion in completions])
 
     def _results(self, prompts: Any, responses: Any, spans: Any) -> list[dict[str, Any]]:
         if len(prompts) != len(responses):

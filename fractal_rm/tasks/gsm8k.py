@@ -4,6 +4,9 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fractal_rm.data.prompts import check_text, response_text
+from fractal_rm.data.readers import naming
+
 INSTRUCTION = "Solve the problem step by step, one step a line. Put the final answer on the last line, after '#### '."
 _MARK = "####"
 
@@ -45,20 +48,15 @@ def read_gsm8k(rows: Iterable[Mapping[str, Any]], *, source: str, chat: bool = T
     """
     problems = []
     for number, row in enumerate(rows, 1):
-        for column in ("question", "answer"):
-            if column not in row:
-                names = ", ".join(map(repr, row)) or "no columns"
-                raise ValueError(f"{source}, row {number}: column {column!r} is missing (found: {names}); add it.")
-            if not isinstance(row[column], str):
-                kind = type(row[column]).__name__
-                raise TypeError(f"{source}, row {number}: the {column} is {kind}, not text; make it a text.")
-        question = row["question"].strip()
-        if not question:
-            raise ValueError(f"{source}, row {number}: the question is empty; drop the row or write the question.")
-        try:
-            answer = gold_answer(row["answer"])
-        except ValueError as error:
-            raise ValueError(f"{source}, row {number}: {error}") from None
+        with naming(source, number):
+            for column in ("question", "answer"):
+                if column not in row:
+                    names = ", ".join(map(repr, row)) or "no columns"
+                    raise ValueError(f"column {column!r} is missing (found: {names}); add it.")
+                check_text(row[column], f"the {column}")
+            question, answer = row["question"].strip(), gold_answer(row["answer"])
+            if not question:
+                raise ValueError("the question is empty; drop the row or write the question.")
         text = f"{question}\n{INSTRUCTION}"
         problems.append({"prompt": [{"role": "user", "content": text}] if chat else f"{text}\n", "answer": answer})
     if not problems:
@@ -94,7 +92,7 @@ def gsm8k_answer(prompts: list[Any], completions: list[Any], answer: list[str], 
     seconds = 5 if threading.current_thread() is threading.main_thread() else None
     rewards = []
     for completion, gold in zip(completions, answer, strict=True):
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        text = response_text(completion)
         stated = text.rpartition(_MARK)[2].strip()
         found = parse(stated.partition("\n")[0] if _MARK in text else text, parsing_timeout=seconds)  # type: ignore[arg-type]
         right = bool(found) and verify(parse(gold, parsing_timeout=seconds), found, timeout_seconds=seconds)  # type: ignore[arg-type]

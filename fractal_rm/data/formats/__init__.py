@@ -1,1 +1,1 @@
-"""Readers of official data set files: bags labelled by the rules of the FRACTAL paper, one function a format."""
+"""Readers of official data set files: one module a format, labelled by the rules of the FRACTAL paper."""

@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 
-from fractal_rm.data.bag import GOOD, Bag
+from fractal_rm.data.bag import Bag
 from fractal_rm.files import write_atomic
+from fractal_rm.objectives.aggregation import GOOD
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.online.replay import ReplayBuffer, draw, is_held_out, outcome_labels
 from fractal_rm.ppo.online.updater import RewardModelUpdater

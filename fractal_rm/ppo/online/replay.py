@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fractal_rm.data.bag import Bag, Prompt
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.prompts import Prompt
 from fractal_rm.ppo.rollout import mean_outcomes
 
 

@@ -4,13 +4,13 @@ import gzip
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.readers import read_jsonl
+from fractal_rm.data.readers import naming, read_jsonl
+from fractal_rm.data.sentences import Span
 
 PathLike = str | os.PathLike[str]
 Data = PathLike | Iterable[Mapping[str, Any]]
@@ -79,22 +79,6 @@ def _wrapped_rows(path: Path, key: str | None) -> list[Mapping[str, Any]]:
     if not isinstance(rows, list):
         raise TypeError(f"{path} holds no list under {key!r}; give the official file.")
     return rows
-
-
-@contextmanager
-def naming(source: str, row: int) -> Iterator[None]:
-    """Put the source and the row before the sentence of an error.
-
-    Args:
-        source: Name of the data.
-        row: Number of the row, from 1.
-    """
-    try:
-        yield
-    except TypeError as error:
-        raise TypeError(f"{source}, row {row}: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{source}, row {row}: {error}") from None
 
 
 def read_each(
@@ -201,3 +185,13 @@ def texts(row: Mapping[str, Any], name: str, *, within: str = "") -> list[str]:
             found = f"entry {number} of '{within}{name}' is {type(value).__name__}, not text"
             raise TypeError(f"{found}; give the official columns.")
     return values
+
+
+def touches(step: Span, ranges: Sequence[Span]) -> bool:
+    """Whether a step shares a character with one of the ranges.
+
+    Example:
+        >>> touches((0, 4), [(4, 9)]), touches((0, 5), [(4, 9)])
+        (False, True)
+    """
+    return any(start < step[1] and end > step[0] for start, end in ranges)

@@ -1,13 +1,10 @@
-"""Official files of mathematics with step labels by people: PRM800K, ProcessBench, PRMBench.
-
-A response is good only if each of its steps is: aggregation `"min"`.
-"""
+"""Official files of PRM800K: solutions of MATH problems, rated step by step by people."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.formats.files import Data, column, load_rows, read_each, texts
+from fractal_rm.data.formats.reading import Data, column, load_rows, read_each
 from fractal_rm.data.segmentation import join_steps
 
 
@@ -125,109 +122,3 @@ def _rated(completion: Mapping[str, Any], number: int) -> tuple[str, float] | No
     if rating not in (-1, 0, 1):
         raise ValueError(f"the rating of step {number} is {rating!r}; give -1, 0, 1 or null.")
     return column(completion, "text", str, within="completions."), float(rating != -1)
-
-
-def read_processbench(data: Data, *, source: str | None = None, answer_labels: bool = False) -> list[Bag]:
-    """Bags of ProcessBench: model solutions in which people looked for the first wrong step.
-
-    Official files: `gsm8k.json`, `math.json`, `olympiadbench.json`, `omnimath.json`. A row has `id`, `generator`,
-    `problem`, `steps`, `final_answer_correct` and `label`: the index of the first wrong step, from 0, or -1.
-
-    Label of a step: 1 before the first wrong step, 0 at it, not known after it. Label of a response: 1 iff no step is
-    wrong; with `answer_labels`, whether its final answer is right, the label one has in practice (it is right after a
-    wrong step in some solutions). A test set: do not train on it.
-
-    Args:
-        data: A file, or rows.
-        source: Name of the data in error messages.
-        answer_labels: Take `final_answer_correct` as the response's label.
-
-    Returns:
-        One bag a row.
-
-    Raises:
-        TypeError: If a value has the wrong type.
-        ValueError: If a column is missing, or the label is no step.
-
-    Source:
-        Zheng et al., ProcessBench, 2024 (arXiv 2412.06559); huggingface.co/datasets/Qwen/ProcessBench (Apache-2.0).
-
-    Example:
-        >>> row = {"id": "a", "problem": "1+1+1?", "steps": ["1+1=3.", "3+1=4."], "label": 0}
-        >>> read_processbench([row])[0].step_labels
-        (0.0, None)
-    """
-
-    def make(row: Mapping[str, Any], number: int) -> list[Bag]:
-        steps, first = texts(row, "steps"), column(row, "label", int)
-        if first not in range(-1, len(steps)):
-            raise ValueError(f"the label is {first}, no step of {len(steps)}; give -1 or an index from 0.")
-        gold = [1.0] * len(steps) if first < 0 else [1.0] * first + [0.0] + [None] * (len(steps) - first - 1)
-        label = column(row, "final_answer_correct", bool) if answer_labels else first < 0
-        response, spans = join_steps(steps)
-        return [Bag(column(row, "problem", str), response, tuple(spans), label, tuple(gold), id=_name(row, "id"))]
-
-    rows, source = load_rows(data, source)
-    return read_each(rows, source, make)
-
-
-def read_prmbench(data: Data, *, source: str | None = None, originals: bool = True) -> list[Bag]:
-    """Bags of PRMBench: solutions from PRM800K into which a model wrote errors of nine kinds.
-
-    Official file: `prmbench_preview.jsonl`. A row has `idx`, `classification` (the kind of error), `modified_question`,
-    `modified_process` (the steps) and `error_steps` (from 1), and the same solution without errors in
-    `original_question` and `original_process`.
-
-    Label of a step: 0 iff it is in `error_steps`. Label of a response: 1 iff none is. Steps of the kinds `redundency`
-    and `circular` are not strictly wrong. The errors are a model's, not natural ones.
-
-    Args:
-        data: A file, or rows.
-        source: Name of the data in error messages.
-        originals: Also give the original solution of each `redundency` row, as a good response: the official
-            evaluation takes its good responses from there.
-
-    Returns:
-        A bag a row, in front of it the original if it is taken. The id of a bag is its kind (or `correct`) and `idx`.
-
-    Raises:
-        TypeError: If a value has the wrong type.
-        ValueError: If a column is missing.
-
-    Warns:
-        UserWarning: If rows name an error step that the solution does not have; they are left out.
-
-    Source:
-        Song et al., PRMBench, 2025 (arXiv 2501.03124); github.com/ssmisya/PRMBench (Apache-2.0).
-
-    Example:
-        >>> row = {"idx": "7", "classification": "deception", "modified_question": "1+1?"}
-        >>> read_prmbench([row | {"modified_process": ["1+1=3.", "So 3."], "error_steps": [1]}])[0].step_labels
-        (0.0, 1.0)
-    """
-
-    def make(row: Mapping[str, Any], number: int) -> list[Bag]:
-        steps, errors = texts(row, "modified_process"), column(row, "error_steps", list)
-        kind, name = column(row, "classification", str), _name(row, "idx")
-        if not all(type(error) is int for error in errors):
-            raise TypeError(f"error_steps is {errors}; make it a list of whole numbers from 1.")
-        if not set(errors) <= set(range(1, len(steps) + 1)):
-            return []
-        bags = [_prmbench_bag(column(row, "modified_question", str), steps, errors, f"{kind}_{name}")]
-        if originals and kind == "redundency":
-            solution = texts(row, "original_process")
-            bags.insert(0, _prmbench_bag(column(row, "original_question", str), solution, [], f"correct_{name}"))
-        return bags
-
-    rows, source = load_rows(data, source)
-    return read_each(rows, source, make, left_out="name an error step that their solution does not have")
-
-
-def _prmbench_bag(prompt: str, steps: list[Any], errors: list[int], name: str) -> Bag:
-    response, spans = join_steps(steps)
-    gold = tuple(float(number not in errors) for number in range(1, len(steps) + 1))
-    return Bag(prompt, response, tuple(spans), min(gold), gold, id=name)
-
-
-def _name(row: Mapping[str, Any], name: str) -> str:
-    return str(column(row, name, (str, int)))

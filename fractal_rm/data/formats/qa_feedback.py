@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.formats.files import Data, column, load_rows, read_each
+from fractal_rm.data.formats.reading import Data, column, load_rows, read_each, touches
 from fractal_rm.data.sentences import sentences
 
 _ERROR_TYPE = "Irrelevant"
@@ -50,7 +50,7 @@ def read_qa_feedback(data: Data, *, source: str | None = None) -> list[Bag]:
         spans = [_span(error, response) for error in column(feedback, "errors", list, within="feedback.")]
         irrelevant = [(start, end) for kind, start, end in spans if kind == _ERROR_TYPE]
         steps = sentences(response)
-        gold = [float(not any(start < right and end > left for start, end in irrelevant)) for left, right in steps]
+        gold = [float(not touches(step, irrelevant)) for step in steps]
         label = sum(gold) / len(gold) if gold else None  # a bag refuses an answer without steps
         return [Bag(_prompt(row), response, tuple(steps), label, tuple(gold), id=str(number))]
 

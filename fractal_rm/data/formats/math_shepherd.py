@@ -1,13 +1,12 @@
-"""Files of mathematics whose step labels come without people: Math-Shepherd, and TRL's stepwise format."""
+"""Official file of Math-Shepherd: solutions whose steps are labelled by sampled continuations."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.formats.files import Data, column, load_rows, read_each
-from fractal_rm.data.readers import read_bags
-from fractal_rm.data.segmentation import Segmentation, join_steps
+from fractal_rm.data.formats.reading import Data, column, load_rows, read_each
+from fractal_rm.data.segmentation import join_steps
 
 # Marks the end of a step in the input; the label has the sign of the step in its place.
 _MARK = "ки"
@@ -73,33 +72,3 @@ def _signed_pieces(text: str, signed: str) -> tuple[list[str], list[float]]:
         gold.append(float(sign == "+"))
         position += len(piece) + 1
     return pieces, gold
-
-
-def read_stepwise(data: Data, *, source: str | None = None) -> list[Bag]:
-    """Bags of TRL's stepwise supervision format.
-
-    A row has `prompt`, `completions` (the steps) and `labels` (a boolean or a number a step; null or -100 if it is not
-    known). Label of a response: its column `label`, else the smallest step label. Aggregation `"min"`.
-
-    Args:
-        data: A file, or rows.
-        source: Name of the data in error messages.
-
-    Returns:
-        One bag a row.
-
-    Raises:
-        TypeError: If a value has the wrong type.
-        ValueError: If a column is missing or a value is out of range.
-
-    Source:
-        TRL's documentation, "Dataset formats and types". On the Hub: `trl-lib/math_shepherd` and `trl-lib/prm800k`,
-        whose steps are labelled as those of the sets they are made of. Their cards state no licence.
-
-    Example:
-        >>> row = {"prompt": "1+1?", "completions": ["1+1=3.", "So 3."], "labels": [False, True]}
-        >>> read_stepwise([row])[0].label
-        0.0
-    """
-    rows, source = load_rows(data, source)
-    return read_bags(rows, Segmentation("given"), source=source)

@@ -1,0 +1,61 @@
+"""Official files of ProcessBench: solutions whose first wrong step people looked for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.formats.reading import Data, column, load_rows, read_each, texts
+from fractal_rm.data.segmentation import join_steps
+
+
+def read_processbench(data: Data, *, source: str | None = None, answer_labels: bool = False) -> list[Bag]:
+    """Bags of ProcessBench: model solutions in which people looked for the first wrong step.
+
+    Official files: `gsm8k.json`, `math.json`, `olympiadbench.json`, `omnimath.json`. A row has `id`, `generator`,
+    `problem`, `steps`, `final_answer_correct` and `label`: the index of the first wrong step, from 0, or -1.
+
+    Label of a step: 1 before the first wrong step, 0 at it, not known after it. Label of a response: 1 iff no step is
+    wrong; with `answer_labels`, whether its final answer is right, the label one has in practice (it is right after a
+    wrong step in some solutions). A test set: do not train on it.
+
+    Args:
+        data: A file, or rows.
+        source: Name of the data in error messages.
+        answer_labels: Take `final_answer_correct` as the response's label.
+
+    Returns:
+        One bag a row.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a column is missing, or the label is no step.
+
+    Source:
+        Zheng et al., ProcessBench, 2024 (arXiv 2412.06559); huggingface.co/datasets/Qwen/ProcessBench (Apache-2.0).
+
+    Example:
+        >>> row = {"id": "a", "problem": "1+1+1?", "steps": ["1+1=3.", "3+1=4."], "label": 0}
+        >>> read_processbench([row])[0].step_labels
+        (0.0, None)
+    """
+
+    def make(row: Mapping[str, Any], number: int) -> list[Bag]:
+        steps, first = texts(row, "steps"), column(row, "label", int)
+        if first not in range(-1, len(steps)):
+            raise ValueError(f"the label is {first}, no step of {len(steps)}; give -1 or an index from 0.")
+        gold = [1.0] * len(steps) if first < 0 else [1.0] * first + [0.0] + [None] * (len(steps) - first - 1)
+        label = column(row, "final_answer_correct", bool) if answer_labels else first < 0
+        response, spans = join_steps(steps)
+        return [
+            Bag(
+                column(row, "problem", str),
+                response,
+                tuple(spans),
+                label,
+                tuple(gold),
+                id=str(column(row, "id", (str, int))),
+            )
+        ]
+
+    rows, source = load_rows(data, source)
+    return read_each(rows, source, make)

@@ -1,0 +1,215 @@
+"""What goes over the wire, and how requests become responses to score and scores become answers.
+
+The server shows the models as a JSON schema at `/openapi.json`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
+from fractal_rm.data.segmentation import Span
+from fractal_rm.reward_model import StepRewardModel, StepScores
+
+# A batch numbers the rows of several requests; the reader of an answer knows those of one.
+_NUMBER = re.compile(r"\Arow \d+: ")
+
+
+class Message(BaseModel):
+    """A message of a chat. Further keys go to the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str
+
+
+class ScoreRequest(BaseModel):
+    """Responses to score: texts (optionally with the characters of their steps), or lists of steps."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompts: list[str | list[Message]] = Field(description="Texts or chats, one for each response.")
+    responses: list[str] | None = Field(default=None, description="Texts, cut into steps as in training.")
+    spans: list[list[tuple[int, int]] | None] | None = Field(
+        default=None, description="For each text the characters `[start, end]` of its steps, null to have it cut."
+    )
+    steps: list[list[str]] | None = Field(
+        default=None, description="In place of `responses`: the texts of the steps of each; a newline joins them."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> "ScoreRequest":
+        given = self.responses if self.steps is None else self.steps
+        if given is None or (self.responses is not None and self.steps is not None):
+            raise ValueError("give one of `responses` and `steps`")
+        if self.spans is not None and self.responses is None:
+            raise ValueError("`spans` belong to `responses`; leave them out, or give `responses` in place of `steps`")
+        lengths = {"prompts": len(self.prompts), "responses" if self.steps is None else "steps": len(given)}
+        lengths |= {} if self.spans is None else {"spans": len(self.spans)}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"{', '.join(f'{count} {name}' for name, count in lengths.items())}: give as many of each")
+        return self
+
+
+class ScoredStep(BaseModel):
+    """A step: characters `start:end` of the response, and P(step is good)."""
+
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+class ScoredResponse(BaseModel):
+    """What was found of one response. One that cannot be scored has a reason in `error`, and `score` null."""
+
+    steps: list[ScoredStep]
+    score: float | None = Field(description="Aggregated P(response is good).")
+    truncated_steps: int = Field(description="Steps beyond the model's `max_length`: neither scored nor listed.")
+    error: str | None = None
+
+
+class ScoreAnswer(BaseModel):
+    """One result for each response, in order."""
+
+    results: list[ScoredResponse]
+
+
+class Health(BaseModel):
+    """Which model answers."""
+
+    status: Literal["ok"] = "ok"
+    model: str
+    scorer: str
+    aggregation: str
+    threshold: float = Field(description="A step scoring below it is called wrong.")
+    version: str
+
+
+class Refusal(BaseModel):
+    """Why a request was refused, in one sentence."""
+
+    detail: str
+
+
+class OpenRLHFRequest(BaseModel):
+    """What OpenRLHF posts to `remote_rm_url`: whole texts, and the prompts that they start with."""
+
+    query: list[str] = Field(description="Prompt and response as one text, special tokens included.")
+    prompts: list[str] = Field(description="The prompts alone, as the policy sees them.")
+    labels: Any = Field(default=None, description="Reference answers; not read.")
+
+    @model_validator(mode="after")
+    def _as_many(self) -> "OpenRLHFRequest":
+        if len(self.query) != len(self.prompts):
+            raise ValueError(f"{len(self.query)} query, {len(self.prompts)} prompts: give as many of each")
+        return self
+
+
+class OpenRLHFAnswer(BaseModel):
+    """What OpenRLHF reads: rewards to learn from, scores in [0, 1] to filter by, numbers to log."""
+
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, list[float]]
+
+
+class PromptedResponse(NamedTuple):
+    """One response to score: a text, or a list of steps; `spans` None has a text cut as in training."""
+
+    prompt: Prompt
+    response: str | list[str]
+    spans: list[Span] | None = None
+
+    @property
+    def characters(self) -> int:
+        """How much text it is; of a message whatever a chat template may show."""
+        texts = [json.dumps(message) for message in self.prompt] if is_chat(self.prompt) else [self.prompt]
+        answers = [self.response] if isinstance(self.response, str) else self.response
+        return sum(map(len, [*texts, *answers]))
+
+
+def read_request(request: ScoreRequest) -> list[PromptedResponse]:
+    """The responses of a request to `/score`."""
+    prompts = [
+        prompt if isinstance(prompt, str) else [message.model_dump() for message in prompt]
+        for prompt in request.prompts
+    ]
+    responses: Sequence[str | list[str]] = (request.responses if request.steps is None else request.steps) or []
+    spans = request.spans or [None] * len(prompts)
+    return [PromptedResponse(*row) for row in zip(prompts, responses, spans, strict=True)]
+
+
+def read_openrlhf(request: OpenRLHFRequest, ends: Sequence[str]) -> list[PromptedResponse]:
+    """The responses of a request of OpenRLHF: what follows each prompt, without special tokens at its end.
+
+    A text that does not hold its prompt (OpenRLHF cuts prompts that are too long) becomes an empty response,
+    which cannot be scored.
+
+    Args:
+        request: The request.
+        ends: Texts to take off the end of a response, such as the end-of-text token.
+
+    Example:
+        >>> request = OpenRLHFRequest(query=["<s>2+2?\\n4.</s></s>"], prompts=["2+2?\\n"])
+        >>> read_openrlhf(request, ["</s>"])
+        [PromptedResponse(prompt='2+2?\\n', response='4.', spans=None)]
+    """
+    found = []
+    for query, prompt in zip(request.query, request.prompts, strict=True):
+        response = query.partition(prompt)[2] if prompt else query
+        stop = len(response)  # the text is cut once, however many of them there are
+        while (end := next((end for end in ends if end and response.endswith(end, 0, stop)), None)) is not None:
+            stop -= len(end)
+        found.append(PromptedResponse(RenderedPrompt(prompt), response[:stop]))
+    return found
+
+
+def score_responses(reward_model: StepRewardModel, given: Sequence[PromptedResponse]) -> list[StepScores]:
+    """Score responses of several requests in one call."""
+    return reward_model.score(
+        [one.prompt for one in given],
+        [one.response for one in given],
+        spans=[one.spans for one in given],
+        batch_size=len(given),
+        progress=False,
+    )
+
+
+def write_results(results: Sequence[StepScores | Exception]) -> list[ScoredResponse]:
+    """What `/score` says of each response.
+
+    Args:
+        results: Scores, or why there are none.
+    """
+    said = []
+    for number, result in enumerate(results):
+        if isinstance(result, Exception):
+            said.append(_unscored(number, result))
+            continue
+        error = None if result.error is None else f"row {number}: {_NUMBER.sub('', result.error)}"
+        steps = [ScoredStep(text=x.text, start=x.start, end=x.end, score=x.score) for x in result.steps]
+        score = None if math.isnan(result.score) else result.score
+        said.append(ScoredResponse(steps=steps, score=score, truncated_steps=result.truncated_steps, error=error))
+    return said
+
+
+def write_openrlhf(results: Sequence[StepScores | Exception]) -> OpenRLHFAnswer:
+    """What OpenRLHF reads: a response that cannot be scored gets 0, and counts as `unscored` in what it logs."""
+    scores = [math.nan if isinstance(result, Exception) else result.score for result in results]
+    unscored = [float(math.isnan(score)) for score in scores]
+    rewards = [0.0 if math.isnan(score) else score for score in scores]
+    return OpenRLHFAnswer(rewards=rewards, scores=rewards, extra_logs={"unscored": unscored})
+
+
+def _unscored(number: int, error: Any) -> ScoredResponse:
+    """Our own sentences are for the reader; what a library says may hold more than he should see."""
+    told = (
+        str(error) if isinstance(error, ValueError | TypeError) else f"it could not be scored ({type(error).__name__})."
+    )
+    return ScoredResponse(steps=[], score=None, truncated_steps=0, error=f"row {number}: {_NUMBER.sub('', told)}")
