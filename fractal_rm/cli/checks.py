@@ -1,4 +1,7 @@
-"""What commands check before any work starts, and how they write what they found."""
+"""What commands check before any work starts, and how they write what they found.
+
+Libraries that take seconds to import are imported inside functions: `--help` and a wrong path need none of them.
+"""
 
 import contextlib
 import json
@@ -12,8 +15,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-from fractal_rm.files import write_atomic
 
 # Where `fractal-rm quickstart` puts its models: recipes that start from them say how to get them.
 _QUICKSTART = "quickstart"
@@ -167,12 +168,6 @@ def to_json(values: Any) -> str:
     return json.dumps(plain(values), indent=2, ensure_ascii=False) + "\n"
 
 
-def write_outputs(folder: Path, metrics: Mapping[str, Any], card: str) -> None:
-    """Write `metrics.json` and the model card, each in one move."""
-    write_atomic(folder / "metrics.json", to_json(metrics))
-    write_atomic(folder / "README.md", card)
-
-
 def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a table with a column for each split."""
     numbers = {
@@ -184,11 +179,12 @@ def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
     for split in numbers:
         table.add_column(split, justify="right")
     for name in dict.fromkeys(name for values in numbers.values() for name in values):
-        table.add_row(name, *(_cell(values.get(name)) for values in numbers.values()))
+        table.add_row(name, *(number_cell(values.get(name)) for values in numbers.values()))
     Console().print(table, markup=False)
 
 
-def _cell(value: float | None) -> str:
+def number_cell(value: float | None) -> str:
+    """A number as a table shows it; a dash for one that is not known."""
     if value is None or not math.isfinite(value):
         return "—"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fractal_rm.cli.arguments import DataArguments, LoraArguments, TrainArguments
+from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.checks import (
     check_model,
     check_writable_folder,
@@ -25,6 +26,20 @@ from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.data import to_bags
 from fractal_rm.reward_training.stages import plan
 from fractal_rm.reward_training.trainer import FractalTrainer
+
+
+@dataclass
+class TrainArguments:
+    """What `fractal-rm train` needs beside [`FractalConfig`]."""
+
+    _argument_group_name = "model"
+
+    model: str = field(
+        metadata={
+            "help": "Path or hub id: a causal language model for `scorer=likelihood`, any backbone for `scorer=token`, "
+            "a sentence-transformers model for `scorer=embedding`."
+        }
+    )
 
 
 def train(argv: Sequence[str]) -> None:
