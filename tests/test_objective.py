@@ -290,7 +290,7 @@ def test_pairs_and_labels_train_together(encoder, tmp_path):
     ("options", "sentence"),
     [
         ({"cosine_prior_weight": -0.1}, "`cosine_prior_weight` is -0.1"),
-        ({"missed_good": 0.5, "missed_bad": 0.5}, "sum to 1 or more"),
+        ({"missed_good": 0.5, "missed_bad": 0.5}, "sum to less than 1"),
         ({"gold_fraction": 1.5}, "`gold_fraction` is 1.5"),
         ({"hybrid_prior_weight": 0.1}, "`hybrid_prior_weight` needs gold step labels"),
         ({"hybrid_prior_weight": 0.1, "instance_weight": 1.0, "gold_fraction": 0.0}, "needs gold step labels"),

@@ -21,7 +21,7 @@ from fractal_rm.cli.checks import (
 from fractal_rm.cli.parser import parse
 from fractal_rm.data.bag import check_text
 from fractal_rm.files import write_atomic
-from fractal_rm.hf.model_card import policy_card
+from fractal_rm.hf.cards import policy_card
 from fractal_rm.hf.progress import RichProgress
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.pages import StepScoresCallback

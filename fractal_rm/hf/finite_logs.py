@@ -1,4 +1,4 @@
-"""What a trainer may log: numbers that every tracker and JSON can hold."""
+"""Logs that every tracker and JSON can hold: finite numbers only."""
 
 import logging
 import math
@@ -8,15 +8,15 @@ from typing import Any
 from transformers import Trainer
 
 logger = logging.getLogger(__name__)
-# That a metric is not defined is nothing to worry about; that one of these is no number is.
+# An undefined metric is harmless; if one of these is NaN or infinite, the training diverges.
 _VITAL = ("loss", "grad_norm")
 
 
 class FiniteLogs(Trainer):
-    """A trainer whose logs are plain finite numbers; what is not is left out, and a loss that is not is warned of.
+    """A trainer that logs finite numbers only; it leaves out all else and warns if the loss is not finite.
 
-    TRL logs None where a number is not known, metrics are NaN where they are not defined, and a training that diverges
-    logs NaN: each tracker drops these or fails in its own way, and strict JSON has none of them.
+    TRL logs None for an unknown number, undefined metrics are NaN, and a diverging training logs NaN. Trackers drop
+    these or fail, each in its own way, and strict JSON cannot hold them.
     """
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

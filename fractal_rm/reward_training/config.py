@@ -1,7 +1,7 @@
 """Configuration of [`FractalTrainer`]."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -10,19 +10,6 @@ from transformers import TrainingArguments
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.objectives.aggregation import Aggregation, meaning
 from fractal_rm.scorers.settings import FractalSettings
-
-_WEIGHTS = (
-    "bag_weight",
-    "easyllp_weight",
-    "instance_weight",
-    "cosine_prior_weight",
-    "negated_cosine_prior_weight",
-    "correlation_prior_weight",
-    "teacher_prior_weight",
-    "likelihood_prior_weight",
-    "hybrid_prior_weight",
-)
-_SHARES = ("missed_good", "missed_bad", "gold_fraction")
 
 
 @dataclass
@@ -200,16 +187,11 @@ class FractalConfig(TrainingArguments):
         # Without an accelerator torch warns about every loader that is told to pin memory.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         self.remove_unused_columns = False
-        for name in (*_WEIGHTS, "pseudo_bag_weight"):
+        for name in (one.name for one in fields(self) if one.name.endswith("_weight")):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. A loss weight is 0 (off) or more.")
-        for name in _SHARES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. Give a share from 0 to 1.")
-        if self.missed_good + self.missed_bad >= 1:
-            raise ValueError(
-                "`missed_good` and `missed_bad` sum to 1 or more: labels would mean the opposite. Lower one."
-            )
+        if not 0 <= self.gold_fraction <= 1:
+            raise ValueError(f"`gold_fraction` is {self.gold_fraction}. Give a share from 0 to 1.")
         if self.bag_weight == self.instance_weight == self.easyllp_weight == 0:
             raise ValueError(
                 "`bag_weight`, `instance_weight` and `easyllp_weight` are all 0: nothing would be learned. Set one."

@@ -21,11 +21,11 @@ from transformers import (
 
 from fractal_rm.data.bag import Bag, check_labels
 from fractal_rm.files import write_atomic
+from fractal_rm.hf.cards import RewardModelCard
 from fractal_rm.hf.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, finish_if_complete
 from fractal_rm.hf.denormals import flush_denormals
 from fractal_rm.hf.finite_logs import FiniteLogs
 from fractal_rm.hf.length_buckets import bucketed_step_logits
-from fractal_rm.hf.model_card import RewardModelCard
 from fractal_rm.hf.parallelism import check_unsharded
 from fractal_rm.hf.processes import logged_means, mean_terms
 from fractal_rm.objectives.calibration import fit_temperature
