@@ -235,7 +235,7 @@ def test_a_warm_start_keeps_the_learned_scale_of_a_likelihood_scorer(tmp_path):
 
 def test_rounds_end_when_no_label_changes(encoder, tmp_path, caplog):
     """A model that learns nothing hands on the same labels again."""
-    with caplog.at_level("INFO", logger="fractal_rm.reward_training.stages"):
+    with caplog.at_level("INFO", logger="fractal_rm.reward_training.trainer"):
         trainer = train(
             tmp_path, encoder, pseudo_labels="hard", pseudo_rounds=5, learning_rate=0.0, head_learning_rate=0.0
         )

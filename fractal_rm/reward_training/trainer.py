@@ -1,8 +1,11 @@
 """A step reward model from labels on whole responses, on `transformers.Trainer`."""
 
+import logging
 import os
+import shutil
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,14 @@ from transformers import (
 from fractal_rm.data.bag import Bag, check_labels
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.cards import RewardModelCard
-from fractal_rm.hf.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, finish_if_complete
+from fractal_rm.hf.checkpoints import (
+    WholeCheckpoints,
+    begin_checkpoint,
+    find_checkpoint,
+    finish_if_complete,
+    last_checkpoint,
+    train_output,
+)
 from fractal_rm.hf.denormals import flush_denormals
 from fractal_rm.hf.finite_logs import FiniteLogs
 from fractal_rm.hf.length_buckets import bucketed_step_logits
@@ -44,13 +54,27 @@ from fractal_rm.reward_training.logit_metrics import by_item, collected_bags, ev
 from fractal_rm.reward_training.model_setup import make_trainable, model_name, move_to_group
 from fractal_rm.reward_training.objective import StageKind, loss_terms, term_weights
 from fractal_rm.reward_training.prior_targets import prior_targets
-from fractal_rm.reward_training.stages import Stage, plan, reveal_gold, train_in_stages, withhold_gold
+from fractal_rm.reward_training.stages import (
+    Finished,
+    Stage,
+    equal_labels,
+    hybrid_targets,
+    most_uncertain,
+    plan,
+    read_finished,
+    reveal_gold,
+    split_logits,
+    step_targets,
+    withhold_gold,
+    write_finished,
+)
 from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.checkpoint import head_parameters, load_scorer, save_scorer
 from fractal_rm.scorers.inputs import make_inputs
 from fractal_rm.scorers.likelihood import LikelihoodScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 
+logger = logging.getLogger(__name__)
 # Trainable weights of a PEFT run, unmerged: what resuming needs and the ordinary folder cannot hold.
 _TRAINABLE_FILE = "trainable.safetensors"
 # Responses on which weight and bias of the likelihood scorer are fitted before training; two numbers need no more.
@@ -198,13 +222,87 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
                     "each with checkpoints of its own. Give true: it goes on where it was."
                 )
             with flush_denormals(self.accelerator.device):
-                return train_in_stages(self, resume=bool(resume_from_checkpoint), **kwargs)
+                return self._train_in_stages(stages, resume=bool(resume_from_checkpoint), **kwargs)
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         with flush_denormals(self.accelerator.device):
-            return finish_if_complete(self, checkpoint) or self.train_stage(stages[0], checkpoint, **kwargs)
+            return finish_if_complete(self, checkpoint) or self._train_stage(stages[0], checkpoint, **kwargs)
 
-    def train_stage(self, stage: Stage, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train one stage from the weights of now; the likelihood scorer's weight and bias are fitted at the start."""
+    def _train_in_stages(self, stages: Sequence[Stage], *, resume: bool, **kwargs: Any) -> Any:
+        """Train stage after stage, each in its own folder.
+
+        A stage hands on the logits that its model gives to the steps of the training data.
+
+        Args:
+            stages: What to train; the model is at the start of the training.
+            resume: Skip finished stages, and go on from the last checkpoint of the one that is not finished.
+            kwargs: Passed to `Trainer.train`.
+
+        Returns:
+            What `Trainer.train` returns for the last stage; the log history then holds all stages.
+        """
+        args, data = self.args, self.data
+        output, start = Path(str(args.output_dir)), self._trainable()
+        result, history, handed = None, [], []
+        if not resume:
+            self._remove(output / stage.name for stage in stages)
+        for stage in stages:
+            if stage.kind == "pseudo":
+                labels = step_targets(data, handed, args)
+                if equal_labels(labels, data.targets.get("pseudo_labels")):
+                    logger.info("Pseudo-labels did not change: %s and later rounds are left out.", stage.name)
+                    break
+                data.targets["pseudo_labels"] = labels
+            if stage.kind != "pseudo" or args.pseudo_start == "fresh":
+                self.scorer.load_state_dict(start, strict=False)
+            folder = output / stage.name
+            finished = read_finished(folder) if resume else None
+            if finished is None:
+                checkpoint = last_checkpoint(folder) if resume else None
+                result, logits = self._train_in_folder(stage, folder, checkpoint, **kwargs)
+            else:
+                self.state, weights, logits = finished
+                self.scorer.load_state_dict(weights, strict=False)
+                result = train_output(self.state)
+            history += [entry | {"stage": stage.name} for entry in self.state.log_history]
+            handed = split_logits(logits, data, args.num_grades)
+            if not stage.reads_gold:
+                reveal_gold(data, self.withheld, most_uncertain(handed, args.num_grades), args)
+            if stage.kind == "gold":
+                data.targets["hybrid"] = hybrid_targets(data, handed, args.num_grades)
+        self.state.log_history = history
+        return result
+
+    def _train_in_folder(self, stage: Stage, folder: Path, checkpoint: str | None, **kwargs: Any) -> tuple[Any, Tensor]:
+        """Train a stage in its folder; returns what `Trainer.train` does, and the logits to hand on in one row."""
+        args = self.args
+        output, args.output_dir = args.output_dir, str(folder)
+        set_seed(args.seed)  # a stage must not depend on whether the ones before it ran in this process
+        self.optimizer = self.lr_scheduler = None
+        try:
+            result = finish_if_complete(self, checkpoint) or self._train_stage(stage, checkpoint, **kwargs)
+        finally:
+            args.output_dir = output
+        logits = torch.cat([row.flatten() for row in self.step_logits(self.data)]).cpu()
+        if self.is_world_process_zero():
+            write_finished(folder, Finished(self.state, self._trainable(), logits))
+        self.accelerator.wait_for_everyone()
+        return result, logits
+
+    def _remove(self, folders: Iterable[Path]) -> None:
+        """Remove the stages of an earlier run."""
+        if self.is_world_process_zero():
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _trainable(self) -> dict[str, Tensor]:
+        """Copies of the weights that training changes."""
+        named = self.scorer.named_parameters()
+        form = torch.contiguous_format  # as safetensors want it
+        return {name: x.detach().cpu().clone(memory_format=form) for name, x in named if x.requires_grad}
+
+    def _train_stage(self, stage: Stage, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train one stage from the current weights; fit the likelihood scorer's weight and bias first."""
         self._stage = stage.kind
         everything = self.train_dataset
         goes_on = resume_from_checkpoint or (stage.kind == "pseudo" and self.args.pseudo_start == "warm")
@@ -368,8 +466,7 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         saved = save_scorer(folder, self.scorer, self.processor, self.settings)
         write_atomic(folder / "README.md", self.card.text(saved, self.processor))
         if self.scorer.is_adapted:
-            trainable = {name: p.detach().contiguous() for name, p in self.scorer.named_parameters() if p.requires_grad}
-            save_file(trainable, folder / f"{_TRAINABLE_FILE}.tmp")
+            save_file(self._trainable(), folder / f"{_TRAINABLE_FILE}.tmp")
             os.replace(folder / f"{_TRAINABLE_FILE}.tmp", folder / _TRAINABLE_FILE)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
