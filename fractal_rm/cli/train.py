@@ -1,10 +1,8 @@
 """`fractal-rm train`: a step reward model from response labels."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.checks import (
@@ -17,9 +15,6 @@ from fractal_rm.cli.checks import (
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.data.bag import Bag
-from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, score_bags
-from fractal_rm.evaluation.intervals import estimates
-from fractal_rm.evaluation.responses import judge_responses
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.progress import RichProgress
 from fractal_rm.reward_training.config import FractalConfig
@@ -67,22 +62,8 @@ def train(argv: Sequence[str]) -> None:
         peft_config=lora.config(),
     )
     with RichProgress(trainer, "Training"):
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics: dict[str, Any] = {"train": {"responses": len(bags["train"]), **result.metrics}}
-    reward_model = trainer.reward_model()
-    if trainer.eval_dataset is not None:
-        trainer.calibrate()
-    scored = {split: score_bags(reward_model, bags[split]) for split in ("eval", "test") if split in bags}
-    if "eval" in scored:
-        threshold = choose_threshold(scored["eval"], bags["eval"], aggregation=trainer.settings.aggregation)
-        if not math.isnan(threshold):
-            trainer.settings.threshold = threshold
-    for split, results in scored.items():
-        metrics[split] = evaluate_scores(results, bags[split], trainer.settings.threshold)
-        judged = judge_responses(results, bags[split], trainer.settings.threshold)
-        trainer.card.intervals[split] = {k: v for k, v in estimates(judged).items() if k in metrics[split]}
-    trainer.card.metrics, trainer.card.judge, trainer.card.data = dict(metrics), None, data.name
-    trainer.card.intervals.pop("evaluation", None)  # `eval` is the same data, measured with the final threshold
+        trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.finish(bags.get("test"), data=data.name)
     trainer.save_model()
     if trainer.is_world_process_zero():
         write_atomic(folder / "metrics.json", to_json(metrics | {"history": trainer.state.log_history}))

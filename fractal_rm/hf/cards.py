@@ -39,6 +39,12 @@ class RewardModelCard:
         self.metrics["evaluation"], self.judge = metrics, judge
         self.intervals.pop("evaluation", None)
 
+    def forget_evaluation(self) -> None:
+        """Drop the metrics of the last evaluation."""
+        self.metrics.pop("evaluation", None)
+        self.intervals.pop("evaluation", None)
+        self.judge = None
+
     def text(self, settings: FractalSettings, processor: Processor) -> str:
         """The card.
 

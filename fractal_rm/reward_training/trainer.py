@@ -1,11 +1,12 @@
 """A step reward model from labels on whole responses, on `transformers.Trainer`."""
 
 import logging
+import math
 import os
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from transformers import (
 )
 
 from fractal_rm.data.bag import Bag, check_labels
+from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, score_bags
+from fractal_rm.evaluation.intervals import estimates
+from fractal_rm.evaluation.responses import judge_responses
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.cards import RewardModelCard
 from fractal_rm.hf.checkpoints import (
@@ -125,6 +129,7 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
             for name, records in (("train", train_dataset), ("eval", eval_dataset))
             if records is not None
         }
+        self.eval_bags = bags.get("eval")
         if "train" in bags:
             check_labels(bags["train"])
             if args.instance_weight == 0:  # gold labels are not read: not even to tell which long responses to keep
@@ -209,23 +214,26 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
     # Learning -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`.
+        """As in `transformers.Trainer`; [`FractalTrainer.finish`] then calibrates and measures what was learned.
 
         A configuration with several stages (hybrid prior, pseudo-labels, choice of gold labels by uncertainty) trains
         each in a folder of its own; with `resume_from_checkpoint=True`, finished ones are skipped.
         """
         stages = plan(self.args)
-        if len(stages) > 1:
-            if resume_from_checkpoint not in (None, False, True, ""):
-                raise ValueError(
-                    f"`resume_from_checkpoint` is {resume_from_checkpoint}, and there are {len(stages)} stages, "
-                    "each with checkpoints of its own. Give true: it goes on where it was."
-                )
-            with flush_denormals(self.accelerator.device):
-                return self._train_in_stages(stages, resume=bool(resume_from_checkpoint), **kwargs)
-        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if len(stages) > 1 and resume_from_checkpoint not in (None, False, True, ""):
+            raise ValueError(
+                f"`resume_from_checkpoint` is {resume_from_checkpoint}, and there are {len(stages)} stages, "
+                "each with checkpoints of its own. Give true: it goes on where it was."
+            )
         with flush_denormals(self.accelerator.device):
-            return finish_if_complete(self, checkpoint) or self._train_stage(stages[0], checkpoint, **kwargs)
+            if len(stages) > 1:
+                result = self._train_in_stages(stages, resume=bool(resume_from_checkpoint), **kwargs)
+            else:
+                checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+                result = finish_if_complete(self, checkpoint) or self._train_stage(stages[0], checkpoint, **kwargs)
+        if self.train_dataset is not None:
+            self.card.metrics["train"] = {"responses": self.data.truncation.total, **result.metrics}
+        return result
 
     def _train_in_stages(self, stages: Sequence[Stage], *, resume: bool, **kwargs: Any) -> Any:
         """Train stage after stage, each in its own folder.
@@ -434,7 +442,7 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         return found
 
     def calibrate(self) -> float:
-        """Fit the temperature of the scores to the response labels of the evaluation data; the checkpoint stores it.
+        """Fit the temperature to the response labels of the evaluation data, as [`FractalTrainer.finish`] does.
 
         Returns:
             The temperature; 1 for grades and preferences, whose labels say nothing about probabilities.
@@ -455,6 +463,43 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
                 logits, labels, mask, aggregation=self.settings.aggregation, sharpness=self.settings.sharpness
             )
         return self.settings.temperature
+
+    def finish(self, test_dataset: Records | None = None, *, data: str | None = None) -> dict[str, Mapping[str, Any]]:
+        """Calibrate the model on the evaluation data, measure it, and complete its card. Call it before `save_model`.
+
+        Temperature and threshold are fitted to the response labels of the evaluation data, and the checkpoint stores
+        them; gold step labels are used for metrics only. `train` does not call this: it changes the scale of the scores
+        and costs a forward pass over the held-out data, so the caller says when the model is final. `fractal-rm train`
+        calls it.
+
+        Args:
+            test_dataset: More held-out rows, for metrics alone.
+            data: Name of the training data, for the card.
+
+        Returns:
+            The metrics of the splits `train`, `eval` and `test`, as far as there are such data. Without evaluation
+            data the temperature stays 1 and the threshold 0.5.
+
+        Raises:
+            ValueError: If the test data cannot be read or has prompts of another kind than the training data.
+        """
+        splits = {} if self.eval_bags is None else {"eval": self.eval_bags}
+        if test_dataset is not None:
+            splits["test"] = to_bags(test_dataset, self.settings, source="test data")
+        if "eval" in splits:
+            self.calibrate()
+            self.card.forget_evaluation()  # the same data, measured before calibration
+        scored = {split: score_bags(self.reward_model(), bags) for split, bags in splits.items()}
+        if "eval" in splits:
+            threshold = choose_threshold(scored["eval"], splits["eval"], aggregation=self.settings.aggregation)
+            if not math.isnan(threshold):
+                self.settings.threshold = threshold
+        self.card.data = data or self.card.data
+        for split, results in scored.items():
+            self.card.metrics[split] = evaluate_scores(results, splits[split], self.settings.threshold)
+            found = estimates(judge_responses(results, splits[split], self.settings.threshold))
+            self.card.intervals[split] = {k: v for k, v in found.items() if k in self.card.metrics[split]}
+        return dict(self.card.metrics)
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
