@@ -165,7 +165,7 @@ def _metrics(
 
 
 def _number(value: Any) -> str:
-    """A number in four digits, nothing for what is none."""
+    """A number in four digits; an empty text for other values."""
     if not isinstance(value, int | float):
         return ""
     return f"{value:.4g}" if math.isfinite(value) else "—"
@@ -223,12 +223,7 @@ _GRADES = "return (logits.softmax(-1) @ torch.arange(logits.size(-1)).float() / 
 
 
 def _without_this_package(settings: FractalSettings, processor: Processor) -> str:
-    """A section of a model card: code that gives the same step scores, or why there is none.
-
-    Args:
-        settings: What the checkpoint remembers.
-        processor: Its tokenizer or sentence encoder.
-    """
+    """A section of a model card: code that gives the same step scores, or the reason why transformers alone cannot."""
     if isinstance(processor, SentenceEncoder):
         return f"{_HEADING}\n\nThe folder loads with sentence-transformers; its scoring head needs fractal-rm.\n"
     if _spaced(processor):
