@@ -9,8 +9,9 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from fractal_rm.cli.arguments import DATA_DIR_VARIABLE, check_counts, find_file, find_split
+from fractal_rm.cli.arguments import check_counts
 from fractal_rm.cli.checks import check_model, check_writable_file, load_reward_model, number_cell, to_json
+from fractal_rm.cli.data_files import DATA_DIR_VARIABLE, find_file, find_split
 from fractal_rm.cli.parser import parse
 
 
