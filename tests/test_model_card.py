@@ -14,7 +14,7 @@ from support.stand_ins import save_encoder, save_policy, solutions
 from transformers import AutoModel, AutoModelForTokenClassification
 
 from fractal_rm import FractalConfig, FractalTrainer
-from fractal_rm.hf.model_card import RewardModelCard
+from fractal_rm.hf.cards import RewardModelCard
 from fractal_rm.reward_model import StepRewardModel
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -13,6 +13,7 @@ from support.stand_ins import save_encoder
 from torch import Tensor
 from transformers import TrainerCallback
 
+from fractal_rm.evaluation.evaluate import choose_threshold, evaluate, score_bags
 from fractal_rm.objectives.calibration import fit_temperature
 from fractal_rm.objectives.grades import ordinal_pseudo_labels
 from fractal_rm.objectives.preferences import preference_pseudo_labels
@@ -20,6 +21,7 @@ from fractal_rm.objectives.pseudo_labels import posteriors, pseudo_labels
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training import stages
 from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.data import to_bags
 from fractal_rm.reward_training.stages import most_uncertain, plan, reveal_gold, step_targets
 from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
@@ -235,7 +237,7 @@ def test_a_warm_start_keeps_the_learned_scale_of_a_likelihood_scorer(tmp_path):
 
 def test_rounds_end_when_no_label_changes(encoder, tmp_path, caplog):
     """A model that learns nothing hands on the same labels again."""
-    with caplog.at_level("INFO", logger="fractal_rm.reward_training.stages"):
+    with caplog.at_level("INFO", logger="fractal_rm.reward_training.trainer"):
         trainer = train(
             tmp_path, encoder, pseudo_labels="hard", pseudo_rounds=5, learning_rate=0.0, head_learning_rate=0.0
         )
@@ -512,3 +514,40 @@ def test_preferences_and_grades_are_not_calibrated(encoder, tmp_path):
 def test_calibration_needs_held_out_data(encoder, tmp_path):
     with pytest.raises(ValueError, match="There is no evaluation data to calibrate on"):
         make(tmp_path, encoder).calibrate()
+
+
+def test_a_finished_model_has_the_temperature_and_the_threshold_of_the_evaluation_data(encoder, tmp_path):
+    held_out, other = sums(20, seed=3), sums(10, seed=4)
+    trainer = FractalTrainer(encoder, args=config(tmp_path), train_dataset=ROWS, eval_dataset=held_out)
+    trainer.train()
+    metrics = trainer.finish(other, data="sums")
+    trainer.save_model()
+    loaded = StepRewardModel.from_pretrained(tmp_path)
+    bags = to_bags(held_out, loaded.settings, source="held out")
+    threshold = choose_threshold(score_bags(loaded, bags), bags)
+    assert loaded.settings.threshold == pytest.approx(threshold, abs=1e-6) != 0.5
+    assert loaded.settings.temperature == trainer.calibrate() != 1.0
+    assert {split: found["responses"] for split, found in metrics.items()} == {"train": 20, "eval": 20, "test": 10}
+    assert metrics["test"]["threshold"] == metrics["eval"]["threshold"] == loaded.settings.threshold
+    test_bags = to_bags(other, loaded.settings, source="other")
+    assert metrics["test"] == pytest.approx(evaluate(loaded, test_bags), abs=1e-5)
+    card = (tmp_path / "README.md").read_text()
+    assert "| data | sums (" in card
+    for split, name in (("train", "train_loss"), ("eval", "bag_auc"), ("test", "within_bag_auc")):
+        assert f"| {split} | {name} | {metrics[split][name]:.4g} |" in card
+    assert "| evaluation |" not in card
+
+
+def test_gold_step_labels_change_no_temperature_and_no_threshold(encoder, tmp_path):
+    found = []
+    for held_out in (sums(20, seed=3), scrambled(sums(20, seed=3))):
+        trainer = FractalTrainer(encoder, args=config(tmp_path), train_dataset=ROWS, eval_dataset=held_out)
+        trainer.finish()
+        found.append((trainer.settings.temperature, trainer.settings.threshold))
+    assert found[0] == found[1] != (1.0, 0.5)
+
+
+def test_a_model_without_evaluation_data_is_measured_and_keeps_its_scale(encoder, tmp_path):
+    trainer = train(tmp_path, encoder)
+    assert trainer.finish(sums(10, seed=4))["test"]["threshold"] == 0.5
+    assert trainer.settings.temperature == 1.0

@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import fractal_rm
-from fractal_rm.cli.main import COMMANDS
+from fractal_rm.cli.main import COMMANDS, run
 from fractal_rm.files import write_atomic
 
 PACKAGE = Path(fractal_rm.__file__).parent
@@ -69,8 +69,8 @@ def commands_page() -> str:
         "# Commands",
         "`fractal-rm <command> --config file.yaml --any_flag value`: flags beat the file.",
     ]
-    for name, command in COMMANDS.items():
-        parts += [f"## fractal-rm {name}", (command.__doc__ or "").strip()]
+    for name, says in COMMANDS.items():
+        parts += [f"## fractal-rm {name}", says]
         kinds = arguments_of(name)
         parts.append(field_table(*(kind for kind in kinds if kind.__name__ not in PUBLIC)))
         parts += [
@@ -97,7 +97,7 @@ def arguments_of(command: str) -> list[type]:
 
     with mock.patch.object(CommandParser, "__init__", record):
         try:
-            COMMANDS[command]([])
+            run(command, [])
         except _Recorded:
             return kinds
     raise ValueError(f"`fractal-rm {command}` reads its arguments without `parse`: describe them here.")

@@ -1,4 +1,7 @@
-"""What commands check before any work starts, and how they write what they found."""
+"""What commands check before any work starts, and how they write what they found.
+
+Libraries that take seconds to import are imported inside functions: `--help` and a wrong path need none of them.
+"""
 
 import contextlib
 import json
@@ -13,8 +16,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fractal_rm.files import write_atomic
-
 # Where `fractal-rm quickstart` puts its models: recipes that start from them say how to get them.
 _QUICKSTART = "quickstart"
 # A row of transformers' table of weights that a folder lacks or has too many of: the weight and what is wrong with it.
@@ -25,7 +26,7 @@ _OF_A_LAYER = re.compile(r"\.(\d|\{)")
 
 
 def check_writable_folder(folder: str | Path) -> None:
-    """Raise unless files can be written into a folder; what is made to find out is taken away again.
+    """Raise unless files can be written into a folder; folders made for the test are removed again.
 
     Raises:
         OSError: Names the folder and what to do.
@@ -53,10 +54,10 @@ def check_writable_file(path: str | Path) -> None:
 
 
 def check_model(path: str) -> None:
-    """Raise if a path is meant as a local model folder and is none; hub ids pass.
+    """Raise if a path means a local folder that holds no model; hub ids pass.
 
     Raises:
-        FileNotFoundError: If there is no such folder; for a folder of the quickstart the sentence says how to get it.
+        FileNotFoundError: If the folder is missing; for a folder of the quickstart the message says how to make it.
         ValueError: If the folder holds no model.
     """
     folder = Path(path)
@@ -98,14 +99,14 @@ def check_chat_templates(model: str, reward_models: Sequence[Any]) -> None:
 
 
 def checkpoint_to_resume(config: Any) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` means: a path, or with `true` the last whole one, if there is one.
+    """The checkpoint that `resume_from_checkpoint` means: a path, or with `true` the last complete one, if any.
 
     Args:
         config: `TrainingArguments`.
 
     Raises:
-        FileNotFoundError: If a path is given and is not there.
-        ValueError: If it holds a part of a checkpoint.
+        FileNotFoundError: If a path is given and missing.
+        ValueError: If its checkpoint is incomplete.
     """
     from fractal_rm.hf.checkpoints import find_checkpoint, last_checkpoint
 
@@ -120,9 +121,9 @@ def checkpoint_to_resume(config: Any) -> str | None:
 
 
 def hide_loading_bars() -> None:
-    """Take away transformers' bars over weights, and its table where it tells of nothing but a new head.
+    """Hide transformers' bars over weights, and its table of weights where only a new head is missing.
 
-    What is left on standard error matters.
+    What remains on standard error matters.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -131,13 +132,13 @@ def hide_loading_bars() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for the table of a token classification model that lacks only its head, which training is there to make."""
+    """False for the table of a token classification model that lacks only its head, which training makes."""
     message = record.getMessage()
     if "ForTokenClassification LOAD REPORT" not in message:
         return True
     rows = _REPORT_ROW.findall(message)
     missing = [weight for weight, status in rows if status == "MISSING"]
-    # What other heads need is left over as well; layers that are left over are a body cut short.
+    # Weights of another head may be left over too; left-over layers mean that the body was cut short.
     harmless = all(
         status == "MISSING" or (status == "UNEXPECTED" and not _OF_A_LAYER.search(weight)) for weight, status in rows
     )
@@ -153,7 +154,7 @@ def load_reward_model(path: str, batch_size: int = 32) -> Any:
 
 
 def to_json(values: Any) -> str:
-    """Indented JSON; numbers that are not finite, which JSON does not have, become null."""
+    """Indented JSON; NaN and infinite numbers, which JSON cannot hold, become null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -167,12 +168,6 @@ def to_json(values: Any) -> str:
     return json.dumps(plain(values), indent=2, ensure_ascii=False) + "\n"
 
 
-def write_outputs(folder: Path, metrics: Mapping[str, Any], card: str) -> None:
-    """Write `metrics.json` and the model card, each in one move."""
-    write_atomic(folder / "metrics.json", to_json(metrics))
-    write_atomic(folder / "README.md", card)
-
-
 def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a table with a column for each split."""
     numbers = {
@@ -184,11 +179,12 @@ def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
     for split in numbers:
         table.add_column(split, justify="right")
     for name in dict.fromkeys(name for values in numbers.values() for name in values):
-        table.add_row(name, *(_cell(values.get(name)) for values in numbers.values()))
+        table.add_row(name, *(number_cell(values.get(name)) for values in numbers.values()))
     Console().print(table, markup=False)
 
 
-def _cell(value: float | None) -> str:
+def number_cell(value: float | None) -> str:
+    """A number as a table shows it; a dash for one that is not known."""
     if value is None or not math.isfinite(value):
         return "—"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

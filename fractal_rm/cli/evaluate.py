@@ -3,29 +3,94 @@
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from fractal_rm.cli.arguments import EvaluateArguments
-from fractal_rm.cli.checks import check_model, check_writable_file, load_reward_model, to_json
-from fractal_rm.cli.data_files import benchmark_from_hub, find_file, find_split, load_published, read_rows
+from fractal_rm.cli.arguments import check_counts
+from fractal_rm.cli.checks import check_model, check_writable_file, load_reward_model, number_cell, to_json
+from fractal_rm.cli.data_files import (
+    DATA_DIR_VARIABLE,
+    benchmark_from_hub,
+    find_file,
+    find_split,
+    load_published,
+    read_rows,
+)
 from fractal_rm.cli.parser import parse
-from fractal_rm.data.formats.index import FORMATS, check_meaning
+from fractal_rm.data.formats.index import FORMATS, FormatName, check_meaning
+
+
+@dataclass
+class EvaluateArguments:
+    """Arguments of `fractal-rm evaluate`."""
+
+    model: str = field(metadata={"help": "Step reward model: the folder that `fractal-rm train` wrote, or a hub id."})
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows with `label` and, where known, `step_labels`: a file, or a data set in `data_dir`; of a "
+            "benchmark its official files, or none to take them from the hub."
+        },
+    )
+    benchmark: Literal["processbench", "prmbench", "best_of_n"] | None = field(
+        default=None,
+        metadata={
+            "help": "Judge by the rule of a benchmark; `best_of_n` takes rows of sampled solutions with `prompt`, "
+            "`response`, `label` (is it right?) and, for majority votes, `answer`."
+        },
+    )
+    compare_to: str | None = field(
+        default=None, metadata={"help": "A second model, judged on the same responses: paired differences."}
+    )
+    split: str = field(default="test", metadata={"help": "Split, where `data` is the name of a data set."})
+    output: str = field(default="metrics.json", metadata={"help": "Where to write the metrics."})
+    threshold_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Other rows with `label`, to choose the threshold on below which a step is called wrong; default: "
+            "the threshold that the checkpoint remembers."
+        },
+    )
+    tune_on: Literal["gsm8k", "math", "olympiadbench", "omnimath"] = field(
+        default="gsm8k",
+        metadata={"help": "processbench: the subset on whose gold labels a second threshold is chosen."},
+    )
+    answer_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "best_of_n: regular expression whose first group is the final answer, where rows have no `answer`."
+        },
+    )
+    outcome_model: str | None = field(
+        default=None, metadata={"help": "best_of_n: a model that scores each response as one step, as a control."}
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": f"Folder of data sets by name; default: that of the environment's {DATA_DIR_VARIABLE}."},
+    )
+    dataset_format: FormatName | None = field(
+        default=None,
+        metadata={"help": "Read `data` as its authors published it, docs/datasets.md; None of it: the hub's copy."},
+    )
+    batch_size: int = field(default=32, metadata={"help": "Responses in a forward pass."})
+    limit: int | None = field(default=None, metadata={"help": "Most rows read of each file: the first ones."})
+
+    def __post_init__(self) -> None:
+        check_counts(self.batch_size, self.limit)
+        for name in ("outcome_model", "answer_pattern"):
+            if getattr(self, name) is not None and self.benchmark != "best_of_n":
+                raise ValueError(f"`{name}` has an effect with `benchmark=best_of_n` only. Leave it out.")
+        if self.dataset_format is not None and self.benchmark is not None:
+            raise ValueError("`dataset_format` has no effect with `benchmark`, which reads its own. Leave one out.")
+        if self.threshold_file is not None and self.benchmark == "best_of_n":
+            raise ValueError("`threshold_file` has no effect with `benchmark=best_of_n`. Leave it out.")
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Judge one model, or compare two on the same responses; write `metrics.json` and print a table.
-
-    Args:
-        argv: Arguments of the command.
-
-    Raises:
-        OSError: If a file or folder is not there or cannot be written.
-        TypeError: If a value of a row has the wrong type.
-        ValueError: If an argument, a model or a row is wrong.
-    """
+    """Judge one model, or compare two on the same responses; write `metrics.json` and print a table."""
     (arguments,) = parse("evaluate", [EvaluateArguments], argv)
     check_writable_file(arguments.output)
     for model in (arguments.model, arguments.compare_to, arguments.outcome_model):
@@ -129,18 +194,12 @@ def _print(source: str, judgements: list[Any], found: list[dict[str, Any]], gain
     for column in (*columns, *(["difference"] if gains else [])):
         table.add_column(column, justify="right")
     for name in dict.fromkeys(name for judgement in judgements for name in judgement.counts):
-        cells = [_count(judgement.counts.get(name)) for judgement in judgements]
+        cells = [number_cell(judgement.counts.get(name)) for judgement in judgements]
         table.add_row(name, *cells, *([""] if gains else []))
     for name in dict.fromkeys(name for values in found for name in values):
         cells = [_interval(values[name]) if name in values else "—" for values in found]
         table.add_row(name, *cells, *([_interval(gains[name], signed=True)] if name in gains else []))
     Console().print(table, markup=False)
-
-
-def _count(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "—"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _interval(estimate: Any, *, signed: bool = False) -> str:

@@ -4,14 +4,13 @@ Exit status 0; or not 0 and one sentence on standard error: what was wrong, wher
 own bugs.
 """
 
-import contextlib
 import difflib
-import json
+import importlib
 import linecache
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fractal_rm import __version__
@@ -19,191 +18,22 @@ from fractal_rm import __version__
 BAD_INPUT, INTERRUPTED = 2, 130
 # Packages whose complaints are about what they were given. An error that is raised elsewhere is a bug.
 _COMPLAINANTS = ("fractal_rm", "transformers", "trl", "peft", "datasets", "huggingface_hub", "accelerate")
-# Bad rows that `score` names on the screen; all of them are in its output.
-_NAMED_ROWS = 10
-
-
-def quickstart(argv: Sequence[str]) -> int:
-    """The whole pipeline on arithmetic word problems: CPU, minutes, no network."""
-    from fractal_rm.cli.checks import check_writable_folder
-    from fractal_rm.cli.parser import parse
-    from fractal_rm.study.quickstart import QuickstartArguments, run_quickstart
-
-    (arguments,) = parse("quickstart", [QuickstartArguments], argv)
-    check_writable_folder(arguments.output_dir)
-    run_quickstart(arguments)
-    return 0
-
-
-def train(argv: Sequence[str]) -> int:
-    """Train a step reward model from response labels."""
-    from fractal_rm.cli.train import train
-
-    train(argv)
-    return 0
-
-
-def score(argv: Sequence[str]) -> int:
-    """Score the steps of the responses in a file."""
-    from fractal_rm.cli.arguments import ScoreArguments
-    from fractal_rm.cli.checks import check_model, check_writable_file, load_reward_model
-    from fractal_rm.cli.parser import parse
-
-    (arguments,) = parse("score", [ScoreArguments], argv)
-    for output in (arguments.output, arguments.html):
-        if output is not None:
-            check_writable_file(output)
-    for model in (arguments.model, arguments.compare_to):
-        if model is not None:
-            check_model(model)
-    from fractal_rm.cli.data_files import read_rows
-    from fractal_rm.evaluation.score_rows import add_second_model, score_rows
-    from fractal_rm.files import write_atomic
-    from fractal_rm.report.terminal import show_steps
-    from fractal_rm.report.viewer import write_viewer
-
-    rows = read_rows(Path(arguments.input), arguments.dataset_format, arguments.limit)
-    reward_model = load_reward_model(arguments.model, arguments.batch_size)
-    records = score_rows(reward_model, rows, source=arguments.input)
-    if arguments.compare_to is not None:
-        add_second_model(records, load_reward_model(arguments.compare_to, arguments.batch_size))
-    errors = [record["error"] for record in records if record["error"]]
-    if len(errors) == len(records):
-        raise ValueError(f"None of {len(records)} responses could be scored. First: {errors[0]}")
-    for error in errors[:_NAMED_ROWS]:
-        print(error, file=sys.stderr)
-    if len(errors) > _NAMED_ROWS:
-        print(f"... and {len(errors) - _NAMED_ROWS} more, see {arguments.output}.", file=sys.stderr)
-    write_atomic(arguments.output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    if arguments.html is not None:
-        names = (arguments.model, arguments.compare_to) if arguments.compare_to is not None else None
-        title, threshold = f"Step scores of {Path(arguments.input).name}", reward_model.settings.threshold
-        write_viewer(arguments.html, records, title=title, threshold=threshold, models=names)
-    show_steps(records[: arguments.show], threshold=reward_model.settings.threshold)
-    page = f", {arguments.html} shows them" if arguments.html else ""
-    print(
-        f"Scored {len(records) - len(errors)} of {len(records)} responses: {arguments.output} holds the scores{page}."
-    )
-    return 0
-
-
-def evaluate(argv: Sequence[str]) -> int:
-    """Judge a step reward model on labelled responses or a benchmark, or compare two."""
-    from fractal_rm.cli.evaluate import evaluate
-
-    evaluate(argv)
-    return 0
-
-
-def ppo(argv: Sequence[str]) -> int:
-    """Train a policy with PPO on step rewards, outcome rewards, or both."""
-    from fractal_rm.cli.ppo import ppo
-
-    ppo(argv)
-    return 0
-
-
-def compare(argv: Sequence[str]) -> int:
-    """Dense against outcome-only rewards on arithmetic settings, over paired seeds."""
-    from fractal_rm.cli.compare import compare
-
-    compare(argv)
-    return 0
-
-
-def serve(argv: Sequence[str]) -> int:
-    """Answer requests for step scores over HTTP."""
-    from fractal_rm.cli.arguments import ServeArguments
-    from fractal_rm.cli.checks import check_model, load_reward_model
-    from fractal_rm.cli.parser import parse
-
-    (arguments,) = parse("serve", [ServeArguments], argv)
-    check_model(arguments.model)
-    try:
-        from fractal_rm.serving.limits import Limits
-        from fractal_rm.serving.server import serve
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn"):
-            raise
-        raise ImportError(f"The server needs {error.name}. Install it: `pip install 'fractal-rm[serve]'`.") from error
-    limits = Limits(**{name: getattr(arguments, name) for name in Limits.__dataclass_fields__})
-    reward_model = load_reward_model(arguments.model, arguments.batch_size)
-    with contextlib.suppress(KeyboardInterrupt):  # how a server is ended
-        serve(
-            reward_model,
-            name=arguments.model,
-            host=arguments.host,
-            port=arguments.port,
-            limits=limits,
-            wait=arguments.wait,
-            ends=arguments.ends or (),
-        )
-    return 0
-
-
-def report(argv: Sequence[str]) -> int:
-    """Tables from rows of results.jsonl, or curves from runs of PPO."""
-    from fractal_rm.cli.arguments import ReportArguments
-    from fractal_rm.cli.checks import check_writable_file
-    from fractal_rm.cli.parser import parse
-
-    (arguments,) = parse("report", [ReportArguments], argv)
-    for output in (arguments.output, arguments.figure):
-        if output is not None:
-            check_writable_file(output)
-    if arguments.runs is not None:
-        _report_runs(arguments.runs, arguments.output, arguments.figure, arguments.title or "Training")
-    else:
-        _report_results(arguments.results, arguments.output, arguments.metrics, arguments.title or "Results")
-    return 0
-
-
-def _report_runs(entries: list[str], output: str | None, figure: str | None, title: str) -> None:
-    from fractal_rm.report.plots import require_matplotlib
-
-    require_matplotlib()
-    from fractal_rm.report.training_history import read_runs
-    from fractal_rm.report.training_report import save_training_figure, write_training_report
-
-    runs = read_runs(entries)
-    if output is not None:
-        write_training_report(output, runs, title=title)
-    if figure is not None:
-        save_training_figure(figure, runs)
-    print(f"Wrote {' and '.join(filter(None, (output, figure)))}.")
-
-
-def _report_results(results: str, output: str | None, metrics: list[str] | None, title: str) -> None:
-    if not Path(results).is_file():
-        raise FileNotFoundError(f"{results} is no file. Give the path of a results.jsonl.")
-    from fractal_rm.evaluation.results import read_results
-    from fractal_rm.files import write_atomic
-    from fractal_rm.report.results_page import write_results_page
-    from fractal_rm.report.tables import markdown_table
-
-    rows = read_results(results)
-    bad = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("metrics"), dict)), None)
-    if bad is not None:
-        raise ValueError(f"{results}, row {bad} holds no metrics. Give rows that this package wrote.")
-    table = markdown_table(rows, metrics=metrics)
-    if output is None:
-        print(table)
-        return
-    if output.endswith(".md"):
-        write_atomic(output, f"# {title}\n\n{table}\n")
-    else:
-        write_results_page(output, rows, metrics=metrics, title=title)
-    print(f"{output} holds the table.")
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    command.__name__: command for command in (quickstart, train, score, evaluate, ppo, compare, serve, report)
+# What `fractal-rm --help` says of each command: the function of that name in the module of that name.
+COMMANDS = {
+    "quickstart": "The whole pipeline on arithmetic word problems: CPU, minutes, no network.",
+    "train": "Train a step reward model from response labels.",
+    "score": "Score the steps of the responses in a file.",
+    "evaluate": "Judge a step reward model on labelled responses or a benchmark, or compare two.",
+    "ppo": "Train a policy with PPO on step rewards, outcome rewards, or both.",
+    "compare": "Dense against outcome-only rewards on arithmetic settings, over paired seeds.",
+    "serve": "Answer requests for step scores over HTTP.",
+    "report": "Tables from rows of results.jsonl, or curves from runs of PPO.",
 }
 
 
 def usage() -> str:
     """What `fractal-rm --help` prints."""
-    lines = [f"  {name:<12}{(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<12}{says}" for name, says in COMMANDS.items()]
     return "\n".join(
         [
             "usage: fractal-rm <command> [--config file.yaml] [--any_flag value ...]",
@@ -215,6 +45,11 @@ def usage() -> str:
             "`fractal-rm <command> --help` lists the arguments of a command; flags beat the file.",
         ]
     )
+
+
+def run(command: str, argv: Sequence[str]) -> None:
+    """Import the module of a command, and nothing of the others, and call it with its arguments."""
+    getattr(importlib.import_module(f"fractal_rm.cli.{command}"), command)(argv)
 
 
 def is_bad_input(error: BaseException) -> bool:
@@ -258,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # default of transformers that does nothing without a GPU.
             warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing.* is deprecated", FutureWarning)
             warnings.filterwarnings("ignore", "'pin_memory' argument is set as true", UserWarning)
-            return COMMANDS[name](rest)
+            run(name, rest)
+        return 0
     except SystemExit as end:  # argparse, after --help
         return int(end.code or 0)
     except KeyboardInterrupt:

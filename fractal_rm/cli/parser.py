@@ -1,7 +1,7 @@
-"""How the arguments of a command are read: `fractal-rm <command> --config file.yaml --any_flag value`.
+"""Read the arguments of a command: `fractal-rm <command> --config file.yaml --any_flag value`.
 
-Flags beat the file. `trl.TrlParser` makes flags of dataclasses; what is added here is that a mistake (in a flag, in a
-key of the file, in a value) is one sentence that names the place and the nearest name there is.
+Flags beat the file. `trl.TrlParser` turns dataclasses into flags. This module turns every mistake (in a flag, a key of
+the file, a value) into one sentence that names the place and the nearest known name.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from trl.scripts.utils import TrlParser
 
-# Names less alike than this are no help.
+# Least similarity of a name that is worth suggesting.
 _ALIKE = 0.5
 
 
@@ -41,7 +41,7 @@ def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tup
 
     Raises:
         OSError: If the configuration file cannot be read.
-        ValueError: If a flag, a key or a value is not as it should be.
+        ValueError: If a flag, a key or a value is wrong.
         SystemExit: After `--help`, with status 0.
     """
     parser = CommandParser(command, dataclasses)
@@ -90,8 +90,8 @@ class CommandParser(TrlParser):
         """Take the values of a YAML file as defaults, after checking them as flags are checked.
 
         Raises:
-            OSError: If there is no such file.
-            ValueError: If it is no YAML mapping, or a key or value is not as it should be.
+            OSError: If the file is missing.
+            ValueError: If the file does not hold a YAML mapping, or a key or value is wrong.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} is no file. Give `--config` the path of a YAML file.")

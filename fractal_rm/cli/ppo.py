@@ -1,12 +1,13 @@
 """`fractal-rm ppo`: a policy, trained on step rewards, outcome rewards, or both."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 
-from fractal_rm.cli.arguments import DataArguments, LoraArguments, PPOArguments
+from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.checks import (
     check_chat_templates,
     check_model,
@@ -15,19 +16,80 @@ from fractal_rm.cli.checks import (
     hide_loading_bars,
     load_reward_model,
     print_metrics,
-    write_outputs,
+    to_json,
 )
 from fractal_rm.cli.parser import parse
-from fractal_rm.cli.prompts import read_prompts, reward_function
-from fractal_rm.data.prompts import is_chat
-from fractal_rm.hf.model_card import policy_card
+from fractal_rm.data.prompts import check_prompt, check_same_kind, is_chat
+from fractal_rm.data.readers import naming
+from fractal_rm.files import write_atomic
+from fractal_rm.hf.cards import policy_card
 from fractal_rm.hf.progress import RichProgress
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.report.rollout_pages import StepScoresCallback
+from fractal_rm.tasks import gsm8k
+from fractal_rm.tasks.arithmetic import problems as arithmetic
 
 # What the screen and the model card show of some thirty numbers; metrics.json holds all of them.
 _SHOWN = ("train_runtime", "train_loss", "eval_rewards/", "eval_completions/mean_length", "eval_kl")
+# Seeds of problem lists, apart from each other and from those that policies are made with.
+_TRAIN_SEED, _EVAL_SEED = 3_000_000, 4_000_000
+
+
+@dataclass
+class PPOArguments:
+    """What `fractal-rm ppo` needs beside [`StepPPOConfig`]."""
+
+    _argument_group_name = "models and rewards"
+
+    model: str = field(metadata={"help": "The policy: path or hub id of a causal language model."})
+    reward_model: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Step reward models, for dense rewards: folders or hub ids, weighted by `step_reward_weights`; "
+            "`none` takes out those of the file."
+        },
+    )
+    reward_function: Literal["exact_answer", "gsm8k_answer"] | None = field(
+        default=None,
+        metadata={
+            "help": "Outcome reward: `exact_answer` (task arithmetic), `gsm8k_answer` (column `answer`, extra `math`)."
+        },
+    )
+    value_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Token classification model with one label, for `advantage=gae`; or `reward_model` for the reward "
+            "model's backbone, `shared` for a head on the policy's own; default: made of the policy."
+        },
+    )
+    value_use_peft: bool = field(
+        default=True,
+        metadata={"help": "With `use_peft`: low-rank adapters for the value model too, in place of all its weights."},
+    )
+    task: Literal["arithmetic", "gsm8k"] | None = field(
+        default=None,
+        metadata={
+            "help": "`arithmetic` makes its own problems; `gsm8k` reads rows with `question` and `answer`; without a "
+            "task, rows hold `prompt` and the columns that the reward function reads."
+        },
+    )
+    num_problems: int = field(default=4096, metadata={"help": "Task arithmetic: problems to train on."})
+    num_eval_problems: int = field(default=256, metadata={"help": "Task arithmetic: held-out problems; 0 for none."})
+    chat: bool = field(
+        default=True, metadata={"help": "Task gsm8k: ask in a chat, for models with a chat template; else as text."}
+    )
+    page_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps from one page of completions with their step scores to the next, in "
+            "`output_dir/step_scores`; 0: no pages."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.reward_model == ["none"]:
+            self.reward_model = None
 
 
 def ppo(argv: Sequence[str]) -> None:
@@ -85,7 +147,89 @@ def ppo(argv: Sequence[str]) -> None:
             settings={name: getattr(config, name) for name in kept},
             metrics=shown,
         )
-        write_outputs(folder, metrics | {"history": trainer.state.log_history}, card)
+        write_atomic(folder / "metrics.json", to_json(metrics | {"history": trainer.state.log_history}))
+        write_atomic(folder / "README.md", card)
         print_metrics(shown)
         print(f"{folder} holds the policy, metrics.json and README.md.")
     trainer.accelerator.end_training()  # a process that exits within a process group may abort
+
+
+def read_prompts(
+    arguments: PPOArguments, data: DataArguments, split: Literal["train", "eval"], seed: int
+) -> list[dict[str, Any]] | None:
+    """Rows for `StepPPOTrainer`: `prompt`, and the columns that reward functions read.
+
+    Args:
+        arguments: Task and reward function.
+        data: Files or data set.
+        split: Rows to train on, or held-out ones.
+        seed: Seed of made problems.
+
+    Returns:
+        The rows; None if there are none to evaluate on.
+
+    Raises:
+        OSError: If a file cannot be read.
+        TypeError: If a prompt is neither text nor a chat.
+        ValueError: If there is nothing to train on, or rows do not suit the task or the reward function.
+    """
+    if arguments.task == "arithmetic":
+        if data.train_file or data.eval_file or data.dataset_name:
+            raise ValueError(
+                "`task=arithmetic` makes its own problems, but a file or data set is given too. Leave one of them out."
+            )
+        count = arguments.num_problems if split == "train" else arguments.num_eval_problems
+        if count < (split == "train"):
+            name, least = ("num_problems", 1) if split == "train" else ("num_eval_problems", 0)
+            raise ValueError(f"`{name}` is {count}. Give {least} or more.")
+        problems = arithmetic.make_problems(count, seed=seed + (_TRAIN_SEED if split == "train" else _EVAL_SEED))
+        return [{"prompt": problem.prompt} for problem in problems] or None
+    found = data.read(split)
+    if found is None:
+        if split == "train":
+            raise ValueError("There are no prompts. Give `train_file`, `dataset_name` or `task=arithmetic`.")
+        return None
+    rows, source = found
+    if data.dataset_format is not None:
+        rows = [{"prompt": prompt} for prompt in dict.fromkeys(bag.prompt for bag in rows)]
+    if arguments.task == "gsm8k":
+        rows = gsm8k.read_gsm8k(rows, source=source, chat=arguments.chat)
+    check_prompts(rows, source)
+    if arguments.reward_function is not None:
+        _check_reward_columns(rows, source, arguments.reward_function)
+    return rows
+
+
+def check_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Raise unless every row has a prompt, all of them texts or all of them chats."""
+    for number, row in enumerate(rows, 1):
+        where = f"{source}, row {number}"
+        if row.get("prompt") is None:
+            names = ", ".join(map(repr, row)) or "no columns"
+            raise ValueError(f"{where}: column 'prompt' is missing (found: {names}); add it, or set `task`.")
+        with naming(source, number):
+            check_prompt(row["prompt"])
+            check_same_kind(row["prompt"], rows[0]["prompt"])
+            if not (is_chat(row["prompt"]) or row["prompt"].strip()):
+                raise ValueError("the prompt is empty; drop the row or write the prompt.")
+
+
+def _check_reward_columns(rows: Sequence[Mapping[str, Any]], source: str, name: str) -> None:
+    for number, row in enumerate(rows, 1):
+        with naming(source, number):
+            if name == "gsm8k_answer" and not isinstance(row.get("answer"), str):
+                raise ValueError(f"`reward_function={name}` reads the column 'answer', a text; add it.")
+            if name == "exact_answer":
+                arithmetic.Problem.from_prompt("" if is_chat(row["prompt"]) else row["prompt"])
+
+
+def reward_function(name: str) -> Callable[..., list[float]]:
+    """The reward function of a name, with what it needs installed.
+
+    Raises:
+        ImportError: If it needs a package that is missing.
+    """
+    if name == "exact_answer":
+        return arithmetic.exact_answer
+    gsm8k.gsm8k_answer([], [], [])  # says now, not after the first rollout, if math-verify is missing
+    return gsm8k.gsm8k_answer

@@ -1,11 +1,10 @@
 """`fractal-rm train`: a step reward model from response labels."""
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from fractal_rm.cli.arguments import DataArguments, LoraArguments, TrainArguments
+from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.checks import (
     check_model,
     check_writable_folder,
@@ -18,15 +17,26 @@ from fractal_rm.cli.parser import parse
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.index import check_meaning
 from fractal_rm.data.prompts import is_chat
-from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, score_bags
-from fractal_rm.evaluation.intervals import estimates
-from fractal_rm.evaluation.responses import judge_responses
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.progress import RichProgress
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.data import to_bags
 from fractal_rm.reward_training.stages import plan
 from fractal_rm.reward_training.trainer import FractalTrainer
+
+
+@dataclass
+class TrainArguments:
+    """What `fractal-rm train` needs beside [`FractalConfig`]."""
+
+    _argument_group_name = "model"
+
+    model: str = field(
+        metadata={
+            "help": "Path or hub id: a causal language model for `scorer=likelihood`, any backbone for `scorer=token`, "
+            "a sentence-transformers model for `scorer=embedding`."
+        }
+    )
 
 
 def train(argv: Sequence[str]) -> None:
@@ -56,22 +66,8 @@ def train(argv: Sequence[str]) -> None:
         peft_config=lora.config(),
     )
     with RichProgress(trainer, "Training"):
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics: dict[str, Any] = {"train": {"responses": len(bags["train"]), **result.metrics}}
-    reward_model = trainer.reward_model()
-    if trainer.eval_dataset is not None:
-        trainer.calibrate()
-    scored = {split: score_bags(reward_model, bags[split]) for split in ("eval", "test") if split in bags}
-    if "eval" in scored:
-        threshold = choose_threshold(scored["eval"], bags["eval"], aggregation=trainer.settings.aggregation)
-        if not math.isnan(threshold):
-            trainer.settings.threshold = threshold
-    for split, results in scored.items():
-        metrics[split] = evaluate_scores(results, bags[split], trainer.settings.threshold)
-        judged = judge_responses(results, bags[split], trainer.settings.threshold)
-        trainer.card.intervals[split] = {k: v for k, v in estimates(judged).items() if k in metrics[split]}
-    trainer.card.metrics, trainer.card.judge, trainer.card.data = dict(metrics), None, data.name
-    trainer.card.intervals.pop("evaluation", None)  # `eval` is the same data, measured with the final threshold
+        trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.finish(bags.get("test"), data=data.name)
     trainer.save_model()
     if trainer.is_world_process_zero():
         write_atomic(folder / "metrics.json", to_json(metrics | {"history": trainer.state.log_history}))

@@ -1,10 +1,10 @@
 """Checkpoints that a killed run can be resumed from.
 
 `transformers.Trainer` writes a checkpoint in place, file after file. A run that is killed meanwhile leaves a folder
-that looks like the last checkpoint and holds a part of it. `trainer_state.json` is the file that is written last, so a
-checkpoint is whole if that file can be read and speaks of the step that the folder is named for. Three things keep
-that true: the file of an older run is taken away before a folder is written again; all processes have written their
-share before it appears; whoever looks for a checkpoint asks here.
+that looks like the last checkpoint and is incomplete. `trainer_state.json` is written last, so a checkpoint is complete
+if that file can be read and states the step that the folder is named for. Three rules keep that true:
+[`begin_checkpoint`] deletes the file of an older run before a folder is written again; [`WholeCheckpoints`] lets all
+processes write their share before the file appears; every search for a checkpoint goes through this module.
 """
 
 import json
@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 STATE = "trainer_state.json"
@@ -21,10 +21,10 @@ _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 def is_complete(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint was written to its end.
+    """Whether a checkpoint is complete.
 
     Args:
-        checkpoint: A folder; one that has another name than `checkpoint-<step>` may be of any step.
+        checkpoint: A folder. Unless it is named `checkpoint-<step>`, its state may be of any step.
     """
     try:
         state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
@@ -35,27 +35,27 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The checkpoint of the latest step in an output folder that was written to its end; None if there is none."""
+    """The latest complete checkpoint in an output folder; None if there is none."""
     named = ((path, _NAME.fullmatch(path.name)) for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
     steps = sorted(((int(found[1]), path) for path, found in named if found), reverse=True)
     return next((str(path) for _, path in steps if is_complete(path)), None)
 
 
 def begin_checkpoint(folder: str | Path) -> None:
-    """Take away what would make a checkpoint look whole while it is written again; other folders are left alone."""
+    """Delete the file that makes a checkpoint look complete, before it is written again; leave other folders alone."""
     if _NAME.fullmatch(Path(folder).name):
         (Path(folder) / STATE).unlink(missing_ok=True)
 
 
 def find_checkpoint(wanted: Any, output_dir: str | Path | None) -> str | None:
-    """What `resume_from_checkpoint` of `Trainer.train` means.
+    """The checkpoint that `resume_from_checkpoint` of `Trainer.train` means.
 
     Args:
-        wanted: A path; True: the last whole checkpoint; anything false: none.
+        wanted: A path; True: the last complete checkpoint; anything false: none.
         output_dir: Where the run writes its checkpoints.
 
     Raises:
-        ValueError: If there is no whole checkpoint, or the path holds a part of one.
+        ValueError: If there is no complete checkpoint, or the path holds an incomplete one.
     """
     if not wanted:
         return None
@@ -73,14 +73,14 @@ def find_checkpoint(wanted: Any, output_dir: str | Path | None) -> str | None:
 
 
 def finish_if_complete(trainer: Any, checkpoint: str | None) -> TrainOutput | None:
-    """Load a checkpoint that was written after the last step: `Trainer.train` would make one step more.
+    """Load a checkpoint that was written after the last step, because `Trainer.train` would make one step more.
 
     Args:
         trainer: A `transformers.Trainer` whose weights are not sharded.
         checkpoint: The checkpoint, or None.
 
     Returns:
-        What `Trainer.train` would have returned, as far as the log says it; None if there are steps to go.
+        What `Trainer.train` would have returned, as far as the log tells; None if steps are left.
     """
     if checkpoint is None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None
@@ -94,7 +94,7 @@ def finish_if_complete(trainer: Any, checkpoint: str | None) -> TrainOutput | No
 
 
 def _last_step(state: TrainerState, args: TrainingArguments) -> float:
-    """Where the run ends as it is configured now, which may be later than when the checkpoint was written."""
+    """The last step by the present configuration, which may differ from the one that wrote the checkpoint."""
     if args.max_steps > 0:
         return args.max_steps
     # The state rounds `num_train_epochs` up; `epoch` says how far the run came, to a step.
@@ -103,17 +103,19 @@ def _last_step(state: TrainerState, args: TrainingArguments) -> float:
 
 
 def train_output(state: TrainerState) -> TrainOutput:
-    """What `Trainer.train` returned for a run that is finished, as far as its log says it."""
+    """What `Trainer.train` returned for a finished run, as far as its log tells."""
     last = state.log_history[-1] if state.log_history else {}
     metrics = {name: value for name, value in last.items() if name.startswith("train_")}
     return TrainOutput(state.global_step, metrics.get("train_loss", math.nan), metrics)
 
 
-class WholeCheckpoints:
-    """For a `transformers.Trainer`: `trainer_state.json` is written when every process has written all of its files."""
+class WholeCheckpoints(Trainer):
+    """A trainer whose `trainer_state.json` is written after every process has written all of its files.
 
-    accelerator: Any
+    Being a `Trainer` itself, it comes before `Trainer` in the method resolution order wherever it stands among the base
+    classes.
+    """
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""Numbers next to zero, with which a CPU computes many times slower than with others."""
+"""Flush denormals to zero in training: CPUs process them many times slower than other numbers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,16 +8,16 @@ import torch
 
 @contextmanager
 def flush_denormals(device: torch.device) -> Iterator[None]:
-    """Let the CPU take numbers below 1e-38 as 0 for a while.
+    """Let the CPU round numbers below 1e-38 to 0 inside a `with` block.
 
-    A policy that is sure of its tokens has gradients full of them: with small models half of the time of a backward
-    pass went into numbers that no update ever shows (docs/speed.md). The setting is PyTorch's own
-    (`torch.set_flush_denormal`) and the process's, so it is put back afterwards.
+    The gradients of a policy that is sure of its tokens are full of denormals: small models spent half of the backward
+    pass on numbers that change no weight (docs/speed.md). The setting (`torch.set_flush_denormal`) belongs to the whole
+    process, so it is restored at the end.
 
     Args:
-        device: Where is trained; on a GPU nothing changes.
+        device: The device of the training; on a GPU nothing changes.
     """
-    if device.type != "cpu" or not _kept():
+    if device.type != "cpu" or _already_flushed():
         yield
         return
     torch.set_flush_denormal(True)
@@ -27,6 +27,6 @@ def flush_denormals(device: torch.device) -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def _kept() -> bool:
-    """Whether subnormal numbers are there: PyTorch does not tell."""
-    return bool(torch.tensor([torch.finfo(torch.float32).tiny]) * 0.1 > 0)
+def _already_flushed() -> bool:
+    """Whether the process flushes denormals now; PyTorch has no function that says so."""
+    return not bool(torch.tensor([torch.finfo(torch.float32).tiny]) * 0.1 > 0)

@@ -1,7 +1,7 @@
-"""Forward passes with little padding: responses of like length together, no wider than the longest of them.
+"""Forward passes with little padding: a batch is split into length buckets, each as wide as its longest text.
 
-TRL pads a rollout to its longest prompt and its longest response, and every model then reads that padding. Responses of
-math problems differ much in length, and so do those of a policy that sometimes does not end.
+TRL pads a rollout to its longest prompt and its longest response, and every model then reads that padding. Responses to
+math problems differ much in length, more so if the policy sometimes fails to end.
 """
 
 from collections.abc import Sequence
@@ -12,23 +12,23 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 
-# Parts of a batch: with more of them, little padding is left to save.
+# Buckets of a batch: more of them would save little more padding.
 _PARTS = 4
-# Fewest padded tokens in a part: with fewer, starting a forward pass costs more than the padding.
+# Fewest padded tokens in a bucket: below, starting a forward pass costs more than the padding.
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSEWHERE = 16_384
-# Of what scorers read, the tensors with a column for each token.
+# Scorer inputs with one column per token.
 _BY_TOKEN = ("input_ids", "attention_mask", "step_ids")
-# Sorting and joining cost something too.
+# Least share of the padded tokens to save: sorting and joining have a cost too.
 _LEAST_SAVING = 0.05
 
 
 def may_be_sorted(model: Any, accelerator: Accelerator) -> bool:
-    """Whether a model may read parts of like length, each with its own padding.
+    """Whether a model may read length buckets, each with its own padding on the left.
 
-    Not one with learned positions, only with rotary ones, of which differences matter: padding on the left would move a
-    text elsewhere in each part, and its log-probability would depend on its neighbours. And not in one of several
-    processes: they wait for each other at every forward pass, and the number of parts depends on the texts.
+    Only models with rotary positions may, where differences of positions matter: with learned positions, a text's
+    log-probability would depend on the padding of its bucket. Several processes may not: they wait for each other at
+    every forward pass, and the number of buckets depends on the texts.
 
     Args:
         model: A transformers model, wrapped or not.
@@ -41,27 +41,27 @@ def may_be_sorted(model: Any, accelerator: Accelerator) -> bool:
 
 
 class Part(NamedTuple):
-    """Rows of a batch, and the columns that hold all that these rows hold."""
+    """A length bucket: rows of a batch, and the columns that hold all of their text."""
 
     rows: Tensor
     columns: slice
 
     def of(self, *texts: Tensor) -> list[Tensor]:
-        """The part of tensors (B, W)."""
+        """These rows and columns of tensors (B, W)."""
         return [text[self.rows, self.columns] for text in texts]
 
 
 class LengthBuckets:
-    """A batch of padded texts in parts.
+    """A batch of padded texts, split into length buckets.
 
     Args:
         attention_mask: True or 1 where there is text (B, W): prompts padded on the left, completions on the right.
-        prompt_width: Columns of prompts, P. A part holds the last of them and at least one of completions.
-        most_rows: Most rows of a part; None: all.
-        sort: Whether parts may be of like length. Otherwise they are the rows in their order, and all columns.
+        prompt_width: Columns of prompts, P. A bucket holds the last of them and at least one column of completions.
+        most_rows: Most rows of a bucket; None: all.
+        sort: Whether to sort rows by length. Otherwise buckets keep the order of the rows, and all columns.
 
     Attributes:
-        parts: The parts; together they hold every row once.
+        parts: The buckets; together they hold every row once.
 
     Example:
         >>> mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]])  # two columns of prompts
@@ -85,7 +85,7 @@ class LengthBuckets:
             self._sort(attention_mask.bool().cpu(), number)
 
     def _sort(self, mask: Tensor, number: int) -> None:
-        """Take parts of like length, if that saves anything."""
+        """Sort the rows into buckets, if that saves enough."""
         order = mask.sum(dim=1).argsort(stable=True)
         parts = [Part(rows, self._columns(mask[rows])) for rows in order.tensor_split(number)]
         padded = sum(len(part.rows) * (part.columns.stop - part.columns.start) for part in parts)
@@ -93,27 +93,27 @@ class LengthBuckets:
             self.parts, self._order = parts, order
 
     def _columns(self, mask: Tensor) -> slice:
-        """The columns from the first to the last in which any of these rows has text."""
+        """The columns from the first to the last with text in any of these rows."""
         used = mask.any(dim=0).nonzero().squeeze(1).tolist() or [self._prompt_width]
         return slice(min(used[0], self._prompt_width - 1), max(used[-1], self._prompt_width) + 1)
 
     def completion_width(self, part: Part) -> int:
-        """Columns of completions in a part."""
+        """Columns of completions in a bucket."""
         return part.columns.stop - self._prompt_width
 
     def in_order(self, pieces: Sequence[Tensor]) -> Tensor:
-        """What was computed of the rows of each part (b, ...), in the order of the batch (B, ...)."""
+        """Results for the rows of each bucket (b, ...), in the order of the batch (B, ...)."""
         rows = torch.cat(list(pieces))
         return rows if self._order is None else rows[self._order.argsort().to(rows.device)]
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """What was computed of the parts, for the whole batch: 0 in the columns that a part has not.
+        """Results for the whole batch from the results of its buckets; 0 in columns outside a bucket.
 
         Args:
-            pieces: One per part, in their order: (b, w, ...) for all its columns, or for its last ones alone.
+            pieces: One per bucket, in their order: (b, w, ...) for all of its columns, or for the last ones alone.
 
         Returns:
-            The same of the batch, in the order of its rows: (B, W, ...), or its last columns.
+            Results in the order of the batch's rows: (B, W, ...), or its last columns.
         """
         if self._order is None:
             return self.in_order(pieces)
@@ -127,11 +127,11 @@ class LengthBuckets:
 
 
 def bucketed_step_logits(scorer: Any, inputs: dict[str, Tensor], accelerator: Accelerator) -> Tensor:
-    """A scorer's step logits (B, S, ...), computed part by part.
+    """A scorer's step logits (B, S, ...), computed bucket by bucket.
 
     Args:
         scorer: The scorer, wrapped or not.
-        inputs: What it takes of a batch; texts are padded on the right.
+        inputs: Its arguments from a batch; texts are padded on the right.
         accelerator: The trainer's.
     """
     attention_mask = inputs.get("attention_mask")
@@ -146,17 +146,17 @@ def bucketed_step_logits(scorer: Any, inputs: dict[str, Tensor], accelerator: Ac
 
 
 def bucketed_log_probs(log_probs: Any, parts: LengthBuckets, model: Any, *texts: Tensor, **options: Any) -> Any:
-    """TRL's log-probabilities and entropies, computed part by part.
+    """TRL's log-probabilities and entropies, computed bucket by bucket.
 
     Args:
         log_probs: TRL's method.
-        parts: The parts of the batch.
+        parts: The buckets of the batch.
         model: The model.
         texts: Token ids and attention mask, (B, W) each.
         options: Further arguments of the method.
 
     Returns:
-        Log-probabilities (B, T), entropies (B, T) or None, and None for what only mixtures of experts have.
+        Log-probabilities (B, T), entropies (B, T) or None, and None in place of the mixture-of-experts loss.
     """
     results = [log_probs(model, *part.of(*texts), parts.completion_width(part), **options) for part in parts.parts]
     logps, entropies, _ = zip(*results, strict=True)

@@ -1,8 +1,8 @@
-"""What works when weights are spread over processes, and what is refused before training.
+"""What FSDP and DeepSpeed cannot do here, refused before training.
 
-With data parallelism (DDP) every process holds whole models and everything works. FSDP and DeepSpeed hold one model in
-pieces, the one that `Trainer` prepares. A model beside it must be whole in every process or not be there:
-`recipes/accelerate/README.md` has the table.
+With data parallelism (DDP) every process holds complete models and everything works. FSDP and DeepSpeed shard the one
+model that `Trainer` prepares; every other model must be complete in every process. `recipes/accelerate/README.md` has
+the table.
 """
 
 import os
@@ -15,14 +15,9 @@ _FILES = "The files in recipes/accelerate say how."
 
 
 def check_separate_value_model(trainer: Any) -> None:
-    """Raise if a value model of its own is to be trained beside a policy that is not whole in every process.
+    """Raise ValueError if a separate value model is to be trained with a sharded policy.
 
-    Args:
-        trainer: A `transformers.Trainer`.
-
-    Raises:
-        ValueError: Under FSDP, whose optimizer knows the parameters of one model, and under DeepSpeed, which has one
-            engine for one model.
+    FSDP's optimizer knows the parameters of one model, and DeepSpeed has one engine for one model.
     """
     engine = _engine(trainer)
     if engine:
@@ -33,34 +28,26 @@ def check_separate_value_model(trainer: Any) -> None:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether the processes hold parts of one model, which all of them have to gather equally often."""
+    """Whether the processes hold shards of one model, which all of them must gather equally often."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def check_online_training(trainer: Any) -> None:
-    """Raise if a reward model is to go on learning beside a policy in pieces.
-
-    Args:
-        trainer: A `transformers.Trainer`.
-
-    Raises:
-        ValueError: Under FSDP and DeepSpeed.
-    """
+    """Raise ValueError if a reward model is to be updated while the policy is sharded."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError("`rm_update_every` does not work with FSDP and DeepSpeed yet. Use DDP, or set it to 0.")
 
 
 def check_whole_model(trainer: Any, model: nn.Module, name: str) -> None:
-    """Raise if a model that only scores was not loaded as a whole in every process.
+    """Raise if a process holds only a part of a model that scores.
 
     Args:
         trainer: A `transformers.Trainer`.
         model: The model.
-        name: What it is, for the sentence.
+        name: Its name in the message.
 
     Raises:
-        ValueError: If DeepSpeed ZeRO-3 has partitioned it while it was loaded, or FSDP has left it empty in all
-            processes but the first.
+        ValueError: If DeepSpeed ZeRO-3 partitioned it at load, or FSDP left it empty in all processes but the first.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
@@ -76,14 +63,7 @@ def check_whole_model(trainer: Any, model: nn.Module, name: str) -> None:
 
 
 def check_unsharded(trainer: Any) -> None:
-    """Raise if the weights of a reward model in training would be in pieces when it is saved.
-
-    Args:
-        trainer: A `transformers.Trainer`.
-
-    Raises:
-        ValueError: Under FSDP and under DeepSpeed ZeRO-3.
-    """
+    """Raise ValueError if the trained reward model is sharded (FSDP, DeepSpeed ZeRO-3): it could not be saved."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None) if trainer.is_deepspeed_enabled else None
     if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
         raise ValueError(
@@ -93,5 +73,5 @@ def check_unsharded(trainer: Any) -> None:
 
 
 def _engine(trainer: Any) -> str | None:
-    """The name of what holds weights in pieces, if anything does."""
+    """The name of the engine that shards weights, None without one."""
     return "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None

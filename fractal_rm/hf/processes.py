@@ -1,7 +1,8 @@
-"""Several processes that share a batch: what has to be known of all rows before a process can go on with its own.
+"""Processes that share a batch: what a process must know of the rows of the others.
 
-A rollout or batch is split into consecutive rows, as many for each process. Means and deviations of the batch, and the
-completions of one prompt, may reach beyond them. In one process everything here returns what it was given.
+A rollout or batch is split into consecutive rows, equally many for each process. Means and deviations are taken over
+the whole batch, and completions of one prompt may lie in several processes. With one process, every function returns
+its input.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +17,10 @@ Row = TypeVar("Row")
 
 
 def rows_of_all(rows: Sequence[Row]) -> tuple[list[Row], slice]:
-    """The rows of all processes in order, and where those of this one are among them.
+    """The rows of all processes in order, and the slice of them that belongs to this process.
 
     Args:
-        rows: Of this process; plain values, as many as every other has.
+        rows: Plain values of this process; every process has equally many.
     """
     first = PartialState().process_index * len(rows)
     return gather_object(list(rows)), slice(first, first + len(rows))
@@ -33,7 +34,7 @@ def masks_of_all(mask: Tensor, accelerator: Accelerator) -> Tensor:
 
 
 def all_reduce(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
-    """What turns a process's sum into that of all processes."""
+    """A function that adds up a tensor over all processes."""
 
     def summed(total: Tensor) -> Tensor:
         everyone: Any = accelerator.reduce(total, reduction="sum")
@@ -45,13 +46,13 @@ def all_reduce(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
 def mean_terms(terms: Mapping[str, Tensor], names: Sequence[str], accelerator: Accelerator) -> dict[str, Tensor]:
     """The mean of each loss term over the batch that all processes share.
 
-    Processes may hold different numbers of what a term applies to, down to none. Gradients are averaged over processes,
-    so each mean is this process's sum over the count of all, times the number of processes.
+    A term may apply to different numbers of rows in each process, down to none. Gradients are averaged over processes,
+    so each mean is this process's sum, divided by the count of all processes, times the number of processes.
 
     Args:
-        terms: Name to values, of this process.
-        names: Every term that some process may have: the same on all.
-        accelerator: Knows the others.
+        terms: The values of each term in this process.
+        names: Every term that some process may have: the same list in all.
+        accelerator: The trainer's.
     """
     if accelerator.num_processes == 1:
         return {name: term.mean() for name, term in terms.items()}
@@ -62,14 +63,14 @@ def mean_terms(terms: Mapping[str, Tensor], names: Sequence[str], accelerator: A
 
 
 def share_metrics(metrics: dict[str, list[float]]) -> None:
-    """Put what all processes measured into each one's lists of numbers to log, whose means are then those of all."""
+    """Extend each process's lists of numbers to log by the numbers of all others: every process logs the same mean."""
     everyone: list[dict[str, list[float]]] = gather_object([dict(metrics)])
     for name in dict.fromkeys(name for one in everyone for name in one):
         metrics[name] = [value for one in everyone for value in one.get(name, [])]
 
 
 def logged_means(terms: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
-    """The mean of each term over what all processes have of it since the last log."""
+    """The mean of each term over the values of all processes since the last log."""
     here = {name: (float(sum(part.sum() for part in parts)), sum(map(len, parts))) for name, parts in terms.items()}
     everyone = gather_object([here])
     names = dict.fromkeys(name for one in everyone for name in one)

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-# A rollout logs some forty numbers; these say whether it learns. The others are in the logs of `report_to`.
+# A rollout logs some forty numbers; these say whether the model learns. `report_to` gets all of them.
 _SHOWN = ("loss", "reward", "kl", "completions/mean_length", "steps/score", "value/explained_variance")
 _SHOWN_PREFIXES = (
     "loss/",
@@ -22,13 +22,13 @@ _SHOWN_PREFIXES = (
 
 
 class RichProgress(TrainerCallback):
-    """A bar and a line a log, in place of the bars and dictionaries that `transformers.Trainer` prints.
+    """A bar and one line per log, in place of the bars and dictionaries that `transformers.Trainer` prints.
 
-    Use it in a `with` statement around `trainer.train()`, so that the screen is whole again after an error.
+    Use it in a `with` statement around `trainer.train()`: it restores the screen after an error.
 
     Args:
-        trainer: The trainer to follow; its own callbacks for the screen are taken away.
-        description: What stands before the bar.
+        trainer: The trainer to follow; its own screen callbacks are removed.
+        description: Text before the bar.
     """
 
     def __init__(self, trainer: Trainer, description: str) -> None:

@@ -1,7 +1,7 @@
 """Configuration of [`FractalTrainer`]."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -10,18 +10,6 @@ from transformers import TrainingArguments
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.objectives.aggregation import Aggregation, meaning
 from fractal_rm.scorers.settings import FractalSettings
-
-_WEIGHTS = (
-    "bag_weight",
-    "easyllp_weight",
-    "instance_weight",
-    "cosine_prior_weight",
-    "negated_cosine_prior_weight",
-    "correlation_prior_weight",
-    "teacher_prior_weight",
-    "likelihood_prior_weight",
-    "hybrid_prior_weight",
-)
 
 
 @dataclass
@@ -199,7 +187,7 @@ class FractalConfig(TrainingArguments):
         # Without an accelerator torch warns about every loader that is told to pin memory.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         self.remove_unused_columns = False
-        for name in (*_WEIGHTS, "pseudo_bag_weight"):
+        for name in (one.name for one in fields(self) if one.name.endswith("_weight")):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. A loss weight is 0 (off) or more.")
         if not 0 <= self.gold_fraction <= 1:

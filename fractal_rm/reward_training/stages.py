@@ -1,24 +1,23 @@
-"""The stages of a training: gold fraction, response labels with priors, pseudo-labels; each resumable.
+"""The stages of a training: gold fraction, response labels with priors, pseudo-labels.
 
-A stage hands on one thing: the logits that its model gives to the steps of the training data. They become the hybrid
-prior, the choice of responses worth gold labels, or pseudo-labels.
+[`FractalTrainer`] trains them one after the other. Here stands which stages a configuration asks for, what a finished
+one leaves in its folder, and what its logits of the training data become: the hybrid prior, the choice of responses
+worth gold labels, or pseudo-labels.
 """
 
-import logging
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainerState, set_seed
+from transformers import TrainerState
 
 from fractal_rm.files import replacing
-from fractal_rm.hf.checkpoints import STATE, finish_if_complete, last_checkpoint, train_output
+from fractal_rm.hf.checkpoints import STATE
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.objectives.grades import expected_grades, ordinal_pseudo_labels
 from fractal_rm.objectives.preferences import preference_pseudo_labels
@@ -27,10 +26,6 @@ from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.data import BagDataset
 from fractal_rm.reward_training.objective import StageKind
 
-if TYPE_CHECKING:
-    from fractal_rm.reward_training.trainer import FractalTrainer
-
-logger = logging.getLogger(__name__)
 _LOGITS, _WEIGHTS = "step_logits.safetensors", "weights.safetensors"
 # Responses whose posteriors are computed at once: under "mean" they take memory quadratic in the steps.
 _CHUNK = 256
@@ -66,95 +61,29 @@ def plan(args: FractalConfig) -> list[Stage]:
     return stages
 
 
-def train_in_stages(trainer: "FractalTrainer", *, resume: bool, **kwargs: Any) -> Any:
-    """Train stage after stage, each in its own folder.
+class Finished(NamedTuple):
+    """What a finished stage leaves in its folder: its state, the weights that it trained, and the logits to hand on."""
 
-    Args:
-        trainer: Its model is at the start of the training.
-        resume: Skip stages that are finished, and go on with the last checkpoint of the one that is not.
-        kwargs: Passed to `Trainer.train`.
-
-    Returns:
-        What `Trainer.train` returns for the last stage; the trainer's log history then holds all stages.
-    """
-    args, data = trainer.args, trainer.data
-    output, start = Path(str(args.output_dir)), _trainable(trainer)
-    result, history, handed = None, [], []
-    if not resume:
-        _clear(trainer, output)
-    for stage in plan(args):
-        if stage.kind == "pseudo":
-            labels = step_targets(data, handed, args)
-            if _equal(labels, data.targets.get("pseudo_labels")):
-                logger.info("Pseudo-labels did not change: %s and later rounds are left out.", stage.name)
-                break
-            data.targets["pseudo_labels"] = labels
-        if stage.kind != "pseudo" or args.pseudo_start == "fresh":
-            trainer.scorer.load_state_dict(start, strict=False)
-        folder = output / stage.name
-        if resume and (folder / _LOGITS).is_file():
-            result, logits = _load_finished(trainer, folder)
-        else:
-            checkpoint = last_checkpoint(folder) if resume else None
-            result, logits = _train(trainer, stage, folder, checkpoint, **kwargs)
-        history += [entry | {"stage": stage.name} for entry in trainer.state.log_history]
-        handed = split_logits(logits, data, args.num_grades)
-        if not stage.reads_gold:
-            reveal_gold(data, trainer.withheld, most_uncertain(handed, args.num_grades), args)
-        if stage.kind == "gold":
-            data.targets["hybrid"] = hybrid_targets(data, handed, args.num_grades)
-    trainer.state.log_history = history
-    return result
+    state: TrainerState
+    weights: dict[str, Tensor]
+    logits: Tensor
 
 
-def _clear(trainer: "FractalTrainer", output: Path) -> None:
-    """Remove the stages of an earlier run, which are no part of this one."""
-    if trainer.is_world_process_zero():
-        for stage in plan(trainer.args):
-            shutil.rmtree(output / stage.name, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+def write_finished(folder: Path, stage: Finished) -> None:
+    """Write what a stage leaves; the logits come last, because their file says that the stage is finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stage.state.save_to_json(str(folder / STATE))
+    for name, tensors in ((_WEIGHTS, stage.weights), (_LOGITS, {"logits": stage.logits})):
+        with replacing(folder / name) as file:
+            save_file(tensors, file)
 
 
-def _load_finished(trainer: "FractalTrainer", folder: Path) -> tuple[Any, Tensor]:
-    """What [`_train`] returned for the stage that wrote the folder; the trainer is as it was then."""
-    trainer.scorer.load_state_dict(load_file(folder / _WEIGHTS), strict=False)
-    trainer.state = TrainerState.load_from_json(str(folder / STATE))
-    return train_output(trainer.state), load_file(folder / _LOGITS)["logits"]
-
-
-def _train(
-    trainer: "FractalTrainer", stage: Stage, folder: Path, checkpoint: str | None, **kwargs: Any
-) -> tuple[Any, Tensor]:
-    """Train a stage in its folder; what `Trainer.train` returns, and the logits to hand on in one row."""
-    args = trainer.args
-    output, args.output_dir = args.output_dir, str(folder)
-    # A stage must not depend on whether the ones before it ran in this process.
-    set_seed(args.seed)
-    trainer.optimizer = trainer.lr_scheduler = None
-    try:
-        result = finish_if_complete(trainer, checkpoint) or trainer.train_stage(stage, checkpoint, **kwargs)
-    finally:
-        args.output_dir = output
-    logits = torch.cat([row.flatten() for row in trainer.step_logits(trainer.data)]).cpu()
-    _finish(trainer, folder, logits)
-    return result, logits
-
-
-def _finish(trainer: "FractalTrainer", folder: Path, logits: Tensor) -> None:
-    """Write what the stage hands on, the logits last: their file says that the stage is finished."""
-    if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        trainer.state.save_to_json(str(folder / STATE))
-        for name, tensors in ((_WEIGHTS, _trainable(trainer)), (_LOGITS, {"logits": logits})):
-            with replacing(folder / name) as file:
-                save_file(tensors, file)
-    trainer.accelerator.wait_for_everyone()
-
-
-def _trainable(trainer: "FractalTrainer") -> dict[str, Tensor]:
-    """Copies of the weights that training changes."""
-    named = trainer.scorer.named_parameters()
-    return {name: weights.detach().cpu().clone() for name, weights in named if weights.requires_grad}
+def read_finished(folder: Path) -> Finished | None:
+    """What [`write_finished`] wrote; None if the stage is not finished."""
+    if not (folder / _LOGITS).is_file():
+        return None
+    state = TrainerState.load_from_json(str(folder / STATE))
+    return Finished(state, load_file(folder / _WEIGHTS), load_file(folder / _LOGITS)["logits"])
 
 
 def split_logits(logits: Tensor, data: BagDataset, num_grades: int | None) -> list[Tensor]:
@@ -215,10 +144,9 @@ def _probs(logits: Tensor, num_grades: int | None) -> Tensor:
 def step_targets(data: BagDataset, logits: Sequence[Tensor], args: FractalConfig) -> list[Tensor]:
     """Pseudo-labels of each bag (S,), gold labels where they are known.
 
-    Under `pseudo_labels` and `posteriors` the other steps are those that gold labels leave likely, and response labels
-    are wrong as often as `missed_good` and `missed_bad` say. Grades and
-    preferences are labelled first and gold is laid over them, so their rule may break where gold labels are known.
-    Grades and preferences are always hard.
+    `pseudo_labels` and `posteriors` label the other steps given the known gold labels, and take response labels to be
+    wrong as often as `missed_good` and `missed_bad` say. Grades and preferences are always hard. They are labelled
+    first, and gold labels then replace some of them, so their rule may break there.
 
     Args:
         data: The training data; its gold targets are those that may be read.
@@ -254,5 +182,6 @@ def step_targets(data: BagDataset, logits: Sequence[Tensor], args: FractalConfig
     return [row[real] for row, real in zip(found, mask, strict=True)]
 
 
-def _equal(labels: Sequence[Tensor], others: Sequence[Tensor] | None) -> bool:
+def equal_labels(labels: Sequence[Tensor], others: Sequence[Tensor] | None) -> bool:
+    """Whether two rounds give every step the same pseudo-label."""
     return others is not None and all(torch.equal(a, b) for a, b in zip(labels, others, strict=True))

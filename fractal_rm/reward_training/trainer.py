@@ -1,7 +1,11 @@
 """A step reward model from labels on whole responses, on `transformers.Trainer`."""
 
+import logging
+import math
+import shutil
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +24,22 @@ from transformers import (
 
 from fractal_rm.data.bag import Bag, check_labels
 from fractal_rm.data.prompts import is_chat
+from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, score_bags
+from fractal_rm.evaluation.intervals import estimates
+from fractal_rm.evaluation.responses import judge_responses
 from fractal_rm.files import replacing, write_atomic
-from fractal_rm.hf.checkpoints import WholeCheckpoints, begin_checkpoint, find_checkpoint, finish_if_complete
+from fractal_rm.hf.cards import RewardModelCard
+from fractal_rm.hf.checkpoints import (
+    WholeCheckpoints,
+    begin_checkpoint,
+    find_checkpoint,
+    finish_if_complete,
+    last_checkpoint,
+    train_output,
+)
 from fractal_rm.hf.denormals import flush_denormals
 from fractal_rm.hf.finite_logs import FiniteLogs
 from fractal_rm.hf.length_buckets import bucketed_step_logits
-from fractal_rm.hf.model_card import RewardModelCard
 from fractal_rm.hf.parallelism import check_unsharded
 from fractal_rm.hf.processes import logged_means, mean_terms
 from fractal_rm.objectives.calibration import fit_temperature
@@ -44,13 +58,27 @@ from fractal_rm.reward_training.logit_metrics import by_item, collected_bags, ev
 from fractal_rm.reward_training.model_setup import make_trainable, model_name, move_to_group
 from fractal_rm.reward_training.objective import StageKind, loss_terms, term_weights
 from fractal_rm.reward_training.prior_targets import prior_targets
-from fractal_rm.reward_training.stages import Stage, plan, reveal_gold, train_in_stages, withhold_gold
+from fractal_rm.reward_training.stages import (
+    Finished,
+    Stage,
+    equal_labels,
+    hybrid_targets,
+    most_uncertain,
+    plan,
+    read_finished,
+    reveal_gold,
+    split_logits,
+    step_targets,
+    withhold_gold,
+    write_finished,
+)
 from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.checkpoint import head_parameters, load_scorer, save_scorer
 from fractal_rm.scorers.inputs import make_inputs
 from fractal_rm.scorers.likelihood import LikelihoodScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 
+logger = logging.getLogger(__name__)
 # Trainable weights of a PEFT run, unmerged: what resuming needs and the ordinary folder cannot hold.
 _TRAINABLE_FILE = "trainable.safetensors"
 # Responses on which weight and bias of the likelihood scorer are fitted before training; two numbers need no more.
@@ -101,6 +129,7 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
             for name, records in (("train", train_dataset), ("eval", eval_dataset))
             if records is not None
         }
+        self.eval_bags = bags.get("eval")
         if "train" in bags:
             check_labels(bags["train"])
             if args.instance_weight == 0:  # gold labels are not read: not even to tell which long responses to keep
@@ -185,26 +214,103 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
     # Learning -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`.
+        """As in `transformers.Trainer`; [`FractalTrainer.finish`] then calibrates and measures what was learned.
 
         A configuration with several stages (hybrid prior, pseudo-labels, choice of gold labels by uncertainty) trains
         each in a folder of its own; with `resume_from_checkpoint=True`, finished ones are skipped.
         """
         stages = plan(self.args)
-        if len(stages) > 1:
-            if resume_from_checkpoint not in (None, False, True, ""):
-                raise ValueError(
-                    f"`resume_from_checkpoint` is {resume_from_checkpoint}, and there are {len(stages)} stages, "
-                    "each with checkpoints of its own. Give true: it goes on where it was."
-                )
-            with flush_denormals(self.accelerator.device):
-                return train_in_stages(self, resume=bool(resume_from_checkpoint), **kwargs)
-        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if len(stages) > 1 and resume_from_checkpoint not in (None, False, True, ""):
+            raise ValueError(
+                f"`resume_from_checkpoint` is {resume_from_checkpoint}, and there are {len(stages)} stages, "
+                "each with checkpoints of its own. Give true: it goes on where it was."
+            )
         with flush_denormals(self.accelerator.device):
-            return finish_if_complete(self, checkpoint) or self.train_stage(stages[0], checkpoint, **kwargs)
+            if len(stages) > 1:
+                result = self._train_in_stages(stages, resume=bool(resume_from_checkpoint), **kwargs)
+            else:
+                checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+                result = finish_if_complete(self, checkpoint) or self._train_stage(stages[0], checkpoint, **kwargs)
+        if self.train_dataset is not None:
+            self.card.metrics["train"] = {"responses": self.data.truncation.total, **result.metrics}
+        return result
 
-    def train_stage(self, stage: Stage, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train one stage from the weights of now; the likelihood scorer's weight and bias are fitted at the start."""
+    def _train_in_stages(self, stages: Sequence[Stage], *, resume: bool, **kwargs: Any) -> Any:
+        """Train stage after stage, each in its own folder.
+
+        A stage hands on the logits that its model gives to the steps of the training data.
+
+        Args:
+            stages: What to train; the model is at the start of the training.
+            resume: Skip finished stages, and go on from the last checkpoint of the one that is not finished.
+            kwargs: Passed to `Trainer.train`.
+
+        Returns:
+            What `Trainer.train` returns for the last stage; the log history then holds all stages.
+        """
+        args, data = self.args, self.data
+        output, start = Path(str(args.output_dir)), self._trainable()
+        result, history, handed = None, [], []
+        if not resume:
+            self._remove(output / stage.name for stage in stages)
+        for stage in stages:
+            if stage.kind == "pseudo":
+                labels = step_targets(data, handed, args)
+                if equal_labels(labels, data.targets.get("pseudo_labels")):
+                    logger.info("Pseudo-labels did not change: %s and later rounds are left out.", stage.name)
+                    break
+                data.targets["pseudo_labels"] = labels
+            if stage.kind != "pseudo" or args.pseudo_start == "fresh":
+                self.scorer.load_state_dict(start, strict=False)
+            folder = output / stage.name
+            finished = read_finished(folder) if resume else None
+            if finished is None:
+                checkpoint = last_checkpoint(folder) if resume else None
+                result, logits = self._train_in_folder(stage, folder, checkpoint, **kwargs)
+            else:
+                self.state, weights, logits = finished
+                self.scorer.load_state_dict(weights, strict=False)
+                result = train_output(self.state)
+            history += [entry | {"stage": stage.name} for entry in self.state.log_history]
+            handed = split_logits(logits, data, args.num_grades)
+            if not stage.reads_gold:
+                reveal_gold(data, self.withheld, most_uncertain(handed, args.num_grades), args)
+            if stage.kind == "gold":
+                data.targets["hybrid"] = hybrid_targets(data, handed, args.num_grades)
+        self.state.log_history = history
+        return result
+
+    def _train_in_folder(self, stage: Stage, folder: Path, checkpoint: str | None, **kwargs: Any) -> tuple[Any, Tensor]:
+        """Train a stage in its folder; returns what `Trainer.train` does, and the logits to hand on in one row."""
+        args = self.args
+        output, args.output_dir = args.output_dir, str(folder)
+        set_seed(args.seed)  # a stage must not depend on whether the ones before it ran in this process
+        self.optimizer = self.lr_scheduler = None
+        try:
+            result = finish_if_complete(self, checkpoint) or self._train_stage(stage, checkpoint, **kwargs)
+        finally:
+            args.output_dir = output
+        logits = torch.cat([row.flatten() for row in self.step_logits(self.data)]).cpu()
+        if self.is_world_process_zero():
+            write_finished(folder, Finished(self.state, self._trainable(), logits))
+        self.accelerator.wait_for_everyone()
+        return result, logits
+
+    def _remove(self, folders: Iterable[Path]) -> None:
+        """Remove the stages of an earlier run."""
+        if self.is_world_process_zero():
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _trainable(self) -> dict[str, Tensor]:
+        """Copies of the weights that training changes."""
+        named = self.scorer.named_parameters()
+        form = torch.contiguous_format  # as safetensors want it
+        return {name: x.detach().cpu().clone(memory_format=form) for name, x in named if x.requires_grad}
+
+    def _train_stage(self, stage: Stage, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train one stage from the current weights; fit the likelihood scorer's weight and bias first."""
         self._stage = stage.kind
         everything = self.train_dataset
         goes_on = resume_from_checkpoint or (stage.kind == "pseudo" and self.args.pseudo_start == "warm")
@@ -336,7 +442,7 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         return found
 
     def calibrate(self) -> float:
-        """Fit the temperature of the scores to the response labels of the evaluation data; the checkpoint stores it.
+        """Fit the temperature to the response labels of the evaluation data, as [`FractalTrainer.finish`] does.
 
         Returns:
             The temperature; 1 for grades and preferences, whose labels say nothing about probabilities.
@@ -358,6 +464,43 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
             )
         return self.settings.temperature
 
+    def finish(self, test_dataset: Records | None = None, *, data: str | None = None) -> dict[str, Mapping[str, Any]]:
+        """Calibrate the model on the evaluation data, measure it, and complete its card. Call it before `save_model`.
+
+        Temperature and threshold are fitted to the response labels of the evaluation data, and the checkpoint stores
+        them; gold step labels are used for metrics only. `train` does not call this: it changes the scale of the scores
+        and costs a forward pass over the held-out data, so the caller says when the model is final. `fractal-rm train`
+        calls it.
+
+        Args:
+            test_dataset: More held-out rows, for metrics alone.
+            data: Name of the training data, for the card.
+
+        Returns:
+            The metrics of the splits `train`, `eval` and `test`, as far as there are such data. Without evaluation
+            data the temperature stays 1 and the threshold 0.5.
+
+        Raises:
+            ValueError: If the test data cannot be read or has prompts of another kind than the training data.
+        """
+        splits = {} if self.eval_bags is None else {"eval": self.eval_bags}
+        if test_dataset is not None:
+            splits["test"] = to_bags(test_dataset, self.settings, source="test data")
+        if "eval" in splits:
+            self.calibrate()
+            self.card.forget_evaluation()  # the same data, measured before calibration
+        scored = {split: score_bags(self.reward_model(), bags) for split, bags in splits.items()}
+        if "eval" in splits:
+            threshold = choose_threshold(scored["eval"], splits["eval"], aggregation=self.settings.aggregation)
+            if not math.isnan(threshold):
+                self.settings.threshold = threshold
+        self.card.data = data or self.card.data
+        for split, results in scored.items():
+            self.card.metrics[split] = evaluate_scores(results, splits[split], self.settings.threshold)
+            found = estimates(judge_responses(results, splits[split], self.settings.threshold))
+            self.card.intervals[split] = {k: v for k, v in found.items() if k in self.card.metrics[split]}
+        return dict(self.card.metrics)
+
     # Checkpoints --------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -368,9 +511,8 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         saved = save_scorer(folder, self.scorer, self.processor, self.settings)
         write_atomic(folder / "README.md", self.card.text(saved, self.processor))
         if self.scorer.is_adapted:
-            trainable = {name: p.detach().contiguous() for name, p in self.scorer.named_parameters() if p.requires_grad}
             with replacing(folder / _TRAINABLE_FILE) as file:
-                save_file(trainable, file)
+                save_file(self._trainable(), file)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card of the reward model, which tells more than that of `transformers.Trainer`."""

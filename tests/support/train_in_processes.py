@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.hf import length_buckets as length_parts
+from fractal_rm.hf import length_buckets
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
@@ -137,7 +137,7 @@ def train_all(folder: Path) -> None:
     """Train every case and write its weights, as `<case>.safetensors`."""
     for name, train in CASES.items():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(length_parts._TOKENS, "cpu", 16)  # one process reads in parts, two must not
+            patch.setitem(length_buckets._TOKENS, "cpu", 16)  # one process reads in parts, two must not
             result = train(folder)
         if int(os.environ.get("RANK", "0")) == 0:
             save_file({key: tensor.contiguous() for key, tensor in result.items()}, folder / f"{name}.safetensors")

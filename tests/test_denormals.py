@@ -1,4 +1,4 @@
-"""Numbers next to zero cost nothing while a trainer trains on a CPU."""
+"""Denormals are flushed to zero while a trainer trains on a CPU, and at no other time."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ class Watch(TrainerCallback):
 
 
 @pytest.mark.parametrize("kind", ["ppo", "fractal"])
-def test_subnormal_numbers_are_0_in_training_and_as_they_were_before_and_after(kept, tmp_path, kind):
+def test_denormals_are_0_in_training_and_as_they_were_before_and_after(kept, tmp_path, kind):
     watch = Watch()
     if kind == "ppo":
         trainer = make_ppo(tmp_path, reward_model=reward_model(), max_steps=1)
@@ -50,7 +50,7 @@ def test_nothing_changes_where_training_is_not_on_a_cpu(kept):
         assert tenth_of_the_least() > 0
 
 
-def test_who_had_them_flushed_before_has_them_flushed_after(kept):
+def test_denormals_that_were_flushed_before_are_flushed_after(kept):
     torch.set_flush_denormal(True)
     with flush_denormals(torch.device("cpu")):
         assert tenth_of_the_least() == 0

@@ -13,7 +13,7 @@ from support.models import sums
 from support.step_ppo import RAGGED, Q, make, policy, replay, reward_model, rollout, same, train, weights
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-from fractal_rm.hf import length_buckets as length_parts
+from fractal_rm.hf import length_buckets
 from fractal_rm.hf.length_buckets import LengthBuckets, bucketed_step_logits, may_be_sorted
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
@@ -24,9 +24,9 @@ RAGGED_BOTH = {"reward_model": reward_model(), "rollout_func": replay(RAGGED)}
 
 
 @pytest.fixture
-def small_parts(monkeypatch) -> None:
+def small_buckets(monkeypatch) -> None:
     """Parts of a few tokens: the batches of these tests are small."""
-    monkeypatch.setitem(length_parts._TOKENS, "cpu", 8)
+    monkeypatch.setitem(length_buckets._TOKENS, "cpu", 8)
 
 
 @st.composite
@@ -41,11 +41,11 @@ def masks(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
 @given(masks(), st.none() | st.integers(1, 12), st.booleans())
 def test_parts_hold_all_text_once_and_join_to_the_batch(made, most_rows, sort):
     mask, prompt_width = made
-    length_parts._TOKENS["cpu"], usual = 4, length_parts._TOKENS["cpu"]
+    length_buckets._TOKENS["cpu"], usual = 4, length_buckets._TOKENS["cpu"]
     try:
         parts = LengthBuckets(mask, prompt_width, most_rows=most_rows, sort=sort)
     finally:
-        length_parts._TOKENS["cpu"] = usual
+        length_buckets._TOKENS["cpu"] = usual
     texts = (torch.arange(mask.numel()).view_as(mask) + 1) * mask
     pieces = [part.of(texts)[0] for part in parts.parts]
     assert torch.equal(parts.join(pieces), texts)
@@ -58,7 +58,7 @@ def test_parts_hold_all_text_once_and_join_to_the_batch(made, most_rows, sort):
     assert torch.equal(parts.join(states), texts.unsqueeze(-1).expand(-1, -1, 3).float())
 
 
-def test_rows_of_like_length_are_read_together_without_the_padding_of_others(small_parts):
+def test_rows_of_like_length_are_read_together_without_the_padding_of_others(small_buckets):
     lengths = torch.tensor([9, 1, 8, 2, 9, 1, 8, 2])
     mask = torch.arange(10) < 1 + lengths.unsqueeze(1)
     parts = LengthBuckets(mask, 1).parts
@@ -66,12 +66,12 @@ def test_rows_of_like_length_are_read_together_without_the_padding_of_others(sma
     assert [part.columns for part in parts] == [slice(0, 2), slice(0, 3), slice(0, 9), slice(0, 10)]
 
 
-def test_a_batch_is_left_whole_where_sorting_saves_nothing_or_parts_would_be_small(small_parts, monkeypatch):
+def test_a_batch_is_left_whole_where_sorting_saves_nothing_or_parts_would_be_small(small_buckets, monkeypatch):
     alike, ragged = torch.ones(8, 10), torch.arange(10) < torch.tensor([[10]] * 4 + [[2]] * 4)
     assert len(LengthBuckets(alike, 1).parts) == 1
     assert len(LengthBuckets(ragged, 1).parts) == 4
     assert len(LengthBuckets(ragged, 1, sort=False).parts) == 1
-    monkeypatch.setitem(length_parts._TOKENS, "cpu", 1024)
+    monkeypatch.setitem(length_buckets._TOKENS, "cpu", 1024)
     assert len(LengthBuckets(ragged, 1).parts) == 1
 
 
@@ -92,7 +92,7 @@ def ragged_batch() -> tuple[torch.Tensor, torch.Tensor, int]:
 
 
 @pytest.mark.parametrize("batch_size", [None, 3])
-def test_log_probabilities_entropies_and_gradients_are_those_of_the_whole_batch(tmp_path, small_parts, batch_size):
+def test_log_probabilities_entropies_and_gradients_are_those_of_the_whole_batch(tmp_path, small_buckets, batch_size):
     trainer = make(tmp_path, reward_model=reward_model())
     ids, mask, width = ragged_batch()
     real = mask[:, -width:].bool()
@@ -103,7 +103,7 @@ def test_log_probabilities_entropies_and_gradients_are_those_of_the_whole_batch(
             whole = trainer.model.forward
             patch.setattr(trainer.model, "forward", lambda *a, **k: (calls.append(1), whole(*a, **k))[1])
             if not sort:
-                patch.setitem(length_parts._TOKENS, "cpu", 1 << 30)
+                patch.setitem(length_buckets._TOKENS, "cpu", 1 << 30)
             logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
                 trainer.model, ids, mask, width, batch_size=batch_size, compute_entropy=True
             )
@@ -128,26 +128,26 @@ def test_training_in_parts_is_training_on_the_whole_batch(tmp_path, monkeypatch,
         "max_steps": 3,
     }
     whole = train(tmp_path / "whole", **RAGGED_BOTH, **options)
-    monkeypatch.setitem(length_parts._TOKENS, "cpu", 8)
+    monkeypatch.setitem(length_buckets._TOKENS, "cpu", 8)
     parts = train(tmp_path / "parts", **RAGGED_BOTH, **options)
     for name in ("model", "value_model"):
         assert same(weights(getattr(parts, name)), weights(getattr(whole, name)), atol=2e-4)
     assert not same(weights(parts.model), weights(policy()), atol=1e-2)
 
 
-def test_values_of_a_part_are_values_of_the_batch(tmp_path, small_parts, monkeypatch):
+def test_values_of_a_part_are_values_of_the_batch(tmp_path, small_buckets, monkeypatch):
     output = rollout(tmp_path, **RAGGED_BOTH, num_generations=2)
     learning, mask = output["trainer"].value_learning, output["completion_mask"].bool()
     torch.nn.init.normal_(learning.model.score.weight)
     with torch.no_grad():
         parts = learning.values(output, most_rows=4)
-        monkeypatch.setitem(length_parts._TOKENS, "cpu", 1 << 30)
+        monkeypatch.setitem(length_buckets._TOKENS, "cpu", 1 << 30)
         whole = learning.values(output)
     assert parts[mask].std() > 0.1
     torch.testing.assert_close(parts[mask], whole[mask], atol=1e-5, rtol=1e-4)
 
 
-def test_a_mixture_of_experts_and_images_go_trls_own_way(tmp_path, small_parts):
+def test_a_mixture_of_experts_and_images_go_trls_own_way(tmp_path, small_buckets):
     trainer = make(tmp_path, reward_model=reward_model())
     ids, mask, width = ragged_batch()
     seen: list[torch.Size] = []
@@ -165,7 +165,7 @@ def test_a_mixture_of_experts_and_images_go_trls_own_way(tmp_path, small_parts):
 
 
 @pytest.mark.parametrize(("scorer", "family"), [("token", "llama"), ("token", "bert"), ("likelihood", "gpt2")])
-def test_a_scorer_says_of_parts_what_it_says_of_the_batch(small_parts, monkeypatch, scorer, family):
+def test_a_scorer_says_of_parts_what_it_says_of_the_batch(small_buckets, monkeypatch, scorer, family):
     accelerator: Any = Accelerator(cpu=True)
     scored = scorer_model(scorer, family)
     rows = sums(12)
@@ -179,7 +179,7 @@ def test_a_scorer_says_of_parts_what_it_says_of_the_batch(small_parts, monkeypat
     scored.scorer.eval()
     parts = bucketed_step_logits(scored.scorer, batch, accelerator)[batch["mask"]]
     assert scorer == "likelihood" or (len(shapes) == 4 and len({width for _, width in shapes}) > 1)
-    monkeypatch.setitem(length_parts._TOKENS, "cpu", 1 << 30)
+    monkeypatch.setitem(length_buckets._TOKENS, "cpu", 1 << 30)
     whole = bucketed_step_logits(scored.scorer, batch, accelerator)[batch["mask"]]
     assert whole.std() > 1e-3
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,14 @@
+"""`fractal-rm quickstart`: the whole pipeline on the arithmetic task."""
+
+from collections.abc import Sequence
+
+from fractal_rm.cli.checks import check_writable_folder
+from fractal_rm.cli.parser import parse
+from fractal_rm.study.quickstart import QuickstartArguments, run_quickstart
+
+
+def quickstart(argv: Sequence[str]) -> None:
+    """Run every stage that the output folder does not hold yet."""
+    (arguments,) = parse("quickstart", [QuickstartArguments], argv)
+    check_writable_folder(arguments.output_dir)
+    run_quickstart(arguments)

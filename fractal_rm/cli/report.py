@@ -1,0 +1,102 @@
+"""`fractal-rm report`: tables from rows of results.jsonl, or curves from runs of PPO."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fractal_rm.cli.checks import check_writable_file
+from fractal_rm.cli.parser import parse
+
+
+@dataclass
+class ReportArguments:
+    """Arguments of `fractal-rm report`."""
+
+    results: str | None = field(default=None, metadata={"help": "A `results.jsonl`, for tables. This or `runs`."})
+    runs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Trainings by PPO, for their curves: each DIR or NAME=DIR, the `output_dir` of `fractal-rm ppo` or "
+            "a checkpoint. Runs of one NAME, such as seeds, are drawn as their mean with an interval."
+        },
+    )
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where to write: .html for a page, of results also .md for Markdown; default for results: to the "
+            "screen."
+        },
+    )
+    figure: str | None = field(
+        default=None, metadata={"help": "Of runs: where to save the curves as a picture, .png or .svg."}
+    )
+    metrics: list[str] | None = field(
+        default=None, metadata={"help": "Of results: metrics to show, in order; default: all."}
+    )
+    title: str | None = field(default=None, metadata={"help": "Heading; default: `Results` or `Training`."})
+
+    def __post_init__(self) -> None:
+        if (self.results is None) == (self.runs is None):
+            raise ValueError("Give either `results`, a results.jsonl for tables, or `runs`, folders for curves.")
+        for name, needs in (("figure", "runs"), ("metrics", "results")):
+            if getattr(self, name) is not None and getattr(self, needs) is None:
+                raise ValueError(f"`{name}` has an effect with `{needs}` only. Leave it out.")
+        if self.runs is not None and self.output is None and self.figure is None:
+            raise ValueError(
+                "`runs` make a page or a picture. Give `output` (.html), `figure` (.png or .svg), or both."
+            )
+        endings = (".html",) if self.runs is not None else (".md", ".html")
+        if self.output is not None and not self.output.endswith(endings):
+            raise ValueError(f"`output` is {self.output}. Give a name that ends in {' or '.join(endings)}.")
+        if self.figure is not None and not self.figure.endswith((".png", ".svg")):
+            raise ValueError(f"`figure` is {self.figure}. Give a name that ends in .png or .svg.")
+
+
+def report(argv: Sequence[str]) -> None:
+    """Write the page, the picture or the table that the arguments ask for."""
+    (arguments,) = parse("report", [ReportArguments], argv)
+    for output in (arguments.output, arguments.figure):
+        if output is not None:
+            check_writable_file(output)
+    if arguments.runs is not None:
+        _report_runs(arguments.runs, arguments.output, arguments.figure, arguments.title or "Training")
+    else:
+        _report_results(arguments.results, arguments.output, arguments.metrics, arguments.title or "Results")
+
+
+def _report_runs(entries: list[str], output: str | None, figure: str | None, title: str) -> None:
+    from fractal_rm.report.plots import require_matplotlib
+
+    require_matplotlib()
+    from fractal_rm.report.training_history import read_runs
+    from fractal_rm.report.training_report import save_training_figure, write_training_report
+
+    runs = read_runs(entries)
+    if output is not None:
+        write_training_report(output, runs, title=title)
+    if figure is not None:
+        save_training_figure(figure, runs)
+    print(f"Wrote {' and '.join(filter(None, (output, figure)))}.")
+
+
+def _report_results(results: str, output: str | None, metrics: list[str] | None, title: str) -> None:
+    if not Path(results).is_file():
+        raise FileNotFoundError(f"{results} is no file. Give the path of a results.jsonl.")
+    from fractal_rm.evaluation.results import read_results
+    from fractal_rm.files import write_atomic
+    from fractal_rm.report.results_page import write_results_page
+    from fractal_rm.report.tables import markdown_table
+
+    rows = read_results(results)
+    bad = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("metrics"), dict)), None)
+    if bad is not None:
+        raise ValueError(f"{results}, row {bad} holds no metrics. Give rows that this package wrote.")
+    table = markdown_table(rows, metrics=metrics)
+    if output is None:
+        print(table)
+        return
+    if output.endswith(".md"):
+        write_atomic(output, f"# {title}\n\n{table}\n")
+    else:
+        write_results_page(output, rows, metrics=metrics, title=title)
+    print(f"{output} holds the table.")

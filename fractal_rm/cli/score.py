@@ -1,0 +1,88 @@
+"""`fractal-rm score`: the steps of the responses in a file, each with its score."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fractal_rm.cli.arguments import check_counts
+from fractal_rm.cli.checks import check_model, check_writable_file, load_reward_model
+from fractal_rm.cli.data_files import read_rows
+from fractal_rm.cli.parser import parse
+from fractal_rm.data.formats.index import FormatName
+from fractal_rm.files import write_atomic
+
+# Bad rows that are named on the screen; all of them are in the output.
+_NAMED_ROWS = 10
+
+
+@dataclass
+class ScoreArguments:
+    """Arguments of `fractal-rm score`."""
+
+    model: str = field(metadata={"help": "Step reward model: the folder that `fractal-rm train` wrote, or a hub id."})
+    input: str = field(
+        metadata={
+            "help": "Rows with `prompt` and `response` (or `completion`, or `steps`), and optionally `id`, `label` and "
+            "`step_labels`: .jsonl, .jsonl.gz or .json."
+        }
+    )
+    output: str = field(metadata={"help": "Where to write one line of scores for each response."})
+    html: str | None = field(default=None, metadata={"help": "Where to write a page to read the scored responses in."})
+    show: int = field(default=0, metadata={"help": "Responses to print with their steps, in colour: the first ones."})
+    compare_to: str | None = field(
+        default=None, metadata={"help": "A second step reward model, whose scores of the same steps stand beside."}
+    )
+    dataset_format: FormatName | None = field(
+        default=None, metadata={"help": "Read `input` as its authors published it, docs/datasets.md."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Responses in a forward pass."})
+    limit: int | None = field(default=None, metadata={"help": "Most rows read: the first ones."})
+
+    def __post_init__(self) -> None:
+        check_counts(self.batch_size, self.limit)
+        if self.show < 0:
+            raise ValueError(f"`show` is {self.show}. Give a number of responses, 0 for none.")
+        files = [Path(file).resolve() for file in (self.input, self.output, self.html) if file is not None]
+        if len(set(files)) < len(files):
+            raise ValueError("`input`, `output` and `html` name one file twice. Give each a file of its own.")
+
+
+def score(argv: Sequence[str]) -> None:
+    """Write one line of scores for each response, and a page if one is asked for."""
+    (arguments,) = parse("score", [ScoreArguments], argv)
+    for output in (arguments.output, arguments.html):
+        if output is not None:
+            check_writable_file(output)
+    for model in (arguments.model, arguments.compare_to):
+        if model is not None:
+            check_model(model)
+
+    from fractal_rm.evaluation.score_rows import add_second_model, score_rows
+    from fractal_rm.report.terminal import show_steps
+    from fractal_rm.report.viewer import write_viewer
+
+    rows = read_rows(Path(arguments.input), arguments.dataset_format, arguments.limit)
+    reward_model = load_reward_model(arguments.model, arguments.batch_size)
+    records = score_rows(reward_model, rows, source=arguments.input)
+    if arguments.compare_to is not None:
+        add_second_model(records, load_reward_model(arguments.compare_to, arguments.batch_size))
+    errors = [record["error"] for record in records if record["error"]]
+    if len(errors) == len(records):
+        raise ValueError(f"None of {len(records)} responses could be scored. First: {errors[0]}")
+    for error in errors[:_NAMED_ROWS]:
+        print(error, file=sys.stderr)
+    if len(errors) > _NAMED_ROWS:
+        print(f"... and {len(errors) - _NAMED_ROWS} more, see {arguments.output}.", file=sys.stderr)
+    write_atomic(arguments.output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    threshold = reward_model.settings.threshold
+    if arguments.html is not None:
+        names = (arguments.model, arguments.compare_to) if arguments.compare_to is not None else None
+        title = f"Step scores of {Path(arguments.input).name}"
+        write_viewer(arguments.html, records, title=title, threshold=threshold, models=names)
+    show_steps(records[: arguments.show], threshold=threshold)
+    page = f", {arguments.html} shows them" if arguments.html else ""
+    print(
+        f"Scored {len(records) - len(errors)} of {len(records)} responses: {arguments.output} holds the scores{page}."
+    )
