@@ -57,10 +57,8 @@ def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tup
         unknown = remaining[0].partition("=")[0]
         if not unknown.startswith("-"):
             parser.error(f"{unknown!r} stands alone, without a flag before it")
-        raise ValueError(
-            f"fractal-rm {command}: unknown flag {unknown}."
-            + (nearest(unknown.lstrip("-").replace("-", "_"), parser.names) or f" {parser.advice}")
-        )
+        hint = parser.hint(unknown.lstrip("-").replace("-", "_"))
+        raise ValueError(f"fractal-rm {command}: unknown flag {unknown}.{hint}")
     return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[: len(dataclasses)]
 
 
@@ -75,12 +73,19 @@ class CommandParser(TrlParser):
             allow_abbrev=False,
         )
         self.advice = f"See `fractal-rm {command} --help`."
+        self._removed = {name: advice for kind in dataclasses for name, advice in getattr(kind, "REMOVED", {}).items()}
         self._hints = {name: hint for kind in dataclasses for name, hint in get_type_hints(kind).items()}
 
     @property
     def names(self) -> list[str]:
         """Every argument there is."""
         return [action.dest for action in self._actions if action.dest != "help"]
+
+    def hint(self, unknown: str) -> str:
+        """What to do about an unknown name: what replaced it, the nearest known one, or where to look."""
+        if unknown in self._removed:
+            return f" It is no longer an option. {self._removed[unknown]}"
+        return nearest(unknown, self.names) or f" {self.advice}"
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print before it exits."""
@@ -109,7 +114,7 @@ class CommandParser(TrlParser):
         actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
         for key, value in config.items():
             if key not in actions:
-                raise ValueError(f"{path}: unknown key {key!r}.{nearest(str(key), actions) or ' ' + self.advice}")
+                raise ValueError(f"{path}: unknown key {key!r}.{self.hint(str(key))}")
             self.set_defaults(**{key: self._checked(actions[key], value, path)})
             actions[key].required = False
 

@@ -3,20 +3,11 @@
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from trl.trainer.grpo_config import GRPOConfig
 
 from fractal_rm.data.segmentation import Segmentation
-
-# Options of earlier versions, and what to use instead.
-REMOVED = {
-    "leave_one_out": "Use `group_baseline`; with `num_generations` of 8 the two baselines differ by an eighth.",
-    "step_weight_warmup": "Set `step_weight`.",
-    "outcome_weight_warmup": "Set `outcome_weight`.",
-    "aggregation": "The reward model's own aggregation is used.",
-    "value_gradients_to_policy": "A shared head learns alone; `value_model=None` learns in all its layers.",
-}
 
 
 @dataclass
@@ -27,9 +18,18 @@ class StepPPOConfig(GRPOConfig):
     in the loss (`beta`) are TRL's. With `advantage="gae"` or `"global"`, `num_generations=1` is allowed.
     """
 
+    # Options of earlier versions, and what to use instead.
+    REMOVED: ClassVar[dict[str, str]] = {
+        "leave_one_out": "Leave it out: it multiplied advantages by about num_generations / (num_generations - 1).",
+        "step_weight_warmup": "Set `step_weight`.",
+        "outcome_weight_warmup": "Set `outcome_weight`.",
+        "aggregation": "The reward model's own aggregation is used.",
+        "value_gradients_to_policy": "A shared head learns alone; `value_model=None` learns in all its layers.",
+    }
+
     def __new__(cls, *args: Any, **kwargs: Any) -> "StepPPOConfig":
-        for name in REMOVED.keys() & kwargs.keys():
-            raise TypeError(f"`{name}` is no longer an option. {REMOVED[name]}")
+        for name in cls.REMOVED.keys() & kwargs.keys():
+            raise TypeError(f"`{name}` is no longer an option. {cls.REMOVED[name]}")
         return super().__new__(cls)
 
     advantage: Literal["gae", "group", "global"] = field(
