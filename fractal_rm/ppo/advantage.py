@@ -3,7 +3,8 @@
 Each takes a rollout with `steps` and `rewards`, and returns it with `advantages`.
 """
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -18,44 +19,30 @@ from fractal_rm.ppo.value_learning import ValueLearning
 from fractal_rm.ppo.value_model import explained_variance
 
 
-class Estimator(Protocol):
-    """What an estimator is called with."""
+class Given(NamedTuple):
+    """What an estimator knows beside the rollout.
 
-    def __call__(
-        self,
-        batch: RolloutBatch,
-        args: StepPPOConfig,
-        accelerator: Accelerator,
-        *,
-        group_size: int,
-        value_learning: ValueLearning | None,
-    ) -> RolloutBatch:
-        """Add `advantages` to a rollout.
+    Attributes:
+        args: The configuration.
+        accelerator: Knows the other processes.
+        group_size: Completions per prompt; the completions of one prompt may be spread over processes.
+        value_learning: The value model in training, for the estimator that has one.
+    """
 
-        Args:
-            batch: The rollout, with `steps` and `rewards`.
-            args: The configuration.
-            accelerator: Knows the other processes.
-            group_size: Completions per prompt; those of one prompt may be spread over processes.
-            value_learning: The value model in training, for the estimator that has one.
-        """
-        ...
+    args: StepPPOConfig
+    accelerator: Accelerator
+    group_size: int
+    value_learning: ValueLearning | None
 
 
-def by_gae(
-    batch: RolloutBatch,
-    args: StepPPOConfig,
-    accelerator: Accelerator,
-    *,
-    group_size: int,
-    value_learning: ValueLearning | None,
-) -> RolloutBatch:
+def by_gae(batch: RolloutBatch, given: Given) -> RolloutBatch:
     """Generalised advantage estimates against a value model (PPO), with what that model learns from.
 
     Where there are rewards of steps and of outcomes, each kind has its own reach (`step_lam`, `lam`): the value model
     is the outcome's, and steps have the baseline of their shaping.
     """
-    assert value_learning is not None
+    args, accelerator = given.args, given.accelerator
+    assert given.value_learning is not None
     assert batch.rewards is not None
     assert batch.learned is not None
     rewards, mask = batch.rewards, batch.learned
@@ -68,7 +55,7 @@ def by_gae(
             steps = whitened_rewards(rewards.steps, mask, args, accelerator)
             credit, _ = gae(steps, torch.zeros_like(steps), mask, gamma=args.gamma, lam=lam)
             both, lam = rewards.others, args.lam
-    batch = value_learning.with_values(batch)
+    batch = given.value_learning.with_values(batch)
     assert batch.values is not None
     learned = whitened_rewards(both, mask, args, accelerator)
     advantages, returns = gae(learned, batch.values, mask, gamma=args.gamma, lam=lam)
@@ -85,15 +72,9 @@ def by_gae(
     return batch.plus(metrics, for_update, advantages=advantages, returns=returns)
 
 
-def by_group(
-    batch: RolloutBatch,
-    args: StepPPOConfig,
-    accelerator: Accelerator,
-    *,
-    group_size: int,
-    value_learning: ValueLearning | None,
-) -> RolloutBatch:
+def by_group(batch: RolloutBatch, given: Given) -> RolloutBatch:
     """Steps against the steps of the prompt's other completions, beside TRL's advantages of the outcomes (GRPO)."""
+    args, accelerator = given.args, given.accelerator
     assert batch.rewards is not None
     mask = batch.mask
     _, ours = rows_of_all([None] * len(mask))
@@ -103,7 +84,7 @@ def by_group(
             rows_of_all(one.rewards)[0],
             rows_of_all(one.ends)[0],
             masks,
-            group_size,
+            given.group_size,
             gamma=args.step_gamma,
             scale=args.scale_rewards != "none",
             baseline=args.group_baseline,
@@ -113,21 +94,15 @@ def by_group(
     advantages = outcomes + batch.rewards.step_weight * steps
     if args.missing_eos_penalty:
         everyone: Any = accelerator.gather(batch.rewards.penalties)
-        penalties = everyone.view(-1, group_size)
+        penalties = everyone.view(-1, given.group_size)
         penalties = (penalties - penalties.mean(dim=1, keepdim=True)).view(-1, 1)[ours]
         advantages = advantages - penalties * mask
     return batch.plus(advantages=advantages)
 
 
-def by_batch(
-    batch: RolloutBatch,
-    args: StepPPOConfig,
-    accelerator: Accelerator,
-    *,
-    group_size: int,
-    value_learning: ValueLearning | None,
-) -> RolloutBatch:
+def by_batch(batch: RolloutBatch, given: Given) -> RolloutBatch:
     """Rewards to go against their mean over all tokens of the rollout batch (REINFORCE++)."""
+    args, accelerator = given.args, given.accelerator
     assert batch.rewards is not None
     assert batch.learned is not None
     rewards, mask = batch.rewards, batch.learned
@@ -141,4 +116,8 @@ def by_batch(
     return batch.plus(advantages=advantages)
 
 
-ESTIMATORS: dict[str, Estimator] = {"gae": by_gae, "group": by_group, "global": by_batch}
+ESTIMATORS: dict[str, Callable[[RolloutBatch, Given], RolloutBatch]] = {
+    "gae": by_gae,
+    "group": by_group,
+    "global": by_batch,
+}

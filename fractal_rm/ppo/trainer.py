@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_callable_name
 
 from fractal_rm.credit.kl import AdaptiveKL
-from fractal_rm.ppo.advantage import ESTIMATORS
+from fractal_rm.ppo.advantage import ESTIMATORS, Given
 from fractal_rm.ppo.alarms import Alarms, ending_ids, guard_inputs
 from fractal_rm.ppo.checks import check_engine, load_checked
 from fractal_rm.ppo.config import StepPPOConfig
@@ -182,8 +182,8 @@ class StepPPOTrainer(Engine):
         batch = place_rewards(batch, self.args, ending_ids=self.ending_ids, step_weight=self.alarms.step_weight)
         if self.args.kl_coef:
             batch = charge_kl(batch, self.kl_coefficient, self.accelerator)
-        estimate = ESTIMATORS[self.args.advantage]
-        batch = estimate(batch, self.args, self.accelerator, group_size=group_size, value_learning=self.value_learning)
+        given = Given(self.args, self.accelerator, group_size, self.value_learning)
+        batch = ESTIMATORS[self.args.advantage](batch, given)  # rewards of tokens -> advantages
         self.record(batch.metrics)
         self.last_rollout = batch
         return batch
