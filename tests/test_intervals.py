@@ -13,27 +13,25 @@ from support.stand_ins import solutions
 
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.evaluation import metrics
-from fractal_rm.evaluation.evaluate import evaluate_scores
-from fractal_rm.evaluation.intervals import (
-    Judgement,
+from fractal_rm.evaluation.responses import evaluate_scores, measure_responses
+from fractal_rm.evaluation.statistics import (
+    Measurement,
     as_columns,
-    auc_of,
-    differences,
-    estimates,
-    harmonic_mean_of,
-    mean_of,
-    ratio_of,
-)
-from fractal_rm.evaluation.reliability import (
     as_points,
+    auc_of,
     aurc_of,
     brier_of,
+    differences,
     ece_of,
+    estimates,
+    expected_calibration_error,
+    harmonic_mean_of,
+    mean_of,
+    paired_bootstrap,
+    ratio_of,
     reliability_curve,
     risk_coverage_curve,
 )
-from fractal_rm.evaluation.responses import judge_responses
 from fractal_rm.reward_model import Step, StepScores
 
 coarse = st.integers(0, 8).map(lambda n: n / 8)  # ties are common
@@ -80,17 +78,17 @@ def test_a_ratio_is_a_mean_over_what_items_consist_of():
 def test_intervals_and_differences_equal_those_of_the_plain_bootstrap():
     rng = np.random.default_rng(3)
     a, b = rng.random(40), rng.random(40)
-    expected = metrics.paired_bootstrap(a, b, n=40, seed=5)
-    one, other = (Judgement(40, {"mean": mean_of(values)}) for values in (a, b))
+    expected = paired_bootstrap(a, b, n=40, seed=5)
+    one, other = (Measurement(40, {"mean": mean_of(values)}) for values in (a, b))
     found = differences(one, other, draws=40, seed=5)["mean"]
     assert tuple(found) == pytest.approx((expected.difference, expected.low, expected.high))
-    alone = metrics.paired_bootstrap(a, np.zeros(40), n=40, seed=5)
+    alone = paired_bootstrap(a, np.zeros(40), n=40, seed=5)
     assert tuple(estimates(one, draws=40, seed=5)["mean"]) == pytest.approx((a.mean(), alone.low, alone.high))
 
 
 def test_pairing_makes_the_interval_of_a_difference_narrow():
     hard = np.random.default_rng(0).random(200)
-    one, other = (Judgement(200, {"m": mean_of(hard + gain)}) for gain in (0.1, 0.0))
+    one, other = (Measurement(200, {"m": mean_of(hard + gain)}) for gain in (0.1, 0.0))
     gain, alone = differences(one, other)["m"], estimates(one)["m"]
     assert gain.low == pytest.approx(0.1)
     assert gain.high == pytest.approx(0.1)
@@ -98,13 +96,13 @@ def test_pairing_makes_the_interval_of_a_difference_narrow():
 
 
 def test_a_metric_that_is_undefined_has_no_interval():
-    found = estimates(Judgement(2, {"auc": auc_of([[0.5], [0.7]], [[1], [1]])}))["auc"]
+    found = estimates(Measurement(2, {"auc": auc_of([[0.5], [0.7]], [[1], [1]])}))["auc"]
     assert all(math.isnan(value) for value in found)
 
 
 def test_two_models_on_different_data_are_refused():
-    with pytest.raises(ValueError, match=r"2 items against 3\. Judge both models on the same data\."):
-        differences(Judgement(2, {}), Judgement(3, {}))
+    with pytest.raises(ValueError, match=r"2 items against 3\. Measure both models on the same data\."):
+        differences(Measurement(2, {}), Measurement(3, {}))
 
 
 def test_the_harmonic_mean_of_nothing_found_is_zero():
@@ -127,7 +125,7 @@ def test_brier_score_and_reliability_curve_are_those_of_scikit_learn(pairs):
         assert [point.share_good for point in curve] == pytest.approx(share)
         assert [point.mean_probability for point in curve] == pytest.approx(mean)
     found = ece_of(probs, labels)(np.ones((1, len(pairs))))[0]
-    assert found == pytest.approx(metrics.expected_calibration_error(probs, labels))
+    assert found == pytest.approx(expected_calibration_error(probs, labels))
 
 
 @given(st.lists(st.tuples(coarse, st.sampled_from([0.0, 1.0])), min_size=1, max_size=12))
@@ -190,7 +188,7 @@ def test_the_judgement_has_the_values_of_evaluate_scores(cut, grades):
         bags = [graded(bag) for bag in bags]
         assert {"bag_mae", "step_mae"} <= evaluate_scores(scored, bags, 0.4).keys()
     expected = evaluate_scores(scored, bags, 0.4)
-    judgement = judge_responses(scored, bags, 0.4)
+    judgement = measure_responses(scored, bags, 0.4)
     found = {**judgement.counts, **{name: value.value for name, value in estimates(judgement, draws=2).items()}}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert {"bag_brier", "bag_aurc", "step_brier", "step_ece"} == found.keys() - expected.keys()
@@ -198,7 +196,7 @@ def test_the_judgement_has_the_values_of_evaluate_scores(cut, grades):
 
 def test_intervals_hold_their_value_and_a_twin_differs_by_nothing():
     scored, bags = scored_at_random(30)
-    judgement = judge_responses(scored, bags, 0.4)
+    judgement = measure_responses(scored, bags, 0.4)
     for estimate in estimates(judgement, draws=100).values():
         assert estimate.low <= estimate.value <= estimate.high
     assert {tuple(gain) for gain in differences(judgement, judgement, draws=20).values()} == {(0.0, 0.0, 0.0)}
@@ -213,7 +211,7 @@ def test_a_scripted_oracle_is_perfect_and_a_constant_has_its_known_values():
             values = [bad if gold == 0 else good for gold in bag.step_labels]
             steps = [Step("", *span, value) for span, value in zip(bag.step_spans, values, strict=True)]
             scored.append(StepScores(bag.response, steps, min(values)))
-        return as_columns(estimates(judge_responses(scored, bags, 0.5), draws=10))
+        return as_columns(estimates(measure_responses(scored, bags, 0.5), draws=10))
 
     oracle = judged(1.0, 0.0)
     for name in ("bag_auc", "bag_accuracy", "step_auc", "within_bag_auc", "f1"):

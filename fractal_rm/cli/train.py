@@ -16,9 +16,8 @@ from fractal_rm.cli.checks import (
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.data.bag import Bag
-from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, score_bags
-from fractal_rm.evaluation.intervals import estimates
-from fractal_rm.evaluation.responses import judge_responses
+from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, measure_responses, score_bags
+from fractal_rm.evaluation.statistics import estimates
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.progress import RichProgress
 from fractal_rm.reward_training.config import FractalConfig
@@ -64,9 +63,9 @@ def train(argv: Sequence[str]) -> None:
             trainer.settings.threshold = threshold
     for split, results in scored.items():
         metrics[split] = evaluate_scores(results, bags[split], trainer.settings.threshold)
-        judged = judge_responses(results, bags[split], trainer.settings.threshold)
-        trainer.card.intervals[split] = {k: v for k, v in estimates(judged).items() if k in metrics[split]}
-    trainer.card.metrics, trainer.card.judge, trainer.card.data = dict(metrics), None, data.name
+        measured = measure_responses(results, bags[split], trainer.settings.threshold)
+        trainer.card.intervals[split] = {k: v for k, v in estimates(measured).items() if k in metrics[split]}
+    trainer.card.metrics, trainer.card.measured, trainer.card.data = dict(metrics), None, data.name
     trainer.card.intervals.pop("evaluation", None)  # `eval` is the same data, measured with the final threshold
     trainer.save_model()
     if trainer.is_world_process_zero():

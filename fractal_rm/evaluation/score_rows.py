@@ -6,17 +6,13 @@ from typing import Any
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_row
-from fractal_rm.evaluation.evaluate import score_bags
+from fractal_rm.evaluation.responses import score_bags
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.scorers.encoding import prompt_text
 
 
 def score_rows(
-    reward_model: StepRewardModel,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    source: str,
-    batch_size: int | None = None,
+    reward_model: StepRewardModel, rows: Sequence[Mapping[str, Any]], *, source: str
 ) -> list[dict[str, Any]]:
     """Score the responses of rows in any format that `read_row` knows, labelled or not.
 
@@ -24,7 +20,6 @@ def score_rows(
         reward_model: The model.
         rows: Rows of a file.
         source: Its name, for messages.
-        batch_size: Responses in a forward; default: that of the model.
 
     Returns:
         One record a response (two for a preference), ready for JSON and for `write_viewer`: `row`, `id`, `prompt`,
@@ -45,7 +40,7 @@ def score_rows(
         for bag in found:
             bags[len(records)] = bag
             records.append(_record(number, {"id": bag.id, "prompt": bag.prompt, "label": bag.label}, bag.response))
-    scored = score_bags(reward_model, list(bags.values()), batch_size=batch_size) if bags else []
+    scored = score_bags(reward_model, list(bags.values())) if bags else []
     for (place, bag), result in zip(bags.items(), scored, strict=True):
         _fill(records[place], bag, result, source)
     return records

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fractal_rm.data.bag import Bag, TruncationCount, truncate_bags
+from fractal_rm.data.bag import GOOD, Bag, TruncationCount, truncate_bags
 from fractal_rm.data.readers import read_bags
-from fractal_rm.evaluation.metrics import GOOD
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.scorers.inputs import BagInputs
 from fractal_rm.scorers.settings import FractalSettings

@@ -40,7 +40,7 @@ from fractal_rm.reward_training.data import (
     joins_without_a_gap,
     to_bags,
 )
-from fractal_rm.reward_training.logit_metrics import by_item, collected_bags, evaluate_logits, judge_logits
+from fractal_rm.reward_training.logit_metrics import by_item, collected_bags, measure_logits
 from fractal_rm.reward_training.model_setup import make_trainable, model_name, move_to_group
 from fractal_rm.reward_training.objective import StageKind, loss_terms, term_weights
 from fractal_rm.reward_training.prior_targets import prior_targets
@@ -329,11 +329,9 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics on bag labels, and on gold step labels where the data has them."""
-        bags = collected_bags(prediction)
-        settings = replace(self.settings)  # the card judges later, and calibration changes the temperature
-        found = evaluate_logits(bags.logits, bags.labels, bags.step_labels, settings, chosen=bags.chosen)
-        self.card.evaluated(found, lambda: judge_logits(bags.logits, bags.labels, bags.step_labels, settings))
-        return found
+        measured = measure_logits(collected_bags(prediction), self.settings)
+        self.card.evaluated(measured)
+        return measured.values
 
     def calibrate(self) -> float:
         """Fit the temperature of the scores to the response labels of the evaluation data; the checkpoint stores it.
