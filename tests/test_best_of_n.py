@@ -96,11 +96,11 @@ def rows(*questions: list[tuple[str, int]]) -> list[dict]:
     ]
 
 
-def test_a_judgement_by_hand():
+def test_a_measurement_by_hand():
     questions = read_questions(rows([("7", 1), ("8", 0), ("8", 0)], [("1", 1), ("2", 0)]), LINES)
     scored = [result(0.9, 0.9), result(0.5, 0.9), result(0.5, 0.4), result(0.2, 0.3), result(0.9, 0.1)]
-    judgement = measure_best_of_n(scored, questions, outcome=[result(1.0 - i / 10) for i in range(5)])
-    found = {**judgement.counts, **{name: value.value for name, value in estimates(judgement).items()}}
+    measured = measure_best_of_n(scored, questions, outcome=[result(1.0 - i / 10) for i in range(5)])
+    found = {**measured.counts, **{name: value.value for name, value in estimates(measured).items()}}
     assert [found["own@1"], found["majority@1"]] == pytest.approx([(1 / 3 + 1 / 2) / 2] * 2)
     assert found["min@2"] == pytest.approx((2 / 3 + 1) / 2)  # the right one of the first is in two of three pairs
     assert found["last@2"] == pytest.approx((1 / 3 + 1 / 6 + 1) / 2)  # a tie with the first wrong one
@@ -122,9 +122,9 @@ def test_a_scripted_oracle_reaches_the_ceiling_at_every_n():
 
 def test_solutions_that_were_not_scored_are_chosen_last_and_counted():
     questions = read_questions(rows([("7", 1), ("8", 0)]), LINES)
-    judgement = measure_best_of_n([result(), result(0.1)], questions)
-    assert estimates(judgement)["own@2"].value == 0.0
-    assert judgement.counts["unscored"] == 1
+    measured = measure_best_of_n([result(), result(0.1)], questions)
+    assert estimates(measured)["own@2"].value == 0.0
+    assert measured.counts["unscored"] == 1
 
 
 def test_rows_of_a_question_need_not_stand_together_and_chats_are_grouped_too():
@@ -140,8 +140,8 @@ def test_answers_come_from_a_pattern_or_a_column_or_are_not_known():
     assert read_questions(bare, LINES).answers is None
     assert read_questions(bare, LINES, answer_pattern=r"Answer: (\d)").answers == ["7", "8"]
     assert read_questions(bare, LINES, answer_pattern=r"Result: (\d)").answers == [None, None]
-    judgement = measure_best_of_n([result(0.1), result(0.2)], read_questions(bare, LINES))
-    assert not any(name.startswith("majority") for name in judgement.statistics)
+    measured = measure_best_of_n([result(0.1), result(0.2)], read_questions(bare, LINES))
+    assert not any(name.startswith("majority") for name in measured.statistics)
 
 
 @pytest.mark.parametrize(

@@ -16,21 +16,25 @@ from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.responses import evaluate_scores, measure_responses
 from fractal_rm.evaluation.statistics import (
     Measurement,
+    absolute_error_of,
     as_columns,
     as_points,
     auc_of,
     aurc_of,
+    bag_aucs,
     brier_of,
     differences,
     ece_of,
     estimates,
     expected_calibration_error,
+    first_error_statistics,
     harmonic_mean_of,
     mean_of,
     paired_bootstrap,
     ratio_of,
     reliability_curve,
     risk_coverage_curve,
+    same_position_auc_of,
 )
 from fractal_rm.reward_model import Step, StepScores
 
@@ -52,6 +56,29 @@ def test_a_weighted_auc_is_scikit_learns_auc_of_repeated_items(rows):
     pairs = repeated(rows)
     kinds = {gold for _, gold in pairs}
     expected = roc_auc_score([gold for _, gold in pairs], [s for s, _ in pairs]) if len(kinds) == 2 else math.nan
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
+@given(counted)
+def test_the_value_of_an_auc_has_scikit_learns_digits(rows):
+    scores, labels = ([pair[i] for row, _ in rows for pair in row] for i in (0, 1))
+    known = [(gold, value) for value, gold in zip(scores, labels, strict=True) if not math.isnan(gold)]
+    if len({gold for gold, _ in known}) == 2:
+        assert auc_of(scores, labels).value == roc_auc_score(*zip(*known, strict=True))
+
+
+@given(counted)
+def test_weights_count_items_in_every_statistic_of_steps(rows):
+    def made(items):
+        scores, labels = ([[pair[i] for pair in row] for row in items] for i in (0, 1))
+        errors = first_error_statistics(scores, labels, 0.5)
+        makers = (auc_of, same_position_auc_of, absolute_error_of, brier_of, ece_of)
+        return [make(scores, labels) for make in makers] + [mean_of(bag_aucs(scores, labels)), *errors.values()]
+
+    weights = np.array([[weight for _, weight in rows]], dtype=float)
+    found = [statistic(weights)[0] for statistic in made([row for row, _ in rows])]
+    again = [row for row, weight in rows for _ in range(weight)]
+    expected = [statistic.value for statistic in made(again)] if again else [math.nan] * len(found)
     assert found == pytest.approx(expected, nan_ok=True)
 
 
@@ -182,24 +209,24 @@ def graded(bag):
 
 @pytest.mark.parametrize("grades", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
-def test_the_judgement_has_the_values_of_evaluate_scores(cut, grades):
+def test_the_measurement_has_the_values_of_evaluate_scores(cut, grades):
     scored, bags = scored_at_random(30, cut=cut)
     if grades:
         bags = [graded(bag) for bag in bags]
         assert {"bag_mae", "step_mae"} <= evaluate_scores(scored, bags, 0.4).keys()
     expected = evaluate_scores(scored, bags, 0.4)
-    judgement = measure_responses(scored, bags, 0.4)
-    found = {**judgement.counts, **{name: value.value for name, value in estimates(judgement, draws=2).items()}}
+    measured = measure_responses(scored, bags, 0.4)
+    found = {**measured.counts, **{name: value.value for name, value in estimates(measured, draws=2).items()}}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert {"bag_brier", "bag_aurc", "step_brier", "step_ece"} == found.keys() - expected.keys()
 
 
 def test_intervals_hold_their_value_and_a_twin_differs_by_nothing():
     scored, bags = scored_at_random(30)
-    judgement = measure_responses(scored, bags, 0.4)
-    for estimate in estimates(judgement, draws=100).values():
+    measured = measure_responses(scored, bags, 0.4)
+    for estimate in estimates(measured, draws=100).values():
         assert estimate.low <= estimate.value <= estimate.high
-    assert {tuple(gain) for gain in differences(judgement, judgement, draws=20).values()} == {(0.0, 0.0, 0.0)}
+    assert {tuple(gain) for gain in differences(measured, measured, draws=20).values()} == {(0.0, 0.0, 0.0)}
 
 
 def test_a_scripted_oracle_is_perfect_and_a_constant_has_its_known_values():

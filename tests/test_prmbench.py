@@ -42,8 +42,8 @@ def scores(solutions: Solutions, rule) -> list[StepScores]:
 
 
 def values_of(scored, solutions, threshold=0.5) -> dict[str, float]:
-    judgement = measure_prmbench(scored, solutions, threshold)
-    return {**judgement.counts, **{name: found.value for name, found in estimates(judgement, draws=2).items()}}
+    measured = measure_prmbench(scored, solutions, threshold)
+    return {**measured.counts, **{name: found.value for name, found in estimates(measured, draws=2).items()}}
 
 
 def test_a_scripted_oracle_gets_one_everywhere():

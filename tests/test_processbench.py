@@ -57,8 +57,8 @@ def scores(cases: Cases, rule) -> list[StepScores]:
 
 
 def values_of(scored, cases, threshold=0.5, **options) -> dict[str, float]:
-    judgement = measure_processbench(scored, cases, threshold, **options)
-    return {**judgement.counts, **{name: found.value for name, found in estimates(judgement, draws=2).items()}}
+    measured = measure_processbench(scored, cases, threshold, **options)
+    return {**measured.counts, **{name: found.value for name, found in estimates(measured, draws=2).items()}}
 
 
 def test_a_scripted_oracle_gets_one_everywhere():

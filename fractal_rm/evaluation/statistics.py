@@ -160,7 +160,7 @@ def _roc_area(right: np.ndarray, wrong: np.ndarray) -> float:
         return math.nan
     # Points on a straight line are left out, as scikit-learn does: the digits are the same.
     corner = np.ones(len(hits), dtype=bool)
-    corner[1:-1] = (np.diff(hits, 2) != 0) | (np.diff(false, 2) != 0)
+    corner[1:-1] = (right[2:] != right[1:-1]) | (wrong[2:] != wrong[1:-1])
     height, width = (np.append(0.0, total[corner]) / total[-1] for total in (hits, false))
     return float((np.diff(width) * (height[1:] + height[:-1]) / 2).sum())
 
@@ -182,9 +182,12 @@ def bag_aucs(scores: Rows, labels: Rows) -> np.ndarray:
         array([ 1., nan])
     """
     known = _known(scores, labels)
-    cuts = np.searchsorted(known.owner, np.arange(len(scores) + 1))
-    one = known._replace(owner=np.zeros_like(known.owner))
-    return np.array([one.auc(1, slice(*ends)).value for ends in pairwise(cuts.tolist())])
+    order = np.lexsort((-known.score, known.owner))
+    owner, score, good = known.owner[order], known.score[order], known.label[order] >= GOOD
+    ties = np.union1d(_runs(owner), _runs(score))
+    right, wrong = (np.add.reduceat(kind.astype(float), ties) for kind in (good, ~good))
+    cuts = np.searchsorted(owner[ties], np.arange(len(scores) + 1)).tolist()
+    return np.array([_roc_area(right[start:end], wrong[start:end]) for start, end in pairwise(cuts)])
 
 
 def same_position_auc_of(scores: Rows, labels: Rows) -> Statistic:
