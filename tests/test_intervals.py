@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.metrics import accuracy_score, brier_score_loss, mean_absolute_error, roc_auc_score
 from support.stand_ins import solutions
 
 from fractal_rm.data.readers import read_bags
@@ -209,16 +209,37 @@ def graded(bag):
 
 @pytest.mark.parametrize("grades", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
-def test_the_measurement_has_the_values_of_evaluate_scores(cut, grades):
+def test_the_values_of_labelled_responses_are_those_of_scikit_learn(cut, grades):
     scored, bags = scored_at_random(30, cut=cut)
-    if grades:
+    had = [(result.score, bag.label) for result, bag in zip(scored, bags, strict=True) if result.steps]
+    probs, labels = zip(*had, strict=True)
+    steps = [
+        pair
+        for result, bag in zip(scored, bags, strict=True)
+        for pair in zip(result.step_scores, bag.step_labels, strict=False)
+    ]
+    scores, gold = zip(*steps, strict=True)
+    expected = {
+        "responses": 30,
+        "unscored": int(cut),
+        "truncated": sum(result.truncated_steps > 0 for result in scored),
+        "threshold": 0.4,
+        "bag_auc": roc_auc_score(labels, probs),
+        "bag_accuracy": accuracy_score(labels, np.array(probs) >= 0.5),
+        "step_auc": roc_auc_score(gold, scores),
+        "bag_brier": brier_score_loss(labels, probs),
+        "step_brier": brier_score_loss(gold, scores),
+    }
+    if grades:  # of 0 to 3, in which the errors are
         bags = [graded(bag) for bag in bags]
-        assert {"bag_mae", "step_mae"} <= evaluate_scores(scored, bags, 0.4).keys()
-    expected = evaluate_scores(scored, bags, 0.4)
-    measured = measure_responses(scored, bags, 0.4)
-    found = {**measured.counts, **{name: value.value for name, value in estimates(measured, draws=2).items()}}
+        expected["bag_mae"] = 3 * mean_absolute_error(labels, probs)
+        expected["step_mae"] = 3 * mean_absolute_error(gold, scores)
+    found = measure_responses(scored, bags, 0.4).values
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    assert {"bag_brier", "bag_aurc", "step_brier", "step_ece"} == found.keys() - expected.keys()
+    first_errors = ["first_error_accuracy", "all_correct_accuracy", "f1"]
+    assert found.keys() - expected.keys() == {"bag_ece", "bag_aurc", "step_ece", "within_bag_auc", *first_errors}
+    without = {"bag_brier", "bag_aurc", "step_brier", "step_ece"}
+    assert evaluate_scores(scored, bags, 0.4) == {name: found[name] for name in found if name not in without}
 
 
 def test_intervals_hold_their_value_and_a_twin_differs_by_nothing():
