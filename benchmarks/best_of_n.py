@@ -35,10 +35,10 @@ from processbench import default_encoder
 from fractal_rm.data.readers import read_jsonl
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.benchmarks import as_learned, score_whole
-from fractal_rm.evaluation.best_of_n import Questions, judge_best_of_n, read_questions
-from fractal_rm.evaluation.evaluate import score_bags
-from fractal_rm.evaluation.intervals import Judgement, as_columns, differences, estimates
+from fractal_rm.evaluation.best_of_n import Questions, measure_best_of_n, read_questions
+from fractal_rm.evaluation.responses import score_bags
 from fractal_rm.evaluation.results import ResultsFile
+from fractal_rm.evaluation.statistics import Measurement, as_columns, differences, estimates
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
@@ -61,27 +61,27 @@ class Bench:
 
     def __init__(self, dataset: str, questions: Questions, results: ResultsFile) -> None:
         self.dataset, self.questions, self.results = dataset, questions, results
-        constant = judge_best_of_n(score_by(lambda bag: [0.5] * len(bag.steps), questions.bags), questions)
+        constant = measure_best_of_n(score_by(lambda bag: [0.5] * len(bag.steps), questions.bags), questions)
         # What the vote and the ceiling reach is the same beside every model.
         self.rival = self.pick(constant, "majority")
         for arm, reading in (("floor_random", "own"), ("floor_majority", "majority"), ("ceiling_pass", "pass")):
             self.append(arm, None, self.pick(constant, reading), {}, 0.0)
 
     @staticmethod
-    def pick(judgement: Judgement, reading: str) -> Judgement:
+    def pick(judgement: Measurement, reading: str) -> Measurement:
         """A judgement by one reading alone, called `accuracy@n`."""
         chosen = {
             f"accuracy@{name.partition('@')[2]}": statistic
             for name, statistic in judgement.statistics.items()
             if name.startswith(f"{reading}@")
         }
-        return Judgement(judgement.items, chosen, judgement.counts)
+        return Measurement(judgement.items, chosen, judgement.counts)
 
     def scores(
         self, arm: str, seed: int | None, scored: Sequence[StepScores], config: Mapping[str, Any], start: float
     ) -> None:
         """Judge scores."""
-        judgement = judge_best_of_n(scored, self.questions)
+        judgement = measure_best_of_n(scored, self.questions)
         others = {
             name: estimate.value
             for name, estimate in estimates(judgement).items()
@@ -90,7 +90,7 @@ class Bench:
         self.append(arm, seed, self.pick(judgement, "own"), config, time.monotonic() - start, others)
 
     def append(
-        self, arm: str, seed: int | None, judgement: Judgement, config: Mapping[str, Any], seconds: float,
+        self, arm: str, seed: int | None, judgement: Measurement, config: Mapping[str, Any], seconds: float,
         others: Mapping[str, float] | None = None,
     ) -> None:  # fmt: skip
         """Write the row of an arm."""

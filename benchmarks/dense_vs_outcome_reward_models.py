@@ -18,8 +18,8 @@ from development_page import REWARD_MODELS
 from sklearn.metrics import log_loss
 from tqdm import tqdm
 
-from fractal_rm.evaluation.metrics import bag_metrics, step_auc
 from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.evaluation.statistics import bag_metrics, step_auc
 from fractal_rm.reward_model import StepScores
 from fractal_rm.study.quickstart import quiet
 from fractal_rm.study.reward_models import FRACTAL, IMPLICIT, KINDS, Assets, Size, training_recipe

@@ -33,9 +33,9 @@ from floors import Rule, at_random, constant, copied, cosine, few_new_words, of_
 from implicit import implicit_scores
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.evaluation import metrics
-from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, response_labels, score_bags
-from fractal_rm.evaluation.evaluate import gold_labels as gold
+from fractal_rm.evaluation import statistics as metrics
+from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, response_labels, score_bags
+from fractal_rm.evaluation.responses import gold_labels as gold
 from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.reward_model import StepScores
 from fractal_rm.reward_training.config import FractalConfig

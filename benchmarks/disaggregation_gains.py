@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from disaggregation_data import Data
 
-from fractal_rm.evaluation import metrics
-from fractal_rm.evaluation.evaluate import gold_labels as gold
+from fractal_rm.evaluation import statistics as metrics
+from fractal_rm.evaluation.responses import gold_labels as gold
 from fractal_rm.evaluation.results import ResultsFile, read_results
 
 OURS = ("fractal", "fractal_gold_10")

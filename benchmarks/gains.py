@@ -1,4 +1,4 @@
-"""What benchmarks measure beyond `fractal_rm.evaluation.metrics`: gains with their intervals."""
+"""What benchmarks measure beyond `fractal_rm.evaluation.statistics`: gains with their intervals."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.evaluation import metrics
+from fractal_rm.evaluation import statistics as metrics
 from fractal_rm.reward_model import StepScores
 
 DRAWS = 1000

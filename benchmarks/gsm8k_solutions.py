@@ -33,7 +33,7 @@ from gains import gain_columns, has_gold, intervals, same_position_auc, step_row
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_bags, read_jsonl
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, score_bags
+from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, score_bags
 from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.files import write_atomic
 from fractal_rm.report.tables import markdown_table, replace_table

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.evaluation.metrics import bag_metrics
+from fractal_rm.evaluation.statistics import bag_metrics
 from fractal_rm.reward_model import StepScores
 from fractal_rm.study.implicit import ImplicitReward
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import datasets
 
-from fractal_rm.evaluation.metrics import bag_metrics, step_auc, within_bag_auc
 from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.evaluation.statistics import bag_metrics, step_auc, within_bag_auc
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_model import StepRewardModel

@@ -27,8 +27,8 @@ from rm_speed import PEER_PYTHON
 from speed_blocks import Line
 from transformers import AutoModelForTokenClassification, AutoTokenizer, set_seed
 
-from fractal_rm.evaluation.metrics import step_auc, within_bag_auc
 from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.evaluation.statistics import step_auc, within_bag_auc
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.arithmetic.problems import Beliefs, make_problems
 

@@ -26,10 +26,10 @@ from judged_models import EMBEDDING, data_dir_of, encoder, models_at_hand, solut
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_jsonl
 from fractal_rm.evaluation.benchmarks import as_learned
-from fractal_rm.evaluation.evaluate import choose_threshold, score_bags
-from fractal_rm.evaluation.intervals import as_columns, estimates
-from fractal_rm.evaluation.processbench import SUBSETS, Cases, judge_processbench, read_cases
+from fractal_rm.evaluation.processbench import SUBSETS, Cases, measure_processbench, read_cases
+from fractal_rm.evaluation.responses import choose_threshold, score_bags
 from fractal_rm.evaluation.results import ResultsFile
+from fractal_rm.evaluation.statistics import as_columns, estimates
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 
@@ -65,7 +65,7 @@ def floors() -> dict[tuple[str, int | None], Rule]:
 
 def metrics_of(scored: Sequence[StepScores], cases: Cases, threshold: float) -> dict[str, float]:
     """Every figure of a judgement; intervals of those that are over all subsets."""
-    judgement = judge_processbench(scored, cases, threshold)
+    judgement = measure_processbench(scored, cases, threshold)
     found = estimates(judgement)
     subsets = tuple(f"_{name}" for name in SUBSETS)
     whole = {name: value for name, value in found.items() if not name.endswith(subsets)}

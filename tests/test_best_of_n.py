@@ -13,14 +13,14 @@ from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.best_of_n import (
     Questions,
     best_of,
-    judge_best_of_n,
     majority_of,
+    measure_best_of_n,
     pass_at,
     read_questions,
     sizes_of,
     solution_scores,
 )
-from fractal_rm.evaluation.intervals import estimates
+from fractal_rm.evaluation.statistics import estimates
 from fractal_rm.reward_model import Step, StepScores
 
 samples = st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=7)
@@ -96,11 +96,11 @@ def rows(*questions: list[tuple[str, int]]) -> list[dict]:
     ]
 
 
-def test_a_judgement_by_hand():
+def test_a_measurement_by_hand():
     questions = read_questions(rows([("7", 1), ("8", 0), ("8", 0)], [("1", 1), ("2", 0)]), LINES)
     scored = [result(0.9, 0.9), result(0.5, 0.9), result(0.5, 0.4), result(0.2, 0.3), result(0.9, 0.1)]
-    judgement = judge_best_of_n(scored, questions, outcome=[result(1.0 - i / 10) for i in range(5)])
-    found = {**judgement.counts, **{name: value.value for name, value in estimates(judgement).items()}}
+    measured = measure_best_of_n(scored, questions, outcome=[result(1.0 - i / 10) for i in range(5)])
+    found = {**measured.counts, **{name: value.value for name, value in estimates(measured).items()}}
     assert [found["own@1"], found["majority@1"]] == pytest.approx([(1 / 3 + 1 / 2) / 2] * 2)
     assert found["min@2"] == pytest.approx((2 / 3 + 1) / 2)  # the right one of the first is in two of three pairs
     assert found["last@2"] == pytest.approx((1 / 3 + 1 / 6 + 1) / 2)  # a tie with the first wrong one
@@ -114,7 +114,7 @@ def test_a_judgement_by_hand():
 def test_a_scripted_oracle_reaches_the_ceiling_at_every_n():
     questions = read_questions(rows(*[[("7", i % 2), ("8", 0), ("9", 0), ("7", i % 2)] for i in range(6)]), LINES)
     scored = [result(float(right)) for right in questions.right]
-    found = {name: value.value for name, value in estimates(judge_best_of_n(scored, questions)).items()}
+    found = {name: value.value for name, value in estimates(measure_best_of_n(scored, questions)).items()}
     for n in (1, 2, 4):
         assert found[f"own@{n}"] == pytest.approx(found[f"pass@{n}"])
     assert found["pass@4"] == 0.5
@@ -122,9 +122,9 @@ def test_a_scripted_oracle_reaches_the_ceiling_at_every_n():
 
 def test_solutions_that_were_not_scored_are_chosen_last_and_counted():
     questions = read_questions(rows([("7", 1), ("8", 0)]), LINES)
-    judgement = judge_best_of_n([result(), result(0.1)], questions)
-    assert estimates(judgement)["own@2"].value == 0.0
-    assert judgement.counts["unscored"] == 1
+    measured = measure_best_of_n([result(), result(0.1)], questions)
+    assert estimates(measured)["own@2"].value == 0.0
+    assert measured.counts["unscored"] == 1
 
 
 def test_rows_of_a_question_need_not_stand_together_and_chats_are_grouped_too():
@@ -140,8 +140,8 @@ def test_answers_come_from_a_pattern_or_a_column_or_are_not_known():
     assert read_questions(bare, LINES).answers is None
     assert read_questions(bare, LINES, answer_pattern=r"Answer: (\d)").answers == ["7", "8"]
     assert read_questions(bare, LINES, answer_pattern=r"Result: (\d)").answers == [None, None]
-    judgement = judge_best_of_n([result(0.1), result(0.2)], read_questions(bare, LINES))
-    assert not any(name.startswith("majority") for name in judgement.statistics)
+    measured = measure_best_of_n([result(0.1), result(0.2)], read_questions(bare, LINES))
+    assert not any(name.startswith("majority") for name in measured.statistics)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_what_is_wrong_is_said(row, options, sentence):
 
 def test_choosing_for_no_question_is_refused():
     with pytest.raises(ValueError, match="There are no questions"):
-        judge_best_of_n([], Questions([], [], None))
+        measure_best_of_n([], Questions([], [], None))
 
 
 def test_sizes_are_powers_of_two_and_all():

@@ -20,7 +20,7 @@ from fractal_rm.cli.checks import hide_loading_bars
 from fractal_rm.cli.main import COMMANDS, is_bad_input, main
 from fractal_rm.data.readers import read_bags, read_jsonl
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.evaluation.evaluate import choose_threshold, score_bags
+from fractal_rm.evaluation.responses import choose_threshold, score_bags
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.reward_model import StepRewardModel
 

@@ -12,7 +12,7 @@ from support.stand_ins import save_policy, save_reward_model, solutions
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.evaluation.evaluate import choose_threshold, evaluate, evaluate_scores, score_bags
+from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, score_bags
 from fractal_rm.evaluation.score_rows import score_rows
 from fractal_rm.objectives.aggregation import AGGREGATIONS, meaning
 from fractal_rm.report.terminal import show_steps
@@ -40,7 +40,7 @@ def test_metrics_equal_those_of_the_trainer(tmp_path):
     )
     expected = trainer.evaluate()
     bags = read_bags(solutions(12), Segmentation())
-    found = evaluate(trainer.reward_model(), bags)
+    found = evaluate_scores(score_bags(trainer.reward_model(), bags), bags, 0.5)
     for name in ("bag_auc", "bag_accuracy", "bag_ece", "step_auc", "within_bag_auc"):
         assert found[name] == pytest.approx(expected[f"eval_{name}"], abs=1e-6)
 
@@ -91,14 +91,6 @@ def test_the_threshold_is_on_the_highest_step_where_one_good_step_is_enough(aggr
     assert found == pytest.approx(0.6 if meaning(aggregation) == "max" else 0.1)
 
 
-def test_the_model_says_which_step_decides_at_the_threshold(tmp_path):
-    model = StepRewardModel.from_pretrained(save_reward_model(tmp_path / "rm", aggregation="noisy_or"))
-    bags = read_bags(solutions(6), Segmentation())
-    scored = score_bags(model, bags)
-    found = evaluate(model, bags, validation=bags)["threshold"]
-    assert found == choose_threshold(scored, bags, aggregation="max") != choose_threshold(scored, bags)
-
-
 def test_grades_count_as_shares_of_the_highest():
     graded = [
         Bag("p", "a\nb", ((0, 1), (2, 3)), label=label, step_labels=steps, num_grades=4)
@@ -119,12 +111,6 @@ def test_grades_count_as_shares_of_the_highest():
     assert found == pytest.approx(expected, nan_ok=True)
     assert expected["step_auc"] == pytest.approx(2.5 / 3)  # grade 1 of 3 is bad, so one of four is good
     assert choose_threshold(scored, graded, aggregation="max") == choose_threshold(scored, shares, aggregation="max")
-
-
-def test_validation_that_cannot_be_scored_is_named(tmp_path):
-    model = StepRewardModel.from_pretrained(save_reward_model(tmp_path / "rm", max_length=1))
-    with pytest.raises(ValueError, match="None of 1 validation responses could be scored"):
-        evaluate(model, [TWO], validation=[FOUR])
 
 
 def test_bags_are_scored_with_their_own_steps(tmp_path):

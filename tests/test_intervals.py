@@ -8,32 +8,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.metrics import accuracy_score, brier_score_loss, mean_absolute_error, roc_auc_score
 from support.stand_ins import solutions
 
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.evaluation import metrics
-from fractal_rm.evaluation.evaluate import evaluate_scores
-from fractal_rm.evaluation.intervals import (
-    Judgement,
+from fractal_rm.evaluation.responses import evaluate_scores, measure_responses
+from fractal_rm.evaluation.statistics import (
+    Measurement,
+    absolute_error_of,
     as_columns,
+    as_points,
     auc_of,
+    aurc_of,
+    bag_aucs,
+    brier_of,
     differences,
+    ece_of,
     estimates,
+    expected_calibration_error,
+    first_error_statistics,
     harmonic_mean_of,
     mean_of,
+    paired_bootstrap,
     ratio_of,
-)
-from fractal_rm.evaluation.reliability import (
-    as_points,
-    aurc_of,
-    brier_of,
-    ece_of,
     reliability_curve,
     risk_coverage_curve,
+    same_position_auc_of,
 )
-from fractal_rm.evaluation.responses import judge_responses
 from fractal_rm.reward_model import Step, StepScores
 
 coarse = st.integers(0, 8).map(lambda n: n / 8)  # ties are common
@@ -54,6 +56,29 @@ def test_a_weighted_auc_is_scikit_learns_auc_of_repeated_items(rows):
     pairs = repeated(rows)
     kinds = {gold for _, gold in pairs}
     expected = roc_auc_score([gold for _, gold in pairs], [s for s, _ in pairs]) if len(kinds) == 2 else math.nan
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
+@given(counted)
+def test_the_value_of_an_auc_has_scikit_learns_digits(rows):
+    scores, labels = ([pair[i] for row, _ in rows for pair in row] for i in (0, 1))
+    known = [(gold, value) for value, gold in zip(scores, labels, strict=True) if not math.isnan(gold)]
+    if len({gold for gold, _ in known}) == 2:
+        assert auc_of(scores, labels).value == roc_auc_score(*zip(*known, strict=True))
+
+
+@given(counted)
+def test_weights_count_items_in_every_statistic_of_steps(rows):
+    def made(items):
+        scores, labels = ([[pair[i] for pair in row] for row in items] for i in (0, 1))
+        errors = first_error_statistics(scores, labels, 0.5)
+        makers = (auc_of, same_position_auc_of, absolute_error_of, brier_of, ece_of)
+        return [make(scores, labels) for make in makers] + [mean_of(bag_aucs(scores, labels)), *errors.values()]
+
+    weights = np.array([[weight for _, weight in rows]], dtype=float)
+    found = [statistic(weights)[0] for statistic in made([row for row, _ in rows])]
+    again = [row for row, weight in rows for _ in range(weight)]
+    expected = [statistic.value for statistic in made(again)] if again else [math.nan] * len(found)
     assert found == pytest.approx(expected, nan_ok=True)
 
 
@@ -80,17 +105,17 @@ def test_a_ratio_is_a_mean_over_what_items_consist_of():
 def test_intervals_and_differences_equal_those_of_the_plain_bootstrap():
     rng = np.random.default_rng(3)
     a, b = rng.random(40), rng.random(40)
-    expected = metrics.paired_bootstrap(a, b, n=40, seed=5)
-    one, other = (Judgement(40, {"mean": mean_of(values)}) for values in (a, b))
+    expected = paired_bootstrap(a, b, n=40, seed=5)
+    one, other = (Measurement(40, {"mean": mean_of(values)}) for values in (a, b))
     found = differences(one, other, draws=40, seed=5)["mean"]
     assert tuple(found) == pytest.approx((expected.difference, expected.low, expected.high))
-    alone = metrics.paired_bootstrap(a, np.zeros(40), n=40, seed=5)
+    alone = paired_bootstrap(a, np.zeros(40), n=40, seed=5)
     assert tuple(estimates(one, draws=40, seed=5)["mean"]) == pytest.approx((a.mean(), alone.low, alone.high))
 
 
 def test_pairing_makes_the_interval_of_a_difference_narrow():
     hard = np.random.default_rng(0).random(200)
-    one, other = (Judgement(200, {"m": mean_of(hard + gain)}) for gain in (0.1, 0.0))
+    one, other = (Measurement(200, {"m": mean_of(hard + gain)}) for gain in (0.1, 0.0))
     gain, alone = differences(one, other)["m"], estimates(one)["m"]
     assert gain.low == pytest.approx(0.1)
     assert gain.high == pytest.approx(0.1)
@@ -98,13 +123,13 @@ def test_pairing_makes_the_interval_of_a_difference_narrow():
 
 
 def test_a_metric_that_is_undefined_has_no_interval():
-    found = estimates(Judgement(2, {"auc": auc_of([[0.5], [0.7]], [[1], [1]])}))["auc"]
+    found = estimates(Measurement(2, {"auc": auc_of([[0.5], [0.7]], [[1], [1]])}))["auc"]
     assert all(math.isnan(value) for value in found)
 
 
 def test_two_models_on_different_data_are_refused():
-    with pytest.raises(ValueError, match=r"2 items against 3\. Judge both models on the same data\."):
-        differences(Judgement(2, {}), Judgement(3, {}))
+    with pytest.raises(ValueError, match=r"2 items against 3\. Measure both models on the same data\."):
+        differences(Measurement(2, {}), Measurement(3, {}))
 
 
 def test_the_harmonic_mean_of_nothing_found_is_zero():
@@ -127,7 +152,7 @@ def test_brier_score_and_reliability_curve_are_those_of_scikit_learn(pairs):
         assert [point.share_good for point in curve] == pytest.approx(share)
         assert [point.mean_probability for point in curve] == pytest.approx(mean)
     found = ece_of(probs, labels)(np.ones((1, len(pairs))))[0]
-    assert found == pytest.approx(metrics.expected_calibration_error(probs, labels))
+    assert found == pytest.approx(expected_calibration_error(probs, labels))
 
 
 @given(st.lists(st.tuples(coarse, st.sampled_from([0.0, 1.0])), min_size=1, max_size=12))
@@ -184,24 +209,45 @@ def graded(bag):
 
 @pytest.mark.parametrize("grades", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
-def test_the_judgement_has_the_values_of_evaluate_scores(cut, grades):
+def test_the_values_of_labelled_responses_are_those_of_scikit_learn(cut, grades):
     scored, bags = scored_at_random(30, cut=cut)
-    if grades:
+    had = [(result.score, bag.label) for result, bag in zip(scored, bags, strict=True) if result.steps]
+    probs, labels = zip(*had, strict=True)
+    steps = [
+        pair
+        for result, bag in zip(scored, bags, strict=True)
+        for pair in zip(result.step_scores, bag.step_labels, strict=False)
+    ]
+    scores, gold = zip(*steps, strict=True)
+    expected = {
+        "responses": 30,
+        "unscored": int(cut),
+        "truncated": sum(result.truncated_steps > 0 for result in scored),
+        "threshold": 0.4,
+        "bag_auc": roc_auc_score(labels, probs),
+        "bag_accuracy": accuracy_score(labels, np.array(probs) >= 0.5),
+        "step_auc": roc_auc_score(gold, scores),
+        "bag_brier": brier_score_loss(labels, probs),
+        "step_brier": brier_score_loss(gold, scores),
+    }
+    if grades:  # of 0 to 3, in which the errors are
         bags = [graded(bag) for bag in bags]
-        assert {"bag_mae", "step_mae"} <= evaluate_scores(scored, bags, 0.4).keys()
-    expected = evaluate_scores(scored, bags, 0.4)
-    judgement = judge_responses(scored, bags, 0.4)
-    found = {**judgement.counts, **{name: value.value for name, value in estimates(judgement, draws=2).items()}}
+        expected["bag_mae"] = 3 * mean_absolute_error(labels, probs)
+        expected["step_mae"] = 3 * mean_absolute_error(gold, scores)
+    found = measure_responses(scored, bags, 0.4).values
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    assert {"bag_brier", "bag_aurc", "step_brier", "step_ece"} == found.keys() - expected.keys()
+    first_errors = ["first_error_accuracy", "all_correct_accuracy", "f1"]
+    assert found.keys() - expected.keys() == {"bag_ece", "bag_aurc", "step_ece", "within_bag_auc", *first_errors}
+    without = {"bag_brier", "bag_aurc", "step_brier", "step_ece"}
+    assert evaluate_scores(scored, bags, 0.4) == {name: found[name] for name in found if name not in without}
 
 
 def test_intervals_hold_their_value_and_a_twin_differs_by_nothing():
     scored, bags = scored_at_random(30)
-    judgement = judge_responses(scored, bags, 0.4)
-    for estimate in estimates(judgement, draws=100).values():
+    measured = measure_responses(scored, bags, 0.4)
+    for estimate in estimates(measured, draws=100).values():
         assert estimate.low <= estimate.value <= estimate.high
-    assert {tuple(gain) for gain in differences(judgement, judgement, draws=20).values()} == {(0.0, 0.0, 0.0)}
+    assert {tuple(gain) for gain in differences(measured, measured, draws=20).values()} == {(0.0, 0.0, 0.0)}
 
 
 def test_a_scripted_oracle_is_perfect_and_a_constant_has_its_known_values():
@@ -213,7 +259,7 @@ def test_a_scripted_oracle_is_perfect_and_a_constant_has_its_known_values():
             values = [bad if gold == 0 else good for gold in bag.step_labels]
             steps = [Step("", *span, value) for span, value in zip(bag.step_spans, values, strict=True)]
             scored.append(StepScores(bag.response, steps, min(values)))
-        return as_columns(estimates(judge_responses(scored, bags, 0.5), draws=10))
+        return as_columns(estimates(measure_responses(scored, bags, 0.5), draws=10))
 
     oracle = judged(1.0, 0.0)
     for name in ("bag_auc", "bag_accuracy", "step_auc", "within_bag_auc", "f1"):

@@ -17,7 +17,7 @@ from support.models import byte_tokenizer, make_model, sums
 
 from fractal_rm.data.formats.multispanqa import read_multispanqa
 from fractal_rm.data.formats.prm800k import read_prm800k
-from fractal_rm.evaluation.metrics import same_position_auc, step_auc
+from fractal_rm.evaluation.statistics import same_position_auc, step_auc
 from fractal_rm.objectives.aggregation import AGGREGATIONS, aggregate
 from fractal_rm.objectives.grades import ordinal_bag_loss, ordinal_max_log_probs
 from fractal_rm.objectives.preferences import preference_loss

@@ -7,8 +7,8 @@ import pytest
 from sklearn.metrics import f1_score
 
 from fractal_rm.data.readers import read_jsonl
-from fractal_rm.evaluation.intervals import estimates
-from fractal_rm.evaluation.prmbench import KINDS, Solutions, judge_prmbench, read_solutions
+from fractal_rm.evaluation.prmbench import KINDS, Solutions, measure_prmbench, read_solutions
+from fractal_rm.evaluation.statistics import estimates
 from fractal_rm.reward_model import Step, StepScores
 
 
@@ -42,8 +42,8 @@ def scores(solutions: Solutions, rule) -> list[StepScores]:
 
 
 def values_of(scored, solutions, threshold=0.5) -> dict[str, float]:
-    judgement = judge_prmbench(scored, solutions, threshold)
-    return {**judgement.counts, **{name: found.value for name, found in estimates(judgement, draws=2).items()}}
+    measured = measure_prmbench(scored, solutions, threshold)
+    return {**measured.counts, **{name: found.value for name, found in estimates(measured, draws=2).items()}}
 
 
 def test_a_scripted_oracle_gets_one_everywhere():
@@ -114,7 +114,7 @@ def test_an_unknown_kind_is_named():
     with pytest.raises(ValueError, match=r"data, solution 1: unknown kind of error None; use redundency, "):
         read_solutions([{"prompt": "1?", "steps": ["a"], "step_labels": [1], "label": 1}])
     with pytest.raises(ValueError, match="There are no solutions of PRMBench"):
-        judge_prmbench([], Solutions([], []), 0.5)
+        measure_prmbench([], Solutions([], []), 0.5)
 
 
 def test_real_rows_have_every_kind(data_dir):

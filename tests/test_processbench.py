@@ -9,18 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fractal_rm.data.readers import read_jsonl
-from fractal_rm.evaluation.evaluate import evaluate_scores
-from fractal_rm.evaluation.intervals import estimates
 from fractal_rm.evaluation.processbench import (
     SUBSETS,
     Cases,
     Hits,
     best_threshold,
-    hit_range,
-    judge_processbench,
+    measure_processbench,
     missing_cases,
     read_cases,
 )
+from fractal_rm.evaluation.responses import evaluate_scores
+from fractal_rm.evaluation.statistics import estimates, hit_range
 from fractal_rm.reward_model import Step, StepScores
 
 coarse = st.integers(0, 6).map(lambda n: n / 6)
@@ -56,8 +55,8 @@ def scores(cases: Cases, rule) -> list[StepScores]:
 
 
 def values_of(scored, cases, threshold=0.5, **options) -> dict[str, float]:
-    judgement = judge_processbench(scored, cases, threshold, **options)
-    return {**judgement.counts, **{name: found.value for name, found in estimates(judgement, draws=2).items()}}
+    measured = measure_processbench(scored, cases, threshold, **options)
+    return {**measured.counts, **{name: found.value for name, found in estimates(measured, draws=2).items()}}
 
 
 def test_a_scripted_oracle_gets_one_everywhere():
@@ -171,7 +170,7 @@ def test_a_row_that_is_no_case_is_named(row, sentence):
 
 def test_judging_on_nothing_is_refused():
     with pytest.raises(ValueError, match="There are no cases of ProcessBench"):
-        judge_processbench([], Cases([], []), 0.5)
+        measure_processbench([], Cases([], []), 0.5)
 
 
 def test_the_local_file_holds_all_official_cases(data_dir):

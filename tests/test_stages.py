@@ -13,7 +13,7 @@ from support.stand_ins import save_encoder
 from torch import Tensor
 from transformers import TrainerCallback
 
-from fractal_rm.evaluation.evaluate import choose_threshold, evaluate, score_bags
+from fractal_rm.evaluation.responses import choose_threshold, evaluate, score_bags
 from fractal_rm.objectives.calibration import fit_temperature
 from fractal_rm.objectives.grades import ordinal_pseudo_labels
 from fractal_rm.objectives.preferences import preference_pseudo_labels

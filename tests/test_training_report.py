@@ -31,7 +31,7 @@ from support.step_ppo import (
 from fractal_rm import StepPPOTrainer
 from fractal_rm.cli.checks import to_json
 from fractal_rm.cli.main import main
-from fractal_rm.evaluation.metrics import interval_of_mean, paired_bootstrap
+from fractal_rm.evaluation.statistics import interval_of_mean, paired_bootstrap
 from fractal_rm.report.training_curves import MOST_POINTS, Panel, Section, early_ends, make_line, make_sections
 from fractal_rm.report.training_history import Run, metrics_by_update, read_runs
 from fractal_rm.report.training_report import save_training_figure, write_training_report

@@ -90,42 +90,39 @@ class EvaluateArguments:
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Judge one model, or compare two on the same responses; write `metrics.json` and print a table."""
+    """Measure one model, or compare two on the same responses; write `metrics.json` and print a table."""
     (arguments,) = parse("evaluate", [EvaluateArguments], argv)
     check_writable_file(arguments.output)
     for model in (arguments.model, arguments.compare_to, arguments.outcome_model):
         if model is not None:
             check_model(model)
     rows, source = _rows(arguments)
-    from fractal_rm.evaluation.intervals import as_columns, differences, estimates
+    from fractal_rm.evaluation.statistics import as_columns, differences, estimates
     from fractal_rm.files import write_atomic
 
     names = [arguments.model, *([arguments.compare_to] if arguments.compare_to is not None else [])]
-    judgements = [_judge(name, rows, source, arguments, first=i == 0) for i, name in enumerate(names)]
-    found = [estimates(judgement) for judgement in judgements]
-    written = [
-        {**judgement.counts, **as_columns(values), **judgement.curves}
-        for judgement, values in zip(judgements, found, strict=True)
-    ]
+    measured = [_measure(name, rows, source, arguments, first=i == 0) for i, name in enumerate(names)]
+    found = [estimates(one) for one in measured]
+    written = [{**one.counts, **as_columns(values), **one.curves} for one, values in zip(measured, found, strict=True)]
     record: dict[str, Any] = {"benchmark": arguments.benchmark, "data": source, "model": arguments.model, **written[0]}
-    gains = differences(*judgements) if len(judgements) == 2 else {}
+    gains = differences(*measured) if len(measured) == 2 else {}
     if gains:
         record["compare_to"] = {"model": arguments.compare_to, **written[1]}
         record["difference"] = as_columns(gains)
     write_atomic(arguments.output, to_json(record))
-    _print(source, judgements, found, gains)
+    _print(source, measured, found, gains)
     print(f"{arguments.output} holds these numbers.")
 
 
 def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
-    """The rows to judge on, and what to call them."""
+    """The rows to measure on, and what to call them."""
     if arguments.data is None:
         if arguments.dataset_format is not None:
             source = f"{arguments.dataset_format} ({arguments.split})"
             rows = list(load_published(arguments.dataset_format, arguments.split))[: arguments.limit]
             return FORMATS[arguments.dataset_format].read(rows, source=source), source
         if arguments.benchmark is None:
-            raise ValueError("There is nothing to judge on. Give `data`, or a `benchmark` that the hub has.")
+            raise ValueError("There is nothing to measure on. Give `data`, or a `benchmark` that the hub has.")
         return benchmark_from_hub(arguments.benchmark, arguments.limit), f"{arguments.benchmark} (hub)"
     split = find_split(arguments.data, arguments.split, arguments.data_dir)
     path = split or find_file(arguments.data, arguments.data_dir)
@@ -139,10 +136,10 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
     return read_rows(path, arguments.dataset_format, arguments.limit), source
 
 
-def _judge(name: str, rows: list[Any], source: str, arguments: EvaluateArguments, *, first: bool) -> Any:
-    """The judgement of one model, with the speed of scoring."""
-    from fractal_rm.evaluation.benchmarks import Task, judge, read_task
-    from fractal_rm.evaluation.responses import judge_responses
+def _measure(name: str, rows: list[Any], source: str, arguments: EvaluateArguments, *, first: bool) -> Any:
+    """What is measured of one model, with the speed of scoring."""
+    from fractal_rm.evaluation.benchmarks import Task, measure, read_task
+    from fractal_rm.evaluation.responses import measure_responses
     from fractal_rm.reward_training.data import to_bags
 
     model = load_reward_model(name, arguments.batch_size)
@@ -151,7 +148,8 @@ def _judge(name: str, rows: list[Any], source: str, arguments: EvaluateArguments
         check_meaning(arguments.dataset_format, model.settings.aggregation)
     if arguments.benchmark is None:
         bags = to_bags(rows, model.settings, source=source)
-        return judge(model, Task(bags, lambda scored, limit: judge_responses(scored, bags, limit)), threshold=threshold)
+        task = Task(bags, lambda scored, limit: measure_responses(scored, bags, limit))
+        return measure(model, task, threshold=threshold)
     outcome = None
     if arguments.outcome_model is not None and first:
         outcome = load_reward_model(arguments.outcome_model, arguments.batch_size)
@@ -166,7 +164,7 @@ def _judge(name: str, rows: list[Any], source: str, arguments: EvaluateArguments
     )
     if task.remark and first:
         print(task.remark, file=sys.stderr)
-    return judge(model, task, threshold=threshold)
+    return measure(model, task, threshold=threshold)
 
 
 def _threshold(model: Any, arguments: EvaluateArguments) -> float | None:
@@ -174,7 +172,7 @@ def _threshold(model: Any, arguments: EvaluateArguments) -> float | None:
     if arguments.threshold_file is None:
         return None
     from fractal_rm.evaluation.benchmarks import as_learned
-    from fractal_rm.evaluation.evaluate import choose_threshold, score_bags
+    from fractal_rm.evaluation.responses import choose_threshold, score_bags
     from fractal_rm.reward_training.data import to_bags
 
     path = find_file(arguments.threshold_file, arguments.data_dir)
@@ -186,15 +184,15 @@ def _threshold(model: Any, arguments: EvaluateArguments) -> float | None:
     return threshold
 
 
-def _print(source: str, judgements: list[Any], found: list[dict[str, Any]], gains: dict[str, Any]) -> None:
+def _print(source: str, measured: list[Any], found: list[dict[str, Any]], gains: dict[str, Any]) -> None:
     """Counts, then a line a metric: the value with its interval, of two models also the difference."""
     table = Table()
     table.add_column("metric")
     columns = [source] if len(found) == 1 else ["model", "compare_to"]
     for column in (*columns, *(["difference"] if gains else [])):
         table.add_column(column, justify="right")
-    for name in dict.fromkeys(name for judgement in judgements for name in judgement.counts):
-        cells = [number_cell(judgement.counts.get(name)) for judgement in judgements]
+    for name in dict.fromkeys(name for one in measured for name in one.counts):
+        cells = [number_cell(one.counts.get(name)) for one in measured]
         table.add_row(name, *cells, *([""] if gains else []))
     for name in dict.fromkeys(name for values in found for name in values):
         cells = [_interval(values[name]) if name in values else "—" for values in found]

@@ -1,4 +1,4 @@
-"""Judging a reward model on a benchmark: read its data, score it in one pass, measure, and say how fast that was."""
+"""A reward model on a benchmark: read its data, score it in one pass, measure, and say how fast that was."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,11 +8,11 @@ from typing import Any, Literal
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.evaluation.best_of_n import judge_best_of_n, read_questions
-from fractal_rm.evaluation.evaluate import score_bags
-from fractal_rm.evaluation.intervals import Judgement
-from fractal_rm.evaluation.prmbench import judge_prmbench, read_solutions
-from fractal_rm.evaluation.processbench import TUNED_ON, judge_processbench, missing_cases, read_cases
+from fractal_rm.evaluation.best_of_n import measure_best_of_n, read_questions
+from fractal_rm.evaluation.prmbench import measure_prmbench, read_solutions
+from fractal_rm.evaluation.processbench import TUNED_ON, measure_processbench, missing_cases, read_cases
+from fractal_rm.evaluation.responses import score_bags
+from fractal_rm.evaluation.statistics import Measurement
 from fractal_rm.reward_model import StepRewardModel, StepScores
 
 Benchmark = Literal["processbench", "prmbench", "best_of_n"]
@@ -24,12 +24,12 @@ class Task:
 
     Args:
         bags: The responses.
-        measure: From scores, and the threshold below which a step is called wrong, to a judgement.
+        measure: From scores, and the threshold below which a step is called wrong, to a measurement.
         remark: What whoever reads the numbers must know of the data, in one sentence; None if nothing.
     """
 
     bags: list[Bag]
-    measure: Callable[[Sequence[StepScores], float], Judgement]
+    measure: Callable[[Sequence[StepScores], float], Measurement]
     remark: str | None = None
 
 
@@ -61,39 +61,36 @@ def read_task(
     if benchmark == "processbench":
         cases = read_cases(rows, source=source)
 
-        def by_first_error(scored: Sequence[StepScores], threshold: float) -> Judgement:
-            return judge_processbench(scored, cases, threshold, tuned_on=tuned_on)
+        def by_first_error(scored: Sequence[StepScores], threshold: float) -> Measurement:
+            return measure_processbench(scored, cases, threshold, tuned_on=tuned_on)
 
         return Task(cases.bags, by_first_error, missing_cases(cases))
     if benchmark == "prmbench":
         solutions = read_solutions(rows, source=source)
-        return Task(solutions.bags, lambda scored, threshold: judge_prmbench(scored, solutions, threshold))
+        return Task(solutions.bags, lambda scored, threshold: measure_prmbench(scored, solutions, threshold))
     questions = read_questions(rows, segmentation or Segmentation(), source=source, answer_pattern=answer_pattern)
     outcome = None if outcome_model is None else score_whole(outcome_model, questions.bags)
-    return Task(questions.bags, lambda scored, _: judge_best_of_n(scored, questions, outcome=outcome))
+    return Task(questions.bags, lambda scored, _: measure_best_of_n(scored, questions, outcome=outcome))
 
 
-def judge(
-    reward_model: StepRewardModel, task: Task, *, threshold: float | None = None, batch_size: int | None = None
-) -> Judgement:
+def measure(reward_model: StepRewardModel, task: Task, *, threshold: float | None = None) -> Measurement:
     """Score the responses of a benchmark in one pass and measure.
 
     Args:
         reward_model: The model. If it was trained on chats, prompts that are texts become chats of one message.
         task: The benchmark.
         threshold: A step that scores below it is called wrong; default: the threshold that the model remembers.
-        batch_size: Responses in a forward; default: that of the model.
 
     Returns:
-        The judgement, with `seconds` and `responses_per_second` of scoring among its counts.
+        The measurement, with `seconds` and `responses_per_second` of scoring among its counts.
     """
     bags = as_learned(reward_model, task.bags)
     start = time.perf_counter()
-    scored = score_bags(reward_model, bags, batch_size=batch_size)
+    scored = score_bags(reward_model, bags)
     seconds = time.perf_counter() - start
-    judgement = task.measure(scored, reward_model.settings.threshold if threshold is None else threshold)
+    measured = task.measure(scored, reward_model.settings.threshold if threshold is None else threshold)
     speed = {"seconds": seconds, "responses_per_second": len(bags) / seconds}
-    return replace(judgement, counts={**judgement.counts, **speed})
+    return replace(measured, counts={**measured.counts, **speed})
 
 
 def as_learned(reward_model: StepRewardModel, bags: Sequence[Bag]) -> list[Bag]:

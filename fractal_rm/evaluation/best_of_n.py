@@ -17,7 +17,7 @@ import numpy as np
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.evaluation.intervals import Judgement, Statistic, mean_of
+from fractal_rm.evaluation.statistics import Measurement, Statistic, mean_of
 from fractal_rm.objectives.aggregation import GOOD
 from fractal_rm.reward_model import StepScores
 
@@ -152,18 +152,17 @@ def pass_at(right: np.ndarray, n: int) -> float:
     return 1 - math.comb(int((~right).sum()), n) / math.comb(len(right), n)
 
 
-def majority_of(answers: Sequence[str | None], right: np.ndarray, n: int, *, seed: int = 0) -> float:
+def majority_of(answers: Sequence[str | None], right: np.ndarray, n: int) -> float:
     """Chance that the most frequent answer among n drawn solutions is right.
 
     Args:
         answers: Final answer of each solution of a question; None has no vote.
         right: Whether each solution is right (N,).
         n: How many are drawn without replacement; at most N.
-        seed: Seed of the subsets, where there are more than 500 of them: then 500 are drawn, else all are taken.
 
     Returns:
-        The average over subsets. Among equally frequent answers each is taken equally often; without any answer, each
-        solution.
+        The average over all subsets, or over 500 drawn ones if there are more. Among equally frequent answers each is
+        taken equally often; without any answer, each solution.
 
     Example:
         >>> majority_of(["7", "7", "8"], np.array([True, True, False]), 3)
@@ -174,7 +173,7 @@ def majority_of(answers: Sequence[str | None], right: np.ndarray, n: int, *, see
     if math.comb(len(right), n) <= VOTE_DRAWS:
         drawn = np.array(list(itertools.combinations(range(len(right)), n)))
     else:
-        drawn = np.random.default_rng(seed).random((VOTE_DRAWS, len(right))).argsort(1)[:, :n]
+        drawn = np.random.default_rng(0).random((VOTE_DRAWS, len(right))).argsort(1)[:, :n]
     votes = np.zeros((len(drawn), len(names) + 1))
     good = np.zeros_like(votes)
     rows = np.arange(len(drawn))[:, None]
@@ -199,26 +198,24 @@ def sizes_of(questions: Questions) -> list[int]:
     return sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | ({most} if most else set()))
 
 
-def judge_best_of_n(
+def measure_best_of_n(
     scored: Sequence[StepScores],
     questions: Questions,
     *,
     outcome: Sequence[StepScores] | None = None,
-    sizes: Sequence[int] | None = None,
-) -> Judgement:
+) -> Measurement:
     """Best-of-n of scores, beside what needs no step scores.
 
     Args:
         scored: Scores of each solution.
         questions: The solutions.
         outcome: Scores of each solution by an outcome model, as a control.
-        sizes: The n to report; default: [`sizes_of`].
 
     Returns:
-        For every n: `own@n`, `min@n`, `product@n`, `mean@n`, `last@n` (readings of the step scores), `majority@n` where
-        answers are known, `outcome@n` where an outcome model is given, and `pass@n`, the ceiling; all are accuracies
-        over questions, which are the items that intervals are drawn over. Counts: questions, solutions, and for every n
-        the questions with fewer solutions, which are left out at that n (`skipped@n`).
+        For every n of [`sizes_of`]: `own@n`, `min@n`, `product@n`, `mean@n`, `last@n` (readings of the step scores),
+        `majority@n` where answers are known, `outcome@n` where an outcome model is given, and `pass@n`, the ceiling;
+        all are accuracies over questions, which are the items that intervals are drawn over. Counts: questions,
+        solutions, and for every n the questions with fewer solutions, which are left out at that n (`skipped@n`).
 
     Raises:
         ValueError: If there are no questions.
@@ -229,10 +226,10 @@ def judge_best_of_n(
     if outcome is not None:
         readings["outcome"] = solution_scores(outcome)["own"]
     right = questions.right
-    chosen = list(sizes or sizes_of(questions))
+    sizes = sizes_of(questions)
     accuracies: dict[str, list[float]] = {}
     for group in questions.groups:
-        for n in chosen:
+        for n in sizes:
             for name, value in _one_question(readings, right, questions.answers, group, n).items():
                 accuracies.setdefault(f"{name}@{n}", []).append(value)
     statistics: dict[str, Statistic] = {
@@ -246,8 +243,8 @@ def judge_best_of_n(
     }
     if questions.answers is not None:
         counts["without_answer"] = sum(answer is None for answer in questions.answers)
-    counts |= {f"skipped@{n}": short for n in chosen if (short := sum(len(group) < n for group in questions.groups))}
-    return Judgement(len(questions.groups), statistics, counts)
+    counts |= {f"skipped@{n}": short for n in sizes if (short := sum(len(group) < n for group in questions.groups))}
+    return Measurement(len(questions.groups), statistics, counts)
 
 
 def _one_question(

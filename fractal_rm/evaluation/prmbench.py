@@ -13,10 +13,8 @@ from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.prmbench import read_prmbench
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.evaluation import metrics
-from fractal_rm.evaluation.evaluate import NOT_SCORED, gold_labels
-from fractal_rm.evaluation.intervals import Judgement, Statistic, divided, mean_of
-from fractal_rm.evaluation.responses import judge_responses, known_steps
+from fractal_rm.evaluation.responses import gold_labels, known_steps, measure_responses, ranking_of
+from fractal_rm.evaluation.statistics import Measurement, Statistic, average_of, bag_aucs, mean_of, ratio_of
 from fractal_rm.objectives.aggregation import GOOD
 from fractal_rm.reward_model import StepScores
 
@@ -67,7 +65,7 @@ def read_solutions(rows: Iterable[Mapping[str, Any]], *, source: str = "data") -
     return Solutions(bags, [str(kind) for kind in kinds])
 
 
-def judge_prmbench(scored: Sequence[StepScores], solutions: Solutions, threshold: float) -> Judgement:
+def measure_prmbench(scored: Sequence[StepScores], solutions: Solutions, threshold: float) -> Measurement:
     """PRMScore of step scores, over all and by heading and kind.
 
     Args:
@@ -79,7 +77,7 @@ def judge_prmbench(scored: Sequence[StepScores], solutions: Solutions, threshold
         `prmscore` over the steps of all changed solutions, its two parts `f1_right_steps` and `f1_wrong_steps`, and
         `prmscore_<heading>`, `prmscore_<kind>`, `within_bag_auc_<kind>`; for `multi_solutions`, which has no wrong
         steps, `accuracy_multi_solutions`, the share of its steps that are not called wrong; and what
-        [`judge_responses`] says of rankings. Counts: solutions of each kind.
+        [`measure_responses`] says of rankings. Counts: solutions of each kind.
 
     Raises:
         ValueError: If there are no solutions.
@@ -89,7 +87,7 @@ def judge_prmbench(scored: Sequence[StepScores], solutions: Solutions, threshold
         left out. Its code gives -1 where no score is defined; here it is NaN.
     """
     if not solutions.bags:
-        raise ValueError("There are no solutions of PRMBench to judge on. Give some.")
+        raise ValueError("There are no solutions of PRMBench to measure on. Give some.")
     kinds = np.array(solutions.kinds)
     calls = call_counts(scored, solutions.bags, threshold)
     changed = ~np.isin(kinds, UNCHANGED)
@@ -97,25 +95,24 @@ def judge_prmbench(scored: Sequence[StepScores], solutions: Solutions, threshold
     for heading, members in CATEGORIES.items():
         if np.isin(kinds, members).any():
             statistics[f"prmscore_{heading}"] = prmscore_of(calls, np.isin(kinds, members))["prmscore"]
-    aucs = metrics.bag_aucs(*known_steps(scored, solutions.bags))
+    aucs = bag_aucs(*known_steps(scored, solutions.bags))
     for kind in KINDS:
         chosen = kinds == kind
         if not chosen.any():
             continue
         if kind == "multi_solutions":
-            statistics[f"accuracy_{kind}"] = right_step_accuracy_of(calls, chosen)
+            right = calls * chosen[:, None]
+            statistics[f"accuracy_{kind}"] = ratio_of(right[:, 0], right[:, 0] + right[:, 1])
             continue
         statistics[f"prmscore_{kind}"] = prmscore_of(calls, chosen)["prmscore"]
         statistics[f"within_bag_auc_{kind}"] = mean_of(np.where(chosen, aucs, np.nan))
-    general = judge_responses(scored, solutions.bags, threshold)
-    for name in ("bag_auc", "step_auc", "within_bag_auc"):
-        if name in general.statistics:
-            statistics[name] = general.statistics[name]
+    general = measure_responses(scored, solutions.bags, threshold)
+    statistics |= ranking_of(general)
     counts = {**general.counts, "threshold": threshold}
     counts |= {
         f"responses_{kind}": int((kinds == kind).sum()) for kind in (*KINDS, *UNCHANGED) if (kinds == kind).any()
     }
-    return Judgement(len(solutions.bags), statistics, counts)
+    return Measurement(len(solutions.bags), statistics, counts)
 
 
 def call_counts(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float) -> np.ndarray:
@@ -126,8 +123,8 @@ def call_counts(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: fl
     counts = np.zeros((len(bags), 4))
     for row, result, bag in zip(counts, scored, bags, strict=True):
         gold = gold_labels(bag)
-        missing = [NOT_SCORED] * (len(gold) - len(result.steps))
-        called_wrong = np.array([*result.step_scores, *missing]) < threshold
+        called_wrong = np.zeros(len(gold), dtype=bool)
+        called_wrong[: len(result.steps)] = np.array(result.step_scores) < threshold
         for wrong in (False, True):
             kind = (gold < GOOD) if wrong else (gold >= GOOD)
             row[2 * wrong : 2 * wrong + 2] = (kind & ~called_wrong).sum(), (kind & called_wrong).sum()
@@ -141,29 +138,14 @@ def prmscore_of(calls: np.ndarray, chosen: np.ndarray) -> dict[str, Statistic]:
         calls: What steps are called, of [`call_counts`] (N, 4).
         chosen: Which responses count (N,).
     """
-    counts = calls * chosen[:, None]
-
-    def right(weights: np.ndarray) -> np.ndarray:
-        hit, missed, false, _ = (weights @ counts).T
-        return divided(2 * hit, 2 * hit + missed + false)
+    right_kept, right_called, wrong_kept, wrong_called = (calls * chosen[:, None]).T
+    mistaken = right_called + wrong_kept
+    right = ratio_of(2 * right_kept, 2 * right_kept + mistaken)
+    found = ratio_of(2 * wrong_called, 2 * wrong_called + mistaken)
 
     def wrong(weights: np.ndarray) -> np.ndarray:
-        _, false, missed, hit = (weights @ counts).T
         # Without a wrong step there is none to find, whatever was called.
-        return np.where(hit + missed == 0, np.nan, divided(2 * hit, 2 * hit + missed + false))
+        return np.where(weights @ (wrong_kept + wrong_called) == 0, np.nan, found(weights))
 
-    def score(weights: np.ndarray) -> np.ndarray:
-        return (right(weights) + wrong(weights)) / 2
-
-    return {"prmscore": score, "f1_right_steps": right, "f1_wrong_steps": wrong}
-
-
-def right_step_accuracy_of(calls: np.ndarray, chosen: np.ndarray) -> Statistic:
-    """Share of the right steps of the chosen responses that are not called wrong."""
-    counts = calls * chosen[:, None]
-
-    def accuracy(weights: np.ndarray) -> np.ndarray:
-        hit, missed, _, _ = (weights @ counts).T
-        return divided(hit, hit + missed)
-
-    return accuracy
+    f1_wrong = Statistic(len(calls), wrong)
+    return {"prmscore": average_of([right, f1_wrong]), "f1_right_steps": right, "f1_wrong_steps": f1_wrong}

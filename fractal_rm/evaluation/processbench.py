@@ -15,11 +15,16 @@ from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.processbench import read_processbench
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.evaluation.evaluate import gold_labels
-from fractal_rm.evaluation.intervals import Judgement, Statistic, average_of, harmonic_mean_of, mean_of
-from fractal_rm.evaluation.reliability import as_points
-from fractal_rm.evaluation.responses import judge_responses
-from fractal_rm.objectives.aggregation import GOOD
+from fractal_rm.evaluation.responses import gold_labels, measure_responses, ranking_of
+from fractal_rm.evaluation.statistics import (
+    Measurement,
+    Statistic,
+    as_points,
+    average_of,
+    first_wrong,
+    hit_range,
+    hit_rates,
+)
 from fractal_rm.reward_model import StepScores
 
 # Cases of the official subsets: with a wrong step, without one.
@@ -74,34 +79,6 @@ def read_cases(rows: Iterable[Mapping[str, Any]], *, source: str = "data") -> Ca
     return Cases(bags, subsets)
 
 
-def first_wrong(gold: np.ndarray) -> int | None:
-    """Index of the first step that is labelled wrong, None if there is none."""
-    wrong = np.flatnonzero(gold < GOOD)
-    return int(wrong[0]) if len(wrong) else None
-
-
-def hit_range(step_scores: Sequence[float], first: int | None) -> tuple[float, float]:
-    """The thresholds `low < threshold <= high` at which a case is a hit; empty if `low >= high`.
-
-    Args:
-        step_scores: Scores of the steps, as many as were scored.
-        first: Index of the first wrong step, None if there is none.
-
-    Returns:
-        Low and high. A wrong step that was not scored is never found; a case without any score is never a hit.
-
-    Example:
-        >>> hit_range([0.9, 0.2, 0.1], 1)  # found by thresholds above 0.2, up to 0.9
-        (0.2, 0.9)
-        >>> hit_range([0.9, 0.4], None)
-        (-inf, 0.4)
-    """
-    if not len(step_scores) or (first is not None and first >= len(step_scores)):
-        return math.inf, -math.inf
-    before = step_scores if first is None else step_scores[:first]
-    return -math.inf if first is None else step_scores[first], min(before, default=math.inf)
-
-
 class Hits:
     """At which thresholds each case is a hit.
 
@@ -150,17 +127,10 @@ class Hits:
 
     def statistics(self, threshold: float, prefix: str = "") -> dict[str, Statistic]:
         """`first_error_accuracy`, `all_correct_accuracy` and `f1`: averages over subsets, then of each subset."""
-        hits = self.at(threshold).astype(float)
-        names = ("f1", "first_error_accuracy", "all_correct_accuracy")
-        found: dict[str, dict[str, Statistic]] = {name: {} for name in names}
-        for subset in self.subsets:
-            inside = self.subset == subset
-            first, right = (mean_of(np.where(inside & (self.wrong == kind), hits, np.nan)) for kind in (True, False))
-            values = (harmonic_mean_of(first, right), first, right)
-            for name, value in zip(names, values, strict=True):
-                found[name][f"{prefix}{name}_{subset}"] = value
-        averages = {f"{prefix}{name}": average_of(list(parts.values())) for name, parts in found.items()}
-        return averages | {name: value for parts in found.values() for name, value in parts.items()}
+        hits, names = self.at(threshold).astype(float), ("f1", "first_error_accuracy", "all_correct_accuracy")
+        rates = {name: hit_rates(np.where(self.subset == name, hits, np.nan), self.wrong) for name in self.subsets}
+        averages = {f"{prefix}{name}": average_of([found[name] for found in rates.values()]) for name in names}
+        return averages | {f"{prefix}{name}_{subset}": found[name] for name in names for subset, found in rates.items()}
 
 
 def best_threshold(curve: Sequence[Point]) -> Point:
@@ -174,9 +144,9 @@ def best_threshold(curve: Sequence[Point]) -> Point:
     return curve[i]._replace(threshold=(before + here) / 2 if math.isfinite(here) else math.nextafter(before, math.inf))
 
 
-def judge_processbench(
+def measure_processbench(
     scored: Sequence[StepScores], cases: Cases, threshold: float, *, tuned_on: str = TUNED_ON
-) -> Judgement:
+) -> Measurement:
     """ProcessBench of scores at three thresholds.
 
     Args:
@@ -189,7 +159,7 @@ def judge_processbench(
     Returns:
         `f1`, `first_error_accuracy`, `all_correct_accuracy` (averages over the subsets) and the same with `_<subset>`
         behind; `tuned_...` with the threshold that was chosen on the gold labels of `tuned_on`; the metrics of
-        [`judge_responses`] that ask for no threshold. Counts: cases, `best_f1` (the top of the curve, a ceiling: it
+        [`measure_responses`] that ask for no threshold. Counts: cases, `best_f1` (the top of the curve, a ceiling: it
         reads all gold labels) and the thresholds. Curve: `thresholds`.
 
     Raises:
@@ -199,14 +169,9 @@ def judge_processbench(
         Zheng et al., ProcessBench, 2024 (arXiv 2412.06559), and its public code for reward models.
     """
     if not cases.bags:
-        raise ValueError("There are no cases of ProcessBench to judge on. Give some.")
+        raise ValueError("There are no cases of ProcessBench to measure on. Give some.")
     hits = Hits(scored, cases)
-    general = judge_responses(scored, cases.bags, threshold)
-    ranking = {
-        name: general.statistics[name]
-        for name in ("bag_auc", "step_auc", "within_bag_auc")
-        if name in general.statistics
-    }
+    general = measure_responses(scored, cases.bags, threshold)
     statistics = hits.statistics(threshold)
     curve = hits.curve(hits.subsets)
     best = best_threshold(curve)
@@ -216,7 +181,9 @@ def judge_processbench(
         counts["tuned_threshold"] = tuned
         statistics |= hits.statistics(tuned, "tuned_")
     counts |= {f"responses_{name}": int((hits.subset == name).sum()) for name in hits.subsets}
-    return Judgement(len(cases.bags), statistics | ranking, counts, {"thresholds": as_points(curve, most=201)})
+    return Measurement(
+        len(cases.bags), statistics | ranking_of(general), counts, {"thresholds": as_points(curve, most=201)}
+    )
 
 
 def missing_cases(cases: Cases) -> str | None:

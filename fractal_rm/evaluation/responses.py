@@ -1,29 +1,86 @@
-"""Judging a model on labelled responses: metrics of `evaluate_scores` and calibration, as statistics."""
+"""Metrics of a step reward model on labelled responses: of the response, of its steps, of the first wrong step."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.evaluation import metrics
-from fractal_rm.evaluation.evaluate import evaluate_scores, gold_labels, padded_scores, response_labels
-from fractal_rm.evaluation.intervals import Judgement, Statistic, auc_of, harmonic_mean_of, mean_of, ratio_of
-from fractal_rm.evaluation.reliability import (
-    as_points,
-    aurc_of,
-    brier_of,
-    ece_of,
-    reliability_curve,
-    risk_coverage_curve,
-)
-from fractal_rm.objectives.aggregation import GOOD
-from fractal_rm.reward_model import StepScores
+from fractal_rm.evaluation import statistics
+from fractal_rm.evaluation.statistics import Measurement, Statistic, as_points, reliability_curve
+from fractal_rm.objectives.aggregation import GOOD, Aggregation, meaning
+from fractal_rm.reward_model import StepRewardModel, StepScores
 
-_COUNTS = ("responses", "unscored", "truncated", "threshold")
+# What `measure_responses` adds to `evaluate_scores`.
+_ADDED = ("bag_brier", "bag_aurc", "step_brier", "step_ece")
 
 
-def judge_responses(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float) -> Judgement:
-    """What scores are worth on labelled responses.
+def score_bags(reward_model: StepRewardModel, bags: Sequence[Bag]) -> list[StepScores]:
+    """Scores of bags, with the steps that the bags have."""
+    return reward_model.score(
+        [bag.prompt for bag in bags], [bag.response for bag in bags], spans=[bag.step_spans for bag in bags]
+    )
+
+
+def choose_threshold(scored: Sequence[StepScores], bags: Sequence[Bag], *, aggregation: Aggregation = "min") -> float:
+    """Threshold on a response's lowest, or highest, step score that best tells good responses from bad ones.
+
+    It needs response labels only: gold step labels are not read. Responses without a label or a score are left out.
+
+    Args:
+        scored: Scores of each bag of a validation set.
+        bags: The bags.
+        aggregation: That of the model. Where it means that a response is good if some step is, the highest step score
+            decides; otherwise the lowest.
+
+    Returns:
+        The threshold; NaN if no labelled response has a score.
+    """
+    deciding = max if meaning(aggregation) == "max" else min
+    rows = zip(scored, response_labels(bags), strict=True)
+    known = [(deciding(result.step_scores), label) for result, label in rows if result.steps and not math.isnan(label)]
+    return separating_threshold(*np.array(known).reshape(-1, 2).T)
+
+
+def separating_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Threshold at which calling scores below it bad is most often right (N,); NaN without scores.
+
+    Candidates lie halfway between neighbouring scores and at both ends; of equally accurate ones the nearest to 0.5 is
+    taken.
+
+    Example:
+        >>> separating_threshold(np.array([0.75, 0.25, 0.75]), np.array([1, 0, 1]))
+        0.5
+    """
+    if not len(scores):
+        return math.nan
+    if not np.isfinite(scores).all():
+        raise ValueError("A step has a score that is not a finite number. Leave out responses that were not scored.")
+    order = np.argsort(scores)
+    scores, good = scores[order], labels[order] >= GOOD
+    distinct = np.unique(scores)
+    halfway = distinct[:-1] / 2 + distinct[1:] / 2
+    candidates = np.concatenate([distinct[:1], halfway, np.nextafter(distinct[-1:], np.inf)])
+    below = np.searchsorted(scores, candidates, side="left")
+    good_below = np.concatenate([[0], np.cumsum(good)])[below]
+    hits = (below - good_below) + (good.sum() - good_below)
+    best = candidates[hits == hits.max()]
+    return float(best[np.argmin(np.abs(best - 0.5))])
+
+
+def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float) -> dict[str, float]:
+    """Values of [`measure_responses`], without Brier scores, `step_ece` and `bag_aurc`; the arguments are the same."""
+    values = measure_responses(scored, bags, threshold).values
+    return {name: value for name, value in values.items() if name not in _ADDED}
+
+
+def measure_responses(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float) -> Measurement:
+    """Metrics of scores against labels.
+
+    Steps beyond the model's `max_length` have no score. They stay out of the metrics of steps; for the first error they
+    count as not called wrong, so that a response does not get easier by being cut. Responses without any score stay out
+    of the response metrics and are counted as `unscored`. Grades count as shares of the highest, as the scores of a
+    model of grades do.
 
     Args:
         scored: Scores of each bag.
@@ -31,34 +88,58 @@ def judge_responses(scored: Sequence[StepScores], bags: Sequence[Bag], threshold
         threshold: A step that scores below it is called wrong.
 
     Returns:
-        The metrics of [`~fractal_rm.evaluation.evaluate.evaluate_scores`] by the same names and rules; `bag_brier`,
-        and `bag_aurc` (area under risk against coverage); where gold step labels are known also `step_brier` and
-        `step_ece`. Curves: `reliability`, `risk_coverage` and, of steps, `step_reliability`.
+        The metrics of [`~fractal_rm.evaluation.statistics.bag_statistics`], `bag_brier`, `bag_aurc` (area under risk
+        against coverage) and, of grades, `bag_mae`. If any gold step label is known also the metrics of
+        [`~fractal_rm.evaluation.statistics.step_statistics`] and
+        [`~fractal_rm.evaluation.statistics.first_error_statistics`], `step_brier`, `step_ece` and, of grades,
+        `step_mae`. The two absolute errors are in grades. Counts: `responses`, `unscored`, `truncated`, `threshold`,
+        and `pair_accuracy` of preferences (the share whose chosen response scores higher). Curves: `reliability`,
+        `risk_coverage` and, of steps, `step_reliability`.
     """
-    found = evaluate_scores(scored, bags, threshold)
-    counts = {name: found[name] for name in _COUNTS if name in found}
-    probs, labels = np.array([result.score for result in scored], dtype=float), np.array(response_labels(bags))
-    hits = np.where(np.isnan(probs) | np.isnan(labels), np.nan, (probs >= GOOD) == (labels >= GOOD))
-    statistics: dict[str, Statistic] = {
-        "bag_auc": auc_of(list(probs), list(np.where(np.isnan(probs), np.nan, labels))),
-        "bag_accuracy": mean_of(hits),
-        "bag_ece": ece_of(probs, labels),
-        "bag_brier": brier_of(probs, labels),
-        "bag_aurc": aurc_of(probs, labels),
+    probs = np.array([result.score for result in scored], dtype=float)
+    unscored = np.isnan(probs)
+    labels = np.where(unscored, np.nan, response_labels(bags))
+    highest = max((bag.num_grades or 0 for bag in bags), default=0) - 1
+    counts: dict[str, float] = {
+        "responses": len(bags),
+        "unscored": int(unscored.sum()),
+        "truncated": sum(result.truncated_steps > 0 for result in scored),
+    }
+    metrics: dict[str, Statistic] = {
+        **statistics.bag_statistics(probs, labels),
+        "bag_brier": statistics.brier_of(probs, labels),
+        "bag_aurc": statistics.aurc_of(probs, labels),
     }
     curves = {
         "reliability": as_points(reliability_curve(probs, labels)),
-        "risk_coverage": as_points(risk_coverage_curve(probs, labels)),
+        "risk_coverage": as_points(statistics.risk_coverage_curve(probs, labels)),
     }
-    if "bag_mae" in found:
-        statistics["bag_mae"] = mean_of(_highest(bags) * np.abs(probs - labels))
-    if "pair_accuracy" in found:
-        counts["pair_accuracy"] = found["pair_accuracy"]
-    if "step_auc" in found:
-        statistics |= step_statistics(scored, bags) | _first_errors(scored, bags, threshold)
-        scores, gold = (np.concatenate(rows) for rows in known_steps(scored, bags))
-        curves["step_reliability"] = as_points(reliability_curve(scores, gold))
-    return Judgement(len(bags), statistics, counts, curves)
+    if highest > 0:
+        metrics["bag_mae"] = statistics.absolute_error_of(highest * probs, highest * labels)
+    pairs = _pairs(scored, bags)
+    if pairs:
+        counts["pair_accuracy"] = sum(better > worse for better, worse in pairs) / len(pairs)
+    gold = [gold_labels(bag) for bag in bags]
+    if any(not np.isnan(row).all() for row in gold):
+        counts["threshold"] = threshold
+        scores, known = known_steps(scored, bags)
+        if highest > 0:
+            graded = ([highest * row for row in rows] for rows in (scores, known))
+            metrics["step_mae"] = statistics.absolute_error_of(*graded)
+        metrics |= {
+            **statistics.step_statistics(scores, known),
+            "step_brier": statistics.brier_of(scores, known),
+            "step_ece": statistics.ece_of(scores, known),
+            **statistics.first_error_statistics(scores, gold, threshold),
+        }
+        curves["step_reliability"] = as_points(reliability_curve(scores, known))
+    return Measurement(len(bags), metrics, counts, curves)
+
+
+def ranking_of(measured: Measurement) -> dict[str, Statistic]:
+    """The metrics of [`measure_responses`] that ask for no threshold: how well responses and steps are ranked."""
+    wanted = ("bag_auc", "step_auc", "within_bag_auc")
+    return {name: measured.statistics[name] for name in wanted if name in measured.statistics}
 
 
 def known_steps(scored: Sequence[StepScores], bags: Sequence[Bag]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -67,38 +148,26 @@ def known_steps(scored: Sequence[StepScores], bags: Sequence[Bag]) -> tuple[list
     return scores, [gold_labels(bag)[: len(row)] for bag, row in zip(bags, scores, strict=True)]
 
 
-def step_statistics(scored: Sequence[StepScores], bags: Sequence[Bag]) -> dict[str, Statistic]:
-    """How well steps are ranked and how honest their probabilities are; steps that were not scored stay out."""
-    scores, gold = known_steps(scored, bags)
-    owners = np.repeat(np.arange(len(bags)), [len(row) for row in scores])
-    # A response counts in means over steps as its sum and its number of steps.
-    squares = [float(np.nansum((row - labels) ** 2)) for row, labels in zip(scores, gold, strict=True)]
-    errors = [_highest(bags) * float(np.nansum(np.abs(row - of))) for row, of in zip(scores, gold, strict=True)]
-    sizes = [float(np.count_nonzero(~np.isnan(labels))) for labels in gold]
-    graded = {"step_mae": ratio_of(errors, sizes)} if any(bag.num_grades for bag in bags) else {}
-    return graded | {
-        "step_auc": auc_of(scores, gold),
-        "within_bag_auc": mean_of(metrics.bag_aucs(scores, gold)),
-        "step_brier": ratio_of(squares, sizes),
-        "step_ece": ece_of(np.concatenate(scores), np.concatenate(gold), owners),
-    }
+def response_labels(bags: Sequence[Bag]) -> list[float]:
+    """Label of each response on the scale of scores, NaN where it is not known."""
+    return [_share(bag.label, bag) for bag in bags]
 
 
-def _highest(bags: Sequence[Bag]) -> int:
-    """The highest grade that labels can have."""
-    return max(bag.num_grades or 2 for bag in bags) - 1
+def gold_labels(bag: Bag) -> np.ndarray:
+    """Gold label of each step on the scale of scores, NaN where it is not known."""
+    known = bag.step_labels or [None] * len(bag.step_spans)
+    return np.array([_share(label, bag) for label in known])
 
 
-def _first_errors(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float) -> dict[str, Statistic]:
-    wrong, right = [], []
+def _share(label: float | None, bag: Bag) -> float:
+    """A label on the scale of scores: NaN where it is not known, a grade as its share of the highest."""
+    return math.nan if label is None else label / ((bag.num_grades or 2) - 1)
+
+
+def _pairs(scored: Sequence[StepScores], bags: Sequence[Bag]) -> list[tuple[float, float]]:
+    """Scores of the chosen and of the rejected response of each preference; one that was not scored is never better."""
+    sides: dict[str, dict[float | None, float]] = {}
     for result, bag in zip(scored, bags, strict=True):
-        gold = gold_labels(bag)
-        hit = metrics.first_error_accuracy([padded_scores(result, gold)], [gold], threshold)
-        wrong.append(hit["first_error_accuracy"])
-        right.append(hit["all_correct_accuracy"])
-    first, all_correct = mean_of(wrong), mean_of(right)
-    return {
-        "first_error_accuracy": first,
-        "all_correct_accuracy": all_correct,
-        "f1": harmonic_mean_of(first, all_correct),
-    }
+        if bag.pair_id is not None:
+            sides.setdefault(bag.pair_id, {})[bag.label] = result.score
+    return [(found[1.0], found[0.0]) for found in sides.values() if found.keys() >= {0.0, 1.0}]

@@ -7,7 +7,7 @@ from typing import Any
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.readers import read_row
-from fractal_rm.evaluation.evaluate import score_bags
+from fractal_rm.evaluation.responses import score_bags
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.scorers.encoding import prompt_text
 
@@ -17,7 +17,6 @@ def score_rows(
     rows: Sequence[Mapping[str, Any] | Bag],
     *,
     source: str,
-    batch_size: int | None = None,
 ) -> list[dict[str, Any]]:
     """Score the responses of rows in any format that `read_row` knows, labelled or not.
 
@@ -25,7 +24,6 @@ def score_rows(
         reward_model: The model.
         rows: Rows of a file, or bags.
         source: Its name, for messages.
-        batch_size: Responses in a forward; default: that of the model.
 
     Returns:
         One record a response (two for a preference), ready for JSON and for `write_viewer`: `row`, `id`, `prompt`,
@@ -50,7 +48,7 @@ def score_rows(
         for bag in found:
             bags[len(records)] = bag
             records.append(_record(number, {"id": bag.id, "prompt": bag.prompt, "label": bag.label}, bag.response))
-    scored = score_bags(reward_model, list(bags.values()), batch_size=batch_size) if bags else []
+    scored = score_bags(reward_model, list(bags.values())) if bags else []
     for (place, bag), result in zip(bags.items(), scored, strict=True):
         _fill(records[place], bag, result, source)
     return records

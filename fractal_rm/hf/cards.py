@@ -1,12 +1,12 @@
 """Model cards: the README.md of a trained folder says what it is, how it scored, and how to use it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fractal_rm.evaluation.intervals import Estimate, Judgement, estimates
+from fractal_rm.evaluation.statistics import Estimate, Measurement, estimates
 from fractal_rm.scorers.encoding import special_affixes
 from fractal_rm.scorers.inputs import Processor
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
@@ -24,7 +24,7 @@ class RewardModelCard:
         labels: What its labels say, and how many there are.
         metrics: For each split its metrics.
         intervals: For each split the metrics that have an interval; they are shown in place of those in `metrics`.
-        judge: Measures the split `evaluation` of `intervals` when it is needed.
+        measured: The last evaluation; its intervals are computed when a card is written.
     """
 
     base: str | None = None
@@ -32,18 +32,18 @@ class RewardModelCard:
     labels: str = "not known"
     metrics: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     intervals: dict[str, Mapping[str, Estimate]] = field(default_factory=dict)
-    judge: Callable[[], Judgement] | None = None
+    measured: Measurement | None = None
 
-    def evaluated(self, metrics: Mapping[str, Any], judge: Callable[[], Judgement]) -> None:
+    def evaluated(self, measured: Measurement) -> None:
         """Take the metrics of an evaluation; their intervals are computed if a card is written before the next one."""
-        self.metrics["evaluation"], self.judge = metrics, judge
+        self.metrics["evaluation"], self.measured = measured.values, measured
         self.intervals.pop("evaluation", None)
 
     def forget_evaluation(self) -> None:
         """Drop the metrics of the last evaluation."""
         self.metrics.pop("evaluation", None)
         self.intervals.pop("evaluation", None)
-        self.judge = None
+        self.measured = None
 
     def text(self, settings: FractalSettings, processor: Processor) -> str:
         """The card.
@@ -52,8 +52,8 @@ class RewardModelCard:
             settings: What the checkpoint remembers, as saved.
             processor: Its tokenizer or sentence encoder.
         """
-        if self.judge is not None:
-            self.intervals["evaluation"], self.judge = estimates(self.judge()), None
+        if self.measured is not None:
+            self.intervals["evaluation"], self.measured = estimates(self.measured), None
         task = {"likelihood": "text-generation", "token": "token-classification"}.get(settings.scorer)
         longest = f"{settings.max_length} tokens" if settings.max_length else "no limit"
         template = settings.prompt_template.encode("unicode_escape").decode()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fractal_rm.evaluation.reliability import reliability_curve
+from fractal_rm.evaluation.statistics import reliability_curve
 from fractal_rm.files import write_atomic
 from fractal_rm.report.drawing import (
     PAGE,

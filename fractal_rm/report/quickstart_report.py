@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fractal_rm.evaluation.metrics import expected_calibration_error
+from fractal_rm.evaluation.statistics import expected_calibration_error
 from fractal_rm.report.drawing import Curve
 from fractal_rm.report.pages import response_view, write_page
 from fractal_rm.report.plots import calibration_plot, learning_curves

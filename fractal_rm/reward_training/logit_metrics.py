@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from fractal_rm.evaluation import metrics
-from fractal_rm.evaluation.intervals import Judgement, Statistic, auc_of, mean_of
-from fractal_rm.evaluation.reliability import ece_of
+from fractal_rm.evaluation.statistics import Measurement, bag_statistics, step_statistics
 from fractal_rm.reward_model import probabilities
 from fractal_rm.scorers.settings import FractalSettings
 
@@ -73,60 +71,27 @@ def _by_row(laid: np.ndarray) -> np.ndarray:
     return rows.reshape(-1, *rows.shape[2:])
 
 
-def _scores(logits: list[np.ndarray], settings: FractalSettings) -> tuple[list[np.ndarray], np.ndarray]:
-    """Scores of the steps of each bag, and of the bags (B,)."""
-    found = [
-        probabilities(torch.tensor(row)[None], torch.ones(1, len(row), dtype=torch.bool), settings) for row in logits
-    ]
-    return [steps[0].numpy() for steps, _ in found], np.array([bag.item() for _, bag in found])
-
-
-def judge_logits(
-    logits: list[np.ndarray], bag_labels: np.ndarray, step_labels: list[np.ndarray], settings: FractalSettings
-) -> Judgement:
-    """The metrics of [`evaluate_logits`] that have an interval, as statistics; the arguments are the same."""
-    highest = (settings.num_grades or 2) - 1
-    scores, bag_scores = _scores(logits, settings)
-    labels, gold = bag_labels / highest, [row / highest for row in step_labels]
-    statistics: dict[str, Statistic] = {
-        "bag_auc": auc_of(list(bag_scores), list(labels)),
-        "bag_accuracy": mean_of((bag_scores >= metrics.GOOD) == (labels >= metrics.GOOD)),
-        "bag_ece": ece_of(bag_scores, labels),
-    }
-    if any(not np.isnan(row).all() for row in gold):
-        statistics["step_auc"] = auc_of(scores, gold)
-        statistics["within_bag_auc"] = mean_of(metrics.bag_aucs(scores, gold))
-    return Judgement(len(logits), statistics)
-
-
-def evaluate_logits(
-    logits: list[np.ndarray],
-    bag_labels: np.ndarray,
-    step_labels: list[np.ndarray],
-    settings: FractalSettings,
-    *,
-    chosen: np.ndarray | None = None,
-) -> dict[str, float]:
-    """Bag metrics, and step metrics where gold step labels are known.
+def measure_logits(bags: CollectedBags, settings: FractalSettings) -> Measurement:
+    """Metrics of response labels, and of gold step labels where any is known.
 
     Args:
-        logits: Step logits of each bag, (S,) or (S, G), real steps only.
-        bag_labels: Response labels (B,).
-        step_labels: Gold step labels of each bag, NaN where unknown.
+        bags: The bags that an evaluation has seen.
         settings: Gives aggregation and grades.
-        chosen: 1 for the chosen response of a preference, 0 for the rejected one behind it, -1 for others (B,).
 
     Returns:
-        Those of [`~fractal_rm.evaluation.metrics.bag_metrics`]; `pair_accuracy` if there are preferences; `step_auc`
-        and `within_bag_auc` if any gold step label is known. Grades count as shares of the highest.
+        The metrics of [`~fractal_rm.evaluation.statistics.bag_statistics`] and
+        [`~fractal_rm.evaluation.statistics.step_statistics`], and `pair_accuracy` if there are preferences. Grades
+        count as shares of the highest.
     """
     highest = (settings.num_grades or 2) - 1
-    scores, bag_scores = _scores(logits, settings)
-    results = metrics.bag_metrics(bag_scores, bag_labels / highest)
-    if chosen is not None and (chosen >= 0).any():
-        results["pair_accuracy"] = float(np.mean(bag_scores[chosen == 1] > bag_scores[chosen == 0]))
-    if any(not np.isnan(row).all() for row in step_labels):
-        gold = [row / highest for row in step_labels]
-        results["step_auc"] = metrics.step_auc(scores, gold)
-        results["within_bag_auc"] = metrics.within_bag_auc(scores, gold)
-    return results
+    found = [
+        probabilities(torch.tensor(row)[None], torch.ones(1, len(row), dtype=torch.bool), settings)
+        for row in bags.logits
+    ]
+    scores, bag_scores = [steps[0].numpy() for steps, _ in found], np.array([bag.item() for _, bag in found])
+    metrics, counts = bag_statistics(bag_scores, bags.labels / highest), {}
+    if (bags.chosen >= 0).any():
+        counts["pair_accuracy"] = float(np.mean(bag_scores[bags.chosen == 1] > bag_scores[bags.chosen == 0]))
+    if any(not np.isnan(row).all() for row in bags.step_labels):
+        metrics |= step_statistics(scores, [row / highest for row in bags.step_labels])
+    return Measurement(len(scores), metrics, counts)

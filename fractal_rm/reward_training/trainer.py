@@ -24,9 +24,8 @@ from transformers import (
 
 from fractal_rm.data.bag import Bag, check_labels
 from fractal_rm.data.prompts import is_chat
-from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, score_bags
-from fractal_rm.evaluation.intervals import estimates
-from fractal_rm.evaluation.responses import judge_responses
+from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, measure_responses, score_bags
+from fractal_rm.evaluation.statistics import estimates
 from fractal_rm.files import replacing, write_atomic
 from fractal_rm.hf.cards import RewardModelCard
 from fractal_rm.hf.checkpoints import (
@@ -54,7 +53,7 @@ from fractal_rm.reward_training.data import (
     joins_without_a_gap,
     to_bags,
 )
-from fractal_rm.reward_training.logit_metrics import by_item, collected_bags, evaluate_logits, judge_logits
+from fractal_rm.reward_training.logit_metrics import by_item, collected_bags, measure_logits
 from fractal_rm.reward_training.model_setup import make_trainable, model_name, move_to_group
 from fractal_rm.reward_training.objective import StageKind, loss_terms, term_weights
 from fractal_rm.reward_training.prior_targets import prior_targets
@@ -435,11 +434,9 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics on bag labels, and on gold step labels where the data has them."""
-        bags = collected_bags(prediction)
-        settings = replace(self.settings)  # the card judges later, and calibration changes the temperature
-        found = evaluate_logits(bags.logits, bags.labels, bags.step_labels, settings, chosen=bags.chosen)
-        self.card.evaluated(found, lambda: judge_logits(bags.logits, bags.labels, bags.step_labels, settings))
-        return found
+        measured = measure_logits(collected_bags(prediction), self.settings)
+        self.card.evaluated(measured)
+        return measured.values
 
     def calibrate(self) -> float:
         """Fit the temperature to the response labels of the evaluation data, as [`FractalTrainer.finish`] does.
@@ -497,7 +494,7 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         self.card.data = data or self.card.data
         for split, results in scored.items():
             self.card.metrics[split] = evaluate_scores(results, splits[split], self.settings.threshold)
-            found = estimates(judge_responses(results, splits[split], self.settings.threshold))
+            found = estimates(measure_responses(results, splits[split], self.settings.threshold))
             self.card.intervals[split] = {k: v for k, v in found.items() if k in self.card.metrics[split]}
         return dict(self.card.metrics)
 

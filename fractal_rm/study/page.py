@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fractal_rm.evaluation.metrics import PairedDifference, interval_of_mean
+from fractal_rm.evaluation.statistics import PairedDifference, interval_of_mean
 from fractal_rm.report.drawing import PICTURE, new_figure, style_axes, to_bytes
 from fractal_rm.report.tables import MISSING, format_number
 from fractal_rm.study.arms import ARMS, AS_LONG, CEILING, OUTCOME_ONLY

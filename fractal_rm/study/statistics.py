@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fractal_rm.evaluation.metrics import PairedDifference, paired_bootstrap
+from fractal_rm.evaluation.statistics import PairedDifference, paired_bootstrap
 from fractal_rm.study.arms import AS_LONG, CEILING, LONGER, OUTCOME_ONLY
 from fractal_rm.study.rows import Runs
 from fractal_rm.study.settings import SETTINGS

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fractal_rm.evaluation.metrics import bag_metrics
+from fractal_rm.evaluation.statistics import bag_metrics
 from fractal_rm.files import replacing
 from fractal_rm.objectives.bag_loss import bag_loss
 from fractal_rm.reward_model import StepRewardModel, probabilities

@@ -1,4 +1,4 @@
-"""Metrics against counting pairs, plain loops, trying every threshold, and scikit-learn."""
+"""Values of metrics against counting pairs, plain loops, trying every threshold, and scikit-learn."""
 
 import itertools
 import math
@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, roc_curve
 
-from fractal_rm.evaluation.metrics import (
+from fractal_rm.data.bag import Bag
+from fractal_rm.evaluation import responses as responses_module
+from fractal_rm.evaluation.statistics import (
     PairedDifference,
     bag_aucs,
     bag_metrics,
-    choose_threshold,
     expected_calibration_error,
     first_error_accuracy,
     mean_absolute_error,
@@ -22,12 +23,20 @@ from fractal_rm.evaluation.metrics import (
     step_auc,
     within_bag_auc,
 )
+from fractal_rm.reward_model import Step, StepScores
 
 NAN = float("nan")
 score = st.integers(0, 8).map(lambda n: n / 8)  # coarse, so that ties are common
 label = st.sampled_from([0.0, 1.0, 0.3, 0.7, NAN])
 steps = st.lists(st.tuples(score, label), max_size=5)
 bags = st.lists(steps, max_size=5)
+
+
+def choose_threshold(scores, labels, aggregation="min"):
+    """The threshold chosen on responses with these step scores and labels."""
+    responses = [StepScores("", [Step("", 0, 0, value) for value in row], 0.0) for row in scores]
+    bags = [Bag("", "x", ((0, 1),), label=None if math.isnan(label) else float(label)) for label in labels]
+    return responses_module.choose_threshold(responses, bags, aggregation=aggregation)
 
 
 def unzip(rows):
@@ -115,7 +124,7 @@ def test_labels_after_the_first_error_may_be_unknown_and_before_it_may_not():
 @pytest.mark.parametrize(("rule", "passes"), [("min", all), ("max", any)])
 @given(rows=st.lists(st.tuples(st.lists(score, max_size=4), st.sampled_from([0.0, 1.0, 0.4, NAN])), max_size=8))
 def test_no_threshold_tells_bags_apart_better_than_the_chosen_one(rule, passes, rows):
-    threshold = choose_threshold([s for s, _ in rows], [y for _, y in rows], rule=rule)
+    threshold = choose_threshold([s for s, _ in rows], [y for _, y in rows], aggregation=rule)
     known = [(s, y >= 0.5) for s, y in rows if s and not math.isnan(y)]
 
     def hits(cut):
@@ -145,8 +154,8 @@ def test_a_threshold_that_separates_lies_in_the_middle_of_the_gap():
 
 def test_where_one_good_step_is_enough_the_highest_score_of_a_bag_decides():
     scores, labels = [[0.1, 0.9], [0.2, 0.3], [0.1, 0.4]], [1, 0, 0]
-    assert choose_threshold(scores, labels, rule="max") == pytest.approx((0.4 + 0.9) / 2)
-    assert choose_threshold(scores, labels) == choose_threshold(scores, labels, rule="min")
+    assert choose_threshold(scores, labels, aggregation="max") == pytest.approx((0.4 + 0.9) / 2)
+    assert choose_threshold(scores, labels) == choose_threshold(scores, labels, aggregation="min")
     assert choose_threshold(scores, labels) == math.nextafter(0.2, 1.0)  # no lowest score tells them apart
 
 
@@ -238,11 +247,11 @@ def test_swapping_the_systems_turns_the_interval_round():
     assert forth != paired_bootstrap(a, b, seed=4)
 
 
-def test_every_draw_of_a_small_sample_is_within_the_full_interval():
+def test_the_interval_of_a_small_sample_is_that_of_every_draw_there_is():
     a, b = [1.0, 0.0, 1.0], [0.0, 0.0, 1.0]
     draws = [np.mean([a[i] - b[i] for i in drawn]) for drawn in itertools.product(range(3), repeat=3)]
-    result = paired_bootstrap(a, b, n=3000, confidence=1.0)
-    assert (result.low, result.high) == pytest.approx((min(draws), max(draws)))
+    result = paired_bootstrap(a, b, n=3000)
+    assert (result.low, result.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975], method="inverted_cdf")))
 
 
 def test_the_interval_of_a_mean_is_that_of_any_other_way_to_write_a_mean():
@@ -282,12 +291,12 @@ def test_the_statistic_may_read_rows_of_values():
         (lambda: step_auc([[0.1]], []), "1 bags have scores and 0 have labels"),
         (lambda: within_bag_auc([[0.1], [NAN]], [[1], [0]]), "Bag 1 has a score that is not a finite number"),
         (lambda: same_position_auc([[0.1]], [[1, 0]]), "Bag 0 has 1 scores and 2 labels"),
-        (lambda: choose_threshold([[0.1], [math.inf]], [1, 0]), "Bag 1 has a score that is not a finite number"),
-        (lambda: choose_threshold([[0.1]], [1, 0]), "1 bags have scores and 2 have labels"),
+        (lambda: choose_threshold([[0.1], [math.inf]], [1, 0]), "A step has a score that is not a finite number"),
+        (lambda: first_error_accuracy([[0.1]], [], 0.5), "1 bags have scores and 0 have labels"),
         (lambda: bag_metrics([0.2, 1.5], [1, 0]), "Bag 1 has probability 1.5"),
-        (lambda: expected_calibration_error([NAN], [1]), "Bag 0 has probability nan"),
+        (lambda: expected_calibration_error([NAN], [1]), "Bag 0 has a score that is not a finite number"),
         (lambda: bag_metrics([0.2], [1, 0]), "1 bags have scores and 2 have labels"),
-        (lambda: mean_absolute_error([0.1], [1, 0]), "Bag 0 has 1 scores and 2 labels"),
+        (lambda: mean_absolute_error([0.1], [1, 0]), "1 bags have scores and 2 have labels"),
         (lambda: paired_bootstrap([1.0], [1.0, 2.0]), "1 items against 2"),
     ],
 )

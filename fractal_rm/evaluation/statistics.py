@@ -1,0 +1,647 @@
+"""Metrics of scores against labels, with bootstrap intervals.
+
+A metric is a [`Statistic`]: a function of weights (D, N) that say how often each of N items (responses, or questions)
+counts in each of D draws. With weights of one it gives the value on the items as they are, with the weights of drawn
+items its bootstrap distribution. A draw costs a few sums, and two models are compared on the same draws.
+
+Scores and labels have one entry an item: a number, or a row with one number a step. A label is good from 0.5 on; NaN is
+an unknown label and is left out. A metric that is undefined, such as an AUC over labels of one kind, is NaN.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fractal_rm.objectives.aggregation import GOOD
+
+Rows = Sequence[Any] | np.ndarray
+
+BINS = 10
+DRAWS = 1000
+CONFIDENCE = 0.95
+# Draws that are computed at a time: a matrix of draws and steps takes a few tens of megabytes.
+_CHUNK = 50
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A metric of items.
+
+    Args:
+        items: Number of items N.
+        of: From weights (D, N) to one value a draw (D,), NaN where it is undefined.
+
+    Example:
+        >>> accuracy = mean_of([1.0, 0.0, np.nan])
+        >>> accuracy.value, accuracy(np.array([[1, 1, 1], [2, 0, 5]]))
+        (0.5, array([0.5, 1. ]))
+    """
+
+    items: int
+    of: Callable[[np.ndarray], np.ndarray]
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        """One value a draw (D,)."""
+        return self.of(weights)
+
+    @property
+    def value(self) -> float:
+        """The value on the items as they are: all weights are one."""
+        return float(self.of(np.ones((1, self.items)))[0])
+
+
+# Means and combinations -----------------------------------------------------------------------------------------------
+
+
+def mean_of(values: ArrayLike) -> Statistic:
+    """Mean over items of their values (N,); NaN marks items that do not count."""
+    array = np.asarray(values, dtype=float)
+    known = ~np.isnan(array)
+    return ratio_of(np.where(known, array, 0.0), known)
+
+
+def ratio_of(above: ArrayLike, below: ArrayLike) -> Statistic:
+    """Sum over items of one number (N,), divided by the sum of another: a mean over what items consist of."""
+    a, b = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
+    return Statistic(len(a), lambda weights: divided(weights @ a, weights @ b))
+
+
+def harmonic_mean_of(first: Statistic, second: Statistic) -> Statistic:
+    """Harmonic mean of two statistics, such as F1 of two accuracies; 0 where both are.
+
+    Example:
+        >>> round(harmonic_mean_of(mean_of([1.0, 0.0]), mean_of([1.0, 1.0])).value, 3)
+        0.667
+    """
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        a, b = first(weights), second(weights)
+        return np.where(a + b == 0, 0.0, divided(2 * a * b, a + b))
+
+    return Statistic(first.items, statistic)
+
+
+def average_of(statistics: Sequence[Statistic]) -> Statistic:
+    """Plain average of statistics, each counting alike however many items it stands on."""
+    return Statistic(statistics[0].items, lambda weights: np.mean([part(weights) for part in statistics], axis=0))
+
+
+def divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """`a / b`, NaN where `b` is 0."""
+    return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b != 0)
+
+
+# Ranking --------------------------------------------------------------------------------------------------------------
+
+
+class _Known(NamedTuple):
+    """Scores whose label is known: the item and the place in its row that each comes from, score, and label."""
+
+    owner: np.ndarray
+    place: np.ndarray
+    score: np.ndarray
+    label: np.ndarray
+
+    def auc(self, items: int, chosen: Any = slice(None)) -> Statistic:
+        """Area under the ROC curve over chosen scores."""
+        owner, score, good = self.owner[chosen], self.score[chosen], self.label[chosen] >= GOOD
+        order = np.argsort(-score, kind="stable")
+        owner, good, ties = owner[order], good[order], _runs(score[order])
+
+        def statistic(weights: np.ndarray) -> np.ndarray:
+            each = weights[:, owner]
+            counts = [np.add.reduceat(each * kind, ties, axis=1) for kind in (good, ~good)]
+            return np.array([_roc_area(right, wrong) for right, wrong in zip(*counts, strict=True)])
+
+        return Statistic(items, statistic)
+
+
+def _known(scores: Rows, labels: Rows) -> _Known:
+    _check_bags(scores, labels)
+    lengths = [np.size(row) for row in scores]
+    for i, (length, row) in enumerate(zip(lengths, labels, strict=True)):
+        if length != np.size(row):
+            raise ValueError(
+                f"Bag {i} has {length} scores and {np.size(row)} labels. "
+                "Pass one label per step, NaN where it is unknown."
+            )
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    place = np.arange(len(owner)) - np.repeat(np.cumsum(lengths, dtype=int) - lengths, lengths)
+    flat, gold = (
+        np.concatenate([np.ravel(row) for row in rows] or [np.empty(0)]).astype(float) for rows in (scores, labels)
+    )
+    known = np.flatnonzero(~np.isnan(gold))
+    found = _Known(owner[known], place[known], flat[known], gold[known])
+    if not np.isfinite(found.score).all():
+        i = found.owner[~np.isfinite(found.score)][0]
+        raise ValueError(f"Bag {i} has a score that is not a finite number. Leave out bags that were not scored.")
+    return found
+
+
+def _check_bags(scores: Rows, labels: Rows) -> None:
+    if len(scores) != len(labels):
+        raise ValueError(f"{len(scores)} bags have scores and {len(labels)} have labels. Pass both for every bag.")
+
+
+def _runs(ordered: np.ndarray) -> np.ndarray:
+    """Where runs of equal values begin."""
+    return np.flatnonzero(np.diff(ordered, prepend=np.nan) != 0)
+
+
+def _roc_area(right: np.ndarray, wrong: np.ndarray) -> float:
+    """Area under the ROC curve from the weights of right and wrong scores at each distinct score, the highest first."""
+    hits, false = np.cumsum(right), np.cumsum(wrong)
+    if not len(hits) or hits[-1] == 0 or false[-1] == 0:
+        return math.nan
+    # Points on a straight line are left out, as scikit-learn does: the digits are the same.
+    corner = np.ones(len(hits), dtype=bool)
+    corner[1:-1] = (right[2:] != right[1:-1]) | (wrong[2:] != wrong[1:-1])
+    height, width = (np.append(0.0, total[corner]) / total[-1] for total in (hits, false))
+    return float((np.diff(width) * (height[1:] + height[:-1]) / 2).sum())
+
+
+def auc_of(scores: Rows, labels: Rows) -> Statistic:
+    """Area under the ROC curve over all scores of all items, ties counted half; the weight of an item is that of each.
+
+    Raises:
+        ValueError: If an item has another number of scores than labels, or a score with a label is not finite.
+    """
+    return _known(scores, labels).auc(len(scores))
+
+
+def bag_aucs(scores: Rows, labels: Rows) -> np.ndarray:
+    """The AUC among the steps of each bag (N,), NaN where its known steps are of one kind.
+
+    Example:
+        >>> bag_aucs([[0.9, 0.2], [0.4]], [[1, 0], [1]])
+        array([ 1., nan])
+    """
+    known = _known(scores, labels)
+    order = np.lexsort((-known.score, known.owner))
+    owner, score, good = known.owner[order], known.score[order], known.label[order] >= GOOD
+    ties = np.union1d(_runs(owner), _runs(score))
+    right, wrong = (np.add.reduceat(kind.astype(float), ties) for kind in (good, ~good))
+    cuts = np.searchsorted(owner[ties], np.arange(len(scores) + 1)).tolist()
+    return np.array([_roc_area(right[start:end], wrong[start:end]) for start, end in pairwise(cuts)])
+
+
+def same_position_auc_of(scores: Rows, labels: Rows) -> Statistic:
+    """Share of pairs of a right and a wrong step at the same place of two bags that are in the right order.
+
+    Where labels end at the first wrong step, that step is the last known one of its bag, and "early is good" has a
+    [`within_bag_auc`] of 1. Here it has 0.5.
+    """
+    known = _known(scores, labels)
+    columns = [(known.place == place, known.auc(len(scores), known.place == place)) for place in np.unique(known.place)]
+    good = known.label >= GOOD
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        wins, pairs = np.zeros((2, len(weights)))
+        for here, auc in columns:
+            right, wrong = (weights[:, known.owner[here & kind]].sum(1) for kind in (good, ~good))
+            wins += np.nan_to_num(auc(weights)) * right * wrong
+            pairs += right * wrong
+        return divided(wins, pairs)
+
+    return Statistic(len(scores), statistic)
+
+
+# Errors and calibration -----------------------------------------------------------------------------------------------
+
+
+def accuracy_of(probs: Rows, labels: Rows) -> Statistic:
+    """Share of scores that are on the side of 0.5 on which their label is."""
+    return _mean_over_known(probs, labels, lambda p, y: (p >= GOOD) == (y >= GOOD))
+
+
+def brier_of(probs: Rows, labels: Rows) -> Statistic:
+    """Mean squared distance between probability and label.
+
+    Example:
+        >>> brier_of([0.5, 1.0], [1.0, 1.0]).value
+        0.125
+    """
+    return _mean_over_known(probs, labels, lambda p, y: (p - y) ** 2)
+
+
+def absolute_error_of(values: Rows, labels: Rows) -> Statistic:
+    """Mean distance between predictions, not rounded, and labels on the same scale, such as grades."""
+    return _mean_over_known(values, labels, lambda value, label: np.abs(value - label))
+
+
+def _mean_over_known(scores: Rows, labels: Rows, term: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Statistic:
+    known = _known(scores, labels)
+    sums = np.bincount(known.owner, weights=term(known.score, known.label), minlength=len(scores))
+    return ratio_of(sums, np.bincount(known.owner, minlength=len(scores)))
+
+
+def ece_of(probs: Rows, labels: Rows, bins: int = BINS) -> Statistic:
+    """Mean distance between probability and share of good ones over bins of equal width, each weighted by its size.
+
+    Raises:
+        ValueError: As [`auc_of`], or if a probability is outside [0, 1].
+    """
+    known = _known(probs, labels)
+    outside = np.flatnonzero((known.score < 0) | (known.score > 1))
+    if len(outside):
+        i = outside[0]
+        raise ValueError(
+            f"Bag {known.owner[i]} has probability {known.score[i]}, outside [0, 1]. Pass probabilities, not logits."
+        )
+    gaps = np.eye(bins)[_bin_of(known.score, bins)] * (known.score - known.label)[:, None]  # (P, bins)
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        each = weights[:, known.owner]
+        return divided(np.abs(each @ gaps).sum(1), each.sum(1))
+
+    return Statistic(len(probs), statistic)
+
+
+def _bin_of(probs: np.ndarray, bins: int) -> np.ndarray:
+    return np.minimum((probs * bins).astype(int), bins - 1)
+
+
+class Bin(NamedTuple):
+    """Probabilities between two edges: how many, their mean, and the share that is good."""
+
+    low: float
+    high: float
+    count: int
+    mean_probability: float
+    share_good: float
+
+
+def reliability_curve(probs: Rows, labels: Rows, bins: int = BINS) -> list[Bin]:
+    """Predicted probability against the share of good ones, in the bins of [`ece_of`]; empty bins are left out.
+
+    Example:
+        >>> reliability_curve([0.75, 0.75, 0.1], [1, 0, 0], bins=2)[1]
+        Bin(low=0.5, high=1.0, count=2, mean_probability=0.75, share_good=0.5)
+    """
+    known = _known(probs, labels)
+    bin_of = _bin_of(known.score, bins)
+    found = []
+    for i in np.unique(bin_of).tolist():
+        p, y = known.score[bin_of == i], known.label[bin_of == i]
+        found.append(Bin(i / bins, (i + 1) / bins, len(p), float(p.mean()), float(y.mean())))
+    return found
+
+
+class Risk(NamedTuple):
+    """Among the surest items that make up `coverage` of all, the share that is called wrongly."""
+
+    coverage: float
+    risk: float
+
+
+def risk_coverage_curve(probs: Rows, labels: Rows) -> list[Risk]:
+    """How often the call "good from 0.5 on" errs if only the surest responses are called: those far from 0.5.
+
+    Returns:
+        One point for each distinct distance from 0.5, the surest first. Equally sure responses are called together, so
+        that no point depends on the order of the responses.
+
+    Source:
+        Geifman and El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017.
+
+    Example:
+        >>> risk_coverage_curve([0.9, 0.6, 0.1, 0.5], [1, 0, 0, 1])[1:]
+        [Risk(coverage=0.75, risk=0.3333333333333333), Risk(coverage=1.0, risk=0.25)]
+    """
+    sizes, risks = (drawn[0] for drawn in _risk_by_sureness(probs, labels)(np.ones((1, len(probs)))))
+    covered = np.cumsum(sizes)
+    return [Risk(float(end / covered[-1]), float(risk)) for end, risk in zip(covered, risks, strict=True)]
+
+
+def aurc_of(probs: Rows, labels: Rows) -> Statistic:
+    """Area under [`risk_coverage_curve`], each step at the height it ends with: lower is better.
+
+    Example:
+        >>> aurc_of([0.9, 0.6], [1, 0]).value
+        0.25
+    """
+    risk_by_sureness = _risk_by_sureness(probs, labels)
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        sizes, risks = risk_by_sureness(weights)
+        return divided((sizes * np.nan_to_num(risks)).sum(1), sizes.sum(1))
+
+    return Statistic(len(probs), statistic)
+
+
+def _risk_by_sureness(probs: Rows, labels: Rows) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """From weights (D, N) the weight of each run of equally sure items, the surest first, and the risk up to it."""
+    known = _known(probs, labels)
+    sureness = np.abs(known.score - GOOD)
+    order = np.argsort(-sureness, kind="stable")
+    owner, ties = known.owner[order], _runs(sureness[order])
+    errs = ((known.score >= GOOD) != (known.label >= GOOD))[order]
+
+    def risk(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        each = weights[:, owner]
+        sizes, wrong = (np.add.reduceat(part, ties, axis=1) for part in (each, each * errs))
+        return sizes, divided(np.cumsum(wrong, axis=1), np.cumsum(sizes, axis=1))
+
+    return risk
+
+
+def as_points(curve: Sequence[Any], most: int = 101) -> list[dict[str, float]]:
+    """Points of a curve for JSON, thinned evenly to at most `most`, both ends kept."""
+    chosen = np.unique(np.linspace(0, len(curve) - 1, min(most, len(curve))).round().astype(int)) if curve else []
+    return [dict(curve[i]._asdict()) for i in chosen]
+
+
+# The first wrong step -------------------------------------------------------------------------------------------------
+
+
+def first_wrong(labels: np.ndarray) -> int | None:
+    """Index of the first step that is labelled wrong, None if there is none."""
+    wrong = np.flatnonzero(labels < GOOD)
+    return int(wrong[0]) if len(wrong) else None
+
+
+def hit_range(step_scores: ArrayLike, first: int | None) -> tuple[float, float]:
+    """The thresholds `low < threshold <= high` at which the first step scored below is the first wrong one.
+
+    Args:
+        step_scores: Scores of the steps, as many as were scored.
+        first: Index of the first wrong step, None if there is none.
+
+    Returns:
+        Low and high; empty if `low >= high`. A wrong step that was not scored is never found; a response without any
+        score is never a hit.
+
+    Example:
+        >>> hit_range([0.9, 0.2, 0.1], 1)  # found by thresholds above 0.2, up to 0.9
+        (0.2, 0.9)
+        >>> hit_range([0.9, 0.4], None)
+        (-inf, 0.4)
+    """
+    scores = np.asarray(step_scores, dtype=float)
+    if not len(scores) or (first is not None and first >= len(scores)):
+        return math.inf, -math.inf
+    low = -math.inf if first is None else float(scores[first])
+    return low, float(np.min(scores[:first], initial=math.inf))
+
+
+def first_error_statistics(scores: Rows, labels: Rows, threshold: float) -> dict[str, Statistic]:
+    """How often the first step scored below the threshold is the first wrong step.
+
+    A bag counts where its gold answer is known: labels are known up to the first wrong one, or all of them are and none
+    is wrong. Bags without steps are left out.
+
+    Args:
+        scores: Scores of the steps of each bag; the last steps may have none.
+        labels: Gold step labels of each bag.
+        threshold: A step scored below it is called wrong.
+
+    Source:
+        F1 of ProcessBench (Zheng et al., 2024).
+    """
+    _check_bags(scores, labels)
+    hits, wrong = np.full(len(labels), np.nan), np.zeros(len(labels), dtype=bool)
+    for i, (row, gold) in enumerate(zip(scores, labels, strict=True)):
+        known = np.asarray(gold, dtype=float).reshape(-1)
+        first = first_wrong(known)
+        wrong[i] = first is not None
+        if len(known) and not np.isnan(known[:first]).any():
+            low, high = hit_range(row, first)
+            hits[i] = low < threshold <= high
+    return hit_rates(hits, wrong)
+
+
+def hit_rates(hits: np.ndarray, wrong: np.ndarray) -> dict[str, Statistic]:
+    """Shares of hits: `first_error_accuracy`, `all_correct_accuracy`, and `f1`.
+
+    Args:
+        hits: Whether each bag is a hit (N,), NaN where it does not count.
+        wrong: Whether the bag has a wrong step (N,). `f1` is the harmonic mean of the shares with and without one.
+    """
+    first, right = (mean_of(np.where(wrong == kind, hits, np.nan)) for kind in (True, False))
+    return {"first_error_accuracy": first, "all_correct_accuracy": right, "f1": harmonic_mean_of(first, right)}
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+def step_auc(scores: Rows, labels: Rows) -> float:
+    """Value of [`auc_of`]: the probability that a good step scores above a bad one, over all steps of all bags."""
+    return auc_of(scores, labels).value
+
+
+def within_bag_auc(scores: Rows, labels: Rows) -> float:
+    """Mean of [`bag_aucs`]: knowing which prompts are hard lifts [`step_auc`], but not this."""
+    return mean_of(bag_aucs(scores, labels)).value
+
+
+def same_position_auc(scores: Rows, labels: Rows) -> float:
+    """Value of [`same_position_auc_of`]."""
+    return same_position_auc_of(scores, labels).value
+
+
+def first_error_accuracy(scores: Rows, labels: Rows, threshold: float) -> dict[str, float]:
+    """Values of [`first_error_statistics`]."""
+    return values_of(first_error_statistics(scores, labels, threshold))
+
+
+def expected_calibration_error(probs: Rows, labels: Rows, bins: int = BINS) -> float:
+    """Value of [`ece_of`]."""
+    return ece_of(probs, labels, bins).value
+
+
+def mean_absolute_error(values: Rows, labels: Rows) -> float:
+    """Value of [`absolute_error_of`]."""
+    return absolute_error_of(values, labels).value
+
+
+def bag_statistics(probs: Rows, labels: Rows) -> dict[str, Statistic]:
+    """How well response probabilities (N,) match response labels (N,): `bag_auc`, `bag_accuracy`, and `bag_ece`."""
+    return {
+        "bag_auc": auc_of(probs, labels),
+        "bag_accuracy": accuracy_of(probs, labels),
+        "bag_ece": ece_of(probs, labels),
+    }
+
+
+def bag_metrics(probs: Rows, labels: Rows) -> dict[str, float]:
+    """Values of [`bag_statistics`]."""
+    return values_of(bag_statistics(probs, labels))
+
+
+def step_statistics(scores: Rows, labels: Rows) -> dict[str, Statistic]:
+    """How well steps are ranked: `step_auc` and `within_bag_auc`."""
+    return {"step_auc": auc_of(scores, labels), "within_bag_auc": mean_of(bag_aucs(scores, labels))}
+
+
+def values_of(statistics: Mapping[str, Statistic]) -> dict[str, float]:
+    """The value of each statistic on the items as they are."""
+    return {name: statistic.value for name, statistic in statistics.items()}
+
+
+# Intervals ------------------------------------------------------------------------------------------------------------
+
+
+class Estimate(NamedTuple):
+    """A value on the items as they are, and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of one model on one set of items.
+
+    Args:
+        items: How many items there are: what draws are made of.
+        statistics: Metrics by name.
+        counts: Numbers that have no interval: how many responses there were, were not scored, the threshold.
+        curves: Points of curves by name, ready for JSON.
+    """
+
+    items: int
+    statistics: Mapping[str, Statistic]
+    counts: Mapping[str, int | float] = field(default_factory=dict)
+    curves: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, int | float]:
+        """Counts, then the value of each metric."""
+        return {**self.counts, **values_of(self.statistics)}
+
+
+def estimates(measured: Measurement, *, draws: int = DRAWS, seed: int = 0) -> dict[str, Estimate]:
+    """Every metric with its 95 % percentile interval over drawn items.
+
+    Draws in which a metric is undefined are left out.
+
+    Source:
+        Percentile bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993).
+
+    Example:
+        >>> estimates(Measurement(4, {"accuracy": mean_of([1, 1, 0, 1])}))["accuracy"]
+        Estimate(value=0.75, low=0.25, high=1.0)
+    """
+    return {name: _estimate(drawn) for name, drawn in _drawn(measured, draws, seed).items()}
+
+
+def differences(first: Measurement, second: Measurement, *, draws: int = DRAWS, seed: int = 0) -> dict[str, Estimate]:
+    """First minus second in every metric that both have, with the interval over the same drawn items.
+
+    Raises:
+        ValueError: If the numbers of items differ. The items must be the same, in the same order.
+
+    Example:
+        >>> one, other = (Measurement(2, {"accuracy": mean_of(hits)}) for hits in ([1, 1], [1, 0]))
+        >>> differences(one, other)["accuracy"]
+        Estimate(value=0.5, low=0.0, high=1.0)
+    """
+    if first.items != second.items:
+        raise ValueError(f"{first.items} items against {second.items}. Measure both models on the same data.")
+    values, others = (_drawn(measured, draws, seed) for measured in (first, second))
+    return {name: _estimate(values[name] - others[name]) for name in values if name in others}
+
+
+def as_columns(found: Mapping[str, Estimate]) -> dict[str, float]:
+    """Estimates as one number a name: `name`, `name_low`, `name_high`.
+
+    Example:
+        >>> as_columns({"f1": Estimate(0.5, 0.4, 0.6)})
+        {'f1': 0.5, 'f1_low': 0.4, 'f1_high': 0.6}
+    """
+    ends = ("", "_low", "_high")
+    return {name + end: value for name, estimate in found.items() for end, value in zip(ends, estimate, strict=True)}
+
+
+def _drawn(measured: Measurement, draws: int, seed: int) -> dict[str, np.ndarray]:
+    """Each metric on the items as they are, then in each draw: (1 + draws,)."""
+    count = measured.items
+    parts: dict[str, list[Any]] = {name: [[statistic.value]] for name, statistic in measured.statistics.items()}
+    generator = np.random.default_rng(seed)
+    for start in range(0, draws if count else 0, _CHUNK):
+        size = min(_CHUNK, draws - start)
+        drawn = generator.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count).astype(float)
+        for name, statistic in measured.statistics.items():
+            parts[name].append(statistic(weights))
+    return {name: np.concatenate(found) for name, found in parts.items()}
+
+
+def _estimate(values: np.ndarray) -> Estimate:
+    drawn = values[1:][~np.isnan(values[1:])]
+    if np.isnan(values[0]) or not len(drawn):
+        return Estimate(float(values[0]), math.nan, math.nan)
+    return Estimate(float(values[0]), *map(float, _ends(drawn)))
+
+
+def _ends(drawn: np.ndarray) -> np.ndarray:
+    """Ends of the 95 % percentile interval of draws, the first axis."""
+    return np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """A difference between two systems on the same items, with its bootstrap interval."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def paired_bootstrap(
+    a: ArrayLike,
+    b: ArrayLike,
+    statistic: Callable[[np.ndarray], float] = np.mean,
+    n: int = 2000,
+    seed: int = 0,
+) -> PairedDifference:
+    """95 % interval of `statistic(a) - statistic(b)` when items are drawn anew, the same items for both.
+
+    Args:
+        a: One value (or row of values) per item for the first system.
+        b: The same items for the second system.
+        statistic: Turns drawn items into a number, such as the mean.
+        n: Number of draws.
+        seed: Seed of the draws: equal seeds give equal intervals.
+
+    Returns:
+        The difference on the items as they are and the percentile interval of the draws. All are NaN without items;
+        with one item the interval is a point and says nothing.
+
+    Raises:
+        ValueError: If the systems have different numbers of items.
+
+    Example:
+        >>> paired_bootstrap([1, 1, 0, 1], [1, 0, 0, 0]).difference
+        0.5
+    """
+    first, second = np.asarray(a), np.asarray(b)
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} items against {len(second)}. Pair the systems: the same items in one order.")
+    if not len(first):
+        return PairedDifference(math.nan, math.nan, math.nan)
+    draws = np.random.default_rng(seed).integers(len(first), size=(n, len(first)))
+    if statistic is np.mean and first.ndim == 1:  # linear: all draws at once, of the items' differences
+        differences = np.subtract(first, second, dtype=float)[draws].mean(axis=1)
+    else:
+        differences = np.array([statistic(first[drawn]) - statistic(second[drawn]) for drawn in draws])
+    return PairedDifference(float(statistic(first) - statistic(second)), *map(float, _ends(differences)))
+
+
+def interval_of_mean(values: ArrayLike, n: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval of the mean over runs at each point of their curves, when runs are drawn anew.
+
+    Args:
+        values: One curve per run (runs, P). Of fewer than five runs the interval is too narrow.
+        n: Number of draws, the same runs for all points.
+    """
+    curves = np.asarray(values, dtype=float)
+    drawn = np.random.default_rng(0).integers(len(curves), size=(n, len(curves)))
+    low, high = _ends(curves[drawn].mean(axis=1))
+    return low, high
