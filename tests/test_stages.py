@@ -520,6 +520,7 @@ def test_a_finished_model_has_the_temperature_and_the_threshold_of_the_evaluatio
     held_out, other = sums(20, seed=3), sums(10, seed=4)
     trainer = FractalTrainer(encoder, args=config(tmp_path), train_dataset=ROWS, eval_dataset=held_out)
     trainer.train()
+    trainer.evaluate()
     metrics = trainer.finish(other, data="sums")
     trainer.save_model()
     loaded = StepRewardModel.from_pretrained(tmp_path)
