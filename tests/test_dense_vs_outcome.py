@@ -169,8 +169,7 @@ def test_the_implicit_reward_learns_on_from_the_outcomes_of_rollouts(finished):
 
 
 def test_step_scores_of_a_studys_reward_models_are_held_against_the_checkers_own(finished, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    benchmark = importlib.import_module("dense_vs_outcome_step_scores")
+    benchmark = importlib.import_module("benchmarks.evidence.dense_vs_outcome_step_scores")
     kinds = {kind for _, _, kind in benchmark.trained_models(finished / "results.jsonl")}
     assert kinds == {"fractal", "supervised", "implicit"}  # no rules, no results of steps, no whole responses
     assets, rng = assets_of(finished), random.Random(0)  # responses with wrong beliefs; the small policy writes noise
@@ -187,8 +186,7 @@ def test_step_scores_of_a_studys_reward_models_are_held_against_the_checkers_own
 
 
 def test_a_run_whose_reward_model_is_watched_is_the_run_of_the_study(finished, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    benchmark = importlib.import_module("dense_vs_outcome_learning_on")
+    benchmark = importlib.import_module("benchmarks.evidence.dense_vs_outcome_learning_on")
     assets = benchmark.WatchedAssets(finished, SETTINGS["easy"], 0, SMOKE_SIZE)
     chosen, seen = yaml.safe_load((finished / "chosen.yaml").read_text()), []
 
@@ -221,8 +219,7 @@ def test_a_run_whose_reward_model_is_watched_is_the_run_of_the_study(finished, t
 
 
 def test_recipes_of_reward_models_are_measured_once_each(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    benchmark = importlib.import_module("dense_vs_outcome_reward_models")
+    benchmark = importlib.import_module("benchmarks.evidence.dense_vs_outcome_reward_models")
     measured = []
 
     def measure(assets, recipe):
@@ -317,8 +314,7 @@ def test_tuning_finds_the_rate_with_the_outcome_only_arms_and_runs_an_arms_trial
 
 
 def test_the_benchmark_runs_at_the_size_of_a_smoke_test_in_two_processes(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    benchmark = importlib.import_module("dense_vs_outcome")
+    benchmark = importlib.import_module("benchmarks.evidence.dense_vs_outcome")
     arms = ["outcome_ppo", "fractal"]
     benchmark.main(["--smoke", "true", "--jobs", "2", "--settings", "easy", "--arms", *arms])
     assert "holds the rows" in capsys.readouterr().out

@@ -164,7 +164,10 @@ def portable_command(argv: Sequence[str]) -> str:
     """
     program, *arguments = argv or [""]
     path = Path(program)
-    if path.name == "__main__.py":
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # a module that `python -m` runs has one
+    if spec is not None and spec.origin == program:
+        words = ["python", "-m", spec.name.removesuffix(".__main__")]
+    elif path.name == "__main__.py":
         words = ["python", "-m", path.parent.name]
     elif path.suffix == ".py":
         words = ["python", _portable_path(program)]
