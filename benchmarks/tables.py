@@ -26,7 +26,7 @@ from fractal_rm.files import write_atomic
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.study.page import chosen_table, draw_curves, draw_scores, draw_seconds
 from fractal_rm.study.page import tables as evidence_tables
-from fractal_rm.study.rows import BENCHMARK
+from fractal_rm.study.statistics import BENCHMARK
 
 
 def last_rows(name: str, arms: tuple[str, ...] | None = None) -> list[dict[str, Any]]:

@@ -1,7 +1,13 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there."""
 
+import json
 import os
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -34,3 +40,37 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder that exists, or is made now, by one process at a time.
+
+    It is made under another name and moved into place when it is whole: a process that is killed leaves all of it or
+    nothing. `seconds.json` in it says how much processor time it took ([`seconds_of`]).
+
+    Args:
+        folder: The folder.
+        make: Fills an empty folder.
+
+    Returns:
+        The folder.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if folder.is_dir():  # another process was faster
+            return folder
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        start = time.process_time()
+        make(partial)
+        write_atomic(partial / "seconds.json", json.dumps({"seconds": time.process_time() - start}))
+        partial.rename(folder)
+    return folder
+
+
+def seconds_of(folder: Path) -> float:
+    """Processor seconds that a folder of [`made_once`] took to make."""
+    return json.loads((folder / "seconds.json").read_text(encoding="utf-8"))["seconds"]

@@ -11,9 +11,8 @@ from collections import defaultdict
 
 from benchmarks.evidence.development_arguments import ROWS, parse_arguments
 from fractal_rm.study.arms import ARMS, Arm, Options
-from fractal_rm.study.reward_models import Size
-from fractal_rm.study.rows import latest
-from fractal_rm.study.run import Budget
+from fractal_rm.study.runner import Budget
+from fractal_rm.study.statistics import latest
 from fractal_rm.study.study import Study, Unit
 
 _GAE: Options = {"advantage": "gae", "learning_rate": 8e-4}
@@ -37,7 +36,6 @@ def main() -> None:
         ROWS,
         arguments.output_dir,
         Budget(),
-        Size(),
         chosen={name: _GAE | options for name, (_, options) in VARIANTS.items()},
         arms={name: arm for name, (arm, _) in VARIANTS.items()},
         split="development",

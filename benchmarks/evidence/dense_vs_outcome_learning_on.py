@@ -22,14 +22,13 @@ import yaml
 from benchmarks.common.places import RESULTS
 from benchmarks.evidence.dense_vs_outcome_reward_models import label_metrics, step_levels, step_metrics
 from benchmarks.evidence.page import LEARNING_ON
-from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.study.arms import ARMS, Options
-from fractal_rm.study.quickstart import quiet
-from fractal_rm.study.reward_models import FRACTAL, Assets, Size
-from fractal_rm.study.run import Budget, run_arm
-from fractal_rm.study.scripted_scores import oracle
-from fractal_rm.study.settings import SETTINGS
+from fractal_rm.study.assets import FRACTAL, Assets
+from fractal_rm.study.rivals import oracle
+from fractal_rm.study.runner import Budget, quiet, run_arm
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
 ROWS = RESULTS / f"{LEARNING_ON}.jsonl"
 # Each is an arm of the study, with its settings but for these.
@@ -67,8 +66,8 @@ def measure(assets: WatchedAssets) -> dict[str, float]:
     """How the model's last scores fit the labels of the responses, and the gold labels of their steps."""
     used = [(prompt, one) for prompt, one in zip(*assets.judge.last, strict=True) if one.steps]
     found = [one for _, one in used]
-    gold = [oracle(prompt, [step.text for step in one.steps]) for prompt, one in used]
-    labels = np.array([assets.setting.label(prompt, one.response) for prompt, one in used])
+    gold = [oracle(assets.task)(prompt, [step.text for step in one.steps]) for prompt, one in used]
+    labels = np.array([assets.task.label(prompt, one.response) for prompt, one in used])
     return {
         **label_metrics(found, labels, luck=FRACTAL["missed_bad"]),
         **step_metrics(found, gold),
@@ -105,7 +104,7 @@ def run(assets: WatchedAssets, variant: str, chosen: Mapping[str, Options], budg
         ResultsFile(results).append(
             benchmark=LEARNING_ON,
             arm=variant,
-            dataset=assets.setting.name,
+            dataset=assets.task.name,
             seed=assets.seed,
             split="held_out",
             metrics=metrics,
@@ -117,19 +116,18 @@ def run(assets: WatchedAssets, variant: str, chosen: Mapping[str, Options], budg
 def main() -> None:
     """Make what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", default=["hard"], choices=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", default=["hard"], choices=list(CONDITIONS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 6, 8])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"), help="Work folder of the study.")
     arguments = parser.parse_args()
     chosen = yaml.safe_load(Path(__file__).with_name("dense_vs_outcome.yaml").read_text(encoding="utf-8"))
-    known = read_results(ROWS) if ROWS.is_file() else []
-    done = [(row["dataset"], row["seed"], row["arm"], row["config"]) for row in known]
+    results = ResultsFile(ROWS)
     for setting in arguments.settings:
         for seed in arguments.seeds:
             for variant in arguments.variants:
-                if (setting, seed, variant, options_of(variant, chosen)) not in done:
-                    assets = WatchedAssets(arguments.output_dir, SETTINGS[setting], seed, Size())
+                if not results.has(dataset=setting, seed=seed, arm=variant, config=options_of(variant, chosen)):
+                    assets = WatchedAssets(arguments.output_dir, CONDITIONS[setting], seed)
                     run(assets, variant, chosen, Budget(), ROWS)
                     print(setting, seed, variant, flush=True)
 

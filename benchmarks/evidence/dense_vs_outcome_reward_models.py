@@ -10,7 +10,6 @@ Rows go to `benchmarks/results/dense_vs_outcome_development.jsonl` as they are m
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from sklearn.metrics import log_loss
@@ -19,53 +18,52 @@ from tqdm import tqdm
 from benchmarks.evidence.development_arguments import ROWS, parse_arguments
 from benchmarks.evidence.page import REWARD_MODELS
 from fractal_rm.evaluation.metrics import bag_metrics, step_auc
-from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.reward_model import StepScores
-from fractal_rm.study.quickstart import quiet
-from fractal_rm.study.reward_models import FRACTAL, IMPLICIT, KINDS, Assets, Size, training_recipe
-from fractal_rm.study.scripted_scores import oracle
-from fractal_rm.study.settings import SETTINGS
+from fractal_rm.study.assets import FRACTAL, IMPLICIT, TRAINING, Assets, Recipe, recipes
+from fractal_rm.study.rivals import oracle
+from fractal_rm.study.runner import measure_start, quiet
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
 HELD_OUT = 256
-FLIPS_20 = {name: (training_recipe("fractal_flips", 0.2) or {})[name] for name in ("missed_good", "missed_bad")}
+_PLAIN, _FLIPS_20 = TRAINING | FRACTAL, recipes(flipped=0.2)["fractal_flips"]
 # Each is `fractal` with other settings; `supervised` learns from gold step labels.
-RECIPES: dict[str, dict[str, Any]] = {
-    "fractal": KINDS["fractal"],
-    "supervised": KINDS["supervised"],
-    "fractal_8x5e-4": {**FRACTAL, "num_train_epochs": 8, "learning_rate": 5e-4},
-    "fractal_8x3e-4": {**FRACTAL, "num_train_epochs": 8},
-    "fractal_16x2e-4": {**FRACTAL, "learning_rate": 2e-4},
+RECIPES: dict[str, Recipe] = {
+    "fractal": _PLAIN,
+    "supervised": recipes()["supervised"],
+    "fractal_8x5e-4": {**_PLAIN, "num_train_epochs": 8, "learning_rate": 5e-4},
+    "fractal_8x3e-4": {**_PLAIN, "num_train_epochs": 8},
+    "fractal_16x2e-4": {**_PLAIN, "learning_rate": 2e-4},
     # For `noise_20`: fewer passes over the labels, and knowing the share of flipped ones, as `fractal_flips` does.
-    "fractal_4x3e-4": {**FRACTAL, "num_train_epochs": 4},
-    "flips_20": FLIPS_20,
-    "flips_20_4x3e-4": {**FLIPS_20, "num_train_epochs": 4},
-}
-# The rival that scores log-ratios. Its score of a response is the probability of the label itself, luck included.
-IMPLICITS: dict[str, dict[str, Any]] = {
-    "implicit": IMPLICIT["implicit"],
-    "implicit_1e-3": {**IMPLICIT["implicit"], "learning_rate": 1e-3},
-    "implicit_beta_0.5": {**IMPLICIT["implicit"], "beta": 0.5},
+    "fractal_4x3e-4": {**_PLAIN, "num_train_epochs": 4},
+    "flips_20": _FLIPS_20,
+    "flips_20_4x3e-4": {**_FLIPS_20, "num_train_epochs": 4},
+    # The rival that scores log-ratios. Its score of a response is the probability of the label itself, luck included.
+    "implicit": IMPLICIT,
+    "implicit_1e-3": {**IMPLICIT, "learning_rate": 1e-3},
+    "implicit_beta_0.5": {**IMPLICIT, "beta": 0.5},
 }
 
 
 def score_held_out(assets: Assets, kind: str) -> tuple[list[StepScores], list[list[float]], np.ndarray]:
     """What a reward model says of held-out responses of the base policy: scores, gold step labels, response labels."""
-    setting = assets.setting
-    prompts = [problem.prompt for problem in setting.problems("held_out", HELD_OUT, assets.seed)]
-    _, texts = assets.start(HELD_OUT)
+    task = assets.task
+    prompts = [problem.prompt for problem in task.problems("held_out", HELD_OUT, assets.seed)]
+    _, texts = measure_start(assets, HELD_OUT)
     scored = assets.reward_model(kind).score(prompts, texts, progress=False)
     used = [(p, text, found) for p, text, found in zip(prompts, texts, scored, strict=True) if found.steps]
-    gold = [oracle(prompt, [step.text for step in found.steps]) for prompt, _, found in used]
-    labels = np.array([setting.label(prompt, text) for prompt, text, _ in used])
+    gold = [oracle(task)(prompt, [step.text for step in found.steps]) for prompt, _, found in used]
+    labels = np.array([task.label(prompt, text) for prompt, text, _ in used])
     return [found for *_, found in used], gold, labels
 
 
 def measure(assets: Assets, recipe: str) -> dict[str, float]:
     """How well a reward model knows held-out responses of the base policy, by their labels and by gold step labels."""
     found, gold, labels = score_held_out(assets, recipe)
-    noise = {} if recipe in IMPLICITS else FRACTAL | RECIPES[recipe]
+    known = RECIPES[recipe]
+    luck = 0.0 if "beta" in known else known.get("missed_bad", FRACTAL["missed_bad"])
     return {
-        **label_metrics(found, labels, luck=noise.get("missed_bad", 0.0), loss=noise.get("missed_good", 0.0)),
+        **label_metrics(found, labels, luck=luck, loss=known.get("missed_good", 0.0)),
         **step_metrics(found, gold),
         "train_seconds": assets.cost(recipe)["rm_seconds"],
     }
@@ -104,27 +102,24 @@ def step_metrics(found: Sequence[StepScores], gold: Sequence[Sequence[float]]) -
 
 def main() -> None:
     """Train and measure what is missing."""
-    arguments = parse_arguments(__doc__, "recipes", [*RECIPES, *IMPLICITS])
-    KINDS.update(RECIPES)  # so that assets can make them
-    IMPLICIT.update(IMPLICITS)
+    arguments = parse_arguments(__doc__, "recipes", RECIPES)
+    results = ResultsFile(ROWS)
     units = [(s, n, r) for n in arguments.seeds for s in arguments.settings for r in arguments.recipes]
-    done = {
-        (row["dataset"], row["seed"], row["arm"])
-        for row in read_results(ROWS)
-        if row["benchmark"] == REWARD_MODELS and row["config"]["reward_model"] == training_recipe(row["arm"])
-    }
-    for setting, seed, recipe in tqdm([unit for unit in units if unit not in done]):
+    for setting, seed, recipe in tqdm(units):
+        config = {"reward_model": RECIPES[recipe]}
+        if results.has(benchmark=REWARD_MODELS, dataset=setting, seed=seed, arm=recipe, config=config):
+            continue
         start = time.monotonic()
         with quiet():
-            metrics = measure(Assets(arguments.output_dir, SETTINGS[setting], seed, Size()), recipe)
-        ResultsFile(ROWS).append(
+            metrics = measure(Assets(arguments.output_dir, CONDITIONS[setting], seed, RECIPES), recipe)
+        results.append(
             benchmark=REWARD_MODELS,
             arm=recipe,
             dataset=setting,
             seed=seed,
             split="development",
             metrics=metrics,
-            config={"reward_model": training_recipe(recipe)},
+            config=config,
             seconds=time.monotonic() - start,
         )
 

@@ -20,10 +20,10 @@ from benchmarks.evidence.dense_vs_outcome_reward_models import HELD_OUT, score_h
 from benchmarks.evidence.page import STEP_SCORES
 from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.study.arms import ARMS
-from fractal_rm.study.quickstart import quiet
-from fractal_rm.study.reward_models import Assets, Size, training_recipe
-from fractal_rm.study.rows import finished_runs
-from fractal_rm.study.settings import SETTINGS
+from fractal_rm.study.assets import Assets, recipes
+from fractal_rm.study.runner import quiet
+from fractal_rm.study.statistics import finished_runs
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
 
 def trained_models(results: Path) -> list[tuple[str, int, str]]:
@@ -35,9 +35,7 @@ def trained_models(results: Path) -> list[tuple[str, int, str]]:
     }
     # Gold labels are of lines; what `result_token` scores are parts of them.
     return sorted(
-        (setting, seed, kind)
-        for setting, seed, kind in found
-        if kind and kind != "result_token" and training_recipe(kind, SETTINGS[setting].flipped)
+        (setting, seed, kind) for setting, seed, kind in found if kind in recipes() and kind != "result_token"
     )
 
 
@@ -58,23 +56,23 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=RESULTS / f"{STEP_SCORES}.jsonl", help="Where to write.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"), help="Work folder of the study.")
     arguments = parser.parse_args()
-    known = read_results(arguments.rows) if arguments.rows.is_file() else []
-    done = [(row["dataset"], row["seed"], row["arm"], row["config"]["reward_model"]) for row in known]
+    results = ResultsFile(arguments.rows)
     for setting, seed, kind in tqdm(trained_models(arguments.results)):
-        recipe = training_recipe(kind, SETTINGS[setting].flipped)
-        if (setting, seed, kind, recipe) in done:
+        task = CONDITIONS[setting]
+        config = {"reward_model": recipes(task.flipped)[kind], "responses": HELD_OUT}
+        if results.has(dataset=setting, seed=seed, arm=kind, config=config):
             continue
         start = time.monotonic()
         with quiet():
-            metrics = measure(Assets(arguments.output_dir, SETTINGS[setting], seed, Size()), kind)
-        ResultsFile(arguments.rows).append(
+            metrics = measure(Assets(arguments.output_dir, task, seed), kind)
+        results.append(
             benchmark=STEP_SCORES,
             arm=kind,
             dataset=setting,
             seed=seed,
             split="held_out",
             metrics=metrics,
-            config={"reward_model": recipe, "responses": HELD_OUT},
+            config=config,
             seconds=time.monotonic() - start,
         )
 

@@ -12,23 +12,19 @@ Resumable: a finished run is not run again.
 """
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from benchmarks.common.places import RESULTS
 from fractal_rm.evaluation.metrics import bag_metrics, step_auc, within_bag_auc
-from fractal_rm.evaluation.results import ResultsFile, read_results
-from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.study.quickstart import PPO_SETTINGS, Budget, LearningCurve, Quickstart, QuickstartArguments, quiet
-from fractal_rm.tasks.arithmetic.problems import exact_answer
+from fractal_rm.study.arms import Arm
+from fractal_rm.study.quickstart import PPO_SETTINGS, Amounts, Quickstart, QuickstartArguments
 from fractal_rm.tasks.sampling import sample_responses
 
-BUDGET = Budget(responses=384, updates=32, evaluate_every=8, held_out=384, validation=100)
+AMOUNTS = Amounts(responses=384, updates=32, evaluate_every=8, held_out=384, validation=100)
 # One completion a prompt, and no value model: every rollout is another problem for the reward model to learn from.
 SETTINGS = PPO_SETTINGS | {
     "advantage": "global",
@@ -52,48 +48,31 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_arm(run: Quickstart, arm: str, results: ResultsFile) -> None:
+def run_arm(run: Quickstart, name: str, results: ResultsFile) -> None:
     """Train the policy with one arm's rewards, and append a row for each evaluation."""
-    folder, seed = run.folder / "ppo" / arm, run.arguments.seed
-    shutil.rmtree(folder, ignore_errors=True)  # what a stopped run left
-    with quiet():
-        trainer = StepPPOTrainer(
-            model=str(run.folder / "policy"),
-            reward_model=run.folder / "reward_model",
-            reward_funcs=[exact_answer],
-            args=StepPPOConfig(
-                output_dir=str(folder),
-                **(SETTINGS | ARMS[arm]),
-                per_device_train_batch_size=BUDGET.rollouts_per_update,
-                max_steps=BUDGET.updates,
-                seed=seed,
-            ),
-            train_dataset=datasets.Dataset.from_list([{"prompt": p.prompt} for p in run.problems["ppo"]]),
-        )
-        curve = LearningCurve(run, trainer)
-        trainer.add_callback(curve)
-        trainer.train()
-        trainer.save_model()
-        if trainer.online_reward is not None:
-            curve.points[-1] |= trainer.online_reward.state_dict()
-        if trainer.step_scores is not None:
-            curve.points[-1] |= judge(run, trainer, trainer.step_scores.reward_model)
-    for point in curve.points:
+
+    def at_end(trainer: StepPPOTrainer) -> dict[str, float]:
+        learned = trainer.online_reward.state_dict() if trainer.online_reward is not None else {}
+        judged = judge(run, trainer, trainer.step_scores.reward_model) if trainer.step_scores is not None else {}
+        return learned | judged
+
+    arm = Arm(name, steps="fractal", outcome=True, options=tuple(ARMS[name].items()))
+    for point in run.train_policy(arm, SETTINGS, at_end):
         results.append(
             benchmark="online_reward",
-            arm=arm,
+            arm=name,
             dataset="arithmetic",
-            seed=seed,
+            seed=run.arguments.seed,
             split="held_out",
             metrics={name: value for name, value in point.items() if name != "seconds"},
-            config={"responses": BUDGET.responses, "ppo": SETTINGS | ARMS[arm]},
+            config={"responses": AMOUNTS.responses, "ppo": SETTINGS | ARMS[name]},
             seconds=point["seconds"],
         )
 
 
 def judge(run: Quickstart, trainer: StepPPOTrainer, reward_model: StepRewardModel) -> dict[str, float]:
     """What a reward model tells apart in the policy's responses to held-out problems, and what it gives them."""
-    problems = run.problems["held_out"]
+    problems = run.held_out
     prompts = [problem.prompt for problem in problems]
     responses = sample_responses(trainer.model, trainer._tokenizer, prompts, seed=8)
     scored = reward_model.score(prompts, responses, progress=False)
@@ -115,14 +94,13 @@ def main() -> None:
     results = ResultsFile(arguments.results)
     for seed in arguments.seeds:
         folder = arguments.work_dir / f"seed-{seed}"
-        run = Quickstart(QuickstartArguments(output_dir=str(folder), seed=seed), budget=BUDGET, arms=())
+        run = Quickstart(QuickstartArguments(output_dir=str(folder), seed=seed), amounts=AMOUNTS, arms=())
         if not (folder / "reward_model" / "config.json").is_file():
             run.take_policy()
             run.sample()
             run.train_reward_model()
-        rows = read_results(arguments.results) if arguments.results.is_file() else []
         for arm in arguments.arms:
-            if not any(row["arm"] == arm and row["seed"] == seed for row in rows):
+            if not results.has(arm=arm, seed=seed):
                 run_arm(run, arm, results)
 
 

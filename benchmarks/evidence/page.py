@@ -5,7 +5,7 @@ from statistics import fmean
 
 from fractal_rm.report.tables import markdown_table
 from fractal_rm.study.page import NOTHING
-from fractal_rm.study.rows import Rows, latest
+from fractal_rm.study.statistics import Rows, latest
 
 REWARD_MODELS = "dense_vs_outcome_reward_models"
 STEP_SCORES = "dense_vs_outcome_step_scores"

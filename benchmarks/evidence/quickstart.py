@@ -15,13 +15,14 @@ from pathlib import Path
 
 from benchmarks.common.places import RESULTS
 from fractal_rm.evaluation.results import ResultsFile, read_results
-from fractal_rm.study.quickstart import ARMS, Arm, Quickstart, QuickstartArguments
+from fractal_rm.study.arms import Arm
+from fractal_rm.study.quickstart import ARMS, Quickstart, QuickstartArguments
 
 ABLATIONS = (
-    Arm("dense", dense=True, outcome=False),
-    Arm("dense_raw+outcome", dense=True, outcome=True, settings={"shaping": "raw"}),
-    Arm("dense_group+outcome", dense=True, outcome=True, settings={"advantage": "group"}),
-    Arm("outcome_group", dense=False, outcome=True, settings={"advantage": "group"}),
+    Arm("dense", steps="fractal"),
+    Arm("dense_raw+outcome", steps="fractal", outcome=True, options=(("shaping", "raw"),)),
+    Arm("dense_group+outcome", steps="fractal", outcome=True, options=(("advantage", "group"),)),
+    Arm("outcome_group", outcome=True, options=(("advantage", "group"),)),
 )
 
 
@@ -42,8 +43,8 @@ def main() -> None:
     for seed in arguments.seeds:
         folder = arguments.work_dir / f"seed-{seed}"
         Quickstart(QuickstartArguments(output_dir=str(folder), seed=seed), arms=arms).run()
-        present = {key(row) for row in read_results(arguments.results)} if arguments.results.is_file() else set()
         target = ResultsFile(arguments.results)
+        present = {key(row) for row in target.rows()}
         for row in read_results(folder / "results.jsonl"):
             if key(row) not in present:
                 fields = ("benchmark", "arm", "dataset", "seed", "split", "metrics", "config", "seconds")

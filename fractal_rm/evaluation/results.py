@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,25 @@ class ResultsFile:
                 raise OSError(f"{self.path} took only a part of a row: the disk is full. Free space and run again.")
             os.fsync(file.fileno())
         return json.loads(line)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far, those of other processes included."""
+        return read_results(self.path) if self.path.is_file() else []
+
+    def has(self, **fields: Any) -> bool:
+        """Whether a measurement has its row; see [`has_row`]."""
+        return has_row(self.rows(), **fields)
+
+
+def has_row(rows: Iterable[Mapping[str, Any]], **fields: Any) -> bool:
+    """Whether one of the rows has these fields, with these values as a row holds them.
+
+    Example:
+        >>> has_row([{"arm": "dense", "seed": 0, "config": {"sizes": [1, 2]}}], arm="dense", config={"sizes": (1, 2)})
+        True
+    """
+    wanted = _plain(fields, "fields")
+    return any(all(row[name] == value for name, value in wanted.items()) for row in rows)
 
 
 def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

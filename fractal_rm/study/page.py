@@ -11,19 +11,21 @@ from fractal_rm.report.drawing import PICTURE, new_figure, style_axes, to_bytes
 from fractal_rm.report.tables import MISSING, format_number
 from fractal_rm.study.arms import ARMS, AS_LONG, CEILING, OUTCOME_ONLY
 from fractal_rm.study.claims import claims
-from fractal_rm.study.rows import Rows, Runs, finished_runs
-from fractal_rm.study.settings import SETTINGS
 from fractal_rm.study.statistics import (
     Comparison,
     Curves,
+    Rows,
+    Runs,
     area,
     area_difference,
     comparisons,
     curves,
     end_difference,
+    finished_runs,
     interquartile_mean,
     largest_fall,
 )
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
 # What `StepPPOConfig` does as it comes, with a reward model and a checker.
 DEFAULT = "fractal_mix"
@@ -89,7 +91,7 @@ def tables(rows: Rows) -> dict[str, str]:
 def present(runs: Runs) -> tuple[list[str], list[str]]:
     """Settings and arms that have finished runs, in their own order."""
     settings, arms = {setting for setting, _ in runs}, {arm for _, arm in runs}
-    return [name for name in SETTINGS if name in settings], [name for name in ARMS if name in arms]
+    return [name for name in CONDITIONS if name in settings], [name for name in ARMS if name in arms]
 
 
 def _lines(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -158,7 +160,7 @@ def _summary(runs: Runs, by_setting: Mapping[str, Comparison]) -> str:
 
 def _lines_of(found: Found) -> list[tuple[str, str, Comparison]]:
     """Setting, arm and comparison, setting by setting."""
-    return [(name, arm, found[arm][name]) for name in SETTINGS for arm in found if name in found[arm]]
+    return [(name, arm, found[arm][name]) for name in CONDITIONS for arm in found if name in found[arm]]
 
 
 def _gains(found: Found) -> str:
