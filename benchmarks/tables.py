@@ -21,7 +21,7 @@ from benchmarks.evidence.page import (
 )
 from benchmarks.speed.page import page as speed_page
 from benchmarks.speed.scale_page import scale_page
-from fractal_rm.evaluation.results import read_results
+from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.files import write_atomic
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.study.page import chosen_table, draw_curves, draw_scores, draw_seconds
@@ -72,8 +72,7 @@ def online_table() -> str:
 
 def rows_of(benchmark: str) -> list[dict[str, Any]]:
     """Rows of a part of the evidence, if there are any yet."""
-    path = RESULTS / f"{benchmark}.jsonl"
-    return read_results(path) if path.is_file() else []
+    return ResultsFile(RESULTS / f"{benchmark}.jsonl").rows()
 
 
 def evidence_pages(page: str, history: str, readme: str) -> tuple[str, str, str]:

@@ -52,9 +52,9 @@ def test_both_sides_of_the_step_labels_read_the_same_rows():
 def test_runs_whose_rows_are_there_are_not_made_again(tmp_path, monkeypatch):
     made = []
 
-    def run_side(arm: str, seed: int, given: argparse.Namespace) -> list[list[float]]:
+    def run_side(module: str, arm: str, seed: int, given: argparse.Namespace, names: list[str]) -> dict:
         made.append((arm, seed))
-        return [[float(flag) for flag in row["labels"]] for row in prm_parity.rows_of(given.test, seed=-9)]
+        return {"scores": [[float(flag) for flag in row["labels"]] for row in prm_parity.rows_of(given.test, seed=-9)]}
 
     monkeypatch.setattr(prm_parity, "run_side", run_side)
     options = ["--test", "8", "--results", str(tmp_path / "rows.jsonl"), "--peer-python", str(tmp_path / "absent")]

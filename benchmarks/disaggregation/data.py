@@ -11,9 +11,10 @@ from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_bags, read_jsonl
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.files import write_atomic
+from fractal_rm.study.assets import label_responses
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.conditions import ShippedArithmetic
 from fractal_rm.tasks.arithmetic.problems import make_problems
-from fractal_rm.tasks.sampling import sample_responses
 
 # Larger training splits are cut to their first rows: a run takes seconds, and the sets can be compared.
 MOST_TRAINING_BAGS = 1500
@@ -119,22 +120,17 @@ def _arithmetic(scorer: str) -> Loader:
 def _arithmetic_rows(work_dir: Path, most: int | None) -> dict[str, list[dict[str, Any]]]:
     file = work_dir / ("arithmetic.json" if most is None else f"arithmetic-{most}.json")
     if not file.is_file():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model, tokenizer = (kind.from_pretrained(SHIPPED_POLICY) for kind in (AutoModelForCausalLM, AutoTokenizer))
         found: dict[str, list[dict[str, Any]]] = {}
         for split, (count, seed) in ARITHMETIC.items():
             problems = make_problems(min(count, most or count), seed=seed)
-            responses = sample_responses(model, tokenizer, [p.prompt for p in problems], seed=seed)
             found[split] = [
                 {
                     "prompt": problem.prompt,
                     "steps": [line.strip() for line in response.split("\n") if line.strip()],
                     "step_labels": [float(good) for good in problem.check_steps(response)],
-                    "label": float(problem.check_answer(response)),
+                    "label": label,
                 }
-                for problem, response in zip(problems, responses, strict=True)
-                if response.strip()
+                for problem, response, label in label_responses(ShippedArithmetic(), SHIPPED_POLICY, problems, seed)
             ]
         write_atomic(file, json.dumps(found))
     rows: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())

@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.disaggregation.data import Data
 from fractal_rm.evaluation import metrics
 from fractal_rm.evaluation.evaluate import gold_labels as gold
-from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.evaluation.results import ResultsFile
 
 OURS = ("fractal", "fractal_gold_10")
 DRAWS = 2000
@@ -45,8 +45,8 @@ def gains(data: Data, folder: Path, arms: Sequence[str]) -> Iterator[tuple[str, 
 
 def write_gains(load: Callable[[str], Data], datasets: Sequence[str], folder: Path, results: Path) -> None:
     """Append a row for each comparison that has none with the same numbers."""
-    rows = read_results(results) if results.is_file() else []
     target = ResultsFile(results)
+    rows = target.rows()
     known: dict[Any, dict[str, float]] = {
         (row["dataset"], row["arm"], row["config"]["rival"]): row["metrics"] for row in rows if row["split"] == "gain"
     }

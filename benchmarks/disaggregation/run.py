@@ -14,7 +14,6 @@ the test splits stay in the work folder, from which `--gains` compares arms, pai
 
 import argparse
 import functools
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from benchmarks.common.floors import (
     Rule,
@@ -47,11 +45,12 @@ from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation import metrics
 from fractal_rm.evaluation.evaluate import choose_threshold, evaluate_scores, response_labels, score_bags
 from fractal_rm.evaluation.evaluate import gold_labels as gold
-from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.reward_model import StepScores
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
+from fractal_rm.study.runner import run_units
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
 SEEDS = range(5)
@@ -82,8 +81,20 @@ class Unit(NamedTuple):
     arm: str
 
 
-class Bench:
-    """Runs units and appends their rows.
+@functools.lru_cache(maxsize=1)  # units come data set by data set
+def load_data(name: str, data_dir: Path, work_dir: Path, most: int | None) -> Data:
+    """A data set."""
+    return LOADERS[name](data_dir, work_dir, most)
+
+
+@functools.lru_cache(maxsize=1)
+def load_encoder(path: str, cache_dir: Path) -> SentenceEncoder:
+    """A frozen sentence encoder, with its embeddings on disk."""
+    return SentenceEncoder(path, cache_dir=cache_dir, dtype="bfloat16")
+
+
+class Disaggregation:
+    """Trains and measures arms on data sets and appends their rows.
 
     Args:
         arguments: Those of the command line.
@@ -96,16 +107,15 @@ class Bench:
 
     # Data and models --------------------------------------------------------------------------------------------
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019 - one Bench a process
     def data(self, name: str) -> Data:
         """A data set, cut to a few responses in a smoke run."""
         most = SMOKE_BAGS if self.arguments.smoke else None
-        return LOADERS[name](self.arguments.data_dir, self.arguments.work_dir, most)
+        return load_data(name, self.arguments.data_dir, self.arguments.work_dir, most)
 
-    @functools.cached_property
+    @property
     def encoder(self) -> SentenceEncoder:
         """The sentence encoder, with its embeddings on disk."""
-        return SentenceEncoder(self.arguments.encoder, cache_dir=self.arguments.work_dir / "cache", dtype="bfloat16")
+        return load_encoder(self.arguments.encoder, self.arguments.work_dir / "cache")
 
     def train(self, data: Data, bags: list[Bag], options: Options, seed: int) -> Any:
         """A step reward model, trained on response labels (and on gold ones where the options say so)."""
@@ -144,10 +154,9 @@ class Bench:
 
     def trial(self, data: Data, bags: list[Bag], arm: str, number: int, options: Options) -> float:
         """What validation says of a configuration."""
-        for row in self.rows():
-            if (row["dataset"], row["arm"], row["split"]) == (data.name, arm, "validation") and (
-                row["config"]["trial"] == number
-            ):
+        for row in self.results.rows():
+            where = row["dataset"], row["arm"], row["split"], row["config"].get("trial")
+            if where == (data.name, arm, "validation", number):
                 return row["metrics"]["selection"]
         start = time.monotonic()
         model = self.train(data, bags, options, TUNING_SEED)
@@ -188,14 +197,9 @@ class Bench:
 
     # Rows -------------------------------------------------------------------------------------------------------
 
-    def rows(self) -> list[dict[str, Any]]:
-        """All rows so far, those of other processes included."""
-        return read_results(self.arguments.results) if self.arguments.results.is_file() else []
-
     def is_missing(self, dataset: str, arm: str, seed: int, split: str) -> bool:
         """Whether a measurement has no row yet, or its scores are gone."""
-        key = (dataset, arm, seed, split)
-        done = any((row["dataset"], row["arm"], row["seed"], row["split"]) == key for row in self.rows())
+        done = self.results.has(dataset=dataset, arm=arm, seed=seed, split=split)
         return not done or not self.scores_file(dataset, arm, seed).is_file()
 
     def scores_file(self, dataset: str, arm: str, seed: int) -> Path:
@@ -260,7 +264,7 @@ def measure(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float)
     }
 
 
-def units(bench: Bench, datasets: Sequence[str], wanted: Sequence[str] | None) -> list[Unit]:
+def units(bench: Disaggregation, datasets: Sequence[str], wanted: Sequence[str] | None) -> list[Unit]:
     """All units of data sets, in an order in which a process keeps its data set for a while."""
     found = []
     for name in datasets:
@@ -271,23 +275,6 @@ def units(bench: Bench, datasets: Sequence[str], wanted: Sequence[str] | None) -
         names += [*arms(data), *(["implicit"] if data.scorer == "likelihood" else [])]
         found += [Unit(name, arm) for arm in names if wanted is None or arm in wanted]
     return found
-
-
-_BENCH: Bench | None = None
-
-
-def start_process(arguments: argparse.Namespace) -> None:
-    """Set up a process of the pool."""
-    global _BENCH
-    torch.set_num_threads(1)
-    _BENCH = Bench(arguments)
-
-
-def run_unit(unit: Unit) -> Unit:
-    """Run a unit in a process of the pool."""
-    assert _BENCH is not None
-    _BENCH.run(unit)
-    return unit
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -306,17 +293,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.data_dir is None and arguments.datasets != ["arithmetic"]:
         parser.error("where is the data? Give --data-dir, set FRACTAL_RM_DATA, or choose --datasets arithmetic")
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
-    bench = Bench(arguments)
+    bench = Disaggregation(arguments)
     if not arguments.gains:
         waiting = units(bench, arguments.datasets, arguments.arms)
-        if arguments.jobs == 1:
-            for unit in waiting:
-                bench.run(unit)
-        else:
-            context = multiprocessing.get_context("spawn")
-            with context.Pool(arguments.jobs, initializer=start_process, initargs=(arguments,)) as pool:
-                for _ in pool.imap_unordered(run_unit, waiting, chunksize=1):
-                    pass
+        run_units(bench.run, waiting, arguments.jobs)
     write_gains(bench.data, arguments.datasets, arguments.work_dir / "scores", arguments.results)
 
 

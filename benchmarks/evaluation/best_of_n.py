@@ -48,7 +48,7 @@ ANSWERS = {"gsm8k_solutions": r"A: (.+)", "arithmetic": r"Answer: (\d)"}
 SMOKE = 8
 
 
-class Bench:
+class SolutionsJudge:
     """Judges arms on one data set and appends their rows.
 
     Args:
@@ -118,7 +118,7 @@ class Bench:
 
 
 def train_and_judge(
-    bench: Bench, start_from: Any, splits: Sequence[Any], options: dict[str, Any], seeds: Sequence[int]
+    judge: SolutionsJudge, start_from: Any, splits: Sequence[Any], options: dict[str, Any], seeds: Sequence[int]
 ) -> None:
     """Train a step reward model and an outcome model with each seed, and judge both."""
     shown = {name: options[name] for name in ("scorer", "aggregation", "num_train_epochs")}
@@ -126,7 +126,7 @@ def train_and_judge(
         for seed in seeds:
             start = time.monotonic()
             model = train(start_from, *splits, options, seed, whole=arm == "outcome_model")
-            bench.model(arm, seed, model, {**shown, "responses": len(splits[0])}, start)
+            judge.model(arm, seed, model, {**shown, "responses": len(splits[0])}, start)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -145,10 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "arithmetic" in arguments.datasets:
         rows = arithmetic_rows(most or PROBLEMS, PROBLEM_SEED, samples=most or SAMPLES)
         questions = read_questions(rows, Segmentation(), source="arithmetic", answer_pattern=ANSWERS["arithmetic"])
-        bench = Bench("arithmetic", questions, results)
-        bench.floors()
+        judge = SolutionsJudge("arithmetic", questions, results)
+        judge.floors()
         splits = [arithmetic_bags(split, most) for split in ("train", "validation")]
-        train_and_judge(bench, SHIPPED_POLICY, splits, LIKELIHOOD | brief, arguments.seeds)
+        train_and_judge(judge, SHIPPED_POLICY, splits, LIKELIHOOD | brief, arguments.seeds)
     if "gsm8k_solutions" in arguments.datasets:
         data_dir = data_dir_of(arguments.data_dir)
         if data_dir is None:
@@ -156,14 +156,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = read_jsonl(data_dir / "gsm8k_solutions" / "test.jsonl.gz")[: most and 4 * most]
         pattern = ANSWERS["gsm8k_solutions"]
         questions = read_questions(rows, Segmentation("given"), source="gsm8k_solutions", answer_pattern=pattern)
-        bench = Bench("gsm8k_solutions", questions, results)
-        bench.floors()
+        judge = SolutionsJudge("gsm8k_solutions", questions, results)
+        judge.floors()
         splits = [solutions(data_dir, split, most) for split in ("train", "validation")]
         reader = encoder(arguments.encoder, arguments.cache)
-        train_and_judge(bench, reader, splits, EMBEDDING | brief, arguments.seeds)
+        train_and_judge(judge, reader, splits, EMBEDDING | brief, arguments.seeds)
         for arm, seed, model in models_at_hand(arguments.models):
             described = {"scorer": model.settings.scorer, "aggregation": model.settings.aggregation}
-            bench.model(arm, seed, model, described | {"trained_by": "recipes/gsm8k_solutions"}, time.monotonic())
+            judge.model(arm, seed, model, described | {"trained_by": "recipes/gsm8k_solutions"}, time.monotonic())
 
 
 if __name__ == "__main__":

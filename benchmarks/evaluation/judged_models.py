@@ -15,9 +15,10 @@ from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
+from fractal_rm.study.assets import label_responses
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.conditions import ShippedArithmetic
 from fractal_rm.tasks.arithmetic.problems import make_problems
-from fractal_rm.tasks.sampling import sample_responses
 
 TRAINING: dict[str, Any] = {
     "aggregation": "product",
@@ -87,16 +88,9 @@ def solutions(data_dir: Path, split: str, most: int | None = None) -> list[Bag]:
 
 def arithmetic_rows(problems: int, seed: int, *, samples: int = 1) -> list[dict[str, Any]]:
     """Rows of responses of the shipped policy to the arithmetic task, labelled by outcome, several a problem."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model, tokenizer = (kind.from_pretrained(SHIPPED_POLICY) for kind in (AutoModelForCausalLM, AutoTokenizer))
     asked = [problem for problem in make_problems(problems, seed=seed) for _ in range(samples)]
-    responses = sample_responses(model, tokenizer, [problem.prompt for problem in asked], seed=seed)
-    return [
-        {"prompt": problem.prompt, "response": response, "label": float(problem.check_answer(response))}
-        for problem, response in zip(asked, responses, strict=True)
-        if response.strip()
-    ]
+    found = label_responses(ShippedArithmetic(), SHIPPED_POLICY, asked, seed)
+    return [{"prompt": problem.prompt, "response": response, "label": label} for problem, response, label in found]
 
 
 def arithmetic_bags(split: str, most: int | None = None) -> list[Bag]:

@@ -6,7 +6,7 @@ position, length, word overlap with the prompt, "no step is ever wrong" and "the
 
     python -m benchmarks.evaluation.processbench --data-dir DATA --models likelihood=runs/gsm8k_solutions/likelihood-0
 
-One row an arm and seed goes to `benchmarks/results/processbench.jsonl`. `f1` uses a threshold chosen on response labels
+One row an arm and seed goes to `benchmarks/results/processjudge.jsonl`. `f1` uses a threshold chosen on response labels
 of the validation split of `gsm8k_solutions`; `tuned_f1` the one that is best on the gold labels of the subset gsm8k, as
 in the official evaluation of reward models; `best_f1` reads all gold labels. Speed is
 measured on every 20th case, on one thread, with embeddings computed anew: `responses_per_second` of wall time,
@@ -65,7 +65,7 @@ def metrics_of(scored: Sequence[StepScores], cases: Cases, threshold: float) -> 
     return {**as_columns(whole), **parts, **judgement.counts}
 
 
-class Bench:
+class CasesJudge:
     """Judges arms and appends their rows.
 
     Args:
@@ -130,7 +130,7 @@ class Bench:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--data-dir", default=None, help="folder of the data sets; default: FRACTAL_RM_DATA")
-    parser.add_argument("--results", default=RESULTS / "processbench.jsonl", type=Path)
+    parser.add_argument("--results", default=RESULTS / "processjudge.jsonl", type=Path)
     parser.add_argument("--arms", nargs="*", default=["floors", "embedding"], choices=["floors", "embedding"])
     parser.add_argument("--models", nargs="*", default=[], metavar="NAME=FOLDER", help="reward models at hand")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the embedding scorer")
@@ -141,21 +141,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     data_dir = data_dir_of(arguments.data_dir)
     if data_dir is None:
         parser.error("where is the data? Give --data-dir, or set FRACTAL_RM_DATA")
-    bench = Bench(arguments, data_dir)
+    judge = CasesJudge(arguments, data_dir)
     for (arm, seed), rule in floors().items() if "floors" in arguments.arms else ():
-        bench.floor(arm, seed, rule)
+        judge.floor(arm, seed, rule)
     for seed in arguments.seeds if "embedding" in arguments.arms else ():
         options = EMBEDDING | ({"max_steps": 2} if arguments.smoke else {})
         begun = time.monotonic()
         bags = solutions(data_dir, "train", SMOKE_CASES if arguments.smoke else None)
-        model = train(encoder(arguments.encoder, arguments.cache), bags, bench.validation, options, seed)
+        model = train(encoder(arguments.encoder, arguments.cache), bags, judge.validation, options, seed)
         shown = {name: options[name] for name in ("aggregation", "num_train_epochs", "head_learning_rate")}
         trained = {"responses": len(bags), "train_seconds": round(time.monotonic() - begun, 1)}
-        bench.model("embedding", seed, model, {"scorer": "embedding", **shown, **trained})
+        judge.model("embedding", seed, model, {"scorer": "embedding", **shown, **trained})
     for arm, seed, model in models_at_hand(arguments.models):
         settings = model.settings
         described = {"scorer": settings.scorer, "aggregation": settings.aggregation, "max_length": settings.max_length}
-        bench.model(arm, seed, model, described | {"trained_by": "recipes/gsm8k_solutions"})
+        judge.model(arm, seed, model, described | {"trained_by": "recipes/gsm8k_solutions"})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Two sides, alternated in one run: blocks A B, B A, A B ..., and the ratio of their speeds with its spread."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from benchmarks.common.places import REPOSITORY
+from benchmarks.speed.peers import environment
 from fractal_rm.evaluation.results import ResultsFile
 
 DRAWS = 2000
@@ -46,15 +45,13 @@ class Side:
     def __init__(self, name: str, module: str, arguments: Sequence[str], *, python: Path | None = None) -> None:
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        environment |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(REPOSITORY)}
         self._process = subprocess.Popen(
             [str(python or sys.executable), "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=environment,
+            env=environment(),
         )
 
     def _listen(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fractal_rm.evaluation.results import read_results
+from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.report.tables import markdown_table, replace_table
 
 SPEED = ("ours", "rival", "ratio", "ratio_low", "ratio_high", "cpu_time_ratio", "peak_memory_ratio")
@@ -21,8 +21,7 @@ def page(document: str, results: Path) -> str:
     """
 
     def rows(name: str) -> list[dict[str, Any]]:
-        file = results / f"{name}.jsonl"
-        return read_results(file) if file.is_file() else []
+        return ResultsFile(results / f"{name}.jsonl").rows()
 
     ppo, scoring = rows("ppo_speed"), rows("scoring_speed")
     tables = {

@@ -13,8 +13,6 @@ that of the last points, ours less TRL's, with a 95 % interval over seeds (Welch
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,11 +25,11 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, TrainerCallback
 
-from benchmarks.common.places import REPOSITORY, RESULTS
-from benchmarks.speed.ppo_speed import PEER_PYTHON
+from benchmarks.common.places import RESULTS
+from benchmarks.speed.peers import PPO_PYTHON, run_side
 from benchmarks.speed.sized_policy import save_models
 from benchmarks.speed.speed_blocks import Line
-from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.tasks.arithmetic.problems import exact_answer, make_problems
 from fractal_rm.tasks.sampling import sample_responses
 
@@ -185,19 +183,6 @@ def train(given: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
     return curve.points
 
 
-def run_side(arm: str, seed: int, given: argparse.Namespace) -> list[dict[str, float]]:
-    """One run in a process and an environment of its own."""
-    python = given.peer_python if arm == "trl_ppo_1.12" else sys.executable
-    names = ("updates", "rollouts", "evaluate_every", "held_out")
-    options = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(given, name)))]
-    command = [str(python), "-m", "benchmarks.speed.ppo_parity", "--side", arm, "--seed", str(seed), *options]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{arm}, seed {seed}, ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout)["points"]
-
-
 def difference(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Ours less TRL's at the last point, with its interval."""
     from scipy.stats import ttest_ind
@@ -223,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rollouts", type=int, default=64, help="In an update.")
     parser.add_argument("--evaluate-every", type=int, default=20, help="Updates.")
     parser.add_argument("--held-out", type=int, default=512, help="Problems of the evaluation.")
-    parser.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="Interpreter that has TRL 1.12.")
+    parser.add_argument("--peer-python", type=Path, default=PPO_PYTHON, help="Interpreter that has TRL 1.12.")
     parser.add_argument("--results", type=Path, default=RESULTS / "ppo_parity.jsonl")
     parser.add_argument("--side", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
@@ -252,16 +237,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
 
     def rows() -> list[dict[str, Any]]:
-        found = read_results(given.results) if given.results.is_file() else []
-        return [row for row in found if row["config"] == json.loads(json.dumps(config))]
+        return [row for row in results.rows() if row["config"] == json.loads(json.dumps(config))]
 
     has_peer = given.peer_python.exists()
     for seed in given.seeds:
         for arm in ARMS if has_peer else ARMS[:1]:
-            if any((row["arm"], row["seed"]) == (arm, seed) for row in rows()):
+            if results.has(arm=arm, seed=seed, config=config):
                 continue
             start = time.perf_counter()
-            points = run_side(arm, seed, given)
+            points = run_side("benchmarks.speed.ppo_parity", arm, seed, given, names)["points"]
             for point in points:
                 append(arm, seed, point, time.perf_counter() - start)
             print(f"{arm}, seed {seed}: {points[-1]}", flush=True)

@@ -17,19 +17,17 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.common.places import REPOSITORY, RESULTS
 from benchmarks.speed.alternation import Side, alternate, record
-from benchmarks.speed.sized_policy import SIZES, save_models
+from benchmarks.speed.peers import PPO_PYTHON, sizes_of, speed_parser
+from benchmarks.speed.sized_policy import save_models
 from fractal_rm.evaluation.results import ResultsFile
-
-PEER_PYTHON = REPOSITORY / ".venv-peer" / "bin" / "python"
-MODULE = "benchmarks.speed.ppo_speed_side"
 
 
 class Arm(NamedTuple):
@@ -51,92 +49,79 @@ ARMS = {
 }
 
 
-class Bench:
-    """Runs comparisons and appends their rows.
+def side(arm: str, models: Path, given: argparse.Namespace, *, kl: str = "reward", stages: Path | None = None) -> Side:
+    """Start one side.
 
     Args:
-        arguments: Those of the command line.
+        arm: What it trains.
+        models: Folder of its models.
+        given: Arguments of the command line.
+        kl: Where our trainer puts the KL divergence.
+        stages: File for the seconds of each stage.
     """
+    options = ["--rollouts", given.rollouts, "--device", given.device, "--dtype", given.dtype]
+    options += ["--threads", given.threads, "--kl", kl, *(["--stages", stages] if stages else [])]
+    python = given.peer_python if arm == "trl_ppo" else None
+    return Side(arm, "benchmarks.speed.ppo_speed_side", [arm, str(models), *map(str, options)], python=python)
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.results = ResultsFile(arguments.results)
 
-    def side(self, arm: str, models: Path, kl: str, *, stages: Path | None = None) -> Side:
-        """Start one side."""
-        given = self.arguments
-        options = ["--rollouts", given.rollouts, "--device", given.device, "--dtype", given.dtype]
-        options += ["--threads", given.threads, "--kl", kl, *(["--stages", stages] if stages else [])]
-        python = given.peer_python if arm == "trl_ppo" else None
-        return Side(arm, MODULE, [arm, str(models), *map(str, options)], python=python)
+def compare(arm: Arm, models: Path, given: argparse.Namespace) -> dict[str, float]:
+    """The two sides of a comparison, in turns."""
+    ours, rival = side(arm.ours, models, given, kl=arm.kl), side(arm.rival, models, given, kl=arm.kl)
+    with ours, rival:
+        return alternate(ours, rival, blocks=given.blocks, updates=given.updates)
 
-    def compare(self, name: str, size: str, models: Path, described: dict[str, Any]) -> None:
-        """One comparison, one row."""
-        arm, start = ARMS[name], time.perf_counter()
-        ours, rival = self.side(arm.ours, models, arm.kl), self.side(arm.rival, models, arm.kl)
-        with ours, rival:
-            metrics = alternate(ours, rival, blocks=self.arguments.blocks, updates=self.arguments.updates)
-        self.append(name, size, metrics, described | {"kl": arm.kl}, time.perf_counter() - start)
 
-    def profile(self, side: str, size: str, models: Path, described: dict[str, Any]) -> None:
-        """What dominates an update of one side: the share of its time that each stage takes."""
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "stages.json"
-            with self.side(side, models, "reward", stages=file) as running:
-                total = sum(running.block(self.arguments.updates)["seconds"] for _ in range(2))
-            seconds = json.loads(file.read_text())
-        shares = {stage: took / total for stage, took in seconds.items()}
-        shares["everything_else"] = 1.0 - sum(shares.values())
-        self.append(f"stages_of_{side}", size, shares, described | {"kl": "reward"}, time.perf_counter() - start)
-
-    def append(self, arm: str, size: str, metrics: dict[str, Any], described: dict[str, Any], seconds: float) -> None:
-        """Write a row and show it."""
-        given = self.arguments
-        settings = ("rollouts", "blocks", "updates", "device", "dtype", "threads")
-        record(
-            self.results,
-            arm=arm,
-            metrics=metrics,
-            benchmark="ppo_speed",
-            split=f"{size}, {given.device}",
-            config=described | {name: getattr(given, name) for name in settings},
-            seconds=seconds,
-        )
+def shares_of_stages(arm: str, models: Path, given: argparse.Namespace) -> dict[str, float]:
+    """What dominates an update of one side: the share of its time that each stage takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "stages.json"
+        with side(arm, models, given, stages=file) as running:
+            total = sum(running.block(given.updates)["seconds"] for _ in range(2))
+        seconds = json.loads(file.read_text())
+    shares = {stage: took / total for stage, took in seconds.items()}
+    return shares | {"everything_else": 1.0 - sum(shares.values())}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparisons that the command line names."""
-    parser = argparse.ArgumentParser(description="Episodes a second of PPO, against TRL 1.12 and against itself.")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="Default: all.")
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="Default: 0.35M; on a GPU 125M and 340M.")
-    parser.add_argument("--blocks", type=int, default=10, help="Of each side, beside the first, which is not counted.")
+    description = "Episodes a second of PPO, against TRL 1.12 and against itself."
+    parser = speed_parser(description, "ppo_speed", list(ARMS), PPO_PYTHON)
     parser.add_argument("--updates", type=int, default=3, help="In a block.")
     parser.add_argument("--rollouts", type=int, default=64, help="In an update.")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="Interpreter that has TRL 1.12.")
     parser.add_argument("--no-stages", action="store_true", help="Leave out what dominates an update.")
-    parser.add_argument("--results", type=Path, default=RESULTS / "ppo_speed.jsonl")
-    parser.add_argument("--smoke", action="store_true", help="The smallest run that goes through everything.")
     given = parser.parse_args(arguments)
     if given.smoke:
         given.blocks, given.updates, given.rollouts, given.sizes = 1, 1, 8, ["0.2M"]
         given.arms = given.arms or ["trl_ppo_1.12", "dense_over_outcome"]
-    given.sizes = given.sizes or (["0.35M"] if given.device == "cpu" else ["125M", "340M"])
     has_peer = given.peer_python.exists()
-    bench = Bench(given)
-    for size in given.sizes:
+    settings = {name: getattr(given, name) for name in ("rollouts", "blocks", "updates", "device", "dtype", "threads")}
+    results = ResultsFile(given.results)
+    for size in sizes_of(given):
         with tempfile.TemporaryDirectory() as folder:
-            described = save_models(Path(folder), size, dtype=getattr(torch, given.dtype))
+            models = Path(folder)
+            described = save_models(models, size, dtype=getattr(torch, given.dtype))
+
+            work: list[tuple[str, str, Callable[[], dict[str, float]]]] = []
             for name in given.arms or ARMS:
                 if ARMS[name].rival == "trl_ppo" and not has_peer:
                     print(f"{name}: skipped, for TRL 1.12 is not here ({given.peer_python}). Run `make peer-env`.")
                     continue
-                bench.compare(name, size, Path(folder), described)
-            for side in () if given.no_stages else ("dense", *(("trl_ppo",) if has_peer else ())):
-                bench.profile(side, size, Path(folder), described)
+                work.append((name, ARMS[name].kl, partial(compare, ARMS[name], models, given)))
+            for name in () if given.no_stages else ("dense", *(("trl_ppo",) if has_peer else ())):
+                work.append((f"stages_of_{name}", "reward", partial(shares_of_stages, name, models, given)))
+            for name, kl, measure in work:
+                start = time.perf_counter()
+                record(
+                    results,
+                    arm=name,
+                    metrics=measure(),
+                    benchmark="ppo_speed",
+                    split=f"{size}, {given.device}",
+                    config=described | {"kl": kl} | settings,
+                    seconds=time.perf_counter() - start,
+                )
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ are there already are not made again.
 """
 
 import argparse
-import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,11 +21,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer, set_seed
 
-from benchmarks.common.places import REPOSITORY, RESULTS
-from benchmarks.speed.rm_speed import PEER_PYTHON
+from benchmarks.common.places import RESULTS
+from benchmarks.speed.peers import PRM_PYTHON, run_side
 from benchmarks.speed.speed_blocks import Line
 from fractal_rm.evaluation.metrics import step_auc, within_bag_auc
-from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.arithmetic.problems import Beliefs, make_problems
 
@@ -110,18 +107,6 @@ def prm(given: argparse.Namespace, train: list[dict], test: list[dict], folder: 
     return scores
 
 
-def run_side(arm: str, seed: int, given: argparse.Namespace) -> Scores:
-    """One run in a process and an environment of its own."""
-    python = given.peer_python if arm == "trl_prm_1.13" else sys.executable
-    options = [word for name in ("epochs", "train", "test") for word in (f"--{name}", str(getattr(given, name)))]
-    command = [str(python), "-m", "benchmarks.speed.prm_parity", "--side", arm, "--seed", str(seed), *options]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{arm}, seed {seed}, ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout)["scores"]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the runs whose rows are missing."""
     parser = argparse.ArgumentParser(description="FractalTrainer with step labels, against TRL 1.13's PRMTrainer.")
@@ -129,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--train", type=int, default=4096, help="Responses.")
     parser.add_argument("--test", type=int, default=1024, help="Responses.")
-    parser.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="Interpreter that has TRL 1.13.")
+    parser.add_argument("--peer-python", type=Path, default=PRM_PYTHON, help="Interpreter that has TRL 1.13.")
     parser.add_argument("--results", type=Path, default=RESULTS / "prm_parity.jsonl")
     parser.add_argument("--side", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
@@ -144,17 +129,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     labels = [[float(flag) for flag in row["labels"]] for row in test]
     results = ResultsFile(given.results)
-    config = json.loads(json.dumps(SHARED | {name: getattr(given, name) for name in ("epochs", "train", "test")}))
+    names = ("epochs", "train", "test")
+    config = SHARED | {name: getattr(given, name) for name in names}
     for seed in given.seeds:
         for arm in ARMS:
-            done = read_results(given.results) if given.results.is_file() else []
-            if any((row["arm"], row["seed"], row["config"]) == (arm, seed, config) for row in done):
+            if results.has(arm=arm, seed=seed, config=config):
                 continue
             if arm == "trl_prm_1.13" and not given.peer_python.exists():
                 print(f"{arm}: skipped, for TRL 1.13 is not here ({given.peer_python}). Run `make peer-env`.")
                 continue
             start = time.perf_counter()
-            scores = run_side(arm, seed, given)
+            scores = run_side("benchmarks.speed.prm_parity", arm, seed, given, names)["scores"]
             found = {"step_auc": step_auc(scores, labels), "within_bag_auc": within_bag_auc(scores, labels)}
             results.append(
                 benchmark="prm_parity",

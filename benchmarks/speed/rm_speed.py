@@ -20,12 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.common.places import REPOSITORY, RESULTS
 from benchmarks.speed.alternation import Side, alternate, record
-from benchmarks.speed.sized_policy import SIZES, save_models
+from benchmarks.speed.peers import PRM_PYTHON, sizes_of, speed_parser
+from benchmarks.speed.sized_policy import save_models
 from fractal_rm.evaluation.results import ResultsFile
-
-PEER_PYTHON = REPOSITORY / ".venv-peer-prm" / "bin" / "python"
 
 
 class Arm(NamedTuple):
@@ -70,26 +68,17 @@ def compare(name: str, size: str, policy: Path, described: dict[str, object], gi
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparisons that the command line names."""
-    parser = argparse.ArgumentParser(description="Tokens a second in the training of reward models.")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="Default: 0.35M; on a GPU 125M and 340M.")
-    parser.add_argument("--blocks", type=int, default=10, help="Of each side, beside the first, which is not counted.")
+    parser = speed_parser("Tokens a second in the training of reward models.", "rm_speed", list(ARMS), PRM_PYTHON)
     parser.add_argument("--updates", type=int, default=10, help="Optimizer steps in a block.")
     parser.add_argument("--batch", type=int, default=32, help="Responses in a batch.")
     parser.add_argument("--rows", type=int, default=8192, help="Rows of training data.")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="Interpreter that has TRL 1.13.")
-    parser.add_argument("--results", type=Path, default=RESULTS / "rm_speed.jsonl")
-    parser.add_argument("--smoke", action="store_true", help="The smallest run that goes through everything.")
     given = parser.parse_args(arguments)
     if given.smoke:
         given.blocks, given.updates, given.batch, given.rows, given.sizes = 1, 1, 4, 32, ["0.2M"]
-    given.sizes = given.sizes or (["0.35M"] if given.device == "cpu" else ["125M", "340M"])
-    for size in given.sizes:
+    for size in sizes_of(given):
         with tempfile.TemporaryDirectory() as folder:
             described = save_models(Path(folder), size)
-            for name in given.arms:
+            for name in given.arms or ARMS:
                 if ARMS[name].rival == "prm" and not given.peer_python.exists():
                     print(f"{name}: skipped, for TRL 1.13 is not here ({given.peer_python}). Run `make peer-env`.")
                     continue

@@ -20,8 +20,7 @@ from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.progress import RichProgress
 from fractal_rm.report import plots
-from fractal_rm.report.quickstart_report import write_report
-from fractal_rm.report.quickstart_summary import summarize
+from fractal_rm.report.quickstart_report import summarize, write_report
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.study.arms import Arm, Options
