@@ -14,6 +14,9 @@ from benchmarks.evaluation.page import page as evaluation_page
 from benchmarks.evidence.page import (
     LEARNING_ON,
     STEP_SCORES,
+    chosen_table,
+    draw_scores,
+    draw_seconds,
     learning_on_table,
     recipes_table,
     step_scores_table,
@@ -24,7 +27,7 @@ from benchmarks.speed.scale_page import scale_page
 from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.files import write_atomic
 from fractal_rm.report.tables import markdown_table, replace_table
-from fractal_rm.study.page import chosen_table, draw_curves, draw_scores, draw_seconds
+from fractal_rm.study.page import draw_curves
 from fractal_rm.study.page import tables as evidence_tables
 from fractal_rm.study.statistics import BENCHMARK
 

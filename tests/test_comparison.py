@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from benchmarks.evidence import page as evidence_page
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.study import page, statistics
@@ -293,14 +294,14 @@ def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
     assert "| outcome_grpo_long" not in areas
     assert not page.draw_curves(tmp_path / "curves.png", [])
     assert page.draw_curves(tmp_path / "curves.png", study(0.3))
-    assert not page.draw_scores(tmp_path / "scores.png", [])
+    assert not evidence_page.draw_scores(tmp_path / "scores.png", [])
     scored = study(0.3)
     for row in scored:
         row["metrics"]["rm_score"] = row["metrics"]["accuracy"] - 0.1
-    assert page.draw_scores(tmp_path / "scores.png", scored)
+    assert evidence_page.draw_scores(tmp_path / "scores.png", scored)
     assert "-0.10 to -0.10" in page.tables(scored)["hacking"]
-    assert not page.draw_seconds(tmp_path / "seconds.png", [])
-    assert page.draw_seconds(tmp_path / "seconds.png", scored)
+    assert not evidence_page.draw_seconds(tmp_path / "seconds.png", [])
+    assert evidence_page.draw_seconds(tmp_path / "seconds.png", scored)
     for name in ("curves", "scores", "seconds"):
         assert (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"
 

@@ -1,15 +1,23 @@
 """Tables of what stands beside the study: trials on development seeds, and what its reward models know."""
 
 from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from fractal_rm.report.tables import markdown_table
-from fractal_rm.study.page import NOTHING
-from fractal_rm.study.statistics import Rows, latest
+from fractal_rm.study.arms import ARMS, AS_LONG
+from fractal_rm.study.page import DEFAULT, NOTHING, draw_panels, table_lines
+from fractal_rm.study.statistics import Curves, Rows, latest
 
 REWARD_MODELS = "dense_vs_outcome_reward_models"
 STEP_SCORES = "dense_vs_outcome_step_scores"
 LEARNING_ON = "dense_vs_outcome_learning_on"
+# Arms whose score is drawn beside the truth; of the last one's steps only the result is scored.
+SCORED = (DEFAULT, "fractal", "orm", "fractal_result_token")
+# Arms whose accuracy is drawn against seconds.
+TIMED = (DEFAULT, f"{DEFAULT}_4x", *AS_LONG.values())
 COMPARED_TO = "mix"
 # Rollouts at which a model that learns on is shown: after its first two updates, and at the end.
 SHOWN = (640, 2560)
@@ -66,3 +74,33 @@ def learning_on_table(rows: Rows) -> str:
         "accuracy", "rm_score", "bag_auc", "bag_nll", "right_steps_below_half", "wrong_steps_above_half", "kl",
     ]  # fmt: skip
     return markdown_table(lines, metrics=shown) if lines else NOTHING
+
+
+def draw_scores(path: Path, rows: Rows) -> bool:
+    """What the reward model thinks of held-out responses (dashed) and how many are right, a panel a setting.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+
+    def dashed(axes: Any, colour: str, truth: Curves, score: Curves | None) -> None:
+        if score is not None:
+            axes.plot(score.rollouts, score.values.mean(axis=0), color=colour, linewidth=1.2, linestyle="--")
+
+    return draw_panels(path, rows, SCORED, "held-out accuracy; dashed: score", beside=dashed)
+
+
+def draw_seconds(path: Path, rows: Rows) -> bool:
+    """Accuracy against all processor seconds, those of the reward model and its responses first, a panel a setting.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    along = ("processor seconds", lambda one: one.rm_seconds + one.seconds)
+    return draw_panels(path, rows, TIMED, "held-out accuracy", along=along)
+
+
+def chosen_table(chosen: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the tuning chose for each arm."""
+    body = [[arm, ", ".join(f"{key}={value}" for key, value in chosen[arm].items())] for arm in ARMS if arm in chosen]
+    return table_lines(["arm", "settings"], body).replace("---:|", "---|")
