@@ -57,25 +57,25 @@ peer-env: $(PPO_VENV)/.installed-peer $(PRM_VENV)/.installed-peer
 # Hours on two cores; goes on where it was. DATA_DIR names the folder of the data sets.
 DATA_DIR ?= $(FRACTAL_RM_DATA)
 bench-disaggregation: $(VENV)/.installed-test
-	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/disaggregation.py --data-dir "$(DATA_DIR)" --jobs 2
-	$(VENV)/bin/python benchmarks/tables.py
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.disaggregation.run --data-dir "$(DATA_DIR)" --jobs 2
+	$(VENV)/bin/python -m benchmarks.tables
 
 # An hour or so on an idle machine; the more it does beside, the wider the intervals. On a GPU: SPEED="--device cuda".
 SPEED ?=
 bench-speed: $(VENV)/.installed-test peer-env
-	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/ppo_speed.py $(SPEED)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/rm_speed.py $(SPEED)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/scoring_speed.py $(SPEED)
-	$(VENV)/bin/python benchmarks/tables.py
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.speed.ppo_speed $(SPEED)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.speed.rm_speed $(SPEED)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.speed.scoring_speed $(SPEED)
+	$(VENV)/bin/python -m benchmarks.tables
 
 # Hours on two cores; goes on where it was. Settings of the arms are chosen first, by the trials that have no rows yet.
 JOBS ?= 2
 bench-evidence: $(VENV)/.installed-test
-	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/dense_vs_outcome.py --tune true --jobs $(JOBS)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/dense_vs_outcome.py --jobs $(JOBS)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/dense_vs_outcome_step_scores.py
-	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/dense_vs_outcome_learning_on.py
-	$(VENV)/bin/python benchmarks/tables.py
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.evidence.dense_vs_outcome --tune true --jobs $(JOBS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.evidence.dense_vs_outcome --jobs $(JOBS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.evidence.dense_vs_outcome_step_scores
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.evidence.dense_vs_outcome_learning_on
+	$(VENV)/bin/python -m benchmarks.tables
 
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) $(PPO_VENV) $(PRM_VENV) build dist .hypothesis .pytest_cache .ruff_cache

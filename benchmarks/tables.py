@@ -1,34 +1,35 @@
 """Writes the tables of README and docs from the rows in `benchmarks/results`; a test compares them.
 
-Command: python benchmarks/tables.py
+Command: python -m benchmarks.tables
 """
 
 from pathlib import Path
 from typing import Any
 
 import yaml
-from development_page import (
+
+from benchmarks.common.places import REPOSITORY, RESULTS
+from benchmarks.disaggregation.page import FIGURE, draw_figure, page
+from benchmarks.evaluation.page import page as evaluation_page
+from benchmarks.evidence.page import (
     LEARNING_ON,
     STEP_SCORES,
+    chosen_table,
+    draw_scores,
+    draw_seconds,
     learning_on_table,
     recipes_table,
     step_scores_table,
     variants_table,
 )
-from disaggregation_page import FIGURE, draw_figure, page
-from evaluation_page import page as evaluation_page
-from scale_page import scale_page
-from speed_page import page as speed_page
-
-from fractal_rm.evaluation.results import read_results
+from benchmarks.speed.page import page as speed_page
+from benchmarks.speed.scale_page import scale_page
+from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.files import write_atomic
 from fractal_rm.report.tables import markdown_table, replace_table
-from fractal_rm.study.page import chosen_table, draw_curves, draw_scores, draw_seconds
+from fractal_rm.study.page import draw_curves
 from fractal_rm.study.page import tables as evidence_tables
-from fractal_rm.study.rows import BENCHMARK
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-RESULTS = REPOSITORY / "benchmarks" / "results"
+from fractal_rm.study.statistics import BENCHMARK
 
 
 def last_rows(name: str, arms: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
@@ -74,13 +75,12 @@ def online_table() -> str:
 
 def rows_of(benchmark: str) -> list[dict[str, Any]]:
     """Rows of a part of the evidence, if there are any yet."""
-    path = RESULTS / f"{benchmark}.jsonl"
-    return read_results(path) if path.is_file() else []
+    return ResultsFile(RESULTS / f"{benchmark}.jsonl").rows()
 
 
 def evidence_pages(page: str, history: str, readme: str) -> tuple[str, str, str]:
     """The page of the evidence, that of its history, and the README, with its tables made anew."""
-    chosen = RESULTS.parent / "dense_vs_outcome.yaml"
+    chosen = REPOSITORY / "benchmarks" / "evidence" / "dense_vs_outcome.yaml"
     known = yaml.safe_load(chosen.read_text(encoding="utf-8")) if chosen.is_file() else {}
     rows, trials = rows_of(BENCHMARK), read_results(RESULTS / "dense_vs_outcome_development.jsonl")
     made = evidence_tables(rows)

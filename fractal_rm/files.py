@@ -1,9 +1,14 @@
-"""Files that are complete or absent."""
+"""Files and folders that are complete or absent."""
 
+import json
 import os
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 
 @contextmanager
@@ -55,3 +60,37 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
     """
     with replacing(path) as file:
         file.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder that exists, or is made now, by one process at a time.
+
+    It is made under another name and moved into place when it is whole: a process that is killed leaves all of it or
+    nothing. `seconds.json` in it says how much processor time it took ([`seconds_of`]).
+
+    Args:
+        folder: The folder.
+        make: Fills an empty folder.
+
+    Returns:
+        The folder.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if folder.is_dir():  # another process was faster
+            return folder
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        start = time.process_time()
+        make(partial)
+        write_atomic(partial / "seconds.json", json.dumps({"seconds": time.process_time() - start}))
+        partial.rename(folder)
+    return folder
+
+
+def seconds_of(folder: Path) -> float:
+    """Processor seconds that a folder of [`made_once`] took to make."""
+    return json.loads((folder / "seconds.json").read_text(encoding="utf-8"))["seconds"]

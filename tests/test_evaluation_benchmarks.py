@@ -1,27 +1,17 @@
 """The benchmarks of ProcessBench and best-of-n run on invented data, and their page shows their rows."""
 
-import argparse
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
 from support.stand_ins import save_encoder, save_reward_model, solutions, write_jsonl
 
+from benchmarks.evaluation import best_of_n, judged_models, processbench
+from benchmarks.evaluation import page as evaluation_page
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.processbench import SUBSETS
 from fractal_rm.evaluation.results import read_results
-
-
-@pytest.fixture(scope="module")
-def modules():
-    """The benchmarks, which import each other as scripts do."""
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-    names = ("processbench", "best_of_n", "evaluation_page", "judged_models")
-    yield argparse.Namespace(**{name: importlib.import_module(name) for name in names})
-    sys.path.remove(str(REPOSITORY / "benchmarks"))
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +43,14 @@ def common(folder: Path, name: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def processbench_rows(modules, folder):
-    modules.processbench.main(common(folder, "processbench.jsonl"))
+def processbench_rows(folder):
+    processbench.main(common(folder, "processbench.jsonl"))
     return read_results(folder / "processbench.jsonl")
 
 
 @pytest.fixture(scope="module")
-def best_of_n_rows(modules, folder):
-    modules.best_of_n.main(common(folder, "best_of_n.jsonl"))
+def best_of_n_rows(folder):
+    best_of_n.main(common(folder, "best_of_n.jsonl"))
     return read_results(folder / "best_of_n.jsonl")
 
 
@@ -94,23 +84,23 @@ def test_every_arm_of_best_of_n_has_a_row_on_each_data_set(best_of_n_rows):
         assert {f"min@{n}", f"last@{n}"} <= set(values["outcome_model"])
 
 
-def test_the_page_shows_the_rows(modules, processbench_rows, best_of_n_rows):
+def test_the_page_shows_the_rows(processbench_rows, best_of_n_rows):
     page = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    made = modules.evaluation_page.page(page, processbench_rows, best_of_n_rows)
-    assert made == modules.evaluation_page.page(made, processbench_rows, best_of_n_rows)
+    made = evaluation_page.page(page, processbench_rows, best_of_n_rows)
+    assert made == evaluation_page.page(made, processbench_rows, best_of_n_rows)
     lines = [line for line in made.splitlines() if line.startswith("| ceiling_pass |")]
     assert len(lines) == 2
     first = made.index("| embedding |")
     assert first < made.index("| floor_first |")
 
 
-def test_models_at_hand_are_named_with_their_folder(modules):
+def test_models_at_hand_are_named_with_their_folder():
     with pytest.raises(ValueError, match="'likelihood' names no folder"):
-        next(modules.judged_models.models_at_hand(["likelihood"]))
+        next(judged_models.models_at_hand(["likelihood"]))
 
 
-def test_models_are_trained_without_gold_steps(modules):
+def test_models_are_trained_without_gold_steps():
     bags = read_bags([row | {"step_labels": [1, row["label"], 1]} for row in solutions(4)], Segmentation())
     assert all(bag.step_labels is not None for bag in bags)
-    bare = modules.judged_models.without_gold(bags)
+    bare = judged_models.without_gold(bags)
     assert [(bag.response, bag.label, bag.step_labels) for bag in bare] == [(b.response, b.label, None) for b in bags]

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import sys
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.stand_ins import save_reward_model, write_jsonl
 
+from benchmarks.evaluation import gsm8k_solutions as benchmark
 from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation.results import read_results
 from fractal_rm.reward_model import StepRewardModel
@@ -34,14 +34,6 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    """The benchmark, which imports its neighbours as a script does."""
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-    yield load(REPOSITORY / "benchmarks" / "gsm8k_solutions.py")
-    sys.path.remove(str(REPOSITORY / "benchmarks"))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +103,7 @@ def test_every_digit_is_a_token_and_a_text_comes_back_whole(train_lm):
     assert tokenizer("A")["input_ids"][0] == tokenizer.bos_token_id
 
 
-def test_the_language_model_is_trained_and_goes_on_from_its_checkpoint(train_lm, benchmark, data_dir, tmp_path, capsys):
+def test_the_language_model_is_trained_and_goes_on_from_its_checkpoint(train_lm, data_dir, tmp_path, capsys):
     folder = tmp_path / "lm"
     small = ["--data_dir", str(data_dir), "--output_dir", str(folder), "--hidden_size", "32", "--layers", "1"]
     small += ["--vocab_size", "320", "--no-bf16"]
@@ -146,7 +138,7 @@ README = "".join(
 )
 
 
-def test_the_benchmark_measures_trained_models_and_floors_and_writes_the_tables(benchmark, data_dir, tmp_path):
+def test_the_benchmark_measures_trained_models_and_floors_and_writes_the_tables(data_dir, tmp_path):
     runs, results, readme = tmp_path / "runs", tmp_path / "rows.jsonl", tmp_path / "README.md"
     readme.write_text(README)
     for arm in ("token", "likelihood"):
@@ -176,7 +168,7 @@ labels = st.sampled_from([0.0, 1.0, math.nan])
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 3)] * 3, *[labels] * 3), min_size=1, max_size=8))
-def test_the_auc_at_the_same_position_counts_pairs_of_steps_at_one_place(benchmark, rows):
+def test_the_auc_at_the_same_position_counts_pairs_of_steps_at_one_place(rows):
     rows = np.array(rows, dtype=float)
     credit = []
     for one, other in product(rows, repeat=2):
@@ -187,7 +179,7 @@ def test_the_auc_at_the_same_position_counts_pairs_of_steps_at_one_place(benchma
     assert benchmark.same_position_auc(rows) == pytest.approx(expected, nan_ok=True)
 
 
-def test_a_scorer_has_no_gain_over_itself_and_a_perfect_one_gains_on_every_draw(benchmark):
+def test_a_scorer_has_no_gain_over_itself_and_a_perfect_one_gains_on_every_draw():
     bags = [
         Bag("2?", "a\nb", ((0, 1), (2, 3)), label=float(i % 2), step_labels=(1.0, float(i % 2)), id=str(i))
         for i in range(40)
@@ -205,11 +197,11 @@ def test_a_scorer_has_no_gain_over_itself_and_a_perfect_one_gains_on_every_draw(
 # What is published ----------------------------------------------------------------------------------------------------
 
 
-def test_the_tables_of_the_readme_are_those_of_the_rows(benchmark):
+def test_the_tables_of_the_readme_are_those_of_the_rows():
     document = (RECIPE / "README.md").read_text(encoding="utf-8")
     assert benchmark.with_tables(document, read_results(RESULTS)) == document
 
 
-def test_every_arm_has_its_rows(benchmark):
+def test_every_arm_has_its_rows():
     expected = set(product(benchmark.ARMS, benchmark.DATASETS)) - {("floor_copy", "gsm8k_solutions")}
     assert arms(RESULTS) == expected

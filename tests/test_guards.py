@@ -167,6 +167,7 @@ def test_an_alarm_needs_patience_comes_once_and_again_after_a_recovery():
     shares = [0.0, 0.0, *[0.9] * 2, 0.0, *[0.9] * 5, 0.0, *[0.9] * 3]
     raised = [bool(guards.update({"empty": share}, step=step)) for step, share in enumerate(shares)]
     assert [step for step, alarm in enumerate(raised) if alarm] == [7, 13]
+    assert guards.raised == 2
 
 
 def test_forgiven_guards_start_counting_again():

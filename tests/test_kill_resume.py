@@ -1,33 +1,23 @@
 """Runs that are killed with SIGKILL and resumed, against the run that never was; and checkpoints that are not whole."""
 
-import importlib
 import json
 import random
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from support.step_ppo import RESUMABLE, logs, make, reward_model, same, weights
 
+from benchmarks.speed import kill_and_resume as benchmark
 from fractal_rm.hf.checkpoints import STATE, begin_checkpoint, find_checkpoint, is_complete, last_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-    yield importlib.import_module("kill_and_resume")
-    sys.path.remove(str(REPOSITORY / "benchmarks"))
-
-
 @pytest.mark.parametrize(("kind", "kills"), [("step_ppo", 3), ("fractal", 2)])
-def test_a_run_that_was_killed_equals_one_that_never_was(benchmark, tmp_path, kind, kills):
+def test_a_run_that_was_killed_equals_one_that_never_was(tmp_path, kind, kills):
     whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(kind)
     seconds = benchmark.finish(kind, whole, STEPS)
     found = []
@@ -43,7 +33,7 @@ def test_a_run_that_was_killed_equals_one_that_never_was(benchmark, tmp_path, ki
     assert kind == "fractal" or {"value_model", "step_ppo_state.json"} <= names
 
 
-def test_the_comparison_sees_one_bit_in_any_file(benchmark, tmp_path):
+def test_the_comparison_sees_one_bit_in_any_file(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name / "value_model").mkdir(parents=True)
         (tmp_path / name / STATE).write_text(json.dumps({"log_history": [{"loss": 1.0, "step_time": ord(name)}]}))

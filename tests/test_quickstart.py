@@ -8,9 +8,10 @@ import transformers
 
 from fractal_rm.evaluation.results import read_results
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.study.quickstart import ARMS, Budget, Quickstart, QuickstartArguments, quiet
+from fractal_rm.study.quickstart import ARMS, Amounts, Quickstart, QuickstartArguments
+from fractal_rm.study.runner import quiet
 
-TINY = Budget(
+TINY = Amounts(
     responses=192,
     updates=2,
     evaluate_every=1,
@@ -83,8 +84,8 @@ def test_a_folder_of_another_seed_is_refused(finished):
 
 def test_held_out_prompts_are_seen_by_no_other_stage():
     run = Quickstart(QuickstartArguments(output_dir="unused"), TINY)
-    held_out = {problem.prompt for problem in run.problems["held_out"]}
-    for name in ("train", "validation", "ppo"):
+    held_out = {problem.prompt for problem in run.held_out}
+    for name in ("reward_model", "validation", "train"):
         assert not held_out & {problem.prompt for problem in run.problems[name]}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -276,3 +277,30 @@ def test_a_row_is_plain_json_for_other_tools(tmp_path):
         raise AssertionError(name)
 
     json.loads((tmp_path / "r.jsonl").read_text(), parse_constant=refuse)
+
+
+def test_a_module_that_python_runs_is_named_so_that_the_command_runs_again(tmp_path):
+    package = tmp_path / "toys"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    lines = [
+        "import sys",
+        "from fractal_rm.evaluation.results import portable_command",
+        "print(portable_command(sys.argv))",
+    ]
+    (package / "toy.py").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "toys.toy", "--seed", "3"]
+    found = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True)
+    assert found.stdout.decode().strip() == "python -m toys.toy --seed 3"
+
+
+def test_a_row_is_found_by_its_fields_as_they_are_written(tmp_path):
+    file = ResultsFile(tmp_path / "rows.jsonl")
+    assert not file.has(arm="dense")
+    file.append(
+        benchmark="b", arm="dense", dataset="toy", seed=0, split="test", metrics={}, config={"points": (0.5, 1.0)},
+        seconds=1.0,
+    )  # fmt: skip
+    assert file.has(arm="dense", seed=0, config={"points": (0.5, 1.0)})
+    assert not file.has(arm="dense", seed=1)
+    assert not file.has(arm="dense", config={"points": [0.5]})

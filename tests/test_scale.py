@@ -1,17 +1,20 @@
 """The plan for large models: its formulas against models built in code, and against what must hold."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from scale_formulas import GPU, LLAMA_7B, LLAMA_70B, Shape, Work, cache_bytes, memory, seconds, trained_bytes  # noqa: E402
-
-sys.path.remove(str(BENCHMARKS))
+from benchmarks.speed.scale_formulas import (
+    GPU,
+    LLAMA_7B,
+    LLAMA_70B,
+    Shape,
+    Work,
+    cache_bytes,
+    memory,
+    seconds,
+    trained_bytes,
+)
 
 SHAPES = [
     Shape(layers=2, hidden=16, intermediate=40, heads=4, kv_heads=2, vocabulary=96),

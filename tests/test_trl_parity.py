@@ -130,8 +130,8 @@ def test_the_clipped_policy_loss_with_loss_type_bnpo_equals_that_of_trl(peer, tr
 
 @needs_peer
 def test_the_fixture_is_what_trl_computes_today(tmp_path):
-    command = [PEER, REPOSITORY / "benchmarks" / "trl_parity.py", tmp_path / "found.json"]
-    subprocess.run(command, check=True, capture_output=True)
+    command = [PEER, "-m", "benchmarks.speed.trl_parity", tmp_path / "found.json"]
+    subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY)
     found, kept = (json.loads(file.read_text(encoding="utf-8")) for file in (tmp_path / "found.json", FIXTURE))
     assert found["trl"] == kept["trl"]
     for name in ("pg_loss", "vf_loss"):
@@ -140,5 +140,6 @@ def test_the_fixture_is_what_trl_computes_today(tmp_path):
 
 @needs_peer
 def test_ppo_of_trl_takes_our_checkpoint_as_it_is():
-    command = [PEER, REPOSITORY / "benchmarks" / "trl_ppo_reads_our_checkpoint.py"]
-    subprocess.run(command, check=True, capture_output=True)  # it compares, and fails where rewards differ
+    # It compares, and fails where rewards differ.
+    command = [PEER, "-m", "benchmarks.speed.trl_ppo_reads_our_checkpoint"]
+    subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY)

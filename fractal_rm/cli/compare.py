@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fractal_rm.cli.checks import check_writable_folder
 from fractal_rm.cli.parser import parse
@@ -13,17 +14,16 @@ from fractal_rm.report.plots import require_matplotlib
 from fractal_rm.study.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY
 from fractal_rm.study.claims import verdicts
 from fractal_rm.study.page import DEFAULT_ARMS, draw_curves, tables
-from fractal_rm.study.reward_models import Size
-from fractal_rm.study.run import Budget
-from fractal_rm.study.settings import SETTINGS
+from fractal_rm.study.runner import Budget
 from fractal_rm.study.study import Study, check_arms, read_chosen, study_units, tuning_units, write_chosen
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
 # One of long chains and one of another form: a learning rate that one bears can be too high for the other.
-TUNING_SETTINGS = ("medium", "branching")
+TUNING_TASKS = ("medium", "branching")
 # Trials do this share of the updates of a run, and are measured at its middle and its end.
 TUNING_SHARE, TUNING_POINTS = 0.6, (0.5, 1.0)
 SMOKE_BUDGET = Budget(rollouts_per_update=16, held_out=8, updates=2, points=(1.0,))
-SMOKE_SIZE = Size(form_texts=384, texts=64, hidden_size=16, responses=48, max_steps=2)
+SMOKE_STEPS = 2
 
 
 @dataclass
@@ -41,7 +41,7 @@ class CompareArguments:
         metadata={"help": "YAML file with the settings of each arm; None: `chosen.yaml` in `output_dir`."},
     )
     settings: list[str] | None = field(
-        default=None, metadata={"help": "FractalSettings, the most important first; None: all of them."}
+        default=None, metadata={"help": "Conditions of the task, the most important first; None: all of them."}
     )
     arms: list[str] | None = field(default=None, metadata={"help": "Arms; None: all of them."})
     seeds: int = field(default=10, metadata={"help": "Seeds of the core arms; the others have five at most."})
@@ -53,15 +53,15 @@ class CompareArguments:
     smoke: bool = field(default=False, metadata={"help": "A tiny study that proves nothing but that all of it runs."})
 
     def __post_init__(self) -> None:
-        unknown = next((name for name in self.settings or [] if name not in SETTINGS), None)
+        unknown = next((name for name in self.settings or [] if name not in CONDITIONS), None)
         if unknown is not None:
-            raise ValueError(f"There is no setting {unknown!r}. Choose from {', '.join(SETTINGS)}.")
+            raise ValueError(f"There is no setting {unknown!r}. Choose from {', '.join(CONDITIONS)}.")
         for name in ("seeds", "jobs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
         check_arms(self.arms or [])
         if self.tune and self.settings is not None:
-            raise ValueError(f"Trials run on {' and '.join(TUNING_SETTINGS)}. Leave `settings` out with `tune`.")
+            raise ValueError(f"Trials run on {' and '.join(TUNING_TASKS)}. Leave `settings` out with `tune`.")
 
 
 def compare(argv: Sequence[str]) -> None:
@@ -82,24 +82,26 @@ def run_comparison(arguments: CompareArguments) -> None:
     chosen_file = Path(arguments.chosen or folder / "chosen.yaml")
     require_matplotlib()  # before the work, not after
     arms = list(arguments.arms or ARMS)
-    settings = arguments.settings or list(SETTINGS)
-    size = SMOKE_SIZE if arguments.smoke else Size()
+    settings = arguments.settings or list(CONDITIONS)
+    size: dict[str, Any] = {}
+    if arguments.smoke:
+        size = {"tasks": {name: one.small() for name, one in CONDITIONS.items()}, "reward_model_steps": SMOKE_STEPS}
     if arguments.tune:
         arms = [name for name in arms if not ARMS[name].like]
         budget = SMOKE_BUDGET
         if not arguments.smoke:
-            updates = round(TUNING_SHARE * SETTINGS[TUNING_SETTINGS[0]].updates)
+            updates = round(TUNING_SHARE * CONDITIONS[TUNING_TASKS[0]].updates)
             budget = Budget(updates=updates, points=TUNING_POINTS)
-        study = Study(results, folder, budget, size, {})
+        study = Study(results, folder, budget, {}, **size)
         all_rates = [*OUTCOME_ONLY, *(name for name in arms if ARMS[name].own_rate)]
-        study.run_all(tuning_units(TUNING_SETTINGS, all_rates, LEARNING_RATES), arguments.jobs)
-        rate = study.choose_rate(TUNING_SETTINGS)
-        study.run_all(tuning_units(TUNING_SETTINGS, arms, [rate]), arguments.jobs)
-        write_chosen(chosen_file, study.choose(TUNING_SETTINGS, arms, rate), portable_command(sys.argv))
+        study.run_all(tuning_units(TUNING_TASKS, all_rates, LEARNING_RATES), arguments.jobs)
+        rate = study.choose_rate(TUNING_TASKS)
+        study.run_all(tuning_units(TUNING_TASKS, arms, [rate]), arguments.jobs)
+        write_chosen(chosen_file, study.choose(TUNING_TASKS, arms, rate), portable_command(sys.argv))
         print(f"{chosen_file} holds the settings of {len(arms)} arms.")
         return
     budget = SMOKE_BUDGET if arguments.smoke else Budget()
-    study = Study(results, folder, budget, size, read_chosen(chosen_file, arms))
+    study = Study(results, folder, budget, read_chosen(chosen_file, arms), **size)
     study.run_all(study_units(settings, arms, arguments.seeds), arguments.jobs)
     rows = study.rows()
     sentences = verdicts(rows, DEFAULT_ARMS)

@@ -199,6 +199,9 @@ class Guards:
         reference_batches: Batches that say what is usual. They raise no alarm.
         patience: Batches in a row beyond a limit that make an alarm. One alarm each time, not one a batch.
 
+    Attributes:
+        raised: How many alarms this object has raised.
+
     Example:
         >>> guards = Guards(reference_batches=1, patience=2)
         >>> [guards.update({"empty": share}, step=step) for step, share in enumerate([0.0, 0.9])]
@@ -209,7 +212,7 @@ class Guards:
 
     def __init__(self, *, reference_batches: int = 8, patience: int = 3) -> None:
         self.reference_batches, self.patience = reference_batches, patience
-        self._batches = 0
+        self._batches = self.raised = 0
         self._usual = {signal: RunningMoments() for signal in ("outcome", *LIMITS)}
         self._since: dict[str, int] = {}  # step of the first of the batches in a row beyond the limit
         self._strikes: dict[str, int] = {}  # and how many there are
@@ -245,6 +248,7 @@ class Guards:
                 self._since[signal] = step
             if self._strikes[signal] == self.patience:
                 alarms.append(Alarm(signal, value, usual.mean, beyond, self._since[signal]))
+        self.raised += len(alarms)
         return alarms
 
     def forgive(self) -> None:

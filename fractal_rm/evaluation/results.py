@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,25 @@ class ResultsFile:
             os.fsync(file.fileno())
         return json.loads(line)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far, those of other processes included."""
+        return read_results(self.path) if self.path.is_file() else []
+
+    def has(self, **fields: Any) -> bool:
+        """Whether a measurement has its row; see [`has_row`]."""
+        return has_row(self.rows(), **fields)
+
+
+def has_row(rows: Iterable[Mapping[str, Any]], **fields: Any) -> bool:
+    """Whether one of the rows has these fields, with these values as a row holds them.
+
+    Example:
+        >>> has_row([{"arm": "dense", "seed": 0, "config": {"sizes": [1, 2]}}], arm="dense", config={"sizes": (1, 2)})
+        True
+    """
+    wanted = _plain(fields, "fields")
+    return any(all(row[name] == value for name, value in wanted.items()) for row in rows)
+
 
 def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All rows of a results file.
@@ -163,7 +182,10 @@ def portable_command(argv: Sequence[str]) -> str:
     """
     program, *arguments = argv or [""]
     path = Path(program)
-    if path.name == "__main__.py":
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # a module that `python -m` runs has one
+    if spec is not None and spec.origin == program:
+        words = ["python", "-m", spec.name.removesuffix(".__main__")]
+    elif path.name == "__main__.py":
         words = ["python", "-m", path.parent.name]
     elif path.suffix == ".py":
         words = ["python", _portable_path(program)]

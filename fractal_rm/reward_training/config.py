@@ -67,7 +67,7 @@ class FractalConfig(TrainingArguments):
     head_type: Literal["pair", "mlp", "set"] = field(
         default="pair",
         metadata={
-            "help": "Embedding scorer: `pair` (a step compared with the prompt; benchmarks/disaggregation.py), `mlp` "
+            "help": "Embedding scorer: `pair` (a step compared with the prompt; docs/disaggregation.md), `mlp` "
             "(the paper's: both put side by side) or `set` (a small transformer over the steps of a response)."
         },
     )

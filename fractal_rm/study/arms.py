@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fractal_rm.study.settings import MAIN_SETTINGS, SETTINGS
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, MAIN_CONDITIONS
 
 Options = dict[str, Any]
 # Tried by the outcome-only arms; all arms then use the one that suits those best, and each has two settings of its own.
@@ -32,7 +32,7 @@ class Arm:
 
     Args:
         name: Its name in the rows.
-        steps: What scores steps: a kind of reward model (`reward_models.py`), a rule (`scripted_scores.py`), or None.
+        steps: What scores steps: a kind of reward model (`assets.py`), a rule (`rivals.py`), or None.
         outcome: Whether the checker's outcome labels are a reward.
         response_model: A reward model that scores whole responses is the outcome reward.
         variants: Two settings that compete.
@@ -41,7 +41,7 @@ class Arm:
             their option `rm_update_every`.
         own_rate: Whether its trials have all learning rates, of which it takes its own best.
         core: Whether it runs on every setting with every seed.
-        settings: Where it runs if it is no core arm; None: where most of those do.
+        conditions: Where it runs if it is not a core arm; None: where most of these do.
         like: The arm whose chosen settings it has; it has no trials of its own.
         times: How many times the updates of that arm it makes; None: as many more as make the rollouts of a reward
             model's labelled responses.
@@ -56,7 +56,7 @@ class Arm:
     online: bool = False
     own_rate: bool = False
     core: bool = True
-    settings: tuple[str, ...] | None = None
+    conditions: tuple[str, ...] | None = None
     like: str | None = None
     times: int | None = None
 
@@ -92,11 +92,11 @@ ARMS = {
         Arm("outcome_grpo", outcome=True, variants=_SCALES),
         Arm("outcome_ppo", outcome=True, variants=_VALUES),
         *(
-            Arm(longer, outcome=True, like=name, core=False, settings=tuple(SETTINGS))
+            Arm(longer, outcome=True, like=name, core=False, conditions=tuple(CONDITIONS))
             for name, longer in LONGER.items()
         ),
         *(
-            Arm(longer, outcome=True, like=name, core=False, settings=tuple(SETTINGS), times=TIMES[name])
+            Arm(longer, outcome=True, like=name, core=False, conditions=tuple(CONDITIONS), times=TIMES[name])
             for name, longer in AS_LONG.items()
         ),
         Arm("fractal", steps="fractal"),
@@ -112,7 +112,7 @@ ARMS = {
             outcome=True,
             own_rate=True,
             core=False,
-            settings=MAIN_SETTINGS,
+            conditions=MAIN_CONDITIONS,
         ),
         # Where step scores end when they are trained on for as long as outcomes: whether what they teach has a ceiling.
         Arm("fractal_mix_4x", steps="fractal", outcome=True, core=False, like="fractal_mix", times=4),
@@ -156,7 +156,7 @@ ARMS = {
             "fractal_flips",
             steps="fractal_flips",
             core=False,
-            settings=("noise_10", "noise_20"),
+            conditions=("noise_10", "noise_20"),
             like="fractal",
             times=1,
         ),

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from fractal_rm.study.rows import Rows, finished_runs
-from fractal_rm.study.settings import MAIN_SETTINGS, SETTINGS
-from fractal_rm.study.statistics import Comparison, comparisons
+from fractal_rm.study.statistics import Comparison, Rows, comparisons, finished_runs
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, MAIN_CONDITIONS
 
 # The claims: points of accuracy, and shares.
 GAIN, LONG_GAIN, LONG = 0.05, 0.15, 6
 NEAR_CEILING = COLLAPSE = 0.02
-WANTED_SETTINGS, WANTED_WITH_COST = 5, 3
+WANTED, WANTED_WITH_COST = 5, 3
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,8 @@ class Claim:
 
     Args:
         text: What is claimed.
-        holds: FractalSettings where it holds.
-        known: FractalSettings whose rows decide it.
+        holds: Conditions where it holds.
+        known: Conditions whose rows decide it.
         asked: On how many it should hold.
         undecided: How many settings have too few seeds.
         learning: Those of the known settings on which outcome-only learns something.
@@ -50,9 +49,9 @@ def claims(found: Mapping[str, Comparison]) -> list[Claim]:
     Args:
         found: What [`comparisons`] says of it, by setting.
     """
-    long = tuple(name for name in MAIN_SETTINGS if SETTINGS[name].min_steps >= LONG)
+    long = tuple(name for name in MAIN_CONDITIONS if CONDITIONS[name].min_steps >= LONG)
 
-    def claim(text: str, asked: int, what: Any, test: Any, among: Sequence[str] = MAIN_SETTINGS) -> Claim:
+    def claim(text: str, asked: int, what: Any, test: Any, among: Sequence[str] = MAIN_CONDITIONS) -> Claim:
         # A difference without an interval has too few seeds.
         known = tuple(n for n in among if n in found and (gap := what(found[n])) is not None and not np.isnan(gap.low))
         holds = tuple(name for name in known if test(found[name]))
@@ -62,11 +61,11 @@ def claims(found: Mapping[str, Comparison]) -> list[Claim]:
     return [
         claim(
             f"at half of the outcome-only gain: {GAIN:.0%} more, the interval above 0",
-            WANTED_SETTINGS,
+            WANTED,
             lambda r: r.half,
             lambda r: r.half.difference >= GAIN and r.half.low > 0,
         ),
-        claim("never significantly below at the end", len(MAIN_SETTINGS), lambda r: r.end, lambda r: r.end.high >= 0),
+        claim("never significantly below at the end", len(MAIN_CONDITIONS), lambda r: r.end, lambda r: r.end.high >= 0),
         claim(
             f"problems of {LONG} or more steps: {LONG_GAIN:.0%} more at that point",
             len(long),
@@ -76,7 +75,7 @@ def claims(found: Mapping[str, Comparison]) -> list[Claim]:
         ),
         claim(
             "at most half of the rollouts to reach its end",
-            WANTED_SETTINGS,
+            WANTED,
             lambda r: r.reach,
             lambda r: r.reach.difference <= 0.5,
         ),
@@ -88,13 +87,13 @@ def claims(found: Mapping[str, Comparison]) -> list[Claim]:
         ),
         claim(
             f"within {NEAR_CEILING:.0%} of supervised steps",
-            WANTED_SETTINGS,
+            WANTED,
             lambda r: r.ceiling,
             lambda r: r.ceiling.difference >= -NEAR_CEILING,
         ),
         claim(
             f"no collapse: every run ends within {COLLAPSE:.0%} of its best",
-            len(MAIN_SETTINGS),
+            len(MAIN_CONDITIONS),
             lambda r: r.end,
             lambda r: r.drop <= COLLAPSE,
         ),

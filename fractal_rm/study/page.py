@@ -9,30 +9,28 @@ import numpy as np
 from fractal_rm.evaluation.statistics import PairedDifference, interval_of_mean
 from fractal_rm.report.drawing import PICTURE, new_figure, style_axes, to_bytes
 from fractal_rm.report.tables import MISSING, format_number
-from fractal_rm.study.arms import ARMS, AS_LONG, CEILING, OUTCOME_ONLY
+from fractal_rm.study.arms import ARMS, CEILING, OUTCOME_ONLY
 from fractal_rm.study.claims import claims
-from fractal_rm.study.rows import Rows, Runs, finished_runs
-from fractal_rm.study.settings import SETTINGS
 from fractal_rm.study.statistics import (
     Comparison,
     Curves,
+    Rows,
+    Runs,
     area,
     area_difference,
     comparisons,
     curves,
     end_difference,
+    finished_runs,
     interquartile_mean,
     largest_fall,
 )
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
 # What `StepPPOConfig` does as it comes, with a reward model and a checker.
 DEFAULT = "fractal_mix"
 DEFAULT_ARMS = (DEFAULT, f"{DEFAULT}_own_rate", "fractal", "fractal_online")
 DRAWN = (DEFAULT, *OUTCOME_ONLY, CEILING)
-# Arms whose score is drawn beside the truth; of the last one's steps only the result is scored.
-SCORED = (DEFAULT, "fractal", "orm", "fractal_result_token")
-# Arms whose accuracy is drawn against seconds.
-TIMED = (DEFAULT, f"{DEFAULT}_4x", *AS_LONG.values())
 # The arm that the others vary or rival, paired seed by seed.
 REFERENCE = "fractal"
 # Shares of the rollouts at which a table shows the accuracy: after 10, 20 and 40 updates of the study.
@@ -89,10 +87,10 @@ def tables(rows: Rows) -> dict[str, str]:
 def present(runs: Runs) -> tuple[list[str], list[str]]:
     """Settings and arms that have finished runs, in their own order."""
     settings, arms = {setting for setting, _ in runs}, {arm for _, arm in runs}
-    return [name for name in SETTINGS if name in settings], [name for name in ARMS if name in arms]
+    return [name for name in CONDITIONS if name in settings], [name for name in ARMS if name in arms]
 
 
-def _lines(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def table_lines(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     if not body:
         return NOTHING
     rule = f"|---|{'---:|' * (len(header) - 1)}"
@@ -134,7 +132,7 @@ def _claims(runs: Runs, found: Found) -> str:
     if runs and not body:
         return UNDECIDED
     header = ["arm", "claim", "settings asked", "settings met", "state", "met where outcome-only learns", "where"]
-    return _lines(header, body)
+    return table_lines(header, body)
 
 
 def _summary(runs: Runs, by_setting: Mapping[str, Comparison]) -> str:
@@ -153,12 +151,12 @@ def _summary(runs: Runs, by_setting: Mapping[str, Comparison]) -> str:
         "setting", "seeds", "outcome only", DEFAULT, CEILING, "gain half-way", "gain at the end",
         "rollouts to reach outcome-only's end",
     ]  # fmt: skip
-    return _lines(header, body)
+    return table_lines(header, body)
 
 
 def _lines_of(found: Found) -> list[tuple[str, str, Comparison]]:
     """Setting, arm and comparison, setting by setting."""
-    return [(name, arm, found[arm][name]) for name in SETTINGS for arm in found if name in found[arm]]
+    return [(name, arm, found[arm][name]) for name in CONDITIONS for arm in found if name in found[arm]]
 
 
 def _gains(found: Found) -> str:
@@ -175,7 +173,7 @@ def _gains(found: Found) -> str:
         "difference at the end", "difference of areas", "P(better)", "share of rollouts to reach its end",
         "to supervised steps", "largest fall of a run",
     ]  # fmt: skip
-    return _lines(header, body)
+    return table_lines(header, body)
 
 
 def _equal_cost(runs: Runs, found: Found) -> str:
@@ -193,14 +191,14 @@ def _equal_cost(runs: Runs, found: Found) -> str:
         "seconds of outcome-only", "at equal rollouts", "outcome-only has those rollouts too",
         "our arm has those less", "outcome-only has all those seconds",
     ]  # fmt: skip
-    return _lines(header, body)
+    return table_lines(header, body)
 
 
 def _by_setting(runs: Runs, cell: Callable[[str, str], str]) -> str:
     """A line an arm, a column a setting; arms without a value are left out."""
     settings, arms = present(runs)
     body = [[arm, *(cell(setting, arm) for setting in settings)] for arm in arms]
-    return _lines(["arm", *settings], [line for line in body if set(line[1:]) != {MISSING}])
+    return table_lines(["arm", *settings], [line for line in body if set(line[1:]) != {MISSING}])
 
 
 def _end(found: Curves) -> np.ndarray:
@@ -268,34 +266,10 @@ def draw_curves(path: Path, rows: Rows) -> bool:
         low, high = interval_of_mean(truth.values)
         axes.fill_between(truth.rollouts, low, high, color=colour, alpha=0.15, linewidth=0)
 
-    return _draw(path, rows, DRAWN, "held-out accuracy", beside=band)
+    return draw_panels(path, rows, DRAWN, "held-out accuracy", beside=band)
 
 
-def draw_scores(path: Path, rows: Rows) -> bool:
-    """What the reward model thinks of held-out responses (dashed) and how many are right, a panel a setting.
-
-    Returns:
-        Whether there was anything to draw.
-    """
-
-    def dashed(axes: Any, colour: str, truth: Curves, score: Curves | None) -> None:
-        if score is not None:
-            axes.plot(score.rollouts, score.values.mean(axis=0), color=colour, linewidth=1.2, linestyle="--")
-
-    return _draw(path, rows, SCORED, "held-out accuracy; dashed: score", beside=dashed)
-
-
-def draw_seconds(path: Path, rows: Rows) -> bool:
-    """Accuracy against all processor seconds, those of the reward model and its responses first, a panel a setting.
-
-    Returns:
-        Whether there was anything to draw.
-    """
-    along = ("processor seconds", lambda one: one.rm_seconds + one.seconds)
-    return _draw(path, rows, TIMED, "held-out accuracy", along=along)
-
-
-def _draw(
+def draw_panels(
     path: Path,
     rows: Rows,
     arms: Sequence[str],
@@ -330,9 +304,3 @@ def _draw(
         figure.supylabel(label, fontsize=9, color=PICTURE.muted)
         path.write_bytes(to_bytes(figure, "png"))
     return True
-
-
-def chosen_table(chosen: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the tuning chose for each arm."""
-    body = [[arm, ", ".join(f"{key}={value}" for key, value in chosen[arm].items())] for arm in ARMS if arm in chosen]
-    return _lines(["arm", "settings"], body).replace("---:|", "---|")

@@ -1,57 +1,41 @@
 """The whole pipeline on the arithmetic task: response labels -> step scores -> PPO with dense rewards -> a report.
 
-Every stage leaves its result in the output folder and is skipped when it is there already, so a run that was stopped
-goes on where it was. Reward models see outcomes only; the exact step checker is read by evaluation alone.
+Every stage leaves its result in the output folder and is skipped if it is there already, so a run that was stopped goes
+on where it was. Reward models see outcomes only; the exact step checker is read by evaluation alone.
 """
 
 import json
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import torch
-import transformers
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerState
 
 from fractal_rm.data.readers import read_jsonl
-from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.progress import RichProgress
-from fractal_rm.ppo.config import StepPPOConfig
-from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.report import plots
-from fractal_rm.report.quickstart_report import write_report
-from fractal_rm.report.quickstart_summary import summarize
+from fractal_rm.report.quickstart_report import summarize, write_report
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
-from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
-from fractal_rm.tasks.arithmetic.problems import exact_answer, make_problems
-from fractal_rm.tasks.sampling import sample_responses
+from fractal_rm.study.arms import Arm, Options
+from fractal_rm.study.assets import label_responses, load_policy
+from fractal_rm.study.runner import Evaluations, make_trainer, measure, quiet
+from fractal_rm.tasks.arithmetic.conditions import ShippedArithmetic
+from fractal_rm.tasks.task import Split, unseen
 
 console = Console()
 
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to reward the policy; everything else is the same in all arms."""
-
-    name: str
-    dense: bool
-    outcome: bool
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-ARMS = (Arm("dense+outcome", dense=True, outcome=True), Arm("outcome", dense=False, outcome=True))
+ARMS = (Arm("dense+outcome", steps="fractal", outcome=True), Arm("outcome", outcome=True))
 
 
 @dataclass
-class Budget:
+class Amounts:
     """How much work each stage does."""
 
     responses: int
@@ -63,14 +47,14 @@ class Budget:
     rollouts_per_update: int = 64
 
 
-BUDGETS = {
-    "small": Budget(responses=6144, updates=60, evaluate_every=6),
-    "full": Budget(responses=16_384, updates=240, evaluate_every=12, held_out=1024),
+AMOUNTS = {
+    "small": Amounts(responses=6144, updates=60, evaluate_every=6),
+    "full": Amounts(responses=16_384, updates=240, evaluate_every=12, held_out=1024),
 }
 
 
 # The same for both arms; chosen on seeds other than the default one (docs/quickstart.md).
-PPO_SETTINGS: dict[str, Any] = {
+PPO_SETTINGS: Options = {
     "num_generations": 8,
     "max_completion_length": 64,
     "num_iterations": 1,
@@ -100,32 +84,29 @@ class QuickstartArguments:
 
 
 class Quickstart:
-    """One run: its arguments, folder, problems and clock.
+    """One run: its arguments, folder and problems.
 
     Args:
         arguments: What to run and where.
-        budget: Replaces the budget that the arguments name (tests run a tiny one).
+        amounts: Replaces those of the budget that the arguments name (tests run tiny ones).
         arms: Rewards to compare; the report is about the first two (benchmarks add others).
     """
 
     def __init__(
-        self, arguments: QuickstartArguments, budget: Budget | None = None, arms: Sequence[Arm] = ARMS
+        self, arguments: QuickstartArguments, amounts: Amounts | None = None, arms: Sequence[Arm] = ARMS
     ) -> None:
-        self.arms = arms
-        self.arguments, self.budget = arguments, budget or BUDGETS[arguments.budget]
+        self.task, self.arms = ShippedArithmetic(), arms
+        self.arguments, self.amounts = arguments, amounts or AMOUNTS[arguments.budget]
         self.folder = Path(arguments.output_dir)
-        seed = arguments.seed
-        counts = {
-            "held_out": self.budget.held_out,
-            "train": self.budget.responses,
-            "validation": self.budget.validation,
-            "ppo": self.budget.ppo_prompts,
+        counts: dict[Split, int] = {
+            "reward_model": self.amounts.responses,
+            "validation": self.amounts.validation,
+            "train": self.amounts.ppo_prompts,
         }
-        streams = {name: make_problems(count, seed=10 * seed + i) for i, (name, count) in enumerate(counts.items())}
-        held_out = {problem.prompt for problem in streams["held_out"]}
+        self.held_out = self.task.problems("held_out", self.amounts.held_out, arguments.seed)
+        known = {problem.prompt for problem in self.held_out}
         self.problems = {
-            name: [p for p in problems if name == "held_out" or p.prompt not in held_out]
-            for name, problems in streams.items()
+            split: unseen(self.task.problems(split, count, arguments.seed), known) for split, count in counts.items()
         }
         self.results = ResultsFile(self.folder / "results.jsonl")
 
@@ -162,7 +143,7 @@ class Quickstart:
 
     def _claim_folder(self) -> None:
         """Refuse a folder that belongs to another run, so that no stage mixes with another seed's."""
-        mine = {"seed": self.arguments.seed, "budget": asdict(self.budget)}
+        mine = {"seed": self.arguments.seed, "budget": asdict(self.amounts)}
         file = self.folder / "quickstart.json"
         (self.folder / "done").mkdir(parents=True, exist_ok=True)
         if file.is_file() and json.loads(file.read_text()) != mine:
@@ -173,33 +154,29 @@ class Quickstart:
 
     def take_policy(self) -> None:
         """The base policy, whose mistakes are beliefs; `tasks/arithmetic/base_policy.py` says how it was made."""
-        shutil.copytree(SHIPPED_POLICY, self.folder / "policy", dirs_exist_ok=True)
+        shutil.copytree(self.task.base_policy(0, self.folder), self.folder / "policy", dirs_exist_ok=True)
 
     def sample(self) -> None:
         """Training responses with outcome labels; validation responses with gold step labels beside them."""
-
-        model, tokenizer = self._policy()
-        for offset, (split, name) in enumerate((("train", "responses"), ("validation", "validation"))):
-            problems = self.problems[split]
-            responses = sample_responses(
-                model, tokenizer, [p.prompt for p in problems], seed=1000 * self.arguments.seed + offset
-            )
+        files: list[tuple[Split, str]] = [("reward_model", "responses"), ("validation", "validation")]
+        for offset, (split, name) in enumerate(files):
             rows = []
-            for problem, response in zip(problems, responses, strict=True):
-                if not response.strip():
-                    continue
-                row: dict[str, Any] = {"prompt": problem.prompt, "label": float(problem.check_answer(response))}
-                if split == "train":
+            with quiet():
+                found = label_responses(
+                    self.task, self.folder / "policy", self.problems[split], 1000 * self.arguments.seed + offset
+                )
+            for problem, response, label in found:
+                row: dict[str, Any] = {"prompt": problem.prompt, "label": label}
+                if split == "reward_model":
                     row["completion"] = response
                 else:  # steps and gold labels, for evaluation only
                     row["steps"] = [line.strip() for line in response.split("\n") if line.strip()]
-                    row["step_labels"] = [float(good) for good in problem.check_steps(response)]
+                    row["step_labels"] = [float(good) for good in problem.check_steps(response) or ()]
                 rows.append(json.dumps(row))
             write_atomic(self.folder / f"{name}.jsonl", "\n".join(rows) + "\n")
 
     def train_reward_model(self) -> None:
         """The likelihood scorer on outcome labels; step labels are read by the evaluation after it."""
-
         start = time.perf_counter()
         with quiet():
             trainer = FractalTrainer(
@@ -237,66 +214,82 @@ class Quickstart:
             }
             self._append(arm, "validation", metrics, seconds)
 
-    def train_ppo(self, arm: Arm) -> None:
+    def train_ppo(self, arm: Arm, settings: Options = PPO_SETTINGS) -> None:
         """PPO from the base policy; the arms differ in their rewards only."""
-
-        folder = self.folder / "ppo" / arm.name
-        shutil.rmtree(folder, ignore_errors=True)  # what a stopped run left
-        budget = self.budget
-        with quiet():
-            trainer = StepPPOTrainer(
-                model=str(self.folder / "policy"),
-                reward_model=self.folder / "reward_model" if arm.dense else None,
-                reward_funcs=[exact_answer] if arm.outcome else None,
-                args=StepPPOConfig(
-                    output_dir=str(folder),
-                    **(PPO_SETTINGS | arm.settings),
-                    per_device_train_batch_size=budget.rollouts_per_update,
-                    max_steps=budget.updates,
-                    seed=self.arguments.seed,
-                ),
-                train_dataset=datasets.Dataset.from_list([{"prompt": p.prompt} for p in self.problems["ppo"]]),
-            )
-            curve = LearningCurve(self, trainer)
-            trainer.add_callback(curve)
-            with RichProgress(trainer, arm.name):
-                trainer.train()
-            trainer.save_model()
-        write_atomic(folder / "curve.json", json.dumps(curve.points))
-        for point in curve.points:
+        points = self.train_policy(arm, settings)
+        write_atomic(self.folder / "ppo" / arm.name / "curve.json", json.dumps(points))
+        for point in points:
             seconds = point["seconds"]
             metrics = {key: value for key, value in point.items() if key != "seconds"}
             self._append(arm.name, "held_out", metrics | self._step_metrics(), seconds)
 
-    # Pieces -------------------------------------------------------------------------------------------------------
+    def train_policy(
+        self, arm: Arm, settings: Options, at_end: Callable[[Any], dict[str, float]] | None = None
+    ) -> list[dict[str, float]]:
+        """Train a policy, save it, and measure it at fixed numbers of rollouts.
 
-    def _policy(self) -> tuple[Any, Any]:
+        Args:
+            arm: Where rewards come from, with its options.
+            settings: Of [`StepPPOConfig`], the same for all arms.
+            at_end: Further metrics of the last point, from the trainer.
 
+        Returns:
+            The points of its learning curve.
+        """
+        amounts, folder, points = self.amounts, self.folder / "ppo" / arm.name, []
+        shutil.rmtree(folder, ignore_errors=True)  # what a stopped run left
         with quiet():
-            folder = self.folder / "policy"
-            return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+            trainer = make_trainer(
+                arm,
+                settings
+                | dict(arm.options)
+                | {"per_device_train_batch_size": amounts.rollouts_per_update, "max_steps": amounts.updates},
+                self.task,
+                self.folder / "policy",
+                self.folder / "reward_model" if arm.steps else None,
+                [problem.prompt for problem in self.problems["train"]],
+                seed=self.arguments.seed,
+                folder=folder,
+            )
+            start, tokenizer = time.perf_counter(), load_policy(self.folder / "policy")[1]
+
+            def evaluate(step: int) -> None:
+                rollouts = step // trainer.num_iterations * amounts.rollouts_per_update
+                found, _ = measure(trainer.model, tokenizer, self.task, self.held_out)
+                del found["response_tokens"]
+                points.append({"rollouts": rollouts, **found, "seconds": time.perf_counter() - start})
+
+            every = range(amounts.evaluate_every, amounts.updates + 1, amounts.evaluate_every)
+            trainer.add_callback(Evaluations(every, evaluate))
+            with RichProgress(trainer, arm.name):
+                trainer.train()
+            trainer.save_model()
+            if at_end is not None:
+                points[-1] |= at_end(trainer)
+        return points
+
+    # Pieces -------------------------------------------------------------------------------------------------------
 
     def _append(self, arm: str, split: str, metrics: dict[str, Any], seconds: float) -> None:
         """Add a row, unless a run that was stopped has written it already."""
-        key = {"arm": arm, "split": split, "rollouts": metrics.get("rollouts")}
-        for row in read_results(self.results.path) if self.results.path.is_file() else []:
-            if {"arm": row["arm"], "split": row["split"], "rollouts": row["metrics"].get("rollouts")} == key:
-                return
+        key = arm, split, metrics.get("rollouts")
+        if any((row["arm"], row["split"], row["metrics"].get("rollouts")) == key for row in self.results.rows()):
+            return
         self.results.append(
             benchmark="quickstart",
             arm=arm,
-            dataset="arithmetic",
+            dataset=self.task.name,
             seed=self.arguments.seed,
             split=split,
             metrics=metrics,
-            config={"budget": asdict(self.budget), "ppo": PPO_SETTINGS},
+            config={"budget": asdict(self.amounts), "ppo": PPO_SETTINGS},
             seconds=seconds,
         )
 
     def _step_metrics(self) -> dict[str, float]:
         """Step metrics of the reward model, repeated in the rows of the arms."""
-        rows = [row for row in read_results(self.results.path) if row["arm"] == "reward_model"]
-        return {key: rows[-1]["metrics"][key] for key in ("step_auc", "within_bag_auc")}
+        metrics = [row["metrics"] for row in self.results.rows() if row["arm"] == "reward_model"][-1]
+        return {key: metrics[key] for key in ("step_auc", "within_bag_auc")}
 
     def report(self) -> None:
         """`report.html` and `picture.png` from what the stages left."""
@@ -311,59 +304,7 @@ class Quickstart:
         console.print(f"Report: [bold]{self.folder / 'report.html'}[/bold]  rows: {self.results.path}")
 
 
-class LearningCurve(TrainerCallback):
-    """Held-out accuracy of the policy, sampled and greedy, at fixed numbers of rollouts."""
-
-    def __init__(self, run: Quickstart, trainer: StepPPOTrainer) -> None:
-        self.run, self.trainer, self.points = run, trainer, []
-        self.start = time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._measure(0)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.run.budget.evaluate_every == 0:
-            self._measure(state.global_step)
-
-    def _measure(self, step: int) -> None:
-        problems = self.run.problems["held_out"]
-        model, tokenizer = self.trainer.model, self.trainer._tokenizer
-        point: dict[str, float] = {
-            "rollouts": step // self.trainer.num_iterations * self.run.budget.rollouts_per_update
-        }
-        for name, greedy in (("", False), ("_greedy", True)):
-            responses = sample_responses(model, tokenizer, [p.prompt for p in problems], greedy=greedy, seed=7)
-            right = [p.check_answer(r) for p, r in zip(problems, responses, strict=True)]
-            steps = [good for p, r in zip(problems, responses, strict=True) for good in p.check_steps(r)]
-            point[f"accuracy{name}"] = sum(right) / len(right)
-            point[f"step_accuracy{name}"] = sum(steps) / max(len(steps), 1)
-        self.points.append(point | {"seconds": time.perf_counter() - self.start})
-
-
 def run_quickstart(arguments: QuickstartArguments) -> None:
     """The command `fractal-rm quickstart`."""
     plots.require_matplotlib()  # before minutes of work, not after
     Quickstart(arguments).run()
-
-
-class quiet:
-    """Silences the libraries' own bars and notes while our progress is shown; errors still come through."""
-
-    def __enter__(self) -> None:
-        notes = transformers.utils.logging
-        self._before = notes.get_verbosity(), notes.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-        datasets.disable_progress_bars()
-        notes.set_verbosity_error()
-        notes.disable_progress_bar()
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        warnings.simplefilter("ignore")
-
-    def __exit__(self, *exception: Any) -> None:
-        self._warnings.__exit__(*exception)
-        verbosity, bars, quiet_data = self._before
-        transformers.utils.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-        if not quiet_data:
-            datasets.enable_progress_bars()

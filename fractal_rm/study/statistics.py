@@ -4,7 +4,7 @@ A run's curve is its held-out accuracy at fixed numbers of rollouts. Seeds pair 
 same policy, prompts and held-out problems. Intervals are percentile bootstraps over five or more seeds.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +12,47 @@ import numpy as np
 
 from fractal_rm.evaluation.statistics import PairedDifference, paired_bootstrap
 from fractal_rm.study.arms import AS_LONG, CEILING, LONGER, OUTCOME_ONLY
-from fractal_rm.study.rows import Runs
-from fractal_rm.study.settings import SETTINGS
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
+BENCHMARK = "dense_vs_outcome"
+Rows = Sequence[Mapping[str, Any]]
+# Metrics of finished runs: by setting and arm, by seed, by rollouts.
+Runs = Mapping[tuple[str, str], Mapping[int, Mapping[int, Mapping[str, Any]]]]
 # With fewer seeds a bootstrap over them says nothing: differences have no interval, and no claim is decided.
 FEWEST_SEEDS = 5
+
+
+def latest(rows: Rows, *, split: str = "held_out") -> list[Mapping[str, Any]]:
+    """One row for each run and number of rollouts: the last one, if a run was stopped and started again.
+
+    Of a run that was made again with other settings only the rows of the last settings are left.
+    """
+    found: dict[tuple[Any, ...], dict[Any, Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["split"] == split and row["benchmark"] == BENCHMARK:
+            run = row["dataset"], row["seed"], row["arm"], row["config"].get("trial")
+            points = found.setdefault(run, {})
+            if points and _settings(next(iter(points.values()))) != _settings(row):
+                points.clear()
+            points[row["metrics"]["rollouts"]] = row
+    return [row for points in found.values() for row in points.values()]
+
+
+def _settings(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row["config"].items() if name != "last"}
+
+
+def finished_runs(rows: Rows) -> Runs:
+    """The runs of the study whose last evaluation has its row."""
+    found: dict[tuple[str, str], dict[int, dict[int, Mapping[str, Any]]]] = {}
+    ended = set()
+    for row in latest(rows):
+        run, seed = (row["dataset"], row["arm"]), row["seed"]
+        found.setdefault(run, {}).setdefault(seed, {})[row["metrics"]["rollouts"]] = row["metrics"]
+        if row["config"]["last"]:
+            ended.add((run, seed))
+    finished = {run: {seed: found[run][seed] for seed in sorted(found[run]) if (run, seed) in ended} for run in found}
+    return {run: seeds for run, seeds in finished.items() if seeds}
 
 
 @dataclass(frozen=True)
@@ -324,4 +360,4 @@ def comparisons(runs: Runs, arm: str) -> dict[str, Comparison]:
         runs: Runs of the study.
         arm: Its name.
     """
-    return {name: found for name in SETTINGS if (found := compare_arm(runs, name, arm)) is not None}
+    return {name: found for name in CONDITIONS if (found := compare_arm(runs, name, arm)) is not None}

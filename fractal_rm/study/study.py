@@ -1,6 +1,5 @@
 """The study: which runs there are, which of them are done, and running the rest in one or several processes."""
 
-import multiprocessing
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -8,29 +7,29 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import torch
 import yaml
+from filelock import FileLock
 
-from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.evaluation.results import ResultsFile, has_row
 from fractal_rm.files import write_atomic
 from fractal_rm.study.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY, Arm, Options
-from fractal_rm.study.quickstart import quiet
-from fractal_rm.study.reward_models import POLICIES, Assets, Size, locked, training_recipe
-from fractal_rm.study.rows import BENCHMARK, latest
-from fractal_rm.study.run import Budget, run_arm
-from fractal_rm.study.settings import SETTINGS
+from fractal_rm.study.assets import Assets, recipes
+from fractal_rm.study.runner import Budget, quiet, run_arm, run_units
+from fractal_rm.study.statistics import BENCHMARK, latest
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
+from fractal_rm.tasks.task import Task
 
 # Trials use seeds that are never reported; they differ in their problems, samples and reward models.
 TUNING_SEED = 1000
-# Settings on which the arms beyond the core run too: long problems, and those on which step scores can be gamed.
-FURTHER_SETTINGS = ("medium", "branching")
+# Tasks on which the arms beyond the core run too: long problems, and those on which step scores can be gamed.
+FURTHER = ("medium", "branching")
 FURTHER_SEEDS = 5
 
 
 class Unit(NamedTuple):
     """One run; `trial` is the number of a configuration on the tuning seed, None in the study itself."""
 
-    setting: str
+    task: str
     seed: int
     arm: str
     trial: int | None = None
@@ -44,65 +43,69 @@ class Study:
         results: The file of rows.
         work: Folder of policies and reward models.
         budget: Of a run.
-        size: Of policies and reward models.
-        chosen: Settings of each arm.
+        chosen: Options of each arm.
+        tasks: The tasks by their names.
         arms: The arms by their names.
-        split: What rows that are no trials say of the problems that they are measured on.
+        split: What rows that are not trials say of the problems that they are measured on.
+        reward_model_steps: Optimizer steps of a reward model; -1: as many as its epochs have.
     """
 
     results: Path
     work: Path
     budget: Budget
-    size: Size
     chosen: Mapping[str, Options]
+    tasks: Mapping[str, Task] = field(default_factory=lambda: CONDITIONS)
     arms: Mapping[str, Arm] = field(default_factory=lambda: ARMS)
     split: str = "held_out"
+    reward_model_steps: int = -1
 
     def _options(self, unit: Unit) -> Options:
         return self.chosen[unit.arm] if unit.trial is None else self.arms[unit.arm].trials[unit.trial]
 
     def _budget(self, unit: Unit) -> Budget:
-        setting, arm = SETTINGS[unit.setting], self.arms[unit.arm]
-        updates = self.budget.updates or setting.updates
+        task, arm = self.tasks[unit.task], self.arms[unit.arm]
+        updates = self.budget.updates or task.updates
         if arm.times:
             updates *= arm.times
         elif arm.like:
-            updates += (self.size.responses or setting.responses) // self.budget.rollouts_per_update
+            updates += task.responses // self.budget.rollouts_per_update
         return replace(self.budget, updates=updates)
 
-    def _config(self, unit: Unit) -> dict[str, Any]:
-        """What a run is made with, as its rows say it."""
-        budget, kind = asdict(self._budget(unit)), self.arms[unit.arm].judge
-        config = {**self._options(unit), "budget": budget | {"points": list(self.budget.points)}, "trial": unit.trial}
-        recipe = training_recipe(kind, SETTINGS[unit.setting].flipped) if kind else None
-        return config if recipe is None else config | {"reward_model": recipe}
+    def config(self, unit: Unit) -> dict[str, Any]:
+        """What a run is made with, as its rows say it; a row has also whether it is the `last` one of its run."""
+        task, kind = self.tasks[unit.task], self.arms[unit.arm].judge
+        config = {**self._options(unit), "budget": asdict(self._budget(unit)), "trial": unit.trial}
+        recipe = recipes(task.flipped).get(kind or "")
+        policy = {"policy": unit.seed % task.policies}
+        return (config if recipe is None else config | {"reward_model": recipe}) | policy
 
     def is_done(self, unit: Unit, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the last evaluation of a run with these settings has its row."""
-        run, last = unit[:3], self._config(unit) | {"policy": unit.seed % POLICIES, "last": True}
-        return any((row["dataset"], row["seed"], row["arm"]) == run and row["config"] == last for row in rows)
+        last = self.config(unit) | {"last": True}
+        return has_row(rows, dataset=unit.task, seed=unit.seed, arm=unit.arm, config=last)
 
     def run(self, unit: Unit) -> None:
         """Do a run, unless it is done; one that was stopped half-way starts again, its rows replace the old ones.
 
         A second process that comes to the same run waits for the first.
         """
-        with locked(self.work / "locks" / "-".join(map(str, unit))):
+        locks = self.work / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / "-".join(map(str, unit))):
             if not self.is_done(unit, self.rows()):
                 self._run(unit)
 
     def _run(self, unit: Unit) -> None:
         start = time.monotonic()
-        arm, assets = self.arms[unit.arm], Assets(self.work, SETTINGS[unit.setting], unit.seed, self.size)
-        options, budget, results = self._options(unit), self._budget(unit), ResultsFile(self.results)
-        config = self._config(unit) | {"policy": assets.policy_number}
+        assets = Assets(self.work, self.tasks[unit.task], unit.seed, max_steps=self.reward_model_steps)
+        budget, results, config = self._budget(unit), ResultsFile(self.results), self.config(unit)
         final = (budget.updates or 0) * budget.rollouts_per_update
 
         def report(metrics: dict[str, Any]) -> None:
             results.append(
                 benchmark=BENCHMARK,
                 arm=unit.arm,
-                dataset=unit.setting,
+                dataset=unit.task,
                 seed=unit.seed,
                 split=self.split if unit.trial is None else "tuning",
                 metrics=metrics,
@@ -111,12 +114,12 @@ class Study:
             )
 
         with quiet():
-            run_arm(arm, options, assets, budget, report)
-        print(f"{unit.setting} seed {unit.seed} {unit.arm}: {time.monotonic() - start:.0f} s", flush=True)
+            run_arm(self.arms[unit.arm], self._options(unit), assets, budget, report)
+        print(f"{unit.task} seed {unit.seed} {unit.arm}: {time.monotonic() - start:.0f} s", flush=True)
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far, those of other processes included."""
-        return read_results(self.results) if self.results.is_file() else []
+        return ResultsFile(self.results).rows()
 
     def run_all(self, units: Sequence[Unit], jobs: int) -> None:
         """Do the runs that are not done, in their order.
@@ -126,22 +129,13 @@ class Study:
             jobs: Processes, each with one thread.
         """
         rows = self.rows()
-        waiting = [unit for unit in units if not self.is_done(unit, rows)]
-        if jobs == 1:
-            torch.set_num_threads(1)
-            for unit in waiting:
-                self.run(unit)
-            return
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.imap_unordered(self.run, waiting, chunksize=1):
-                pass
+        run_units(self.run, [unit for unit in units if not self.is_done(unit, rows)], jobs)
 
-    def values(self, settings: Sequence[str], arm: str, trials: Sequence[int]) -> list[float]:
-        """Accuracy of an arm's trials, averaged over evaluations and task settings.
+    def values(self, tasks: Sequence[str], arm: str, trials: Sequence[int]) -> list[float]:
+        """Accuracy of an arm's trials, averaged over evaluations and tasks.
 
         Args:
-            settings: Where the trials ran, with as many evaluations each.
+            tasks: Where the trials ran, with as many evaluations each.
             arm: Its name.
             trials: Their numbers.
 
@@ -152,27 +146,27 @@ class Study:
         found = []
         for trial in trials:
             points: list[float] = []
-            for setting in settings:
-                mine = [row for row in rows if (row["dataset"], row["config"]["trial"]) == (setting, trial)]
+            for task in tasks:
+                mine = [row for row in rows if (row["dataset"], row["config"]["trial"]) == (task, trial)]
                 if not mine:
-                    raise ValueError(f"Trial {trial} of {arm} on {setting} has no rows. Run the tuning to its end.")
+                    raise ValueError(f"Trial {trial} of {arm} on {task} has no rows. Run the tuning to its end.")
                 points += [row["metrics"]["accuracy"] for row in mine]
             found.append(fmean(points))
         return found
 
-    def choose_rate(self, settings: Sequence[str]) -> float:
+    def choose_rate(self, tasks: Sequence[str]) -> float:
         """The learning rate of the best trial of each outcome-only arm, averaged over these arms."""
 
         def value(rate: float) -> float:
-            return fmean(max(self.values(settings, arm, trials_at(arm, rate))) for arm in OUTCOME_ONLY)
+            return fmean(max(self.values(tasks, arm, trials_at(arm, rate))) for arm in OUTCOME_ONLY)
 
         return max(LEARNING_RATES, key=value)
 
-    def choose(self, settings: Sequence[str], arms: Sequence[str], rate: float) -> dict[str, Options]:
-        """The settings of each arm whose trial had the highest accuracy; of equal ones the last.
+    def choose(self, tasks: Sequence[str], arms: Sequence[str], rate: float) -> dict[str, Options]:
+        """The options of each arm whose trial had the highest accuracy; of equal ones the last.
 
         Args:
-            settings: Where the trials ran.
+            tasks: Where the trials ran.
             arms: Whose trials are compared.
             rate: The learning rate of the study; an arm with `own_rate` chooses among all.
 
@@ -183,7 +177,7 @@ class Study:
         for arm in arms:
             rates = LEARNING_RATES if ARMS[arm].own_rate else (rate,)
             trials = [trial for one in rates for trial in trials_at(arm, one)]
-            _, best = max(zip(self.values(settings, arm, trials), trials, strict=True))
+            _, best = max(zip(self.values(tasks, arm, trials), trials, strict=True))
             found[arm] = ARMS[arm].trials[best]
         return found
 
@@ -202,21 +196,21 @@ def check_arms(names: Iterable[str]) -> None:
         raise ValueError(f"There is no arm {unknown!r}. Choose from {', '.join(ARMS)}.")
 
 
-def study_units(settings: Sequence[str], arms: Sequence[str], seeds: int) -> list[Unit]:
+def study_units(tasks: Sequence[str], arms: Sequence[str], seeds: int) -> list[Unit]:
     """All runs: core arms first, then seed by seed, so that partial results are balanced.
 
     Args:
-        settings: Names of settings, the most important first.
+        tasks: Names of tasks, the most important first.
         arms: Names of arms.
-        seeds: How many seeds the core arms have; the others have at most five, on two settings or those they name.
+        seeds: How many seeds the core arms have; the others have at most five, on two tasks or those they name.
     """
-    core = [Unit(setting, seed, arm) for seed in range(seeds) for setting in settings for arm in arms if ARMS[arm].core]
+    core = [Unit(task, seed, arm) for seed in range(seeds) for task in tasks for arm in arms if ARMS[arm].core]
     further = [
-        Unit(setting, seed, arm)
+        Unit(task, seed, arm)
         for seed in range(min(seeds, FURTHER_SEEDS))
-        for setting in settings
+        for task in tasks
         for arm in arms
-        if not ARMS[arm].core and setting in (ARMS[arm].settings or FURTHER_SETTINGS)
+        if not ARMS[arm].core and task in (ARMS[arm].conditions or FURTHER)
     ]
     return core + further
 
@@ -226,11 +220,11 @@ def trials_at(arm: str, rate: float) -> list[int]:
     return [number for number, trial in enumerate(ARMS[arm].trials) if trial["learning_rate"] == rate]
 
 
-def tuning_units(settings: Sequence[str], arms: Sequence[str], rates: Sequence[float]) -> list[Unit]:
-    """The trials of arms with some learning rates, on each of the task settings."""
+def tuning_units(tasks: Sequence[str], arms: Sequence[str], rates: Sequence[float]) -> list[Unit]:
+    """The trials of arms with some learning rates, on each of the tasks."""
     return [
-        Unit(setting, TUNING_SEED, arm, trial)
-        for setting in settings
+        Unit(task, TUNING_SEED, arm, trial)
+        for task in tasks
         for arm in arms
         for rate in rates
         for trial in trials_at(arm, rate)
@@ -238,7 +232,7 @@ def tuning_units(settings: Sequence[str], arms: Sequence[str], rates: Sequence[f
 
 
 def read_chosen(path: Path, arms: Sequence[str]) -> dict[str, Options]:
-    """Settings of arms from the file that the tuning wrote; those of a longer arm are those of the arm that it is.
+    """Options of arms from the file that the tuning wrote; a longer arm has the options of the arm that it is.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -255,7 +249,7 @@ def read_chosen(path: Path, arms: Sequence[str]) -> dict[str, Options]:
 
 
 def write_chosen(path: Path, chosen: Mapping[str, Options], command: str) -> None:
-    """Write the settings of arms; those of other arms in the file stay."""
+    """Write the options of arms; other arms in the file stay."""
     before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known = {**(before or {}), **chosen}
     ordered = {name: dict(known[name]) for name in ARMS if name in known}

@@ -1,0 +1,1 @@
+"""Benchmarks: each script asks one question, and is run from the repository as `python -m benchmarks.FOLDER.NAME`."""

@@ -1,0 +1,1 @@
+"""How much of what step labels teach is recovered from response labels?"""

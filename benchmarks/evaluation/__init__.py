@@ -1,0 +1,1 @@
+"""How good are reward models from response labels on official benchmarks?"""

@@ -1,0 +1,1 @@
+"""Do step rewards learned from response labels train better policies than the labels themselves?"""

@@ -1,0 +1,1 @@
+"""Time, memory, and agreement with TRL's own trainers."""

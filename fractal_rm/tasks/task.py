@@ -1,0 +1,95 @@
+"""What an experiment needs to know of a task: problems by split, a checker of answers and of steps, a base policy."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+# `train` has the policy's prompts, `reward_model` those whose labelled responses a reward model learns from.
+Split = Literal["train", "reward_model", "validation", "held_out"]
+
+
+class Problem(Protocol):
+    """A prompt and what is known of its responses."""
+
+    @property
+    def prompt(self) -> str:
+        """The text that the policy sees."""
+        ...
+
+    def check_answer(self, response: str) -> bool:
+        """Whether the final answer is right: the outcome."""
+        ...
+
+    def check_steps(self, response: str) -> Sequence[bool] | None:
+        """Whether each line that is not blank is right; None: the task cannot tell."""
+        ...
+
+
+class Task(ABC):
+    """A task that policies are trained on.
+
+    Attributes:
+        name: Its name in the rows.
+        max_new_tokens: The longest response.
+        updates: Policy updates of a run, where a budget names none.
+        responses: Labelled responses that a reward model learns from.
+        flipped: Share of outcome labels that are wrong, wherever somebody learns from one.
+        policies: How many base policies there are; seeds take turns.
+    """
+
+    name: str
+    max_new_tokens: int
+    updates: int = 40
+    responses: int = 1024
+    flipped: float = 0.0
+    policies: int = 1
+
+    @abstractmethod
+    def problems(self, split: Split, count: int, seed: int) -> list[Any]:
+        """Problems of a split ([`Problem`]); the same arguments give the same list.
+
+        Args:
+            split: Which problems.
+            count: How many.
+            seed: The seed of the run.
+        """
+
+    @abstractmethod
+    def read(self, prompt: str) -> Problem:
+        """The problem of a prompt."""
+
+    @abstractmethod
+    def base_policy(self, number: int, work: Path) -> Path:
+        """Folder of a base policy: one that exists, or one that is made in the work folder.
+
+        Args:
+            number: Which one, below `policies`.
+            work: A folder for policies of all tasks.
+        """
+
+    def label(self, prompt: str, response: str) -> float:
+        """The outcome label that learners see: the checker's, wrong for a fixed share of responses.
+
+        The same response to the same prompt always gets the same label.
+        """
+        right = self.read(prompt).check_answer(response)
+        if self.flipped:
+            digest = hashlib.blake2b(f"{prompt}\0{response}".encode(), digest_size=4).digest()
+            right ^= int.from_bytes(digest, "big") < self.flipped * 2**32
+        return float(right)
+
+    def outcome(self, prompts: list[str], completions: list[str], **kwargs: object) -> list[float]:
+        """TRL reward function: the outcome labels."""
+        return [self.label(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def unseen(problems: Sequence[Any], held_out: Collection[str]) -> list[Any]:
+    """The problems whose prompt is not held out.
+
+    Args:
+        problems: Problems of another split.
+        held_out: Prompts of the problems that policies are measured on.
+    """
+    return [problem for problem in problems if problem.prompt not in held_out]
