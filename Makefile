@@ -50,7 +50,7 @@ docs: $(VENV)/.installed-docs
 
 contract-oldest: $(OLDEST_VENV)/.installed-test
 	$(OFFLINE) $(OLDEST_VENV)/bin/python -m pytest --durations=15 \
-	    tests/test_trl_contract.py tests/test_step_ppo_trainer.py tests/test_length_buckets.py tests/test_kept_forward.py
+	    tests/test_contract.py tests/test_step_ppo_trainer.py tests/test_length_buckets.py tests/test_rollout_cache.py
 
 peer-env: $(PPO_VENV)/.installed-peer $(PRM_VENV)/.installed-peer
 
