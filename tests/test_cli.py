@@ -285,7 +285,7 @@ def test_ppo_trains_on_the_embedded_task(models, tmp_path):
 
 
 def test_ppo_takes_several_reward_models_with_weights(models, tmp_path):
-    (tmp_path / "ppo.yaml").write_text(f"reward_model: {models / 'reward_model'}\ntask: arithmetic\naggregation: min\n")
+    (tmp_path / "ppo.yaml").write_text(f"reward_model: {models / 'reward_model'}\ntask: arithmetic\n")
     arguments = ["--config", str(tmp_path / "ppo.yaml"), "--model", str(models / "policy"), "--bf16", "false", *TINY]
     arguments += ["--num_problems", "4", "--num_eval_problems", "0", "--num_generations", "2", "--max_steps", "1"]
     arguments += ["--max_completion_length", "8", "--advantage", "group"]

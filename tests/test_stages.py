@@ -13,7 +13,7 @@ from support.stand_ins import save_encoder
 from torch import Tensor
 from transformers import TrainerCallback
 
-from fractal_rm.evaluation.responses import choose_threshold, evaluate, score_bags
+from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, score_bags
 from fractal_rm.objectives.calibration import fit_temperature
 from fractal_rm.objectives.grades import ordinal_pseudo_labels
 from fractal_rm.objectives.preferences import preference_pseudo_labels
@@ -531,7 +531,9 @@ def test_a_finished_model_has_the_temperature_and_the_threshold_of_the_evaluatio
     assert {split: found["responses"] for split, found in metrics.items()} == {"train": 20, "eval": 20, "test": 10}
     assert metrics["test"]["threshold"] == metrics["eval"]["threshold"] == loaded.settings.threshold
     test_bags = to_bags(other, loaded.settings, source="other")
-    assert metrics["test"] == pytest.approx(evaluate(loaded, test_bags), abs=1e-5)
+    assert metrics["test"] == pytest.approx(
+        evaluate_scores(score_bags(loaded, test_bags), test_bags, loaded.settings.threshold), abs=1e-5
+    )
     card = (tmp_path / "README.md").read_text()
     assert "| data | sums (" in card
     for split, name in (("train", "train_loss"), ("eval", "bag_auc"), ("test", "within_bag_auc")):

@@ -3,11 +3,20 @@
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from trl.trainer.grpo_config import GRPOConfig
 
 from fractal_rm.data.segmentation import Segmentation
+
+# Options of earlier versions, and what to use instead.
+_REMOVED = {
+    "leave_one_out": "Leave it out: it multiplied advantages by about num_generations / (num_generations - 1).",
+    "step_weight_warmup": "Set `step_weight`.",
+    "outcome_weight_warmup": "Set `outcome_weight`.",
+    "aggregation": "The reward model's own aggregation is used.",
+    "value_gradients_to_policy": "A shared head learns alone; `value_model=None` learns in all its layers.",
+}
 
 
 @dataclass
@@ -18,14 +27,7 @@ class StepPPOConfig(GRPOConfig):
     in the loss (`beta`) are TRL's. With `advantage="gae"` or `"global"`, `num_generations=1` is allowed.
     """
 
-    # Options of earlier versions, and what to use instead.
-    REMOVED: ClassVar[dict[str, str]] = {
-        "leave_one_out": "Leave it out: it multiplied advantages by about num_generations / (num_generations - 1).",
-        "step_weight_warmup": "Set `step_weight`.",
-        "outcome_weight_warmup": "Set `outcome_weight`.",
-        "aggregation": "The reward model's own aggregation is used.",
-        "value_gradients_to_policy": "A shared head learns alone; `value_model=None` learns in all its layers.",
-    }
+    REMOVED = _REMOVED
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "StepPPOConfig":
         for name in cls.REMOVED.keys() & kwargs.keys():

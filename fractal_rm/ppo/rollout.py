@@ -147,6 +147,7 @@ def mean_outcomes(rewards: Tensor, weights: Tensor) -> Tensor:
         Means (B,) on the scale of one function, NaN where no function judged.
 
     Example:
+        >>> import torch
         >>> mean_outcomes(torch.tensor([[1.0, 0.0], [torch.nan, 0.5]]), torch.tensor([3.0, 1.0]))
         tensor([0.7500, 0.5000])
     """
