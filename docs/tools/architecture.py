@@ -204,6 +204,7 @@ BESIDE: dict[str, dict[str, str]] = {
     },
     "completion": {
         "credit/guards.py": "watches rollouts, changes none",
+        "credit/moments.py": "what the guards compare with; shaping uses it with `normalize_step_rewards` only",
         "ppo/alarms.py": "acts on what the guards saw",
         "hf/parallelism.py": "asks how the model is sharded",
     },

@@ -15,8 +15,7 @@ from fractal_rm.hf.processes import all_reduce, masks_of_all, rows_of_all
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rewards import has_outcomes, whitened_rewards
 from fractal_rm.ppo.rollout import RolloutBatch
-from fractal_rm.ppo.value_learning import ValueLearning
-from fractal_rm.ppo.value_model import explained_variance
+from fractal_rm.ppo.value_model import ValueLearning, explained_variance
 
 
 class Given(NamedTuple):

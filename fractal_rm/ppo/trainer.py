@@ -25,8 +25,7 @@ from fractal_rm.ppo.online.online_reward import OnlineReward
 from fractal_rm.ppo.rewards import StepShaper, charge_kl, place_rewards
 from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.ppo.sources import ModelSource, as_list, make_sources
-from fractal_rm.ppo.value_learning import ValueGradients, ValueLearning
-from fractal_rm.ppo.value_model import make_value_head, make_value_model
+from fractal_rm.ppo.value_model import ValueGradients, ValueLearning, make_value_head, make_value_model
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.data import Records
 
