@@ -401,7 +401,7 @@ def rooms_table(package: Path) -> str:
     for room in ROW_OF:
         paths = [path for name, path in known.items() if room_of(name) == room]
         lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
-        said = ast.get_docstring(ast.parse(known[room].read_text(encoding="utf-8"))) or BOXES[room][0]
+        said = ast.get_docstring(ast.parse(known[room].read_text(encoding="utf-8"))) or BOXES.get(room, ("",))[0]
         rows.append([f"`{room}`", said.splitlines()[0].rstrip("."), str(len(paths)), f"{lines:,}"])
     return table(["room", "what it is", "files", "lines"], rows, right=(2, 3))
 
@@ -463,9 +463,6 @@ _STYLE = """
 BOXES = {
     "objectives": ("what is learned", 0.12),
     "credit": ("scores to advantages", 0.74),
-    "files": ("atomic writes", 0.51),
-    "errors": ("causes in sentences", 0.32),
-    "versions": ("of the libraries", 0.92),
     "data": ("records to bags", 0.26),
     "scorers": ("text to step logits", 0.26),
     "tasks": ("problems and checkers", 0.9),
@@ -497,9 +494,10 @@ def reduced(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
 
 def picture(package: Path) -> str:
     """The rooms and their imports as SVG."""
-    graph = {room: targets & ROW_OF.keys() for room, targets in room_graph(import_graph(package)).items()}
+    rooms = room_graph(import_graph(package))
+    graph = {room: targets & BOXES.keys() for room, targets in rooms.items() if room in BOXES}
     width, height = _BOX
-    places = {room: (round(_WIDTH * BOXES[room][1]), _MARGIN + height // 2 + ROW_OF[room] * _ROW) for room in ROW_OF}
+    places = {room: (round(_WIDTH * BOXES[room][1]), _MARGIN + height // 2 + ROW_OF[room] * _ROW) for room in BOXES}
     total = 2 * _MARGIN + height + (len(ROWS) - 1) * _ROW
     parts = [f'<rect class="ground" width="{_WIDTH}" height="{total}" rx="8"/>']
     for room, targets in sorted(reduced(graph).items()):
