@@ -144,12 +144,7 @@ class Engine(GRPOTrainer):
         kinds = {True: _AsyncSourceFunction, False: _SourceFunction}
         scorers = [kinds[source.is_async](source, lambda: self._hand_over) for source in sources]
         if reward_processing_classes is not None:
-            theirs = (
-                reward_processing_classes
-                if isinstance(reward_processing_classes, list)
-                else [reward_processing_classes]
-            )
-            reward_processing_classes = [*theirs, *[None] * len(sources)]
+            reward_processing_classes = [*as_list(reward_processing_classes), *[None] * len(sources)]
         super().__init__(
             reward_funcs=[*reward_funcs, *scorers],
             args=args,
