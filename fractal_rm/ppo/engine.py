@@ -33,7 +33,7 @@ from fractal_rm.hf.processes import share_metrics
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.contract import check_contract
 from fractal_rm.ppo.rollout import RolloutBatch, policy_mask
-from fractal_rm.ppo.sources import StepRewardSource, check_model_outcomes, finite_outcomes, step_lines
+from fractal_rm.ppo.sources import StepRewardSource, as_list, check_model_outcomes, finite_outcomes, step_lines
 from fractal_rm.reward_model import StepScores
 
 # TRL makes a reference model for its own penalty only, and asks no more than whether `beta` is 0.
