@@ -74,8 +74,9 @@ def explicit_values(model: Any, head: torch.nn.Module, batch: dict[str, Any]) ->
             4,
         ),  # log-probabilities of policy, reference
         ({"peft_config": adapter(init_lora_weights=False), "kl_coef": 0.1, "num_iterations": 2}, 4),
+        ({"peft_config": adapter(init_lora_weights=False), "beta": 0.1, "num_iterations": 2}, 4),
     ],
-    ids=["alone", "old", "kl", "old_and_kl"],
+    ids=["alone", "old", "kl", "old_and_kl", "old_and_beta"],
 )
 def test_shared_values_are_the_head_on_the_policys_states_and_cost_no_forward_that_trl_runs_anyway(
     tmp_path, options, without_gradients
