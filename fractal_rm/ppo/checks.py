@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 from trl.trainer.utils import get_callable_name
 
+from fractal_rm.data.prompts import is_chat
 from fractal_rm.hf.parallelism import check_online_training, check_separate_value_model, check_whole_model
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.ppo.config import StepPPOConfig
@@ -197,7 +198,7 @@ def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, 
             continue
         prompt = train_dataset[0]["prompt"]  # a column holds one kind
         model.check_prompts([prompt])
-        if isinstance(prompt, list) and model.tokenizer is not None and not model.tokenizer.chat_template:
+        if is_chat(prompt) and model.tokenizer is not None and not model.tokenizer.chat_template:
             raise ValueError(
                 f"The prompts are chats, but the tokenizer of {which[0].lower()}{which[1:]} has no chat template. Set "
                 "its `chat_template`, or give the prompts as text."
