@@ -21,7 +21,6 @@ from fractal_rm.study.page import UNDECIDED
 from fractal_rm.study.rivals import ImplicitReward
 from fractal_rm.study.study import trials_at, write_chosen
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, Condition
-from fractal_rm.tasks.arithmetic.variants import respond
 
 EASY = CONDITIONS["easy"].small()
 METRICS = {
@@ -173,7 +172,7 @@ def test_step_scores_of_a_studys_reward_models_are_held_against_the_checkers_own
     kinds = {kind for _, _, kind in benchmark.trained_models(finished / "results.jsonl")}
     assert kinds == {"fractal", "supervised", "implicit"}  # no rules, no results of steps, no whole responses
     assets, rng = assets_of(finished), random.Random(0)  # responses with wrong beliefs; the small policy writes noise
-    texts = [respond(one, assets.task.beliefs(0), rng) for one in assets.task.problems("held_out", 256, 0)]
+    texts = [assets.task.beliefs(0).respond(one, rng) for one in assets.task.problems("held_out", 256, 0)]
     recipes = importlib.import_module("benchmarks.evidence.dense_vs_outcome_reward_models")
     monkeypatch.setattr(recipes, "measure_start", lambda assets, count: ({}, texts[:count]))
     right, noise = (benchmark.measure(assets, rule) for rule in ("oracle", "random_steps"))
@@ -206,7 +205,7 @@ def test_a_run_whose_reward_model_is_watched_is_the_run_of_the_study(finished, t
     assert [len(texts) for texts in seen] == [SMOKE_BUDGET.held_out] * 2
     assert seen[0] == runner.measure_start(assets, SMOKE_BUDGET.held_out)[1]
     rng, held_out = random.Random(0), assets.task.problems("held_out", 256, 0)
-    texts = [respond(one, assets.task.beliefs(0), rng) for one in held_out]
+    texts = [assets.task.beliefs(0).respond(one, rng) for one in held_out]
     prompts = [one.prompt for one in held_out]
     # What is judged is what was scored last; this small a policy writes the same at its end as at its start.
     scored = assets.judge.score(prompts[:4], texts[:4], progress=False)

@@ -21,8 +21,7 @@ from fractal_rm.study.runner import PPO_SETTINGS, Budget
 from fractal_rm.study.statistics import BENCHMARK, finished_runs, latest
 from fractal_rm.study.study import TUNING_SEED, Study, Unit, check_arms, study_units, trials_at, tuning_units
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, MAIN_CONDITIONS, form_tokenizer
-from fractal_rm.tasks.arithmetic.problems import Beliefs
-from fractal_rm.tasks.arithmetic.variants import read_problem, respond
+from fractal_rm.tasks.arithmetic.problems import Beliefs, read_problem
 
 VALUES = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12)
 EXTRA = {"rm_rollouts": 0, "rm_seconds": 0.0, "response_tokens": 30.0, "kl": 0.1, "alarms": 0, "rm_score": None}
@@ -416,7 +415,7 @@ def test_every_setting_makes_problems_that_differ_by_seed_and_stream_and_fit_the
     tokenizer = form_tokenizer()
     for problem in setting.problems("held_out", 50, 3):
         assert read_problem(problem.prompt).prompt == problem.prompt
-        right = respond(problem, Beliefs(0.0), None)
+        right = Beliefs(0.0).respond(problem, None)
         assert problem.check_answer(right)
         # With its end of text.
         assert len(tokenizer(right)["input_ids"]) + 1 <= setting.max_new_tokens
@@ -439,7 +438,7 @@ def test_a_fixed_share_of_labels_is_flipped_and_always_the_same_ones():
 
 def test_the_reward_model_of_results_reads_what_lines_state_and_nothing_else():
     problem = CONDITIONS["branching"].problems("train", 1, 0)[0]
-    response = respond(problem, Beliefs(0.0), None)
+    response = Beliefs(0.0).respond(problem, None)
     found = [response[a:b] for a, b in result_spans(response)]
     assert found == [line[-2:] for line in response.split("\n")]
     assert len(result_spans("nothing\nof the kind")) == 2

@@ -256,7 +256,8 @@ def measure(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float)
     found["same_position_auc"] = metrics.same_position_auc(steps, labels)
     aucs = metrics.bag_aucs(steps, labels)
     aucs = aucs[~np.isnan(aucs)]
-    interval = metrics.paired_bootstrap(aucs, np.zeros(len(aucs)), n=DRAWS)
+    mean = metrics.Measurement(len(aucs), {"auc": metrics.mean_of(aucs)})
+    interval = metrics.estimates(mean, draws=DRAWS)["auc"]
     return found | {
         "mixed_bags": len(aucs),
         "within_bag_auc_low": interval.low,

@@ -24,8 +24,7 @@ from fractal_rm.study.rivals import (
     random_steps,
     result_spans,
 )
-from fractal_rm.tasks.sampling import sample_responses
-from fractal_rm.tasks.task import Problem, Task, unseen
+from fractal_rm.tasks.task import Problem, Task, sample_responses, unseen
 
 Recipe = dict[str, Any]
 # Policies are measured on at most as many problems, none of which a reward model has seen.

@@ -25,8 +25,7 @@ from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.study.arms import Arm, Options
 from fractal_rm.study.assets import Assets, load_policy
 from fractal_rm.study.rivals import ImplicitRewardModel, WholeResponseReward
-from fractal_rm.tasks.sampling import sample_responses
-from fractal_rm.tasks.task import Problem, Task, unseen
+from fractal_rm.tasks.task import Problem, Task, sample_responses, unseen
 
 # The same for all arms; the rest is what `arms.py` names.
 PPO_SETTINGS: Options = {
