@@ -50,7 +50,7 @@ from fractal_rm.reward_model import StepScores
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.study.runner import run_units
+from fractal_rm.study.study import run_units
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
 SEEDS = range(5)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal_rm.cli.checks import check_writable_file
+from fractal_rm.cli.checks import check_matplotlib, check_writable_file
 from fractal_rm.cli.parser import parse
 
 
@@ -65,9 +65,7 @@ def report(argv: Sequence[str]) -> None:
 
 
 def _report_runs(entries: list[str], output: str | None, figure: str | None, title: str) -> None:
-    from fractal_rm.report.plots import require_matplotlib
-
-    require_matplotlib()
+    check_matplotlib()
     from fractal_rm.report.training_history import read_runs
     from fractal_rm.report.training_report import save_training_figure, write_training_report
 

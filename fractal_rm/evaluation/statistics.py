@@ -595,8 +595,10 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, draws: int = 2 * DRAWS) -> 
         >>> paired_difference([1, 1, 0, 1], [1, 0, 0, 0])
         Estimate(value=0.5, low=0.0, high=1.0)
     """
-    one, other = (Measurement(mean.items, {"mean": mean}) for mean in (mean_of(a), mean_of(b)))
-    return differences(one, other, draws=draws)["mean"]
+    first, second = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} items against {len(second)}. Measure both systems on the same items.")
+    return estimates(Measurement(len(first), {"mean": mean_of(first - second)}), draws=draws)["mean"]
 
 
 def interval_of_mean(values: ArrayLike, *, draws: int = DRAWS) -> tuple[np.ndarray, np.ndarray]:

@@ -23,19 +23,6 @@ from fractal_rm.report.drawing import (
 )
 
 
-def require_matplotlib() -> None:
-    """Check that plots can be drawn; worth calling before long work whose report needs them.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-
-    Example:
-        >>> require_matplotlib()
-    """
-    with new_figure(1, 1):
-        pass
-
-
 def picture_kind(path: str | Path) -> Literal["png", "svg"]:
     """The format that a picture's name asks for.
 
