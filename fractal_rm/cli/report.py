@@ -82,8 +82,7 @@ def _report_results(results: str, output: str | None, metrics: list[str] | None,
         raise FileNotFoundError(f"{results} is no file. Give the path of a results.jsonl.")
     from fractal_rm.evaluation.results import read_results
     from fractal_rm.files import write_atomic
-    from fractal_rm.report.results_page import write_results_page
-    from fractal_rm.report.tables import markdown_table
+    from fractal_rm.report.tables import markdown_table, write_results_page
 
     rows = read_results(results)
     bad = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("metrics"), dict)), None)
