@@ -22,13 +22,13 @@ from benchmarks.evidence.page import (
     step_scores_table,
     variants_table,
 )
+from benchmarks.evidence.study_page import tables as evidence_tables
 from benchmarks.speed.page import page as speed_page
 from benchmarks.speed.scale_page import scale_page
 from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.files import write_atomic
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.study.page import draw_curves
-from fractal_rm.study.page import tables as evidence_tables
 from fractal_rm.study.statistics import BENCHMARK
 
 

@@ -21,7 +21,7 @@ from fractal_rm.tasks.arithmetic.problems import (
     exact_answer,
     make_problems,
 )
-from fractal_rm.tasks.sampling import sample_responses
+from fractal_rm.tasks.task import sample_responses
 
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 PROBLEMS = st.integers(0, 10_000).map(lambda seed: make_problems(1, seed=seed)[0])

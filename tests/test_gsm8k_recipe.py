@@ -2,16 +2,12 @@
 
 import importlib.util
 import json
-import math
 from itertools import product
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 from conftest import REPOSITORY
-from hypothesis import given
-from hypothesis import strategies as st
 from support.stand_ins import save_reward_model, write_jsonl
 
 from benchmarks.evaluation import gsm8k_solutions as benchmark
@@ -162,21 +158,6 @@ def test_the_benchmark_measures_trained_models_and_floors_and_writes_the_tables(
     shown = readme.read_text()
     assert "| token |" in shown
     assert benchmark.with_tables(shown, rows) == shown
-
-
-labels = st.sampled_from([0.0, 1.0, math.nan])
-
-
-@given(st.lists(st.tuples(*[st.integers(0, 3)] * 3, *[labels] * 3), min_size=1, max_size=8))
-def test_the_auc_at_the_same_position_counts_pairs_of_steps_at_one_place(rows):
-    rows = np.array(rows, dtype=float)
-    credit = []
-    for one, other in product(rows, repeat=2):
-        for place in range(3):
-            if one[3 + place] == 1 and other[3 + place] == 0:
-                credit.append((one[place] > other[place]) + (one[place] == other[place]) / 2)
-    expected = np.mean(credit) if credit else math.nan
-    assert benchmark.same_position_auc(rows) == pytest.approx(expected, nan_ok=True)
 
 
 def test_a_scorer_has_no_gain_over_itself_and_a_perfect_one_gains_on_every_draw():

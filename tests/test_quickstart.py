@@ -9,7 +9,7 @@ import transformers
 from fractal_rm.evaluation.results import read_results
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.study.quickstart import ARMS, Amounts, Quickstart, QuickstartArguments
-from fractal_rm.study.runner import quiet
+from fractal_rm.study.study import quiet
 
 TINY = Amounts(
     responses=192,

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 from support.pages import Page
 
+from fractal_rm.cli.checks import check_matplotlib
 from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.report.palette import SCORE_BINS, contrast, ink_on, score_class, score_colour
-from fractal_rm.report.plots import calibration_plot, learning_curves, require_matplotlib, save_picture
+from fractal_rm.report.plots import calibration_plot, learning_curves, save_picture
 from fractal_rm.report.quickstart_report import QuickstartReport, compare_curves, rollouts_to_reach, write_report
 from fractal_rm.report.tables import markdown_table, replace_table, tabulate
 from fractal_rm.report.viewer import write_viewer
@@ -353,7 +354,7 @@ def test_what_cannot_be_drawn_is_said(draw, message):
 def test_without_matplotlib_the_extra_to_install_is_named(tmp_path, monkeypatch, report):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     calls = [
-        require_matplotlib,
+        check_matplotlib,
         lambda: learning_curves(CURVES),
         lambda: calibration_plot([0.5], [1]),
         lambda: save_picture(tmp_path / "a.png", CURVES, [example(["a"])]),

@@ -1,6 +1,7 @@
 """The statistics of the comparison, against independent computations, and its plan of runs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,22 +10,23 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks.evidence import page as evidence_page
+from benchmarks.evidence import statistics, study_page
+from benchmarks.evidence.arms import ARMS, Assets, Evidence, copy_label, result_spans
+from benchmarks.evidence.claims import claims as claims_of
+from benchmarks.evidence.claims import verdicts
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.reward_training.config import FractalConfig
-from fractal_rm.study import page, statistics
-from fractal_rm.study.arms import ARMS, LEARNING_RATES
-from fractal_rm.study.assets import TRAINING, recipes
-from fractal_rm.study.claims import claims as claims_of
-from fractal_rm.study.claims import verdicts
-from fractal_rm.study.rivals import ScriptedRewardModel, copy_label, oracle, random_steps, result_spans
-from fractal_rm.study.runner import PPO_SETTINGS, Budget
-from fractal_rm.study.statistics import BENCHMARK, finished_runs, latest
-from fractal_rm.study.study import TUNING_SEED, Study, Unit, check_arms, study_units, trials_at, tuning_units
+from fractal_rm.study import arms as shipped
+from fractal_rm.study import page
+from fractal_rm.study.arms import LEARNING_RATES, TRAINING
+from fractal_rm.study.rivals import ScriptedRewardModel, oracle, random_steps
+from fractal_rm.study.statistics import BENCHMARK, curves, finished_runs, interquartile_mean, latest
+from fractal_rm.study.study import PPO_SETTINGS, TUNING_SEED, Budget, Study, Unit
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, MAIN_CONDITIONS, form_tokenizer
-from fractal_rm.tasks.arithmetic.problems import Beliefs
-from fractal_rm.tasks.arithmetic.variants import read_problem, respond
+from fractal_rm.tasks.arithmetic.problems import Beliefs, read_problem
 
 VALUES = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12)
+RECIPES = Assets.recipes(CONDITIONS["easy"])
 EXTRA = {"rm_rollouts": 0, "rm_seconds": 0.0, "response_tokens": 30.0, "kl": 0.1, "alarms": 0, "rm_score": None}
 
 
@@ -45,7 +47,7 @@ def rows_of(setting, arm, seed, curve, *, finished=True, rm_rollouts=0, step=100
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=4, max_size=40).filter(lambda v: len(v) % 4 == 0))
 def test_the_interquartile_mean_is_that_of_scipy_where_quarters_are_whole(values):
-    assert statistics.interquartile_mean(values) == pytest.approx(stats.trim_mean(values, 0.25), abs=1e-9)
+    assert interquartile_mean(values) == pytest.approx(stats.trim_mean(values, 0.25), abs=1e-9)
 
 
 @given(VALUES, VALUES)
@@ -72,11 +74,11 @@ def test_rollouts_to_reach_are_where_the_line_crosses():
 
 
 def compare(rows, setting, arm):
-    return statistics.compare_arm(finished_runs(rows), setting, arm)
+    return statistics.evidence_of(finished_runs(rows), setting, arm)
 
 
 def claims(rows, arm):
-    return claims_of(statistics.comparisons(finished_runs(rows), arm))
+    return claims_of(statistics.evidence(finished_runs(rows), arm))
 
 
 def study(gain, *, seeds=10, rm_rollouts=0):
@@ -102,14 +104,14 @@ def test_a_known_gain_over_the_better_outcome_arm_is_found_with_its_interval():
     assert found.rival == "outcome_grpo"
     assert (found.seeds, found.half_rollouts) == (10, 200)
     for difference in (found.half, found.end):
-        assert difference.difference == pytest.approx(0.2)
+        assert difference.value == pytest.approx(0.2)
         assert difference.low == pytest.approx(0.2)
     # The mean area differs by the gain, but for the triangle before the first evaluation.
-    assert found.area.difference == pytest.approx(0.2 * (1 - 1 / 6))
+    assert found.area.value == pytest.approx(0.2 * (1 - 1 / 6))
     assert found.improvement == 1.0
-    assert found.reach.difference == pytest.approx(1 / 3)  # .4 + .2 is where the rival ends
+    assert found.reach.value == pytest.approx(1 / 3)  # .4 + .2 is where the rival ends
     assert found.means == (pytest.approx(found.means[1] + 0.2), pytest.approx(0.6, abs=0.02))
-    assert found.ceiling.difference == pytest.approx(-0.01)
+    assert found.ceiling.value == pytest.approx(-0.01)
     assert found.drop == pytest.approx(0.0)
 
 
@@ -121,14 +123,14 @@ def test_a_rival_without_a_gain_is_compared_with_at_its_end():
     found = compare(rows, "easy", "fractal")
     assert not found.learns
     assert found.half_rollouts == 300
-    assert found.half.difference == found.end.difference
+    assert found.half.value == found.end.value
     # Where that point is does not depend on how many seeds our arm has.
     few = [row for row in rows if row["arm"] != "fractal" or row["seed"] == 0]
     assert compare(few, "easy", "fractal").half_rollouts == 300
     # Nothing to reach: no share is shown, and claims are counted without such a setting too.
-    made = page.tables(rows)
+    made = study_page.tables(rows)
     (line,) = (line for line in made["summary"].splitlines() if line.startswith("| easy |"))
-    assert line.endswith(f"| {page.MISSING} |")
+    assert line.endswith(f"| {study_page.MISSING} |")
     (claim,) = (claim for claim in claims(rows, "fractal") if "at most half" in claim.text)
     assert "easy" in claim.known
     assert claim.learning == ()  # the only setting with an outcome-only arm is that one
@@ -140,35 +142,35 @@ def test_the_share_of_rollouts_to_reach_the_rivals_end_has_an_interval_over_seed
         rows += rows_of("easy", "outcome_grpo", seed, [0.2, 0.3, 0.5])
         rows += rows_of("easy", "fractal", seed, [0.2, 0.5 + 0.02 * (seed - 4.5), 0.8])
     found = compare(rows, "easy", "fractal").reach
-    assert found.difference == pytest.approx(0.5)
+    assert found.value == pytest.approx(0.5)
     assert 0.4 < found.low < 0.5 < found.high < 0.6
     # Draws of seeds whose mean never gets there leave the upper end open.
     never = [row for row in rows if row["arm"] != "fractal"]
     for seed in range(10):
         never += rows_of("easy", "fractal", seed, [0.2, 0.3, 0.52 if seed else 0.3])
     reach = compare(never, "easy", "fractal").reach
-    assert (reach.difference, reach.high) == (float("inf"), float("inf"))
+    assert (reach.value, reach.high) == (float("inf"), float("inf"))
     assert np.isfinite(reach.low)
-    assert "never" in page.tables(never)["gains"]
+    assert "never" in study_page.tables(never)["gains"]
 
 
 def test_the_reward_models_rollouts_are_taken_from_its_arm():
     # 100 of 300 rollouts go to the reward model: its arm is at its second evaluation when the rival is at its end.
     found = compare(study(0.3, rm_rollouts=100), "easy", "fractal")
-    assert found.with_rollouts.difference == pytest.approx(0.5 + 0.3 - 0.6)
+    assert found.with_rollouts.value == pytest.approx(0.5 + 0.3 - 0.6)
     assert compare(study(0.3, rm_rollouts=300), "easy", "fractal").with_rollouts is None
 
 
 def test_the_better_of_the_longer_outcome_runs_is_compared_at_its_own_end():
     rows = study(0.3)
-    assert compare(rows, "easy", "fractal").longer.difference == pytest.approx(0.9 - 0.7)
+    assert compare(rows, "easy", "fractal").longer.value == pytest.approx(0.9 - 0.7)
     short = [row for row in rows if row["arm"] != "outcome_ppo_long"]
     assert compare(short, "easy", "fractal").longer is None  # the one that is missing may be the better one
     for seed in range(5):  # half of the seeds are enough, and those are the ones that are compared
         short += rows_of("easy", "outcome_ppo_long", seed, [0.3, 0.4, 0.5, 0.6, 0.8])
     difference = compare(short, "easy", "fractal").longer
-    ends = statistics.curves(finished_runs(short), "easy", "fractal").values[:5, -1]
-    assert difference.difference == pytest.approx(ends.mean() - 0.8)
+    ends = curves(finished_runs(short), "easy", "fractal").values[:5, -1]
+    assert difference.value == pytest.approx(ends.mean() - 0.8)
 
 
 def test_at_equal_seconds_the_longest_outcome_runs_are_compared_where_they_have_taken_as_many():
@@ -177,19 +179,19 @@ def test_at_equal_seconds_the_longest_outcome_runs_are_compared_where_they_have_
     for seed in range(10):
         rows += rows_of("easy", "outcome_grpo_4x", seed, [0.3, 0.4, 0.5, 0.6, 0.8, 0.9])
     assert compare(rows, "easy", "fractal").with_seconds is None  # the one that is missing may be the better one
-    end = 0.3 + statistics.curves(finished_runs(rows), "easy", "outcome_grpo").values[:, -1].mean()
+    end = 0.3 + curves(finished_runs(rows), "easy", "outcome_grpo").values[:, -1].mean()
     for seed in range(10):  # done after 300 seconds: its end counts, which is not the better one
         rows += rows_of("easy", "outcome_ppo_3x", seed, [0.3, 0.4, 0.5, 0.79])
     found = compare(rows, "easy", "fractal").with_seconds
-    assert found.difference == pytest.approx(end - 0.8)
+    assert found.value == pytest.approx(end - 0.8)
     halfway = study(0.3, rm_rollouts=150)
     for seed in range(10):
         halfway += rows_of("easy", "outcome_grpo_4x", seed, [0.3, 0.4, 0.5, 0.6, 0.8, 0.9])
         halfway += rows_of("easy", "outcome_ppo_3x", seed, [0.3, 0.4, 0.5, 0.86])
-    assert compare(halfway, "easy", "fractal").with_seconds.difference == pytest.approx(end - 0.86)
+    assert compare(halfway, "easy", "fractal").with_seconds.value == pytest.approx(end - 0.86)
     few = [row for row in halfway if row["arm"] != "outcome_ppo_3x"]
     few += [row for seed in range(10) for row in rows_of("easy", "outcome_ppo_3x", seed, [0.3, 0.4, 0.5, 0.84])]
-    assert compare(few, "easy", "fractal").with_seconds.difference == pytest.approx(end - 0.85)
+    assert compare(few, "easy", "fractal").with_seconds.value == pytest.approx(end - 0.85)
 
 
 def test_ahead_with_all_rollouts_counted_in_takes_an_interval_above_0():
@@ -199,7 +201,7 @@ def test_ahead_with_all_rollouts_counted_in_takes_an_interval_above_0():
             end = 0.3 if seed == 0 else 0.95
             for arm in ("outcome_grpo_long", "outcome_ppo_long"):
                 rows += rows_of(setting, arm, seed, [0.3, 0.4, 0.5, 0.6, end])
-    assert compare(rows, "easy", "fractal").longer.difference > 0
+    assert compare(rows, "easy", "fractal").longer.value > 0
     (claim,) = (claim for claim in claims(rows, "fractal") if "counted in" in claim.text)
     assert (claim.state, claim.holds) == ("not met", ())
 
@@ -233,18 +235,18 @@ def test_claims_are_undecided_as_long_as_settings_without_rows_could_meet_them()
     worse = [row for row in study(0.0) if row["dataset"] in ("easy", "medium")]
     assert claims(worse, "fractal")[0].state == "not met"  # the other four are fewer than five
     assert claims([], "fractal")[0].known == ()
-    assert verdicts([], page.DEFAULT_ARMS) == []
+    assert verdicts([], study_page.DEFAULT_ARMS) == []
 
 
 def test_few_seeds_have_no_interval_and_decide_no_claim():
     few = study(0.3, seeds=4)
     found = compare(few, "easy", "fractal")
-    assert found.end.difference == pytest.approx(0.3)
+    assert found.end.value == pytest.approx(0.3)
     assert np.isnan(found.end.low)
     assert np.isnan(found.half.high)
     assert all(not claim.known for claim in claims(few, "fractal"))
-    made = page.tables(few)
-    assert made["claims"] == page.UNDECIDED
+    made = study_page.tables(few)
+    assert made["claims"] == study_page.UNDECIDED
     assert "| +30.0 | +30.0 | 25% |" in made["summary"]
     assert all(claim.state == "met" for claim in claims(study(0.3, seeds=5), "fractal"))
 
@@ -254,7 +256,7 @@ def test_half_a_run_is_no_run_and_a_run_that_was_done_again_counts_once():
     assert finished_runs(half) == {}
     again = half + rows_of("easy", "fractal", 0, [0.3, 0.4, 0.5])
     assert len(latest(again)) == 3
-    assert statistics.curves(finished_runs(again), "easy", "fractal").values.tolist() == [[0.3, 0.4, 0.5]]
+    assert curves(finished_runs(again), "easy", "fractal").values.tolist() == [[0.3, 0.4, 0.5]]
 
 
 def test_a_run_with_other_settings_takes_the_place_of_the_whole_old_one():
@@ -265,19 +267,19 @@ def test_a_run_with_other_settings_takes_the_place_of_the_whole_old_one():
     # Killed on its way: its first rows and the old last one make no run.
     assert finished_runs(old + new[:2]) == {}
     assert [row["metrics"]["accuracy"] for row in latest(old + new[:2])] == [0.6, 0.7]
-    assert statistics.curves(finished_runs(old + new), "easy", "fractal").values.tolist() == [[0.6, 0.7, 0.8]]
+    assert curves(finished_runs(old + new), "easy", "fractal").values.tolist() == [[0.6, 0.7, 0.8]]
 
 
 def test_a_metric_that_some_evaluations_lack_has_a_curve_of_the_others():
     rows = rows_of("easy", "fractal", 0, [0.1, 0.2, 0.3])
     rows[1]["metrics"]["accuracy_greedy"] = None
-    assert statistics.curves(finished_runs(rows), "easy", "fractal", "accuracy_greedy").rollouts.tolist() == [0, 200]
-    assert statistics.curves(finished_runs(rows), "easy", "fractal", "rm_score") is None
+    assert curves(finished_runs(rows), "easy", "fractal", "accuracy_greedy").rollouts.tolist() == [0, 200]
+    assert curves(finished_runs(rows), "easy", "fractal", "rm_score") is None
 
 
 def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
-    assert set(page.tables([]).values()) == {page.NOTHING}
-    made = page.tables(study(0.3))
+    assert set(study_page.tables([]).values()) == {page.NOTHING}
+    made = study_page.tables(study(0.3))
     assert "| easy | fractal | outcome_grpo | 10 | 200 | **+30.0** [+30.0, +30.0]" in made["gains"]
     assert "**met**" in made["claims"]
     # outcome-only's end, ours, the ceiling's; then the gains
@@ -292,6 +294,12 @@ def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
     assert areas["| outcome_grpo"].startswith("-25.0 [-25.0, -25.0] (10)")
     assert "| outcome_grpo_long" in ends
     assert "| outcome_grpo_long" not in areas
+    plain = page.tables(study(0.3))
+    line = "| easy | fractal | outcome_grpo | 10 | 90.1 | 60.1 | 200 | **+30.0** [+30.0, +30.0] |"
+    assert line in plain["Against the better outcome-only arm"]
+    assert "| fractal | 0.9" in plain["Accuracy at the end"]
+    (said,) = (one for one in page.sentences(study(0.3)) if one.startswith("easy"))
+    assert said == "easy: fractal_mix ends +30.0 [+30.0, +30.0] points from outcome_grpo (seeds: 10)."
     assert not page.draw_curves(tmp_path / "curves.png", [])
     assert page.draw_curves(tmp_path / "curves.png", study(0.3))
     assert not evidence_page.draw_scores(tmp_path / "scores.png", [])
@@ -299,7 +307,7 @@ def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
     for row in scored:
         row["metrics"]["rm_score"] = row["metrics"]["accuracy"] - 0.1
     assert evidence_page.draw_scores(tmp_path / "scores.png", scored)
-    assert "-0.10 to -0.10" in page.tables(scored)["hacking"]
+    assert "-0.10 to -0.10" in study_page.tables(scored)["hacking"]
     assert not evidence_page.draw_seconds(tmp_path / "seconds.png", [])
     assert evidence_page.draw_seconds(tmp_path / "seconds.png", scored)
     for name in ("curves", "scores", "seconds"):
@@ -309,21 +317,27 @@ def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
 # The plan ------------------------------------------------------------------------------------------------------------
 
 
+def plan(chosen=None, kind=Evidence):
+    return kind(Path("rows.jsonl"), Path(), Budget(), chosen or {})
+
+
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_has_two_different_trials_a_rate_that_the_trainer_takes(name, tmp_path):
     for rate in LEARNING_RATES:
-        trials = [ARMS[name].trials[number] for number in trials_at(name, rate)]
+        trials = [ARMS[name].trials[number] for number in plan().trials_at(name, [rate])]
         assert len(trials) == 2
         assert trials[0] != trials[1]
         for trial in trials:
             config = StepPPOConfig(output_dir=str(tmp_path), **(PPO_SETTINGS | trial))
             assert {option: getattr(config, option) for option in trial} == trial
-    assert {unit.seed for unit in tuning_units(["easy"], [name], LEARNING_RATES)} == {TUNING_SEED}
+    assert {unit.seed for unit in plan().tuning_units(["easy"], {name: LEARNING_RATES})} == {TUNING_SEED}
 
 
-@pytest.mark.parametrize("kind", sorted({arm.judge for arm in ARMS.values() if arm.judge in recipes()}))
+@pytest.mark.parametrize(
+    "kind", sorted({arm.judge for arm in ARMS.values() if arm.judge in Assets.recipes(CONDITIONS["easy"])})
+)
 def test_every_kind_of_reward_model_has_a_recipe_that_can_be_trained(kind, tmp_path):
-    recipe = dict(recipes()[kind])
+    recipe = dict(RECIPES[kind])
     if "beta" in recipe:  # as many passes over the responses as the others make, in batches as large
         assert (recipe["epochs"], recipe["batch_size"]) == (
             TRAINING["num_train_epochs"],
@@ -360,7 +374,7 @@ def test_the_rate_is_that_of_the_outcome_only_arms_and_each_arm_has_its_own_best
     rows += trial_rows("fractal", {"medium": [0, 0, 0.5, 0.4, 0.9, 0.9], "branching": [0, 0, 0.3, 0.5, 0.9, 0.9]})
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    study = Study(file, tmp_path, Budget(), {})
+    study = Evidence(file, tmp_path, Budget(), {})
     settings = ("medium", "branching")
     assert study.choose_rate(settings) == LEARNING_RATES[1]
     arms = ["outcome_grpo", "outcome_ppo", "fractal", "fractal_mix_own_rate"]
@@ -373,7 +387,7 @@ def test_the_rate_is_that_of_the_outcome_only_arms_and_each_arm_has_its_own_best
 
 
 def test_core_arms_come_first_and_seeds_before_settings():
-    units = study_units(["branching", "medium", "hard"], ["outcome_grpo", "fractal", "lca"], 6)
+    units = plan().units(["branching", "medium", "hard"], ["outcome_grpo", "fractal", "lca"], 6)
     assert units[:4] == [
         Unit("branching", 0, "outcome_grpo"), Unit("branching", 0, "fractal"), Unit("medium", 0, "outcome_grpo"),
         Unit("medium", 0, "fractal"),
@@ -381,17 +395,20 @@ def test_core_arms_come_first_and_seeds_before_settings():
     assert len(units) == 6 * 3 * 2 + 5 * 2
     assert all(unit.arm == "lca" and unit.task != "hard" for unit in units[-10:])
     # Ten seeds of these on every setting; five of the rest, of longer outcome-only runs on every setting too.
-    assert {name for name, arm in ARMS.items() if arm.core} == {
+    assert set(shipped.ARMS) == {
         "outcome_grpo", "outcome_ppo", "orm", "fractal", "fractal_mix", "fractal_online", "supervised", "oracle",
         "random_steps",
     }  # fmt: skip
-    assert len(study_units(list(CONDITIONS), ["outcome_grpo_long"], 10)) == 5 * len(CONDITIONS)
+    assert plan(kind=Study).units(["easy", "hard"], ["fractal"], 2) == [
+        Unit("easy", 0, "fractal"), Unit("hard", 0, "fractal"), Unit("easy", 1, "fractal"), Unit("hard", 1, "fractal"),
+    ]  # fmt: skip
+    assert len(plan().units(list(CONDITIONS), ["outcome_grpo_long"], 10)) == 5 * len(CONDITIONS)
 
 
-def test_the_arm_that_knows_of_flipped_labels_runs_where_labels_are_flipped_as_long_as_the_one_that_does_not(tmp_path):
-    units = study_units(["medium", "noise_20"], ["fractal_flips"], 2)
+def test_the_arm_that_knows_of_flipped_labels_runs_where_labels_are_flipped_as_long_as_the_one_that_does_not():
+    units = plan().units(["medium", "noise_20"], ["fractal_flips"], 2)
     assert units == [Unit("noise_20", 0, "fractal_flips"), Unit("noise_20", 1, "fractal_flips")]
-    study = Study(tmp_path / "rows.jsonl", tmp_path, Budget(), {"fractal": {}, "fractal_flips": {}})
+    study = plan({"fractal": {}, "fractal_flips": {}})
     blind, told = (study.config(Unit("noise_20", 0, arm)) for arm in ("fractal", "fractal_flips"))
     assert blind["budget"] == told["budget"]
     known = {"missed_good": 0.2, "missed_bad": pytest.approx(0.1 * 0.8 + 0.9 * 0.2)}
@@ -400,7 +417,7 @@ def test_the_arm_that_knows_of_flipped_labels_runs_where_labels_are_flipped_as_l
 
 def test_an_unknown_arm_is_named():
     with pytest.raises(ValueError, match=r"There is no arm 'dense'\. Choose from outcome_grpo, "):
-        check_arms(["dense"])
+        plan(kind=Study).check_arms(["dense"])
 
 
 # Settings and rules -------------------------------------------------------------------------------------------------
@@ -416,7 +433,7 @@ def test_every_setting_makes_problems_that_differ_by_seed_and_stream_and_fit_the
     tokenizer = form_tokenizer()
     for problem in setting.problems("held_out", 50, 3):
         assert read_problem(problem.prompt).prompt == problem.prompt
-        right = respond(problem, Beliefs(0.0), None)
+        right = Beliefs(0.0).respond(problem, None)
         assert problem.check_answer(right)
         # With its end of text.
         assert len(tokenizer(right)["input_ids"]) + 1 <= setting.max_new_tokens
@@ -439,7 +456,7 @@ def test_a_fixed_share_of_labels_is_flipped_and_always_the_same_ones():
 
 def test_the_reward_model_of_results_reads_what_lines_state_and_nothing_else():
     problem = CONDITIONS["branching"].problems("train", 1, 0)[0]
-    response = respond(problem, Beliefs(0.0), None)
+    response = Beliefs(0.0).respond(problem, None)
     found = [response[a:b] for a, b in result_spans(response)]
     assert found == [line[-2:] for line in response.split("\n")]
     assert len(result_spans("nothing\nof the kind")) == 2
@@ -450,7 +467,7 @@ def test_rules_score_every_line_as_a_reward_model_would():
     good = Beliefs(0.0).respond(problem, None)
     bad = good.replace(f"Answer: {problem.answer}", "Answer: x")
     prompts = [problem.prompt] * 3
-    for rule in (oracle(CONDITIONS["easy"]), random_steps, copy_label(CONDITIONS["easy"].label)):
+    for rule in (oracle(CONDITIONS["easy"]), random_steps, copy_label(CONDITIONS["easy"])):
         scored = ScriptedRewardModel(rule).score(prompts, [good, bad, " \n"])
         assert [len(row.steps) for row in scored] == [len(good.split("\n"))] * 2 + [0]
         assert all(0 <= score <= 1 for row in scored for score in row.step_scores)
@@ -459,7 +476,7 @@ def test_rules_score_every_line_as_a_reward_model_would():
     known = ScriptedRewardModel(oracle(CONDITIONS["easy"])).score(prompts[:2], [good, bad])
     assert known[0].step_scores == [1.0] * len(known[0].steps)
     assert known[1].step_scores == [1.0] * (len(known[1].steps) - 1) + [0.0]
-    copied = ScriptedRewardModel(copy_label(CONDITIONS["easy"].label)).score(prompts[:2], [good, bad])
+    copied = ScriptedRewardModel(copy_label(CONDITIONS["easy"])).score(prompts[:2], [good, bad])
     assert [set(row.step_scores) for row in copied] == [{1.0}, {0.0}]
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from fractal_rm.cli.compare import SMOKE_BUDGET
 from fractal_rm.evaluation.results import read_results
-from fractal_rm.study.arms import ARMS
-from fractal_rm.study.assets import Assets
+from fractal_rm.study.arms import ARMS, Assets
 from fractal_rm.study.study import Study, Unit
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.arithmetic.problems import make_problems

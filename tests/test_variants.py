@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.tasks.arithmetic.problems import Beliefs, Problem
-from fractal_rm.tasks.arithmetic.variants import (
+from fractal_rm.tasks.arithmetic.problems import (
+    Beliefs,
     BranchingProblem,
     DistractedProblem,
+    Problem,
     make_branching_problems,
     make_distracted_problems,
     read_problem,
-    respond,
 )
 
 SEEDS = st.integers(0, 10_000)
@@ -62,7 +62,7 @@ def test_distractors_never_change_the_answer_nor_what_steps_are_right(seed):
     assert 1 <= len(problem.distractors) <= 3
     assert problem.prompt != plain.prompt
     assert problem.answer == plain.answer
-    response = respond(problem, Beliefs(0.4, seed=seed), random.Random(seed))
+    response = Beliefs(0.4, seed=seed).respond(problem, random.Random(seed))
     assert problem.check_steps(response) == plain.check_steps(response)
 
 
@@ -76,7 +76,7 @@ def test_prompts_are_read_back(seed):
 @given(SEEDS)
 def test_whoever_believes_the_truth_writes_right_steps_only(seed):
     for problem in (distracted(seed), branching(seed)):
-        response = respond(problem, Beliefs(0.0), random.Random(seed))
+        response = Beliefs(0.0).respond(problem, random.Random(seed))
         assert all(problem.check_steps(response))
         assert problem.check_answer(response)
 
@@ -85,7 +85,7 @@ def test_whoever_believes_the_truth_writes_right_steps_only(seed):
 def test_a_mistake_makes_one_wrong_line_and_lines_after_it_are_judged_by_what_is_stated(seed):
     problem, rng = branching(seed), random.Random(seed)
     beliefs = Beliefs(1.0, strength=0.5, seed=seed)
-    response = respond(problem, beliefs, rng)
+    response = beliefs.respond(problem, rng)
     flags = problem.check_steps(response)
     wrong = []
     stated = {}
@@ -145,8 +145,6 @@ def test_what_is_no_prompt_or_no_length_is_refused():
         BranchingProblem.from_prompt(distracted(0).prompt)
     with pytest.raises(ValueError, match="give 2 <= min_steps <= max_steps"):
         make_branching_problems(1, seed=0, min_steps=1, max_steps=4)
-    with pytest.raises(TypeError, match="no problem"):
-        respond("2+2?", Beliefs(), random.Random(0))
 
 
 def test_distracted_prompts_without_distractors_read_as_chains():

@@ -11,7 +11,7 @@ from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_bags, read_jsonl
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.files import write_atomic
-from fractal_rm.study.assets import label_responses
+from fractal_rm.study.arms import label_responses
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.arithmetic.conditions import ShippedArithmetic
 from fractal_rm.tasks.arithmetic.problems import make_problems

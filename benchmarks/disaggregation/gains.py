@@ -37,9 +37,9 @@ def gains(data: Data, folder: Path, arms: Sequence[str]) -> Iterator[tuple[str, 
         for rival, theirs in aucs.items():
             mine = aucs.get(ours)
             if rival != ours and mine is not None and theirs is not None:
-                found = metrics.paired_bootstrap(mine, theirs, n=DRAWS)
+                found = metrics.paired_difference(mine, theirs, draws=DRAWS)
                 yield ours, rival, {
-                    "gain": found.difference, "gain_low": found.low, "gain_high": found.high, "mixed_bags": len(mine),
+                    "gain": found.value, "gain_low": found.low, "gain_high": found.high, "mixed_bags": len(mine),
                 }  # fmt: skip
 
 
@@ -53,7 +53,10 @@ def write_gains(load: Callable[[str], Data], datasets: Sequence[str], folder: Pa
     for name in datasets:
         arms = list(dict.fromkeys(row["arm"] for row in rows if row["dataset"] == name and row["split"] == "test"))
         for ours, rival, found in gains(load(name), folder, arms):
-            if known.get((name, ours, rival)) != found:
+            before, now = (
+                np.array([*one.values()], dtype=float) for one in (known.get((name, ours, rival), {}), found)
+            )
+            if len(before) != len(now) or not np.allclose(before, now, rtol=0.0, atol=1e-9, equal_nan=True):
                 target.append(
                     benchmark="disaggregation", arm=ours, dataset=name, seed=None, split="gain", metrics=found,
                     config={"rival": rival, "metric": "within_bag_auc"}, seconds=0.0,

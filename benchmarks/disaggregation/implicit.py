@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common.implicit import ImplicitReward
 from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation.statistics import bag_metrics
 from fractal_rm.reward_model import StepScores
-from fractal_rm.study.rivals import ImplicitReward
 
 # Trials, as many as other arms have: learning rate, weight of the log-ratio.
 EPOCHS, BATCH_SIZE = 3, 64

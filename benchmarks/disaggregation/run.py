@@ -50,7 +50,7 @@ from fractal_rm.reward_model import StepScores
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.study.runner import run_units
+from fractal_rm.study.study import run_units
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
 SEEDS = range(5)
@@ -256,7 +256,8 @@ def measure(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float)
     found["same_position_auc"] = metrics.same_position_auc(steps, labels)
     aucs = metrics.bag_aucs(steps, labels)
     aucs = aucs[~np.isnan(aucs)]
-    interval = metrics.paired_bootstrap(aucs, np.zeros(len(aucs)), n=DRAWS)
+    mean = metrics.Measurement(len(aucs), {"auc": metrics.mean_of(aucs)})
+    interval = metrics.estimates(mean, draws=DRAWS)["auc"]
     return found | {
         "mixed_bags": len(aucs),
         "within_bag_auc_low": interval.low,

@@ -29,12 +29,13 @@ import yaml
 
 from benchmarks.common.floors import Rule, at_random, copied, few_new_words, position, score_by, short
 from benchmarks.common.places import REPOSITORY, RESULTS, default_encoder
-from benchmarks.evaluation.gains import gain_columns, has_gold, intervals, same_position_auc, step_rows
+from benchmarks.evaluation.gains import gain_columns, has_gold, intervals
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_bags, read_jsonl
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, score_bags
+from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, known_steps, score_bags
 from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.evaluation.statistics import same_position_auc
 from fractal_rm.files import write_atomic
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.reward_model import StepRewardModel, StepScores
@@ -185,7 +186,7 @@ def measure(
         if name in scored:
             found = evaluate_scores(scored[name], bags[name], threshold)
             if has_gold(bags[name]):
-                found["same_position_auc"] = same_position_auc(step_rows(scored[name], bags[name]))
+                found["same_position_auc"] = same_position_auc(*known_steps(scored[name], bags[name]))
             if not probabilities:
                 found = {key: value for key, value in found.items() if key not in ("bag_accuracy", "bag_ece")}
             measured[name] = found

@@ -15,7 +15,7 @@ from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
-from fractal_rm.study.assets import label_responses
+from fractal_rm.study.arms import label_responses
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.arithmetic.conditions import ShippedArithmetic
 from fractal_rm.tasks.arithmetic.problems import make_problems

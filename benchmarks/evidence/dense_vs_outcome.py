@@ -8,8 +8,8 @@ response label at every step. Same base policies, prompts, rollouts and updates 
     python -m benchmarks.evidence.dense_vs_outcome --jobs 2      # the study
     python -m benchmarks.evidence.dense_vs_outcome --smoke true  # minutes; rows and models in a temporary folder
 
-These are `fractal-rm compare` with the files of this repository. Rows go to `benchmarks/results/dense_vs_outcome.jsonl`
-as they are made; a run that was killed goes on where it was.
+These are `fractal-rm compare` with further arms and the files of this repository. Rows go to
+`benchmarks/results/dense_vs_outcome.jsonl` as they are made; a run that was killed goes on where it was.
 """
 
 import sys
@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common.places import RESULTS
+from benchmarks.evidence.arms import ARMS, Evidence
+from benchmarks.evidence.claims import verdicts
+from benchmarks.evidence.study_page import DEFAULT_ARMS
 from fractal_rm.cli.compare import CompareArguments, run_comparison
 from fractal_rm.cli.parser import parse
-from fractal_rm.study.arms import ARMS
 from fractal_rm.study.study import write_chosen
 
 CHOSEN = Path(__file__).with_name("dense_vs_outcome.yaml")
@@ -32,7 +34,8 @@ def main(argv: Sequence[str]) -> None:
         name = "dense_vs_outcome_tuning" if arguments.tune else "dense_vs_outcome"
         arguments.results = arguments.results or str(RESULTS / f"{name}.jsonl")
         arguments.chosen = arguments.chosen or str(CHOSEN)
-        run_comparison(arguments)
+        for sentence in verdicts(run_comparison(arguments, Evidence), DEFAULT_ARMS):
+            print(sentence)
         return
     with tempfile.TemporaryDirectory() as folder:
         arguments.output_dir = folder
@@ -40,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
         arguments.chosen = f"{folder}/chosen.yaml"
         write_chosen(Path(arguments.chosen), {name: arm.trials[0] for name, arm in ARMS.items()}, "a smoke run")
         arguments.seeds = 1
-        run_comparison(arguments)
+        run_comparison(arguments, Evidence)
 
 
 if __name__ == "__main__":

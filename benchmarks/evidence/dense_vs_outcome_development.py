@@ -11,9 +11,8 @@ from collections import defaultdict
 
 from benchmarks.evidence.development_arguments import ROWS, parse_arguments
 from fractal_rm.study.arms import ARMS, Arm, Options
-from fractal_rm.study.runner import Budget
 from fractal_rm.study.statistics import latest
-from fractal_rm.study.study import Study, Unit
+from fractal_rm.study.study import Budget, Study, Unit
 
 _GAE: Options = {"advantage": "gae", "learning_rate": 8e-4}
 _ONLINE: Options = {"rm_update_every": 4, "rm_learning_rate": 5e-4}

@@ -24,10 +24,9 @@ from benchmarks.evidence.dense_vs_outcome_reward_models import label_metrics, st
 from benchmarks.evidence.page import LEARNING_ON
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.reward_model import StepRewardModel, StepScores
-from fractal_rm.study.arms import ARMS, Options
-from fractal_rm.study.assets import FRACTAL, Assets
+from fractal_rm.study.arms import ARMS, FRACTAL, Assets, Options
 from fractal_rm.study.rivals import oracle
-from fractal_rm.study.runner import Budget, quiet, run_arm
+from fractal_rm.study.study import Budget, quiet, run_arm
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
 ROWS = RESULTS / f"{LEARNING_ON}.jsonl"

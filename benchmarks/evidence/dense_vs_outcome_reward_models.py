@@ -15,22 +15,25 @@ import numpy as np
 from sklearn.metrics import log_loss
 from tqdm import tqdm
 
+from benchmarks.evidence.arms import IMPLICIT, Assets
 from benchmarks.evidence.development_arguments import ROWS, parse_arguments
 from benchmarks.evidence.page import REWARD_MODELS
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.evaluation.statistics import bag_metrics, step_auc
 from fractal_rm.reward_model import StepScores
-from fractal_rm.study.assets import FRACTAL, IMPLICIT, TRAINING, Assets, Recipe, recipes
+from fractal_rm.study.arms import FRACTAL, TRAINING, Recipe
+from fractal_rm.study.arms import Assets as ShippedAssets
 from fractal_rm.study.rivals import oracle
-from fractal_rm.study.runner import measure_start, quiet
+from fractal_rm.study.study import measure_start, quiet
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
+from fractal_rm.tasks.task import Task
 
 HELD_OUT = 256
-_PLAIN, _FLIPS_20 = TRAINING | FRACTAL, recipes(flipped=0.2)["fractal_flips"]
+_PLAIN, _FLIPS_20 = TRAINING | FRACTAL, Assets.recipes(CONDITIONS["noise_20"])["fractal_flips"]
 # Each is `fractal` with other settings; `supervised` learns from gold step labels.
 RECIPES: dict[str, Recipe] = {
     "fractal": _PLAIN,
-    "supervised": recipes()["supervised"],
+    "supervised": Assets.recipes(CONDITIONS["easy"])["supervised"],
     "fractal_8x5e-4": {**_PLAIN, "num_train_epochs": 8, "learning_rate": 5e-4},
     "fractal_8x3e-4": {**_PLAIN, "num_train_epochs": 8},
     "fractal_16x2e-4": {**_PLAIN, "learning_rate": 2e-4},
@@ -45,7 +48,16 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def score_held_out(assets: Assets, kind: str) -> tuple[list[StepScores], list[list[float]], np.ndarray]:
+class TriedAssets(Assets):
+    """Assets whose reward models are trained by the recipes that are tried."""
+
+    @classmethod
+    def recipes(cls, task: Task) -> dict[str, Recipe]:
+        """What each kind of reward model is trained with."""
+        return RECIPES
+
+
+def score_held_out(assets: ShippedAssets, kind: str) -> tuple[list[StepScores], list[list[float]], np.ndarray]:
     """What a reward model says of held-out responses of the base policy: scores, gold step labels, response labels."""
     task = assets.task
     prompts = [problem.prompt for problem in task.problems("held_out", HELD_OUT, assets.seed)]
@@ -111,7 +123,7 @@ def main() -> None:
             continue
         start = time.monotonic()
         with quiet():
-            metrics = measure(Assets(arguments.output_dir, CONDITIONS[setting], seed, RECIPES), recipe)
+            metrics = measure(TriedAssets(arguments.output_dir, CONDITIONS[setting], seed), recipe)
         results.append(
             benchmark=REWARD_MODELS,
             arm=recipe,

@@ -16,13 +16,12 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.common.places import RESULTS
+from benchmarks.evidence.arms import ARMS, Assets
 from benchmarks.evidence.dense_vs_outcome_reward_models import HELD_OUT, score_held_out, step_levels, step_metrics
 from benchmarks.evidence.page import STEP_SCORES
 from fractal_rm.evaluation.results import ResultsFile, read_results
-from fractal_rm.study.arms import ARMS
-from fractal_rm.study.assets import Assets, recipes
-from fractal_rm.study.runner import quiet
 from fractal_rm.study.statistics import finished_runs
+from fractal_rm.study.study import quiet
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
 
@@ -35,7 +34,9 @@ def trained_models(results: Path) -> list[tuple[str, int, str]]:
     }
     # Gold labels are of lines; what `result_token` scores are parts of them.
     return sorted(
-        (setting, seed, kind) for setting, seed, kind in found if kind in recipes() and kind != "result_token"
+        (setting, seed, kind)
+        for setting, seed, kind in found
+        if kind in Assets.recipes(CONDITIONS[setting]) and kind != "result_token"
     )
 
 
@@ -59,7 +60,7 @@ def main() -> None:
     results = ResultsFile(arguments.rows)
     for setting, seed, kind in tqdm(trained_models(arguments.results)):
         task = CONDITIONS[setting]
-        config = {"reward_model": recipes(task.flipped)[kind], "responses": HELD_OUT}
+        config = {"reward_model": Assets.recipes(task)[kind], "responses": HELD_OUT}
         if results.has(dataset=setting, seed=seed, arm=kind, config=config):
             continue
         start = time.monotonic()

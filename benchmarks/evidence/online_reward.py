@@ -22,7 +22,7 @@ from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.study.arms import Arm
 from fractal_rm.study.quickstart import PPO_SETTINGS, Amounts, Quickstart, QuickstartArguments
-from fractal_rm.tasks.sampling import sample_responses
+from fractal_rm.tasks.task import sample_responses
 
 AMOUNTS = Amounts(responses=384, updates=32, evaluate_every=8, held_out=384, validation=100)
 # One completion a prompt, and no value model: every rollout is another problem for the reward model to learn from.

@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.evidence.arms import ARMS, AS_LONG
 from fractal_rm.report.tables import markdown_table
-from fractal_rm.study.arms import ARMS, AS_LONG
-from fractal_rm.study.page import DEFAULT, NOTHING, draw_panels, table_lines
+from fractal_rm.study.page import DEFAULT, NOTHING, draw_curves, table_lines
 from fractal_rm.study.statistics import Curves, Rows, latest
 
 REWARD_MODELS = "dense_vs_outcome_reward_models"
@@ -87,7 +87,7 @@ def draw_scores(path: Path, rows: Rows) -> bool:
         if score is not None:
             axes.plot(score.rollouts, score.values.mean(axis=0), color=colour, linewidth=1.2, linestyle="--")
 
-    return draw_panels(path, rows, SCORED, "held-out accuracy; dashed: score", beside=dashed)
+    return draw_curves(path, rows, SCORED, "held-out accuracy; dashed: score", beside=dashed)
 
 
 def draw_seconds(path: Path, rows: Rows) -> bool:
@@ -97,7 +97,7 @@ def draw_seconds(path: Path, rows: Rows) -> bool:
         Whether there was anything to draw.
     """
     along = ("processor seconds", lambda one: one.rm_seconds + one.seconds)
-    return draw_panels(path, rows, TIMED, "held-out accuracy", along=along)
+    return draw_curves(path, rows, TIMED, along=along, beside=lambda *curve: None)
 
 
 def chosen_table(chosen: Mapping[str, Mapping[str, Any]]) -> str:

@@ -31,7 +31,7 @@ from benchmarks.speed.sized_policy import save_models
 from benchmarks.speed.speed_blocks import Line
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.tasks.arithmetic.problems import exact_answer, make_problems
-from fractal_rm.tasks.sampling import sample_responses
+from fractal_rm.tasks.task import sample_responses
 
 ARMS = ("step_ppo", "trl_ppo_1.12")
 SHARED: dict[str, Any] = {

@@ -4,6 +4,7 @@ Libraries that take seconds to import are imported inside functions: `--help` an
 """
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
@@ -51,6 +52,16 @@ def check_writable_file(path: str | Path) -> None:
     if Path(path).is_dir():
         raise IsADirectoryError(f"The output {path} is a folder. Give the name of a file.")
     check_writable_folder(Path(path).parent)
+
+
+def check_matplotlib() -> None:
+    """Raise unless plots can be drawn: worth calling before long work that ends with some.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('Plots need matplotlib, which is not installed: pip install "fractal-rm[plots]".')
 
 
 def check_model(path: str) -> None:

@@ -2,20 +2,16 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fractal_rm.cli.checks import check_writable_folder
+from fractal_rm.cli.checks import check_matplotlib, check_writable_folder
 from fractal_rm.cli.parser import parse
 from fractal_rm.evaluation.results import portable_command
 from fractal_rm.files import write_atomic
-from fractal_rm.report.plots import require_matplotlib
-from fractal_rm.study.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY
-from fractal_rm.study.claims import verdicts
-from fractal_rm.study.page import DEFAULT_ARMS, draw_curves, tables
-from fractal_rm.study.runner import Budget
-from fractal_rm.study.study import Study, check_arms, read_chosen, study_units, tuning_units, write_chosen
+from fractal_rm.study.page import draw_curves, sentences, tables
+from fractal_rm.study.study import Budget, Study, write_chosen
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
 # One of long chains and one of another form: a learning rate that one bears can be too high for the other.
@@ -44,7 +40,7 @@ class CompareArguments:
         default=None, metadata={"help": "Conditions of the task, the most important first; None: all of them."}
     )
     arms: list[str] | None = field(default=None, metadata={"help": "Arms; None: all of them."})
-    seeds: int = field(default=10, metadata={"help": "Seeds of the core arms; the others have five at most."})
+    seeds: int = field(default=10, metadata={"help": "Seeds of each arm."})
     jobs: int = field(default=1, metadata={"help": "Processes, each with one thread."})
     tune: bool = field(
         default=False,
@@ -59,7 +55,6 @@ class CompareArguments:
         for name in ("seeds", "jobs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
-        check_arms(self.arms or [])
         if self.tune and self.settings is not None:
             raise ValueError(f"Trials run on {' and '.join(TUNING_TASKS)}. Leave `settings` out with `tune`.")
 
@@ -70,44 +65,44 @@ def compare(argv: Sequence[str]) -> None:
     run_comparison(arguments)
 
 
-def run_comparison(arguments: CompareArguments) -> None:
-    """Tune, or run what is missing of the study, and print what the rows say.
+def run_comparison(arguments: CompareArguments, kind: type[Study] = Study) -> list[dict[str, Any]]:
+    """Tune, or run what is missing of the study, and write and print what the rows say.
 
     Args:
         arguments: Those of the command.
+        kind: The kind of study; one with further arms, for benchmarks.
+
+    Returns:
+        The rows of the study.
     """
     folder = Path(arguments.output_dir, *(["smoke"] if arguments.smoke else []))  # never mixed with the real ones
     check_writable_folder(folder)
     results = Path(arguments.results or folder / "results.jsonl")
     chosen_file = Path(arguments.chosen or folder / "chosen.yaml")
-    require_matplotlib()  # before the work, not after
-    arms = list(arguments.arms or ARMS)
-    settings = arguments.settings or list(CONDITIONS)
-    size: dict[str, Any] = {}
+    check_matplotlib()  # before the work, not after
+    budget = Budget()
     if arguments.smoke:
-        size = {"tasks": {name: one.small() for name, one in CONDITIONS.items()}, "reward_model_steps": SMOKE_STEPS}
-    if arguments.tune:
-        arms = [name for name in arms if not ARMS[name].like]
         budget = SMOKE_BUDGET
-        if not arguments.smoke:
-            updates = round(TUNING_SHARE * CONDITIONS[TUNING_TASKS[0]].updates)
-            budget = Budget(updates=updates, points=TUNING_POINTS)
-        study = Study(results, folder, budget, {}, **size)
-        all_rates = [*OUTCOME_ONLY, *(name for name in arms if ARMS[name].own_rate)]
-        study.run_all(tuning_units(TUNING_TASKS, all_rates, LEARNING_RATES), arguments.jobs)
-        rate = study.choose_rate(TUNING_TASKS)
-        study.run_all(tuning_units(TUNING_TASKS, arms, [rate]), arguments.jobs)
-        write_chosen(chosen_file, study.choose(TUNING_TASKS, arms, rate), portable_command(sys.argv))
+    elif arguments.tune:
+        budget = Budget(updates=round(TUNING_SHARE * CONDITIONS[TUNING_TASKS[0]].updates), points=TUNING_POINTS)
+    study = kind(results, folder, budget, {})
+    if arguments.smoke:
+        tasks = {name: one.small() for name, one in CONDITIONS.items()}
+        study = replace(study, tasks=tasks, reward_model_steps=SMOKE_STEPS)
+    arms = arguments.arms or list(study.arms)
+    study.check_arms(arms)
+    if arguments.tune:
+        arms = [name for name in arms if study.tuned_as(name) == name]
+        write_chosen(chosen_file, study.tune(TUNING_TASKS, arms, arguments.jobs), portable_command(sys.argv))
         print(f"{chosen_file} holds the settings of {len(arms)} arms.")
-        return
-    budget = SMOKE_BUDGET if arguments.smoke else Budget()
-    study = Study(results, folder, budget, read_chosen(chosen_file, arms), **size)
-    study.run_all(study_units(settings, arms, arguments.seeds), arguments.jobs)
+        return study.rows()
+    study = study.with_chosen(chosen_file, arms)
+    study.run_all(study.units(arguments.settings or list(CONDITIONS), arms, arguments.seeds), arguments.jobs)
     rows = study.rows()
-    sentences = verdicts(rows, DEFAULT_ARMS)
-    made = [f"## {name}\n\n{table}" for name, table in tables(rows).items()]
-    write_atomic(folder / "report.md", "\n\n".join(["# Dense against outcome-only rewards", *sentences, *made]) + "\n")
+    made = [f"## {name}\n\n{table}" for name, table in tables(rows, study.arms).items()]
+    write_atomic(folder / "report.md", "\n\n".join(["# Dense against outcome-only rewards", *made]) + "\n")
     draw_curves(folder / "curves.png", rows)
-    for sentence in sentences:
+    for sentence in sentences(rows):
         print(sentence)
     print(f"{results} holds the rows, {folder} report.md and curves.png.")
+    return rows

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from fractal_rm.cli.checks import check_writable_folder
+from fractal_rm.cli.checks import check_matplotlib, check_writable_folder
 from fractal_rm.cli.parser import parse
-from fractal_rm.study.quickstart import QuickstartArguments, run_quickstart
+from fractal_rm.study.quickstart import Quickstart, QuickstartArguments
 
 
 def quickstart(argv: Sequence[str]) -> None:
     """Run every stage that the output folder does not hold yet."""
     (arguments,) = parse("quickstart", [QuickstartArguments], argv)
     check_writable_folder(arguments.output_dir)
-    run_quickstart(arguments)
+    check_matplotlib()  # before minutes of work, not after
+    Quickstart(arguments).run()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal_rm.cli.checks import check_writable_file
+from fractal_rm.cli.checks import check_matplotlib, check_writable_file
 from fractal_rm.cli.parser import parse
 
 
@@ -65,9 +65,7 @@ def report(argv: Sequence[str]) -> None:
 
 
 def _report_runs(entries: list[str], output: str | None, figure: str | None, title: str) -> None:
-    from fractal_rm.report.plots import require_matplotlib
-
-    require_matplotlib()
+    check_matplotlib()
     from fractal_rm.report.training_history import read_runs
     from fractal_rm.report.training_report import save_training_figure, write_training_report
 
@@ -84,8 +82,7 @@ def _report_results(results: str, output: str | None, metrics: list[str] | None,
         raise FileNotFoundError(f"{results} is no file. Give the path of a results.jsonl.")
     from fractal_rm.evaluation.results import read_results
     from fractal_rm.files import write_atomic
-    from fractal_rm.report.results_page import write_results_page
-    from fractal_rm.report.tables import markdown_table
+    from fractal_rm.report.tables import markdown_table, write_results_page
 
     rows = read_results(results)
     bad = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("metrics"), dict)), None)

@@ -585,63 +585,30 @@ def _ends(drawn: np.ndarray) -> np.ndarray:
     return np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
 
 
-@dataclass(frozen=True)
-class PairedDifference:
-    """A difference between two systems on the same items, with its bootstrap interval."""
-
-    difference: float
-    low: float
-    high: float
-
-
-def paired_bootstrap(
-    a: ArrayLike,
-    b: ArrayLike,
-    statistic: Callable[[np.ndarray], float] = np.mean,
-    n: int = 2000,
-    seed: int = 0,
-) -> PairedDifference:
-    """95 % interval of `statistic(a) - statistic(b)` when items are drawn anew, the same items for both.
-
-    Args:
-        a: One value (or row of values) per item for the first system.
-        b: The same items for the second system.
-        statistic: Turns drawn items into a number, such as the mean.
-        n: Number of draws.
-        seed: Seed of the draws: equal seeds give equal intervals.
-
-    Returns:
-        The difference on the items as they are and the percentile interval of the draws. All are NaN without items;
-        with one item the interval is a point and says nothing.
+def paired_difference(a: ArrayLike, b: ArrayLike, *, draws: int = 2 * DRAWS) -> Estimate:
+    """Mean of one system minus the mean of another on the same items (N,), with the interval over drawn items.
 
     Raises:
         ValueError: If the systems have different numbers of items.
 
     Example:
-        >>> paired_bootstrap([1, 1, 0, 1], [1, 0, 0, 0]).difference
-        0.5
+        >>> paired_difference([1, 1, 0, 1], [1, 0, 0, 0])
+        Estimate(value=0.5, low=0.0, high=1.0)
     """
-    first, second = np.asarray(a), np.asarray(b)
+    first, second = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if len(first) != len(second):
-        raise ValueError(f"{len(first)} items against {len(second)}. Pair the systems: the same items in one order.")
-    if not len(first):
-        return PairedDifference(math.nan, math.nan, math.nan)
-    draws = np.random.default_rng(seed).integers(len(first), size=(n, len(first)))
-    if statistic is np.mean and first.ndim == 1:  # linear: all draws at once, of the items' differences
-        differences = np.subtract(first, second, dtype=float)[draws].mean(axis=1)
-    else:
-        differences = np.array([statistic(first[drawn]) - statistic(second[drawn]) for drawn in draws])
-    return PairedDifference(float(statistic(first) - statistic(second)), *map(float, _ends(differences)))
+        raise ValueError(f"{len(first)} items against {len(second)}. Measure both systems on the same items.")
+    return estimates(Measurement(len(first), {"mean": mean_of(first - second)}), draws=draws)["mean"]
 
 
-def interval_of_mean(values: ArrayLike, n: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+def interval_of_mean(values: ArrayLike, *, draws: int = DRAWS) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval of the mean over runs at each point of their curves, when runs are drawn anew.
 
     Args:
         values: One curve per run (runs, P). Of fewer than five runs the interval is too narrow.
-        n: Number of draws, the same runs for all points.
+        draws: Number of draws, the same runs for all points.
     """
     curves = np.asarray(values, dtype=float)
-    drawn = np.random.default_rng(0).integers(len(curves), size=(n, len(curves)))
-    low, high = _ends(curves[drawn].mean(axis=1))
+    points = {str(point): mean_of(column) for point, column in enumerate(curves.T)}
+    _, low, high = np.array(list(estimates(Measurement(len(curves), points), draws=draws).values())).T
     return low, high

@@ -102,7 +102,7 @@ def style_axes(axes: Axes, theme: Theme) -> None:
         text.set(color=theme.ink, fontsize=10.5)
 
 
-def draw_curves(axes: Axes, curves: Mapping[str, Curve], theme: Theme, *, baseline: str | None, label: str) -> None:
+def draw_curves(axes: Axes, curves: Mapping[str, Curve], theme: Theme, *, baseline: str | None) -> None:
     """Draw accuracy against rollouts, one line an arm, its last value written at its end.
 
     Args:
@@ -110,7 +110,6 @@ def draw_curves(axes: Axes, curves: Mapping[str, Curve], theme: Theme, *, baseli
         curves: For each arm its pairs of rollouts and accuracy in [0, 1].
         theme: Colours.
         baseline: An arm whose final accuracy is drawn as a dotted line from where another arm first reaches it.
-        label: What the accuracy is.
 
     Raises:
         ValueError: If there is no curve, or one is empty, or `baseline` is none of them.
@@ -155,7 +154,7 @@ def draw_curves(axes: Axes, curves: Mapping[str, Curve], theme: Theme, *, baseli
             color=theme.series[index % len(theme.series)],
             annotation_clip=False,
         )
-    axes.set(ylim=(low, high), xlim=(-0.02 * last, last or 1), xlabel="Rollouts", ylabel=label)
+    axes.set(ylim=(low, high), xlim=(-0.02 * last, last or 1), xlabel="Rollouts", ylabel="Held-out accuracy")
     axes.locator_params(axis="x", nbins=5, integer=True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -170,14 +169,13 @@ def draw_curves(axes: Axes, curves: Mapping[str, Curve], theme: Theme, *, baseli
     )
 
 
-def draw_heat_map(axes: Axes, rows: Sequence[Mapping[str, Any]], theme: Theme, *, sides: tuple[str, str]) -> None:
+def draw_heat_map(axes: Axes, rows: Sequence[Mapping[str, Any]], theme: Theme) -> None:
     """Draw one line of cells a response, one cell a step, with its score and a cross where the step is wrong.
 
     Args:
         axes: Where to draw.
         rows: Scored responses, those labelled good first; their `steps` need `score` and may have `gold`.
         theme: Colours.
-        sides: What to call responses labelled good and those labelled bad.
     """
     from matplotlib.patches import Rectangle
 
@@ -192,7 +190,7 @@ def draw_heat_map(axes: Axes, rows: Sequence[Mapping[str, Any]], theme: Theme, *
             wrong = step.get("gold") is not None and step["gold"] < 0.5
             text = f"{step['score']:.2f}{' ✗' if wrong else ''}"
             axes.text(column + 0.48, top + 0.48, text, ha="center", va="center", fontsize=7.5, color=ink_on(colour))
-    for side, name in zip((True, False), sides, strict=True):
+    for side, name in ((True, "right answer"), (False, "wrong answer")):
         mine = [top for top, is_mine in zip(tops, good, strict=True) if is_mine == side]
         if mine:
             middle = (mine[0] + mine[-1] + 0.92) / 2

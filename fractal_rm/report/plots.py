@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fractal_rm.evaluation.statistics import reliability_curve
+from fractal_rm.evaluation.statistics import BINS, reliability_curve
 from fractal_rm.files import write_atomic
 from fractal_rm.report.drawing import (
     PAGE,
@@ -22,18 +22,8 @@ from fractal_rm.report.drawing import (
     to_svg,
 )
 
-
-def require_matplotlib() -> None:
-    """Check that plots can be drawn; worth calling before long work whose report needs them.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-
-    Example:
-        >>> require_matplotlib()
-    """
-    with new_figure(1, 1):
-        pass
+# Responses in the heat map of a picture.
+MAX_ROWS = 12
 
 
 def picture_kind(path: str | Path) -> Literal["png", "svg"]:
@@ -60,15 +50,12 @@ def picture_kind(path: str | Path) -> Literal["png", "svg"]:
     raise ValueError(f"The picture cannot be named {name!r}: end the name in .png or .svg.")
 
 
-def learning_curves(
-    curves: Mapping[str, Curve], *, baseline: str | None = None, label: str = "Held-out accuracy"
-) -> str:
+def learning_curves(curves: Mapping[str, Curve], *, baseline: str | None = None) -> str:
     """Draw accuracy against rollouts, one line an arm.
 
     Args:
         curves: For each arm its pairs of rollouts and accuracy in [0, 1].
         baseline: An arm whose final accuracy is drawn as a dotted line from where another arm first reaches it.
-        label: What the accuracy is, beside the vertical axis.
 
     Returns:
         One `<svg>` element, to stand in a page.
@@ -83,18 +70,17 @@ def learning_curves(
         ('<svg', '</svg>')
     """
     with new_figure(5, 3.4) as figure:
-        draw_curves(figure.add_subplot(), curves, PAGE, baseline=baseline, label=label)
+        draw_curves(figure.add_subplot(), curves, PAGE, baseline=baseline)
         ends = "; ".join(f"{arm} ends at {max(curve)[1]:.1%}" for arm, curve in curves.items())
-        return to_svg(figure, "curves", f"{label} against rollouts: {ends}.")
+        return to_svg(figure, "curves", f"Held-out accuracy against rollouts: {ends}.")
 
 
-def calibration_plot(probs: Sequence[float], labels: Sequence[float], *, bins: int = 10) -> str:
+def calibration_plot(probs: Sequence[float], labels: Sequence[float]) -> str:
     """Draw the share of good responses against the predicted probability, with the number of responses below.
 
     Args:
         probs: Predicted probability that each response is good, in [0, 1].
         labels: Response labels in [0, 1], NaN where unknown.
-        bins: Number of equally wide bins of probability.
 
     Returns:
         One `<svg>` element, to stand in a page.
@@ -114,7 +100,7 @@ def calibration_plot(probs: Sequence[float], labels: Sequence[float], *, bins: i
             f"The calibration plot got {len(probs)} probabilities and {len(labels)} labels, {known} known. "
             "Pass one of each for every response, and at least one known label."
         )
-    curve = reliability_curve(probs, labels, bins)
+    curve = reliability_curve(probs, labels)
     points = [(one.mean_probability, one.share_good) for one in curve]
     quarters = [0, 0.25, 0.5, 0.75, 1]
     with new_figure(4.2, 4.2) as figure:
@@ -125,7 +111,7 @@ def calibration_plot(probs: Sequence[float], labels: Sequence[float], *, bins: i
         upper.plot(*zip(*points, strict=True), color=PAGE.series[0], linewidth=2, marker="o", markersize=6)
         upper.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), yticks=quarters, ylabel="Share that is good")
         middles, counts = [(one.low + one.high) / 2 for one in curve], [one.count for one in curve]
-        lower.bar(middles, counts, width=0.82 / bins, color=PAGE.series[0])
+        lower.bar(middles, counts, width=0.82 / BINS, color=PAGE.series[0])
         lower.set(xlabel="Predicted probability of a good response", ylabel="Number", xticks=quarters)
         lower.locator_params(axis="y", nbins=2, integer=True)
         figure.align_ylabels([upper, lower])
@@ -139,8 +125,6 @@ def save_picture(
     examples: Sequence[Mapping[str, Any]],
     *,
     baseline: str | None = None,
-    max_rows: int = 12,
-    sides: tuple[str, str] = ("right answer", "wrong answer"),
 ) -> None:
     """Save learning curves beside a heat map of step scores, on white, as wide as a README.
 
@@ -149,8 +133,6 @@ def save_picture(
         curves: For each arm its pairs of rollouts and accuracy in [0, 1].
         examples: Scored responses as `write_viewer` takes them; a cross marks steps whose `gold` label is wrong.
         baseline: An arm whose final accuracy is drawn as a dotted line from where another arm first reaches it.
-        max_rows: The most responses to show, half of them from each side of the label where there are as many.
-        sides: What to call responses labelled good and those labelled bad.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -166,20 +148,21 @@ def save_picture(
         b'PNG'
     """
     kind = picture_kind(path)
-    rows = _both_sides(examples, max_rows)
+    rows = _both_sides(examples)
     if not rows:
         raise ValueError("There is no scored response to draw. Pass at least one example with steps.")
     with new_figure(9, 3.7) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[1.12, 1], gridspec_kw={"wspace": 0.06})
-        draw_curves(left, curves, PICTURE, baseline=baseline, label="Held-out accuracy")
-        draw_heat_map(right, rows, PICTURE, sides=sides)
+        draw_curves(left, curves, PICTURE, baseline=baseline)
+        draw_heat_map(right, rows, PICTURE)
         content = to_bytes(figure, kind)
     write_atomic(path, content)
 
 
-def _both_sides(examples: Sequence[Mapping[str, Any]], max_rows: int) -> list[Mapping[str, Any]]:
+def _both_sides(examples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """As many as fit, half of them from each side of the label where there are as many."""
     scored = [row for row in examples if row.get("steps")]
     good = [row for row in scored if is_good(row)]
     bad = [row for row in scored if not is_good(row)]
-    kept = good[: max(max_rows // 2, max_rows - len(bad))]
-    return kept + bad[: max_rows - len(kept)]
+    kept = good[: max(MAX_ROWS // 2, MAX_ROWS - len(bad))]
+    return kept + bad[: MAX_ROWS - len(kept)]

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from fractal_rm.data.readers import read_jsonl
 from fractal_rm.evaluation.results import read_results
+from fractal_rm.evaluation.score_rows import score_rows
 from fractal_rm.evaluation.statistics import expected_calibration_error
 from fractal_rm.report.drawing import Curve
 from fractal_rm.report.pages import response_view, write_page
 from fractal_rm.report.plots import calibration_plot, learning_curves
 from fractal_rm.report.tables import tabulate
-from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 
 ARM = "dense+outcome"
 BASELINE = "outcome"
@@ -85,9 +87,8 @@ def summarize(folder: Path, arms: Sequence[str], seed: int, budget: str) -> Quic
         points = json.loads((folder / "ppo" / arm / "curve.json").read_text(encoding="utf-8"))
         curves[arm] = [(point["rollouts"], point["accuracy"]) for point in points]
     reward_model = StepRewardModel.from_pretrained(folder / "reward_model", device="cpu")
-    lines = (folder / "validation.jsonl").read_text(encoding="utf-8").splitlines()
-    validation = [json.loads(line) for line in lines]
-    scored = reward_model.score([row["prompt"] for row in validation], [row["steps"] for row in validation])
+    scored = score_rows(reward_model, read_jsonl(folder / "validation.jsonl"), source="validation")
+    known = [record | {"id": f"validation-{record['row'] - 1}"} for record in scored if record["error"] is None]
     return QuickstartReport(
         title="fractal_rm quickstart",
         seed=seed,
@@ -96,9 +97,9 @@ def summarize(folder: Path, arms: Sequence[str], seed: int, budget: str) -> Quic
         headlines=headlines(rows, curves),
         curves=curves,
         findings=compare_curves(curves),
-        examples=examples(validation, scored),
-        probs=[result.score for result in scored],
-        labels=[row["label"] for row in validation],
+        examples=[one for label in (1, 0) for one in [r for r in known if r["label"] == label][:EXAMPLES_OF_A_KIND]],
+        probs=[record["score"] for record in known],
+        labels=[record["label"] for record in known],
         rows=rows,
         next_commands=next_commands(folder),
     )
@@ -133,27 +134,6 @@ def headlines(
             "not reached" if reached is None else f"{reached:,.0f}",
             f"{outcome[-1][0]:,.0f} with outcome-only rewards",
         ),
-    ]
-
-
-def examples(validation: Sequence[dict[str, Any]], scored: Sequence[StepScores]) -> list[dict[str, Any]]:
-    """Viewer rows of the first responses with a right answer and the first with a wrong one."""
-    right, wrong = (
-        [i for i, row in enumerate(validation) if row["label"] == label][:EXAMPLES_OF_A_KIND] for label in (1.0, 0.0)
-    )
-    return [
-        {
-            "id": f"validation-{i}",
-            "prompt": validation[i]["prompt"],
-            "response": scored[i].response,
-            "label": validation[i]["label"],
-            "score": scored[i].score,
-            "steps": [
-                asdict(step) | {"gold": gold}
-                for step, gold in zip(scored[i].steps, validation[i]["step_labels"], strict=True)
-            ],
-        }
-        for i in (*right, *wrong)
     ]
 
 

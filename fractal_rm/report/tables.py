@@ -1,12 +1,15 @@
-"""Tables from rows of `results.jsonl`: one line an arm, the mean over seeds, as Markdown or as cells for a page."""
+"""Tables from rows of `results.jsonl`: one line an arm, the mean over seeds, as Markdown or as a page."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
+
+from fractal_rm.report.pages import write_page
 
 GROUP_COLUMNS = ("benchmark", "arm", "dataset", "split")
 MISSING = "—"
@@ -101,6 +104,24 @@ def markdown_table(rows: Iterable[Mapping[str, Any]], *, metrics: Sequence[str] 
     rules = ["---"] * (len(table.header) - table.numeric) + ["---:"] * table.numeric
     lines = [_markdown_line(table.header), f"|{'|'.join(rules)}|", *map(_markdown_line, table.cells)]
     return "\n".join(lines)
+
+
+def write_results_page(
+    path: str | Path, rows: Iterable[Mapping[str, Any]], *, metrics: Sequence[str] | None = None, title: str = "Results"
+) -> None:
+    """Write rows of results as one HTML page that needs nothing but a browser.
+
+    Args:
+        path: Where to write the page.
+        rows: Rows of `results.jsonl`, in the order in which lines shall appear.
+        metrics: Names of the metrics to show, in order. None shows all.
+        title: Heading of the page.
+
+    Raises:
+        ValueError: If there are no rows, or a metric in `metrics` is in none of them.
+        OSError: If the page cannot be written.
+    """
+    write_page(path, "results.html.j2", title=title, table=tabulate(rows, metrics=metrics))
 
 
 def replace_table(document: str, name: str, table: str) -> str:

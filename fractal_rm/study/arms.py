@@ -1,29 +1,42 @@
-"""The arms of the comparison: where the reward comes from, and which settings compete for it on the tuning seed."""
+"""The arms of the comparison, and what they are made of: base policies, labelled responses and reward models.
 
+An arm says where the reward comes from, and which settings compete for it on the tuning seed. What the arms of a task
+and a seed share is made once and kept in the work folder ([`Assets`]).
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
-from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, MAIN_CONDITIONS
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.segmentation import Segmentation, Span
+from fractal_rm.files import made_once, seconds_of, write_atomic
+from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.trainer import FractalTrainer
+from fractal_rm.study.rivals import Rule, ScriptedRewardModel, oracle, random_steps
+from fractal_rm.tasks.task import Problem, Task, sample_responses, unseen
 
 Options = dict[str, Any]
+Recipe = dict[str, Any]
 # Tried by the outcome-only arms; all arms then use the one that suits those best, and each has two settings of its own.
-# (An arm with `own_rate` tries as many as they do.)
 LEARNING_RATES = (4e-4, 8e-4, 1.6e-3)
 # How far the credit of a step's reward reaches: fading from token to token, or from step to step.
-_LAMBDAS = (
+LAMBDAS = (
     {"advantage": "gae", "lam": 0.95, "step_lam": None},
     {"advantage": "gae", "step_lam": 0.2},
 )
 # One score a response: GRPO's baseline or a value model, whose rewards fade or do not.
-_SCALES = (
+SCALES = (
     {"advantage": "group", "scale_rewards": "group"},
     {"advantage": "group", "scale_rewards": "none"},
 )
-_VALUES = ({"advantage": "gae", "lam": 0.95}, {"advantage": "gae", "lam": 1.0})
-# Sums of later rewards are what the min-form is about: credit must reach back to the first step.
-_SUMS = ({"advantage": "group", "step_gamma": 1.0}, {"advantage": "gae", "step_lam": 1.0})
-# A difference to the step before: all later ones together are the last step's score, the nearest one is the step's own.
-_NEAR_OR_ALL = ({"advantage": "gae", "step_lam": 0.2}, {"advantage": "gae", "step_lam": 1.0})
+VALUES = ({"advantage": "gae", "lam": 0.95}, {"advantage": "gae", "lam": 1.0})
 
 
 @dataclass(frozen=True)
@@ -32,33 +45,19 @@ class Arm:
 
     Args:
         name: Its name in the rows.
-        steps: What scores steps: a kind of reward model (`assets.py`), a rule (`rivals.py`), or None.
+        steps: What scores steps: a kind of reward model ([`Assets`]), a rule (`rivals.py`), or None.
         outcome: Whether the checker's outcome labels are a reward.
         response_model: A reward model that scores whole responses is the outcome reward.
         variants: Two settings that compete.
         options: Settings of all trials.
-        online: Whether the implicit reward learns on from the outcomes of each rollout batch; step reward models do by
-            their option `rm_update_every`.
-        own_rate: Whether its trials have all learning rates, of which it takes its own best.
-        core: Whether it runs on every setting with every seed.
-        conditions: Where it runs if it is not a core arm; None: where most of these do.
-        like: The arm whose chosen settings it has; it has no trials of its own.
-        times: How many times the updates of that arm it makes; None: as many more as make the rollouts of a reward
-            model's labelled responses.
     """
 
     name: str
     steps: str | None = None
     outcome: bool = False
     response_model: bool = False
-    variants: tuple[Options, Options] = _LAMBDAS
+    variants: tuple[Options, Options] = LAMBDAS
     options: tuple[tuple[str, Any], ...] = ()
-    online: bool = False
-    own_rate: bool = False
-    core: bool = True
-    conditions: tuple[str, ...] | None = None
-    like: str | None = None
-    times: int | None = None
 
     @property
     def judge(self) -> str | None:
@@ -75,92 +74,183 @@ class Arm:
         ]
 
 
-_LEARNING_ON = (("rm_update_every", 4), ("rm_learning_rate", 5e-4))
-
-# Arms that are `fractal_mix`, where steps and outcome weigh the same, with another weight of the outcome.
-MIXES = {"fractal_mix_low": 0.3, "fractal_mix_high": 3.0}
+LEARNING_ON = (("rm_update_every", 4), ("rm_learning_rate", 5e-4))
 OUTCOME_ONLY = ("outcome_grpo", "outcome_ppo")
-LONGER = {name: f"{name}_long" for name in OUTCOME_ONLY}
-# So many times its updates take an outcome-only arm about as long as a reward model and a run with its scores.
-TIMES = {"outcome_grpo": 4, "outcome_ppo": 3}
-AS_LONG = {name: f"{name}_{times}x" for name, times in TIMES.items()}
 CEILING = "supervised"
 
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("outcome_grpo", outcome=True, variants=_SCALES),
-        Arm("outcome_ppo", outcome=True, variants=_VALUES),
-        *(
-            Arm(longer, outcome=True, like=name, core=False, conditions=tuple(CONDITIONS))
-            for name, longer in LONGER.items()
-        ),
-        *(
-            Arm(longer, outcome=True, like=name, core=False, conditions=tuple(CONDITIONS), times=TIMES[name])
-            for name, longer in AS_LONG.items()
-        ),
+        Arm("outcome_grpo", outcome=True, variants=SCALES),
+        Arm("outcome_ppo", outcome=True, variants=VALUES),
         Arm("fractal", steps="fractal"),
         Arm("fractal_mix", steps="fractal", outcome=True),
-        *(
-            Arm(name, steps="fractal", outcome=True, options=(("outcome_weight", weight),), core=False)
-            for name, weight in MIXES.items()
-        ),
-        # As many trials as an outcome-only arm has, where the rate of the study is what suits those.
-        Arm(
-            "fractal_mix_own_rate",
-            steps="fractal",
-            outcome=True,
-            own_rate=True,
-            core=False,
-            conditions=MAIN_CONDITIONS,
-        ),
-        # Where step scores end when they are trained on for as long as outcomes: whether what they teach has a ceiling.
-        Arm("fractal_mix_4x", steps="fractal", outcome=True, core=False, like="fractal_mix", times=4),
-        Arm("fractal_online", steps="fractal", outcome=True, options=_LEARNING_ON),
-        # Outcomes teach the reward model and are no reward: what learning on does for step scores alone.
-        Arm(
-            "fractal_online_steps",
-            steps="fractal",
-            outcome=True,
-            options=(*_LEARNING_ON, ("outcome_weight", 0.0)),
-            core=False,
-        ),
+        Arm("fractal_online", steps="fractal", outcome=True, options=LEARNING_ON),
         # Judges as outcome-only arms do, so it may have the better of what each of them has chosen.
-        Arm("orm", response_model=True, variants=(_SCALES[0], _VALUES[1])),
+        Arm("orm", response_model=True, variants=(SCALES[0], VALUES[1])),
         Arm("supervised", steps="supervised"),
         Arm("oracle", steps="oracle"),
         Arm("random_steps", steps="random_steps"),
-        Arm("copy_label", steps="copy_label", core=False),
-        Arm("fractal_raw", steps="fractal", options=(("shaping", "raw"),), core=False),
-        Arm("fractal_delta", steps="fractal", options=(("shaping", "delta"),), variants=_NEAR_OR_ALL, core=False),
-        Arm("fractal_min_form", steps="fractal", options=(("shaping", "min_form"),), variants=_SUMS, core=False),
-        Arm("fractal_log_odds", steps="fractal", options=(("shaping", "log_odds"),), core=False),
-        # Steps alone, and of each step only what it states: how a careless choice of what to score is gamed.
-        Arm("fractal_result_token", steps="result_token", core=False),
-        Arm("lca", steps="lca", core=False),
-        # The log-ratio itself is the reward: the log-odds of the score that is its sigmoid.
-        Arm("implicit", steps="implicit", options=(("shaping", "log_odds"),), core=False),
-        Arm("implicit_mix", steps="implicit", outcome=True, options=(("shaping", "log_odds"),), core=False),
-        # PRIME: the same, learning on; its credit is the sum of all later log-ratios, or reaches to near steps.
-        Arm(
-            "implicit_online",
-            steps="implicit",
-            outcome=True,
-            variants=(_SUMS[0], _LAMBDAS[1]),
-            options=(("shaping", "log_odds"),),
-            online=True,
-            core=False,
-        ),
-        Arm("fractal_bag", steps="fractal_bag", core=False),
-        Arm(
-            "fractal_flips",
-            steps="fractal_flips",
-            core=False,
-            conditions=("noise_10", "noise_20"),
-            like="fractal",
-            times=1,
-        ),
-        Arm("fractal_priors", steps="fractal_priors", core=False),
-        Arm("fractal_pseudo", steps="fractal_pseudo", core=False),
     )
 }
+
+
+# Policies and reward models ------------------------------------------------------------------------------------------
+
+# Policies are measured on at most as many problems, none of which a reward model has seen.
+HELD_OUT = 1024
+TRAINING: Recipe = {
+    "aggregation": "product",
+    "learning_rate": 3e-4,
+    "head_learning_rate": 5e-2,
+    "lr_scheduler_type": "cosine",
+    "num_train_epochs": 16,
+    "per_device_train_batch_size": 32,
+    "train_sampling_strategy": "group_by_length",
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+    "report_to": [],
+    "use_cpu": True,
+}
+# Of wrong chains one in ten ends on the right answer by luck: the bag loss knows it.
+FRACTAL: Recipe = {"missed_bad": 0.1}
+
+
+def label_responses(
+    task: Task, policy: Path, problems: Sequence[Problem], seed: int
+) -> list[tuple[Problem, str, float]]:
+    """Sampled responses of a policy with their outcome labels; empty responses are left out.
+
+    Args:
+        task: Gives the labels and the longest response.
+        policy: Folder of the policy.
+        problems: One response each.
+        seed: Seed of the sampling.
+
+    Returns:
+        Problem, response and label.
+    """
+    model, tokenizer = load_policy(policy)
+    prompts = [problem.prompt for problem in problems]
+    texts = sample_responses(model, tokenizer, prompts, max_new_tokens=task.max_new_tokens, seed=seed)
+    return [
+        (problem, text, task.label(problem.prompt, text))
+        for problem, text in zip(problems, texts, strict=True)
+        if text.strip()
+    ]
+
+
+def load_policy(folder: Path) -> tuple[Any, Any]:
+    """A policy and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+class Assets:
+    """What the arms of a task and a seed share.
+
+    Args:
+        folder: The work folder.
+        task: The task.
+        seed: The seed of the run.
+        max_steps: Optimizer steps of a reward model; -1: as many as its epochs have.
+    """
+
+    # Rules that can stand in the place of a reward model, for a task.
+    rules: ClassVar[Mapping[str, Callable[[Task], Rule]]] = {"oracle": oracle, "random_steps": lambda _: random_steps}
+
+    def __init__(self, folder: Path, task: Task, seed: int, max_steps: int = -1) -> None:
+        self.task, self.seed, self.max_steps = task, seed, max_steps
+        self.policies, self.own = folder / "policies", folder / task.name / f"seed-{seed}"
+
+    @classmethod
+    def recipes(cls, task: Task) -> dict[str, Recipe]:
+        """What each kind of reward model is trained with.
+
+        `response` is one step a response, `supervised` is named for what it reads.
+        """
+        changes: dict[str, Recipe] = {
+            "fractal": FRACTAL,
+            "response": {"segmentation": "given"},
+            "supervised": {"bag_weight": 0.0, "instance_weight": 1.0},
+        }
+        return {kind: TRAINING | change for kind, change in changes.items()}
+
+    def policy(self) -> Path:
+        """Folder of the base policy."""
+        return self.task.base_policy(self.seed % self.task.policies, self.policies)
+
+    def labelled(self) -> Path:
+        """Folder with responses of the base policy and their outcome labels in `rows.jsonl`."""
+
+        def make(folder: Path) -> None:
+            held_out = {problem.prompt for problem in self.task.problems("held_out", HELD_OUT, self.seed)}
+            problems = unseen(self.task.problems("reward_model", self.task.responses, self.seed), held_out)
+            found = label_responses(self.task, self.policy(), problems, self.seed)
+            rows = [{"prompt": problem.prompt, "response": text, "label": label} for problem, text, label in found]
+            write_atomic(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+        self.policy()  # before the clock starts
+        return made_once(self.own / "labelled", make)
+
+    def spans(self, kind: str, response: str) -> tuple[Span, ...]:
+        """The steps that a kind of reward model reads: lines, or the whole response."""
+        lines = tuple(Segmentation("lines")(response))
+        return ((lines[0][0], lines[-1][1]),) if kind == "response" else lines
+
+    def bags(self, kind: str) -> list[Bag]:
+        """Training data of a kind of reward model; gold step labels are made for `supervised` only."""
+        bags = []
+        for line in (self.labelled() / "rows.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            spans, gold = self.spans(kind, row["response"]), None
+            if kind == "supervised":
+                gold = tuple(oracle(self.task)(row["prompt"], [row["response"][a:b] for a, b in spans]))
+            bags.append(Bag(row["prompt"], row["response"], spans, row["label"], step_labels=gold))
+        return bags
+
+    def train_reward_model(self, kind: str, folder: Path, **options: Any) -> None:
+        """Train a reward model into a folder.
+
+        Args:
+            kind: Its kind.
+            folder: An empty folder.
+            options: Of [`FractalConfig`], beside its recipe.
+        """
+        options = {**self.recipes(self.task)[kind], "max_steps": self.max_steps, "seed": self.seed, **options}
+        config = FractalConfig(output_dir=str(folder), **options)
+        trainer = FractalTrainer(self.policy(), config, train_dataset=self.bags(kind))
+        trainer.train()
+        trainer.save_model()
+
+    def reward_model_folder(self, kind: str) -> Path:
+        """Folder of a trained reward model: another recipe, another folder."""
+        self.labelled()  # before the clock starts
+        recipe = json.dumps(self.recipes(self.task)[kind], sort_keys=True)
+        digest = hashlib.blake2b(recipe.encode(), digest_size=4).hexdigest()
+        return made_once(
+            self.own / f"reward_model-{kind}-{digest}", lambda folder: self.train_reward_model(kind, folder)
+        )
+
+    def reward_model(self, kind: str) -> StepRewardModel:
+        """A reward model of a kind, or a rule in its place."""
+        if kind in self.rules:
+            return ScriptedRewardModel(self.rules[kind](self.task))
+        return StepRewardModel.from_pretrained(self.reward_model_folder(kind), device="cpu", batch_size=64)
+
+    def outcome(self, arm: Arm, judge: StepRewardModel | None) -> Callable[..., list[float]]:
+        """The outcome reward of an arm: the task's.
+
+        Args:
+            arm: The arm.
+            judge: Its reward model, for rivals that learn from outcomes in a way of their own.
+        """
+        return self.task.outcome
+
+    def cost(self, kind: str | None) -> dict[str, float]:
+        """Rollouts and processor seconds that a reward model took, its responses included; 0 for rules."""
+        if kind is None or kind not in self.recipes(self.task):
+            return {"rm_rollouts": 0, "rm_seconds": 0.0}
+        folders = (self.labelled(), self.reward_model_folder(kind))
+        return {"rm_rollouts": self.task.responses, "rm_seconds": sum(seconds_of(folder) for folder in folders)}

@@ -23,9 +23,8 @@ from fractal_rm.report import plots
 from fractal_rm.report.quickstart_report import summarize, write_report
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
-from fractal_rm.study.arms import Arm, Options
-from fractal_rm.study.assets import label_responses, load_policy
-from fractal_rm.study.runner import Evaluations, make_trainer, measure, quiet
+from fractal_rm.study.arms import Arm, Options, label_responses, load_policy
+from fractal_rm.study.study import Evaluations, make_trainer, measure, quiet
 from fractal_rm.tasks.arithmetic.conditions import ShippedArithmetic
 from fractal_rm.tasks.task import Split, unseen
 
@@ -243,13 +242,16 @@ class Quickstart:
                 arm,
                 settings
                 | dict(arm.options)
-                | {"per_device_train_batch_size": amounts.rollouts_per_update, "max_steps": amounts.updates},
-                self.task,
+                | {
+                    "per_device_train_batch_size": amounts.rollouts_per_update,
+                    "max_steps": amounts.updates,
+                    "seed": self.arguments.seed,
+                },
                 self.folder / "policy",
                 self.folder / "reward_model" if arm.steps else None,
+                self.task.outcome,
                 [problem.prompt for problem in self.problems["train"]],
-                seed=self.arguments.seed,
-                folder=folder,
+                folder,
             )
             start, tokenizer = time.perf_counter(), load_policy(self.folder / "policy")[1]
 
@@ -302,9 +304,3 @@ class Quickstart:
         for finding in report.findings:
             console.print(f"  {finding}")
         console.print(f"Report: [bold]{self.folder / 'report.html'}[/bold]  rows: {self.results.path}")
-
-
-def run_quickstart(arguments: QuickstartArguments) -> None:
-    """The command `fractal-rm quickstart`."""
-    plots.require_matplotlib()  # before minutes of work, not after
-    Quickstart(arguments).run()

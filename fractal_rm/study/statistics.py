@@ -4,14 +4,14 @@ A run's curve is its held-out accuracy at fixed numbers of rollouts. Seeds pair 
 same policy, prompts and held-out problems. Intervals are percentile bootstraps over five or more seeds.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fractal_rm.evaluation.statistics import PairedDifference, paired_bootstrap
-from fractal_rm.study.arms import AS_LONG, CEILING, LONGER, OUTCOME_ONLY
+from fractal_rm.evaluation.statistics import Estimate, paired_difference
+from fractal_rm.study.arms import OUTCOME_ONLY
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
 BENCHMARK = "dense_vs_outcome"
@@ -123,53 +123,6 @@ def interquartile_mean(values: Any) -> float:
     return float(ordered @ weights / weights.sum())
 
 
-def improvement_probability(ours: Any, theirs: Any) -> float:
-    """Probability that a run of ours is better than one of theirs, ties counting half.
-
-    Example:
-        >>> improvement_probability([0.5, 0.7], [0.5, 0.6])
-        0.625
-    """
-    a, b = np.asarray(ours, dtype=float)[:, None], np.asarray(theirs, dtype=float)[None]
-    return float(np.mean((a > b) + 0.5 * (a == b)))
-
-
-def area(rollouts: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Area under each curve (..., P), as a mean accuracy over the rollouts, by the trapezoid rule.
-
-    Example:
-        >>> float(area(np.array([0, 10, 20]), np.array([0.0, 1.0, 1.0])))
-        0.75
-    """
-    return np.trapezoid(values, rollouts, axis=-1) / (rollouts[-1] - rollouts[0])
-
-
-def rollouts_to_reach(rollouts: np.ndarray, curve: np.ndarray, target: float) -> float:
-    """Where a curve first reaches a target, by straight lines between its points; infinite if it never does.
-
-    Example:
-        >>> rollouts_to_reach(np.array([0, 100, 200]), np.array([0.2, 0.4, 0.8]), 0.6)
-        150.0
-    """
-    if curve[0] >= target:
-        return float(rollouts[0])
-    for left in range(len(curve) - 1):
-        if curve[left + 1] >= target:
-            share = (target - curve[left]) / (curve[left + 1] - curve[left])
-            return float(rollouts[left] + share * (rollouts[left + 1] - rollouts[left]))
-    return float("inf")
-
-
-def largest_fall(values: np.ndarray) -> float:
-    """The most that one of several runs (N, P) ends below its own best.
-
-    Example:
-        >>> float(largest_fall(np.array([[0.1, 0.5, 0.25], [0.2, 0.3, 0.4]])))
-        0.25
-    """
-    return float((values.max(axis=1) - values[:, -1]).max())
-
-
 def makes_gain(values: np.ndarray) -> bool:
     """Whether runs (N, P) end above their start by an interval above 0; too few for an interval: by their mean.
 
@@ -177,8 +130,8 @@ def makes_gain(values: np.ndarray) -> bool:
         >>> makes_gain(np.array([[0.1, 0.5]] * 5)), makes_gain(np.array([[0.1, 0.1]] * 5))
         (True, False)
     """
-    gain = _difference(values[:, -1], values[:, 0])
-    return (gain.difference if np.isnan(gain.low) else gain.low) > 0
+    gain = difference(values[:, -1], values[:, 0])
+    return (gain.value if np.isnan(gain.low) else gain.low) > 0
 
 
 def half_gain_point(values: np.ndarray) -> int:
@@ -207,35 +160,16 @@ class Comparison:
         half_rollouts: Rollouts at which the rival has made half of its gain, or its last ones if it makes none.
         half: Difference there.
         end: Difference at the end.
-        area: Difference of the areas under the curves.
-        improvement: Probability that a run of ours ends above one of the rival's.
         means: Means at the end: ours, the rival's.
-        reach: Share of the rival's rollouts after which our mean curve reaches the rival's end, with the interval over
-            draws of seeds; infinite where it does not.
-        with_rollouts: Difference where ours has as many rollouts less as its reward model took; None if that is all.
-        longer: Difference at the end to the better outcome-only arm of as many rollouts as ours and the reward model's
-            together; None without runs of each such arm.
-        with_seconds: Difference to the better of the outcome-only arms that train as long as our reward model and our
-            run take together, where they have taken that many seconds; None without runs of each such arm.
-        drop: The most that one of our runs ends below its own best.
-        ceiling: Difference to supervised steps at the end; None without them.
     """
 
     rival: str
     seeds: int
     learns: bool
     half_rollouts: float
-    half: PairedDifference
-    end: PairedDifference
-    area: PairedDifference
+    half: Estimate
+    end: Estimate
     means: tuple[float, float]
-    improvement: float
-    reach: PairedDifference
-    with_rollouts: PairedDifference | None
-    longer: PairedDifference | None
-    with_seconds: PairedDifference | None
-    drop: float
-    ceiling: PairedDifference | None
 
 
 def compare_arm(runs: Runs, setting: str, arm: str) -> Comparison | None:
@@ -252,105 +186,20 @@ def compare_arm(runs: Runs, setting: str, arm: str) -> Comparison | None:
         return None
     rival = max(rivals, key=lambda name: rivals[name].values[:, -1].mean())
     theirs = rivals[rival]
-    seeds = sorted(set(ours.seeds) & set(theirs.seeds))
+    seeds = shared_seeds(ours, theirs)
     if not seeds:
         return None
-    a, b, rollouts = ours.of(seeds), theirs.of(seeds), ours.rollouts
+    a, b = ours.of(seeds), theirs.of(seeds)
     half = half_gain_point(theirs.values)
     return Comparison(
         rival=rival,
         seeds=len(seeds),
         learns=makes_gain(theirs.values),
-        half_rollouts=float(rollouts[half]),
-        half=_difference(a[:, half], b[:, half]),
-        end=_difference(a[:, -1], b[:, -1]),
-        area=_difference(area(rollouts, a), area(rollouts, b)),
+        half_rollouts=float(ours.rollouts[half]),
+        half=difference(a[:, half], b[:, half]),
+        end=difference(a[:, -1], b[:, -1]),
         means=(float(a[:, -1].mean()), float(b[:, -1].mean())),
-        improvement=improvement_probability(a[:, -1], b[:, -1]),
-        reach=_reach(rollouts, a, b),
-        with_rollouts=_with_rollouts_less(rollouts, a, b, ours.rm_rollouts),
-        longer=end_difference(ours, _better(_all_curves(runs, setting, LONGER.values()))),
-        with_seconds=_at_equal_seconds(runs, setting, ours),
-        drop=largest_fall(a),
-        ceiling=end_difference(ours, curves(runs, setting, CEILING)),
     )
-
-
-def _better(rivals: Iterable[Curves]) -> Curves | None:
-    """The one whose mean is higher at the end; None of none."""
-    return max(rivals, key=lambda one: one.values[:, -1].mean(), default=None)
-
-
-def _at_equal_seconds(runs: Runs, setting: str, ours: Curves) -> PairedDifference | None:
-    """Our end less where the better outcome-only arm is after the seconds of our reward model and our run.
-
-    An arm that is done before is at its end.
-    """
-    total = ours.rm_seconds + ours.seconds[-1]
-    there = [
-        replace(one, values=np.array([[np.interp(total, one.seconds, curve)] for curve in one.values]))
-        for one in _all_curves(runs, setting, AS_LONG.values())
-    ]
-    return end_difference(ours, _better(there))
-
-
-def _all_curves(runs: Runs, setting: str, arms: Iterable[str]) -> list[Curves]:
-    """Curves of rivals, of which the better one counts: none where one has no runs, as it may be that one."""
-    found = [curves(runs, setting, name) for name in arms]
-    return [one for one in found if one is not None] if None not in found else []
-
-
-def _reach(rollouts: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> PairedDifference:
-    """Share of the rollouts after which our mean curve reaches where theirs ends, from runs (N, P) of each.
-
-    Its interval is that of draws of seeds, the same for both; quantiles are draws themselves, as some may be infinite.
-    """
-
-    def share(drawn: Any) -> float:
-        target = theirs[drawn, -1].mean()
-        return rollouts_to_reach(rollouts, ours[drawn].mean(axis=0), target) / float(rollouts[-1])
-
-    count = len(ours)
-    if count < FEWEST_SEEDS:
-        return PairedDifference(share(slice(None)), np.nan, np.nan)
-    draws = np.random.default_rng(0).integers(count, size=(1000, count))
-    low, high = np.quantile([share(drawn) for drawn in draws], [0.025, 0.975], method="inverted_cdf")
-    return PairedDifference(share(slice(None)), float(low), float(high))
-
-
-def end_difference(ours: Curves | None, theirs: Curves | None) -> PairedDifference | None:
-    """Difference of the last values on the seeds that both have; None without any."""
-    seeds = _shared(ours, theirs)
-    if ours is None or theirs is None or not seeds:
-        return None
-    return _difference(ours.of(seeds)[:, -1], theirs.of(seeds)[:, -1])
-
-
-def area_difference(ours: Curves | None, theirs: Curves | None) -> PairedDifference | None:
-    """Difference of the areas under curves of as many rollouts, on the seeds that both have; None without any."""
-    seeds = _shared(ours, theirs)
-    if ours is None or theirs is None or not seeds or ours.rollouts[-1] != theirs.rollouts[-1]:
-        return None
-    return _difference(area(ours.rollouts, ours.of(seeds)), area(theirs.rollouts, theirs.of(seeds)))
-
-
-def _shared(ours: Curves | None, theirs: Curves | None) -> list[int]:
-    return sorted(set(ours.seeds) & set(theirs.seeds)) if ours is not None and theirs is not None else []
-
-
-def _difference(ours: Any, theirs: Any) -> PairedDifference:
-    """Difference over paired seeds; its interval is NaN where there are too few of them."""
-    found = paired_bootstrap(ours, theirs)
-    return found if len(ours) >= FEWEST_SEEDS else PairedDifference(found.difference, np.nan, np.nan)
-
-
-def _with_rollouts_less(
-    rollouts: np.ndarray, ours: np.ndarray, theirs: np.ndarray, fewer: float
-) -> PairedDifference | None:
-    """Difference to the rival's end where ours has made some rollouts less; None if that is all of them."""
-    if fewer >= rollouts[-1]:
-        return None
-    return _difference([np.interp(rollouts[-1] - fewer, rollouts, curve) for curve in ours], theirs[:, -1])
 
 
 def comparisons(runs: Runs, arm: str) -> dict[str, Comparison]:
@@ -361,3 +210,14 @@ def comparisons(runs: Runs, arm: str) -> dict[str, Comparison]:
         arm: Its name.
     """
     return {name: found for name in CONDITIONS if (found := compare_arm(runs, name, arm)) is not None}
+
+
+def shared_seeds(ours: Curves | None, theirs: Curves | None) -> list[int]:
+    """The seeds that two arms have."""
+    return sorted(set(ours.seeds) & set(theirs.seeds)) if ours is not None and theirs is not None else []
+
+
+def difference(ours: Any, theirs: Any) -> Estimate:
+    """Mean difference over paired seeds; its interval is NaN where there are too few of them."""
+    found = paired_difference(ours, theirs)
+    return found if len(ours) >= FEWEST_SEEDS else Estimate(found.value, np.nan, np.nan)

@@ -10,13 +10,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fractal_rm.files import made_once
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY, make_tokenizer, train_on_texts
-from fractal_rm.tasks.arithmetic.problems import Beliefs, Problem, exact_answer, make_problems
-from fractal_rm.tasks.arithmetic.variants import (
+from fractal_rm.tasks.arithmetic.problems import (
     AnyProblem,
+    Beliefs,
+    Problem,
+    exact_answer,
     make_branching_problems,
     make_distracted_problems,
+    make_problems,
     read_problem,
-    respond,
 )
 from fractal_rm.tasks.task import Split, Task
 
@@ -123,9 +125,9 @@ class Condition(Task):
 
     def texts(self, number: int, count: int) -> list[tuple[str, str]]:
         """Prompts and responses, with wrong beliefs, that a base policy is fine-tuned on; batches of like length."""
-        rng = random.Random(f"texts-{self.policy_name}-{number}")
+        rng, beliefs = random.Random(f"texts-{self.policy_name}-{number}"), self.beliefs(number)
         problems = MAKERS[self.kind](count, seed=_TEXTS + number, min_steps=SHORTEST, max_steps=self.max_steps)
-        return in_batches([(p.prompt, respond(p, self.beliefs(number), rng)) for p in problems], rng)
+        return in_batches([(p.prompt, beliefs.respond(p, rng)) for p in problems], rng)
 
     def base_policy(self, number: int, work: Path) -> Path:
         """A base policy: the model of the forms, fine-tuned on responses with wrong beliefs."""
@@ -163,7 +165,7 @@ def form_texts(count: int) -> list[tuple[str, str]]:
     return [
         text
         for lesson in lessons
-        for text in in_batches([(p.prompt, respond(p, Beliefs(0.0), rng)) for p in lesson], rng)
+        for text in in_batches([(p.prompt, Beliefs(0.0).respond(p, rng)) for p in lesson], rng)
     ]
 
 
@@ -188,7 +190,7 @@ def form_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer for all kinds of problems."""
     rng = random.Random("tokenizer")
     problems = [p for make in MAKERS.values() for p in make(300, seed=-1, min_steps=SHORTEST, max_steps=18)]
-    return make_tokenizer(texts=[p.prompt + respond(p, Beliefs(0.0), rng) for p in problems], pieces=PIECES)
+    return make_tokenizer(texts=[p.prompt + Beliefs(0.0).respond(p, rng) for p in problems], pieces=PIECES)
 
 
 CONDITIONS = {

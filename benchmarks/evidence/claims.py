@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fractal_rm.study.statistics import Comparison, Rows, comparisons, finished_runs
+from benchmarks.evidence.statistics import Evidence, evidence
+from fractal_rm.study.statistics import Rows, finished_runs
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, MAIN_CONDITIONS
 
 # The claims: points of accuracy, and shares.
@@ -43,11 +44,11 @@ class Claim:
         return "undecided" if len(self.holds) + self.undecided >= self.asked else "not met"
 
 
-def claims(found: Mapping[str, Comparison]) -> list[Claim]:
+def claims(found: Mapping[str, Evidence]) -> list[Claim]:
     """The claims of the study about an arm, from the main settings that have enough seeds.
 
     Args:
-        found: What [`comparisons`] says of it, by setting.
+        found: What [`evidence`] says of it, by setting.
     """
     long = tuple(name for name in MAIN_CONDITIONS if CONDITIONS[name].min_steps >= LONG)
 
@@ -63,21 +64,21 @@ def claims(found: Mapping[str, Comparison]) -> list[Claim]:
             f"at half of the outcome-only gain: {GAIN:.0%} more, the interval above 0",
             WANTED,
             lambda r: r.half,
-            lambda r: r.half.difference >= GAIN and r.half.low > 0,
+            lambda r: r.half.value >= GAIN and r.half.low > 0,
         ),
         claim("never significantly below at the end", len(MAIN_CONDITIONS), lambda r: r.end, lambda r: r.end.high >= 0),
         claim(
             f"problems of {LONG} or more steps: {LONG_GAIN:.0%} more at that point",
             len(long),
             lambda r: r.half,
-            lambda r: r.half.difference >= LONG_GAIN,
+            lambda r: r.half.value >= LONG_GAIN,
             long,
         ),
         claim(
             "at most half of the rollouts to reach its end",
             WANTED,
             lambda r: r.reach,
-            lambda r: r.reach.difference <= 0.5,
+            lambda r: r.reach.value <= 0.5,
         ),
         claim(
             "ahead with the reward model's rollouts counted in, the interval above 0",
@@ -89,7 +90,7 @@ def claims(found: Mapping[str, Comparison]) -> list[Claim]:
             f"within {NEAR_CEILING:.0%} of supervised steps",
             WANTED,
             lambda r: r.ceiling,
-            lambda r: r.ceiling.difference >= -NEAR_CEILING,
+            lambda r: r.ceiling.value >= -NEAR_CEILING,
         ),
         claim(
             f"no collapse: every run ends within {COLLAPSE:.0%} of its best",
@@ -104,7 +105,7 @@ def verdicts(rows: Rows, arms: Sequence[str]) -> list[str]:
     """A sentence for each claim and arm: met or not; none where no setting has enough seeds."""
     runs, lines = finished_runs(rows), []
     for arm in arms:
-        for claim in claims(comparisons(runs, arm)):
+        for claim in claims(evidence(runs, arm)):
             if not claim.known:
                 continue
             lines.append(
