@@ -13,17 +13,10 @@ from fractal_rm.cli.data_files import (
     find_file,
     find_split,
     load_from_hub,
-    load_published,
+    read_published,
     read_rows,
 )
 from fractal_rm.data.formats.index import FORMATS, FormatName
-
-
-def check_counts(batch_size: int, limit: int | None) -> None:
-    """Raise unless both leave something to do."""
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size}. Give 1 or more.")
-    check_limit(limit)
 
 
 def check_limit(limit: int | None) -> None:
@@ -32,10 +25,37 @@ def check_limit(limit: int | None) -> None:
         raise ValueError(f"`limit` is {limit}: no row would be left. Give 1 or more, or leave it out.")
 
 
+# Choices of earlier versions, and what to use instead: what the command line says of them.
+_REMOVED_FORMATS = dict.fromkeys(
+    ("dataset_format=wikicatsum", "dataset_format=aquamuse"),
+    "Its files hold good summaries only, and no longer have a reader. Give rows with `prompt`, `response` and `label`.",
+)
+
+
+@dataclass(kw_only=True)
+class ScoringArguments:
+    """What commands need that score rows with a model."""
+
+    REMOVED = _REMOVED_FORMATS
+
+    model: str = field(metadata={"help": "Step reward model: the folder that `fractal-rm train` wrote, or a hub id."})
+    dataset_format: FormatName | None = field(
+        default=None, metadata={"help": "Read the rows as their authors published them, docs/datasets.md."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Responses in a forward pass."})
+    limit: int | None = field(default=None, metadata={"help": "Most rows read of each file: the first ones."})
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` is {self.batch_size}. Give 1 or more.")
+        check_limit(self.limit)
+
+
 @dataclass
 class DataArguments:
     """Where rows come from: files, or a data set with splits."""
 
+    REMOVED = _REMOVED_FORMATS
     _argument_group_name = "data"
 
     train_file: str | None = field(
@@ -88,41 +108,42 @@ class DataArguments:
         found = find_split(self.dataset_name, name, self.data_dir)
         if found is not None:
             return read_rows(found, self.dataset_format, self.limit), str(found)
-        if self.is_local:
-            rows, places = None, f"files in {data_folder(self.data_dir)}/{self.dataset_name}"
+        folder = data_folder(self.data_dir)
+        if folder is not None and (folder / self.dataset_name).is_dir():
+            rows, places = None, f"files in {folder}/{self.dataset_name}"
         else:
-            splits = load_from_hub(self.dataset_name, self.dataset_config)
+            advice = (
+                f"Check the name, or set `data_dir` (or {DATA_DIR_VARIABLE}) to the folder that holds a folder of this "
+                "name."
+            )
+            splits = load_from_hub(
+                f"The data set {self.dataset_name}", advice, path=self.dataset_name, name=self.dataset_config
+            )
             rows, places = splits.get(name), f"splits {sorted(splits)}"
-        if rows is None and split == "train":
+        if rows is None:
+            if split != "train":
+                return None
             raise ValueError(
                 f"{self.dataset_name} has no split {name!r} among its {places}. Set `dataset_train_split`."
             )
-        return None if rows is None else self._limited(rows, f"{self.dataset_name} ({name})")
+        rows, source = list(rows)[: self.limit], f"{self.dataset_name} ({name})"
+        return (FORMATS[self.dataset_format].read(rows, source=source) if self.dataset_format else rows), source
 
     def _published(self, name: str, split: str) -> tuple[list[Any], str] | None:
         """The hub's copy of the data of a format, if no file is named; a split to evaluate on need not be there."""
         if self.dataset_format is None or self.train_file or self.eval_file or self.test_file:
             return None
+        if self.dataset_config is not None:
+            raise ValueError(f"{self.dataset_format} has no configurations on the hub. Leave `dataset_config` out.")
         hub = FORMATS[self.dataset_format].hub
         if split != "train" and hub is not None and name not in hub.splits:
             return None
-        rows = load_published(self.dataset_format, name, self.dataset_config)
-        return self._limited(rows, f"{self.dataset_format} ({name})")
-
-    def _limited(self, rows: Any, source: str) -> tuple[list[Any], str]:
-        found = list(rows)[: self.limit]
-        return (FORMATS[self.dataset_format].read(found, source=source) if self.dataset_format else found), source
+        return read_published(self.dataset_format, name, self.limit)
 
     @property
     def name(self) -> str:
         """What is trained on, without its folder."""
         return Path(self.train_file).name if self.train_file else str(self.dataset_name or self.dataset_format)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether `dataset_name` is a folder of the data folder."""
-        folder = data_folder(self.data_dir)
-        return folder is not None and self.dataset_name is not None and (folder / self.dataset_name).is_dir()
 
 
 @dataclass

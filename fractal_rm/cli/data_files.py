@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.index import FORMATS, FormatName
 from fractal_rm.data.readers import read_jsonl
 from fractal_rm.errors import reason
@@ -42,21 +43,18 @@ def find_split(dataset: str, split: str, data_dir: str | None) -> Path | None:
     return next((path for end in _ENDINGS if (path := folder / dataset / f"{split}{end}").is_file()), None)
 
 
-def load_from_hub(name: str, config: str | None) -> Any:
-    """All splits of a data set of the Hugging Face hub.
+def load_from_hub(name: str, advice: str, /, **arguments: Any) -> Any:
+    """What `datasets.load_dataset` loads from the Hugging Face hub with some arguments.
 
     Raises:
-        ValueError: If it cannot be loaded; the sentence says why and where else a name is looked for.
+        ValueError: If it cannot be loaded; the sentence says why and gives the advice.
     """
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, config)
+        return load_dataset(**arguments)
     except (OSError, ValueError) as error:  # not found, offline, another configuration
-        raise ValueError(
-            f"The data set {name} cannot be loaded from the hub ({reason(error)}). Check the name, or set `data_dir` "
-            f"(or {DATA_DIR_VARIABLE}) to the folder that holds a folder of this name."
-        ) from error
+        raise ValueError(f"{name} cannot be loaded from the hub ({reason(error)}). {advice}") from error
 
 
 def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) -> list[Any]:
@@ -75,24 +73,22 @@ def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) 
     return bags[: limit - (pair is not None and pair == bags[limit - 1].pair_id)]  # both of a preference, or none
 
 
-def load_published(dataset_format: FormatName, split: str, config: str | None = None) -> Any:
-    """The official rows of a split of a data set on the hub.
+def load_published(dataset_format: FormatName, split: str, limit: int | None = None) -> list[Any]:
+    """The official rows of a split of a data set on the hub: the first ones.
 
     Raises:
         ValueError: If the hub does not have it, or it cannot be loaded.
     """
-    from datasets import load_dataset
-
     hub = FORMATS[dataset_format].hub
     if hub is None:
         raise ValueError(f"{dataset_format} is not on the hub. Download its files, and give them.")
-    arguments = hub.arguments(split, config)
-    try:
-        return load_dataset(**arguments)
-    except (OSError, ValueError) as error:  # not found, offline
-        raise ValueError(
-            f"{hub.path} cannot be loaded from the hub ({reason(error)}). Download its files, and give them."
-        ) from error
+    return list(load_from_hub(hub.path, "Download its files, and give them.", **hub.arguments(split)))[:limit]
+
+
+def read_published(dataset_format: FormatName, split: str, limit: int | None = None) -> tuple[list[Bag], str]:
+    """Bags of the rows of [`load_published`], and their name in messages."""
+    source = f"{dataset_format} ({split})"
+    return FORMATS[dataset_format].read(load_published(dataset_format, split, limit), source=source), source
 
 
 def benchmark_from_hub(benchmark: str, limit: int | None = None) -> list[Any]:
@@ -104,4 +100,4 @@ def benchmark_from_hub(benchmark: str, limit: int | None = None) -> list[Any]:
     known = FORMATS.get(benchmark)  # type: ignore[arg-type]
     if known is None or known.hub is None:
         raise ValueError(f"{benchmark} is no data set of the hub. Give `data`: a file with rows.")
-    return [row for split in known.hub.splits for row in list(load_published(benchmark, split))[:limit]]  # type: ignore[arg-type]
+    return [row for split in known.hub.splits for row in load_published(benchmark, split, limit)]  # type: ignore[arg-type]

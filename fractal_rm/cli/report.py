@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal_rm.cli.checks import check_writable_file
+from fractal_rm.cli.checks import check_writable_files
 from fractal_rm.cli.parser import parse
 
 
@@ -55,9 +55,7 @@ class ReportArguments:
 def report(argv: Sequence[str]) -> None:
     """Write the page, the picture or the table that the arguments ask for."""
     (arguments,) = parse("report", [ReportArguments], argv)
-    for output in (arguments.output, arguments.figure):
-        if output is not None:
-            check_writable_file(output)
+    check_writable_files(arguments.output, arguments.figure)
     if arguments.runs is not None:
         _report_runs(arguments.runs, arguments.output, arguments.figure, arguments.title or "Training")
     else:

@@ -4,8 +4,9 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fractal_rm.cli.checks import check_model, load_reward_model
+from fractal_rm.cli.checks import check_models, load_reward_model
 from fractal_rm.cli.parser import parse
+from fractal_rm.serving.limits import Limits
 
 
 @dataclass
@@ -22,17 +23,6 @@ class ServeArguments:
     wait: float = field(
         default=0.005, metadata={"help": "Seconds that a response waits for others to share a forward pass with."}
     )
-    max_responses: int = field(default=1024, metadata={"help": "Most responses in a request."})
-    max_characters: int = field(
-        default=4_000_000, metadata={"help": "Most characters in the prompts and responses of a request."}
-    )
-    max_body_bytes: int = field(default=16_000_000, metadata={"help": "Longest request."})
-    seconds: float = field(
-        default=60.0, metadata={"help": "Longest time for a request to arrive, and again to be scored."}
-    )
-    max_queued: int = field(
-        default=16_384, metadata={"help": "Most responses that wait for their turn; requests beyond are refused."}
-    )
     ends: list[str] | None = field(
         default=None,
         metadata={
@@ -41,26 +31,22 @@ class ServeArguments:
         },
     )
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or not 0 <= self.wait < self.seconds:
-            raise ValueError(
-                f"`batch_size` is {self.batch_size} and `wait` is {self.wait}. "
-                "Give a batch size of 1 or more and a wait from 0 to less than `seconds`."
-            )
-
 
 def serve(argv: Sequence[str]) -> None:
     """Answer requests until somebody interrupts."""
-    (arguments,) = parse("serve", [ServeArguments], argv)
-    check_model(arguments.model)
+    arguments, limits = parse("serve", [ServeArguments, Limits], argv)
+    if arguments.batch_size < 1 or not 0 <= arguments.wait < limits.seconds:
+        raise ValueError(
+            f"`batch_size` is {arguments.batch_size} and `wait` is {arguments.wait}. "
+            "Give a batch size of 1 or more and a wait from 0 to less than `seconds`."
+        )
+    check_models(arguments.model)
     try:
-        from fractal_rm.serving.limits import Limits
         from fractal_rm.serving.server import serve
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn"):
             raise
         raise ImportError(f"The server needs {error.name}. Install it: `pip install 'fractal-rm[serve]'`.") from error
-    limits = Limits(**{name: getattr(arguments, name) for name in Limits.__dataclass_fields__})
     reward_model = load_reward_model(arguments.model, arguments.batch_size)
     with contextlib.suppress(KeyboardInterrupt):  # how a server is ended
         serve(
