@@ -7,8 +7,7 @@ import datasets
 import pytest
 from support.stand_ins import save_encoder, save_reward_model, write_jsonl
 
-from fractal_rm.cli.arguments import DataArguments
-from fractal_rm.cli.data_files import benchmark_from_hub, load_published, read_rows
+from fractal_rm.cli.arguments import DataArguments, benchmark_from_hub, load_published, read_rows
 from fractal_rm.cli.main import main
 from fractal_rm.data.formats.index import FORMATS, FormatName
 from fractal_rm.data.formats.multispanqa import read_multispanqa

@@ -85,7 +85,7 @@ def hit_rows(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float
     rows = []
     for result, bag in zip(scored, bags, strict=True):
         values = [*result.step_scores, *[1.0] * (len(bag.steps) - len(result.steps))]
-        found = metrics.first_error_accuracy([values], [gold(bag)], threshold)
+        found = metrics.values_of(metrics.first_error_statistics([values], [gold(bag)], threshold))
         rows.append([found["first_error_accuracy"], found["all_correct_accuracy"]])
     return np.array(rows)
 

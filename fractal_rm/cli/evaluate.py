@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fractal_rm.cli.arguments import ScoringArguments
+from fractal_rm.cli.arguments import (
+    DATA_DIR_VARIABLE,
+    ScoringArguments,
+    benchmark_from_hub,
+    find_file,
+    find_split,
+    read_published,
+    read_rows,
+)
 from fractal_rm.cli.checks import (
     check_models,
     check_writable_files,
@@ -14,14 +22,6 @@ from fractal_rm.cli.checks import (
     number_cell,
     print_table,
     to_json,
-)
-from fractal_rm.cli.data_files import (
-    DATA_DIR_VARIABLE,
-    benchmark_from_hub,
-    find_file,
-    find_split,
-    read_published,
-    read_rows,
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.data.formats.index import check_meaning

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal_rm.cli.arguments import ScoringArguments
+from fractal_rm.cli.arguments import ScoringArguments, read_rows
 from fractal_rm.cli.checks import check_models, check_writable_files, load_reward_model
-from fractal_rm.cli.data_files import read_rows
 from fractal_rm.cli.parser import parse
 from fractal_rm.evaluation.score_rows import add_second_model, score_rows
 from fractal_rm.files import write_atomic
