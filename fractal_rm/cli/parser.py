@@ -6,7 +6,7 @@ the file, a value) into one sentence that names the place and the nearest known 
 
 import argparse
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -15,17 +15,6 @@ from trl.scripts.utils import TrlParser
 
 # Least similarity of a name that is worth suggesting.
 _ALIKE = 0.5
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A question that names the known name most like `name`, or an empty text.
-
-    Example:
-        >>> nearest("learning_rat", ["seed", "learning_rate"])
-        ' Did you mean `learning_rate`?'
-    """
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=_ALIKE)
-    return f" Did you mean `{found[0]}`?" if found else ""
 
 
 def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
@@ -85,7 +74,8 @@ class CommandParser(TrlParser):
         """What to do about an unknown name: what replaced it, the nearest known one, or where to look."""
         if unknown in self._removed:
             return f" It is no longer an option. {self._removed[unknown]}"
-        return nearest(unknown, self.names) or f" {self.advice}"
+        found = difflib.get_close_matches(unknown, self.names, n=1, cutoff=_ALIKE)
+        return f" Did you mean `{found[0]}`?" if found else f" {self.advice}"
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print before it exits."""

@@ -6,6 +6,13 @@ from pathlib import Path
 
 from fractal_rm.cli.checks import check_writable_files
 from fractal_rm.cli.parser import parse
+from fractal_rm.evaluation.results import read_results
+from fractal_rm.files import write_atomic
+from fractal_rm.report.plots import require_matplotlib
+from fractal_rm.report.results_page import write_results_page
+from fractal_rm.report.tables import markdown_table
+from fractal_rm.report.training_history import read_runs
+from fractal_rm.report.training_report import save_training_figure, write_training_report
 
 
 @dataclass
@@ -63,12 +70,7 @@ def report(argv: Sequence[str]) -> None:
 
 
 def _report_runs(entries: list[str], output: str | None, figure: str | None, title: str) -> None:
-    from fractal_rm.report.plots import require_matplotlib
-
-    require_matplotlib()
-    from fractal_rm.report.training_history import read_runs
-    from fractal_rm.report.training_report import save_training_figure, write_training_report
-
+    require_matplotlib()  # before the work, not after
     runs = read_runs(entries)
     if output is not None:
         write_training_report(output, runs, title=title)
@@ -80,11 +82,6 @@ def _report_runs(entries: list[str], output: str | None, figure: str | None, tit
 def _report_results(results: str, output: str | None, metrics: list[str] | None, title: str) -> None:
     if not Path(results).is_file():
         raise FileNotFoundError(f"{results} is no file. Give the path of a results.jsonl.")
-    from fractal_rm.evaluation.results import read_results
-    from fractal_rm.files import write_atomic
-    from fractal_rm.report.results_page import write_results_page
-    from fractal_rm.report.tables import markdown_table
-
     rows = read_results(results)
     bad = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("metrics"), dict)), None)
     if bad is not None:

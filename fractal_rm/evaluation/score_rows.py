@@ -29,14 +29,12 @@ def score_rows(
     """
     records: list[dict[str, Any]] = []
     bags: dict[int, Bag] = {}
-    segmentation = reward_model.segmentation
     for number, row in enumerate(rows, 1):
         try:
-            found = (
-                [row]
-                if isinstance(row, Bag)
-                else read_row(row, segmentation, source=source, row=number, require_label=False)
-            )
+            if isinstance(row, Bag):
+                found = [row]
+            else:
+                found = read_row(row, reward_model.segmentation, source=source, row=number, require_label=False)
             _check_prompt(found[0], reward_model, f"{source}, row {number}")
         except (TypeError, ValueError) as error:
             row = vars(row) if isinstance(row, Bag) else row
