@@ -19,7 +19,7 @@ from support.stand_ins import save_encoder, save_policy
 from torch import Tensor
 from transformers import AutoModel
 
-from fractal_rm.cli.checks import check_model
+from fractal_rm.cli.checks import check_models
 from fractal_rm.reward_model import FractalReward, StepRewardModel
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
@@ -437,7 +437,7 @@ def test_an_encoder_without_a_transformer_trains_and_loads(tmp_path):
     tokenizer = wordpiece_tokenizer().backend_tokenizer
     words = StaticEmbedding(tokenizer, embedding_weights=torch.randn(tokenizer.get_vocab_size(), SIZE).numpy())
     SentenceTransformer(modules=[words]).save_pretrained(str(tmp_path / "words"))
-    check_model(str(tmp_path / "words"))
+    check_models(str(tmp_path / "words"))
     trainer = make(tmp_path / "rm", str(tmp_path / "words"))
     trainer.save_model()
     texts = {"prompts": ["2+3?"], "responses": ["2+3=5.\nSo 5."]}

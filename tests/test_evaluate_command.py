@@ -12,7 +12,7 @@ from support.stand_ins import save_reward_model, solutions, write_jsonl
 from fractal_rm.cli.main import main
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.evaluation.benchmarks import as_learned, measure, read_task, score_whole
+from fractal_rm.evaluation.benchmarks import as_learned, measure, read_benchmark, score_whole
 from fractal_rm.evaluation.processbench import SUBSETS
 from fractal_rm.reward_model import StepRewardModel
 
@@ -94,7 +94,7 @@ def test_processbench_reports_three_thresholds_and_the_curve(evaluate):
 
 def test_the_subset_of_the_second_threshold_can_be_named(evaluate):
     found = evaluate("--benchmark", "processbench", "--data", "processbench", "--tune_on", "math")
-    task = read_task("processbench", processbench(), tuned_on="math")
+    task = read_benchmark("processbench", processbench(), tuned_on="math")
     again = measure(StepRewardModel.from_pretrained("rm"), task)
     assert found["tuned_threshold"] == pytest.approx(again.counts["tuned_threshold"], abs=1e-6)
 
@@ -147,7 +147,7 @@ def test_prompts_become_chats_for_a_model_that_was_trained_on_chats(work, tmp_pa
     chat = StepRewardModel.from_pretrained(tmp_path / "chat")
     chat.settings.chat = True
     assert as_learned(chat, bags)[0].prompt == [{"role": "user", "content": bags[0].prompt}]
-    assert measure(chat, read_task("best_of_n", sampled())).counts["unscored"] == 0
+    assert measure(chat, read_benchmark("best_of_n", sampled())).counts["unscored"] == 0
 
 
 @pytest.mark.parametrize(

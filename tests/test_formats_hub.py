@@ -7,13 +7,12 @@ import datasets
 import pytest
 from support.stand_ins import save_encoder, save_reward_model, write_jsonl
 
-from fractal_rm.cli.arguments import DataArguments
-from fractal_rm.cli.data_files import benchmark_from_hub, load_published, read_rows
+from fractal_rm.cli.arguments import DataArguments, benchmark_from_hub, load_published, read_rows
 from fractal_rm.cli.main import main
 from fractal_rm.data.formats.index import FORMATS, FormatName
 from fractal_rm.data.formats.multispanqa import read_multispanqa
 from fractal_rm.data.formats.processbench import read_processbench
-from fractal_rm.evaluation.benchmarks import read_task
+from fractal_rm.evaluation.benchmarks import read_benchmark
 from fractal_rm.evaluation.processbench import SUBSETS
 
 PROCESSBENCH = [
@@ -59,7 +58,7 @@ def test_rows_of_the_hub_give_what_rows_of_a_file_give(hub):
     bags, source = DataArguments(dataset_format="processbench", dataset_train_split="gsm8k").read("train")
     assert bags == read_processbench(PROCESSBENCH)
     assert source == "processbench (gsm8k)"
-    assert calls == [{"path": "Qwen/ProcessBench", "name": None, "split": "gsm8k"}]
+    assert calls == [{"path": "Qwen/ProcessBench", "split": "gsm8k"}]
 
 
 def test_a_split_that_is_not_there_is_an_error_for_training_only(hub):
@@ -88,35 +87,18 @@ def test_splits_that_are_files_are_loaded_one_at_a_time(hub):
     assert calls == [{"path": "json", "data_files": file, "field": "data", "split": "train"}]
 
 
-def test_the_parquet_files_of_one_configuration_are_loaded_without_the_others(hub):
-    row = {"title": "owl", "paragraphs": ["Owls hunt."], "summary": {"text": ["It hunts ."], "topic": [3]}}
-    calls = hub([row])
-    data = DataArguments(dataset_format="wikicatsum", dataset_config="film", dataset_eval_split="validation")
-    [bag] = data.read("eval")[0]
-    assert (bag.prompt, bag.steps, bag.label) == ("owl\nOwls hunt.", ["It hunts ."], 1.0)
-    files = "hf://datasets/GEM/wiki_cat_sum@refs/convert/parquet/film/validation/*.parquet"
-    assert calls == [{"path": "parquet", "data_files": files, "split": "train"}]
-
-
 @pytest.mark.parametrize("name", ON_THE_HUB)
 def test_every_split_can_be_asked_for_with_every_blank_filled_in(hub, name):
     known = ON_THE_HUB[name]
     calls = hub(ConnectionError("offline mode is enabled.\nmore"))
     for split in known.splits:
-        for config in (None, *known.configs):
-            with pytest.raises(ValueError, match=rf"^{known.path} cannot be loaded from the hub \(offline mode is"):
-                load_published(name, split, config)
-            files = calls[-1].get("data_files")
-            if files is None:
-                assert calls[-1] == {
-                    "path": known.path,
-                    "name": config or next(iter(known.configs), None),
-                    "split": split,
-                }
-            else:
-                assert split in files
-                assert (config or next(iter(known.configs), "")) in files
-                assert "None" not in files
+        with pytest.raises(ValueError, match=rf"^{known.path} cannot be loaded from the hub \(offline mode is"):
+            load_published(name, split)
+        file = calls[-1].get("data_files")
+        if file is None:
+            assert calls[-1] == {"path": known.path, "split": split}
+        else:
+            assert split in file
 
 
 def test_an_error_in_a_row_names_the_data_set_and_the_split(hub):
@@ -129,9 +111,7 @@ def test_an_error_in_a_row_names_the_data_set_and_the_split(hub):
     ("arguments", "sentence"),
     [
         (("fira", "train"), r"fira is not on the hub\. Download its files, and give them\."),
-        (("aquamuse", "dev"), r"aquamuse has no split 'dev'; use one of train, validation, test\."),
-        (("aquamuse", "test", "x"), r"no configuration 'x'; use one of abstractive, extract"),
-        (("processbench", "math", "x"), r"ProcessBench has no configuration 'x'; leave it out"),
+        (("multispanqa", "test"), r"multispanqa has no split 'test'; use one of train, validation\."),
     ],
 )
 def test_what_the_hub_does_not_have_is_refused_with_what_there_is(arguments, sentence):
@@ -149,7 +129,7 @@ def test_a_limit_keeps_both_responses_of_a_preference_or_none(tmp_path):
 
 def test_a_benchmark_of_the_hub_is_all_of_its_subsets(hub):
     calls = hub(PROCESSBENCH)
-    task = read_task("processbench", benchmark_from_hub("processbench", 2))
+    task = read_benchmark("processbench", benchmark_from_hub("processbench", 2))
     assert [call["split"] for call in calls] == list(SUBSETS)
     assert task.bags[:2] == read_processbench(PROCESSBENCH[:2])
     assert len(task.bags) == 8
@@ -188,6 +168,16 @@ def test_labels_that_mean_something_else_are_refused(tmp_path, capsys):
     command = ["--dataset_format", "multispanqa", "--output", str(tmp_path / "m.json"), "--data", file]
     assert main(["evaluate", "--model", model, *command]) != 0
     assert "Set `aggregation=max`, or use other data." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "score"])
+def test_a_removed_format_names_what_to_use_instead(command, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("dataset_format: aquamuse\n")
+    for arguments in (["--dataset_format", "wikicatsum"], ["--config", str(tmp_path / "config.yaml")]):
+        assert main([command, *arguments]) == 2
+        said = capsys.readouterr().err
+        assert "dataset_format" in said
+        assert "Give rows with `prompt`, `response` and `label`. " in f"{said} ".replace("\n", " ")
 
 
 def test_the_name_of_the_package_does_not_hide_the_library():

@@ -100,39 +100,6 @@ def test_the_response_is_good_iff_no_step_is_minus_one(ratings):
     assert bag.step_labels == tuple(float(rating != -1) for rating in ratings)
 
 
-def test_alternatives_are_the_steps_before_and_one_that_was_not_chosen():
-    row = prm800k(
-        step(rated("3*4=7.", -1), rated("3*4=12.", 1), rated("Hm.", None), chosen=1),
-        step(rated("2+12=9.", -1), rated("Add 2.", 0), chosen=None, human="2+12=14."),
-        step(rated("So 15.", -1), rated("So 14.", 1), chosen=None),
-        phase=1,
-    )
-    [solution, *others] = read_prm800k([row], alternatives=True)
-    assert [solution] == read_prm800k([row])
-    assert solution.steps == ["3*4=12.", "2+12=14.", "So 15."]
-    assert [(bag.steps, bag.step_labels, bag.label) for bag in others] == [
-        (["3*4=7."], (0.0,), 0.0),
-        (["3*4=12.", "2+12=9."], (1.0, 0.0), 0.0),
-        (["3*4=12.", "Add 2."], (1.0, 1.0), 1.0),
-        (["3*4=12.", "2+12=14.", "So 14."], (1.0, 1.0, 1.0), 1.0),
-    ]
-    assert [bag.id.removeprefix(solution.id) for bag in others] == ["/1.1", "/2.1", "/2.2", "/3.2"]
-
-
-def test_alternatives_count_where_the_step_that_was_chosen_has_no_rating():
-    row = prm800k(step(rated("Hm.", None), rated("3*4=7.", -1)))
-    assert [bag.steps for bag in read_prm800k([row], alternatives=True)] == [["3*4=7."]]
-
-
-@given(st.lists(st.lists(st.sampled_from([-1, 0, 1]), min_size=1, max_size=3), min_size=1, max_size=4))
-def test_with_alternatives_every_rating_is_the_label_of_exactly_one_last_step(found):
-    steps = [step(*[rated(f"{n}.{k}", rating) for k, rating in enumerate(ratings)]) for n, ratings in enumerate(found)]
-    bags = read_prm800k([prm800k(*steps)], alternatives=True)[1:]
-    last = {bag.steps[-1]: bag.step_labels[-1] for bag in bags} | {f"{n}.0": 0.0 for n in range(len(found))}
-    assert len(last) == len(bags) + len(found) == sum(map(len, found))
-    assert all(last[f"{n}.{k}"] == float(r != -1) for n, rs in enumerate(found) for k, r in enumerate(rs) if k)
-
-
 def test_full_solutions_go_on_after_the_first_error_with_unknown_labels():
     whole = ["3*4=12.", "2+12=15.", "So 15.", "Done."]
     row = prm800k(GOOD, WRONG, pre_generated=whole, finish="found_error")
@@ -300,7 +267,6 @@ def test_the_originals_of_redundency_rows_are_the_good_responses():
     bags = read_prmbench(rows)
     assert [bag.id.partition("_")[0] for bag in bags] == ["counterfactual", "correct", "redundency"]
     assert (bags[1].prompt, bags[1].steps, bags[1].label) == ("1+1?", ["1+1=2.", "So 2."], 1.0)
-    assert len(read_prmbench(rows, originals=False)) == 2
 
 
 def test_a_solution_without_error_steps_is_good():
@@ -330,7 +296,7 @@ def test_real_rows_of_prmbench_put_back_into_the_official_format_give_the_same_b
         )
         for row in rows
     ]
-    bags = read_prmbench(official, originals=False)
+    bags = [bag for bag in read_prmbench(official) if not bag.id.startswith("correct_prm_test")]
     wanted = read_bags(rows, Segmentation("given"))
     assert [(bag.steps, bag.step_labels, bag.label) for bag in bags] == [
         (bag.steps, bag.step_labels, bag.label) for bag in wanted

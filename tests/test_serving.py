@@ -23,13 +23,13 @@ from support.models import byte_tokenizer, reward_model, sums
 from support.stand_ins import save_reward_model
 
 from fractal_rm.cli.main import main
+from fractal_rm.cli.serve import is_loopback, listen
 from fractal_rm.reward_model import FractalReward, StepRewardModel
 from fractal_rm.scorers.encoding import prompt_text
 from fractal_rm.serving.app import make_app
 from fractal_rm.serving.client import ScoringClient
 from fractal_rm.serving.limits import Limits
 from fractal_rm.serving.protocol import OpenRLHFRequest, PromptedResponse, read_openrlhf
-from fractal_rm.serving.server import is_loopback, listen
 
 PROMPTS = ["2+3*4?\n", "¿Cuánto es 7-4?\n", "3\u00d72 = ?\n"]
 RESPONSES = ["3*4=12.\n2+12=14.", "7\u22124 = 3 \U0001f642\nasí que 3.", "三乘二\n= 6."]

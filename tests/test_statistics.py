@@ -13,14 +13,15 @@ from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation import responses as responses_module
 from fractal_rm.evaluation.statistics import (
     Estimate,
+    absolute_error_of,
     bag_aucs,
     bag_metrics,
     expected_calibration_error,
-    first_error_accuracy,
-    mean_absolute_error,
+    first_error_statistics,
     paired_difference,
     same_position_auc,
     step_auc,
+    values_of,
     within_bag_auc,
 )
 from fractal_rm.reward_model import Step, StepScores
@@ -30,6 +31,10 @@ score = st.integers(0, 8).map(lambda n: n / 8)  # coarse, so that ties are commo
 label = st.sampled_from([0.0, 1.0, 0.3, 0.7, NAN])
 steps = st.lists(st.tuples(score, label), max_size=5)
 bags = st.lists(steps, max_size=5)
+
+
+def first_error_accuracy(scores, labels, threshold):
+    return values_of(first_error_statistics(scores, labels, threshold))
 
 
 def choose_threshold(scores, labels, aggregation="min"):
@@ -207,13 +212,13 @@ def test_bags_without_a_label_do_not_count(pairs):
 
 
 def test_the_absolute_error_is_that_of_known_labels():
-    assert mean_absolute_error([0.5, 3.0, 9.0], [1, 3, NAN]) == 0.25
-    assert math.isnan(mean_absolute_error([0.5], [NAN]))
+    assert absolute_error_of([0.5, 3.0, 9.0], [1, 3, NAN]).value == 0.25
+    assert math.isnan(absolute_error_of([0.5], [NAN]).value)
 
 
 def test_without_bags_every_metric_is_undefined():
     results = [metric([], []) for metric in (step_auc, within_bag_auc, same_position_auc, choose_threshold)]
-    results += [expected_calibration_error([], []), mean_absolute_error([], [])]
+    results += [expected_calibration_error([], []), absolute_error_of([], []).value]
     results += [*first_error_accuracy([], [], 0.5).values(), *bag_metrics([], []).values()]
     results += paired_difference([], [])
     assert all(math.isnan(result) for result in results)
@@ -273,7 +278,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         (lambda: bag_metrics([0.2, 1.5], [1, 0]), "Bag 1 has probability 1.5"),
         (lambda: expected_calibration_error([NAN], [1]), "Bag 0 has a score that is not a finite number"),
         (lambda: bag_metrics([0.2], [1, 0]), "1 bags have scores and 2 have labels"),
-        (lambda: mean_absolute_error([0.1], [1, 0]), "1 bags have scores and 2 have labels"),
+        (lambda: absolute_error_of([0.1], [1, 0]).value, "1 bags have scores and 2 have labels"),
         (lambda: paired_difference([1.0], [1.0, 2.0]), "1 items against 2"),
     ],
 )

@@ -231,13 +231,13 @@ def selection(data: Data, scored: Sequence[StepScores], *, by_steps: bool) -> fl
     if by_steps:
         steps, labels = [result.step_scores for result in scored], [gold(bag) for bag in bags]
         if data.num_grades is not None:
-            return -metrics.mean_absolute_error(np.concatenate(steps), np.concatenate(labels))
+            return -metrics.absolute_error_of(np.concatenate(steps), np.concatenate(labels)).value
         return metrics.step_auc(steps, labels)
     scores = np.array([result.score for result in scored])
     if data.preferences:
         return float(np.mean(scores[0::2] > scores[1::2]))
     if data.num_grades is not None:
-        return -metrics.mean_absolute_error(scores, response_labels(bags))
+        return -metrics.absolute_error_of(scores, response_labels(bags)).value
     return metrics.bag_metrics(scores, [float(bag.label or 0.0) for bag in bags])["bag_auc"]
 
 

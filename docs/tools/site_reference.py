@@ -72,7 +72,8 @@ def commands_page() -> str:
     for name, says in COMMANDS.items():
         parts += [f"## fractal-rm {name}", says]
         kinds = arguments_of(name)
-        parts.append(field_table(*(kind for kind in kinds if kind.__name__ not in PUBLIC)))
+        ours = [base for kind in kinds if kind.__name__ not in PUBLIC for base in reversed(kind.__mro__)]
+        parts.append(field_table(*filter(dataclasses.is_dataclass, ours)))
         parts += [
             f"And every field of [{kind.__name__}](config.md#{kind.__name__.lower()})."
             for kind in kinds

@@ -1,29 +1,22 @@
-"""Arguments that several commands take: dataclasses that become flags and keys of a configuration file.
+"""Arguments that several commands take: dataclasses that become flags and keys of a configuration file; and the rows
+that they name.
 
 A field's `help` is its only description.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fractal_rm.cli.data_files import (
-    DATA_DIR_VARIABLE,
-    data_folder,
-    find_file,
-    find_split,
-    load_from_hub,
-    load_published,
-    read_rows,
-)
+from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.index import FORMATS, FormatName
+from fractal_rm.data.readers import read_jsonl
+from fractal_rm.errors import reason
 
-
-def check_counts(batch_size: int, limit: int | None) -> None:
-    """Raise unless both leave something to do."""
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size}. Give 1 or more.")
-    check_limit(limit)
+# The only variable of the environment that commands read.
+DATA_DIR_VARIABLE = "FRACTAL_RM_DATA"
+_ENDINGS = (".jsonl.gz", ".jsonl", ".json")
 
 
 def check_limit(limit: int | None) -> None:
@@ -32,10 +25,37 @@ def check_limit(limit: int | None) -> None:
         raise ValueError(f"`limit` is {limit}: no row would be left. Give 1 or more, or leave it out.")
 
 
+# Choices of earlier versions, and what to use instead: what the command line says of them.
+_REMOVED_FORMATS = dict.fromkeys(
+    ("dataset_format=wikicatsum", "dataset_format=aquamuse"),
+    "Its files hold good summaries only, and no longer have a reader. Give rows with `prompt`, `response` and `label`.",
+)
+
+
+@dataclass(kw_only=True)
+class ScoringArguments:
+    """What commands need that score rows with a model."""
+
+    REMOVED = _REMOVED_FORMATS
+
+    model: str = field(metadata={"help": "Step reward model: the folder that `fractal-rm train` wrote, or a hub id."})
+    dataset_format: FormatName | None = field(
+        default=None, metadata={"help": "Read the rows as their authors published them, docs/datasets.md."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Responses in a forward pass."})
+    limit: int | None = field(default=None, metadata={"help": "Most rows read of each file: the first ones."})
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` is {self.batch_size}. Give 1 or more.")
+        check_limit(self.limit)
+
+
 @dataclass
 class DataArguments:
     """Where rows come from: files, or a data set with splits."""
 
+    REMOVED = _REMOVED_FORMATS
     _argument_group_name = "data"
 
     train_file: str | None = field(
@@ -88,41 +108,42 @@ class DataArguments:
         found = find_split(self.dataset_name, name, self.data_dir)
         if found is not None:
             return read_rows(found, self.dataset_format, self.limit), str(found)
-        if self.is_local:
-            rows, places = None, f"files in {data_folder(self.data_dir)}/{self.dataset_name}"
+        folder = data_folder(self.data_dir)
+        if folder is not None and (folder / self.dataset_name).is_dir():
+            rows, places = None, f"files in {folder}/{self.dataset_name}"
         else:
-            splits = load_from_hub(self.dataset_name, self.dataset_config)
+            advice = (
+                f"Check the name, or set `data_dir` (or {DATA_DIR_VARIABLE}) to the folder that holds a folder of this "
+                "name."
+            )
+            splits = load_from_hub(
+                f"The data set {self.dataset_name}", advice, path=self.dataset_name, name=self.dataset_config
+            )
             rows, places = splits.get(name), f"splits {sorted(splits)}"
-        if rows is None and split == "train":
+        if rows is None:
+            if split != "train":
+                return None
             raise ValueError(
                 f"{self.dataset_name} has no split {name!r} among its {places}. Set `dataset_train_split`."
             )
-        return None if rows is None else self._limited(rows, f"{self.dataset_name} ({name})")
+        rows, source = list(rows)[: self.limit], f"{self.dataset_name} ({name})"
+        return (FORMATS[self.dataset_format].read(rows, source=source) if self.dataset_format else rows), source
 
     def _published(self, name: str, split: str) -> tuple[list[Any], str] | None:
         """The hub's copy of the data of a format, if no file is named; a split to evaluate on need not be there."""
         if self.dataset_format is None or self.train_file or self.eval_file or self.test_file:
             return None
+        if self.dataset_config is not None:
+            raise ValueError(f"{self.dataset_format} has no configurations on the hub. Leave `dataset_config` out.")
         hub = FORMATS[self.dataset_format].hub
         if split != "train" and hub is not None and name not in hub.splits:
             return None
-        rows = load_published(self.dataset_format, name, self.dataset_config)
-        return self._limited(rows, f"{self.dataset_format} ({name})")
-
-    def _limited(self, rows: Any, source: str) -> tuple[list[Any], str]:
-        found = list(rows)[: self.limit]
-        return (FORMATS[self.dataset_format].read(found, source=source) if self.dataset_format else found), source
+        return read_published(self.dataset_format, name, self.limit)
 
     @property
     def name(self) -> str:
         """What is trained on, without its folder."""
         return Path(self.train_file).name if self.train_file else str(self.dataset_name or self.dataset_format)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether `dataset_name` is a folder of the data folder."""
-        folder = data_folder(self.data_dir)
-        return folder is not None and self.dataset_name is not None and (folder / self.dataset_name).is_dir()
 
 
 @dataclass
@@ -151,3 +172,95 @@ class LoraArguments:
             lora_dropout=self.lora_dropout,
             target_modules=self.lora_target_modules,
         )
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def data_folder(data_dir: str | None) -> Path | None:
+    """The folder of data sets: as given, or that of the environment, or None.
+
+    Raises:
+        NotADirectoryError: If it is named and is not there.
+    """
+    named = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+    if named and not Path(named).is_dir():
+        origin = "`data_dir`" if data_dir else f"the environment's {DATA_DIR_VARIABLE}"
+        raise NotADirectoryError(f"{named}, from {origin}, is no folder. Give the folder that holds the data sets.")
+    return Path(named) if named else None
+
+
+def find_file(name: str, data_dir: str | None) -> Path:
+    """A file as named, or the file of that name in the data folder."""
+    folder = data_folder(data_dir)
+    if folder is not None and not Path(name).exists() and (folder / name).is_file():
+        return folder / name
+    return Path(name)
+
+
+def find_split(dataset: str, split: str, data_dir: str | None) -> Path | None:
+    """The file of a split of a data set in the data folder, None if there is none."""
+    folder = data_folder(data_dir)
+    if folder is None:
+        return None
+    return next((path for end in _ENDINGS if (path := folder / dataset / f"{split}{end}").is_file()), None)
+
+
+def load_from_hub(name: str, advice: str, /, **arguments: Any) -> Any:
+    """What `datasets.load_dataset` loads from the Hugging Face hub with some arguments.
+
+    Raises:
+        ValueError: If it cannot be loaded; the sentence says why and gives the advice.
+    """
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(**arguments)
+    except (OSError, ValueError) as error:  # not found, offline, another configuration
+        raise ValueError(f"{name} cannot be loaded from the hub ({reason(error)}). {advice}") from error
+
+
+def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) -> list[Any]:
+    """The first rows of a file, or its first bags where a format is named.
+
+    Raises:
+        OSError: If the file is not there.
+        ValueError: If it cannot be read.
+    """
+    if dataset_format is None:
+        return read_jsonl(path)[:limit]
+    bags = FORMATS[dataset_format].read(path)
+    if limit is None or limit >= len(bags):
+        return bags
+    pair = bags[limit].pair_id
+    return bags[: limit - (pair is not None and pair == bags[limit - 1].pair_id)]  # both of a preference, or none
+
+
+def load_published(dataset_format: FormatName, split: str, limit: int | None = None) -> list[Any]:
+    """The official rows of a split of a data set on the hub: the first ones.
+
+    Raises:
+        ValueError: If the hub does not have it, or it cannot be loaded.
+    """
+    hub = FORMATS[dataset_format].hub
+    if hub is None:
+        raise ValueError(f"{dataset_format} is not on the hub. Download its files, and give them.")
+    return list(load_from_hub(hub.path, "Download its files, and give them.", **hub.arguments(split)))[:limit]
+
+
+def read_published(dataset_format: FormatName, split: str, limit: int | None = None) -> tuple[list[Bag], str]:
+    """Bags of the rows of [`load_published`], and their name in messages."""
+    source = f"{dataset_format} ({split})"
+    return FORMATS[dataset_format].read(load_published(dataset_format, split, limit), source=source), source
+
+
+def benchmark_from_hub(benchmark: str, limit: int | None = None) -> list[Any]:
+    """The official rows of a benchmark on the hub: the first `limit` of each of its subsets.
+
+    Raises:
+        ValueError: If the hub does not have it, or it cannot be loaded.
+    """
+    known = FORMATS.get(benchmark)  # type: ignore[arg-type]
+    if known is None or known.hub is None:
+        raise ValueError(f"{benchmark} is no data set of the hub. Give `data`: a file with rows.")
+    return [row for split in known.hub.splits for row in load_published(benchmark, split, limit)]  # type: ignore[arg-type]

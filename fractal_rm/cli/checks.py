@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,12 @@ def check_writable_folder(folder: str | Path) -> None:
                 path.rmdir()
 
 
-def check_writable_file(path: str | Path) -> None:
-    """Raise unless a file can be written at a path."""
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"The output {path} is a folder. Give the name of a file.")
-    check_writable_folder(Path(path).parent)
+def check_writable_files(*paths: str | None) -> None:
+    """Raise unless a file can be written at each path; None is passed over."""
+    for path in filter(None, paths):
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"The output {path} is a folder. Give the name of a file.")
+        check_writable_folder(Path(path).parent)
 
 
 def check_matplotlib() -> None:
@@ -64,27 +65,33 @@ def check_matplotlib() -> None:
         raise ImportError('Plots need matplotlib, which is not installed: pip install "fractal-rm[plots]".')
 
 
-def check_model(path: str) -> None:
-    """Raise if a path means a local folder that holds no model; hub ids pass.
+def check_models(*paths: str | None) -> None:
+    """Raise if a path means a local folder that holds no model; hub ids pass, None is passed over.
 
     Raises:
         FileNotFoundError: If the folder is missing; for a folder of the quickstart the message says how to make it.
         ValueError: If the folder holds no model.
     """
-    folder = Path(path)
-    if folder.is_dir():
+    for path in paths:
+        if path is None or _is_hub_id(path):
+            continue
+        folder = Path(path)
+        if not folder.is_dir():
+            advice = "Check the path, or give a hub id."
+            if _QUICKSTART in folder.parts:
+                advice = "Run `make quickstart` first: it makes this folder."
+            raise FileNotFoundError(f"There is no model folder {path}. {advice}")
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "modules.json")):
             raise ValueError(f"{path} is no model folder: it holds no config.json. Give a folder or hub id of a model.")
-    elif folder.exists() or folder.is_absolute() or len(folder.parts) != 2 - ("/" not in path) or _starts_local(folder):
-        advice = "Check the path, or give a hub id."
-        if _QUICKSTART in folder.parts:
-            advice = "Run `make quickstart` first: it makes this folder."
-        raise FileNotFoundError(f"There is no model folder {path}. {advice}")
 
 
-def _starts_local(folder: Path) -> bool:
-    first = folder.parts[0]
-    return first in (".", "..", "~", "runs") or (len(folder.parts) > 1 and Path(first).is_dir())
+def _is_hub_id(path: str) -> bool:
+    """Whether a path is `name` or `owner/name`, and nothing here."""
+    place = Path(path)
+    if place.exists() or place.is_absolute() or len(place.parts) != 1 + ("/" in path):
+        return False
+    first = place.parts[0]
+    return first not in (".", "..", "~", "runs") and not (len(place.parts) > 1 and Path(first).is_dir())
 
 
 def check_chat_templates(model: str, reward_models: Sequence[Any]) -> None:
@@ -181,16 +188,24 @@ def to_json(values: Any) -> str:
 
 def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a table with a column for each split."""
-    numbers = {
-        split: {name: value for name, value in values.items() if isinstance(value, int | float)}
-        for split, values in metrics.items()
-    }
+    numbers = [{name: x for name, x in values.items() if isinstance(x, int | float)} for values in metrics.values()]
+    names = dict.fromkeys(name for values in numbers for name in values)
+    print_table(metrics, {name: [number_cell(values.get(name)) for values in numbers] for name in names})
+
+
+def print_table(columns: Iterable[str], rows: Mapping[str, Iterable[str]]) -> None:
+    """Print a table with a line for each metric.
+
+    Args:
+        columns: What the cells are of.
+        rows: Cells by the name of the metric.
+    """
     table = Table()
     table.add_column("metric")
-    for split in numbers:
-        table.add_column(split, justify="right")
-    for name in dict.fromkeys(name for values in numbers.values() for name in values):
-        table.add_row(name, *(number_cell(values.get(name)) for values in numbers.values()))
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
     Console().print(table, markup=False)
 
 

@@ -6,28 +6,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-
-from fractal_rm.cli.arguments import check_counts
-from fractal_rm.cli.checks import check_model, check_writable_file, load_reward_model, number_cell, to_json
-from fractal_rm.cli.data_files import (
+from fractal_rm.cli.arguments import (
     DATA_DIR_VARIABLE,
+    ScoringArguments,
     benchmark_from_hub,
     find_file,
     find_split,
-    load_published,
+    read_published,
     read_rows,
 )
+from fractal_rm.cli.checks import (
+    check_models,
+    check_writable_files,
+    load_reward_model,
+    number_cell,
+    print_table,
+    to_json,
+)
 from fractal_rm.cli.parser import parse
-from fractal_rm.data.formats.index import FORMATS, FormatName, check_meaning
+from fractal_rm.data.formats.index import check_meaning
+from fractal_rm.evaluation.benchmarks import Benchmark, BenchmarkName, as_learned, measure, read_benchmark
+from fractal_rm.evaluation.responses import choose_threshold, measure_responses, score_bags
+from fractal_rm.evaluation.statistics import as_columns, differences, estimates
+from fractal_rm.files import write_atomic
+from fractal_rm.reward_training.data import to_bags
 
 
-@dataclass
-class EvaluateArguments:
+@dataclass(kw_only=True)
+class EvaluateArguments(ScoringArguments):
     """Arguments of `fractal-rm evaluate`."""
 
-    model: str = field(metadata={"help": "Step reward model: the folder that `fractal-rm train` wrote, or a hub id."})
     data: str | None = field(
         default=None,
         metadata={
@@ -35,7 +43,7 @@ class EvaluateArguments:
             "benchmark its official files, or none to take them from the hub."
         },
     )
-    benchmark: Literal["processbench", "prmbench", "best_of_n"] | None = field(
+    benchmark: BenchmarkName | None = field(
         default=None,
         metadata={
             "help": "Judge by the rule of a benchmark; `best_of_n` takes rows of sampled solutions with `prompt`, "
@@ -71,15 +79,9 @@ class EvaluateArguments:
         default=None,
         metadata={"help": f"Folder of data sets by name; default: that of the environment's {DATA_DIR_VARIABLE}."},
     )
-    dataset_format: FormatName | None = field(
-        default=None,
-        metadata={"help": "Read `data` as its authors published it, docs/datasets.md; None of it: the hub's copy."},
-    )
-    batch_size: int = field(default=32, metadata={"help": "Responses in a forward pass."})
-    limit: int | None = field(default=None, metadata={"help": "Most rows read of each file: the first ones."})
 
     def __post_init__(self) -> None:
-        check_counts(self.batch_size, self.limit)
+        super().__post_init__()
         for name in ("outcome_model", "answer_pattern"):
             if getattr(self, name) is not None and self.benchmark != "best_of_n":
                 raise ValueError(f"`{name}` has an effect with `benchmark=best_of_n` only. Leave it out.")
@@ -92,15 +94,10 @@ class EvaluateArguments:
 def evaluate(argv: Sequence[str]) -> None:
     """Measure one model, or compare two on the same responses; write `metrics.json` and print a table."""
     (arguments,) = parse("evaluate", [EvaluateArguments], argv)
-    check_writable_file(arguments.output)
-    for model in (arguments.model, arguments.compare_to, arguments.outcome_model):
-        if model is not None:
-            check_model(model)
+    check_writable_files(arguments.output)
+    check_models(arguments.model, arguments.compare_to, arguments.outcome_model)
     rows, source = _rows(arguments)
-    from fractal_rm.evaluation.statistics import as_columns, differences, estimates
-    from fractal_rm.files import write_atomic
-
-    names = [arguments.model, *([arguments.compare_to] if arguments.compare_to is not None else [])]
+    names = list(filter(None, (arguments.model, arguments.compare_to)))
     measured = [_measure(name, rows, source, arguments, first=i == 0) for i, name in enumerate(names)]
     found = [estimates(one) for one in measured]
     written = [{**one.counts, **as_columns(values), **one.curves} for one, values in zip(measured, found, strict=True)]
@@ -118,9 +115,7 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
     """The rows to measure on, and what to call them."""
     if arguments.data is None:
         if arguments.dataset_format is not None:
-            source = f"{arguments.dataset_format} ({arguments.split})"
-            rows = list(load_published(arguments.dataset_format, arguments.split))[: arguments.limit]
-            return FORMATS[arguments.dataset_format].read(rows, source=source), source
+            return read_published(arguments.dataset_format, arguments.split, arguments.limit)
         if arguments.benchmark is None:
             raise ValueError("There is nothing to measure on. Give `data`, or a `benchmark` that the hub has.")
         return benchmark_from_hub(arguments.benchmark, arguments.limit), f"{arguments.benchmark} (hub)"
@@ -138,22 +133,18 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
 
 def _measure(name: str, rows: list[Any], source: str, arguments: EvaluateArguments, *, first: bool) -> Any:
     """What is measured of one model, with the speed of scoring."""
-    from fractal_rm.evaluation.benchmarks import Task, measure, read_task
-    from fractal_rm.evaluation.responses import measure_responses
-    from fractal_rm.reward_training.data import to_bags
-
     model = load_reward_model(name, arguments.batch_size)
     threshold = _threshold(model, arguments)
     if arguments.dataset_format is not None:
         check_meaning(arguments.dataset_format, model.settings.aggregation)
     if arguments.benchmark is None:
         bags = to_bags(rows, model.settings, source=source)
-        task = Task(bags, lambda scored, limit: measure_responses(scored, bags, limit))
-        return measure(model, task, threshold=threshold)
+        responses = Benchmark(bags, lambda scored, limit: measure_responses(scored, bags, limit))
+        return measure(model, responses, threshold=threshold)
     outcome = None
     if arguments.outcome_model is not None and first:
         outcome = load_reward_model(arguments.outcome_model, arguments.batch_size)
-    task = read_task(
+    benchmark = read_benchmark(
         arguments.benchmark,
         rows,
         source=source,
@@ -162,19 +153,15 @@ def _measure(name: str, rows: list[Any], source: str, arguments: EvaluateArgumen
         answer_pattern=arguments.answer_pattern,
         outcome_model=outcome,
     )
-    if task.remark and first:
-        print(task.remark, file=sys.stderr)
-    return measure(model, task, threshold=threshold)
+    if benchmark.remark and first:
+        print(benchmark.remark, file=sys.stderr)
+    return measure(model, benchmark, threshold=threshold)
 
 
 def _threshold(model: Any, arguments: EvaluateArguments) -> float | None:
     """The threshold chosen on the response labels of another file; None: the one that the model remembers."""
     if arguments.threshold_file is None:
         return None
-    from fractal_rm.evaluation.benchmarks import as_learned
-    from fractal_rm.evaluation.responses import choose_threshold, score_bags
-    from fractal_rm.reward_training.data import to_bags
-
     path = find_file(arguments.threshold_file, arguments.data_dir)
     bags = to_bags(read_rows(path, arguments.dataset_format, arguments.limit), model.settings, source=str(path))
     scored = score_bags(model, as_learned(model, bags))
@@ -186,18 +173,13 @@ def _threshold(model: Any, arguments: EvaluateArguments) -> float | None:
 
 def _print(source: str, measured: list[Any], found: list[dict[str, Any]], gains: dict[str, Any]) -> None:
     """Counts, then a line a metric: the value with its interval, of two models also the difference."""
-    table = Table()
-    table.add_column("metric")
     columns = [source] if len(found) == 1 else ["model", "compare_to"]
-    for column in (*columns, *(["difference"] if gains else [])):
-        table.add_column(column, justify="right")
-    for name in dict.fromkeys(name for one in measured for name in one.counts):
-        cells = [number_cell(one.counts.get(name)) for one in measured]
-        table.add_row(name, *cells, *([""] if gains else []))
+    counts = dict.fromkeys(name for one in measured for name in one.counts)
+    rows = {name: [number_cell(one.counts.get(name)) for one in measured] for name in counts}
     for name in dict.fromkeys(name for values in found for name in values):
-        cells = [_interval(values[name]) if name in values else "—" for values in found]
-        table.add_row(name, *cells, *([_interval(gains[name], signed=True)] if name in gains else []))
-    Console().print(table, markup=False)
+        rows[name] = [_interval(values[name]) if name in values else "—" for values in found]
+        rows[name] += [_interval(gains[name], signed=True)] if name in gains else []
+    print_table([*columns, *(["difference"] if gains else [])], rows)
 
 
 def _interval(estimate: Any, *, signed: bool = False) -> str:

@@ -6,7 +6,7 @@ the file, a value) into one sentence that names the place and the nearest known 
 
 import argparse
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -15,17 +15,6 @@ from trl.scripts.utils import TrlParser
 
 # Least similarity of a name that is worth suggesting.
 _ALIKE = 0.5
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A question that names the known name most like `name`, or an empty text.
-
-    Example:
-        >>> nearest("learning_rat", ["seed", "learning_rate"])
-        ' Did you mean `learning_rate`?'
-    """
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=_ALIKE)
-    return f" Did you mean `{found[0]}`?" if found else ""
 
 
 def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
@@ -85,11 +74,17 @@ class CommandParser(TrlParser):
         """What to do about an unknown name: what replaced it, the nearest known one, or where to look."""
         if unknown in self._removed:
             return f" It is no longer an option. {self._removed[unknown]}"
-        return nearest(unknown, self.names) or f" {self.advice}"
+        found = difflib.get_close_matches(unknown, self.names, n=1, cutoff=_ALIKE)
+        return f" Did you mean `{found[0]}`?" if found else f" {self.advice}"
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print before it exits."""
-        raise ValueError(f"{self.prog}: {' '.join(message.split())}. {self.advice}")
+        raise ValueError(f"{self.prog}: {' '.join(message.split()).rstrip('.')}. {self.advice}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if advice := self._removed.get(f"{action.dest}={value}"):
+            raise argparse.ArgumentError(action, advice)
+        super()._check_value(action, value)
 
     def read_config(self, path: str) -> None:
         """Take the values of a YAML file as defaults, after checking them as flags are checked.
@@ -120,7 +115,8 @@ class CommandParser(TrlParser):
 
     def _checked(self, action: argparse.Action, value: Any, path: str) -> Any:
         """A value of the file in the type that its flag would give it."""
-        kinds = {getattr(kind, "__origin__", kind) for kind in [self._hints[action.dest], *self._alternatives(action)]}
+        hint = self._hints[action.dest]
+        kinds = {getattr(kind, "__origin__", kind) for kind in (hint, *get_args(hint))}
         if value is None and (action.default is None or type(None) in kinds):
             return None
         if isinstance(value, dict) and dict in kinds:
@@ -134,9 +130,6 @@ class CommandParser(TrlParser):
         value = self._converted(action, value, path)
         return [value] if action.nargs == "+" else value
 
-    def _alternatives(self, action: argparse.Action) -> tuple[Any, ...]:
-        return get_args(self._hints[action.dest])
-
     def _converted(self, action: argparse.Action, value: Any, path: str) -> Any:
         convert: Any = action.type or str
         try:
@@ -145,7 +138,7 @@ class CommandParser(TrlParser):
             kind = getattr(convert, "__name__", "value").replace("string_to_", "")
             raise ValueError(f"{path}: `{action.dest}` is {value!r}, which is no {kind}. {self.advice}") from None
         if action.choices is not None and converted not in action.choices:
-            raise ValueError(
-                f"{path}: `{action.dest}` is {value!r}. Choose one of {', '.join(map(str, action.choices))}."
-            )
+            known = f"Choose one of {', '.join(map(str, action.choices))}."
+            advice = self._removed.get(f"{action.dest}={converted}", known)
+            raise ValueError(f"{path}: `{action.dest}` is {value!r}. {advice}")
         return converted

@@ -10,7 +10,7 @@ from datasets import Dataset
 from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.checks import (
     check_chat_templates,
-    check_model,
+    check_models,
     check_writable_folder,
     checkpoint_to_resume,
     hide_loading_bars,
@@ -105,9 +105,7 @@ def ppo(argv: Sequence[str]) -> None:
     # The value model may also be a word that stands for a backbone that there is already.
     given_value = None if arguments.value_model in ("reward_model", "shared") else arguments.value_model
     adapt_value = arguments.value_use_peft and config.advantage == "gae" and arguments.value_model != "shared"
-    for path in (arguments.model, *reward_models, given_value):
-        if path is not None:
-            check_model(path)
+    check_models(arguments.model, *reward_models, given_value)
     functions = [reward_function(arguments.reward_function)] if arguments.reward_function else []
     rows = read_prompts(arguments, data, "train", config.seed)
     held_out = read_prompts(arguments, data, "eval", config.seed)

@@ -4,8 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal_rm.cli.checks import check_matplotlib, check_writable_file
+from fractal_rm.cli.checks import check_matplotlib, check_writable_files
 from fractal_rm.cli.parser import parse
+from fractal_rm.evaluation.results import read_results
+from fractal_rm.files import write_atomic
+from fractal_rm.report.tables import markdown_table, write_results_page
+from fractal_rm.report.training_history import read_runs
+from fractal_rm.report.training_report import save_training_figure, write_training_report
 
 
 @dataclass
@@ -55,9 +60,7 @@ class ReportArguments:
 def report(argv: Sequence[str]) -> None:
     """Write the page, the picture or the table that the arguments ask for."""
     (arguments,) = parse("report", [ReportArguments], argv)
-    for output in (arguments.output, arguments.figure):
-        if output is not None:
-            check_writable_file(output)
+    check_writable_files(arguments.output, arguments.figure)
     if arguments.runs is not None:
         _report_runs(arguments.runs, arguments.output, arguments.figure, arguments.title or "Training")
     else:
@@ -65,10 +68,7 @@ def report(argv: Sequence[str]) -> None:
 
 
 def _report_runs(entries: list[str], output: str | None, figure: str | None, title: str) -> None:
-    check_matplotlib()
-    from fractal_rm.report.training_history import read_runs
-    from fractal_rm.report.training_report import save_training_figure, write_training_report
-
+    check_matplotlib()  # before the work, not after
     runs = read_runs(entries)
     if output is not None:
         write_training_report(output, runs, title=title)
@@ -80,10 +80,6 @@ def _report_runs(entries: list[str], output: str | None, figure: str | None, tit
 def _report_results(results: str, output: str | None, metrics: list[str] | None, title: str) -> None:
     if not Path(results).is_file():
         raise FileNotFoundError(f"{results} is no file. Give the path of a results.jsonl.")
-    from fractal_rm.evaluation.results import read_results
-    from fractal_rm.files import write_atomic
-    from fractal_rm.report.tables import markdown_table, write_results_page
-
     rows = read_results(results)
     bad = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("metrics"), dict)), None)
     if bad is not None:

@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal_rm.cli.arguments import check_counts
-from fractal_rm.cli.checks import check_model, check_writable_file, load_reward_model
-from fractal_rm.cli.data_files import read_rows
+from fractal_rm.cli.arguments import ScoringArguments, read_rows
+from fractal_rm.cli.checks import check_models, check_writable_files, load_reward_model
 from fractal_rm.cli.parser import parse
-from fractal_rm.data.formats.index import FormatName
+from fractal_rm.evaluation.score_rows import add_second_model, score_rows
 from fractal_rm.files import write_atomic
+from fractal_rm.report.terminal import show_steps
+from fractal_rm.report.viewer import write_viewer
 
 # Bad rows that are named on the screen; all of them are in the output.
 _NAMED_ROWS = 10
 
 
-@dataclass
-class ScoreArguments:
+@dataclass(kw_only=True)
+class ScoreArguments(ScoringArguments):
     """Arguments of `fractal-rm score`."""
 
-    model: str = field(metadata={"help": "Step reward model: the folder that `fractal-rm train` wrote, or a hub id."})
     input: str = field(
         metadata={
             "help": "Rows with `prompt` and `response` (or `completion`, or `steps`), and optionally `id`, `label` and "
@@ -34,14 +34,9 @@ class ScoreArguments:
     compare_to: str | None = field(
         default=None, metadata={"help": "A second step reward model, whose scores of the same steps stand beside."}
     )
-    dataset_format: FormatName | None = field(
-        default=None, metadata={"help": "Read `input` as its authors published it, docs/datasets.md."}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Responses in a forward pass."})
-    limit: int | None = field(default=None, metadata={"help": "Most rows read: the first ones."})
 
     def __post_init__(self) -> None:
-        check_counts(self.batch_size, self.limit)
+        super().__post_init__()
         if self.show < 0:
             raise ValueError(f"`show` is {self.show}. Give a number of responses, 0 for none.")
         files = [Path(file).resolve() for file in (self.input, self.output, self.html) if file is not None]
@@ -52,17 +47,8 @@ class ScoreArguments:
 def score(argv: Sequence[str]) -> None:
     """Write one line of scores for each response, and a page if one is asked for."""
     (arguments,) = parse("score", [ScoreArguments], argv)
-    for output in (arguments.output, arguments.html):
-        if output is not None:
-            check_writable_file(output)
-    for model in (arguments.model, arguments.compare_to):
-        if model is not None:
-            check_model(model)
-
-    from fractal_rm.evaluation.score_rows import add_second_model, score_rows
-    from fractal_rm.report.terminal import show_steps
-    from fractal_rm.report.viewer import write_viewer
-
+    check_writable_files(arguments.output, arguments.html)
+    check_models(arguments.model, arguments.compare_to)
     rows = read_rows(Path(arguments.input), arguments.dataset_format, arguments.limit)
     reward_model = load_reward_model(arguments.model, arguments.batch_size)
     records = score_rows(reward_model, rows, source=arguments.input)

@@ -1,11 +1,15 @@
 """`fractal-rm serve`: step scores over HTTP."""
 
 import contextlib
+import ipaddress
+import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fractal_rm.cli.checks import check_model, load_reward_model
+from fractal_rm.cli.checks import check_models, load_reward_model
 from fractal_rm.cli.parser import parse
+from fractal_rm.serving.limits import Limits
 
 
 @dataclass
@@ -22,17 +26,6 @@ class ServeArguments:
     wait: float = field(
         default=0.005, metadata={"help": "Seconds that a response waits for others to share a forward pass with."}
     )
-    max_responses: int = field(default=1024, metadata={"help": "Most responses in a request."})
-    max_characters: int = field(
-        default=4_000_000, metadata={"help": "Most characters in the prompts and responses of a request."}
-    )
-    max_body_bytes: int = field(default=16_000_000, metadata={"help": "Longest request."})
-    seconds: float = field(
-        default=60.0, metadata={"help": "Longest time for a request to arrive, and again to be scored."}
-    )
-    max_queued: int = field(
-        default=16_384, metadata={"help": "Most responses that wait for their turn; requests beyond are refused."}
-    )
     ends: list[str] | None = field(
         default=None,
         metadata={
@@ -41,34 +34,60 @@ class ServeArguments:
         },
     )
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or not 0 <= self.wait < self.seconds:
-            raise ValueError(
-                f"`batch_size` is {self.batch_size} and `wait` is {self.wait}. "
-                "Give a batch size of 1 or more and a wait from 0 to less than `seconds`."
-            )
-
 
 def serve(argv: Sequence[str]) -> None:
-    """Answer requests until somebody interrupts."""
-    (arguments,) = parse("serve", [ServeArguments], argv)
-    check_model(arguments.model)
+    """Answer requests until somebody interrupts; those that have begun are answered."""
+    arguments, limits = parse("serve", [ServeArguments, Limits], argv)
+    if arguments.batch_size < 1 or not 0 <= arguments.wait < limits.seconds:
+        raise ValueError(
+            f"`batch_size` is {arguments.batch_size} and `wait` is {arguments.wait}. "
+            "Give a batch size of 1 or more and a wait from 0 to less than `seconds`."
+        )
+    check_models(arguments.model)
     try:
-        from fractal_rm.serving.limits import Limits
-        from fractal_rm.serving.server import serve
+        from fractal_rm.serving.app import make_app, run
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn"):
             raise
         raise ImportError(f"The server needs {error.name}. Install it: `pip install 'fractal-rm[serve]'`.") from error
-    limits = Limits(**{name: getattr(arguments, name) for name in Limits.__dataclass_fields__})
-    reward_model = load_reward_model(arguments.model, arguments.batch_size)
-    with contextlib.suppress(KeyboardInterrupt):  # how a server is ended
-        serve(
-            reward_model,
-            name=arguments.model,
-            host=arguments.host,
-            port=arguments.port,
-            limits=limits,
-            wait=arguments.wait,
-            ends=arguments.ends or (),
-        )
+    name, host = arguments.model, arguments.host
+    reward_model = load_reward_model(name, arguments.batch_size)
+    app = make_app(reward_model, name=name, limits=limits, wait=arguments.wait, ends=arguments.ends or ())
+    with contextlib.suppress(KeyboardInterrupt), listen(host, arguments.port) as listening:  # how a server is ended
+        shown = f"[{host}]" if ":" in host else host
+        print(f"{name} scores at http://{shown}:{listening.getsockname()[1]}/score; Ctrl-C ends it.", flush=True)
+        if not is_loopback(host):
+            print("Whoever can reach this address can use the server: it asks for no password.", flush=True)
+        run(app, listening, seconds=limits.seconds)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections.
+
+    Args:
+        host: Address or name of this machine.
+        port: Port; 0: any that is free.
+
+    Raises:
+        OSError: If the address or port cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        number = getattr(error, "errno", None)  # Python adds the address to what the system says
+        reason = (os.strerror(number) if number else str(error)).lower()
+        raise OSError(f"{host}:{port} cannot be listened on ({reason}). Choose another `host` or `port`.") from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address.
+
+    Example:
+        >>> is_loopback("127.0.0.1"), is_loopback("0.0.0.0")
+        (True, False)
+    """
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.checks import (
-    check_model,
+    check_models,
     check_writable_folder,
     checkpoint_to_resume,
     hide_loading_bars,
@@ -45,7 +45,7 @@ def train(argv: Sequence[str]) -> None:
     folder = Path(config.output_dir)
     check_writable_folder(folder)
     checkpoint = checkpoint_to_resume(config) or _is_staged(config)
-    check_model(arguments.model)
+    check_models(arguments.model)
     if data.dataset_format is not None:
         check_meaning(data.dataset_format, config.aggregation)
     bags, sources = {}, {}

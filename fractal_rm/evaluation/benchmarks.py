@@ -15,11 +15,11 @@ from fractal_rm.evaluation.responses import score_bags
 from fractal_rm.evaluation.statistics import Measurement
 from fractal_rm.reward_model import StepRewardModel, StepScores
 
-Benchmark = Literal["processbench", "prmbench", "best_of_n"]
+BenchmarkName = Literal["processbench", "prmbench", "best_of_n"]
 
 
 @dataclass(frozen=True)
-class Task:
+class Benchmark:
     """A benchmark whose data is read: what to score, and what to make of the scores.
 
     Args:
@@ -33,8 +33,8 @@ class Task:
     remark: str | None = None
 
 
-def read_task(
-    benchmark: Benchmark,
+def read_benchmark(
+    name: BenchmarkName,
     rows: Iterable[Mapping[str, Any]],
     *,
     source: str = "data",
@@ -42,11 +42,11 @@ def read_task(
     tuned_on: str = TUNED_ON,
     answer_pattern: str | None = None,
     outcome_model: StepRewardModel | None = None,
-) -> Task:
+) -> Benchmark:
     """Read the data of a benchmark.
 
     Args:
-        benchmark: `"processbench"`, `"prmbench"` or `"best_of_n"`.
+        name: Which benchmark.
         rows: Its rows, in the official format or in this package's schema.
         source: Name of the data in messages.
         segmentation: How responses that are not cut yet become steps; used by best-of-n only.
@@ -58,37 +58,37 @@ def read_task(
         TypeError: If a value has the wrong type.
         ValueError: If the rows are not what the benchmark needs.
     """
-    if benchmark == "processbench":
+    if name == "processbench":
         cases = read_cases(rows, source=source)
-
-        def by_first_error(scored: Sequence[StepScores], threshold: float) -> Measurement:
-            return measure_processbench(scored, cases, threshold, tuned_on=tuned_on)
-
-        return Task(cases.bags, by_first_error, missing_cases(cases))
-    if benchmark == "prmbench":
+        return Benchmark(
+            cases.bags,
+            lambda scored, threshold: measure_processbench(scored, cases, threshold, tuned_on=tuned_on),
+            missing_cases(cases),
+        )
+    if name == "prmbench":
         solutions = read_solutions(rows, source=source)
-        return Task(solutions.bags, lambda scored, threshold: measure_prmbench(scored, solutions, threshold))
+        return Benchmark(solutions.bags, lambda scored, threshold: measure_prmbench(scored, solutions, threshold))
     questions = read_questions(rows, segmentation or Segmentation(), source=source, answer_pattern=answer_pattern)
     outcome = None if outcome_model is None else score_whole(outcome_model, questions.bags)
-    return Task(questions.bags, lambda scored, _: measure_best_of_n(scored, questions, outcome=outcome))
+    return Benchmark(questions.bags, lambda scored, _: measure_best_of_n(scored, questions, outcome=outcome))
 
 
-def measure(reward_model: StepRewardModel, task: Task, *, threshold: float | None = None) -> Measurement:
+def measure(reward_model: StepRewardModel, benchmark: Benchmark, *, threshold: float | None = None) -> Measurement:
     """Score the responses of a benchmark in one pass and measure.
 
     Args:
         reward_model: The model. If it was trained on chats, prompts that are texts become chats of one message.
-        task: The benchmark.
+        benchmark: What to score and to measure.
         threshold: A step that scores below it is called wrong; default: the threshold that the model remembers.
 
     Returns:
         The measurement, with `seconds` and `responses_per_second` of scoring among its counts.
     """
-    bags = as_learned(reward_model, task.bags)
+    bags = as_learned(reward_model, benchmark.bags)
     start = time.perf_counter()
     scored = score_bags(reward_model, bags)
     seconds = time.perf_counter() - start
-    measured = task.measure(scored, reward_model.settings.threshold if threshold is None else threshold)
+    measured = benchmark.measure(scored, reward_model.settings.threshold if threshold is None else threshold)
     speed = {"seconds": seconds, "responses_per_second": len(bags) / seconds}
     return replace(measured, counts={**measured.counts, **speed})
 

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,14 +226,18 @@ def measure_best_of_n(
     if outcome is not None:
         readings["outcome"] = solution_scores(outcome)["own"]
     right = questions.right
-    sizes = sizes_of(questions)
-    accuracies: dict[str, list[float]] = {}
-    for group in questions.groups:
-        for n in sizes:
-            for name, value in _one_question(readings, right, questions.answers, group, n).items():
-                accuracies.setdefault(f"{name}@{n}", []).append(value)
+    answers, sizes = questions.answers, sizes_of(questions)
+    ways: dict[str, Callable[[list[int], int], float]] = {
+        name: lambda group, n, scores=scores: best_of(scores[group], right[group], n)
+        for name, scores in readings.items()
+    }
+    if answers is not None:
+        ways["majority"] = lambda group, n: majority_of([answers[place] for place in group], right[group], n)
+    ways["pass"] = lambda group, n: pass_at(right[group], n)
     statistics: dict[str, Statistic] = {
-        name: mean_of(values) for name, values in sorted(accuracies.items(), key=_order)
+        f"{name}@{n}": mean_of([way(group, n) if len(group) >= n else math.nan for group in questions.groups])
+        for n in sizes
+        for name, way in ways.items()
     }
     counts: dict[str, float] = {
         "questions": len(questions.groups),
@@ -241,29 +245,7 @@ def measure_best_of_n(
         "unscored": sum(math.isnan(result.score) for result in scored),
         "truncated": sum(result.truncated_steps > 0 for result in scored),
     }
-    if questions.answers is not None:
-        counts["without_answer"] = sum(answer is None for answer in questions.answers)
+    if answers is not None:
+        counts["without_answer"] = sum(answer is None for answer in answers)
     counts |= {f"skipped@{n}": short for n in sizes if (short := sum(len(group) < n for group in questions.groups))}
     return Measurement(len(questions.groups), statistics, counts)
-
-
-def _one_question(
-    readings: Mapping[str, np.ndarray],
-    right: np.ndarray,
-    answers: Sequence[str | None] | None,
-    group: list[int],
-    n: int,
-) -> dict[str, float]:
-    """Accuracy of every way to choose for one question; NaN if it has fewer than n solutions."""
-    names = [*readings, *(["majority"] if answers is not None else []), "pass"]
-    if len(group) < n:
-        return dict.fromkeys(names, math.nan)
-    good = right[group]
-    found = {name: best_of(scores[group], good, n) for name, scores in readings.items()}
-    if answers is not None:
-        found["majority"] = majority_of([answers[place] for place in group], good, n)
-    return found | {"pass": pass_at(good, n)}
-
-
-def _order(item: tuple[str, Any]) -> int:
-    return int(item[0].partition("@")[2])

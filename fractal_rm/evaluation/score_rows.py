@@ -13,10 +13,7 @@ from fractal_rm.scorers.encoding import prompt_text
 
 
 def score_rows(
-    reward_model: StepRewardModel,
-    rows: Sequence[Mapping[str, Any] | Bag],
-    *,
-    source: str,
+    reward_model: StepRewardModel, rows: Sequence[Mapping[str, Any] | Bag], *, source: str
 ) -> list[dict[str, Any]]:
     """Score the responses of rows in any format that `read_row` knows, labelled or not.
 
@@ -43,14 +40,14 @@ def score_rows(
             row = vars(row) if isinstance(row, Bag) else row
             given = {name: _writable(row.get(name)) for name in ("id", "prompt")}
             response = next((row[name] for name in ("response", "completion") if isinstance(row.get(name), str)), None)
-            records.append(_record(number, given, _writable(response), str(error)))
+            records.append(_record(number, given, _writable(response)) | {"error": str(error)})
             continue
         for bag in found:
             bags[len(records)] = bag
-            records.append(_record(number, {"id": bag.id, "prompt": bag.prompt, "label": bag.label}, bag.response))
+            records.append(_record(number, vars(bag), bag.response))
     scored = score_bags(reward_model, list(bags.values())) if bags else []
     for (place, bag), result in zip(bags.items(), scored, strict=True):
-        _fill(records[place], bag, result, source)
+        records[place] |= _found(bag, result, f"{source}, row {records[place]['row']}")
     return records
 
 
@@ -73,8 +70,7 @@ def add_second_model(records: Sequence[dict[str, Any]], reward_model: StepReward
     for record in records:
         record["other_score"] = None
     for record, result in zip(scored, results, strict=True):
-        if result.error is None and math.isfinite(result.score):
-            record["other_score"] = result.score
+        record["other_score"] = None if result.error is not None else _finite(result.score)
         others = [*result.step_scores, *[None] * len(record["steps"])]
         for step, other in zip(record["steps"], others, strict=False):
             step["other_score"] = other
@@ -103,37 +99,24 @@ def _writable(value: Any) -> Any:
     return [_writable(one) for one in value] if isinstance(value, list) else value
 
 
-def _record(
-    row: int, given: Mapping[str, Any], response: str | None = None, error: str | None = None
-) -> dict[str, Any]:
-    return {
-        "row": row,
-        "id": given.get("id"),
-        "prompt": given.get("prompt"),
-        "response": response,
-        "label": given.get("label"),
-        "score": None,
-        "steps": [],
-        "truncated_steps": 0,
-        "error": error,
-    }
+def _record(row: int, given: Mapping[str, Any], response: str | None) -> dict[str, Any]:
+    """A record without scores."""
+    known = {"row": row, "id": given.get("id"), "prompt": given.get("prompt"), "response": response}
+    return known | {"label": given.get("label"), "score": None, "steps": [], "truncated_steps": 0, "error": None}
 
 
-def _fill(record: dict[str, Any], bag: Bag, result: StepScores, source: str) -> None:
+def _found(bag: Bag, result: StepScores, where: str) -> dict[str, Any]:
+    """What scores add to a record."""
     if result.error is not None:
         # The model counts rows of its own batch from 0; the caller's file counts.
-        record["error"] = f"{source}, row {record['row']}: {result.error.partition(': ')[2]}"
-        return
+        return {"error": f"{where}: {result.error.partition(': ')[2]}"}
     gold = bag.step_labels or [None] * len(bag.step_spans)
-    record["score"] = result.score if math.isfinite(result.score) else None
-    record["truncated_steps"] = result.truncated_steps
-    record["steps"] = [
-        {
-            "text": step.text,
-            "start": step.start,
-            "end": step.end,
-            "score": step.score if math.isfinite(step.score) else None,
-            "gold": label,
-        }
+    steps = [
+        vars(step) | {"score": _finite(step.score), "gold": label}
         for step, label in zip(result.steps, gold, strict=False)
     ]
+    return {"score": _finite(result.score), "steps": steps, "truncated_steps": result.truncated_steps}
+
+
+def _finite(score: float) -> float | None:
+    return score if math.isfinite(score) else None

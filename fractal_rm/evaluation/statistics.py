@@ -444,19 +444,9 @@ def same_position_auc(scores: Rows, labels: Rows) -> float:
     return same_position_auc_of(scores, labels).value
 
 
-def first_error_accuracy(scores: Rows, labels: Rows, threshold: float) -> dict[str, float]:
-    """Values of [`first_error_statistics`]."""
-    return values_of(first_error_statistics(scores, labels, threshold))
-
-
 def expected_calibration_error(probs: Rows, labels: Rows, bins: int = BINS) -> float:
     """Value of [`ece_of`]."""
     return ece_of(probs, labels, bins).value
-
-
-def mean_absolute_error(values: Rows, labels: Rows) -> float:
-    """Value of [`absolute_error_of`]."""
-    return absolute_error_of(values, labels).value
 
 
 def bag_statistics(probs: Rows, labels: Rows) -> dict[str, Statistic]:

@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import queue
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -111,6 +113,12 @@ def make_app(
         return write_openrlhf(await scores_of(read_openrlhf(request, ends)))
 
     return app
+
+
+def run(app: FastAPI, listening: socket.socket, *, seconds: float) -> None:
+    """Answer requests until the process is told to end; those that have begun get this many seconds."""
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(seconds) + 1)
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 def _check_size(given: Sequence[PromptedResponse], limits: Limits) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # A body that is too long is read to its end, without being kept, up to this many times the limit: a client that still
@@ -17,24 +17,19 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a request.
+    """Limits of a request; each above 0, and the queue holds one request at least."""
 
-    Args:
-        max_responses: Most responses in a request.
-        max_characters: Most characters of its prompts and responses together.
-        max_body_bytes: Longest body.
-        seconds: Longest time for the body to arrive, and again for scoring it.
-        max_queued: Most responses of all requests that wait for their turn.
-
-    Raises:
-        ValueError: If a limit is not above 0, or one request could not fit into the queue.
-    """
-
-    max_responses: int = 1024
-    max_characters: int = 4_000_000
-    max_body_bytes: int = 16_000_000
-    seconds: float = 60.0
-    max_queued: int = 16_384
+    max_responses: int = field(default=1024, metadata={"help": "Most responses in a request."})
+    max_characters: int = field(
+        default=4_000_000, metadata={"help": "Most characters in the prompts and responses of a request."}
+    )
+    max_body_bytes: int = field(default=16_000_000, metadata={"help": "Longest request."})
+    seconds: float = field(
+        default=60.0, metadata={"help": "Longest time for a request to arrive, and again to be scored."}
+    )
+    max_queued: int = field(
+        default=16_384, metadata={"help": "Most responses that wait for their turn; requests beyond are refused."}
+    )
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:

@@ -189,13 +189,20 @@ def write_results(results: Sequence[StepScores | Exception]) -> list[ScoredRespo
     """
     said = []
     for number, result in enumerate(results):
-        if isinstance(result, Exception):
-            said.append(_unscored(number, result))
-            continue
-        error = None if result.error is None else f"row {number}: {_NUMBER.sub('', result.error)}"
-        steps = [ScoredStep(text=x.text, start=x.start, end=x.end, score=x.score) for x in result.steps]
-        score = None if math.isnan(result.score) else result.score
-        said.append(ScoredResponse(steps=steps, score=score, truncated_steps=result.truncated_steps, error=error))
+        if isinstance(result, StepScores):
+            error = result.error
+        else:  # our own sentences are for the reader; what a library says may hold more than he should see
+            ours = isinstance(result, ValueError | TypeError)
+            error = str(result) if ours else f"it could not be scored ({type(result).__name__})."
+            result = StepScores("")
+        said.append(
+            ScoredResponse(
+                steps=[ScoredStep(**vars(step)) for step in result.steps],
+                score=None if math.isnan(result.score) else result.score,
+                truncated_steps=result.truncated_steps,
+                error=None if error is None else f"row {number}: {_NUMBER.sub('', error)}",
+            )
+        )
     return said
 
 
@@ -205,11 +212,3 @@ def write_openrlhf(results: Sequence[StepScores | Exception]) -> OpenRLHFAnswer:
     unscored = [float(math.isnan(score)) for score in scores]
     rewards = [0.0 if math.isnan(score) else score for score in scores]
     return OpenRLHFAnswer(rewards=rewards, scores=rewards, extra_logs={"unscored": unscored})
-
-
-def _unscored(number: int, error: Any) -> ScoredResponse:
-    """Our own sentences are for the reader; what a library says may hold more than he should see."""
-    told = (
-        str(error) if isinstance(error, ValueError | TypeError) else f"it could not be scored ({type(error).__name__})."
-    )
-    return ScoredResponse(steps=[], score=None, truncated_steps=0, error=f"row {number}: {_NUMBER.sub('', told)}")

@@ -17,7 +17,7 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM
 
 from fractal_rm.cli.arguments import DataArguments
-from fractal_rm.cli.checks import check_model, check_writable_folder
+from fractal_rm.cli.checks import check_models, check_writable_folder
 from fractal_rm.cli.parser import parse
 from fractal_rm.files import write_atomic
 from fractal_rm.scorers.checkpoint import load_tokenizer
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         data.dataset_name, data.dataset_config = "openai/gsm8k", "main"
     folder = Path(arguments.output_dir)
     check_writable_folder(folder)
-    check_model(arguments.model)
+    check_models(arguments.model)
     rows, source = data.read("train")
     problems = read_gsm8k(rows, source=source, chat=arguments.chat)
     tokenizer = load_tokenizer(arguments.model)

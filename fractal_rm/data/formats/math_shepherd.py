@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.formats.reading import Data, column, load_rows, read_each
+from fractal_rm.data.formats.reading import Data, column, read_each
 from fractal_rm.data.segmentation import join_steps
 
 # Marks the end of a step in the input; the label has the sign of the step in its place.
@@ -58,8 +58,7 @@ def read_math_shepherd(data: Data, *, source: str | None = None) -> list[Bag]:
         response, spans = join_steps([piece.strip() for piece in pieces])
         return [Bag(problem, response, tuple(spans), min(gold), tuple(gold))]
 
-    rows, source = load_rows(data, source)
-    return read_each(rows, source, make, left_out="have no problem before a 'Step 1:'")
+    return read_each(data, source, make, left_out="have no problem before a 'Step 1:'")
 
 
 def _signed_pieces(text: str, signed: str) -> tuple[list[str], list[float]]:

@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.formats.reading import Data, column, load_rows, read_each
+from fractal_rm.data.formats.reading import Data, column, read_each
 from fractal_rm.data.segmentation import join_steps
 
 
-def read_prm800k(
-    data: Data, *, source: str | None = None, full_solutions: bool = False, alternatives: bool = False
-) -> list[Bag]:
+def read_prm800k(data: Data, *, source: str | None = None, full_solutions: bool = False) -> list[Bag]:
     """Bags of PRM800K: solutions of problems of MATH, rated step by step by people.
 
     Official files: `phase1_train.jsonl`, `phase1_test.jsonl`, `phase2_train.jsonl`, `phase2_test.jsonl`. A row has
@@ -22,19 +20,17 @@ def read_prm800k(
     no step is -1. A row ends before its first step without a rating; rows without any are left out.
 
     Rows end at the first error: **the bad step is the last one**, and position alone tells it apart. Report the
-    position baseline (`metrics.same_position_auc` is blind to position), or use `full_solutions`. In phase 1 people
-    chose good steps, so hardly any solution is bad: its errors are in `alternatives`.
+    position baseline (`statistics.same_position_auc` is blind to position), or use `full_solutions`. In phase 1 people
+    chose good steps, so hardly any solution is bad.
 
     Args:
         data: A file, or rows.
         source: Name of the data in error messages.
         full_solutions: Continue the rows of phase 2 that end at an error to the end of the solution; the labels of
             these steps are not known. The response's label stays what it is.
-        alternatives: Also give a bag for each rated completion that was not chosen: the steps before it, and it.
 
     Returns:
-        One bag a row, its alternatives behind it. Its id is the labeler and the time; those of alternatives add their
-        step and number.
+        One bag a row. Its id is the labeler and the time.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -57,38 +53,25 @@ def read_prm800k(
 
     def make(row: Mapping[str, Any], number: int) -> list[Bag]:
         question = column(row, "question", Mapping)
-        steps, labels, others = _rated_steps(column(column(row, "label", Mapping), "steps", list, within="label."))
+        steps, labels = _rated_steps(column(column(row, "label", Mapping), "steps", list, within="label."))
         problem = column(question, "problem", str, within="question.")
+        if not steps:
+            return []
+        whole = question.get("pre_generated_steps") or []
+        if full_solutions and min(labels) == 0 and whole[: len(steps)] == steps:
+            steps = whole
+        gold = (*labels, *[None] * (len(steps) - len(labels)))
         name = "/".join(row[part] for part in ("labeler", "timestamp") if isinstance(row.get(part), str))
-        bags = []
-        if steps:
-            whole = question.get("pre_generated_steps") or []
-            goes_on = full_solutions and min(labels) == 0 and whole[: len(steps)] == steps
-            gold = [*labels, *[None] * (len(whole) - len(steps) if goes_on else 0)]
-            bags.append(_rated_bag(problem, whole if goes_on else steps, gold, name))
-        for before, index, text, label in others if alternatives else []:
-            other = f"{name}/{before + 1}.{index + 1}"
-            bags.append(_rated_bag(problem, [*steps[:before], text], [*labels[:before], label], other))
-        return bags
+        response, spans = join_steps(steps)
+        return [Bag(problem, response, tuple(spans), min(labels), gold, id=name or None)]
 
-    rows, source = load_rows(data, source)
-    return read_each(rows, source, make, left_out="have no rated step")
+    return read_each(data, source, make, left_out="have no rated step")
 
 
-def _rated_bag(problem: str, steps: list[str], gold: list[float | None], name: str) -> Bag:
-    response, spans = join_steps(steps)
-    label = min(one for one in gold if one is not None)
-    return Bag(problem, response, tuple(spans), label, tuple(gold), id=name or None)
-
-
-def _rated_steps(given: list[Any]) -> tuple[list[str], list[float], list[tuple[int, int, str, float]]]:
-    """Texts and labels of the steps that the solution went on with, up to the last one rated; and of the others.
-
-    Each of the others comes with the number of steps before it and its place in the completions.
-    """
+def _rated_steps(given: list[Any]) -> tuple[list[str], list[float]]:
+    """Texts and labels of the steps that the solution went on with, up to the last one rated."""
     steps: list[str] = []
     labels: list[float] = []
-    others = []
     for number, step in enumerate(given, 1):
         if not isinstance(step, Mapping):
             raise TypeError(f"step {number} is {type(step).__name__}; make it an object with 'completions'.")
@@ -99,19 +82,18 @@ def _rated_steps(given: list[Any]) -> tuple[list[str], list[float], list[tuple[i
         chosen = step.get("chosen_completion")
         if chosen is not None and chosen not in range(len(completions)):
             raise ValueError(f"step {number} chose completion {chosen!r} of {len(completions)}; mend its index.")
-        # Where nobody chose or wrote a step, the solution ends with its own: the first.
-        taken = int(chosen) if chosen is not None else None if written is not None else 0
-        rated = [(_rated(completion, number), index) for index, completion in enumerate(completions)]
-        others += [(len(steps), index, *one) for one, index in rated if one is not None and index != taken]
-        own = rated[taken or 0][0] if rated else None
-        found = _rated({"text": written, "rating": 1}, number) if taken is None else own
+        rated = [_rated(completion, number) for completion in completions]
+        if chosen is None and written is not None:
+            found = _rated({"text": written, "rating": 1}, number)
+        else:  # where nobody chose or wrote a step, the solution ends with its own: the first
+            found = rated[int(chosen or 0)] if rated else None
         if found is None:
             break
         steps.append(found[0])
         labels.append(found[1])
         if chosen is None and written is None:
             break  # whatever comes next does not follow this step
-    return steps, labels, others
+    return steps, labels
 
 
 def _rated(completion: Mapping[str, Any], number: int) -> tuple[str, float] | None:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.formats.reading import Data, column, load_rows, read_each, texts
+from fractal_rm.data.formats.reading import Data, column, read_each, texts
 from fractal_rm.data.segmentation import join_steps
 
 
-def read_prmbench(data: Data, *, source: str | None = None, originals: bool = True) -> list[Bag]:
+def read_prmbench(data: Data, *, source: str | None = None) -> list[Bag]:
     """Bags of PRMBench: solutions from PRM800K into which a model wrote errors of nine kinds.
 
     Official file: `prmbench_preview.jsonl`. A row has `idx`, `classification` (the kind of error), `modified_question`,
@@ -21,11 +21,10 @@ def read_prmbench(data: Data, *, source: str | None = None, originals: bool = Tr
     Args:
         data: A file, or rows.
         source: Name of the data in error messages.
-        originals: Also give the original solution of each `redundency` row, as a good response: the official
-            evaluation takes its good responses from there.
 
     Returns:
-        A bag a row, in front of it the original if it is taken. The id of a bag is its kind (or `correct`) and `idx`.
+        A bag a row, in front of each of the kind `redundency` its original solution, as a good response: the official
+        evaluation takes its good responses from there. The id of a bag is its kind (or `correct`) and `idx`.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -51,13 +50,12 @@ def read_prmbench(data: Data, *, source: str | None = None, originals: bool = Tr
         if not set(errors) <= set(range(1, len(steps) + 1)):
             return []
         bags = [_prmbench_bag(column(row, "modified_question", str), steps, errors, f"{kind}_{name}")]
-        if originals and kind == "redundency":
+        if kind == "redundency":
             solution = texts(row, "original_process")
             bags.insert(0, _prmbench_bag(column(row, "original_question", str), solution, [], f"correct_{name}"))
         return bags
 
-    rows, source = load_rows(data, source)
-    return read_each(rows, source, make, left_out="name an error step that their solution does not have")
+    return read_each(data, source, make, left_out="name an error step that their solution does not have")
 
 
 def _prmbench_bag(prompt: str, steps: list[Any], errors: list[int], name: str) -> Bag:

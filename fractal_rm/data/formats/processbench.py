@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.formats.reading import Data, column, load_rows, read_each, texts
+from fractal_rm.data.formats.reading import Data, column, read_each, texts
 from fractal_rm.data.segmentation import join_steps
 
 
@@ -46,16 +46,7 @@ def read_processbench(data: Data, *, source: str | None = None, answer_labels: b
         gold = [1.0] * len(steps) if first < 0 else [1.0] * first + [0.0] + [None] * (len(steps) - first - 1)
         label = column(row, "final_answer_correct", bool) if answer_labels else first < 0
         response, spans = join_steps(steps)
-        return [
-            Bag(
-                column(row, "problem", str),
-                response,
-                tuple(spans),
-                label,
-                tuple(gold),
-                id=str(column(row, "id", (str, int))),
-            )
-        ]
+        name = str(column(row, "id", (str, int)))
+        return [Bag(column(row, "problem", str), response, tuple(spans), label, tuple(gold), id=name)]
 
-    rows, source = load_rows(data, source)
-    return read_each(rows, source, make)
+    return read_each(data, source, make)

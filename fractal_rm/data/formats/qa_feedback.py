@@ -54,8 +54,7 @@ def read_qa_feedback(data: Data, *, source: str | None = None) -> list[Bag]:
         label = sum(gold) / len(gold) if gold else None  # a bag refuses an answer without steps
         return [Bag(_prompt(row), response, tuple(steps), label, tuple(gold), id=str(number))]
 
-    rows, source = load_rows(data, source)
-    return read_each(rows, source, make)
+    return read_each(data, source, make)
 
 
 def _span(error: Mapping[str, Any], response: str) -> tuple[str, int, int]:

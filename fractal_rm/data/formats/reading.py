@@ -82,8 +82,8 @@ def _wrapped_rows(path: Path, key: str | None) -> list[Mapping[str, Any]]:
 
 
 def read_each(
-    rows: Sequence[Mapping[str, Any]],
-    source: str,
+    data: Data,
+    source: str | None,
     make: Callable[[Mapping[str, Any], int], list[Bag]],
     *,
     left_out: str | None = None,
@@ -91,8 +91,8 @@ def read_each(
     """Bags of all rows.
 
     Args:
-        rows: The rows.
-        source: Name of the data.
+        data: A file, or rows, as in [`load_rows`].
+        source: Name of the data, as there.
         make: Bags of a row and its number, from 1. An empty list leaves the row out.
         left_out: What rows without a bag have in common, for a warning; None if leaving out is the rule.
 
@@ -100,12 +100,14 @@ def read_each(
         The bags, in the order of the rows.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         TypeError: If a value has the wrong type.
         ValueError: If a value is missing or wrong, or no row gives a bag.
 
     Warns:
         UserWarning: If rows are left out that should not be there.
     """
+    rows, source = load_rows(data, source)
     bags: list[Bag] = []
     missing = []
     for number, row in enumerate(rows, 1):
