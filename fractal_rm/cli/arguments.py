@@ -112,13 +112,9 @@ class DataArguments:
         if folder is not None and (folder / self.dataset_name).is_dir():
             rows, places = None, f"files in {folder}/{self.dataset_name}"
         else:
-            advice = (
-                f"Check the name, or set `data_dir` (or {DATA_DIR_VARIABLE}) to the folder that holds a folder of this "
-                "name."
-            )
-            splits = load_from_hub(
-                f"The data set {self.dataset_name}", advice, path=self.dataset_name, name=self.dataset_config
-            )
+            what = f"The data set {self.dataset_name}"
+            advice = f"Check the name, or set `data_dir` (or {DATA_DIR_VARIABLE}) to the folder that holds this one."
+            splits = load_from_hub(what, advice, path=self.dataset_name, name=self.dataset_config)
             rows, places = splits.get(name), f"splits {sorted(splits)}"
         if rows is None:
             if split != "train":

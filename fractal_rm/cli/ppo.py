@@ -201,11 +201,10 @@ def read_prompts(
 def check_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> None:
     """Raise unless every row has a prompt, all of them texts or all of them chats."""
     for number, row in enumerate(rows, 1):
-        where = f"{source}, row {number}"
-        if row.get("prompt") is None:
-            names = ", ".join(map(repr, row)) or "no columns"
-            raise ValueError(f"{where}: column 'prompt' is missing (found: {names}); add it, or set `task`.")
         with naming(source, number):
+            if row.get("prompt") is None:
+                names = ", ".join(map(repr, row)) or "no columns"
+                raise ValueError(f"column 'prompt' is missing (found: {names}); add it, or set `task`.")
             check_prompt(row["prompt"])
             check_same_kind(row["prompt"], rows[0]["prompt"])
             if not (is_chat(row["prompt"]) or row["prompt"].strip()):
