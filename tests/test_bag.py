@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.data.bag import Bag, check_labels
+from fractal_rm.data.bag import Bag, TruncationCount, check_labels, truncate_bag, truncate_bags
 from fractal_rm.data.segmentation import join_steps
-from fractal_rm.data.truncation import TruncationCount, truncate_bag, truncate_bags
 
 CHAT = [{"role": "user", "content": "2+3*4?"}]
 AGGREGATE = {"min": min, "product": min, "max": max, "mean": lambda labels: sum(labels) / len(labels)}

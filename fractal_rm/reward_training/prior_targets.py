@@ -66,9 +66,7 @@ def _embedded(bags: Sequence[Bag], args: FractalConfig, processor: Any) -> list[
             "The cosine and correlation priors need a sentence encoder, and the scorer has none. Set `prior_encoder` "
             "to the path or hub id of a sentence-transformers model, or set their weights to 0."
         )
-    return EmbeddingInputs(encoder).encode(
-        [bag.prompt for bag in bags], [bag.response for bag in bags], [bag.step_spans for bag in bags]
-    )
+    return EmbeddingInputs(encoder).encode(bags)
 
 
 def _cosine(bag: EmbeddedBag) -> Tensor:
@@ -99,9 +97,7 @@ def _mean_log_probs(bags: Sequence[Bag], args: FractalConfig, path: str | Path) 
     tokenizer = load_tokenizer(path)
     settings.max_length = longest_input(language_model, tokenizer)
     inputs = TokenInputs(tokenizer, settings)
-    encoded = inputs.encode(
-        [bag.prompt for bag in bags], [bag.response for bag in bags], [bag.step_spans for bag in bags]
-    )
+    encoded = inputs.encode(bags)
     scorer = make_scorer(language_model, settings).eval().to(args.device)
     found = [torch.full((len(bag.step_spans),), torch.nan) for bag in bags]
     fitting = sorted((i for i, bag in enumerate(encoded) if bag.kept_steps), key=lambda i: encoded[i].length)

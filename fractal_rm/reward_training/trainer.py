@@ -18,18 +18,18 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
     set_seed,
 )
 
 from fractal_rm.data.bag import Bag, check_labels
-from fractal_rm.data.prompts import is_chat
+from fractal_rm.data.prompts import check_learned_kind, is_chat
 from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, measure_responses, score_bags
 from fractal_rm.evaluation.statistics import estimates
 from fractal_rm.files import replacing, write_atomic
 from fractal_rm.hf.cards import RewardModelCard
 from fractal_rm.hf.checkpoints import (
-    WholeCheckpoints,
     begin_checkpoint,
     find_checkpoint,
     finish_if_complete,
@@ -37,10 +37,9 @@ from fractal_rm.hf.checkpoints import (
     train_output,
 )
 from fractal_rm.hf.denormals import flush_denormals
-from fractal_rm.hf.finite_logs import FiniteLogs
+from fractal_rm.hf.finite_logs import log_finite
 from fractal_rm.hf.length_buckets import bucketed_step_logits
 from fractal_rm.hf.parallelism import check_unsharded
-from fractal_rm.hf.processes import logged_means, mean_terms
 from fractal_rm.objectives.calibration import fit_temperature
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.config import FractalConfig
@@ -55,7 +54,7 @@ from fractal_rm.reward_training.data import (
 )
 from fractal_rm.reward_training.logit_metrics import by_item, collected_bags, measure_logits
 from fractal_rm.reward_training.model_setup import make_trainable, model_name, move_to_group
-from fractal_rm.reward_training.objective import StageKind, loss_terms, term_weights
+from fractal_rm.reward_training.objective import StageKind, logged_means, loss_terms, mean_terms, term_weights
 from fractal_rm.reward_training.prior_targets import prior_targets
 from fractal_rm.reward_training.stages import (
     Finished,
@@ -84,7 +83,7 @@ _TRAINABLE_FILE = "trainable.safetensors"
 _SCALE_RESPONSES = 256
 
 
-class FractalTrainer(WholeCheckpoints, FiniteLogs):
+class FractalTrainer(Trainer):
     """Trains a step reward model from response labels.
 
     Args:
@@ -145,7 +144,7 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         }
         if "train" in bags:
             self._describe(bags["train"], args)
-            self._check_prompts(scorer, bags.get("eval", []))
+            check_learned_kind((bag.prompt for bag in bags.get("eval", [])), self.settings.chat, where="eval data, ")
             if args.scorer != "embedding" and joins_without_a_gap(bags["train"], self.settings):
                 self._warn_about_joined_text()
             self._prepare(datasets["train"], model, args)
@@ -173,13 +172,6 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         self.card.labels = describe_labels(bags, args)
         kinds = {is_chat(bag.prompt) for bag in bags}
         self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it takes both
-
-    def _check_prompts(self, scorer: StepScorer, bags: list[Bag]) -> None:
-        """Refuse evaluation data whose prompts are of another kind than those of the training data."""
-        try:
-            StepRewardModel(scorer, self.processor, self.settings).check_prompts(bag.prompt for bag in bags)
-        except ValueError as error:
-            raise ValueError(f"eval data, {error}") from None
 
     def _prepare(self, data: BagDataset, model: Any, args: FractalConfig) -> None:
         """Targets of the steps of the training data: what priors say, and the gold labels that may be read."""
@@ -404,7 +396,7 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
             wanted = "loss" if total == "loss" else "eval"
             seen = {term: self._terms.pop((kind, term)) for kind, term in list(self._terms) if kind == wanted}
             logs |= {f"{total}/{term}": mean for term, mean in logged_means(seen).items()}
-        super().log(logs, start_time)
+        log_finite(super().log, logs, start_time, step=self.state.global_step)
 
     # Evaluation ---------------------------------------------------------------------------------------------------
 
@@ -516,6 +508,11 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         if self.is_world_process_zero():
             text = self.card.text(self.settings, self.processor)
             write_atomic(Path(str(self.args.output_dir)) / "README.md", text)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # `trainer_state.json`, which says that a checkpoint is whole, comes after the files of every process.
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fractal_rm.data.bag import Bag
-from fractal_rm.data.segmentation import Segmentation, Span
+from fractal_rm.data.bag import Bag, Span
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import Step, StepRewardModel, StepScores
 from fractal_rm.scorers.checkpoint import load_model, load_tokenizer, make_scorer
 from fractal_rm.scorers.inputs import TokenInputs
@@ -175,9 +175,7 @@ class ImplicitReward:
 
     def encode(self, bags: Sequence[Bag]) -> list[Any]:
         """Token ids of bags."""
-        return self.inputs.encode(
-            [bag.prompt for bag in bags], [bag.response for bag in bags], [bag.step_spans for bag in bags]
-        )
+        return self.inputs.encode(bags)
 
     def train(
         self, bags: Sequence[Bag], *, learning_rate: float, epochs: int, batch_size: int, max_steps: int | None = None
