@@ -503,7 +503,7 @@ def test_grades_without_their_number_are_refused(tmp_path):
 
 
 def test_labels_that_are_missing_are_named(tmp_path):
-    with pytest.raises(ValueError, match="1 of 2 responses have no label"):
+    with pytest.raises(ValueError, match="train data, row 2: the response has no label"):
         make(tmp_path, [bag(), bag(label=None)])
     with pytest.raises(ValueError, match="eval data, row 2: the response has no label"):
         make(tmp_path, eval_rows=[bag(), bag(label=None)])

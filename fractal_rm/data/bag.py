@@ -92,26 +92,8 @@ class Bag:
         return [self.response[start:end] for start, end in self.step_spans]
 
 
-def check_labels(bags: Sequence[Bag]) -> None:
-    """Check that there is something to learn from the labels of a data set.
-
-    Args:
-        bags: The bags to train on.
-
-    Raises:
-        ValueError: If there is no bag, or a bag has no label.
-
-    Warns:
-        UserWarning: If all labels are equal.
-    """
-    unlabelled = [row for row, bag in enumerate(bags, 1) if bag.label is None]
-    if len(unlabelled) == len(bags):
-        raise ValueError(f"None of {len(bags)} responses has a label; add a 'label' column before training.")
-    if unlabelled:
-        raise ValueError(
-            f"{len(unlabelled)} of {len(bags)} responses have no label (first: response {unlabelled[0]}); label or "
-            "drop them before training."
-        )
+def warn_of_equal_labels(bags: Sequence[Bag]) -> None:
+    """Warn if all labels of a data set are equal: there is nothing to learn from them."""
     labels = {bag.label for bag in bags}
     if len(labels) == 1:
         warnings.warn(

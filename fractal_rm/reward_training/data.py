@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +32,14 @@ def to_bags(records: Records, settings: FractalSettings, *, source: str) -> list
 
     Raises:
         TypeError: For a reason of `read_bags`.
-        ValueError: If the rows state another aggregation than the settings, bags have another number of grades, or for
-            a reason of `read_bags`.
+        ValueError: If the rows state another aggregation than the settings, a bag has no label or another number of
+            grades, or for a reason of `read_bags`.
     """
     rows: list[Any] = list(records)
     if rows and all(isinstance(row, Bag) for row in rows):
+        unlabelled = next((n for n, bag in enumerate(rows, 1) if bag.label is None), None)
+        if unlabelled is not None:
+            raise ValueError(f"{source}, row {unlabelled}: the response has no label. Label or drop it.")
         graded = next((n for n, bag in enumerate(rows, 1) if bag.num_grades != settings.num_grades), None)
         if graded is not None:
             raise ValueError(
@@ -94,14 +98,17 @@ def describe_labels(bags: Sequence[Bag], args: Any) -> str:
     return f"{told}; {gold}"
 
 
-def joins_without_a_gap(bags: Sequence[Bag], settings: FractalSettings) -> bool:
-    """Whether text prompts run into their responses without any white space between them."""
-    if settings.prompt_template != "{prompt}":
-        return False
-    return all(
+def warn_of_joined_text(bags: Sequence[Bag], settings: FractalSettings) -> None:
+    """Warn if text prompts run into their responses without any white space between them."""
+    if settings.prompt_template == "{prompt}" and all(
         not is_chat(bag.prompt) and not bag.prompt[-1:].isspace() and not bag.response[:1].isspace()
         for bag in bags[:100]
-    )
+    ):
+        warnings.warn(
+            "Prompts run into responses without a space or newline, and they are scored as written. If that is not how "
+            "the policy sees them, set `prompt_template`, for example '{prompt}\\n'.",
+            stacklevel=3,
+        )
 
 
 class BagDataset(torch.utils.data.Dataset):
@@ -123,15 +130,12 @@ class BagDataset(torch.utils.data.Dataset):
         items: The bags of each item.
 
     Raises:
-        ValueError: If a bag has no label, a preference comes with grades, or no bag is left.
+        ValueError: If a preference comes with grades, or no bag is left.
     """
 
     def __init__(
         self, bags: Sequence[Bag], inputs: BagInputs, settings: FractalSettings, *, source: str, reads_gold: bool = True
     ) -> None:
-        unlabelled = next((number for number, bag in enumerate(bags, 1) if bag.label is None), None)
-        if unlabelled is not None:
-            raise ValueError(f"{source}, row {unlabelled}: the response has no label. Label or drop it.")
         if settings.num_grades is not None and any(bag.pair_id for bag in bags):
             raise ValueError(f"{source}: preferences say nothing about grades. Leave `num_grades` out, or drop them.")
         encoded = inputs.encode(bags)

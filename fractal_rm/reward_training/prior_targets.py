@@ -39,9 +39,9 @@ def prior_targets(bags: Sequence[Bag], args: FractalConfig, *, model: Any, proce
     if args.cosine_prior_weight or args.negated_cosine_prior_weight or args.correlation_prior_weight:
         embedded = _embedded(bags, args, processor)
         if args.cosine_prior_weight:
-            found["cosine"] = [_cosine(bag) for bag in embedded]
+            found["cosine"] = [cosine_targets(bag.steps, bag.contexts) for bag in embedded]
         if args.negated_cosine_prior_weight:
-            found["negated_cosine"] = [1 - _cosine(bag) for bag in embedded]
+            found["negated_cosine"] = [1 - cosine_targets(bag.steps, bag.contexts) for bag in embedded]
         if args.correlation_prior_weight:
             found["correlation"] = [correlation_targets(bag.steps[None])[0] for bag in embedded]
     if args.teacher_prior_weight:
@@ -67,12 +67,6 @@ def _embedded(bags: Sequence[Bag], args: FractalConfig, processor: Any) -> list[
             "to the path or hub id of a sentence-transformers model, or set their weights to 0."
         )
     return EmbeddingInputs(encoder).encode(bags)
-
-
-def _cosine(bag: EmbeddedBag) -> Tensor:
-    """The context of each step is already the split of the prompt with the largest cosine."""
-    known = torch.ones(bag.num_steps, 1, dtype=torch.bool)
-    return cosine_targets(bag.steps.unsqueeze(1), bag.contexts.unsqueeze(1), known)[:, 0]
 
 
 def _likelihoods(bags: Sequence[Bag], args: FractalConfig, model: Any) -> list[Tensor]:
