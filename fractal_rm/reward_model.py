@@ -19,16 +19,15 @@ from huggingface_hub import constants
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fractal_rm.data.bag import Bag
-from fractal_rm.data.prompts import Prompt, RenderedPrompt, check_text, is_chat, response_text
-from fractal_rm.data.segmentation import Segmentation, Span, join_steps
+from fractal_rm.data.bag import Bag, Span
+from fractal_rm.data.prompts import Prompt, RenderedPrompt, check_learned_kind, check_text, is_chat, response_text
+from fractal_rm.data.segmentation import Segmentation, join_steps
 from fractal_rm.errors import reason
 from fractal_rm.files import write_atomic
 from fractal_rm.objectives.aggregation import aggregate
 from fractal_rm.objectives.grades import expected_grades, ordinal_max_log_probs
 from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, save_scorer
-from fractal_rm.scorers.encoding import prompt_text
-from fractal_rm.scorers.inputs import Processor, make_inputs
+from fractal_rm.scorers.inputs import Processor, make_inputs, prompt_text
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
 
@@ -166,28 +165,11 @@ class StepRewardModel:
         return self.settings.segmentation
 
     def check_prompts(self, prompts: Iterable[Prompt]) -> None:
-        """Raise if a prompt is a chat and the model learned from texts, or the other way round.
+        """Raise ValueError if a prompt is a chat and the model learned from texts, or the other way round.
 
-        Scores would be numbers all the same, but of text that the model has never seen the like of. A model that was
-        made in code, or saved by an older version, does not know what it learned from and takes both.
-
-        Args:
-            prompts: Texts or chats.
-
-        Raises:
-            ValueError: Names the first such prompt and what to do.
+        A model that was made in code, or saved by an older version, does not know what it learned from and takes both.
         """
-        if self.settings.chat is None:
-            return
-        found, learned = ("a text", "chats") if self.settings.chat else ("a chat", "texts")
-        for row, prompt in enumerate(prompts):
-            if isinstance(prompt, RenderedPrompt) or not isinstance(prompt, str | list):
-                continue  # text of either kind; what is neither becomes an error of its row
-            if is_chat(prompt) != self.settings.chat:
-                raise ValueError(
-                    f"row {row}: the prompt is {found}, but the reward model was trained on prompts that are "
-                    f"{learned}. Give the prompts as {learned}, or train a reward model on prompts like these."
-                )
+        check_learned_kind(prompts, self.settings.chat)
 
     def score(
         self,
@@ -230,16 +212,10 @@ class StepRewardModel:
         errors: dict[int, str] = {}
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             try:
-                bag = self._bag(prompt, response, None if spans is None else spans[i])
-                rendered = self._rendered(bag.prompt)
-                bags[i] = bag if rendered is bag.prompt else replace(bag, prompt=rendered)
+                bags[i] = self._bag(prompt, response, None if spans is None else spans[i])
             except (TypeError, ValueError) as error:
                 errors[i] = f"row {i}: {error}"
-        encoded = self._inputs.encode(
-            [bag.prompt for bag in bags.values()],
-            [bag.response for bag in bags.values()],
-            [bag.step_spans for bag in bags.values()],
-        )
+        encoded = self._inputs.encode(list(bags.values()))
         fitting = {i: bag for i, bag in zip(bags, encoded, strict=True) if bag.kept_steps}
         for i in bags.keys() - fitting.keys():
             errors[i] = (
@@ -269,22 +245,18 @@ class StepRewardModel:
             )
         return results
 
-    def _rendered(self, prompt: Prompt) -> Prompt:
-        """A chat as its template writes it; texts, and chats of a scorer without templates, as given."""
-        tokenizer = self.tokenizer
-        if not is_chat(prompt) or not self.settings.chat or tokenizer is None or not tokenizer.chat_template:
-            return prompt
-        return RenderedPrompt(prompt_text(prompt, tokenizer, self.settings.prompt_template))
-
     def _bag(self, prompt: Prompt, response: str | Sequence[str], spans: Sequence[Span] | None) -> Bag:
-        """A response cut into steps and checked; its sentences say what is wrong."""
+        """A response cut into steps and checked, its chat as the template writes it."""
         if isinstance(response, str):
             if spans is None:
                 check_text(response, "the response")
                 spans = self.segmentation(response)
         elif isinstance(response, Sequence):
             response, spans = join_steps(response)
-        return Bag(prompt, cast(str, response), tuple(spans or ()), label=None)
+        bag, tokenizer = Bag(prompt, cast(str, response), tuple(spans or ()), label=None), self.tokenizer
+        if is_chat(prompt) and self.settings.chat and tokenizer is not None and tokenizer.chat_template:
+            return replace(bag, prompt=RenderedPrompt(prompt_text(prompt, tokenizer, self.settings.prompt_template)))
+        return bag
 
     @torch.no_grad()
     def _forward(

@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.data.bag import Bag, check_labels
+from fractal_rm.data.bag import Bag, TruncationCount, truncate_bag, truncate_bags, warn_of_equal_labels
 from fractal_rm.data.segmentation import join_steps
-from fractal_rm.data.truncation import TruncationCount, truncate_bag, truncate_bags
 
 CHAT = [{"role": "user", "content": "2+3*4?"}]
 AGGREGATE = {"min": min, "product": min, "max": max, "mean": lambda labels: sum(labels) / len(labels)}
@@ -96,22 +95,13 @@ def test_equal_labels_warn_with_the_consequence():
     with pytest.warns(
         UserWarning, match="All 3 responses have the label 1: the reward model can only learn to give every"
     ):
-        check_labels([make(1), make(True), make(1.0)])
+        warn_of_equal_labels([make(1), make(True), make(1.0)])
 
 
 def test_labels_that_differ_are_silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_labels([make(1), make(0)])
-
-
-def test_missing_labels_are_counted():
-    with pytest.raises(ValueError, match="None of 2 responses has a label"):
-        check_labels([make(None), make(None)])
-    with pytest.raises(ValueError, match="None of 0 responses has a label"):
-        check_labels([])
-    with pytest.raises(ValueError, match=r"1 of 3 responses have no label \(first: response 2\)"):
-        check_labels([make(1), make(None), make(0)])
+        warn_of_equal_labels([make(1), make(0)])
 
 
 hard = st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=6)

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from fractal_rm.cli.checks import check_models
+from fractal_rm.data.bag import Bag
 from fractal_rm.reward_model import FractalReward, StepRewardModel
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
@@ -134,8 +135,8 @@ def test_the_length_of_an_encoders_vectors_does_not_matter(encoder):
         def embed(self, texts: list[str], *, progress: bool = False) -> Tensor:
             return 7 * encoder.embed(texts)
 
-    rows = (["1+1?"], ["2\n3"], [[(0, 1), (2, 3)]])
-    (usual,), (longer,) = EmbeddingInputs(encoder).encode(*rows), EmbeddingInputs(Longer()).encode(*rows)  # type: ignore
+    rows = [Bag("1+1?", "2\n3", ((0, 1), (2, 3)), None)]
+    (usual,), (longer,) = EmbeddingInputs(encoder).encode(rows), EmbeddingInputs(Longer()).encode(rows)  # type: ignore
     assert torch.allclose(usual.steps, longer.steps, atol=1e-6)
     assert torch.allclose(usual.steps.norm(dim=1), torch.ones(2))
     assert torch.allclose(usual.contexts, longer.contexts, atol=1e-6)
@@ -178,8 +179,8 @@ def test_each_step_gets_the_part_of_the_prompt_that_is_closest(encoder):
     splits = prompt_splits(prompt)
     assert len(splits) == 2
     response = f"{splits[1]}\n{splits[0]}"
-    spans = [(0, len(splits[1])), (len(splits[1]) + 1, len(response))]
-    (bag,) = EmbeddingInputs(encoder).encode([prompt], [response], [spans])
+    spans = ((0, len(splits[1])), (len(splits[1]) + 1, len(response)))
+    (bag,) = EmbeddingInputs(encoder).encode([Bag(prompt, response, spans, None)])
     assert torch.allclose(bag.contexts, bag.steps, atol=1e-3)  # each step is one of the parts
 
 

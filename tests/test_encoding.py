@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from support.models import byte_tokenizer, spaced_tokenizer, wordpiece_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from fractal_rm.data.segmentation import Span, lines
-from fractal_rm.scorers.encoding import EncodedBag, encode, pad_encoded, prompt_text, special_affixes
+from fractal_rm.data.bag import Bag, Span
+from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.scorers.inputs import EncodedBag, TokenInputs, prompt_text, special_affixes
 from fractal_rm.scorers.settings import FractalSettings
 
+lines = Segmentation()
 TEXTS = st.text(alphabet="ab 12.=#\n✓é字", min_size=1, max_size=30)
 RESPONSES = TEXTS.filter(lambda text: text.strip())
 TOKENIZERS = {
@@ -22,9 +24,14 @@ SPACED = {"normalizer": spaced_tokenizer(normalizer=True), "pre_tokenizer": spac
 
 
 def encode_one(
-    prompt: str, response: str, tokenizer: PreTrainedTokenizerFast, spans: list[Span] | None = None, **settings
+    prompt: str | list[dict[str, str]],
+    response: str,
+    tokenizer: PreTrainedTokenizerFast,
+    spans: list[Span] | None = None,
+    **settings,
 ) -> EncodedBag:
-    return encode([prompt], [response], [spans or lines(response)], tokenizer, FractalSettings(**settings))[0]
+    inputs = TokenInputs(tokenizer, FractalSettings(**settings))
+    return inputs.encode([Bag(prompt, response, tuple(spans or lines(response)), None)])[0]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -159,7 +166,7 @@ def test_the_prompt_template_is_filled_in_literally():
 def test_a_chat_goes_through_the_chat_template_and_gets_no_other_special_tokens():
     tokenizer = byte_tokenizer(bos=True, chat=True)
     chat = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1?"}]
-    bag = encode([chat], ["2"], [[(0, 1)]], tokenizer, FractalSettings(prompt_template="not for chats {prompt}"))[0]
+    bag = encode_one(chat, "2", tokenizer, prompt_template="not for chats {prompt}")
     assert tokenizer.decode(bag.input_ids) == "<system>Add.\n<user>1+1?\n<assistant>2"
 
 
@@ -175,19 +182,19 @@ def test_a_chat_without_a_chat_template_is_named():
 
 
 def test_no_rows_are_no_bags():
-    assert encode([], [], [], byte_tokenizer(), FractalSettings()) == []
+    assert TokenInputs(byte_tokenizer(), FractalSettings()).encode([]) == []
 
 
 @given(st.lists(RESPONSES, min_size=1, max_size=4))
 def test_padding_is_marked_everywhere(responses):
-    spans = [lines(response) for response in responses]
-    bags = encode(["?"] * len(responses), responses, spans, TOKENIZERS["merges"], FractalSettings())
-    batch = pad_encoded(bags, pad_token_id=7)
+    inputs = TokenInputs(TOKENIZERS["merges"], FractalSettings())
+    bags = inputs.encode([Bag("?", response, tuple(lines(response)), None) for response in responses])
+    batch, padding = inputs.pad(bags), inputs.tokenizer.pad_token_id
     assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["step_ids"].shape
     assert batch["mask"].shape == batch["step_ends"].shape
     for row, bag in enumerate(bags):
         length, steps = len(bag.input_ids), bag.kept_steps
-        assert batch["input_ids"][row].tolist() == bag.input_ids + [7] * (batch["input_ids"].size(1) - length)
+        assert batch["input_ids"][row].tolist() == bag.input_ids + [padding] * (batch["input_ids"].size(1) - length)
         assert batch["attention_mask"][row].sum() == length
         assert batch["step_ids"][row, :length].tolist() == bag.step_ids
         assert (batch["step_ids"][row, length:] == -1).all()

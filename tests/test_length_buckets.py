@@ -13,6 +13,7 @@ from support.models import sums
 from support.step_ppo import RAGGED, Q, make, policy, replay, reward_model, rollout, same, train, weights
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
+from fractal_rm.data.readers import read_bags
 from fractal_rm.hf import length_buckets
 from fractal_rm.hf.length_buckets import LengthBuckets, bucketed_step_logits, may_be_sorted
 
@@ -169,9 +170,7 @@ def test_a_scorer_says_of_parts_what_it_says_of_the_batch(small_buckets, monkeyp
     accelerator: Any = Accelerator(cpu=True)
     scored = scorer_model(scorer, family)
     rows = sums(12)
-    responses = ["\n".join(row["steps"]) for row in rows]
-    spans = [scored.segmentation(text) for text in responses]
-    batch = scored._inputs.pad(scored._inputs.encode([row["prompt"] for row in rows], responses, spans))
+    batch = scored._inputs.pad(scored._inputs.encode(read_bags(rows, scored.segmentation)))
     shapes = []
     scored.scorer.model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True

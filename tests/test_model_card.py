@@ -14,6 +14,7 @@ from support.stand_ins import save_encoder, save_policy, solutions
 from transformers import AutoModel, AutoModelForTokenClassification
 
 from fractal_rm import FractalConfig, FractalTrainer
+from fractal_rm.data.bag import Bag
 from fractal_rm.hf.cards import RewardModelCard
 from fractal_rm.reward_model import StepRewardModel
 
@@ -147,7 +148,7 @@ def test_a_token_scorers_folder_is_one_of_token_classification(tmp_path, family)
     plain = AutoModelForTokenClassification.from_pretrained(tmp_path).eval()
     assert plain.num_labels == 1
     (scored,) = model.score([PROMPT], [RESPONSE])
-    batch = model._inputs.pad(model._inputs.encode([PROMPT], [RESPONSE], [scored.spans]))
+    batch = model._inputs.pad(model._inputs.encode([Bag(PROMPT, RESPONSE, tuple(scored.spans), None)]))
     with torch.no_grad():
         logits = plain(batch["input_ids"]).logits[0, :, 0]
     assert logits[batch["step_ends"][0]].sigmoid().tolist() == pytest.approx(scored.step_scores, abs=1e-5)
@@ -169,7 +170,7 @@ def test_the_copy_for_vllm_has_a_head_without_bias_whose_scores_lack_only_that(t
     assert saved["architectures"] == [{"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[family]]
     assert saved["num_labels"] == 1
     (scored,) = model.score([PROMPT], [RESPONSE])
-    batch = model._inputs.pad(model._inputs.encode([PROMPT], [RESPONSE], [scored.spans]))
+    batch = model._inputs.pad(model._inputs.encode([Bag(PROMPT, RESPONSE, tuple(scored.spans), None)]))
     with torch.no_grad():
         hidden = AutoModel.from_pretrained(copy).eval()(batch["input_ids"]).last_hidden_state[0]
     raw = hidden[batch["step_ends"][0]] @ weights["score.weight"][0]

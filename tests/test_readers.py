@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.data.bag import check_labels
+from fractal_rm.data.bag import warn_of_equal_labels
 from fractal_rm.data.readers import read_bags, read_jsonl, read_row
 from fractal_rm.data.segmentation import Segmentation
 
@@ -290,7 +290,7 @@ def test_one_bad_row_does_not_spoil_the_others():
 
 def test_equal_labels_of_a_data_set_warn():
     with pytest.warns(UserWarning, match="All 2 responses have the label 1: the reward model can only learn"):
-        check_labels(read_bags([unpaired(), unpaired()], LINES))
+        warn_of_equal_labels(read_bags([unpaired(), unpaired()], LINES))
 
 
 # Files
@@ -404,7 +404,7 @@ def test_the_real_data_sets_are_read_whole(data_dir):
         path = data_dir / name / "test.jsonl.gz"
         rows = read_jsonl(path)
         bags = read_bags(rows, Segmentation("given"), source=str(path))
-        check_labels(bags)
+        warn_of_equal_labels(bags)
         steps = [row[side] for row in rows for side in (("chosen", "rejected") if "chosen" in row else ("steps",))]
         assert [bag.steps for bag in bags] == [[step.strip() for step in given] for given in steps]
 

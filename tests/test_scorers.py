@@ -10,12 +10,12 @@ from support.models import CAUSAL_FAMILIES, byte_tokenizer, make_model, reward_m
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, BertConfig, T5Config, T5ForConditionalGeneration
 
-from fractal_rm.data.segmentation import lines
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.objectives.bag_loss import bag_loss
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers import likelihood as likelihood_scorer
 from fractal_rm.scorers.base import StepScorer
-from fractal_rm.scorers.encoding import encode, pad_encoded
 from fractal_rm.scorers.likelihood import LikelihoodScorer
 from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.scorers.token import TokenScorer
@@ -33,9 +33,8 @@ PROMPT = "What is 3+4? Then go on.\n"
 
 
 def batch_of(model: StepRewardModel, responses: list[str], prompt: str = PROMPT) -> dict[str, Tensor]:
-    spans = [lines(response) for response in responses]
-    bags = encode([prompt] * len(responses), responses, spans, model.tokenizer, model.settings)
-    return pad_encoded(bags, model.tokenizer.pad_token_id)
+    bags = [Bag(prompt, response, tuple(model.segmentation(response)), None) for response in responses]
+    return model._inputs.pad(model._inputs.encode(bags))
 
 
 def float64_logits(model: Any, text: str, tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -49,7 +48,7 @@ def step_tokens(prompt: str, response: str) -> list[list[int]]:
     """With one token a byte: places of the tokens of each step, from the text alone."""
     return [
         list(range(len((prompt + response[:start]).encode()), len((prompt + response[:end]).encode())))
-        for start, end in lines(response)
+        for start, end in Segmentation()(response)
     ]
 
 

@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF001 - the full stops of other scripts are meant
 
+import json
 import re
 
 import pytest
@@ -12,12 +13,10 @@ from fractal_rm.data.segmentation import (
     Segmentation,
     gaps,
     join_steps,
-    lines,
     locate_steps,
-    pattern,
     sentences,
-    separator,
 )
+from fractal_rm.scorers.settings import FractalSettings
 
 SEGMENTATIONS = [
     Segmentation("lines"),
@@ -107,19 +106,19 @@ def test_steps_and_gaps_give_back_the_text(segmentation, text):
 @given(text=texts)
 def test_lines_are_the_stripped_lines_that_are_not_blank(text):
     expected = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
-    assert [text[start:end] for start, end in lines(text)] == [line for line in expected if line]
+    assert [text[start:end] for start, end in Segmentation()(text)] == [line for line in expected if line]
 
 
 @given(text=texts, mark=st.sampled_from(["##", ".", "\n\n", "(", "a"]))
 def test_a_separator_is_taken_literally(text, mark):
     expected = [piece.strip() for piece in text.split(mark) if piece.strip()]
-    assert [text[start:end] for start, end in separator(text, mark)] == expected
+    assert [text[start:end] for start, end in Segmentation("separator", separator=mark)(text)] == expected
 
 
 @given(text=texts, expression=st.sampled_from([r"\n+", r"[.!?]\s", r"(?=\d)", r"a*", r"(?:x|\s)+"]))
 def test_a_pattern_cuts_as_re_split_does(text, expression):
     expected = [piece.strip() for piece in re.split(expression, text) if piece.strip()]
-    assert [text[start:end] for start, end in pattern(text, expression)] == expected
+    assert [text[start:end] for start, end in Segmentation("pattern", pattern=expression)(text)] == expected
 
 
 @given(text=texts)
@@ -354,7 +353,7 @@ UNITS = [
 def test_two_hundred_thousand_characters_are_cut_in_linear_time(unit):
     text = unit * (200_000 // len(unit))  # quadratic work would take minutes: this test would not come back
     assert all(not gap.strip() for gap in gaps(text, sentences(text)))
-    assert gaps(text, lines(text))
+    assert gaps(text, Segmentation()(text))
 
 
 @given(st.lists(texts.filter(str.strip), min_size=1, max_size=5), st.sampled_from(["\n", "\n\n", " ", ""]))
@@ -404,7 +403,8 @@ def test_gaps_of_impossible_spans_are_refused(spans):
     "segmentation", [*SEGMENTATIONS, Segmentation("given")], ids=lambda s: f"{s.method}-{s.language}"
 )
 def test_a_segmentation_survives_a_checkpoint(segmentation):
-    assert Segmentation.from_dict(segmentation.to_dict()) == segmentation
+    block = FractalSettings(segmentation=segmentation).to_dict()
+    assert FractalSettings.from_dict(json.loads(json.dumps(block)), where="rm").segmentation == segmentation
 
 
 def test_given_steps_cannot_be_cut_from_a_text():
@@ -422,9 +422,8 @@ def test_given_steps_cannot_be_cut_from_a_text():
         ({"method": "pattern"}, "give pattern a text"),
         ({"method": "pattern", "pattern": "("}, "is no regular expression: missing"),
         ({"method": "sentences", "language": "english"}, "give one such as 'en'"),
-        ({"method": "lines", "speed": 3}, "Segmentation has no 'speed'; its fields are method"),
     ],
 )
 def test_a_wrong_option_is_named(options, match):
     with pytest.raises(ValueError, match=re.escape(match)):
-        Segmentation.from_dict(options)
+        Segmentation(**options)

@@ -25,7 +25,7 @@ from support.stand_ins import save_reward_model
 from fractal_rm.cli.main import main
 from fractal_rm.cli.serve import is_loopback, listen
 from fractal_rm.reward_model import FractalReward, StepRewardModel
-from fractal_rm.scorers.encoding import prompt_text
+from fractal_rm.scorers.inputs import prompt_text
 from fractal_rm.serving.app import make_app
 from fractal_rm.serving.client import ScoringClient
 from fractal_rm.serving.limits import Limits

@@ -69,7 +69,7 @@ def cosine(encoder: SentenceEncoder) -> Rule:
     inputs = EmbeddingInputs(encoder)
 
     def rule(bag: Bag) -> list[float]:
-        (embedded,) = inputs.encode([bag.prompt], [bag.response], [bag.step_spans])
+        (embedded,) = inputs.encode([bag])
         cosines = F.cosine_similarity(embedded.steps, embedded.contexts, dim=1)
         return ((1 + cosines.clamp(-1.0, 1.0)) / 2).tolist()  # rounding can leave the range
 

@@ -58,9 +58,7 @@ class ImplicitReward:
 
     def encode(self, bags: Sequence[Bag]) -> list[Any]:
         """Token ids of bags."""
-        return self.inputs.encode(
-            [bag.prompt for bag in bags], [bag.response for bag in bags], [bag.step_spans for bag in bags]
-        )
+        return self.inputs.encode(bags)
 
     def train(
         self, bags: Sequence[Bag], *, learning_rate: float, epochs: int, batch_size: int, max_steps: int | None = None

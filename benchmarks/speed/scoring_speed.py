@@ -28,6 +28,7 @@ from benchmarks.speed.alternation import alternate, record
 from benchmarks.speed.sized_policy import SIZES, save_models
 from benchmarks.speed.speed_blocks import PeakMemory
 from fractal_rm.credit.placement import completion_text, step_end_tokens, token_end_characters
+from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.tasks.arithmetic.problems import Beliefs, make_problems
@@ -89,7 +90,8 @@ class Scoring:
     def _tokenize(self, prompts: list[str], responses: list[str]) -> tuple[int, list[dict[str, torch.Tensor]]]:
         """Number of tokens, and batches of like length on the device."""
         model = self.reward_model
-        bags = model._inputs.encode(prompts, responses, [model.segmentation(text) for text in responses])
+        rows = zip(prompts, responses, strict=True)
+        bags = model._inputs.encode([Bag(prompt, text, tuple(model.segmentation(text)), None) for prompt, text in rows])
         bags.sort(key=lambda bag: bag.length)
         device = next(model.scorer.parameters()).device
         batches = []

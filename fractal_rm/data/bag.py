@@ -1,18 +1,22 @@
-"""Bags: a response with one label, cut into steps.
+"""Bags: a response with one label, cut into steps; and what is left of one that is too long.
 
 Everything is checked when a `Bag` is made, so no later stage checks it again. Where a bag comes from a file, the reader
 puts the file and the row before the sentence.
 """
 
 import itertools
+import math
 import reprlib
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fractal_rm.data.prompts import Prompt, check_prompt, check_text
-from fractal_rm.data.segmentation import Span
+from fractal_rm.objectives.aggregation import meaning
+
+# A step: its first character in the response, and the one after its last.
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -88,26 +92,8 @@ class Bag:
         return [self.response[start:end] for start, end in self.step_spans]
 
 
-def check_labels(bags: Sequence[Bag]) -> None:
-    """Check that there is something to learn from the labels of a data set.
-
-    Args:
-        bags: The bags to train on.
-
-    Raises:
-        ValueError: If there is no bag, or a bag has no label.
-
-    Warns:
-        UserWarning: If all labels are equal.
-    """
-    unlabelled = [row for row, bag in enumerate(bags, 1) if bag.label is None]
-    if len(unlabelled) == len(bags):
-        raise ValueError(f"None of {len(bags)} responses has a label; add a 'label' column before training.")
-    if unlabelled:
-        raise ValueError(
-            f"{len(unlabelled)} of {len(bags)} responses have no label (first: response {unlabelled[0]}); label or "
-            "drop them before training."
-        )
+def warn_of_equal_labels(bags: Sequence[Bag]) -> None:
+    """Warn if all labels of a data set are equal: there is nothing to learn from them."""
     labels = {bag.label for bag in bags}
     if len(labels) == 1:
         warnings.warn(
@@ -148,3 +134,150 @@ def _check_label(label: Any, what: str, num_grades: int | None) -> float | None:
             f"{what} is {reprlib.repr(label)}; give a whole number from 0 to {num_grades - 1}, or another num_grades."
         )
     return float(label)
+
+
+def trim(text: str, spans: Iterable[Span]) -> list[Span]:
+    """Take the white space off both ends of every span, and drop blank spans.
+
+    Args:
+        text: The response.
+        spans: Spans in it.
+
+    Returns:
+        The spans that are left.
+
+    Example:
+        >>> trim("one  two", [(0, 4), (4, 5), (5, 8)])
+        [(0, 3), (5, 8)]
+    """
+    trimmed = []
+    for start, end in spans:
+        piece = text[start:end].lstrip()
+        start = end - len(piece)
+        end = start + len(piece.rstrip())
+        if start < end:
+            trimmed.append((start, end))
+    return trimmed
+
+
+def truncate_bag(bag: Bag, kept_steps: int, aggregation: str, *, reads_gold: bool = True) -> Bag | None:
+    """Keep the first steps of a bag that is too long, if its label still means the same.
+
+    What the label of the whole says about the part that is kept:
+
+    - `"min"` and what softens it ("every step is good"): the best label holds for every part. A worse one holds only
+      if a gold step label of the part equals it: the step that spoilt the response is still there.
+    - `"max"` and what softens it ("some step is good"): the worst label holds for every part; a better one only if a
+      gold step label of the part equals it.
+    - `"mean"` (share of good steps): nothing, unless every gold step label of the part is known: their mean is the
+      label of the part.
+    - A soft label, strictly between 0 and 1, says nothing about a part (`"mean"` apart). Nor does a preference, which
+      compares whole responses. A response without a label has none to lose.
+
+    Args:
+        bag: The bag.
+        kept_steps: How many whole steps fit.
+        aggregation: How step labels make the response's label: one of
+            [`~fractal_rm.objectives.aggregation.AGGREGATIONS`].
+        reads_gold: Whether gold step labels may tell if the label still holds.
+
+    Returns:
+        The bag itself if all of its steps fit; a shorter one, cut where its last step ends; or None if no step fits,
+        or if the label says nothing about the part.
+
+    Raises:
+        ValueError: If `kept_steps` is negative, or the aggregation is unknown.
+
+    Example:
+        >>> bag = Bag("2+3*4?", "3*4=12. 2+12=14.", ((0, 7), (8, 16)), label=1.0)
+        >>> truncate_bag(bag, 1, "min").response
+        '3*4=12.'
+        >>> truncate_bag(bag, 1, "max")  # the good step may be the one cut off
+    """
+    if kept_steps < 0:
+        raise ValueError(f"kept_steps is {kept_steps}; give 0 or more.")
+    rule = meaning(aggregation)
+    if kept_steps >= len(bag.step_spans):
+        return bag
+    if kept_steps == 0:
+        return None
+    gold = None if bag.step_labels is None else bag.step_labels[:kept_steps]
+    label = bag.label
+    if label is not None:
+        best = 1.0 if bag.num_grades is None else bag.num_grades - 1.0
+        soft = bag.num_grades is None and 0.0 < label < best
+        known = [step_label for step_label in gold or () if step_label is not None and reads_gold]
+        if bag.pair_id is not None:
+            return None
+        if rule == "mean":
+            if len(known) < kept_steps:
+                return None
+            label = math.fsum(known) / kept_steps
+            if bag.num_grades is not None and not label.is_integer():
+                return None
+        elif soft or (label != (0.0 if rule == "max" else best) and label not in known):
+            return None
+    spans = bag.step_spans[:kept_steps]
+    teacher = None if bag.teacher_scores is None else bag.teacher_scores[:kept_steps]
+    return replace(
+        bag,
+        response=bag.response[: spans[-1][1]],
+        step_spans=spans,
+        label=label,
+        step_labels=gold,
+        teacher_scores=teacher,
+    )
+
+
+@dataclass(frozen=True)
+class TruncationCount:
+    """What truncation did to a data set.
+
+    Args:
+        total: Responses there were.
+        truncated: Responses that keep only their first steps.
+        dropped: Responses that are left out.
+
+    Example:
+        >>> print(TruncationCount(total=100, truncated=3, dropped=2))
+        5 of 100 responses are too long: 3 shortened to their first whole steps, 2 dropped because no step fits or the
+        label would no longer hold.
+    """
+
+    total: int
+    truncated: int
+    dropped: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.truncated + self.dropped} of {self.total} responses are too long: {self.truncated} shortened to "
+            f"their first whole steps, {self.dropped} dropped because no step fits or the label would no longer hold."
+        )
+
+
+def truncate_bags(
+    bags: Sequence[Bag], kept_steps: Sequence[int], aggregation: str, *, reads_gold: bool = True
+) -> tuple[list[Bag], TruncationCount]:
+    """Truncate a data set by the rule of `truncate_bag`, and count.
+
+    Args:
+        bags: The bags.
+        kept_steps: How many whole steps of each bag fit.
+        aggregation: How step labels make a response's label.
+        reads_gold: Whether gold step labels may tell which labels still hold.
+
+    Returns:
+        The bags that are left, in order, and the count. Of a preference, both responses stay or none.
+
+    Raises:
+        ValueError: If `kept_steps` has another length than `bags`, or for a reason of `truncate_bag`.
+    """
+    if len(bags) != len(kept_steps):
+        raise ValueError(f"There are {len(kept_steps)} entries in kept_steps for {len(bags)} bags; give one each.")
+    cut = [
+        truncate_bag(bag, kept, aggregation, reads_gold=reads_gold) for bag, kept in zip(bags, kept_steps, strict=True)
+    ]
+    broken = {bag.pair_id for bag, part in zip(bags, cut, strict=True) if part is None} - {None}
+    kept = [part for part in cut if part is not None and part.pair_id not in broken]
+    truncated = sum(part is not None and part is not bag for bag, part in zip(bags, cut, strict=True))
+    return kept, TruncationCount(total=len(bags), truncated=truncated, dropped=len(bags) - len(kept))

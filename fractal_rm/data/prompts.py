@@ -1,7 +1,7 @@
 """Prompts and completions: each a text or a chat. This module alone tells which, and checks them."""
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,6 +71,31 @@ def check_same_kind(prompt: Prompt, first: Prompt) -> None:
     if is_chat(prompt) != is_chat(first):
         found, expected = ("a chat", "text") if is_chat(prompt) else ("text", "a chat")
         raise ValueError(f"the prompt is {found} but that of row 1 is {expected}; make all prompts text or all chats.")
+
+
+def check_learned_kind(prompts: Iterable[Any], chat: bool | None, *, where: str = "") -> None:
+    """Raise if a prompt is a chat and a reward model learned from texts, or the other way round.
+
+    Scores would be numbers all the same, but of text that the model has never seen the like of.
+
+    Args:
+        prompts: Texts or chats. What is neither passes: it becomes an error of its row.
+        chat: Whether the model learned from chats; None: it is not known, or from both.
+        where: Begins the message.
+
+    Raises:
+        ValueError: Names the first such prompt, counted from 0, and what to do.
+    """
+    if chat is None:
+        return
+    found, learned = ("a text", "chats") if chat else ("a chat", "texts")
+    for row, prompt in enumerate(prompts):
+        either = isinstance(prompt, RenderedPrompt) or not isinstance(prompt, str | list)
+        if not either and is_chat(prompt) != chat:
+            raise ValueError(
+                f"{where}row {row}: the prompt is {found}, but the reward model was trained on prompts that are "
+                f"{learned}. Give the prompts as {learned}, or train a reward model on prompts like these."
+            )
 
 
 def message_texts(prompt: Prompt) -> list[str]:

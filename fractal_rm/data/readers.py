@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fractal_rm.data.bag import Bag
+from fractal_rm.data.bag import Bag, Span
 from fractal_rm.data.prompts import check_same_kind, check_text
-from fractal_rm.data.segmentation import Segmentation, Span, join_steps, locate_steps
+from fractal_rm.data.segmentation import Segmentation, join_steps, locate_steps
 
 # TRL and transformers mark a label that is not known with this number.
 UNKNOWN_LABEL = -100

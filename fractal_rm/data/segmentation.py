@@ -5,11 +5,12 @@ gap, and steps and gaps together give back the response exactly.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
-from fractal_rm.data.sentences import NEWLINE, Span, sentences, trim
+from fractal_rm.data.bag import Span, trim
+from fractal_rm.data.sentences import NEWLINE, sentences
 
 Method = Literal["lines", "sentences", "separator", "pattern", "given"]
 
@@ -19,9 +20,9 @@ class Segmentation:
     r"""How a response becomes steps. It is stored with a reward model, so that training and scoring cut alike.
 
     Args:
-        method: `"lines"` (every line that is not blank), `"sentences"`, `"separator"` (a fixed text lies between
-            steps), `"pattern"` (a regular expression matches what lies between steps) or `"given"` (the data brings
-            its steps already cut).
+        method: `"lines"` (every line that is not blank; lines end with `\n`, `\r\n` or `\r`), `"sentences"`,
+            `"separator"` (a fixed text lies between steps), `"pattern"` (a regular expression matches what lies between
+            steps) or `"given"` (the data brings its steps already cut).
         separator: The text between steps, for `method="separator"`.
         pattern: The regular expression between steps, for `method="pattern"`. An empty match, such as that of
             `(?=Step \d)`, cuts where it stands.
@@ -69,92 +70,15 @@ class Segmentation:
         Raises:
             ValueError: If the method is `"given"`, which cannot cut a text.
         """
-        if self.separator is not None:
-            return separator(text, self.separator)
-        if self.pattern is not None:
-            return pattern(text, self.pattern)
         if self.method == "given":
             raise ValueError(
                 "Segmentation 'given' cannot cut a text; bring data with a 'steps' column or choose another method."
             )
-        return lines(text) if self.method == "lines" else sentences(text, self.language)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a JSON object, for a checkpoint.
-
-        Returns:
-            The argument of `from_dict`.
-        """
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Segmentation":
-        """Rebuild a segmentation from `to_dict`.
-
-        Args:
-            values: Fields by name; a missing one has its default.
-
-        Returns:
-            The segmentation.
-
-        Raises:
-            ValueError: If a name is no field.
-        """
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"Segmentation has no {', '.join(map(repr, unknown))}; its fields are {', '.join(known)}.")
-        return cls(**values)
-
-
-def lines(text: str) -> list[Span]:
-    r"""Make every line that is not blank a step.
-
-    Args:
-        text: The response. Lines end with `\n`, `\r\n` or `\r`.
-
-    Returns:
-        Spans of the steps.
-
-    Example:
-        >>> lines("a\n\n  b \n")
-        [(0, 1), (5, 6)]
-    """
-    return pattern(text, NEWLINE.pattern)
-
-
-def separator(text: str, separator: str) -> list[Span]:
-    r"""Cut wherever a fixed text stands.
-
-    Args:
-        text: The response.
-        separator: What lies between steps, taken literally.
-
-    Returns:
-        Spans of the steps; blank pieces are no steps.
-
-    Example:
-        >>> separator("one ## two", "##")
-        [(0, 3), (7, 10)]
-    """
-    return pattern(text, re.escape(separator))
-
-
-def pattern(text: str, pattern: str) -> list[Span]:
-    r"""Cut wherever a regular expression matches.
-
-    Args:
-        text: The response.
-        pattern: Matches what lies between steps. An empty match cuts where it stands.
-
-    Returns:
-        Spans of the steps; blank pieces are no steps.
-
-    Example:
-        >>> pattern("Step 1: a Step 2: b", r"(?=Step \d)")
-        [(0, 9), (10, 19)]
-    """
-    edges = [0, *(edge for match in re.finditer(pattern, text) for edge in match.span()), len(text)]
-    return trim(text, zip(edges[::2], edges[1::2], strict=True))
+        if self.method == "sentences":
+            return sentences(text, self.language)
+        between = re.escape(self.separator) if self.separator is not None else self.pattern or NEWLINE.pattern
+        edges = [0, *(edge for match in re.finditer(between, text) for edge in match.span()), len(text)]
+        return trim(text, zip(edges[::2], edges[1::2], strict=True))
 
 
 def join_steps(steps: Sequence[str], joiner: str = "\n") -> tuple[str, list[Span]]:

@@ -9,12 +9,11 @@ text, up to the logarithm of the number of formulas.
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable
 from itertools import pairwise, zip_longest
 
 from sentencex import get_sentence_boundaries  # pyright: ignore[reportAttributeAccessIssue] - compiled, without stubs
 
-Span = tuple[int, int]
+from fractal_rm.data.bag import Span, trim
 
 NEWLINE = re.compile(r"\r\n|\r|\n")
 
@@ -106,30 +105,6 @@ def sentences(text: str, language: str = "en") -> list[Span]:
         cuts += [start + cut for cut in _sentence_ends(masked[start:end], language)]
         cuts.append(end)
     return _merge(text, trim(text, pairwise(cuts)))
-
-
-def trim(text: str, spans: Iterable[Span]) -> list[Span]:
-    """Take the white space off both ends of every span, and drop blank spans.
-
-    Args:
-        text: The response.
-        spans: Spans in it.
-
-    Returns:
-        The spans that are left.
-
-    Example:
-        >>> trim("one  two", [(0, 4), (4, 5), (5, 8)])
-        [(0, 3), (5, 8)]
-    """
-    trimmed = []
-    for start, end in spans:
-        piece = text[start:end].lstrip()
-        start = end - len(piece)
-        end = start + len(piece.rstrip())
-        if start < end:
-            trimmed.append((start, end))
-    return trimmed
 
 
 def _fences(text: str) -> list[Span]:

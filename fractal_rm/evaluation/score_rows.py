@@ -9,7 +9,7 @@ from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.readers import read_row
 from fractal_rm.evaluation.responses import score_bags
 from fractal_rm.reward_model import StepRewardModel, StepScores
-from fractal_rm.scorers.encoding import prompt_text
+from fractal_rm.scorers.inputs import prompt_text
 
 
 def score_rows(

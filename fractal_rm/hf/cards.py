@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fractal_rm.evaluation.statistics import Estimate, Measurement, estimates
-from fractal_rm.scorers.encoding import special_affixes
-from fractal_rm.scorers.inputs import Processor
+from fractal_rm.scorers.inputs import Processor, spaces_texts, special_affixes
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.versions import package_versions
@@ -226,7 +225,7 @@ def _without_this_package(settings: FractalSettings, processor: Processor) -> st
     """A section of a model card: code that gives the same step scores, or the reason why transformers alone cannot."""
     if isinstance(processor, SentenceEncoder):
         return f"{_HEADING}\n\nThe folder loads with sentence-transformers; its scoring head needs fractal-rm.\n"
-    if _spaced(processor):
+    if spaces_texts(processor):
         return (
             f"{_HEADING}\n\nThe folder loads with transformers. This tokenizer puts a space before every text, which "
             "steps must not have: to cut a response into tokens as in training, use fractal-rm.\n"
@@ -250,9 +249,3 @@ def _without_this_package(settings: FractalSettings, processor: Processor) -> st
         body = _TOKEN.format(suffix=suffix, probs=probs)
     limit = "" if settings.max_length is None else f" Leave out last steps beyond {settings.max_length} tokens."
     return f"{_HEADING}\n\nThe same step scores from transformers alone.{limit}\n\n```python\n{start}{body}```\n"
-
-
-def _spaced(processor: Processor) -> bool:
-    """Whether a tokenizer puts a space before every text."""
-    first = processor.convert_ids_to_tokens(processor("a", add_special_tokens=False)["input_ids"])[:1]  # type: ignore
-    return any(token.startswith(("\u2581", "\u0120")) for token in first)

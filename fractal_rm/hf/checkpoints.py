@@ -3,8 +3,9 @@
 `transformers.Trainer` writes a checkpoint in place, file after file. A run that is killed meanwhile leaves a folder
 that looks like the last checkpoint and is incomplete. `trainer_state.json` is written last, so a checkpoint is complete
 if that file can be read and states the step that the folder is named for. Three rules keep that true:
-[`begin_checkpoint`] deletes the file of an older run before a folder is written again; [`WholeCheckpoints`] lets all
-processes write their share before the file appears; every search for a checkpoint goes through this module.
+[`begin_checkpoint`] deletes the file of an older run before a folder is written again; `_save_rng_state` of both
+trainers waits until all processes wrote their share before the file appears; every search for a checkpoint goes through
+this module.
 """
 
 import json
@@ -13,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 STATE = "trainer_state.json"
@@ -107,15 +108,3 @@ def train_output(state: TrainerState) -> TrainOutput:
     last = state.log_history[-1] if state.log_history else {}
     metrics = {name: value for name, value in last.items() if name.startswith("train_")}
     return TrainOutput(state.global_step, metrics.get("train_loss", math.nan), metrics)
-
-
-class WholeCheckpoints(Trainer):
-    """A trainer whose `trainer_state.json` is written after every process has written all of its files.
-
-    Being a `Trainer` itself, it comes before `Trainer` in the method resolution order wherever it stands among the base
-    classes.
-    """
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()

@@ -5,8 +5,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import Trainer
-
 logger = logging.getLogger(__name__)
 # That a metric is not defined is nothing to worry about; that one of these is no number is.
 _VITAL = ("loss", "grad_norm")
@@ -41,13 +39,6 @@ def log_finite(
             )
     log(kept, start_time)
     logs.update(kept)
-
-
-class FiniteLogs(Trainer):
-    """A trainer whose logs are plain finite numbers: see [`log_finite`]."""
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        log_finite(super().log, logs, start_time, step=self.state.global_step)
 
 
 def finite(logs: Mapping[str, Any]) -> dict[str, Any]:

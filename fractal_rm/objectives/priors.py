@@ -35,44 +35,25 @@ def _as_prior(cosines: Tensor) -> Tensor:
     return ((1.0 + cosines) / 2.0).clamp(0.0, 1.0)
 
 
-def cosine_targets(
-    step_embeddings: Float[Tensor, "B S D"],
-    context_embeddings: Float[Tensor, "B C D"],
-    context_mask: Bool[Tensor, "B C"],
-    *,
-    negated: bool = False,
-) -> Float[Tensor, "B S"]:
-    """`(1 + cos) / 2` of each step to the context split that is nearest to it.
+def cosine_targets(step_embeddings: Float[Tensor, "S D"], contexts: Float[Tensor, "S D"]) -> Float[Tensor, " S"]:
+    """`(1 + cos) / 2` of each step to its context. The authors' released code has the other sign, `(1 - cos) / 2`.
 
     Args:
         step_embeddings: An embedding of each step.
-        context_embeddings: Embeddings of the parts of the prompt or document.
-        context_mask: True where a part is real. Every bag needs one.
-        negated: Give `(1 - cos) / 2`, an ablation: the authors' released code has this sign, the paper's formula the
-            other.
+        contexts: For each step the embedding of the part of the prompt that is nearest to it.
 
     Returns:
         Targets in [0, 1]; 0.5 for a zero vector.
-
-    Raises:
-        ValueError: If a bag has no context.
 
     Source:
         Cosine prior of FRACTAL (Makhija et al., ACL 2025).
 
     Example:
-        >>> steps = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
-        >>> cosine_targets(steps, torch.tensor([[[1.0, 0.0]]]), torch.tensor([[True]]))
-        tensor([[1.0000, 0.5000]])
+        >>> cosine_targets(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+        tensor([1.0000, 0.5000])
     """
-    if not context_mask.any(dim=1).all():
-        first = int((~context_mask.any(dim=1)).nonzero()[0])
-        raise ValueError(f"Bag {first} has no context to compare its steps with. Give each bag at least one part.")
-    steps = F.normalize(step_embeddings.float(), dim=-1)
-    context = F.normalize(context_embeddings.float().masked_fill(~context_mask[:, :, None], 0.0), dim=-1)
-    cosines = torch.einsum("bsd,bcd->bsc", steps, context).masked_fill(~context_mask[:, None], -torch.inf)
-    nearest = cosines.amax(dim=2)
-    return _as_prior(-nearest if negated else nearest)
+    steps, contexts = F.normalize(step_embeddings.float(), dim=-1), F.normalize(contexts.float(), dim=-1)
+    return _as_prior(torch.einsum("sd,sd->s", steps, contexts))
 
 
 def correlation_targets(step_embeddings: Float[Tensor, "B S D"]) -> Float[Tensor, "B S S"]:

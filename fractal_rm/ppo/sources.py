@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from fractal_rm.data.segmentation import Segmentation, Span
+from fractal_rm.data.bag import Span
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.reward_model import Step, StepRewardModel, StepScores
 

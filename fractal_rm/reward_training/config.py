@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -226,16 +226,7 @@ class FractalConfig(TrainingArguments):
 
     def settings(self) -> FractalSettings:
         """What the checkpoint will remember of this configuration."""
-        return FractalSettings(
-            scorer=self.scorer,
-            aggregation=self.aggregation,
-            sharpness=self.sharpness,
-            missed_good=self.missed_good,
-            missed_bad=self.missed_bad,
-            num_grades=self.num_grades,
-            head_type=self.head_type,
-            segmentation=Segmentation(self.segmentation, separator=self.separator, pattern=self.pattern),
-            prompt_template=self.prompt_template,
-            max_length=self.max_length,
-            reduction=self.reduction,
-        )
+        shared = FractalConfig.__annotations__.keys() & FractalSettings.__annotations__.keys()
+        values: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        values["segmentation"] = Segmentation(self.segmentation, separator=self.separator, pattern=self.pattern)
+        return FractalSettings(**values)

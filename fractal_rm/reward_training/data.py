@@ -3,17 +3,17 @@
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fractal_rm.data.bag import Bag
+from fractal_rm.data.bag import Bag, truncate_bags
 from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.readers import read_bags
-from fractal_rm.data.truncation import TruncationCount, truncate_bags
 from fractal_rm.objectives.aggregation import GOOD, meaning
 from fractal_rm.scorers.inputs import BagInputs
 from fractal_rm.scorers.settings import FractalSettings
@@ -32,11 +32,14 @@ def to_bags(records: Records, settings: FractalSettings, *, source: str) -> list
 
     Raises:
         TypeError: For a reason of `read_bags`.
-        ValueError: If the rows state another aggregation than the settings, bags have another number of grades, or for
-            a reason of `read_bags`.
+        ValueError: If the rows state another aggregation than the settings, a bag has no label or another number of
+            grades, or for a reason of `read_bags`.
     """
     rows: list[Any] = list(records)
     if rows and all(isinstance(row, Bag) for row in rows):
+        unlabelled = next((n for n, bag in enumerate(rows, 1) if bag.label is None), None)
+        if unlabelled is not None:
+            raise ValueError(f"{source}, row {unlabelled}: the response has no label. Label or drop it.")
         graded = next((n for n, bag in enumerate(rows, 1) if bag.num_grades != settings.num_grades), None)
         if graded is not None:
             raise ValueError(
@@ -95,14 +98,17 @@ def describe_labels(bags: Sequence[Bag], args: Any) -> str:
     return f"{told}; {gold}"
 
 
-def joins_without_a_gap(bags: Sequence[Bag], settings: FractalSettings) -> bool:
-    """Whether text prompts run into their responses without any white space between them."""
-    if settings.prompt_template != "{prompt}":
-        return False
-    return all(
+def warn_of_joined_text(bags: Sequence[Bag], settings: FractalSettings) -> None:
+    """Warn if text prompts run into their responses without any white space between them."""
+    if settings.prompt_template == "{prompt}" and all(
         not is_chat(bag.prompt) and not bag.prompt[-1:].isspace() and not bag.response[:1].isspace()
         for bag in bags[:100]
-    )
+    ):
+        warnings.warn(
+            "Prompts run into responses without a space or newline, and they are scored as written. If that is not how "
+            "the policy sees them, set `prompt_template`, for example '{prompt}\\n'.",
+            stacklevel=3,
+        )
 
 
 class BagDataset(torch.utils.data.Dataset):
@@ -124,28 +130,24 @@ class BagDataset(torch.utils.data.Dataset):
         items: The bags of each item.
 
     Raises:
-        ValueError: If a bag has no label, a preference comes with grades, or no bag is left.
+        ValueError: If a preference comes with grades, or no bag is left.
     """
 
     def __init__(
         self, bags: Sequence[Bag], inputs: BagInputs, settings: FractalSettings, *, source: str, reads_gold: bool = True
     ) -> None:
-        unlabelled = next((number for number, bag in enumerate(bags, 1) if bag.label is None), None)
-        if unlabelled is not None:
-            raise ValueError(f"{source}, row {unlabelled}: the response has no label. Label or drop it.")
         if settings.num_grades is not None and any(bag.pair_id for bag in bags):
             raise ValueError(f"{source}: preferences say nothing about grades. Leave `num_grades` out, or drop them.")
-        encoded = self._encode(bags, inputs)
+        encoded = inputs.encode(bags)
         fitting = [bag.kept_steps for bag in encoded]
-        truncate = truncate_bags if reads_gold else _truncate_unseen
-        kept, count = truncate(bags, fitting, settings.aggregation)
+        kept, count = truncate_bags(bags, fitting, settings.aggregation, reads_gold=reads_gold)
         if not kept:
             raise ValueError(
                 f"{source}: no response fits into `max_length={settings.max_length}` tokens with its label. Raise it."
             )
         if count.truncated + count.dropped:
             logger.warning("%s: %s", source, count)
-            encoded = self._encode(kept, inputs)
+            encoded = inputs.encode(kept)
         self.bags, self.encoded, self.truncation = kept, encoded, count
         self.targets: dict[str, list[Tensor]] = {"step_labels": [gold_labels(bag) for bag in kept]}
         pairs: dict[str, list[int]] = {}
@@ -153,12 +155,6 @@ class BagDataset(torch.utils.data.Dataset):
             pairs.setdefault(bag.pair_id or f"row {row}", []).append(row)
         # The chosen response first.
         self.items = [sorted(rows, key=lambda row: -float(kept[row].label or 0.0)) for rows in pairs.values()]
-
-    @staticmethod
-    def _encode(bags: Sequence[Bag], inputs: BagInputs) -> list[Any]:
-        return inputs.encode(
-            [bag.prompt for bag in bags], [bag.response for bag in bags], [bag.step_spans for bag in bags]
-        )
 
     def __len__(self) -> int:
         return len(self.items)
@@ -172,19 +168,6 @@ class BagDataset(torch.utils.data.Dataset):
             "labels": [self.bags[row].label for row in rows],
             "targets": {name: [values[row] for row in rows] for name, values in self.targets.items()},
         }
-
-
-def _truncate_unseen(
-    bags: Sequence[Bag], kept_steps: Sequence[int], aggregation: str
-) -> tuple[list[Bag], TruncationCount]:
-    """`truncate_bags` as if there were no gold step labels; the bags that are left have theirs again."""
-    unseen = [replace(bag, step_labels=None, id=str(row)) for row, bag in enumerate(bags)]
-    kept, count = truncate_bags(unseen, kept_steps, aggregation)
-    whole = [bags[int(str(bag.id))] for bag in kept]
-    gold = [bag.step_labels and bag.step_labels[: len(part.step_spans)] for bag, part in zip(whole, kept, strict=True)]
-    return [
-        replace(part, step_labels=labels, id=bag.id) for part, bag, labels in zip(kept, whole, gold, strict=True)
-    ], count
 
 
 def gold_labels(bag: Bag) -> Tensor:

@@ -16,7 +16,6 @@ from fractal_rm.scorers.checkpoint import (
     load_tokenizer,
     longest_input,
     make_scorer,
-    pad_token_id,
     with_padding,
 )
 from fractal_rm.scorers.embedding import make_head
@@ -58,31 +57,28 @@ def make_trainable(
         raise ValueError(
             f"The {settings.scorer} scorer got a sentence encoder. Set `scorer=embedding`, or give another model."
         )
-    tokenizer = with_padding(tokenizer) if tokenizer else load_tokenizer(model_source(model))
+    source = model_name(model)
+    if tokenizer is None and source is None:
+        raise ValueError(
+            "The model does not come from a folder, so its tokenizer is not known. Give `processing_class`."
+        )
+    tokenizer = with_padding(tokenizer) if tokenizer else load_tokenizer(str(source))
     if isinstance(model, str | Path):
         # As TRL does: transformers would keep half precision, and small updates would be rounded away.
         model, _ = load_model(model, settings, dtype=torch.float32)
-    check_vocabulary(model, tokenizer)
-    model.config.pad_token_id = pad_token_id(tokenizer)
+    embeddings: Any = model.get_input_embeddings()
+    known = embeddings.weight.shape[0]
+    if len(tokenizer) > known:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the model knows {known}. Use the model's own tokenizer, "
+            "or call `model.resize_token_embeddings(len(tokenizer))`."
+        )
+    padding: Any = tokenizer.pad_token_id
+    model.config.pad_token_id = padding
     if settings.max_length is None:
         settings.max_length = longest_input(model, tokenizer)
     wrapped = model if peft_config is None else add_adapter(model, peft_config, settings)
     return make_scorer(wrapped, settings), tokenizer
-
-
-def model_source(model: str | Path | PreTrainedModel) -> str | Path:
-    """Where a model came from, which is where its tokenizer is.
-
-    Raises:
-        ValueError: If the model was made in code.
-    """
-    if isinstance(model, str | Path):
-        return model
-    if not model.config._name_or_path:
-        raise ValueError(
-            "The model does not come from a folder, so its tokenizer is not known. Give `processing_class`."
-        )
-    return model.config._name_or_path
 
 
 def model_name(model: Any) -> str | None:
@@ -91,21 +87,6 @@ def model_name(model: Any) -> str | None:
         return str(model)
     source = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
     return source or None
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise if the tokenizer has tokens that the model does not know.
-
-    Raises:
-        ValueError: Names both numbers and what to do.
-    """
-    embeddings: Any = model.get_input_embeddings()
-    known = embeddings.weight.shape[0]
-    if len(tokenizer) > known:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, but the model knows {known}. Use the model's own tokenizer, "
-            "or call `model.resize_token_embeddings(len(tokenizer))`."
-        )
 
 
 def add_adapter(model: PreTrainedModel, peft_config: Any, settings: FractalSettings) -> nn.Module:

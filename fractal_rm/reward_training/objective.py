@@ -1,8 +1,11 @@
-"""What a stage of the training learns: named loss terms with their weights."""
+"""What a stage of the training learns: named loss terms, their weights, and their means over all processes."""
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from fractal_rm.objectives.bag_loss import bag_loss, easyllp_loss, instance_loss
@@ -112,3 +115,34 @@ def _bag_loss(logits: Tensor, labels: Tensor, mask: Tensor, args: FractalConfig)
 def _good_logits(logits: Tensor) -> Tensor:
     """Logits (B, S) of the expected grade as a share of the highest, from logits of grades (B, S, G)."""
     return torch.logit(expected_grades(logits) / (logits.size(-1) - 1), eps=_CERTAIN)
+
+
+def mean_terms(terms: Mapping[str, Tensor], names: Sequence[str], accelerator: Accelerator) -> dict[str, Tensor]:
+    """The mean of each loss term over the batch that all processes share.
+
+    A term may apply to different numbers of rows in each process, down to none. Gradients are averaged over processes,
+    so each mean is this process's sum, divided by the count of all processes, times the number of processes.
+
+    Args:
+        terms: The values of each term in this process.
+        names: Every term that some process may have: the same list in all.
+        accelerator: The trainer's.
+    """
+    if accelerator.num_processes == 1:
+        return {name: term.mean() for name, term in terms.items()}
+    counts = [float(terms[name].numel()) if name in terms else 0.0 for name in names]
+    everyone: Any = accelerator.reduce(torch.tensor(counts, device=accelerator.device), reduction="mean")
+    shares = dict(zip(names, everyone, strict=True))
+    return {name: term.sum() / shares[name].clamp(min=1.0 / accelerator.num_processes) for name, term in terms.items()}
+
+
+def logged_means(terms: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+    """The mean of each term over the values of all processes since the last log."""
+    here = {name: (float(sum(part.sum() for part in parts)), sum(map(len, parts))) for name, parts in terms.items()}
+    everyone = gather_object([here])
+    names = dict.fromkeys(name for one in everyone for name in one)
+    means = {}
+    for name in names:
+        totals = [one[name] for one in everyone if name in one]
+        means[name] = sum(total for total, _ in totals) / max(sum(count for _, count in totals), 1)
+    return means

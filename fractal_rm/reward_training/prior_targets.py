@@ -39,9 +39,9 @@ def prior_targets(bags: Sequence[Bag], args: FractalConfig, *, model: Any, proce
     if args.cosine_prior_weight or args.negated_cosine_prior_weight or args.correlation_prior_weight:
         embedded = _embedded(bags, args, processor)
         if args.cosine_prior_weight:
-            found["cosine"] = [_cosine(bag) for bag in embedded]
+            found["cosine"] = [cosine_targets(bag.steps, bag.contexts) for bag in embedded]
         if args.negated_cosine_prior_weight:
-            found["negated_cosine"] = [1 - _cosine(bag) for bag in embedded]
+            found["negated_cosine"] = [1 - cosine_targets(bag.steps, bag.contexts) for bag in embedded]
         if args.correlation_prior_weight:
             found["correlation"] = [correlation_targets(bag.steps[None])[0] for bag in embedded]
     if args.teacher_prior_weight:
@@ -66,15 +66,7 @@ def _embedded(bags: Sequence[Bag], args: FractalConfig, processor: Any) -> list[
             "The cosine and correlation priors need a sentence encoder, and the scorer has none. Set `prior_encoder` "
             "to the path or hub id of a sentence-transformers model, or set their weights to 0."
         )
-    return EmbeddingInputs(encoder).encode(
-        [bag.prompt for bag in bags], [bag.response for bag in bags], [bag.step_spans for bag in bags]
-    )
-
-
-def _cosine(bag: EmbeddedBag) -> Tensor:
-    """The context of each step is already the split of the prompt with the largest cosine."""
-    known = torch.ones(bag.num_steps, 1, dtype=torch.bool)
-    return cosine_targets(bag.steps.unsqueeze(1), bag.contexts.unsqueeze(1), known)[:, 0]
+    return EmbeddingInputs(encoder).encode(bags)
 
 
 def _likelihoods(bags: Sequence[Bag], args: FractalConfig, model: Any) -> list[Tensor]:
@@ -99,9 +91,7 @@ def _mean_log_probs(bags: Sequence[Bag], args: FractalConfig, path: str | Path) 
     tokenizer = load_tokenizer(path)
     settings.max_length = longest_input(language_model, tokenizer)
     inputs = TokenInputs(tokenizer, settings)
-    encoded = inputs.encode(
-        [bag.prompt for bag in bags], [bag.response for bag in bags], [bag.step_spans for bag in bags]
-    )
+    encoded = inputs.encode(bags)
     scorer = make_scorer(language_model, settings).eval().to(args.device)
     found = [torch.full((len(bag.step_spans),), torch.nan) for bag in bags]
     fitting = sorted((i for i, bag in enumerate(encoded) if bag.kept_steps), key=lambda i: encoded[i].length)

@@ -3,7 +3,6 @@
 import logging
 import math
 import shutil
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,18 +17,18 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
     set_seed,
 )
 
-from fractal_rm.data.bag import Bag, check_labels
-from fractal_rm.data.prompts import is_chat
+from fractal_rm.data.bag import Bag, warn_of_equal_labels
+from fractal_rm.data.prompts import check_learned_kind, is_chat
 from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, measure_responses, score_bags
 from fractal_rm.evaluation.statistics import estimates
 from fractal_rm.files import replacing, write_atomic
 from fractal_rm.hf.cards import RewardModelCard
 from fractal_rm.hf.checkpoints import (
-    WholeCheckpoints,
     begin_checkpoint,
     find_checkpoint,
     finish_if_complete,
@@ -37,10 +36,9 @@ from fractal_rm.hf.checkpoints import (
     train_output,
 )
 from fractal_rm.hf.denormals import flush_denormals
-from fractal_rm.hf.finite_logs import FiniteLogs
+from fractal_rm.hf.finite_logs import log_finite
 from fractal_rm.hf.length_buckets import bucketed_step_logits
 from fractal_rm.hf.parallelism import check_unsharded
-from fractal_rm.hf.processes import logged_means, mean_terms
 from fractal_rm.objectives.calibration import fit_temperature
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.config import FractalConfig
@@ -50,12 +48,12 @@ from fractal_rm.reward_training.data import (
     Records,
     describe_labels,
     fingerprint,
-    joins_without_a_gap,
     to_bags,
+    warn_of_joined_text,
 )
 from fractal_rm.reward_training.logit_metrics import by_item, collected_bags, measure_logits
 from fractal_rm.reward_training.model_setup import make_trainable, model_name, move_to_group
-from fractal_rm.reward_training.objective import StageKind, loss_terms, term_weights
+from fractal_rm.reward_training.objective import StageKind, logged_means, loss_terms, mean_terms, term_weights
 from fractal_rm.reward_training.prior_targets import prior_targets
 from fractal_rm.reward_training.stages import (
     Finished,
@@ -84,7 +82,7 @@ _TRAINABLE_FILE = "trainable.safetensors"
 _SCALE_RESPONSES = 256
 
 
-class FractalTrainer(WholeCheckpoints, FiniteLogs):
+class FractalTrainer(Trainer):
     """Trains a step reward model from response labels.
 
     Args:
@@ -130,7 +128,7 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         }
         self.eval_bags = bags.get("eval")
         if "train" in bags:
-            check_labels(bags["train"])
+            warn_of_equal_labels(bags["train"])
             if args.instance_weight == 0:  # gold labels are not read: not even to tell which long responses to keep
                 bags["train"] = [replace(bag, step_labels=None) for bag in bags["train"]]
         set_seed(args.seed)  # adapters and heads are made before Trainer seeds
@@ -144,10 +142,12 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
             for name, found in bags.items()
         }
         if "train" in bags:
-            self._describe(bags["train"], args)
-            self._check_prompts(scorer, bags.get("eval", []))
-            if args.scorer != "embedding" and joins_without_a_gap(bags["train"], self.settings):
-                self._warn_about_joined_text()
+            self.settings.data, self.card.labels = fingerprint(bags["train"]), describe_labels(bags["train"], args)
+            kinds = {is_chat(bag.prompt) for bag in bags["train"]}
+            self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it takes both
+            check_learned_kind((bag.prompt for bag in bags.get("eval", [])), self.settings.chat, where="eval data, ")
+            if args.scorer != "embedding":
+                warn_of_joined_text(bags["train"], self.settings)
             self._prepare(datasets["train"], model, args)
         super().__init__(
             model=scorer,
@@ -167,20 +167,6 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
     def _encoded(self, bags: list[Bag], source: str, *, reads_gold: bool = True) -> BagDataset:
         return BagDataset(bags, self.inputs, self.settings, source=source, reads_gold=reads_gold)
 
-    def _describe(self, bags: list[Bag], args: FractalConfig) -> None:
-        """What the checkpoint and its card say about the training data."""
-        self.settings.data = fingerprint(bags)
-        self.card.labels = describe_labels(bags, args)
-        kinds = {is_chat(bag.prompt) for bag in bags}
-        self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it takes both
-
-    def _check_prompts(self, scorer: StepScorer, bags: list[Bag]) -> None:
-        """Refuse evaluation data whose prompts are of another kind than those of the training data."""
-        try:
-            StepRewardModel(scorer, self.processor, self.settings).check_prompts(bag.prompt for bag in bags)
-        except ValueError as error:
-            raise ValueError(f"eval data, {error}") from None
-
     def _prepare(self, data: BagDataset, model: Any, args: FractalConfig) -> None:
         """Targets of the steps of the training data: what priors say, and the gold labels that may be read."""
         self.data = data
@@ -192,14 +178,6 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
             drawn = np.random.default_rng(args.seed).permutation(len(data.bags)).tolist()
             if plan(args)[0].reads_gold:
                 reveal_gold(data, self.withheld, drawn, args)
-
-    @staticmethod
-    def _warn_about_joined_text() -> None:
-        warnings.warn(
-            "Prompts run into responses without a space or newline, and they are scored as written. If that is not how "
-            "the policy sees them, set `prompt_template`, for example '{prompt}\\n'.",
-            stacklevel=3,
-        )
 
     @property
     def scorer(self) -> StepScorer:
@@ -314,17 +292,15 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         everything = self.train_dataset
         goes_on = resume_from_checkpoint or (stage.kind == "pseudo" and self.args.pseudo_start == "warm")
         if stage.kind == "gold":
-            rows = [i for i, items in enumerate(self.data.items) if self._has_gold(items)]
-            self.train_dataset = torch.utils.data.Subset(self.data, rows)
+            gold = self.data.targets["step_labels"]
+            known = [i for i, rows in enumerate(self.data.items) if any(not gold[row].isnan().all() for row in rows)]
+            self.train_dataset = torch.utils.data.Subset(self.data, known)
         try:
             if not goes_on and isinstance(self.scorer, LikelihoodScorer) and everything is not None:
                 self._fit_scale(self.scorer, everything)
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.train_dataset = everything
-
-    def _has_gold(self, rows: list[int]) -> bool:
-        return any(not self.data.targets["step_labels"][row].isnan().all() for row in rows)
 
     def _fit_scale(self, scorer: LikelihoodScorer, data: Any) -> None:
         """Fit weight and bias to the bag labels of some responses."""
@@ -404,7 +380,7 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
             wanted = "loss" if total == "loss" else "eval"
             seen = {term: self._terms.pop((kind, term)) for kind, term in list(self._terms) if kind == wanted}
             logs |= {f"{total}/{term}": mean for term, mean in logged_means(seen).items()}
-        super().log(logs, start_time)
+        log_finite(super().log, logs, start_time, step=self.state.global_step)
 
     # Evaluation ---------------------------------------------------------------------------------------------------
 
@@ -450,14 +426,16 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         data: Any = self.eval_dataset
         if data is None:
             raise ValueError("There is no evaluation data to calibrate on. Give `eval_dataset`.")
-        logits = torch.nn.utils.rnn.pad_sequence(self.step_logits(data), batch_first=True)
         if self.settings.num_grades is None and all(len(rows) == 1 for rows in data.items):
-            mask = torch.nn.utils.rnn.pad_sequence(
-                [torch.ones(len(bag.step_spans), dtype=torch.bool) for bag in data.bags], batch_first=True
-            )
-            labels = torch.tensor([float(bag.label) for bag in data.bags])
-            self.settings.temperature = fit_temperature(
-                logits, labels, mask, aggregation=self.settings.aggregation, sharpness=self.settings.sharpness
+            pad, rows = torch.nn.utils.rnn.pad_sequence, self.step_logits(data)
+            mask = pad([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+            labels, settings = torch.tensor([float(bag.label) for bag in data.bags]), self.settings
+            settings.temperature = fit_temperature(
+                pad(rows, batch_first=True),
+                labels,
+                mask,
+                aggregation=settings.aggregation,
+                sharpness=settings.sharpness,
             )
         return self.settings.temperature
 
@@ -516,6 +494,11 @@ class FractalTrainer(WholeCheckpoints, FiniteLogs):
         if self.is_world_process_zero():
             text = self.card.text(self.settings, self.processor)
             write_atomic(Path(str(self.args.output_dir)) / "README.md", text)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # `trainer_state.json`, which says that a checkpoint is whole, comes after the files of every process.
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

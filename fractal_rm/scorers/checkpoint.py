@@ -89,12 +89,6 @@ def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the padding token of a tokenizer of [`with_padding`]."""
-    number: Any = tokenizer.pad_token_id
-    return int(number)
-
-
 def load_model(path: str | Path, settings: FractalSettings, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
     """The backbone that the scorer needs.
 
@@ -186,12 +180,6 @@ def _head_sample(model: nn.Module, settings: FractalSettings) -> list[float]:
     return weights[torch.tensor(places, device=weights.device)].float().tolist()
 
 
-def _same_head(found: list[float], saved: list[float]) -> bool:
-    """Whether two samples of a head are equal up to the rounding of half precision."""
-    a, b = torch.tensor(found), torch.tensor(saved)
-    return len(a) == len(b) and torch.allclose(a, b, rtol=_HEAD_TOLERANCE, atol=_HEAD_TOLERANCE * b.abs().mean().item())
-
-
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
     """A temporary folder inside `path` whose files are moved into `path` once all of them are written."""
@@ -236,12 +224,14 @@ def save_scorer(
     saved = copy.deepcopy(settings)
     if isinstance(scorer, LikelihoodScorer):
         saved.log_weight, saved.bias = scorer.log_weight.item(), scorer.bias.item()
-    saved.tokenizer, saved.head = _fingerprint(processor), _head_sample(model, settings)
+    encodes = isinstance(processor, SentenceEncoder)
+    saved.tokenizer = processor.fingerprint if encodes else tokenizer_fingerprint(processor)
+    saved.head = _head_sample(model, settings)
     saved.versions = {name: found for name, found in package_versions().items() if found}
     if not all(math.isfinite(value) for value in (saved.log_weight, saved.bias, *saved.head)):
         raise ValueError(f"The scorer's weights are not finite; {path} is not written. Lower the learning rate.")
     with replaced_folder(Path(path)) as folder:
-        if isinstance(processor, SentenceEncoder):
+        if encodes:
             processor.save(folder)
             weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
             save_file(weights, folder / HEAD_FILE)
@@ -252,10 +242,6 @@ def save_scorer(
         config = json.loads(file.read_text()) if file.is_file() else {}
         file.write_text(json.dumps(config | {"fractal": saved.to_dict()}, indent=2) + "\n")
     return saved
-
-
-def _fingerprint(processor: Processor) -> str:
-    return processor.fingerprint if isinstance(processor, SentenceEncoder) else tokenizer_fingerprint(processor)
 
 
 def load_scorer(
@@ -342,7 +328,12 @@ def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_head(path: str | Path, model: nn.Module, settings: FractalSettings) -> None:
-    if settings.head is not None and not _same_head(_head_sample(model, settings), settings.head):
+    """Raise ValueError unless the head is the saved one, up to the rounding of half precision."""
+    if settings.head is None:
+        return
+    found, saved = torch.tensor(_head_sample(model, settings)), torch.tensor(settings.head)
+    least = _HEAD_TOLERANCE * saved.abs().mean().item()
+    if len(found) != len(saved) or not torch.allclose(found, saved, rtol=_HEAD_TOLERANCE, atol=least):
         raise ValueError(
             f"{path}: the scoring head is not the one that was trained. "
             "Restore the safetensors file that FractalTrainer saved."

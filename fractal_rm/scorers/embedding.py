@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fractal_rm.data.bag import Bag, Span
 from fractal_rm.data.prompts import Prompt, message_texts
-from fractal_rm.data.segmentation import Span
 from fractal_rm.data.sentences import sentences
 from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
@@ -33,18 +33,10 @@ class EmbeddedBag:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the response."""
+        """Steps of the response. Each is embedded by itself, so all fit, and their number makes a forward long."""
         return len(self.steps)
 
-    @property
-    def kept_steps(self) -> int:
-        """All of them: each is embedded by itself, so none is one too many."""
-        return len(self.steps)
-
-    @property
-    def length(self) -> int:
-        """What makes a forward long."""
-        return len(self.steps)
+    kept_steps = length = num_steps
 
 
 def prompt_splits(prompt: Prompt) -> list[str]:
@@ -79,20 +71,9 @@ class EmbeddingInputs:
 
     encoder: SentenceEncoder
 
-    def encode(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], spans: Sequence[Sequence[Span]]
-    ) -> list[EmbeddedBag]:
-        """Embed the steps of responses, each with the part of its prompt that is closest to it.
-
-        Args:
-            prompts: Texts or chats.
-            responses: Texts, as written.
-            spans: Character spans of the steps of each response.
-        """
-        splits = [prompt_splits(prompt) for prompt in prompts]
-        steps = [
-            [response[start:end] for start, end in found] for response, found in zip(responses, spans, strict=True)
-        ]
+    def encode(self, bags: Sequence[Bag]) -> list[EmbeddedBag]:
+        """Embed the steps of bags, each with the part of its prompt that is closest to it."""
+        splits, steps = [prompt_splits(bag.prompt) for bag in bags], [bag.steps for bag in bags]
         texts = [text for part in (*splits, *steps) for text in part]
         # Some encoders give vectors of length 1, some do not; the head and its learning rate want one size.
         embeddings = nn.functional.normalize(self.encoder.embed(texts, progress=True), dim=1)

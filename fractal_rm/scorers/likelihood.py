@@ -75,7 +75,7 @@ class LikelihoodScorer(StepScorer):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, step_ids: Tensor, step_ends: Tensor, mask: Tensor
     ) -> Tensor:
-        """Step logits (B, S) in float32 from tensors of [`~fractal_rm.scorers.encoding.pad_encoded`]."""
+        """Step logits (B, S) in float32 from tensors of [`~fractal_rm.scorers.inputs.TokenInputs.pad`]."""
         # The first token of a text has no predecessor that could predict it.
         rows, columns = (step_ids[:, 1:] >= 0).nonzero(as_tuple=True)
         targets = input_ids[rows, columns + 1]

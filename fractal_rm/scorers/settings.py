@@ -110,7 +110,7 @@ class FractalSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The block as JSON-ready values."""
-        return asdict(self) | {"segmentation": self.segmentation.to_dict()}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any], *, where: str) -> "FractalSettings":
@@ -138,7 +138,7 @@ class FractalSettings:
             )
         try:
             values = dict(block)
-            values["segmentation"] = Segmentation.from_dict(values.get("segmentation", {}))
+            values["segmentation"] = Segmentation(**values.get("segmentation", {}))
             return cls(**values)
         except (TypeError, ValueError) as error:
             reason = str(error).rstrip(".")

@@ -40,7 +40,7 @@ class TokenScorer(StepScorer):
     ) -> Tensor:
         """Step logits (B, S) in float32, or (B, S, G) for grades.
 
-        The tensors are those of [`~fractal_rm.scorers.encoding.pad_encoded`].
+        The tensors are those of [`~fractal_rm.scorers.inputs.TokenInputs.pad`].
         """
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **self._options).logits
         found = torch.gather(logits, 1, step_ends.unsqueeze(-1).expand(-1, -1, logits.size(-1))).float()

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from fractal_rm.data.prompts import response_text
 
 if TYPE_CHECKING:
+    from fractal_rm.data.bag import Span
     from fractal_rm.data.prompts import Prompt
-    from fractal_rm.data.segmentation import Span
     from fractal_rm.reward_model import StepScores
 
 # Responses in a request, more than a forward pass holds; fewer where the server takes no more.

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fractal_rm.data.bag import Span
 from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
-from fractal_rm.data.segmentation import Span
 from fractal_rm.reward_model import StepRewardModel, StepScores
 
 # A batch numbers the rows of several requests; the reader of an answer knows those of one.

@@ -21,7 +21,7 @@ from fractal_rm.cli.checks import check_models, check_writable_folder
 from fractal_rm.cli.parser import parse
 from fractal_rm.files import write_atomic
 from fractal_rm.scorers.checkpoint import load_tokenizer
-from fractal_rm.scorers.encoding import prompt_text
+from fractal_rm.scorers.inputs import prompt_text
 from fractal_rm.tasks.gsm8k import gsm8k_answer, read_gsm8k
 from fractal_rm.tasks.task import sample_responses
 

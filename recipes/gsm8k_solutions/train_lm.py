@@ -29,9 +29,10 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_jsonl
-from fractal_rm.data.segmentation import lines
-from fractal_rm.scorers.encoding import encode
+from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.scorers.inputs import TokenInputs
 from fractal_rm.scorers.settings import FractalSettings
 
 # Sources of the text: worked solutions that share no problem with the data that the recipe is judged on. Left out are
@@ -120,15 +121,11 @@ def train_tokenizer(texts: Iterable[tuple[str, str]], vocab_size: int) -> PreTra
 def pack(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """Token ids of all texts, one after the other, in rows of `BLOCK`.
 
-    Tokenized by [`encode`], as the scorer does: no token reaches over the end of a step or of the prompt.
+    Tokenized by [`TokenInputs`], as the scorer does: no token reaches over the end of a step or of the prompt.
     """
-    encoded = encode(
-        [question for question, _ in texts],
-        [answer for _, answer in texts],
-        [lines(answer) for _, answer in texts],
-        tokenizer,
-        FractalSettings(prompt_template=TEMPLATE),
-    )
+    lines = Segmentation()
+    bags = [Bag(question, answer, tuple(lines(answer)), label=None) for question, answer in texts]
+    encoded = TokenInputs(tokenizer, FractalSettings(prompt_template=TEMPLATE)).encode(bags)
     ids = torch.tensor([token for text in encoded for token in [*text.input_ids, tokenizer.eos_token_id]])
     rows = len(ids) // BLOCK
     if not rows:

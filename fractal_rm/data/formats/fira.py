@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fractal_rm.data.bag import Bag
+from fractal_rm.data.bag import Bag, Span
 from fractal_rm.data.formats.reading import PathLike, check_file, column, touches
 from fractal_rm.data.readers import naming
-from fractal_rm.data.segmentation import Span
 from fractal_rm.data.sentences import sentences
 
 FIRA_GRADES = 4

@@ -4,9 +4,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fractal_rm.data.bag import Bag
+from fractal_rm.data.bag import Bag, Span
 from fractal_rm.data.formats.reading import Data, column, load_rows, read_each, texts, touches
-from fractal_rm.data.segmentation import Span
 from fractal_rm.data.sentences import sentences
 
 
