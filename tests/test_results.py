@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fractal_rm.evaluation import results
-from fractal_rm.evaluation.results import ResultsFile, has_row, portable_command, read_results
+from fractal_rm.evaluation.results import ResultsFile, portable_command, read_results
 from fractal_rm.files import write_atomic
 from fractal_rm.versions import PACKAGES
 
@@ -296,11 +296,11 @@ def test_a_module_that_python_runs_is_named_so_that_the_command_runs_again(tmp_p
 
 def test_a_row_is_found_by_its_fields_as_they_are_written(tmp_path):
     file = ResultsFile(tmp_path / "rows.jsonl")
-    assert not has_row(file.rows(), arm="dense")
+    assert not file.has(arm="dense")
     file.append(
         benchmark="b", arm="dense", dataset="toy", seed=0, split="test", metrics={}, config={"points": (0.5, 1.0)},
         seconds=1.0,
     )  # fmt: skip
-    assert has_row(file.rows(), arm="dense", seed=0, config={"points": (0.5, 1.0)})
-    assert not has_row(file.rows(), arm="dense", seed=1)
-    assert not has_row(file.rows(), arm="dense", config={"points": [0.5]})
+    assert file.has(arm="dense", seed=0, config={"points": (0.5, 1.0)})
+    assert not file.has(arm="dense", seed=1)
+    assert not file.has(arm="dense", config={"points": [0.5]})

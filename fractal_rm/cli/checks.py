@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-# Where `fractal-rm quickstart` puts its models: recipes that start from them say how to get them.
-_QUICKSTART = "quickstart"
+# Recipes that start from the models of the quickstart say how to get them.
+_MAKE_QUICKSTART = "Run `make quickstart` first: it makes this folder."
 # A row of transformers' table of weights that a folder lacks or has too many of: the weight and what is wrong with it.
 _REPORT_ROW = re.compile(r"^(\S.*?) *\| (?:\x1b\[[\d;]*m)?([A-Z]{4,})\b", re.MULTILINE)
 _TOKEN_HEADS = ("classifier.", "score.")
@@ -77,9 +77,7 @@ def check_models(*paths: str | None) -> None:
             continue
         folder = Path(path)
         if not folder.is_dir():
-            advice = "Check the path, or give a hub id."
-            if _QUICKSTART in folder.parts:
-                advice = "Run `make quickstart` first: it makes this folder."
+            advice = _MAKE_QUICKSTART if "quickstart" in folder.parts else "Check the path, or give a hub id."
             raise FileNotFoundError(f"There is no model folder {path}. {advice}")
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "modules.json")):
             raise ValueError(f"{path} is no model folder: it holds no config.json. Give a folder or hub id of a model.")

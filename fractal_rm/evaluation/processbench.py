@@ -191,11 +191,6 @@ def missing_cases(cases: Cases) -> str | None:
     hits = {name: [0, 0] for name in SUBSETS}
     for bag, subset in zip(cases.bags, cases.subsets, strict=True):
         hits[subset][first_wrong(gold_labels(bag)) is None] += 1
-    parts = [
-        f"{name} {sum(found)} of {sum(SUBSETS[name])}" for name, found in hits.items() if tuple(found) != SUBSETS[name]
-    ]
-    return (
-        f"This is not all of ProcessBench: {', '.join(parts)}. Averages are over the subsets there are."
-        if parts
-        else None
-    )
+    parts = [f"{name} {sum(n)} of {sum(SUBSETS[name])}" for name, n in hits.items() if tuple(n) != SUBSETS[name]]
+    known = "Averages are over the subsets there are."
+    return f"This is not all of ProcessBench: {', '.join(parts)}. {known}" if parts else None

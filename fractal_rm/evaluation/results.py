@@ -108,6 +108,10 @@ class ResultsFile:
         """All rows so far, those of other processes included."""
         return read_results(self.path) if self.path.is_file() else []
 
+    def has(self, **fields: Any) -> bool:
+        """Whether a measurement has its row; see [`has_row`]."""
+        return has_row(self.rows(), **fields)
+
 
 def has_row(rows: Iterable[Mapping[str, Any]], **fields: Any) -> bool:
     """Whether one of the rows has these fields, with these values as a row holds them.
