@@ -51,15 +51,15 @@ def test_a_vector_without_direction_says_nothing(size):
     assert correlations[0, 1].tolist() == [0.5, 0.5, 0.5]
     assert torch.isfinite(correlations).all()
     zero = torch.zeros(1, 1, 7)
-    assert cosine_targets(zero, steps, torch.ones(1, 3, dtype=torch.bool)).item() == 0.5
-    assert cosine_targets(steps, zero, torch.tensor([[True]]))[0].tolist() == [0.5, 0.5, 0.5]
+    assert cosine_targets(zero[0].expand(3, 7), steps[0]).tolist() == [0.5, 0.5, 0.5]
+    assert cosine_targets(steps[0], zero[0].expand(3, 7)).tolist() == [0.5, 0.5, 0.5]
 
 
 def test_targets_stay_in_the_unit_interval_where_rounding_would_leave_it():
     steps = torch.randn(1, 1, 50).expand(1, 40, 50) * torch.randn(1, 40, 1)
     assert correlation_targets(steps).min() >= 0
     assert correlation_targets(steps).max() <= 1
-    assert cosine_targets(steps, steps, torch.ones(1, 40, dtype=torch.bool)).max() <= 1
+    assert cosine_targets(steps[0], steps[0].roll(1, dims=0)).max() <= 1
 
 
 def test_likelihood_targets_are_probabilities_and_keep_what_is_unknown():

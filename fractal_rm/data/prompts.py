@@ -98,11 +98,6 @@ def check_learned_kind(prompts: Iterable[Any], chat: bool | None, *, where: str 
             )
 
 
-def message_texts(prompt: Prompt) -> list[str]:
-    """The text of a prompt, or the texts of its messages."""
-    return [message["content"] for message in prompt] if is_chat(prompt) else [prompt]
-
-
 def response_text(completion: str | list[dict[str, str]]) -> str:
     """The text of a completion in TRL's standard or conversational format."""
     return completion[-1]["content"] if is_chat(completion) else completion

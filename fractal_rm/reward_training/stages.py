@@ -129,16 +129,11 @@ def most_uncertain(logits: Sequence[Tensor], num_grades: int | None) -> list[int
 
 def hybrid_targets(data: BagDataset, logits: Sequence[Tensor], num_grades: int | None) -> list[Tensor]:
     """What a model of the gold fraction thinks of the other bags; NaN where gold labels are known."""
-    return [
-        torch.full_like(gold, torch.nan) if not gold.isnan().all() else _probs(row, num_grades)
-        for gold, row in zip(data.targets["step_labels"], logits, strict=True)
-    ]
-
-
-def _probs(logits: Tensor, num_grades: int | None) -> Tensor:
-    if num_grades is None:
-        return logits.sigmoid()
-    return expected_grades(logits[None])[0] / (num_grades - 1)
+    targets = []
+    for gold, row in zip(data.targets["step_labels"], logits, strict=True):
+        probs = row.sigmoid() if num_grades is None else expected_grades(row[None])[0] / (num_grades - 1)
+        targets.append(probs if gold.isnan().all() else torch.full_like(gold, torch.nan))
+    return targets
 
 
 def step_targets(data: BagDataset, logits: Sequence[Tensor], args: FractalConfig) -> list[Tensor]:
@@ -180,8 +175,3 @@ def step_targets(data: BagDataset, logits: Sequence[Tensor], args: FractalConfig
         for rows, side in zip((better, worse), sides, strict=True):
             found[rows] = torch.where(gold[rows].isnan(), side, gold[rows])
     return [row[real] for row, real in zip(found, mask, strict=True)]
-
-
-def equal_labels(labels: Sequence[Tensor], others: Sequence[Tensor] | None) -> bool:
-    """Whether two rounds give every step the same pseudo-label."""
-    return others is not None and all(torch.equal(a, b) for a, b in zip(labels, others, strict=True))

@@ -58,7 +58,6 @@ from fractal_rm.reward_training.prior_targets import prior_targets
 from fractal_rm.reward_training.stages import (
     Finished,
     Stage,
-    equal_labels,
     hybrid_targets,
     most_uncertain,
     plan,
@@ -233,7 +232,8 @@ class FractalTrainer(Trainer):
         for stage in stages:
             if stage.kind == "pseudo":
                 labels = step_targets(data, handed, args)
-                if equal_labels(labels, data.targets.get("pseudo_labels")):
+                before = data.targets.get("pseudo_labels")
+                if before is not None and all(map(torch.equal, labels, before)):
                     logger.info("Pseudo-labels did not change: %s and later rounds are left out.", stage.name)
                     break
                 data.targets["pseudo_labels"] = labels

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fractal_rm.data.bag import Bag, Span
-from fractal_rm.data.prompts import Prompt, message_texts
+from fractal_rm.data.prompts import Prompt, is_chat
 from fractal_rm.data.sentences import sentences
 from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
@@ -49,7 +49,7 @@ def prompt_splits(prompt: Prompt) -> list[str]:
         >>> prompt_splits("2+3*4?")
         ['2+3*4?']
     """
-    text = "\n".join(message_texts(prompt))
+    text = "\n".join(message["content"] for message in prompt) if is_chat(prompt) else prompt
     if len(text) <= SPLIT_CHARACTERS:
         return [text]
     parts: list[Span] = []
