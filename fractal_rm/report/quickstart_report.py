@@ -88,7 +88,9 @@ def summarize(folder: Path, arms: Sequence[str], seed: int, budget: str) -> Quic
         curves[arm] = [(point["rollouts"], point["accuracy"]) for point in points]
     reward_model = StepRewardModel.from_pretrained(folder / "reward_model", device="cpu")
     scored = score_rows(reward_model, read_jsonl(folder / "validation.jsonl"), source="validation")
-    known = [record | {"id": f"validation-{record['row'] - 1}"} for record in scored if record["error"] is None]
+    known: list[dict[str, Any]] = [
+        record | {"id": f"validation-{record['row'] - 1}"} for record in scored if record["error"] is None
+    ]
     return QuickstartReport(
         title="fractal_rm quickstart",
         seed=seed,
