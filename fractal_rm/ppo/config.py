@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +18,27 @@ _REMOVED = {
     "aggregation": "The reward model's own aggregation is used.",
     "value_gradients_to_policy": "A shared head learns alone; `value_model=None` learns in all its layers.",
 }
+
+# Options, the values that they may have, and what a message says behind another one. NaN is in no range.
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("gamma", "lam", "step_lam", "step_gamma", "score_threshold"), lambda x: 0 <= x <= 1, ", outside [0, 1]."),
+    (
+        ("step_weight", "outcome_weight", "vf_coef", "missing_eos_penalty", "kl_coef"),
+        lambda x: 0 <= x < math.inf,
+        ". A weight is 0 (off) or more, and finite.",
+    ),
+    (("value_warmup_steps",), lambda x: x >= 0, ". Give a number of steps, 0 for none."),
+    (("step_reward_clip", "kl_target"), lambda x: x > 0, ". Give a number above 0, or leave it out."),
+    (
+        ("guard_reference_batches", "guard_patience", "rm_update_steps", "rm_batch_size"),
+        lambda x: x >= 1,
+        ". Give 1 or more.",
+    ),
+    (("rm_update_every",), lambda x: x >= 0, ". Give a number of rollout batches, 0 for never."),
+    (("rm_learning_rate",), lambda x: 0 < x < math.inf, ". Give a number above 0."),
+    (("rm_holdout_share",), lambda x: 0 < x < 1, ". Give a share above 0 (to judge by) and below 1 (to learn from)."),
+    (("rm_original_share",), lambda x: 0 <= x < 1, ". Give a share from 0 to below 1."),
+)
 
 
 @dataclass
@@ -255,40 +277,14 @@ class StepPPOConfig(GRPOConfig):
         self.num_generations, self.num_generations_eval = 1, evaluated
 
     def _check_ranges(self) -> None:
-        for name in ("gamma", "lam", "step_lam", "step_gamma", "score_threshold"):
-            if getattr(self, name) is not None and not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, outside [0, 1].")
-        for name in ("step_weight", "outcome_weight", "vf_coef", "missing_eos_penalty", "kl_coef"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. A weight is 0 (off) or more.")
-        if self.value_warmup_steps < 0:
-            raise ValueError(f"`value_warmup_steps` is {self.value_warmup_steps}. Give a number of steps, 0 for none.")
-        for name in ("step_reward_clip", "kl_target"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` is {value}. Give a number above 0, or leave it out.")
+        for names, holds, advice in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise ValueError(f"`{name}` is {value}{advice}")
         for number, weight in enumerate(self.step_reward_weights or (), 1):
             if not math.isfinite(weight):
                 raise ValueError(f"Number {number} of `step_reward_weights` is {weight}. Give finite numbers.")
-        for name in ("guard_reference_batches", "guard_patience", "rm_update_steps", "rm_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
-        self._check_online_ranges()
-
-    def _check_online_ranges(self) -> None:
-        if self.rm_update_every < 0:
-            raise ValueError(
-                f"`rm_update_every` is {self.rm_update_every}. Give a number of rollout batches, 0 for never."
-            )
-        if not 0 < self.rm_learning_rate < math.inf:
-            raise ValueError(f"`rm_learning_rate` is {self.rm_learning_rate}. Give a number above 0.")
-        if not 0 < self.rm_holdout_share < 1:
-            raise ValueError(
-                f"`rm_holdout_share` is {self.rm_holdout_share}. Give a share above 0 (to judge by) and below 1 (to "
-                "learn from the others)."
-            )
-        if not 0 <= self.rm_original_share < 1:
-            raise ValueError(f"`rm_original_share` is {self.rm_original_share}. Give a share from 0 to below 1.")
         if not 1 <= round(self.rm_replay_size * self.rm_holdout_share) < self.rm_replay_size:
             raise ValueError(
                 f"`rm_replay_size` is {self.rm_replay_size}: no room for rollouts to learn from and to judge by "
