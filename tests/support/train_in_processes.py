@@ -121,7 +121,9 @@ CASES: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {
     "gae": lambda folder: ppo(folder, 8, value_model=value_model(), **GAE),
     "gae in one pass": lambda folder: ppo(folder, 8, value_model=value_model(), kl_coef=0.1),
     "gae with accumulation": lambda folder: ppo(folder, 4, value_model=value_model(), gradient_accumulation_steps=2),
-    "groups over two processes": lambda folder: ppo(),
+    "groups over two processes": lambda folder: ppo(
+        folder, 4, num_generations=4, advantage="group", center="group", missing_eos_penalty=0.3
+    ),
     "global": lambda folder: ppo(folder, 8, advantage="global", whiten_advantages=False),
     "an alarm and a rollback": lambda folder: ppo(
         folder / "rollback", 8, rollout_func=rollouts(silent=(4, 5)), on_alarm="rollback", **GUARDED | SAVING
