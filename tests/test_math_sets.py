@@ -296,7 +296,7 @@ def test_real_rows_of_prmbench_put_back_into_the_official_format_give_the_same_b
         )
         for row in rows
     ]
-    bags = [bag for bag in read_prmbench(official) if not bag.id.startswith("correct_prm_test")]
+    bags = [bag for bag in read_prmbench(official) if not bag.id.startswith("correct_")]
     wanted = read_bags(rows, Segmentation("given"))
     assert [(bag.steps, bag.step_labels, bag.label) for bag in bags] == [
         (bag.steps, bag.step_labels, bag.label) for bag in wanted
