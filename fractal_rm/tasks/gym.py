@@ -48,6 +48,7 @@ _SHARES: dict[Split, range] = {
 }
 # Draws for each problem that is asked for, until the data set counts as exhausted.
 _DRAWS = 100
+_BLOCK = 500
 _SEEDS_APART = 10_000_000
 
 
@@ -174,12 +175,12 @@ class GymTask(Task):
 
     def _draws(self, seed: int, count: int) -> Iterator[GymProblem]:
         """Problems of all splits, up to `_DRAWS` for each that is asked for."""
-        size = max(count, 100)
         templates = GSM_SYMBOLIC.get(self.name)
-        for block in range(_DRAWS):
-            # The library makes problem i from seed + i: seeds lie further apart than all draws.
-            dataset = self._dataset(seed * _SEEDS_APART + block * size, size)
-            for number in range(size):
+        for block in range(-(-_DRAWS * count // _BLOCK)):
+            # The library makes problem i from seed + i: seeds lie further apart than all draws. Blocks are of one size,
+            # so that a longer list begins with the shorter one.
+            dataset = self._dataset(seed * _SEEDS_APART + block * _BLOCK, _BLOCK)
+            for number in range(_BLOCK):
                 if templates is None:
                     entry = dataset[number]
                 else:
