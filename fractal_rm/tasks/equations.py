@@ -9,6 +9,7 @@ counts as right, because what follows builds on a mistake.
 """
 
 import ast
+import itertools
 import math
 import operator
 import re
@@ -28,7 +29,9 @@ _TOKEN = re.compile(rf"(?P<number>{_NUMBER})(?P<percent>\s?%)?|(?P<sign>[-+*/()�
 # Units behind a number, as in "6 days/week" or "3 kg-bags", hold no operator.
 _UNIT = re.compile(r"(?<=[A-Za-z])\s?[/-]\s?(?=[A-Za-z$£€])|(?<=[A-Za-z$£€0-9])/(?=[A-Za-z])")
 _TIMES = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d($£€])|(?<=[a-z])\s+[xX]\s+(?=[\d($£€])|(?<=\d)(?=\()")
-_FRACTIONS = {re.compile(r"\bhalf\b(?=\s*[*x×])", re.IGNORECASE): "0.5"}
+_BY_FRACTION = re.compile(r"÷\s*(\d+/\d+)")  # 12÷1/2 = 24
+_WORDS = {re.compile(r"\bhalf\b(?=\s*[*x×])", re.IGNORECASE): "0.5"}
+_FRACTION = re.compile(r"\s*(\d+)/(\d+)\b")
 _SIDES = re.compile(r"\s*=+\s*")
 # Where a sentence ends, an expression ends too: "... = 12 pens. 3 of them".
 _SENTENCE = re.compile(r"[.;:!?](?=\s|$)|,(?=\s)")
@@ -58,8 +61,9 @@ def final_answer(text: str) -> str | None:
 
 def _tokens(text: str) -> list[str]:
     """Numbers, signs and unknowns of a text as Python writes them; `|` where a sentence ends."""
-    for word, value in _FRACTIONS.items():
+    for word, value in _WORDS.items():
         text = word.sub(value, text)
+    text = _BY_FRACTION.sub(r"÷(\1)", text)
     text = _SENTENCE.sub(" \x00 ", _TIMES.sub(" * ", _UNIT.sub(" ", text)))
     found = []
     for piece in text.split("\x00"):
@@ -86,7 +90,7 @@ def _values(tokens: Sequence[str], unknown: float | None) -> list[float] | None:
     for text in texts:
         try:
             values.append(_evaluate(ast.parse(text.strip(), mode="eval").body, unknown))
-        except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
+        except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
             return None
     return values
 
@@ -141,25 +145,28 @@ def check_line(line: str, known: set[float], results: set[float], answer: str) -
     """
     if MARK in line:
         return same_number(final_answer(line), answer)
-    sides = [_tokens(side) for side in _SIDES.split(line)]
-    if len(sides) == 1:
+    texts = _SIDES.split(line)
+    if len(texts) == 1:
         return numbers(line) <= known
+    sides = [_tokens(text) for text in texts]
     has_unknown = any(len(token) == 1 and token.isalpha() for side in sides for token in side)
     candidates: Sequence[float | None] = sorted(known) if has_unknown else [None]
-    for left, right in zip(sides, sides[1:], strict=False):
-        holds = False
-        for unknown in candidates:
-            a, b = _side(left, unknown, at_end=True), _side(right, unknown, at_end=False)
-            if a is None or b is None:  # "T = the number of pens" states nothing that can be checked
-                holds = True
-            elif _equal(a, b):
-                holds = True
-            if holds:
-                break
-        if not holds:
+    for left, right in itertools.pairwise(sides):
+        if not any(_holds(left, right, unknown) for unknown in candidates):
             return False
     last = _side(sides[-1], None, at_end=False)
-    return last is None or any(math.isclose(abs(a), b, abs_tol=1e-6) for a in last for b in results)
+    fraction = _FRACTION.match(texts[-1])  # "= 1/5 miles": its numbers stand in the reference, its value does not
+    return (
+        last is None
+        or any(math.isclose(abs(a), b, abs_tol=1e-6) for a in last for b in results)
+        or (fraction is not None and {float(fraction[1]), float(fraction[2])} <= results)
+    )
+
+
+def _holds(left: list[str], right: list[str], unknown: float | None) -> bool:
+    """Whether both sides are equal; a side without an expression, as in "T = the number of pens", states nothing."""
+    a, b = _side(left, unknown, at_end=True), _side(right, unknown, at_end=False)
+    return a is None or b is None or _equal(a, b)
 
 
 def same_number(stated: str | None, answer: str) -> bool:

@@ -158,7 +158,7 @@ def draw_numbers(row: Mapping[str, Any], rng: random.Random) -> list[int] | None
             new[i] = rng.randint(2, top)
         if quotient and quotient[0] in free:  # exact division, drawn backwards
             new[quotient[0]] = new[quotient[1]] * rng.randint(2, 60)
-        in_order = all((new[i] > new[j]) == (old[i] > old[j]) or old[i] == old[j] for i, j in pairs)
+        in_order = all((new[i] - new[j]) * (old[i] - old[j]) > 0 or old[i] == old[j] for i, j in pairs)
         if in_order and calculate(row["equation"], new) is not None:
             return new
     return None
