@@ -83,7 +83,9 @@ def test_solutions_by_rule_pass_and_wrong_lines_do_not(folder):
 
 
 def test_terms_may_change_places_and_no_calculation_counts_twice(folder):
-    problem = next(p for p in WordProblems(folder).problems("train", 50, 0) if "finds" in p.prompt and "day" not in p.prompt)
+    problem = next(
+        p for p in WordProblems(folder).problems("train", 50, 0) if "finds" in p.prompt and "day" not in p.prompt
+    )
     a, _, b, c = problem.calculations[0]
     assert problem.check_steps(f"{b} + {a} = {c}\n#### {c}") == [True, True]
     assert problem.check_steps(f"{a} + {b} = {c}\n{a} + {b} = {c}\n#### {c}") == [True, False, False]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ class SampleArguments:
     output: str = field(
         metadata={
             "help": "Where to write one line for each response: `prompt`, `completion`, `label` (1: the final answer is "
-            "right), `answer` (what it states). A run that was stopped goes on there."
+            "right), `answer` (what it states), `responses` (lines of this prompt). A run that was stopped goes on there."
         }
     )
     task: Literal["arithmetic", "gsm8k", "reasoning_gym", "word_problems"] | None = field(
@@ -50,10 +51,14 @@ class SampleArguments:
         default="reward_model",
         metadata={"help": "Task that makes its own prompts: which of them. Splits share no prompt."},
     )
-    num_prompts: int = field(default=256, metadata={"help": "Most prompts; a finished run goes on with a higher number."})
+    num_prompts: int = field(
+        default=256, metadata={"help": "Most prompts; a finished run goes on with a higher number."}
+    )
     samples: int = field(default=8, metadata={"help": "Responses to each prompt."})
     greedy: bool = field(default=False, metadata={"help": "Take the likeliest token instead of sampling."})
-    chat: bool = field(default=False, metadata={"help": "Ask in a chat, for models with a chat template; else as text."})
+    chat: bool = field(
+        default=False, metadata={"help": "Ask in a chat, for models with a chat template; else as text."}
+    )
     max_new_tokens: int | None = field(default=None, metadata={"help": "Longest response; default: that of the task."})
     batch_size: int = field(default=64, metadata={"help": "Responses sampled at a time."})
     gold_steps: bool = field(
@@ -75,7 +80,9 @@ class SampleArguments:
         if self.task == "reasoning_gym" and not self.task_name:
             raise ValueError("`task=reasoning_gym` needs `task_name`: a data set of the library, such as gsm_symbolic.")
         if self.task_name and self.task != "reasoning_gym":
-            raise ValueError("`task_name` names a data set of reasoning-gym. Set `task=reasoning_gym`, or leave it out.")
+            raise ValueError(
+                "`task_name` names a data set of reasoning-gym. Set `task=reasoning_gym`, or leave it out."
+            )
 
 
 @dataclass
@@ -134,8 +141,10 @@ def sample(argv: Sequence[str]) -> None:
                 batch_size=arguments.batch_size,
                 seed=1_000_003 * arguments.seed + number,
             )
-            new = [(i, r) for i, r in zip(repeated, responses, strict=True) if _key(asked[i].prompt) not in finished]
-            _append(output, [_row(asked[i], response, arguments.gold_steps) for i, response in new])
+            for place, i in enumerate(batch):
+                if _key(asked[i].prompt) not in finished:
+                    of_prompt = responses[place * arguments.samples : (place + 1) * arguments.samples]
+                    _append(output, _rows(asked[i], of_prompt, arguments.gold_steps))
     except KeyboardInterrupt:
         print(f"Interrupted. The same command goes on where {output} ends.", file=sys.stderr)
         raise SystemExit(130) from None
@@ -214,15 +223,21 @@ def _batches(texts: Sequence[str], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def _row(asked: Asked, response: str, gold_steps: bool) -> dict[str, Any]:
-    row = {
-        "prompt": asked.prompt,
-        "completion": response,
-        "label": float(bool(response.strip()) and asked.is_right(response)),
-        "answer": final_answer(response),
-    }
-    flags = asked.check_steps(response) if gold_steps else None
-    return row if flags is None else row | {"step_labels": step_labels(flags)}
+def _rows(asked: Asked, responses: Sequence[str], gold_steps: bool) -> list[dict[str, Any]]:
+    """The rows of a prompt. Blank responses are left out, because nothing can be learned from them."""
+    written = [response for response in responses if response.strip()]
+    rows = []
+    for response in written:
+        row = {
+            "prompt": asked.prompt,
+            "completion": response,
+            "label": float(asked.is_right(response)),
+            "answer": final_answer(response),
+            "responses": len(written),
+        }
+        flags = asked.check_steps(response) if gold_steps else None
+        rows.append(row if flags is None else row | {"step_labels": step_labels(flags)})
+    return rows
 
 
 def _key(prompt: Any) -> str:
@@ -252,16 +267,20 @@ def _rows_so_far(path: Path, arguments: SampleArguments) -> set[str]:
     if path.is_file():
         before = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
         if before != settings:
-            changed = "settings unknown" if before is None else ", ".join(
-                f"{name} {before.get(name)!r}, now {value!r}" for name, value in settings.items() if before.get(name) != value
+            changed = (
+                "settings unknown"
+                if before is None
+                else ", ".join(
+                    f"{name} {before.get(name)!r}, now {value!r}"
+                    for name, value in settings.items()
+                    if before.get(name) != value
+                )
             )
             raise ValueError(f"{path} holds responses of another run ({changed}). Give another `output`.")
     write_atomic(beside, json.dumps(settings, indent=2) + "\n")
     rows = read_rows_of(path)
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[_key(row["prompt"])] = counts.get(_key(row["prompt"]), 0) + 1
-    finished = {prompt for prompt, count in counts.items() if count == arguments.samples}
+    counts = Counter(_key(row["prompt"]) for row in rows)
+    finished = {key for row in rows if counts[key := _key(row["prompt"])] == row["responses"]}
     if path.is_file():
         kept = [row for row in rows if _key(row["prompt"]) in finished]
         write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
@@ -279,7 +298,9 @@ def summary(rows: Sequence[dict[str, Any]], samples: int) -> str:
     right: dict[str, float] = {}
     for row in rows:
         right[_key(row["prompt"])] = max(right.get(_key(row["prompt"]), 0.0), row["label"])
-    share = 100 * sum(row["label"] for row in rows) / len(rows)
+    if not right:
+        return "no response that is not blank"
+    share = 100 * sum(row["label"] for row in rows) / (len(right) * samples)
     silent = 100 * sum(row["answer"] is None for row in rows) / len(rows)
     passed = 100 * sum(right.values()) / len(right)
     return (

@@ -132,8 +132,7 @@ class GymTask(Task):
             from reasoning_gym.factory import DATASETS
         except ImportError as error:
             raise ImportError(
-                f"The task `reasoning_gym` needs reasoning-gym ({error}). Install it: `pip install "
-                '"fractal-rm[gym]"`.'
+                f'The task `reasoning_gym` needs reasoning-gym ({error}). Install it: `pip install "fractal-rm[gym]"`.'
             ) from None
         if name not in DATASETS and name not in GSM_SYMBOLIC:
             alike = difflib.get_close_matches(name, {**DATASETS, **GSM_SYMBOLIC}, n=3, cutoff=0.5)
@@ -222,5 +221,7 @@ def demonstrations(problems: Sequence[GymProblem]) -> list[tuple[str, str]]:
     """
     missing = [problem.prompt for problem in problems if problem.solution is None]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(problems)} problems have no solution to learn from. Use gsm_symbolic.")
+        raise ValueError(
+            f"{len(missing)} of {len(problems)} problems have no solution to learn from. Use gsm_symbolic."
+        )
     return [(problem.prompt, str(problem.solution).strip()) for problem in problems]

