@@ -12,7 +12,6 @@ from fractal_rm.cli.arguments import DataArguments, check_counts
 from fractal_rm.cli.checks import check_model, check_writable_file, hide_loading_bars
 from fractal_rm.cli.data_files import DATA_DIR_VARIABLE, data_folder
 from fractal_rm.cli.parser import parse
-from fractal_rm.data.prompts import response_text
 from fractal_rm.files import write_atomic
 from fractal_rm.tasks.equations import final_answer, step_labels
 from fractal_rm.tasks.task import Split
@@ -28,8 +27,8 @@ class SampleArguments:
     model: str = field(metadata={"help": "The policy: path or hub id of a causal language model."})
     output: str = field(
         metadata={
-            "help": "Where to write one line for each response: `prompt`, `completion`, `label` (1: the final answer is "
-            "right), `answer` (what it states), `responses` (lines of this prompt). A run that was stopped goes on there."
+            "help": "Where to write one line for each response: `prompt`, `completion`, `label` (1: the final answer "
+            "is right), `answer` (what it states), `responses` (lines of this prompt). A stopped run goes on there."
         }
     )
     task: Literal["arithmetic", "gsm8k", "reasoning_gym", "word_problems"] | None = field(
@@ -43,8 +42,8 @@ class SampleArguments:
     task_name: str | None = field(
         default=None,
         metadata={
-            "help": "Task reasoning_gym: the data set, such as `gsm_symbolic`, or `gsm_symbolic_unseen` (templates that "
-            "are in no split of the former), `_easy`, `_hard`."
+            "help": "Task reasoning_gym: the data set, such as `gsm_symbolic`, or `gsm_symbolic_unseen` (templates "
+            "that are in no split of the former), `gsm_symbolic_easy`, `gsm_symbolic_hard`."
         },
     )
     split: Split = field(
@@ -64,8 +63,8 @@ class SampleArguments:
     gold_steps: bool = field(
         default=False,
         metadata={
-            "help": "Write `step_labels` too, where the task has a checker of steps: for evaluation, or for the ceiling "
-            "of a reward model trained on them. A method under test is not to see them."
+            "help": "Write `step_labels` too, where the task has a checker of steps: for evaluation, or for a reward "
+            "model that is trained on them as the ceiling. A method under test is not to see them."
         },
     )
     dtype: Literal["bfloat16", "float32"] = field(
@@ -116,12 +115,13 @@ def sample(argv: Sequence[str]) -> None:
 
     from fractal_rm.scorers.checkpoint import load_tokenizer
     from fractal_rm.scorers.encoding import prompt_text
-    from fractal_rm.tasks.sampling import sample_responses
+    from fractal_rm.tasks.group_sampling import sample_groups
 
     hide_loading_bars()
     tokenizer = load_tokenizer(arguments.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
+    model.to(device)
     texts = [prompt_text(one.prompt, tokenizer, "{prompt}") for one in asked]
     size = max(1, arguments.batch_size // arguments.samples)
     pending = [
@@ -131,20 +131,18 @@ def sample(argv: Sequence[str]) -> None:
     ]
     try:
         for number, batch in track(pending, description="Sampling", console=Console(stderr=True)):
-            repeated = [i for i in batch for _ in range(arguments.samples)]
-            responses = sample_responses(
+            groups = sample_groups(
                 model,
                 tokenizer,
-                [texts[i] for i in repeated],
+                [texts[i] for i in batch],
+                samples=arguments.samples,
                 greedy=arguments.greedy,
                 max_new_tokens=max_new_tokens,
-                batch_size=arguments.batch_size,
                 seed=1_000_003 * arguments.seed + number,
             )
-            for place, i in enumerate(batch):
+            for i, responses in zip(batch, groups, strict=True):
                 if _key(asked[i].prompt) not in finished:
-                    of_prompt = responses[place * arguments.samples : (place + 1) * arguments.samples]
-                    _append(output, _rows(asked[i], of_prompt, arguments.gold_steps))
+                    _append(output, _rows(asked[i], responses, arguments.gold_steps))
     except KeyboardInterrupt:
         print(f"Interrupted. The same command goes on where {output} ends.", file=sys.stderr)
         raise SystemExit(130) from None

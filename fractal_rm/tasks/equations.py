@@ -25,12 +25,14 @@ _OPERATORS: dict[type, Callable[[float, float], float]] = {
 }
 # A token of an expression: number with its percent sign, operator or parenthesis, or the letter of an unknown.
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
-_TOKEN = re.compile(rf"(?P<number>{_NUMBER})(?P<percent>\s?%)?|(?P<sign>[-+*/()×÷])|(?P<unknown>\b[A-Za-z]\b)")
+_TOKEN = re.compile(
+    rf"(?P<number>{_NUMBER})(?P<percent>\s?%)?|(?P<sign>[-+*/()\u00d7\u00f7])|(?P<unknown>\b[A-Za-z]\b)"
+)
 # Units behind a number, as in "6 days/week" or "3 kg-bags", hold no operator.
 _UNIT = re.compile(r"(?<=[A-Za-z])\s?[/-]\s?(?=[A-Za-z$£€])|(?<=[A-Za-z$£€0-9])/(?=[A-Za-z])")
 _TIMES = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d($£€])|(?<=[a-z])\s+[xX]\s+(?=[\d($£€])|(?<=\d)(?=\()")
 _BY_FRACTION = re.compile(r"÷\s*(\d+/\d+)")  # 12÷1/2 = 24
-_WORDS = {re.compile(r"\bhalf\b(?=\s*[*x×])", re.IGNORECASE): "0.5"}
+_WORDS = {re.compile(r"\bhalf\b(?=\s*[*x\u00d7])", re.IGNORECASE): "0.5"}
 _FRACTION = re.compile(r"\s*(\d+)/(\d+)\b")
 _SIDES = re.compile(r"\s*=+\s*")
 # Where a sentence ends, an expression ends too: "... = 12 pens. 3 of them".
@@ -73,7 +75,7 @@ def _tokens(text: str) -> list[str]:
                 value = match["number"].replace(",", "")
                 found.append(f"({value}%)" if match["percent"] else value.lstrip("0") or "0")
             elif match["sign"]:
-                found.append({"×": "*", "÷": "/"}.get(match["sign"], match["sign"]))
+                found.append({"\u00d7": "*", "÷": "/"}.get(match["sign"], match["sign"]))
             elif match["unknown"] not in "aAIs":  # words and the genitive, not unknowns
                 found.append(match["unknown"])
     return found[1:]

@@ -95,8 +95,8 @@ class GymProblem:
             return self.verifier.score_answer(stated, self.entry) >= 1
         except Exception as error:  # the verifier is the library's, and a policy may state anything
             warnings.warn(
-                f"The verifier of reasoning-gym raised {type(error).__name__} ({error}) for the answer {stated[:80]!r}: "
-                "it counts as wrong.",
+                f"The verifier of reasoning-gym raised {type(error).__name__} ({error}) for the answer "
+                f"{stated[:80]!r}: it counts as wrong.",
                 stacklevel=2,
             )
             return False

@@ -1,6 +1,6 @@
 """How good a policy is: accuracy, pass@n and majority votes of responses that `fractal-rm sample` wrote.
 
-    python recipes/words/measure.py runs/words/held_out.jsonl --arm sft --dataset gsm_symbolic --results benchmarks/results/words.jsonl
+    python recipes/words/measure.py runs/words/held_out.jsonl --arm sft --results benchmarks/results/words.jsonl
 
 Intervals are over prompts. Responses with `step_labels` (`--gold_steps true`) also tell how many right answers were
 reached through a wrong line: the share of luck, `missed_bad` of a reward model.
