@@ -80,7 +80,7 @@ class GymProblem:
     def is_sound(self) -> bool:
         """Whether the record passes the checks of its own library, and its solution those of its lines.
 
-        Of gsm_symbolic's records 2 to 3 in a hundred do not: negative answers, results that were cut to whole numbers.
+        Up to 2 in a hundred records of gsm_symbolic do not: negative answers, results that were cut to whole numbers.
         """
         if self.solution is None:
             return self.check_answer(f"{MARK} {self.answer}")
