@@ -70,6 +70,18 @@ def test_a_checkpoint_of_other_settings_is_refused(stand_in, tmp_path):
         policy.main([*flags(stand_in, tmp_path / "out", 1), "--seed", "1"])
 
 
+def test_an_adapter_is_gone_on_from_and_one_of_another_model_is_refused(stand_in, tmp_path):
+    policy.main(flags(stand_in, tmp_path / "first", 12))
+    adapter = ["--adapter", str(tmp_path / "first" / "adapter")]
+    policy.main([*flags(stand_in, tmp_path / "second", 2), *adapter])
+    first, second = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["losses"] for name in ("first", "second")
+    )
+    assert max(second) < min(first[:3])
+    with pytest.raises(SystemExit, match="is an adapter of another model"):
+        policy.main([*flags(stand_in, tmp_path / "third", 2), *adapter, "--lora_r", "3"])
+
+
 def test_the_loss_is_that_of_the_solution_and_its_end(stand_in):
     model = AutoModelForCausalLM.from_pretrained(stand_in).eval()
     tokenizer = AutoTokenizer.from_pretrained(stand_in)

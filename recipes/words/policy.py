@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -89,6 +90,21 @@ def adapt(model: Any, layers: int, rank: int) -> Any:
     return get_peft_model(model, config)
 
 
+def start_from(model: PeftModel, adapter: Path) -> None:
+    """Set the adapters to those of a folder that this script wrote.
+
+    Raises:
+        ValueError: If they have another shape, or belong to another model.
+    """
+    found = load_file(adapter / "adapter_model.safetensors")
+    shapes = {name: tuple(weight.shape) for name, weight in get_peft_model_state_dict(model).items()}
+    if shapes != {name: tuple(weight.shape) for name, weight in found.items()}:
+        raise ValueError(
+            f"{adapter} is an adapter of another model, or of other `layers` and `lora_r`. Give its values."
+        )
+    set_peft_model_state_dict(model, found)
+
+
 def train(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Fine-tune, from the last checkpoint if there is one, and write the adapter; returns what was measured."""
     torch.manual_seed(arguments.seed)
@@ -101,6 +117,8 @@ def train(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         arguments.layers,
         arguments.lora_r,
     )
+    if arguments.adapter:
+        start_from(model, Path(arguments.adapter))
     model.train()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=arguments.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
@@ -174,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default="runs/words/smollm2-135m", help="folder or hub id of a causal LM")
     parser.add_argument("--output_dir", default="runs/words/policy")
+    parser.add_argument("--adapter", default="", help="go on from the adapter in this folder, with a new schedule")
     parser.add_argument("--task_name", default="gsm_symbolic", help="data set of reasoning-gym with solutions")
     parser.add_argument("--solutions", type=int, default=3200)
     parser.add_argument("--epochs", type=int, default=1)
