@@ -59,7 +59,9 @@ def test_a_seed_gives_the_same_responses_and_leaves_the_global_generator(policy)
 def test_a_policy_that_never_ends_is_cut_off(policy):
     model, tokenizer = policy
     prompt = make_problems(1, seed=2)[0].prompt
-    short, whole = (sample_groups(model, tokenizer, [prompt], samples=1, greedy=True, max_new_tokens=n) for n in (4, 96))
-    assert short[0][0] != whole[0][0]
-    assert whole[0][0].startswith(short[0][0])
-    assert len(tokenizer(short[0][0])["input_ids"]) == 4
+    (short,), (whole,) = (
+        sample_groups(model, tokenizer, [prompt], samples=1, greedy=True, max_new_tokens=n)[0] for n in (4, 96)
+    )
+    assert short != whole
+    assert whole.startswith(short)
+    assert len(tokenizer(short)["input_ids"]) == 4
