@@ -177,7 +177,8 @@ def train(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments that a checkpoint belongs to."""
-    return {name: value for name, value in vars(arguments).items() if name not in ("output_dir", "device", "model")}
+    places = ("output_dir", "device", "model")
+    return {name: value for name, value in vars(arguments).items() if name not in places and value != ""}
 
 
 def merge(base: str, adapter: Path, folder: Path) -> None:
