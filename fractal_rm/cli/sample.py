@@ -1,0 +1,307 @@
+"""`fractal-rm sample`: prompts in, responses with labels out."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fractal_rm.cli.arguments import DataArguments, check_counts
+from fractal_rm.cli.checks import check_model, check_writable_file, hide_loading_bars
+from fractal_rm.cli.data_files import DATA_DIR_VARIABLE, data_folder
+from fractal_rm.cli.parser import parse
+from fractal_rm.files import write_atomic
+from fractal_rm.tasks.equations import final_answer, step_labels
+from fractal_rm.tasks.task import Split
+
+# Arguments that may change when a stopped run goes on.
+_FREE = ("output", "num_prompts")
+
+
+@dataclass
+class SampleArguments:
+    """Arguments of `fractal-rm sample`."""
+
+    model: str = field(metadata={"help": "The policy: path or hub id of a causal language model."})
+    output: str = field(
+        metadata={
+            "help": "Where to write one line for each response: `prompt`, `completion`, `label` (1: the final answer "
+            "is right), `answer` (what it states), `responses` (lines of this prompt). A stopped run goes on there."
+        }
+    )
+    task: Literal["arithmetic", "gsm8k", "reasoning_gym", "word_problems"] | None = field(
+        default=None,
+        metadata={
+            "help": "Where prompts come from: `arithmetic` and `reasoning_gym` (extra `gym`) make their own, "
+            "`word_problems` reads its texts from `data_dir`; `gsm8k` reads rows with `question` and `answer`; without "
+            "a task, rows hold `prompt` and `answer`."
+        },
+    )
+    task_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Task reasoning_gym: the data set, such as `gsm_symbolic`, or `gsm_symbolic_unseen` (templates "
+            "that are in no split of the former), `gsm_symbolic_easy`, `gsm_symbolic_hard`."
+        },
+    )
+    split: Split = field(
+        default="reward_model",
+        metadata={"help": "Task that makes its own prompts: which of them. Splits share no prompt."},
+    )
+    num_prompts: int = field(
+        default=256, metadata={"help": "Most prompts; a finished run goes on with a higher number."}
+    )
+    samples: int = field(default=8, metadata={"help": "Responses to each prompt."})
+    greedy: bool = field(default=False, metadata={"help": "Take the likeliest token instead of sampling."})
+    chat: bool = field(
+        default=False, metadata={"help": "Ask in a chat, for models with a chat template; else as text."}
+    )
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest response; default: that of the task."})
+    batch_size: int = field(default=64, metadata={"help": "Responses sampled at a time."})
+    gold_steps: bool = field(
+        default=False,
+        metadata={
+            "help": "Write `step_labels` too, where the task has a checker of steps: for evaluation, or for a reward "
+            "model that is trained on them as the ceiling. A method under test is not to see them."
+        },
+    )
+    dtype: Literal["bfloat16", "float32"] = field(
+        default="bfloat16", metadata={"help": "What the policy computes in; `float32` on processors without bfloat16."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the problems and of the sampling."})
+
+    def __post_init__(self) -> None:
+        check_counts(self.batch_size, self.num_prompts)
+        if self.samples < 1:
+            raise ValueError(f"`samples` is {self.samples}. Give 1 or more.")
+        if self.task == "reasoning_gym" and not self.task_name:
+            raise ValueError("`task=reasoning_gym` needs `task_name`: a data set of the library, such as gsm_symbolic.")
+        if self.task_name and self.task != "reasoning_gym":
+            raise ValueError(
+                "`task_name` names a data set of reasoning-gym. Set `task=reasoning_gym`, or leave it out."
+            )
+
+
+@dataclass
+class Asked:
+    """A prompt, and how responses to it are judged.
+
+    Args:
+        prompt: Text or chat.
+        is_right: Whether the final answer of a response is right.
+        check_steps: Whether each line is right; None: the task cannot tell.
+    """
+
+    prompt: Any
+    is_right: Callable[[str], bool]
+    check_steps: Callable[[str], Sequence[bool] | None]
+
+
+def sample(argv: Sequence[str]) -> None:
+    """Sample responses to prompts, label them, and append them to a file."""
+    arguments, data = parse("sample", [SampleArguments, DataArguments], argv)
+    output = Path(arguments.output)
+    check_writable_file(output)
+    check_model(arguments.model)
+    asked, max_new_tokens = _read_prompts(arguments, data)
+    finished = _rows_so_far(output, arguments)
+
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+    from transformers import AutoModelForCausalLM
+
+    from fractal_rm.scorers.checkpoint import load_tokenizer
+    from fractal_rm.scorers.encoding import prompt_text
+    from fractal_rm.tasks.group_sampling import sample_groups
+
+    hide_loading_bars()
+    tokenizer = load_tokenizer(arguments.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
+    model.to(device)
+    texts = [prompt_text(one.prompt, tokenizer, "{prompt}") for one in asked]
+    size = max(1, arguments.batch_size // arguments.samples)
+    pending = [
+        (number, batch)
+        for number, batch in enumerate(_batches(texts, size))
+        if any(_key(asked[i].prompt) not in finished for i in batch)
+    ]
+    try:
+        for number, batch in track(pending, description="Sampling", console=Console(stderr=True)):
+            groups = sample_groups(
+                model,
+                tokenizer,
+                [texts[i] for i in batch],
+                samples=arguments.samples,
+                greedy=arguments.greedy,
+                max_new_tokens=max_new_tokens,
+                seed=1_000_003 * arguments.seed + number,
+            )
+            for i, responses in zip(batch, groups, strict=True):
+                if _key(asked[i].prompt) not in finished:
+                    _append(output, _rows(asked[i], responses, arguments.gold_steps))
+    except KeyboardInterrupt:
+        print(f"Interrupted. The same command goes on where {output} ends.", file=sys.stderr)
+        raise SystemExit(130) from None
+    prompts = {_key(one.prompt) for one in asked}
+    rows = [row for row in read_rows_of(output) if _key(row["prompt"]) in prompts]
+    print(f"{summary(rows, arguments.samples)}; {output} holds the responses.")
+
+
+def _read_prompts(arguments: SampleArguments, data: DataArguments) -> tuple[list[Asked], int]:
+    """Prompts with their judges, and the longest response."""
+    count, seed = arguments.num_prompts, arguments.seed
+    if arguments.task in ("arithmetic", "reasoning_gym", "word_problems"):
+        if data.train_file or data.dataset_name:
+            raise ValueError(
+                f"`task={arguments.task}` makes its own prompts, but a file or data set is given too. Leave one out."
+            )
+        task = _task(arguments, data)
+        problems = task.problems(arguments.split, count, seed)
+        asked = [Asked(p.prompt, p.check_answer, p.check_steps) for p in problems]
+        longest = task.max_new_tokens
+    else:
+        asked, longest = _prompts_of_rows(arguments, data)[:count], 320
+    if arguments.chat:
+        for one in asked:
+            if isinstance(one.prompt, str):
+                one.prompt = [{"role": "user", "content": one.prompt.strip()}]
+    return asked, arguments.max_new_tokens or longest
+
+
+def _task(arguments: SampleArguments, data: DataArguments) -> Any:
+    if arguments.task == "arithmetic":
+        from fractal_rm.tasks.arithmetic.conditions import ShippedArithmetic
+
+        return ShippedArithmetic()
+    if arguments.task == "reasoning_gym":
+        from fractal_rm.tasks.gym import GymTask
+
+        return GymTask(str(arguments.task_name), model=arguments.model)
+    from fractal_rm.tasks.word_problems import WordProblems
+
+    folder = data_folder(data.data_dir)
+    if folder is None:
+        raise ValueError(
+            f"`task=word_problems` reads its texts from a folder `word_problems` of `data_dir`: set it, or the "
+            f"environment's {DATA_DIR_VARIABLE}."
+        )
+    return WordProblems(folder / "word_problems", model=arguments.model)
+
+
+def _prompts_of_rows(arguments: SampleArguments, data: DataArguments) -> list[Asked]:
+    """Prompts of a file or data set, whose answers are compared as GSM8K's are."""
+    from fractal_rm.tasks.gsm8k import gsm8k_answer, read_gsm8k
+
+    found = data.read("train")
+    if found is None:
+        tasks = ", ".join(get_args(get_args(SampleArguments.__annotations__["task"])[0]))
+        raise ValueError(f"There are no prompts. Give `train_file`, `dataset_name`, or one of the tasks {tasks}.")
+    rows, source = found
+    if arguments.task == "gsm8k":
+        rows = read_gsm8k(rows, source=source, chat=arguments.chat)
+    gsm8k_answer([], [], [])  # says now if math-verify is missing
+
+    def judge(answer: str) -> Callable[[str], bool]:
+        return lambda response: gsm8k_answer([""], [response], [answer])[0] == 1.0
+
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("answer"), str) or row.get("prompt") is None:
+            raise ValueError(f"{source}, row {number}: a row needs `prompt`, and `answer` as text, to be labelled.")
+    return [Asked(row["prompt"], judge(row["answer"]), lambda _: None) for row in rows]
+
+
+def _batches(texts: Sequence[str], size: int) -> Iterator[list[int]]:
+    """Places of prompts of like length."""
+    order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _rows(asked: Asked, responses: Sequence[str], gold_steps: bool) -> list[dict[str, Any]]:
+    """The rows of a prompt. Blank responses are left out, because nothing can be learned from them."""
+    written = [response for response in responses if response.strip()]
+    rows = []
+    for response in written:
+        row = {
+            "prompt": asked.prompt,
+            "completion": response,
+            "label": float(asked.is_right(response)),
+            "answer": final_answer(response),
+            "responses": len(written),
+        }
+        flags = asked.check_steps(response) if gold_steps else None
+        rows.append(row if flags is None else row | {"step_labels": step_labels(flags)})
+    return rows
+
+
+def _key(prompt: Any) -> str:
+    return json.dumps(prompt, ensure_ascii=False)
+
+
+def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Append rows in one write: what is there is complete but for a line that a killed process leaves."""
+    with path.open("ab") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def read_rows_of(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of a file that this command wrote."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def _rows_so_far(path: Path, arguments: SampleArguments) -> set[str]:
+    """Prompts that have all their responses; what is left of others is removed.
+
+    Raises:
+        ValueError: If the file is of a run with other settings.
+    """
+    settings = {name: value for name, value in vars(arguments).items() if name not in _FREE}
+    beside = path.with_name(f"{path.name}.settings.json")
+    if path.is_file():
+        before = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
+        if before != settings:
+            changed = (
+                "settings unknown"
+                if before is None
+                else ", ".join(
+                    f"{name} {before.get(name)!r}, now {value!r}"
+                    for name, value in settings.items()
+                    if before.get(name) != value
+                )
+            )
+            raise ValueError(f"{path} holds responses of another run ({changed}). Give another `output`.")
+    write_atomic(beside, json.dumps(settings, indent=2) + "\n")
+    rows = read_rows_of(path)
+    counts = Counter(_key(row["prompt"]) for row in rows)
+    finished = {key for row in rows if counts[key := _key(row["prompt"])] == row["responses"]}
+    if path.is_file():
+        kept = [row for row in rows if _key(row["prompt"]) in finished]
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    return finished
+
+
+def summary(rows: Sequence[dict[str, Any]], samples: int) -> str:
+    """How many responses are right, as a sentence without its end.
+
+    Example:
+        >>> rows = [{"prompt": "a", "label": 1.0, "answer": "3"}, {"prompt": "a", "label": 0.0, "answer": None}]
+        >>> summary(rows, 2)
+        '2 responses to 1 prompts: 50.0 % right, pass@2 100.0 %, 50.0 % without an answer after ####'
+    """
+    right: dict[str, float] = {}
+    for row in rows:
+        right[_key(row["prompt"])] = max(right.get(_key(row["prompt"]), 0.0), row["label"])
+    if not right:
+        return "no response that is not blank"
+    share = 100 * sum(row["label"] for row in rows) / (len(right) * samples)
+    silent = 100 * sum(row["answer"] is None for row in rows) / len(rows)
+    passed = 100 * sum(right.values()) / len(right)
+    return (
+        f"{len(rows)} responses to {len(right)} prompts: {share:.1f} % right, pass@{samples} {passed:.1f} %, "
+        f"{silent:.1f} % without an answer after ####"
+    )

@@ -1,0 +1,67 @@
+"""Several responses to each prompt, against `generate` and against the probabilities of the model."""
+
+import pytest
+import torch
+from support.models import CAUSAL_FAMILIES, byte_tokenizer, config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
+from fractal_rm.tasks.arithmetic.problems import make_problems
+from fractal_rm.tasks.group_sampling import sample_groups
+from fractal_rm.tasks.sampling import sample_responses
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return AutoModelForCausalLM.from_pretrained(SHIPPED_POLICY), AutoTokenizer.from_pretrained(SHIPPED_POLICY)
+
+
+def test_greedy_responses_are_those_of_generate(policy):
+    model, tokenizer = policy
+    prompts = [p.prompt for p in make_problems(20, seed=1, min_steps=2, max_steps=7)]
+    found = sample_groups(model, tokenizer, prompts, samples=2, greedy=True)
+    expected = sample_responses(model, tokenizer, prompts, greedy=True)
+    assert found == [[text, text] for text in expected]
+    assert len({len(text) for text in expected}) > 3  # responses left the batch at different times
+
+
+@pytest.mark.parametrize("family", CAUSAL_FAMILIES)
+def test_greedy_responses_are_those_of_generate_in_other_families(family):
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(family, vocab_size=len(tokenizer)))
+    prompts = ["a", "a longer prompt", "one more"]
+    found = sample_groups(model, tokenizer, prompts, samples=1, greedy=True, max_new_tokens=12)
+    assert [text for (text,) in found] == sample_responses(model, tokenizer, prompts, greedy=True, max_new_tokens=12)
+
+
+def test_samples_follow_the_models_probabilities(policy):
+    model, tokenizer = policy
+    prompt = make_problems(1, seed=2)[0].prompt
+    texts = sample_groups(model, tokenizer, [prompt, prompt + "\n"], samples=1500, max_new_tokens=6, seed=3)[0]
+    others = sample_responses(model, tokenizer, [prompt] * 1500, max_new_tokens=6, seed=4)
+    for text in set(others):
+        assert abs(texts.count(text) - others.count(text)) / 1500 < 0.06
+
+
+def test_a_seed_gives_the_same_responses_and_leaves_the_global_generator(policy):
+    model, tokenizer = policy
+    prompts = [p.prompt for p in make_problems(3, seed=5)]
+    torch.manual_seed(7)
+    first = sample_groups(model, tokenizer, prompts, samples=4, seed=1)
+    after = torch.rand(1)
+    torch.manual_seed(7)
+    assert torch.rand(1) == after
+    assert first == sample_groups(model, tokenizer, prompts, samples=4, seed=1)
+    assert first != sample_groups(model, tokenizer, prompts, samples=4, seed=2)
+
+
+def test_a_policy_that_never_ends_is_cut_off(policy):
+    model, tokenizer = policy
+    prompt = make_problems(1, seed=2)[0].prompt
+    (short,), (whole,) = (
+        sample_groups(model, tokenizer, [prompt], samples=1, greedy=True, max_new_tokens=n)[0] for n in (4, 96)
+    )
+    assert short != whole
+    assert whole.startswith(short)
+    assert len(tokenizer(short)["input_ids"]) == 4

