@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.arithmetic.problems import make_problems
 from fractal_rm.tasks.group_sampling import sample_groups
-from fractal_rm.tasks.sampling import sample_responses
+from fractal_rm.tasks.task import sample_responses
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def flags(stand_in: str, folder, steps: int) -> list[str]:
 
 def test_the_policy_learns_in_its_upper_layers_only(stand_in, tmp_path):
     policy.main(flags(stand_in, tmp_path / "out", 12))
-    losses = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["losses"]
+    losses = policy.read_state(tmp_path / "out" / "checkpoint.safetensors")["losses"]
     assert len(losses) == 12
     assert sum(losses[-3:]) < sum(losses[:3]) - 0.1
     before = load_file(f"{stand_in}/model.safetensors")
@@ -75,7 +75,7 @@ def test_an_adapter_is_gone_on_from_and_one_of_another_model_is_refused(stand_in
     adapter = ["--adapter", str(tmp_path / "first" / "adapter")]
     policy.main([*flags(stand_in, tmp_path / "second", 2), *adapter])
     first, second = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["losses"] for name in ("first", "second")
+        policy.read_state(tmp_path / name / "checkpoint.safetensors")["losses"] for name in ("first", "second")
     )
     assert max(second) < min(first[:3])
     with pytest.raises(SystemExit, match="is an adapter of another model"):

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fractal_rm.cli.arguments import DataArguments, check_counts
-from fractal_rm.cli.checks import check_model, check_writable_file, hide_loading_bars
-from fractal_rm.cli.data_files import DATA_DIR_VARIABLE, data_folder
+from fractal_rm.cli.arguments import DATA_DIR_VARIABLE, DataArguments, data_folder
+from fractal_rm.cli.checks import check_models, check_writable_files, hide_loading_bars
 from fractal_rm.cli.parser import parse
 from fractal_rm.files import write_atomic
 from fractal_rm.tasks.equations import final_answer, step_labels
@@ -73,9 +72,9 @@ class SampleArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the problems and of the sampling."})
 
     def __post_init__(self) -> None:
-        check_counts(self.batch_size, self.num_prompts)
-        if self.samples < 1:
-            raise ValueError(f"`samples` is {self.samples}. Give 1 or more.")
+        for name in ("batch_size", "num_prompts", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
         if self.task == "reasoning_gym" and not self.task_name:
             raise ValueError("`task=reasoning_gym` needs `task_name`: a data set of the library, such as gsm_symbolic.")
         if self.task_name and self.task != "reasoning_gym":
@@ -103,8 +102,8 @@ def sample(argv: Sequence[str]) -> None:
     """Sample responses to prompts, label them, and append them to a file."""
     arguments, data = parse("sample", [SampleArguments, DataArguments], argv)
     output = Path(arguments.output)
-    check_writable_file(output)
-    check_model(arguments.model)
+    check_writable_files(arguments.output)
+    check_models(arguments.model)
     asked, max_new_tokens = _read_prompts(arguments, data)
     finished = _rows_so_far(output, arguments)
 
@@ -114,7 +113,7 @@ def sample(argv: Sequence[str]) -> None:
     from transformers import AutoModelForCausalLM
 
     from fractal_rm.scorers.checkpoint import load_tokenizer
-    from fractal_rm.scorers.encoding import prompt_text
+    from fractal_rm.scorers.inputs import prompt_text
     from fractal_rm.tasks.group_sampling import sample_groups
 
     hide_loading_bars()

@@ -1,7 +1,6 @@
 """Several responses to each prompt: the prompt is read once, and finished responses leave the batch.
 
-For many samples a prompt this takes about half the time of `generate`, which reads the prompt once a response and goes
-on with the whole batch until its longest response ends.
+`generate` reads the prompt once for each response, and goes on with the whole batch until its longest response ends.
 """
 
 from collections.abc import Sequence

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -128,13 +129,12 @@ def train(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     warmup = max(1, round(WARMUP * steps))
     print(f"{len(rows)} solutions, {steps} steps, {sum(w.numel() for w in weights):,} weights", flush=True)
 
-    checkpoint, settings, done, seconds, losses = folder / "checkpoint.pt", settings_of(arguments), 0, 0.0, []
+    checkpoint, settings, done, seconds, losses = folder / "checkpoint.safetensors", settings_of(arguments), 0, 0.0, []
     if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = read_state(checkpoint)
         if state["settings"] != settings:
             raise ValueError(f"{checkpoint} is from a run with other settings. Choose another output_dir or remove it.")
-        set_peft_model_state_dict(model, state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_tensors(checkpoint, model, optimizer)
         done, seconds, losses = state["step"], state["seconds"], state["losses"]
         print(f"Goes on from step {done} of {steps}.", flush=True)
 
@@ -161,18 +161,39 @@ def train(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             recent = sum(losses[-SHOW_EVERY:]) / len(losses[-SHOW_EVERY:])
             print(f"step {step + 1}/{steps}: loss {recent:.3f}, {speed:.0f} tokens/s, {seconds:.0f} s", flush=True)
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-            state = {
-                "settings": settings,
-                "weights": get_peft_model_state_dict(model),
-                "optimizer": optimizer.state_dict(),
-                "step": step + 1,
-                "seconds": seconds,
-                "losses": losses,
-            }
-            with replacing(checkpoint) as file:
-                torch.save(state, file)
+            state = {"settings": settings, "step": step + 1, "seconds": seconds, "losses": losses}
+            save_checkpoint(checkpoint, model, optimizer, state)
     model.save_pretrained(folder / "adapter")
     return {"loss": sum(losses[-20:]) / len(losses[-20:]), "steps": steps, "seconds": round(seconds)}
+
+
+def save_checkpoint(file: Path, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Write the adapter and the optimizer as tensors, and the rest as JSON in the metadata of the same file."""
+    tensors = {f"weights/{name}": value.contiguous() for name, value in get_peft_model_state_dict(model).items()}
+    for number, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{number}/{name}": value.contiguous() for name, value in values.items()}
+    with replacing(file) as temporary:
+        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+
+
+def read_state(file: Path) -> dict[str, Any]:
+    """What [`save_checkpoint`] wrote beside the tensors."""
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["state"])
+
+
+def load_tensors(file: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Put the tensors of [`save_checkpoint`] where they came from."""
+    weights, moments = {}, {}
+    for key, value in load_file(file).items():
+        kind, _, name = key.partition("/")
+        if kind == "weights":
+            weights[name] = value
+        else:
+            number, _, moment = name.partition("/")
+            moments.setdefault(int(number), {})[moment] = value
+    set_peft_model_state_dict(model, weights)
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
