@@ -2,8 +2,10 @@
 
     python tests/support/fixed_seed_runs.py               compares with tests/data/fixed_seed_runs.json
     python tests/support/fixed_seed_runs.py --write       stores what this machine computes
+    python tests/support/fixed_seed_runs.py --quickstart runs/quickstart/results.jsonl
+                                                          compares a quickstart of seed 0 with the stored one
 
-Equal to the last digit on one kind of machine; elsewhere the last digits differ, and the test compares loosely.
+Equal to the last digit on one kind of machine; elsewhere last digits differ, and the test skips with its reason.
 Only public names are used, so that the runs outlive any change of the modules behind them.
 """
 
@@ -35,6 +37,7 @@ from transformers import AutoModel, BertConfig, LlamaConfig, LlamaForCausalLM, P
 
 from fractal_rm import FractalConfig, FractalTrainer, StepPPOConfig, StepPPOTrainer, StepRewardModel
 
+QUICKSTART = Path(__file__).resolve().parent.parent / "data" / "fixed_seed_quickstart.json"
 STORED = Path(__file__).resolve().parent.parent / "data" / "fixed_seed_runs.json"
 QUIET: dict[str, Any] = {
     "report_to": [],
@@ -311,11 +314,23 @@ def compute(name: str) -> Any:
         return json.loads(json.dumps(RUNS[name](Path(folder))))
 
 
+def quickstart_rows(results: Path) -> list[dict[str, Any]]:
+    """What the rows of a quickstart say, without commands and times."""
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    return [{name: row[name] for name in ("benchmark", "arm", "seed", "split", "metrics")} for row in rows]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--write", action="store_true", help="store what this machine computes")
     parser.add_argument("--only", default="", help="runs whose name holds this text")
+    parser.add_argument("--quickstart", type=Path, help="results.jsonl of a quickstart of seed 0, to compare")
     arguments = parser.parse_args()
+    if arguments.quickstart:
+        pairs = zip(quickstart_rows(arguments.quickstart), json.loads(QUICKSTART.read_text()), strict=True)
+        differing = [number for number, (found, kept) in enumerate(pairs, 1) if found != kept]
+        print(f"rows that differ: {differing or 'none'}")
+        return len(differing)
     torch.set_num_threads(1)
     stored = json.loads(STORED.read_text()) if STORED.is_file() else {"machine": machine(), "runs": {}}
     if arguments.write:
