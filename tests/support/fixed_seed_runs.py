@@ -3,7 +3,8 @@
     python tests/support/fixed_seed_runs.py               compares with tests/data/fixed_seed_runs.json
     python tests/support/fixed_seed_runs.py --write       stores what this machine computes
     python tests/support/fixed_seed_runs.py --quickstart runs/quickstart/results.jsonl
-                                                          compares a quickstart of seed 0 with the stored one
+                                                          compares a quickstart of seed 0 with the stored one (made
+                                                          with OMP_NUM_THREADS=1; more threads change last digits)
 
 Equal to the last digit on one kind of machine; elsewhere last digits differ, and the test skips with its reason.
 Only public names are used, so that the runs outlive any change of the modules behind them.
