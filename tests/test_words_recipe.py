@@ -160,3 +160,27 @@ def test_a_policy_is_measured_over_prompts(tmp_path):
     assert (found["pass_3"], found["majority_3"]) == (0.5, 0.5)
     assert found["without_answer"] == 0.5
     assert found["right_through_a_wrong_line"] == 0.5
+
+
+def test_drills_are_calculations_of_solutions():
+    texts = [f"He has {a} + 2 = {a + 2} and $3 * 2 = $6, 2.5 * 2 = 5.\n#### 5" for a in range(24)]
+    found = policy.drills(texts, 2, seed=1)
+    assert [prompt for prompt, _ in found] == [policy.DRILL_PROMPT] * 2
+    lines = [line for _, text in found for line in text.split("\n")]
+    assert sorted(lines) == sorted(f"{a} + 2 = {a + 2}" for a in range(24))
+    with pytest.raises(ValueError, match="24 calculations; 3 drills need 36"):
+        policy.drills(texts, 3, seed=1)
+
+
+def test_the_study_runs_every_arm_on_a_stand_in_and_goes_on_where_it_was_killed(stand_in, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    policy.main([*flags(stand_in, work / "policy", 8), "--task_name", "gsm_symbolic"])
+    small = ["--updates", "2", "--rollouts", "8", "--held_out", "3", "--draws", "2"]
+    monkeypatch.setattr(study.WordsAssets, "micro_batch", 4)
+    model = AutoModelForCausalLM.from_pretrained(stand_in)
+    scorer = make_scorer(model, FractalSettings(segmentation=Segmentation("lines"), max_length=512))
+    save_scorer(work / "reward_model", scorer, AutoTokenizer.from_pretrained(stand_in), FractalSettings(max_length=512))
+    study.main(["--work", str(work), *small, "--tune", "--arms", "outcome_grpo", "dense_outcome"])
+    chosen = (work / "chosen.yaml").read_text()
+    assert "outcome_grpo" in chosen
+    assert "dense_outcome" in chosen

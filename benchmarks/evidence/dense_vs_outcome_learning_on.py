@@ -11,6 +11,7 @@ Rows go to `benchmarks/results/dense_vs_outcome_learning_on.jsonl` as they are m
 """
 
 import argparse
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,8 +98,8 @@ def run(assets: WatchedAssets, variant: str, chosen: Mapping[str, Options], budg
     def report(metrics: dict[str, Any]) -> None:
         rows.append(metrics | measure(assets))
 
-    with quiet():
-        run_arm(ARMS[VARIANTS[variant][0]], options, assets, budget, report)
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        run_arm(ARMS[VARIANTS[variant][0]], options, assets, budget, report, Path(folder))
     for metrics in rows:  # at the end, so that a run is there or not
         ResultsFile(results).append(
             benchmark=LEARNING_ON,

@@ -48,6 +48,8 @@ class Arm:
         steps: What scores steps: a kind of reward model ([`Assets`]), a rule (`rivals.py`), or None.
         outcome: Whether the checker's outcome labels are a reward.
         response_model: A reward model that scores whole responses is the outcome reward.
+        scalar: The outcome reward is the step reward model's score of the response: it judges as the arms with step
+            rewards do, and says so at the end only.
         variants: Two settings that compete.
         options: Settings of all trials.
     """
@@ -56,6 +58,7 @@ class Arm:
     steps: str | None = None
     outcome: bool = False
     response_model: bool = False
+    scalar: bool = False
     variants: tuple[Options, Options] = LAMBDAS
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -63,6 +66,11 @@ class Arm:
     def judge(self) -> str | None:
         """What scores responses or their steps: a kind of reward model or a rule; None: the outcome alone."""
         return "response" if self.response_model else self.steps
+
+    @property
+    def scores_responses(self) -> bool:
+        """Whether a reward model's score of the whole response is the outcome reward."""
+        return self.response_model or self.scalar
 
     @property
     def trials(self) -> list[Options]:
@@ -97,6 +105,23 @@ ARMS = {
 
 # Policies and reward models ------------------------------------------------------------------------------------------
 
+# The same for all arms.
+PPO_SETTINGS: Options = {
+    "num_generations": 8,
+    "num_iterations": 1,
+    "value_learning_rate": 1e-3,
+    "warmup_steps": 5,
+    "lr_scheduler_type": "linear",
+    "temperature": 1.0,
+    "beta": 0.0,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+}
 # Policies are measured on at most as many problems, none of which a reward model has seen.
 HELD_OUT = 1024
 TRAINING: Recipe = {
@@ -159,6 +184,9 @@ class Assets:
 
     # Rules that can stand in the place of a reward model, for a task.
     rules: ClassVar[Mapping[str, Callable[[Task], Rule]]] = {"oracle": oracle, "random_steps": lambda _: random_steps}
+    # Settings of [`StepPPOConfig`] that are the same for all arms, and how many rollouts a backward pass takes.
+    ppo: ClassVar[Options] = PPO_SETTINGS
+    micro_batch: ClassVar[int] = 4096
 
     def __init__(self, folder: Path, task: Task, seed: int, max_steps: int = -1) -> None:
         self.task, self.seed, self.max_steps = task, seed, max_steps
@@ -180,6 +208,22 @@ class Assets:
     def policy(self) -> Path:
         """Folder of the base policy."""
         return self.task.base_policy(self.seed % self.task.policies, self.policies)
+
+    def load_policy(self) -> tuple[Any, Any]:
+        """The base policy and its tokenizer."""
+        return load_policy(self.policy())
+
+    def trainer_arguments(self, options: Options) -> dict[str, Any]:
+        """Further arguments of [`StepPPOTrainer`], such as adapters.
+
+        Args:
+            options: Settings of the arm.
+        """
+        return {}
+
+    def trained(self, arm: Arm) -> Path:
+        """Where the policy of a run is kept, if its checkpoints are."""
+        return self.own / "trained" / arm.name
 
     def labelled(self) -> Path:
         """Folder with responses of the base policy and their outcome labels in `rows.jsonl`."""

@@ -5,7 +5,7 @@ A policy is measured at fixed numbers of rollouts, and each measurement is a row
 
 import json
 import multiprocessing
-import tempfile
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,35 +23,20 @@ import yaml
 from filelock import FileLock
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 
 from fractal_rm.evaluation.results import ResultsFile, has_row
 from fractal_rm.files import made_once, write_atomic
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.trainer import StepPPOTrainer
-from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.study.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY, Arm, Assets, Options, load_policy
+from fractal_rm.reward_model import FractalReward, StepRewardModel
+from fractal_rm.study.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY, Arm, Assets, Options
 from fractal_rm.study.rivals import WholeResponseReward
 from fractal_rm.study.statistics import BENCHMARK, latest
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
+from fractal_rm.tasks.group_sampling import sample_groups
 from fractal_rm.tasks.task import Problem, Task, sample_responses, unseen
 
-# The same for all arms; the rest is what `arms.py` names.
-PPO_SETTINGS: Options = {
-    "num_generations": 8,
-    "num_iterations": 1,
-    "value_learning_rate": 1e-3,
-    "warmup_steps": 5,
-    "lr_scheduler_type": "linear",
-    "temperature": 1.0,
-    "beta": 0.0,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "save_strategy": "no",
-    "logging_strategy": "no",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "bf16": False,
-}
 # Shares of the updates after which a policy is measured.
 POINTS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 # Held-out responses from which the distance to the base policy is estimated.
@@ -59,6 +44,8 @@ KL_RESPONSES = 64
 # Seed of the samples: every arm and evaluation draws with the same one.
 SAMPLING_SEED = 7
 BATCH = 256
+# Logits that are in memory at a time: with a large vocabulary fewer responses make a batch.
+_MOST_LOGITS = 2**28
 
 Metrics = dict[str, Any]
 One = TypeVar("One")
@@ -73,17 +60,21 @@ class Budget:
     Args:
         rollouts_per_update: Completions in an update.
         held_out: Problems that a policy is measured on.
+        draws: Sampled responses to each of them.
         updates: Policy updates; None: the task's.
         points: Shares of the updates after which the policy is measured, beside the start.
     """
 
     rollouts_per_update: int = 64
     held_out: int = 256
+    draws: int = 1
     updates: int | None = None
     points: tuple[float, ...] = POINTS
 
 
-def run_arm(arm: Arm, options: Options, assets: Assets, budget: Budget, report: Callable[[Metrics], None]) -> None:
+def run_arm(
+    arm: Arm, options: Options, assets: Assets, budget: Budget, report: Callable[[Metrics], None], folder: Path
+) -> None:
     """Train a policy with an arm's rewards and report its metrics at each evaluation point, the start included.
 
     Args:
@@ -92,55 +83,61 @@ def run_arm(arm: Arm, options: Options, assets: Assets, budget: Budget, report: 
         assets: Policy and reward models.
         budget: How much to do.
         report: Takes the metrics of each point.
+        folder: Where the trainer writes; a run that left a checkpoint there goes on from it.
     """
     task, kind = assets.task, arm.judge
-    updates = budget.updates or task.updates
+    updates, rollouts = budget.updates or task.updates, budget.rollouts_per_update
     judge = assets.reward_model(kind) if kind else None
     held_out = task.problems("held_out", budget.held_out, assets.seed)
-    count = updates * budget.rollouts_per_update // PPO_SETTINGS["num_generations"]
+    count = updates * rollouts // assets.ppo["num_generations"]
     problems = unseen(task.problems("train", 2 * count, assets.seed), {problem.prompt for problem in held_out})
-    cost, (reference, tokenizer), clock = assets.cost(kind), load_policy(assets.policy()), Clock()
-    with tempfile.TemporaryDirectory(prefix="compare-") as folder:
-        trainer = make_trainer(
-            arm,
-            PPO_SETTINGS
-            | {"max_completion_length": task.max_new_tokens}
-            | options
-            | {"max_steps": updates, "per_device_train_batch_size": budget.rollouts_per_update, "seed": assets.seed},
-            assets.policy(),
-            judge,
-            assets.outcome(arm, judge),
-            [problem.prompt for problem in problems[:count]],
-            Path(folder),
-            # A model that learns on goes on with the responses that it was trained on, too.
-            responses=assets.bags(kind) if kind and options.get("rm_update_every") else None,
-        )
-        steps = sorted({max(round(share * updates), 1) for share in budget.points})
+    (reference, tokenizer), clock, cost = assets.load_policy(), Clock(folder / "seconds.json"), assets.cost(kind)
+    parts = -(-rollouts // assets.micro_batch)
+    trainer = make_trainer(
+        arm,
+        assets.ppo
+        | {"max_completion_length": task.max_new_tokens}
+        | options
+        | {"max_steps": updates, "per_device_train_batch_size": rollouts // parts, "seed": assets.seed}
+        | ({"gradient_accumulation_steps": parts, "steps_per_generation": parts} if parts > 1 else {}),
+        assets.policy(),
+        judge,
+        assets.outcome(arm, judge),
+        [problem.prompt for problem in problems[:count]],
+        folder,
+        # A model that learns on goes on with the responses that it was trained on, too.
+        responses=assets.bags(kind) if kind and options.get("rm_update_every") else None,
+        **assets.trainer_arguments(options),
+    )
+    steps = sorted({max(round(share * updates), 1) for share in budget.points})
 
-        def evaluate(step: int) -> None:
-            with clock.stopped():
-                model: Any = trainer.model
-                if step:
-                    # Greedy decoding in the middle and at the end: it is as dear as sampling.
-                    greedy = step in (steps[-1] / 2, steps[-1])
-                    found, texts = measure(model, tokenizer, task, held_out, greedy=greedy)
-                else:
-                    found, texts = measure_start(assets, budget.held_out)
-                prompts, some = [problem.prompt for problem in held_out], slice(KL_RESPONSES)
-                logprobs = [response_logprobs(m, tokenizer, prompts[some], texts[some]) for m in (model, reference)]
-                found |= {
-                    "rollouts": step // trainer.num_iterations * budget.rollouts_per_update,
-                    "rm_score": mean_score(judge, prompts, texts),
-                    "kl": (logprobs[0] - logprobs[1]).mean().item(),
-                    "alarms": trainer.alarms.guards.raised,
-                    "seconds": clock.seconds,
-                }
-                found.pop("step_accuracy_greedy", None)
-                report(found | cost)
+    def evaluate(step: int) -> None:
+        with clock.stopped():
+            model: Any = trainer.model
+            if step:
+                # Greedy decoding in the middle and at the end: it is as dear as sampling.
+                greedy = step in (steps[-1] / 2, steps[-1])
+                found, texts = measure(model, tokenizer, task, held_out, greedy=greedy, draws=budget.draws)
+            else:
+                found, texts = measure_start(assets, budget.held_out, budget.draws)
+            prompts, some = [problem.prompt for problem in held_out], slice(KL_RESPONSES)
+            logprobs = [response_logprobs(m, tokenizer, prompts[some], texts[some]) for m in (model, reference)]
+            found |= {
+                "rollouts": step // trainer.num_iterations * rollouts,
+                "rm_score": mean_score(judge, prompts, texts),
+                "kl": (logprobs[0] - logprobs[1]).mean().item(),
+                "alarms": trainer.alarms.guards.raised,
+                "seconds": clock.seconds,
+            }
+            found.pop("step_accuracy_greedy", None)
+            report(found | cost)
 
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Evaluations(steps, evaluate))
-        trainer.train()
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Evaluations(steps, evaluate, clock))
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    if trainer.args.save_strategy != "no":
+        trainer.save_model(str(assets.trained(arm)))
 
 
 def make_trainer(
@@ -153,6 +150,7 @@ def make_trainer(
     folder: Path,
     *,
     responses: Any = None,
+    **arguments: Any,
 ) -> StepPPOTrainer:
     """The trainer of an arm.
 
@@ -165,17 +163,19 @@ def make_trainer(
         prompts: Of the training.
         folder: Where the trainer writes.
         responses: Labelled responses, for a reward model that learns on.
+        arguments: Further arguments of [`StepPPOTrainer`].
     """
     functions: list[Any] = [outcome] if arm.outcome else []
-    if arm.response_model and isinstance(judge, StepRewardModel):
-        functions.append(WholeResponseReward(judge))
+    if arm.scores_responses and isinstance(judge, StepRewardModel):
+        functions.append(WholeResponseReward(judge) if arm.response_model else FractalReward(judge))
     return StepPPOTrainer(
         model=str(policy),
-        reward_model=None if arm.response_model else judge,
+        reward_model=None if arm.scores_responses else judge,
         reward_funcs=functions or None,
         args=StepPPOConfig(output_dir=str(folder), **options),
         reward_model_dataset=responses,
         train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        **arguments,
     )
 
 
@@ -185,24 +185,36 @@ class Evaluations(TrainerCallback):
     Args:
         steps: Numbers of the updates.
         evaluate: Takes the number of updates so far.
+        clock: Kept with every checkpoint, if there is one.
     """
 
-    def __init__(self, steps: Iterable[int], evaluate: Callable[[int], None]) -> None:
-        self.steps, self.evaluate = frozenset(steps), evaluate
+    def __init__(self, steps: Iterable[int], evaluate: Callable[[int], None], clock: "Clock | None" = None) -> None:
+        self.steps, self.evaluate, self.clock = frozenset(steps), evaluate, clock
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.evaluate(0)
+        if state.global_step == 0:
+            self.evaluate(0)
+        elif self.clock is not None:
+            self.clock.resume()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step in self.steps:
             self.evaluate(state.global_step)
 
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.clock is not None:
+            self.clock.save()
+
 
 class Clock:
-    """Processor seconds of a training since its first evaluation, without those of evaluations."""
+    """Processor seconds of a training since its first evaluation, without those of evaluations.
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    Args:
+        file: Where they are kept when a run is stopped.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.seconds, self.file = 0.0, file
         self._since: float | None = None
 
     @contextmanager
@@ -213,12 +225,21 @@ class Clock:
         yield
         self._since = time.process_time()
 
+    def save(self) -> None:
+        """Keep the seconds so far."""
+        with self.stopped():
+            write_atomic(self.file, json.dumps(self.seconds))
+
+    def resume(self) -> None:
+        """Go on from the seconds that were kept."""
+        self.seconds, self._since = json.loads(self.file.read_text(encoding="utf-8")), time.process_time()
+
 
 # What a policy is worth ----------------------------------------------------------------------------------------------
 
 
 def measure(
-    model: Any, tokenizer: Any, task: Task, problems: Sequence[Problem], *, greedy: bool = True
+    model: Any, tokenizer: Any, task: Task, problems: Sequence[Problem], *, greedy: bool = True, draws: int = 1
 ) -> tuple[Metrics, list[str]]:
     """Accuracy on held-out problems, of answers and of steps, and the sampled responses.
 
@@ -228,43 +249,70 @@ def measure(
         task: Gives the longest response.
         problems: Held-out problems.
         greedy: Also decode greedily, which doubles the work; otherwise these metrics are None.
+        draws: Sampled responses to each problem. With several, `solved` says how many of each problem's are right, and
+            there is no greedy decoding.
 
     Returns:
-        Metrics, those of greedy decoding with `_greedy` behind their names; the sampled responses.
+        Metrics, those of greedy decoding with `_greedy` behind their names; the first sampled response to each problem.
     """
     found: Metrics = {"accuracy_greedy": None, "step_accuracy_greedy": None}
-    texts: list[str] = []
-    for suffix in ("_greedy", "") if greedy else ("",):
-        texts = sample_responses(
-            model,
-            tokenizer,
-            [problem.prompt for problem in problems],
-            greedy=suffix == "_greedy",
-            max_new_tokens=task.max_new_tokens,
-            seed=SAMPLING_SEED,
-        )
-        found[f"accuracy{suffix}"] = mean([p.check_answer(text) for p, text in zip(problems, texts, strict=True)])
-        checked = [p.check_steps(text) for p, text in zip(problems, texts, strict=True)]
+    prompts = [problem.prompt for problem in problems]
+    drawn: list[list[str]] = []
+    for suffix in ("_greedy", "") if greedy and draws == 1 else ("",):
+        if draws == 1:
+            longest, seed = task.max_new_tokens, SAMPLING_SEED
+            texts = sample_responses(
+                model, tokenizer, prompts, greedy=suffix == "_greedy", max_new_tokens=longest, seed=seed
+            )
+            drawn = [[text] for text in texts]
+        else:
+            drawn = _draw(model, tokenizer, prompts, draws, task.max_new_tokens)
+        right = [[p.check_answer(text) for text in texts] for p, texts in zip(problems, drawn, strict=True)]
+        found[f"accuracy{suffix}"] = mean([mean(of_problem) for of_problem in right])
+        if draws > 1:
+            found["solved"] = [sum(of_problem) for of_problem in right]
+        checked = [p.check_steps(text) for p, texts in zip(problems, drawn, strict=True) for text in texts]
         steps = [good for flags in checked if flags is not None for good in flags]
         found[f"step_accuracy{suffix}"] = mean(steps) if None not in checked else None
-    found["response_tokens"] = mean([len(ids) for ids in tokenizer(texts)["input_ids"]])
-    return found, texts
+    flat = [text for texts in drawn for text in texts]
+    found["response_tokens"] = mean([len(ids) for ids in tokenizer(flat)["input_ids"]])
+    return found, [texts[0] for texts in drawn]
 
 
-def measure_start(assets: Assets, count: int) -> tuple[Metrics, list[str]]:
+def _draw(model: Any, tokenizer: Any, prompts: Sequence[str], draws: int, longest: int) -> list[list[str]]:
+    """Some responses to each prompt, prompts of like length together."""
+    drawn: list[list[str]] = [[] for _ in prompts]
+    order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), max(1, BATCH // (2 * draws))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        texts = sample_groups(
+            model,
+            tokenizer,
+            [prompts[i] for i in rows],
+            samples=draws,
+            max_new_tokens=longest,
+            seed=SAMPLING_SEED + start,
+        )
+        for i, found in zip(rows, texts, strict=True):
+            drawn[i] = found
+    return drawn
+
+
+def measure_start(assets: Assets, count: int, draws: int = 1) -> tuple[Metrics, list[str]]:
     """What the base policy is worth on held-out problems, and its sampled responses: the start of every arm.
 
     Args:
         assets: Keep them.
         count: How many problems.
+        draws: Sampled responses to each.
     """
 
     def make(folder: Path) -> None:
         problems = assets.task.problems("held_out", count, assets.seed)
-        found, texts = measure(*load_policy(assets.policy()), assets.task, problems)
+        found, texts = measure(*assets.load_policy(), assets.task, problems, draws=draws)
         write_atomic(folder / "start.json", json.dumps({"metrics": found, "texts": texts}))
 
-    folder = made_once(assets.own / f"start-{count}", make)
+    folder = made_once(assets.own / (f"start-{count}" if draws == 1 else f"start-{count}-{draws}"), make)
     saved = json.loads((folder / "start.json").read_text(encoding="utf-8"))
     return saved["metrics"], saved["texts"]
 
@@ -292,8 +340,10 @@ def response_logprobs(model: Any, tokenizer: Any, prompts: Sequence[str], respon
     found = []
     was_training = model.training
     model.eval()
-    for start in range(0, len(prompts), BATCH):
-        rows = slice(start, start + BATCH)
+    longest = max(len(a) + len(b) for a, b in zip(prompts, responses, strict=True))  # characters: no fewer than tokens
+    size = max(1, min(BATCH, _MOST_LOGITS // (longest * len(tokenizer))))
+    for start in range(0, len(prompts), size):
+        rows = slice(start, start + size)
         heads, tails = (tokenizer(list(texts[rows]))["input_ids"] for texts in (prompts, responses))
         ids = [torch.tensor([*head, *tail, tokenizer.eos_token_id]) for head, tail in zip(heads, tails, strict=True)]
         batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
@@ -339,6 +389,7 @@ class Study:
         assets: How their reward models are made.
         split: What rows that are not trials say of the problems that they are measured on.
         reward_model_steps: Optimizer steps of a reward model; -1: as many as its epochs have.
+        benchmark: What rows say that they belong to.
     """
 
     results: Path
@@ -350,6 +401,7 @@ class Study:
     assets: type[Assets] = Assets
     split: str = "held_out"
     reward_model_steps: int = -1
+    benchmark: str = BENCHMARK
 
     # Which runs there are --------------------------------------------------------------------------------------------
 
@@ -404,7 +456,10 @@ class Study:
     def config(self, unit: Unit) -> dict[str, Any]:
         """What a run is made with, as its rows say it; a row has also whether it is the `last` one of its run."""
         task, kind = self.tasks[unit.task], self.arms[unit.arm].judge
-        config = {**self._options(unit), "budget": asdict(self._budget(unit)), "trial": unit.trial}
+        budget = asdict(self._budget(unit))
+        if budget["draws"] == 1:  # as rows say it that are older than this field
+            del budget["draws"]
+        config = {**self._options(unit), "budget": budget, "trial": unit.trial}
         recipe = self.assets.recipes(task).get(kind or "")
         policy = {"policy": unit.seed % task.policies}
         return (config if recipe is None else config | {"reward_model": recipe}) | policy
@@ -415,7 +470,7 @@ class Study:
         return has_row(rows, dataset=unit.task, seed=unit.seed, arm=unit.arm, config=last)
 
     def run(self, unit: Unit) -> None:
-        """Do a run, unless it is done; one that was stopped half-way starts again, its rows replace the old ones.
+        """Do a run, unless it is done; one that was stopped goes on from its checkpoint, or starts again without one.
 
         A second process that comes to the same run waits for the first.
         """
@@ -430,21 +485,21 @@ class Study:
         assets = self.assets(self.work, self.tasks[unit.task], unit.seed, self.reward_model_steps)
         budget, results, config = self._budget(unit), ResultsFile(self.results), self.config(unit)
         final = (budget.updates or 0) * budget.rollouts_per_update
+        folder = self.work / "running" / "-".join(map(str, unit))
 
         def report(metrics: dict[str, Any]) -> None:
-            results.append(
-                benchmark=BENCHMARK,
-                arm=unit.arm,
-                dataset=unit.task,
-                seed=unit.seed,
-                split=self.split if unit.trial is None else "tuning",
-                metrics=metrics,
-                config=config | {"last": metrics["rollouts"] == final},
-                seconds=time.monotonic() - start,
-            )
+            row = {"arm": unit.arm, "dataset": unit.task, "seed": unit.seed}
+            row["config"] = config | {"last": metrics["rollouts"] == final}
+            here = (one for one in results.rows() if one["metrics"].get("rollouts") == metrics["rollouts"])
+            if has_row(here, **row):  # by a run that was stopped after its row and before its checkpoint
+                return
+            split = self.split if unit.trial is None else "tuning"
+            seconds = time.monotonic() - start
+            results.append(benchmark=self.benchmark, split=split, metrics=metrics, seconds=seconds, **row)
 
         with quiet():
-            run_arm(self.arms[unit.arm], self._options(unit), assets, budget, report)
+            run_arm(self.arms[unit.arm], self._options(unit), assets, budget, report, folder)
+        shutil.rmtree(folder)
         print(f"{unit.task} seed {unit.seed} {unit.arm}: {time.monotonic() - start:.0f} s", flush=True)
 
     def rows(self) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ the fastest on a busy CPU. A run that was stopped goes on from its last checkpoi
 import argparse
 import json
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,10 @@ WARMUP = 0.05
 # Batches whose texts are sorted by length together, so that little of a batch is padding.
 SORTED_BATCHES = 16
 
+# A drill is so many calculations of reference solutions, one a line: most mistakes of a small model are wrong results.
+DRILL_PROMPT, DRILL_LINES = "Calculate.\n", 12
+CALCULATION = re.compile(r"(?<![\d.,*/+-])(\d+) ?([-+*/]) ?(\d+) ?= ?(\d+)(?![\d.,]*\d)")
+
 Row = tuple[list[int], list[int]]  # token ids of the prompt, and of the solution with its end
 
 
@@ -39,6 +44,23 @@ def tokenize(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBas
     prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
     solutions = tokenizer([solution for _, solution in texts], add_special_tokens=False)["input_ids"]
     return [(p, [*s, tokenizer.eos_token_id]) for p, s in zip(prompts, solutions, strict=True)]  # type: ignore[list-item]
+
+
+def drills(solutions: Sequence[str], count: int, seed: int) -> list[tuple[str, str]]:
+    """Texts of calculations that stand in solutions, in random order.
+
+    Raises:
+        ValueError: If the solutions hold too few.
+    """
+    found = [" ".join((a, sign, b, "=", c)) for text in solutions for a, sign, b, c in CALCULATION.findall(text)]
+    if len(found) < count * DRILL_LINES:
+        raise ValueError(
+            f"{len(solutions)} solutions hold {len(found)} calculations; {count} drills need {count * DRILL_LINES}. "
+            "Lower `drills`, or raise `solutions`."
+        )
+    random.Random(seed).shuffle(found)
+    lines = [found[i * DRILL_LINES : (i + 1) * DRILL_LINES] for i in range(count)]
+    return [(DRILL_PROMPT, "\n".join(one)) for one in lines]
 
 
 def batches(rows: Sequence[Row], size: int, epochs: int, seed: int) -> Iterator[list[Row]]:
@@ -112,7 +134,11 @@ def train(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     device = torch.device(arguments.device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     task = GymTask(arguments.task_name)
-    rows = tokenize(demonstrations(task.problems("train", arguments.solutions, arguments.seed)), tokenizer)
+    # Drills are made of further solutions, about two calculations each that are written plainly.
+    wanted = arguments.solutions + arguments.drills * DRILL_LINES
+    texts = demonstrations(task.problems("train", wanted if arguments.drills else arguments.solutions, arguments.seed))
+    drilled = drills([solution for _, solution in texts[arguments.solutions :]], arguments.drills, arguments.seed)
+    rows = tokenize([*texts[: arguments.solutions], *drilled], tokenizer)
     model = adapt(
         AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).to(device),
         arguments.layers,
@@ -127,7 +153,7 @@ def train(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if arguments.max_steps > 0:
         steps = min(steps, arguments.max_steps)
     warmup = max(1, round(WARMUP * steps))
-    print(f"{len(rows)} solutions, {steps} steps, {sum(w.numel() for w in weights):,} weights", flush=True)
+    print(f"{len(rows)} texts, {steps} steps, {sum(w.numel() for w in weights):,} weights", flush=True)
 
     checkpoint, settings, done, seconds, losses = folder / "checkpoint.safetensors", settings_of(arguments), 0, 0.0, []
     if checkpoint.is_file():
@@ -217,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapter", default="", help="go on from the adapter in this folder, with a new schedule")
     parser.add_argument("--task_name", default="gsm_symbolic", help="data set of reasoning-gym with solutions")
     parser.add_argument("--solutions", type=int, default=3200)
+    parser.add_argument("--drills", type=int, default=0, help="texts of calculations that are learned beside solutions")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--layers", type=int, default=20, help="upper layers that get adapters")
     parser.add_argument("--lora_r", type=int, default=16)

@@ -1,0 +1,190 @@
+"""Question: do step rewards learned from answers alone train a real language model better than the answers themselves?
+
+    python recipes/words/study.py --tune --jobs 2    # two learning rates an arm, on a seed that is never reported
+    python recipes/words/study.py --jobs 2           # the study; goes on where it was stopped
+
+It takes what the steps before it in README.md left in the work folder: the fine-tuned policy (`policy/model`) and the
+reward model (`reward_model`). All arms start from the same policy and see the same prompts for a seed; a policy trains
+low-rank adapters, which are kept in the work folder. Rows go to the file of `--results` at each evaluation.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from fractal_rm.evaluation.results import portable_command
+from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.study.arms import PPO_SETTINGS, Arm, Assets, Options, Recipe
+from fractal_rm.study.study import TUNING_SEED, Budget, Study, Unit, write_chosen
+from fractal_rm.tasks.group_sampling import rollout_in_groups
+from fractal_rm.tasks.gym import GymTask
+from fractal_rm.tasks.task import Task
+
+# Two trials an arm. Adapters bear higher rates than whole models.
+RATES = (2e-4, 6e-4)
+# Layers and rank of the adapters that the policy trains, as in its fine-tuning.
+ADAPTED_LAYERS, RANK = 20, 16
+# Credit of a step's reward reaches back to the steps before it and fades; a value head reads the policy's own states.
+_STEPS = {"advantage": "gae", "step_lam": 0.2}
+
+
+@dataclass(frozen=True)
+class WordsArm(Arm):
+    """An arm with one setting and two learning rates."""
+
+    @property
+    def trials(self) -> list[Options]:
+        """What competes on the tuning seed."""
+        return [{**dict(self.options), "learning_rate": rate} for rate in RATES]
+
+
+def _options(**values: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(values.items())
+
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        WordsArm("outcome_grpo", outcome=True, options=_options(advantage="group", scale_rewards="group")),
+        WordsArm("outcome_ppo", outcome=True, options=_options(advantage="gae", lam=1.0)),
+        WordsArm("dense", steps="fractal", options=_options(**_STEPS)),
+        WordsArm("dense_outcome", steps="fractal", outcome=True, options=_options(**_STEPS)),
+        # The same reward model and the same outcomes, but one number at the end of a response.
+        WordsArm("scalar_outcome", steps="fractal", scalar=True, outcome=True, options=_options(**_STEPS)),
+        WordsArm("oracle", steps="oracle", options=_options(**_STEPS)),
+        WordsArm("random_steps", steps="random_steps", options=_options(**_STEPS)),
+    )
+}
+
+
+class WordsAssets(Assets):
+    """Policy and reward model of the earlier steps; all seeds share them."""
+
+    device: ClassVar[str] = "cuda" if torch.cuda.is_available() else "cpu"
+    ppo: ClassVar[Options] = PPO_SETTINGS | {
+        "use_cpu": device == "cpu",
+        "model_init_kwargs": {"dtype": "bfloat16"},
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 1,
+    }
+    # Rollouts whose logits are in memory at a time: 49,152 of them a token.
+    micro_batch: ClassVar[int] = 16
+
+    def __init__(self, folder: Path, task: Task, seed: int, max_steps: int = -1) -> None:
+        super().__init__(folder / "ppo", task, seed, max_steps)
+        self.work = folder
+
+    @classmethod
+    def recipes(cls, task: Task) -> dict[str, Recipe]:
+        """Reward models are trained before the study: their recipe is a configuration of `fractal-rm train`."""
+        return {}
+
+    def load_policy(self) -> tuple[Any, Any]:
+        """The policy in bfloat16, and its tokenizer."""
+        folder = self.policy()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        return model.to(self.device), AutoTokenizer.from_pretrained(folder)
+
+    def reward_model_folder(self, kind: str) -> Path:
+        """Folder of the reward model that an earlier step trained."""
+        return self.work / "reward_model"
+
+    def reward_model(self, kind: str) -> StepRewardModel:
+        """The reward model in bfloat16, or a rule in its place."""
+        if kind in self.rules:
+            return super().reward_model(kind)
+        folder = self.reward_model_folder(kind)
+        return StepRewardModel.from_pretrained(folder, device=self.device, batch_size=64, dtype=torch.bfloat16)
+
+    def trainer_arguments(self, options: Options) -> dict[str, Any]:
+        """Adapters, a value head on the policy's own states, and on a CPU a sampler that is made for it."""
+        depth = AutoConfig.from_pretrained(self.policy()).num_hidden_layers
+        adapters = LoraConfig(
+            r=RANK,
+            lora_alpha=RANK,
+            target_modules="all-linear",
+            layers_to_transform=list(range(max(0, depth - ADAPTED_LAYERS), depth)),
+            task_type="CAUSAL_LM",
+        )
+        arguments: dict[str, Any] = {"peft_config": adapters}
+        if options["advantage"] == "gae":
+            arguments["value_model"] = "shared"
+        if self.device == "cpu":
+            arguments["rollout_func"] = rollout_in_groups
+        return arguments
+
+
+@dataclass(frozen=True)
+class WordsStudy(Study):
+    """The study on word problems: the arms of this file, two trials each."""
+
+    arms: Mapping[str, Arm] = field(default_factory=lambda: ARMS)
+    assets: type[Assets] = WordsAssets
+    benchmark: str = "words"
+
+    def tune(self, tasks: Sequence[str], arms: Sequence[str], jobs: int) -> dict[str, Options]:
+        """Run both trials of each arm on the tuning seed, and choose by the mean accuracy of their evaluations."""
+        self.run_all(
+            [Unit(task, TUNING_SEED, arm, n) for task in tasks for arm in arms for n in range(len(RATES))], jobs
+        )
+        found: dict[str, Options] = {}
+        for arm in arms:
+            values = self.values(tasks, arm, range(len(RATES)))
+            found[arm] = self.arms[arm].trials[values.index(max(values))]
+        return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--work", type=Path, default=Path("runs/words"), help="folder of the earlier steps")
+    parser.add_argument("--results", type=Path, help="file of rows; default: words.jsonl in the work folder")
+    parser.add_argument("--chosen", type=Path, help="learning rates; default: chosen.yaml in the work folder")
+    parser.add_argument("--task_name", default="gsm_symbolic", help="data set of reasoning-gym")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--rollouts", type=int, default=64, help="rollouts an update")
+    parser.add_argument("--held_out", type=int, default=150, help="problems that a policy is measured on")
+    parser.add_argument("--draws", type=int, default=4, help="sampled responses to each of them")
+    parser.add_argument("--tune", action="store_true", help="choose learning rates, with half of the updates")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
+    arguments = parser.parse_args(argv)
+    work: Path = arguments.work
+    needed = [
+        work / "policy" / "model",
+        *([work / "reward_model"] if {"dense", "dense_outcome"} & {*arguments.arms} else []),
+    ]
+    missing = next((folder for folder in needed if not (folder / "config.json").is_file()), None)
+    if missing is not None:
+        sys.exit(f"study: {missing} holds no model. Run the earlier steps of recipes/words/README.md first.")
+    try:
+        task = GymTask(arguments.task_name, model=str(work / "policy" / "model"), max_new_tokens=120)
+    except (ImportError, ValueError) as error:
+        sys.exit(f"study: {error}")
+    budget = Budget(arguments.rollouts, arguments.held_out, arguments.draws, arguments.updates, (0.5, 1.0))
+    results = arguments.results or work / "words.jsonl"
+    chosen = arguments.chosen or work / "chosen.yaml"
+    study = WordsStudy(results, work, budget, {}, tasks={task.name: task})
+    if arguments.tune:
+        study = replace(study, budget=replace(budget, updates=max(1, arguments.updates // 2), points=(1.0,)))
+        write_chosen(chosen, study.tune([task.name], arguments.arms, arguments.jobs), portable_command(sys.argv))
+        print(f"{chosen} holds the settings of {len(arguments.arms)} arms.")
+        return
+    try:
+        study = study.with_chosen(chosen, arguments.arms)
+    except (OSError, ValueError) as error:
+        sys.exit(f"study: {error}")
+    study.run_all(study.units([task.name], arguments.arms, arguments.seeds), arguments.jobs)
+    print(f"{results} holds the rows.")
+
+
+if __name__ == "__main__":
+    main()
