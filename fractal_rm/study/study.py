@@ -554,7 +554,8 @@ class Study:
         Raises:
             ValueError: If a trial has no rows.
         """
-        rows = [row for row in latest(self.rows(), split="tuning") if row["arm"] == arm and row["metrics"]["rollouts"]]
+        rows = latest(self.rows(), split="tuning", benchmark=self.benchmark)
+        rows = [row for row in rows if row["arm"] == arm and row["metrics"]["rollouts"]]
         found = []
         for trial in trials:
             points: list[float] = []

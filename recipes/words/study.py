@@ -110,7 +110,7 @@ class WordsAssets(Assets):
         adapters = LoraConfig(
             r=RANK,
             lora_alpha=RANK,
-            target_modules="all-linear",
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
             layers_to_transform=list(range(max(0, depth - ADAPTED_LAYERS), depth)),
             task_type="CAUSAL_LM",
         )
