@@ -438,7 +438,7 @@ def test_group_advantages_of_single_completions_are_refused(commands):
 def test_a_task_that_makes_its_problems_takes_no_file(commands):
     arguments = ["--task", "arithmetic", "--reward_function", "exact_answer"]
     said = commands.ppo(*arguments, "--train_file", commands.file(gsm8k_problems(2)))
-    assert "`task=arithmetic` makes its own problems" in said
+    assert "`task=arithmetic` makes its own prompts" in said
 
 
 def test_chats_for_a_policy_without_a_chat_template_are_refused(commands):

@@ -284,6 +284,43 @@ def test_ppo_trains_on_the_embedded_task(models, tmp_path):
     assert "`exact_answer`" in (tmp_path / "ppo" / "README.md").read_text()
 
 
+def test_ppo_trains_on_a_data_set_of_reasoning_gym_with_its_verifier(models, tmp_path):
+    pytest.importorskip("reasoning_gym", reason="needs the extra `gym`")
+    arguments = ["--model", str(models / "policy"), "--reward_function", "verifier", "--task", "reasoning_gym"]
+    arguments += ["--num_problems", "8", "--num_eval_problems", "4", "--num_generations", "2", *TINY]
+    arguments += ["--max_completion_length", "12", "--advantage", "group", "--bf16", "false", "--max_steps", "1"]
+    for name in ("gsm_symbolic", "chain_sum"):
+        folder = tmp_path / name
+        assert main(["ppo", *arguments, "--task_name", name, "--output_dir", str(folder)]) == 0
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics["eval"]["eval_rewards/outcome/mean"] == 0.0
+        assert "`verifier`" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--task", "reasoning_gym", "--task_name", "chain_sum", "--reward_function", "gsm8k_answer"],
+            "Give `verifier`",
+        ),
+        (["--task", "arithmetic", "--reward_function", "verifier"], "Give `verifier` with the tasks"),
+        (["--task", "reasoning_gym", "--reward_function", "verifier"], "needs `task_name`"),
+        (
+            ["--task", "reasoning_gym", "--task_name", "chain_sums", "--reward_function", "verifier"],
+            "Nearest: chain_sum",
+        ),
+    ],
+)
+def test_ppo_refuses_a_task_and_a_reward_that_do_not_suit(flags, message, models, tmp_path, capsys):
+    pytest.importorskip("reasoning_gym", reason="needs the extra `gym`")
+    assert main(["ppo", "--model", str(models / "policy"), *flags, "--output_dir", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_ppo_takes_several_reward_models_with_weights(models, tmp_path):
     (tmp_path / "ppo.yaml").write_text(f"reward_model: {models / 'reward_model'}\ntask: arithmetic\n")
     arguments = ["--config", str(tmp_path / "ppo.yaml"), "--model", str(models / "policy"), "--bf16", "false", *TINY]

@@ -19,6 +19,7 @@ from fractal_rm.cli.checks import (
     to_json,
 )
 from fractal_rm.cli.parser import parse
+from fractal_rm.cli.tasks import MAKE_PROMPTS, TaskArguments, make_task
 from fractal_rm.data.prompts import check_prompt, check_same_kind, is_chat
 from fractal_rm.data.readers import naming
 from fractal_rm.files import write_atomic
@@ -29,6 +30,7 @@ from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.report.rollout_pages import StepScoresCallback
 from fractal_rm.tasks import gsm8k
 from fractal_rm.tasks.arithmetic import problems as arithmetic
+from fractal_rm.tasks.task import Task
 
 # What the screen and the model card show of some thirty numbers; metrics.json holds all of them.
 _SHOWN = ("train_runtime", "train_loss", "eval_rewards/", "eval_completions/mean_length", "eval_kl")
@@ -36,8 +38,8 @@ _SHOWN = ("train_runtime", "train_loss", "eval_rewards/", "eval_completions/mean
 _TRAIN_SEED, _EVAL_SEED = 3_000_000, 4_000_000
 
 
-@dataclass
-class PPOArguments:
+@dataclass(kw_only=True)
+class PPOArguments(TaskArguments):
     """What `fractal-rm ppo` needs beside [`StepPPOConfig`]."""
 
     _argument_group_name = "models and rewards"
@@ -50,10 +52,11 @@ class PPOArguments:
             "`none` takes out those of the file."
         },
     )
-    reward_function: Literal["exact_answer", "gsm8k_answer"] | None = field(
+    reward_function: Literal["exact_answer", "gsm8k_answer", "verifier"] | None = field(
         default=None,
         metadata={
-            "help": "Outcome reward: `exact_answer` (task arithmetic), `gsm8k_answer` (column `answer`, extra `math`)."
+            "help": "Outcome reward: `exact_answer` (task arithmetic), `gsm8k_answer` (column `answer`, extra `math`), "
+            "`verifier` (tasks reasoning_gym and word_problems: their own check of the answer)."
         },
     )
     value_model: str | None = field(
@@ -67,15 +70,12 @@ class PPOArguments:
         default=True,
         metadata={"help": "With `use_peft`: low-rank adapters for the value model too, in place of all its weights."},
     )
-    task: Literal["arithmetic", "gsm8k"] | None = field(
-        default=None,
-        metadata={
-            "help": "`arithmetic` makes its own problems; `gsm8k` reads rows with `question` and `answer`; without a "
-            "task, rows hold `prompt` and the columns that the reward function reads."
-        },
+    num_problems: int = field(
+        default=4096, metadata={"help": "Tasks that make their own prompts: problems to train on."}
     )
-    num_problems: int = field(default=4096, metadata={"help": "Task arithmetic: problems to train on."})
-    num_eval_problems: int = field(default=256, metadata={"help": "Task arithmetic: held-out problems; 0 for none."})
+    num_eval_problems: int = field(
+        default=256, metadata={"help": "Tasks that make their own prompts: problems of evaluations; 0 for none."}
+    )
     chat: bool = field(
         default=True, metadata={"help": "Task gsm8k: ask in a chat, for models with a chat template; else as text."}
     )
@@ -88,8 +88,15 @@ class PPOArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.reward_model == ["none"]:
             self.reward_model = None
+        verifies = self.task in ("reasoning_gym", "word_problems")
+        if (self.reward_function == "verifier") != (verifies and self.reward_function is not None):
+            raise ValueError(
+                f"`reward_function={self.reward_function}` does not suit `task={self.task}`. Give `verifier` with the "
+                "tasks reasoning_gym and word_problems, and with no other."
+            )
 
 
 def ppo(argv: Sequence[str]) -> None:
@@ -106,9 +113,10 @@ def ppo(argv: Sequence[str]) -> None:
     given_value = None if arguments.value_model in ("reward_model", "shared") else arguments.value_model
     adapt_value = arguments.value_use_peft and config.advantage == "gae" and arguments.value_model != "shared"
     check_models(arguments.model, *reward_models, given_value)
-    functions = [reward_function(arguments.reward_function)] if arguments.reward_function else []
-    rows = read_prompts(arguments, data, "train", config.seed)
-    held_out = read_prompts(arguments, data, "eval", config.seed)
+    task = make_task(arguments, data, arguments.model) if arguments.task in MAKE_PROMPTS else None
+    functions = [reward_function(arguments.reward_function, task)] if arguments.reward_function else []
+    rows = read_prompts(arguments, data, "train", config.seed, task)
+    held_out = read_prompts(arguments, data, "eval", config.seed, task)
     loaded = [load_reward_model(path) for path in reward_models]
     hide_loading_bars()
     if is_chat(rows[0]["prompt"]):  # type: ignore[index]
@@ -153,7 +161,7 @@ def ppo(argv: Sequence[str]) -> None:
 
 
 def read_prompts(
-    arguments: PPOArguments, data: DataArguments, split: Literal["train", "eval"], seed: int
+    arguments: PPOArguments, data: DataArguments, split: Literal["train", "eval"], seed: int, task: Task | None = None
 ) -> list[dict[str, Any]] | None:
     """Rows for `StepPPOTrainer`: `prompt`, and the columns that reward functions read.
 
@@ -162,6 +170,7 @@ def read_prompts(
         data: Files or data set.
         split: Rows to train on, or held-out ones.
         seed: Seed of made problems.
+        task: Makes the problems; None: rows are read.
 
     Returns:
         The rows; None if there are none to evaluate on.
@@ -171,15 +180,15 @@ def read_prompts(
         TypeError: If a prompt is neither text nor a chat.
         ValueError: If there is nothing to train on, or rows do not suit the task or the reward function.
     """
-    if arguments.task == "arithmetic":
-        if data.train_file or data.eval_file or data.dataset_name:
-            raise ValueError(
-                "`task=arithmetic` makes its own problems, but a file or data set is given too. Leave one of them out."
-            )
+    if task is not None:
         count = arguments.num_problems if split == "train" else arguments.num_eval_problems
         if count < (split == "train"):
             name, least = ("num_problems", 1) if split == "train" else ("num_eval_problems", 0)
             raise ValueError(f"`{name}` is {count}. Give {least} or more.")
+        if arguments.task != "arithmetic":
+            # `held_out` stays unseen until a policy is measured: `fractal-rm sample --split held_out`.
+            made = task.problems("train" if split == "train" else "validation", count, seed) if count else []
+            return [{"prompt": problem.prompt} for problem in made] or None
         problems = arithmetic.make_problems(count, seed=seed + (_TRAIN_SEED if split == "train" else _EVAL_SEED))
         return [{"prompt": problem.prompt} for problem in problems] or None
     found = data.read(split)
@@ -220,12 +229,18 @@ def _check_reward_columns(rows: Sequence[Mapping[str, Any]], source: str, name: 
                 arithmetic.Problem.from_prompt("" if is_chat(row["prompt"]) else row["prompt"])
 
 
-def reward_function(name: str) -> Callable[..., list[float]]:
+def reward_function(name: str, task: Task | None = None) -> Callable[..., list[float]]:
     """The reward function of a name, with what it needs installed.
+
+    Args:
+        name: Its name.
+        task: Checks answers, for `verifier`.
 
     Raises:
         ImportError: If it needs a package that is missing.
     """
+    if name == "verifier" and task is not None:
+        return task.outcome
     if name == "exact_answer":
         return arithmetic.exact_answer
     gsm8k.gsm8k_answer([], [], [])  # says now, not after the first rollout, if math-verify is missing

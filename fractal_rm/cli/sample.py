@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fractal_rm.cli.arguments import DATA_DIR_VARIABLE, DataArguments, data_folder
+from fractal_rm.cli.arguments import DataArguments
 from fractal_rm.cli.checks import check_models, check_writable_files, hide_loading_bars
 from fractal_rm.cli.parser import parse
+from fractal_rm.cli.tasks import MAKE_PROMPTS, TaskArguments, TaskName, make_task
 from fractal_rm.files import write_atomic
 from fractal_rm.tasks.equations import final_answer, step_labels
 from fractal_rm.tasks.task import Split
@@ -19,8 +20,8 @@ from fractal_rm.tasks.task import Split
 _FREE = ("output", "num_prompts")
 
 
-@dataclass
-class SampleArguments:
+@dataclass(kw_only=True)
+class SampleArguments(TaskArguments):
     """Arguments of `fractal-rm sample`."""
 
     model: str = field(metadata={"help": "The policy: path or hub id of a causal language model."})
@@ -29,21 +30,6 @@ class SampleArguments:
             "help": "Where to write one line for each response: `prompt`, `completion`, `label` (1: the final answer "
             "is right), `answer` (what it states), `responses` (lines of this prompt). A stopped run goes on there."
         }
-    )
-    task: Literal["arithmetic", "gsm8k", "reasoning_gym", "word_problems"] | None = field(
-        default=None,
-        metadata={
-            "help": "Where prompts come from: `arithmetic` and `reasoning_gym` (extra `gym`) make their own, "
-            "`word_problems` reads its texts from `data_dir`; `gsm8k` reads rows with `question` and `answer`; without "
-            "a task, rows hold `prompt` and `answer`."
-        },
-    )
-    task_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Task reasoning_gym: the data set, such as `gsm_symbolic`, or `gsm_symbolic_unseen` (templates "
-            "that are in no split of the former), `gsm_symbolic_easy`, `gsm_symbolic_hard`."
-        },
     )
     split: Split = field(
         default="reward_model",
@@ -75,12 +61,7 @@ class SampleArguments:
         for name in ("batch_size", "num_prompts", "samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
-        if self.task == "reasoning_gym" and not self.task_name:
-            raise ValueError("`task=reasoning_gym` needs `task_name`: a data set of the library, such as gsm_symbolic.")
-        if self.task_name and self.task != "reasoning_gym":
-            raise ValueError(
-                "`task_name` names a data set of reasoning-gym. Set `task=reasoning_gym`, or leave it out."
-            )
+        super().__post_init__()
 
 
 @dataclass
@@ -153,12 +134,8 @@ def sample(argv: Sequence[str]) -> None:
 def _read_prompts(arguments: SampleArguments, data: DataArguments) -> tuple[list[Asked], int]:
     """Prompts with their judges, and the longest response."""
     count, seed = arguments.num_prompts, arguments.seed
-    if arguments.task in ("arithmetic", "reasoning_gym", "word_problems"):
-        if data.train_file or data.dataset_name:
-            raise ValueError(
-                f"`task={arguments.task}` makes its own prompts, but a file or data set is given too. Leave one out."
-            )
-        task = _task(arguments, data)
+    if arguments.task in MAKE_PROMPTS:
+        task = make_task(arguments, data, arguments.model)
         problems = task.problems(arguments.split, count, seed)
         asked = [Asked(p.prompt, p.check_answer, p.check_steps) for p in problems]
         longest = task.max_new_tokens
@@ -171,33 +148,13 @@ def _read_prompts(arguments: SampleArguments, data: DataArguments) -> tuple[list
     return asked, arguments.max_new_tokens or longest
 
 
-def _task(arguments: SampleArguments, data: DataArguments) -> Any:
-    if arguments.task == "arithmetic":
-        from fractal_rm.tasks.arithmetic.conditions import ShippedArithmetic
-
-        return ShippedArithmetic()
-    if arguments.task == "reasoning_gym":
-        from fractal_rm.tasks.gym import GymTask
-
-        return GymTask(str(arguments.task_name), model=arguments.model)
-    from fractal_rm.tasks.word_problems import WordProblems
-
-    folder = data_folder(data.data_dir)
-    if folder is None:
-        raise ValueError(
-            f"`task=word_problems` reads its texts from a folder `word_problems` of `data_dir`: set it, or the "
-            f"environment's {DATA_DIR_VARIABLE}."
-        )
-    return WordProblems(folder / "word_problems", model=arguments.model)
-
-
 def _prompts_of_rows(arguments: SampleArguments, data: DataArguments) -> list[Asked]:
     """Prompts of a file or data set, whose answers are compared as GSM8K's are."""
     from fractal_rm.tasks.gsm8k import gsm8k_answer, read_gsm8k
 
     found = data.read("train")
     if found is None:
-        tasks = ", ".join(get_args(get_args(SampleArguments.__annotations__["task"])[0]))
+        tasks = ", ".join(get_args(TaskName))
         raise ValueError(f"There are no prompts. Give `train_file`, `dataset_name`, or one of the tasks {tasks}.")
     rows, source = found
     if arguments.task == "gsm8k":
