@@ -403,6 +403,11 @@ def first_error_statistics(scores: Rows, labels: Rows, threshold: float) -> dict
     Source:
         F1 of ProcessBench (Zheng et al., 2024).
     """
+    return hit_rates(*first_error_hits(scores, labels, threshold))
+
+
+def first_error_hits(scores: Rows, labels: Rows, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Hits of [`first_error_statistics`] (N,), NaN where a bag does not count, and which bags have a wrong step."""
     _check_bags(scores, labels)
     hits, wrong = np.full(len(labels), np.nan), np.zeros(len(labels), dtype=bool)
     for i, (row, gold) in enumerate(zip(scores, labels, strict=True)):
@@ -412,7 +417,7 @@ def first_error_statistics(scores: Rows, labels: Rows, threshold: float) -> dict
         if len(known) and not np.isnan(known[:first]).any():
             low, high = hit_range(row, first)
             hits[i] = low < threshold <= high
-    return hit_rates(hits, wrong)
+    return hits, wrong
 
 
 def hit_rates(hits: np.ndarray, wrong: np.ndarray) -> dict[str, Statistic]:
