@@ -23,6 +23,7 @@ from benchmarks.evidence.page import (
     variants_table,
 )
 from benchmarks.evidence.study_page import tables as evidence_tables
+from benchmarks.evidence.words_page import page as words_page
 from benchmarks.speed.page import page as speed_page
 from benchmarks.speed.scale_page import scale_page
 from fractal_rm.evaluation.results import ResultsFile, read_results
@@ -125,7 +126,9 @@ def documents() -> dict[Path, str]:
     judged = (read_results(RESULTS / f"{name}.jsonl") for name in ("processbench", "best_of_n"))
     evidence, history = (REPOSITORY / "docs" / f"{name}.md" for name in ("evidence", "evidence_history"))
     pages = evidence_pages(*(path.read_text(encoding="utf-8") for path in (evidence, history, readme)))
+    words = (REPOSITORY / "docs" / "words.md", REPOSITORY / "recipes" / "words" / "README.md")
     return {
+        **{path: words_page(path.read_text(encoding="utf-8"), rows_of("words")) for path in words},
         evidence: pages[0],
         history: pages[1],
         speed: speed_page(speed.read_text(encoding="utf-8"), RESULTS),

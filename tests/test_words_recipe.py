@@ -166,6 +166,16 @@ def test_a_policy_is_measured_over_prompts(tmp_path):
     assert found["right_through_a_wrong_line"] == 0.5
 
 
+def test_an_adapter_is_merged_without_training(stand_in, tmp_path):
+    policy.main(flags(stand_in, tmp_path / "trained", 4))
+    merge = ["--model", stand_in, "--output_dir", str(tmp_path / "merged"), "--solutions", "0", "--adapter"]
+    policy.main([*merge, str(tmp_path / "trained" / "adapter")])
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("trained", "merged"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(SystemExit, match="nothing to learn from"):
+        policy.main([*merge, str(tmp_path)])
+
+
 def test_drills_are_calculations_of_solutions():
     texts = [f"He has {a} + 2 = {a + 2} and $3 * 2 = $6, 2.5 * 2 = 5.\n#### 5" for a in range(24)]
     found = policy.drills(texts, 2, seed=1)

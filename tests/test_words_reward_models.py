@@ -71,5 +71,5 @@ def test_the_benchmark_runs_on_what_sample_writes(tmp_path):
     assert "within_bag_auc_over_likelihood" in rows[-1]["metrics"]
     unlabelled = tmp_path / "unlabelled.jsonl"
     unlabelled.write_text(json.dumps({"prompt": "p", "completion": "a", "label": 1.0}) + "\n")
-    with pytest.raises(ValueError, match="has no step labels. Sample with"):
+    with pytest.raises(ValueError, match="has no step labels"):
         benchmark.read(unlabelled)

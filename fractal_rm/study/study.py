@@ -249,8 +249,8 @@ def measure(
         task: Gives the longest response.
         problems: Held-out problems.
         greedy: Also decode greedily, which doubles the work; otherwise these metrics are None.
-        draws: Sampled responses to each problem. With several, `solved` says how many of each problem's are right, and
-            there is no greedy decoding.
+        draws: Sampled responses to each problem. With several, `solved` says how many of each problem's `draws` are
+            right, and there is no greedy decoding.
 
     Returns:
         Metrics, those of greedy decoding with `_greedy` behind their names; the first sampled response to each problem.
@@ -270,7 +270,7 @@ def measure(
         right = [[p.check_answer(text) for text in texts] for p, texts in zip(problems, drawn, strict=True)]
         found[f"accuracy{suffix}"] = mean([mean(of_problem) for of_problem in right])
         if draws > 1:
-            found["solved"] = [sum(of_problem) for of_problem in right]
+            found |= {"draws": draws, "solved": [sum(of_problem) for of_problem in right]}
         checked = [p.check_steps(text) for p, texts in zip(problems, drawn, strict=True) for text in texts]
         steps = [good for flags in checked if flags is not None for good in flags]
         found[f"step_accuracy{suffix}"] = mean(steps) if None not in checked else None

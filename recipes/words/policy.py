@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", default="runs/words/policy")
     parser.add_argument("--adapter", default="", help="go on from the adapter in this folder, with a new schedule")
     parser.add_argument("--task_name", default="gsm_symbolic", help="data set of reasoning-gym with solutions")
-    parser.add_argument("--solutions", type=int, default=3200)
+    parser.add_argument("--solutions", type=int, default=3200, help="0: no training; `adapter` is merged into `model`")
     parser.add_argument("--drills", type=int, default=0, help="texts of calculations that are learned beside solutions")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--layers", type=int, default=20, help="upper layers that get adapters")
@@ -253,9 +253,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
+    if not arguments.solutions and not (Path(arguments.adapter or "-") / "adapter_config.json").is_file():
+        sys.exit("policy: `solutions` is 0, so there is nothing to learn from. Give `adapter`, a folder to be merged.")
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     try:
+        if not arguments.solutions:
+            made_once(folder / "model", lambda partial: merge(arguments.model, Path(arguments.adapter), partial))
+            print(f"{folder / 'model'} holds the policy: {arguments.model} with the adapter {arguments.adapter}.")
+            return
         measured = train(arguments, folder)
         made_once(folder / "model", lambda partial: merge(arguments.model, folder / "adapter", partial))
     except (ImportError, OSError, ValueError) as error:
