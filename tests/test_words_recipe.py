@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 
 import pytest
@@ -239,6 +240,25 @@ def test_a_killed_run_of_the_study_goes_on_from_its_checkpoint(work, monkeypatch
     assert calls == [1, 2, 2]
     timeless = [[{**row["metrics"], "seconds": 0} for row in rows] for rows in (whole, rows_of(work))]
     assert timeless[0] == timeless[1]
+
+
+def test_the_whole_recipe_runs_on_a_stand_in_and_finds_what_is_finished(stand_in, tmp_path, monkeypatch, capfd):
+    policy.main([*flags(stand_in, tmp_path / "trained", 1)])
+    shutil.copytree(RECIPE, tmp_path / "recipe", ignore=shutil.ignore_patterns("adapter", "__pycache__"))
+    shutil.copytree(tmp_path / "trained" / "adapter", tmp_path / "recipe" / "adapter")
+    settings = tmp_path / "recipe" / "reward_model.yaml"  # the stand-in has a token a byte
+    settings.write_text(settings.read_text().replace("max_length: 256", "max_length: 1000"))
+    run = script(tmp_path / "recipe" / "run.py")
+    study_flags = "--updates 1 --rollouts 8 --held_out 2 --draws 2 --seeds 1 --learning_rate 1e-3 --arms dense_outcome"
+    monkeypatch.setitem(run.BUDGETS, "small", run.Amounts(prompts=4, judged=2, study=study_flags))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    command = ["--model", stand_in, "--work", str(tmp_path / "work")]
+    run.main(command)
+    said = capfd.readouterr().out
+    assert "dense_outcome" in said
+    assert "finished before" not in said
+    run.main(command)
+    assert capfd.readouterr().out.count("finished before") == 2
 
 
 def test_the_study_says_which_step_is_missing(tmp_path):

@@ -12,6 +12,7 @@ from fractal_rm.cli.arguments import DataArguments
 from fractal_rm.cli.checks import check_models, check_writable_files, hide_loading_bars
 from fractal_rm.cli.parser import parse
 from fractal_rm.cli.tasks import MAKE_PROMPTS, TaskArguments, TaskName, make_task
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.files import write_atomic
 from fractal_rm.tasks.equations import final_answer, step_labels
 from fractal_rm.tasks.task import Split
@@ -189,7 +190,9 @@ def _rows(asked: Asked, responses: Sequence[str], gold_steps: bool) -> list[dict
             "answer": final_answer(response),
             "responses": len(written),
         }
-        flags = asked.check_steps(response) if gold_steps else None
+        # The lines that a reward model reads: a policy may write other line ends than the one that checkers know.
+        lines = [response[start:end] for start, end in Segmentation("lines")(response)]
+        flags = asked.check_steps("\n".join(lines)) if gold_steps else None
         rows.append(row if flags is None else row | {"step_labels": step_labels(flags)})
     return rows
 

@@ -154,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rollouts", type=int, default=64, help="rollouts an update")
     parser.add_argument("--held_out", type=int, default=150, help="problems that a policy is measured on")
     parser.add_argument("--draws", type=int, default=4, help="sampled responses to each of them")
-    parser.add_argument("--tune", action="store_true", help="choose learning rates, with half of the updates")
+    parser.add_argument("--learning_rate", type=float, help="of all arms, in place of those of `chosen`")
+    parser.add_argument("--tune", action="store_true", help="choose learning rates, by half of the updates")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
     arguments = parser.parse_args(argv)
     work: Path = arguments.work
@@ -179,7 +180,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{chosen} holds the settings of {len(arguments.arms)} arms.")
         return
     try:
-        study = study.with_chosen(chosen, arguments.arms)
+        if arguments.learning_rate is None:
+            study = study.with_chosen(chosen, arguments.arms)
+        else:
+            rate = {"learning_rate": arguments.learning_rate}
+            study = replace(study, chosen={arm: dict(ARMS[arm].options) | rate for arm in arguments.arms})
     except (OSError, ValueError) as error:
         sys.exit(f"study: {error}")
     study.run_all(study.units([task.name], arguments.arms, arguments.seeds), arguments.jobs)
