@@ -23,8 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from fractal_rm.cli.arguments import DataArguments
+from fractal_rm.cli.tasks import TaskArguments, make_task
 from fractal_rm.files import made_once, replacing
-from fractal_rm.tasks.gym import GymTask, demonstrations
+from fractal_rm.tasks.gym import demonstrations
 
 CHECKPOINT_EVERY = 25
 SHOW_EVERY = 10
@@ -133,7 +135,8 @@ def train(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.manual_seed(arguments.seed)
     device = torch.device(arguments.device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    task = GymTask(arguments.task_name)
+    chosen = TaskArguments(task=arguments.task, task_name=arguments.task_name or None)
+    task = make_task(chosen, DataArguments(data_dir=arguments.data_dir), arguments.model)
     # Drills are made of further solutions, about two calculations each that are written plainly.
     wanted = arguments.solutions + arguments.drills * DRILL_LINES
     texts = demonstrations(task.problems("train", wanted if arguments.drills else arguments.solutions, arguments.seed))
@@ -241,7 +244,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="runs/words/smollm2-135m", help="folder or hub id of a causal LM")
     parser.add_argument("--output_dir", default="runs/words/policy")
     parser.add_argument("--adapter", default="", help="go on from the adapter in this folder, with a new schedule")
-    parser.add_argument("--task_name", default="gsm_symbolic", help="data set of reasoning-gym with solutions")
+    parser.add_argument("--task", default="reasoning_gym", choices=["reasoning_gym", "word_problems"])
+    parser.add_argument("--task_name", default="gsm_symbolic", help="data set with solutions; empty for word_problems")
+    parser.add_argument("--data_dir", help="folder of word_problems")
     parser.add_argument("--solutions", type=int, default=3200, help="0: no training; `adapter` is merged into `model`")
     parser.add_argument("--drills", type=int, default=0, help="texts of calculations that are learned beside solutions")
     parser.add_argument("--epochs", type=int, default=1)

@@ -19,12 +19,13 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from fractal_rm.cli.arguments import DataArguments
+from fractal_rm.cli.tasks import TaskArguments, make_task
 from fractal_rm.evaluation.results import portable_command
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.study.arms import PPO_SETTINGS, Arm, Assets, Options, Recipe
 from fractal_rm.study.study import TUNING_SEED, Budget, Study, Unit, write_chosen
 from fractal_rm.tasks.group_sampling import rollout_in_groups
-from fractal_rm.tasks.gym import GymTask
 from fractal_rm.tasks.task import Task
 
 # Two trials an arm. Adapters bear higher rates than whole models.
@@ -147,7 +148,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/words"), help="folder of the earlier steps")
     parser.add_argument("--results", type=Path, help="file of rows; default: words.jsonl in the work folder")
     parser.add_argument("--chosen", type=Path, help="learning rates; default: chosen.yaml in the work folder")
-    parser.add_argument("--task_name", default="gsm_symbolic", help="data set of reasoning-gym")
+    parser.add_argument("--task", default="reasoning_gym", choices=["reasoning_gym", "word_problems"])
+    parser.add_argument(
+        "--task_name", default="gsm_symbolic", help="data set; empty for word_problems"
+    )
+    parser.add_argument("--data_dir", help="folder of word_problems")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=20)
@@ -167,8 +172,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing is not None:
         sys.exit(f"study: {missing} holds no model. Run the earlier steps of recipes/words/README.md first.")
     try:
-        task = GymTask(arguments.task_name, model=str(work / "policy" / "model"), max_new_tokens=120)
-    except (ImportError, ValueError) as error:
+        chosen_task = TaskArguments(task=arguments.task, task_name=arguments.task_name or None)
+        task = make_task(chosen_task, DataArguments(data_dir=arguments.data_dir), str(work / "policy" / "model"))
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"study: {error}")
     budget = Budget(arguments.rollouts, arguments.held_out, arguments.draws, arguments.updates, (0.5, 1.0))
     results = arguments.results or work / "words.jsonl"
