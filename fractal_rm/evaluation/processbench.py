@@ -58,7 +58,6 @@ def read_cases(rows: Iterable[Mapping[str, Any]], *, source: str = "data") -> Ca
         source: Name of the data in messages.
 
     Raises:
-        TypeError: If a value has the wrong type.
         ValueError: If a column is missing, a subset is unknown, or the first wrong step of a row is not known.
     """
     given = list(rows)

@@ -125,13 +125,7 @@ def has_row(rows: Iterable[Mapping[str, Any]], **fields: Any) -> bool:
 
 
 def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All rows of a results file.
-
-    Args:
-        path: A file that [`ResultsFile`] wrote.
-
-    Returns:
-        The rows in the order of writing; a metric that was not finite is None.
+    """All rows of a file that [`ResultsFile`] wrote, in the order of writing; a metric that was not finite is None.
 
     Raises:
         ValueError: If a line is neither a row nor the torn beginning of one; it names the line.
@@ -165,16 +159,10 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def portable_command(argv: Sequence[str]) -> str:
-    """A command line without this machine's folders.
+    """A command line for a shell, made of `sys.argv`, without this machine's folders.
 
     Paths under the working folder or beside it become relative, paths under the home folder start with `~`, and of any
     other absolute path the last name stays.
-
-    Args:
-        argv: As `sys.argv`.
-
-    Returns:
-        A line for a shell.
 
     Example:
         >>> portable_command(["/opt/venv/bin/fractal-rm", "train", "--output_dir=/data/runs/rm"])
@@ -211,11 +199,9 @@ def _portable_path(word: str) -> str:
 
 @functools.cache
 def current_commit() -> str | None:
-    """Commit of the code that is running.
+    """Commit of the code that is running, with `-dirty` behind it if files of the package differ from it.
 
-    Returns:
-        The hash, with `-dirty` behind it if files of the package differ from that commit; None if the package does not
-        run from a git checkout.
+    None if the package does not run from a git checkout.
     """
     package = Path(__file__).resolve().parents[1]
     # Inside a git hook these variables name the hook's repository, which need not be ours.

@@ -368,13 +368,8 @@ def first_wrong(labels: np.ndarray) -> int | None:
 def hit_range(step_scores: ArrayLike, first: int | None) -> tuple[float, float]:
     """The thresholds `low < threshold <= high` at which the first step scored below is the first wrong one.
 
-    Args:
-        step_scores: Scores of the steps, as many as were scored.
-        first: Index of the first wrong step, None if there is none.
-
-    Returns:
-        Low and high; empty if `low >= high`. A wrong step that was not scored is never found; a response without any
-        score is never a hit.
+    Without a wrong one `first` is None. The range is empty if `low >= high`: a wrong step that was not scored is never
+    found, and a response without any score is never a hit.
 
     Example:
         >>> hit_range([0.9, 0.2, 0.1], 1)  # found by thresholds above 0.2, up to 0.9

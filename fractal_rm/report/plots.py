@@ -29,12 +29,6 @@ MAX_ROWS = 12
 def picture_kind(path: str | Path) -> Literal["png", "svg"]:
     """The format that a picture's name asks for.
 
-    Args:
-        path: Where the picture is to be written.
-
-    Returns:
-        The format.
-
     Raises:
         ValueError: If the name ends otherwise.
 
@@ -51,18 +45,7 @@ def picture_kind(path: str | Path) -> Literal["png", "svg"]:
 
 
 def learning_curves(curves: Mapping[str, Curve], *, baseline: str | None = None) -> str:
-    """Draw accuracy against rollouts, one line an arm.
-
-    Args:
-        curves: For each arm its pairs of rollouts and accuracy in [0, 1].
-        baseline: An arm whose final accuracy is drawn as a dotted line from where another arm first reaches it.
-
-    Returns:
-        One `<svg>` element, to stand in a page.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-        ValueError: If there is no curve, or one is empty, or `baseline` is none of them.
+    """One `<svg>` element for a page: [`~fractal_rm.report.drawing.draw_curves`], whose arguments these are.
 
     Example:
         >>> svg = learning_curves({"outcome": [(0, 0.5), (1024, 0.8)]})
@@ -76,17 +59,13 @@ def learning_curves(curves: Mapping[str, Curve], *, baseline: str | None = None)
 
 
 def calibration_plot(probs: Sequence[float], labels: Sequence[float]) -> str:
-    """Draw the share of good responses against the predicted probability, with the number of responses below.
+    """One `<svg>` element: the share of good responses against the predicted probability, and how many there are.
 
     Args:
         probs: Predicted probability that each response is good, in [0, 1].
         labels: Response labels in [0, 1], NaN where unknown.
 
-    Returns:
-        One `<svg>` element, to stand in a page.
-
     Raises:
-        ImportError: If matplotlib is not installed.
         ValueError: If no label is known, or there are not as many labels as probabilities.
 
     Example:
@@ -130,14 +109,12 @@ def save_picture(
 
     Args:
         path: Where to write it; the ending `.png` or `.svg` decides the format.
-        curves: For each arm its pairs of rollouts and accuracy in [0, 1].
+        curves: As for [`learning_curves`].
         examples: Scored responses as `write_viewer` takes them; a cross marks steps whose `gold` label is wrong.
-        baseline: An arm whose final accuracy is drawn as a dotted line from where another arm first reaches it.
+        baseline: As for [`learning_curves`].
 
     Raises:
-        ImportError: If matplotlib is not installed.
         ValueError: If there is no curve or no scored example, or the name ends otherwise.
-        OSError: If the picture cannot be written.
 
     Example:
         >>> import pathlib, tempfile

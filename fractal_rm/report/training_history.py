@@ -79,14 +79,9 @@ def read_runs(entries: Sequence[str]) -> list[Run]:
 
 
 def metrics_by_update(history: Sequence[Any]) -> dict[str, dict[int, float]]:
-    """Turn a trainer's `log_history` around.
+    """The numbers of each metric by update, from a trainer's `log_history`.
 
-    Args:
-        history: What was logged, one mapping each time.
-
-    Returns:
-        For each metric its numbers by update. What is no finite number is left out; of two numbers of one update, as
-        a run may log that was resumed, the later one counts.
+    What is no finite number is left out; of two numbers of one update, as a resumed run may log, the later one counts.
 
     Example:
         >>> metrics_by_update([{"reward": 0.5, "step": 10}, {"reward": None, "kl": 0.1, "step": 20}])

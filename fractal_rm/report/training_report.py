@@ -55,7 +55,6 @@ def write_training_report(path: str | Path, runs: Sequence[Run], *, title: str =
     Raises:
         ImportError: If matplotlib is not installed.
         ValueError: If a run logs nothing that is shown, or the runs of a group have no update in common.
-        OSError: If the page cannot be written.
 
     Example:
         >>> import pathlib, tempfile
@@ -85,16 +84,11 @@ def write_training_report(path: str | Path, runs: Sequence[Run], *, title: str =
 
 
 def save_training_figure(path: str | Path, runs: Sequence[Run]) -> None:
-    """Save the panels of the page as one picture on white.
-
-    Args:
-        path: Where to write it; the ending `.png` or `.svg` decides the format.
-        runs: As for [`write_training_report`].
+    """Save the panels of the page as one picture on white; the ending `.png` or `.svg` decides the format.
 
     Raises:
         ImportError: If matplotlib is not installed.
         ValueError: As for [`write_training_report`], or if the name ends otherwise.
-        OSError: If the picture cannot be written.
     """
     kind, sections, names = picture_kind(path), make_sections(runs), list(by_name(runs))
     last = max(run.last_update for run in runs)
@@ -122,11 +116,7 @@ def save_training_figure(path: str | Path, runs: Sequence[Run]) -> None:
 def draw_panel(axes: Axes, panel: Panel, theme: Theme, last: int) -> None:
     """Draw the curves of a panel with their intervals, and a triangle above each alarm.
 
-    Args:
-        axes: Where to draw.
-        panel: What to draw.
-        theme: Colours.
-        last: The update at which the axis ends, the same for all panels of a report.
+    The axis ends at the update `last`, the same for all panels of a report.
     """
     style_axes(axes, theme)
     for line in panel.lines:

@@ -20,12 +20,7 @@ NOTHING = "No rows yet."
 
 
 def tables(rows: Rows, arms: Mapping[str, Any] = ARMS) -> dict[str, str]:
-    """Each table by its name; a table without rows says so.
-
-    Args:
-        rows: Rows of the study.
-        arms: The arms by their names, in the order of the lines.
-    """
+    """Each table by its name, the arms in the order of the lines; a table without rows says so."""
     runs = finished_runs(rows)
     return {
         "Against the better outcome-only arm": _gains(runs, [name for name in arms if name not in OUTCOME_ONLY]),

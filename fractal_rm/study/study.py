@@ -154,17 +154,9 @@ def make_trainer(
     *,
     responses: Any = None,
 ) -> StepPPOTrainer:
-    """The trainer of an arm.
+    """The trainer of an arm: its options, the base policy, what judges it, the outcome reward for arms that have one.
 
-    Args:
-        arm: Where rewards come from.
-        options: Settings of [`StepPPOConfig`].
-        policy: Folder of the base policy.
-        judge: What scores responses or their steps.
-        outcome: The outcome reward, for arms that have one.
-        prompts: Of the training.
-        folder: Where the trainer writes.
-        responses: Labelled responses, for a reward model that learns on.
+    `responses` are labelled ones, for a reward model that learns on.
     """
     functions: list[Any] = [outcome] if arm.outcome else []
     if arm.response_model and isinstance(judge, StepRewardModel):
@@ -180,12 +172,7 @@ def make_trainer(
 
 
 class Evaluations(TrainerCallback):
-    """Evaluates a policy before its training and after some updates.
-
-    Args:
-        steps: Numbers of the updates.
-        evaluate: Takes the number of updates so far.
-    """
+    """Evaluates a policy before its training and after some updates: the function takes their number so far."""
 
     def __init__(self, steps: Iterable[int], evaluate: Callable[[int], None]) -> None:
         self.steps, self.evaluate = frozenset(steps), evaluate
@@ -222,15 +209,7 @@ def measure(
 ) -> tuple[Metrics, list[str]]:
     """Accuracy on held-out problems, of answers and of steps, and the sampled responses.
 
-    Args:
-        model: The policy.
-        tokenizer: Its tokenizer.
-        task: Gives the longest response.
-        problems: Held-out problems.
-        greedy: Also decode greedily, which doubles the work; otherwise these metrics are None.
-
-    Returns:
-        Metrics, those of greedy decoding with `_greedy` behind their names; the sampled responses.
+    Greedy decoding doubles the work; its metrics have `_greedy` behind their names, and are None without it.
     """
     found: Metrics = {"accuracy_greedy": None, "step_accuracy_greedy": None}
     texts: list[str] = []
@@ -252,12 +231,7 @@ def measure(
 
 
 def measure_start(assets: Assets, count: int) -> tuple[Metrics, list[str]]:
-    """What the base policy is worth on held-out problems, and its sampled responses: the start of every arm.
-
-    Args:
-        assets: Keep them.
-        count: How many problems.
-    """
+    """What the base policy is worth on held-out problems, and its sampled responses: the start of every arm."""
 
     def make(folder: Path) -> None:
         problems = assets.task.problems("held_out", count, assets.seed)
@@ -281,14 +255,7 @@ def mean_score(judge: StepRewardModel | None, prompts: list[str], texts: list[st
 
 @torch.no_grad()
 def response_logprobs(model: Any, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-    """Log-probability (B,) of each response, the end of text included, in nats.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        prompts: Texts.
-        responses: Texts that follow them directly.
-    """
+    """Log-probability (B,) of each response that follows its prompt directly, the end of text included, in nats."""
     found = []
     was_training = model.training
     model.eval()
@@ -354,13 +321,7 @@ class Study:
     # Which runs there are --------------------------------------------------------------------------------------------
 
     def units(self, tasks: Sequence[str], arms: Sequence[str], seeds: int) -> list[Unit]:
-        """All runs of the study: seed by seed, so that partial results are balanced.
-
-        Args:
-            tasks: Names of tasks, the most important first.
-            arms: Names of arms.
-            seeds: How many seeds.
-        """
+        """All runs of the study: seed by seed, so that partial results are balanced, the first tasks first."""
         return [Unit(task, seed, arm) for seed in range(seeds) for task in tasks for arm in arms]
 
     def updates(self, unit: Unit) -> int:
@@ -381,11 +342,7 @@ class Study:
         return [number for rate in rates for number, trial in enumerate(trials) if trial["learning_rate"] == rate]
 
     def check_arms(self, names: Iterable[str]) -> None:
-        """Refuse names that no arm has.
-
-        Raises:
-            ValueError: If there is no such arm.
-        """
+        """Raise ValueError if a name is that of no arm."""
         unknown = next((name for name in names if name not in self.arms), None)
         if unknown is not None:
             raise ValueError(
@@ -452,12 +409,7 @@ class Study:
         return ResultsFile(self.results).rows()
 
     def run_all(self, units: Sequence[Unit], jobs: int) -> None:
-        """Do the runs that are not done, in their order.
-
-        Args:
-            units: The runs.
-            jobs: Processes, each with one thread.
-        """
+        """Do the runs that are not done, in their order, in `jobs` processes with one thread each."""
         rows = self.rows()
         run_units(self.run, [unit for unit in units if not self.is_done(unit, rows)], jobs)
 
@@ -489,12 +441,7 @@ class Study:
         ]
 
     def values(self, tasks: Sequence[str], arm: str, trials: Sequence[int]) -> list[float]:
-        """Accuracy of an arm's trials, averaged over evaluations and tasks.
-
-        Args:
-            tasks: Where the trials ran, with as many evaluations each.
-            arm: Its name.
-            trials: Their numbers.
+        """Accuracy of each trial of an arm, averaged over evaluations and tasks, which have as many evaluations each.
 
         Raises:
             ValueError: If a trial has no rows.
@@ -520,16 +467,7 @@ class Study:
         return max(LEARNING_RATES, key=value)
 
     def choose(self, tasks: Sequence[str], arms: Sequence[str], rate: float) -> dict[str, Options]:
-        """The options of each arm whose trial had the highest accuracy; of equal ones the last.
-
-        Args:
-            tasks: Where the trials ran.
-            arms: Whose trials are compared.
-            rate: The learning rate of the study.
-
-        Raises:
-            ValueError: If a trial has no rows.
-        """
+        """The options of each arm whose trial at the rate had the highest accuracy; of equal ones the last."""
         found = {}
         for arm in arms:
             trials = self.trials_at(arm, self.rates(arm, rate))
@@ -566,12 +504,9 @@ def write_chosen(path: Path, chosen: Mapping[str, Options], command: str) -> Non
 
 
 def run_units(run: Callable[[One], Any], units: Sequence[One], jobs: int) -> None:
-    """Do runs in their order, in one or several processes.
+    """Do runs in their order, in one or several processes with one thread each.
 
-    Args:
-        run: Does one; it can be pickled if there are several processes.
-        units: The runs.
-        jobs: Processes, each with one thread.
+    Between processes `run` and its units are pickled.
     """
     if jobs == 1:
         torch.set_num_threads(1)
