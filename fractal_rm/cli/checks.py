@@ -93,12 +93,7 @@ def _is_hub_id(path: str) -> bool:
 
 
 def check_chat_templates(model: str, reward_models: Sequence[Any]) -> None:
-    """Raise unless the tokenizers of the policy and of the reward models can write a chat.
-
-    Args:
-        model: The policy's path or hub id.
-        reward_models: Of the kind of `StepRewardModel`.
-    """
+    """Raise ValueError unless the tokenizers of the policy and of all `StepRewardModel`s can write a chat."""
     from fractal_rm.scorers.checkpoint import load_tokenizer
 
     tokenizers = [(f"the policy {model}", load_tokenizer(model))]
@@ -171,17 +166,9 @@ def load_reward_model(path: str, batch_size: int = 32) -> Any:
 
 def to_json(values: Any) -> str:
     """Indented JSON; NaN and infinite numbers, which JSON cannot hold, become null."""
+    from fractal_rm.evaluation.results import plain
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        return value
-
-    return json.dumps(plain(values), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(plain(values, "metrics"), indent=2, ensure_ascii=False) + "\n"
 
 
 def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
@@ -192,12 +179,7 @@ def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def print_table(columns: Iterable[str], rows: Mapping[str, Iterable[str]]) -> None:
-    """Print a table with a line for each metric.
-
-    Args:
-        columns: What the cells are of.
-        rows: Cells by the name of the metric.
-    """
+    """Print a table with a line for each metric: what the columns are of, and the cells by name of the metric."""
     table = Table()
     table.add_column("metric")
     for column in columns:

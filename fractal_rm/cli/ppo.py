@@ -155,16 +155,13 @@ def ppo(argv: Sequence[str]) -> None:
 def read_prompts(
     arguments: PPOArguments, data: DataArguments, split: Literal["train", "eval"], seed: int
 ) -> list[dict[str, Any]] | None:
-    """Rows for `StepPPOTrainer`: `prompt`, and the columns that reward functions read.
+    """Rows for `StepPPOTrainer`: `prompt`, and the columns that reward functions read; None: nothing to evaluate on.
 
     Args:
         arguments: Task and reward function.
         data: Files or data set.
         split: Rows to train on, or held-out ones.
         seed: Seed of made problems.
-
-    Returns:
-        The rows; None if there are none to evaluate on.
 
     Raises:
         OSError: If a file cannot be read.

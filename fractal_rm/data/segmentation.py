@@ -81,12 +81,11 @@ class Segmentation:
         return trim(text, zip(edges[::2], edges[1::2], strict=True))
 
 
-def join_steps(steps: Sequence[str], joiner: str = "\n") -> tuple[str, list[Span]]:
-    r"""Join steps that are already cut into a response.
+def join_steps(steps: Sequence[str]) -> tuple[str, list[Span]]:
+    r"""Join steps that are already cut into a response, by line breaks.
 
     Args:
         steps: Texts of the steps.
-        joiner: What is put between two steps.
 
     Returns:
         The response, and the spans of the steps in it, without the white space at a step's ends.
@@ -103,8 +102,8 @@ def join_steps(steps: Sequence[str], joiner: str = "\n") -> tuple[str, list[Span
     pieces, start = [], 0
     for step in steps:
         pieces.append((start, start + len(step)))
-        start += len(step) + len(joiner)
-    text = joiner.join(steps)
+        start += len(step) + 1
+    text = "\n".join(steps)
     return text, trim(text, pieces)
 
 

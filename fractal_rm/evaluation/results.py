@@ -83,8 +83,8 @@ class ResultsFile:
             "dataset": dataset,
             "seed": seed,
             "split": split,
-            "metrics": _plain(metrics, "metrics"),
-            "config": _plain(config, "config"),
+            "metrics": plain(metrics, "metrics"),
+            "config": plain(config, "config"),
             "command": portable_command(sys.argv),
             "commit": self._commit,
             "versions": package_versions(),
@@ -120,7 +120,7 @@ def has_row(rows: Iterable[Mapping[str, Any]], **fields: Any) -> bool:
         >>> has_row([{"arm": "dense", "seed": 0, "config": {"sizes": [1, 2]}}], arm="dense", config={"sizes": (1, 2)})
         True
     """
-    wanted = _plain(fields, "fields")
+    wanted = plain(fields, "fields")
     return any(all(row[name] == value for name, value in wanted.items()) for row in rows)
 
 
@@ -236,18 +236,18 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": cores, "gpu": gpu}
 
 
-def _plain(value: Any, name: str) -> Any:
+def plain(value: Any, name: str) -> Any:
     """A value as JSON can hold it: numbers that are not finite become None."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, os.PathLike):
         return _portable_path(os.fspath(value))
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{name}.{key}") for key, item in value.items()}
+        return {str(key): plain(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
+        return [plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a numpy or torch scalar
-        return _plain(value.item(), name)
+        return plain(value.item(), name)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     raise TypeError(

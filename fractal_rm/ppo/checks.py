@@ -69,11 +69,7 @@ def load_checked(
 
 
 def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None:
-    """Check what is known when TRL's trainer stands: whether weights are in pieces that must be whole.
-
-    Raises:
-        ValueError: Says what to set.
-    """
+    """Raise ValueError, when TRL's trainer stands, if weights are in pieces that must be whole."""
     args = trainer.args
     if args.on_alarm == "rollback" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError("`on_alarm='rollback'` cannot put sharded weights back. Use `on_alarm='stop'`.")
@@ -86,11 +82,7 @@ def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None
 
 
 def check_value_arguments(args: StepPPOConfig, value_model: Any, value_peft_config: Any) -> None:
-    """Refuse arguments of a value model that would have no effect.
-
-    Raises:
-        ValueError: Says what to leave out.
-    """
+    """Raise ValueError for arguments of a value model that would have no effect."""
     if args.advantage != "gae" and not (value_model is None and value_peft_config is None):
         name = "value_model" if value_model is not None else "value_peft_config"
         raise ValueError(f"`advantage='{args.advantage}'` uses no `{name}`. Leave it out or set `advantage='gae'`.")
@@ -102,12 +94,6 @@ def check_value_arguments(args: StepPPOConfig, value_model: Any, value_peft_conf
 
 def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dataset: Any) -> None:
     """Check what needs no model: the policy's tokenizer, batches of evaluation, the vLLM server.
-
-    Args:
-        args: The configuration.
-        model: The policy: path, hub id or instance.
-        processing_class: Its tokenizer, if it was given.
-        eval_dataset: What is evaluated on, if anything.
 
     Raises:
         ConnectionError: If no vLLM server answers.
@@ -144,10 +130,6 @@ def _check_tokenizer(name: str) -> None:
 def wait_for_vllm(url: str, seconds: float) -> None:
     """Wait until a vLLM server says that it is healthy: before the policy is loaded, not minutes later.
 
-    Args:
-        url: Its address.
-        seconds: How long to wait.
-
     Raises:
         ConnectionError: If it does not in that time; names the address and what to do.
     """
@@ -169,12 +151,7 @@ def wait_for_vllm(url: str, seconds: float) -> None:
 
 
 def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, train_dataset: Any) -> None:
-    """Check that reward models suit the configuration and the prompts.
-
-    Args:
-        models: The reward models.
-        args: The configuration.
-        train_dataset: The prompts; only a data set with a length is looked into.
+    """Check that reward models suit the configuration and the prompts; only a data set with a length is looked into.
 
     Raises:
         ValueError: If a model does not suit the shaping, cannot cut a completion into steps, was trained on texts where
@@ -206,12 +183,7 @@ def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, 
 
 
 def check_step_functions(functions: Sequence[Callable[..., Any]], args: StepPPOConfig, train_dataset: Any) -> None:
-    """Check that functions can be called as they will be.
-
-    Args:
-        functions: The `step_reward_funcs`.
-        args: The configuration.
-        train_dataset: Its columns are passed on; those of a stream are not known.
+    """Check that functions can be called as they will be: with the columns of the data set; a stream does not tell.
 
     Raises:
         TypeError: If something cannot be called, or not with these arguments.

@@ -12,8 +12,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fractal_rm.files import write_atomic
 from fractal_rm.report.palette import ink_on, score_colour
 
 if TYPE_CHECKING:
@@ -208,6 +210,18 @@ def to_bytes(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
     data = io.BytesIO()
     figure.savefig(data, format=kind, dpi=200, metadata=metadata)
     return data.getvalue()
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Save a figure as a picture, inside its `with` block; the ending `.png` or `.svg` decides the format.
+
+    Raises:
+        ValueError: If the name ends otherwise.
+    """
+    kind = Path(path).suffix[1:]
+    if kind not in ("png", "svg"):
+        raise ValueError(f"The picture cannot be named {Path(path).name!r}: end the name in .png or .svg.")
+    write_atomic(path, to_bytes(figure, kind))
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fractal_rm.evaluation.statistics import BINS, reliability_curve
-from fractal_rm.files import write_atomic
 from fractal_rm.report.drawing import (
     PAGE,
     PICTURE,
@@ -17,31 +16,13 @@ from fractal_rm.report.drawing import (
     draw_heat_map,
     is_good,
     new_figure,
+    save_figure,
     style_axes,
-    to_bytes,
     to_svg,
 )
 
 # Responses in the heat map of a picture.
 MAX_ROWS = 12
-
-
-def picture_kind(path: str | Path) -> Literal["png", "svg"]:
-    """The format that a picture's name asks for.
-
-    Raises:
-        ValueError: If the name ends otherwise.
-
-    Example:
-        >>> picture_kind("curves.svg")
-        'svg'
-    """
-    name = Path(path).name
-    if name.endswith(".png"):
-        return "png"
-    if name.endswith(".svg"):
-        return "svg"
-    raise ValueError(f"The picture cannot be named {name!r}: end the name in .png or .svg.")
 
 
 def learning_curves(curves: Mapping[str, Curve], *, baseline: str | None = None) -> str:
@@ -124,7 +105,6 @@ def save_picture(
         >>> picture.read_bytes()[1:4]
         b'PNG'
     """
-    kind = picture_kind(path)
     rows = _both_sides(examples)
     if not rows:
         raise ValueError("There is no scored response to draw. Pass at least one example with steps.")
@@ -132,8 +112,7 @@ def save_picture(
         left, right = figure.subplots(1, 2, width_ratios=[1.12, 1], gridspec_kw={"wspace": 0.06})
         draw_curves(left, curves, PICTURE, baseline=baseline)
         draw_heat_map(right, rows, PICTURE)
-        content = to_bytes(figure, kind)
-    write_atomic(path, content)
+        save_figure(figure, path)
 
 
 def _both_sides(examples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

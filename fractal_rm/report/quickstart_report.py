@@ -43,9 +43,6 @@ class QuickstartReport:
         labels: Labels of these responses.
         rows: The run's rows of `results.jsonl`.
         next_commands: What to go on with: the command, and what it does.
-
-    Raises:
-        ValueError: If there are not as many labels as probabilities.
     """
 
     title: str
@@ -60,13 +57,6 @@ class QuickstartReport:
     labels: Sequence[float] = ()
     rows: Sequence[Mapping[str, Any]] = ()
     next_commands: Sequence[tuple[str, str]] = ()
-
-    def __post_init__(self) -> None:
-        if len(self.probs) != len(self.labels):
-            raise ValueError(
-                f"The report was given {len(self.probs)} probabilities and {len(self.labels)} labels for calibration. "
-                "Pass one of each for every held-out response."
-            )
 
 
 def summarize(folder: Path, arms: Sequence[str], seed: int, budget: str) -> QuickstartReport:

@@ -98,10 +98,7 @@ def rollout_rows(trainer: StepPPOTrainer) -> list[dict[str, Any]]:
                 "id": f"completion {number}",
                 "prompt": prompt,
                 "response": scored.response,
-                "steps": [
-                    {"text": step.text, "start": step.start, "end": step.end, "score": step.score}
-                    for step in scored.steps
-                ],
+                "steps": [dict(vars(step)) for step in scored.steps],
                 "score": None if math.isnan(scored.score) else scored.score,
                 "truncated_steps": scored.truncated_steps,
                 "error": scored.error,

@@ -75,7 +75,11 @@ def read_runs(entries: Sequence[str]) -> list[Run]:
                 f"{names[name]} runs are called {name!r}, {folder} by its folder only. Give each as NAME=DIR: runs "
                 "that differ in the seed alone under one name, others under names of their own."
             )
-    return [_read_run(name, folder) for name, folder, _ in named]
+    runs = []
+    for name, folder, _ in named:
+        file, history = _find_history(Path(folder))
+        runs.append(Run(name, folder, file.relative_to(folder).as_posix(), metrics_by_update(history)))
+    return runs
 
 
 def metrics_by_update(history: Sequence[Any]) -> dict[str, dict[int, float]]:
@@ -107,11 +111,6 @@ def _name_and_folder(entry: str) -> tuple[str, str, bool]:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Give `runs` the output folders of `fractal-rm ppo`.")
     return (name if is_given else Path(folder).resolve().name), folder, is_given
-
-
-def _read_run(name: str, folder: str) -> Run:
-    file, history = _find_history(Path(folder))
-    return Run(name, folder, file.relative_to(folder).as_posix(), metrics_by_update(history))
 
 
 def _find_history(folder: Path) -> tuple[Path, list[Any]]:

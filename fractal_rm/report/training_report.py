@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from markupsafe import Markup
 
-from fractal_rm.files import write_atomic
-from fractal_rm.report.drawing import LINES, PAGE, PAGE_CSS, PICTURE, Theme, new_figure, style_axes, to_bytes, to_svg
+from fractal_rm.report.drawing import LINES, PAGE, PAGE_CSS, PICTURE, Theme, new_figure, save_figure, style_axes, to_svg
 from fractal_rm.report.pages import write_page
-from fractal_rm.report.plots import picture_kind
 from fractal_rm.report.tables import MISSING, Table, format_number
 from fractal_rm.report.training_curves import (
     MOST_POINTS,
@@ -90,7 +88,7 @@ def save_training_figure(path: str | Path, runs: Sequence[Run]) -> None:
         ImportError: If matplotlib is not installed.
         ValueError: As for [`write_training_report`], or if the name ends otherwise.
     """
-    kind, sections, names = picture_kind(path), make_sections(runs), list(by_name(runs))
+    sections, names = make_sections(runs), list(by_name(runs))
     last = max(run.last_update for run in runs)
     rows = [-(-len(section.panels) // COLUMNS) for section in sections]
     with new_figure(9.6, 0.4 + sum(0.35 + 2.15 * count for count in rows)) as figure:
@@ -109,8 +107,7 @@ def save_training_figure(path: str | Path, runs: Sequence[Run]) -> None:
                     axes.legend(
                         handles=_handles((line.slot, line.name) for line in panel.lines), frameon=False, fontsize=7.5
                     )
-        content = to_bytes(figure, kind)
-    write_atomic(path, content)
+        save_figure(figure, path)
 
 
 def draw_panel(axes: Axes, panel: Panel, theme: Theme, last: int) -> None:

@@ -73,11 +73,7 @@ def fingerprint(bags: Sequence[Bag]) -> str:
 
 
 def describe_labels(bags: Sequence[Bag], args: Any) -> str:
-    """What there was to learn from, for the model card.
-
-    Args:
-        bags: The training data.
-        args: `FractalConfig`: says whether gold step labels were read.
+    """What there was to learn from, for the model card; `args` says whether gold step labels were read.
 
     Example:
         >>> from types import SimpleNamespace

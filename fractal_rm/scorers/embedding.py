@@ -209,11 +209,5 @@ class EmbeddingScorer(StepScorer):
 
 
 def make_head(kind: str, size: int, outputs: int = 1) -> EmbeddingScorer:
-    """A scorer with a fresh head.
-
-    Args:
-        kind: `"pair"`, `"mlp"` or `"set"`.
-        size: Numbers in an embedding.
-        outputs: 1, or the number of grades.
-    """
+    """A scorer with a fresh head of a kind of [`HEADS`], for embeddings of a size; as many outputs as grades, or 1."""
     return EmbeddingScorer(HEADS[kind](size, outputs), size=size)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fractal_rm.evaluation.statistics import Estimate, interval_of_mean
-from fractal_rm.report.drawing import PICTURE, new_figure, style_axes, to_bytes
+from fractal_rm.report.drawing import PICTURE, new_figure, save_figure, style_axes
 from fractal_rm.report.tables import MISSING, format_number
 from fractal_rm.study.arms import ARMS, CEILING, OUTCOME_ONLY
 from fractal_rm.study.statistics import Curves, Rows, Runs, comparisons, curves, finished_runs, interquartile_mean
@@ -137,5 +137,5 @@ def draw_curves(
         figure.axes[0].legend(handles=named, fontsize=7, frameon=False)
         figure.supxlabel(along[0], fontsize=9, color=PICTURE.muted)
         figure.supylabel(label, fontsize=9, color=PICTURE.muted)
-        path.write_bytes(to_bytes(figure, "png"))
+        save_figure(figure, path)
     return True
