@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,23 +90,6 @@ def _is_hub_id(path: str) -> bool:
         return False
     first = place.parts[0]
     return first not in (".", "..", "~", "runs") and not (len(place.parts) > 1 and Path(first).is_dir())
-
-
-def check_chat_templates(model: str, reward_models: Sequence[Any]) -> None:
-    """Raise ValueError unless the tokenizers of the policy and of all `StepRewardModel`s can write a chat."""
-    from fractal_rm.scorers.checkpoint import load_tokenizer
-
-    tokenizers = [(f"the policy {model}", load_tokenizer(model))]
-    for number, reward_model in enumerate(reward_models, 1):
-        if reward_model.tokenizer is not None:  # an embedding scorer needs no template
-            which = f"reward model {number} of {len(reward_models)}" if len(reward_models) > 1 else "the reward model"
-            tokenizers.append((which, reward_model.tokenizer))
-    for owner, tokenizer in tokenizers:
-        if not tokenizer.chat_template:
-            raise ValueError(
-                f"The prompts are chats, but the tokenizer of {owner} has no chat template. Set `chat_template` in its "
-                "tokenizer_config.json, use a chat model, or give the prompts as text."
-            )
 
 
 def checkpoint_to_resume(config: Any) -> str | None:

@@ -388,12 +388,7 @@ def first_error_statistics(scores: Rows, labels: Rows, threshold: float) -> dict
     """How often the first step scored below the threshold is the first wrong step.
 
     A bag counts where its gold answer is known: labels are known up to the first wrong one, or all of them are and none
-    is wrong. Bags without steps are left out.
-
-    Args:
-        scores: Scores of the steps of each bag; the last steps may have none.
-        labels: Gold step labels of each bag.
-        threshold: A step scored below it is called wrong.
+    is wrong. Bags without steps are left out. Last steps may have no score.
 
     Source:
         F1 of ProcessBench (Zheng et al., 2024).

@@ -16,6 +16,7 @@ from fractal_rm.hf.parallelism import check_online_training, check_separate_valu
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.scorers.checkpoint import load_tokenizer
 
 # Seconds for one answer of a vLLM server, and between two questions.
 _ANSWER, _PAUSE = 5.0, 1.0
@@ -56,6 +57,8 @@ def load_checked(
         )
     check_value_arguments(args, value_model, value_peft_config)
     check_setup(args, policy, tokenizer, eval_dataset)
+    if any(map(is_chat, _first_prompt(train_dataset))) and (tokenizer or not _is_adapter(_name(policy))):
+        _check_chat_template("the policy", tokenizer or load_tokenizer(_name(policy)))
     check_step_functions(step_functions, args, train_dataset)
     models = [
         one if isinstance(one, StepRewardModel) else StepRewardModel.from_pretrained(one) for one in reward_models
@@ -100,7 +103,7 @@ def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dat
         ValueError: If there is no tokenizer, or a batch of evaluation does not hold whole groups.
     """
     if processing_class is None:
-        _check_tokenizer(model if isinstance(model, str) else getattr(model.config, "_name_or_path", None) or "")
+        _check_tokenizer(_name(model))
     if eval_dataset is not None:
         generations = args.num_generations_eval or args.num_generations or 1
         batch = args.per_device_eval_batch_size * args.world_size
@@ -114,12 +117,22 @@ def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dat
         wait_for_vllm(url.rstrip("/"), args.vllm_server_timeout)
 
 
+def _name(policy: Any) -> str:
+    """Path or hub id of a policy; empty if it was made in code."""
+    return policy if isinstance(policy, str) else getattr(policy.config, "_name_or_path", None) or ""
+
+
+def _is_adapter(name: str) -> bool:
+    """Whether a policy is a folder with an adapter, whose tokenizer is its base model's."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
 def _check_tokenizer(name: str) -> None:
     """Raise if the policy has no name, or is a local folder, and there is no tokenizer; hub ids pass."""
     folder = Path(name)
     if not name:
         raise ValueError("The policy was made in code, so its tokenizer is not known. Give it as `processing_class`.")
-    if not folder.is_dir() or (folder / "adapter_config.json").is_file():  # an adapter's tokenizer is its base model's
+    if not folder.is_dir() or _is_adapter(name):
         return
     if not any(path.name.startswith(_TOKENIZER_FILES) for path in folder.iterdir()):
         raise ValueError(
@@ -157,6 +170,7 @@ def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, 
         ValueError: If a model does not suit the shaping, cannot cut a completion into steps, was trained on texts where
             the prompts are chats (or the other way round), or cannot write a chat.
     """
+    prompts = _first_prompt(train_dataset)
     for number, model in enumerate(models, 1):
         which = f"Reward model {number} of {len(models)}" if len(models) > 1 else "The reward model"
         found = model.settings.aggregation
@@ -170,16 +184,9 @@ def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, 
                 f"{which} was trained on steps that were given, so it cannot cut completions into steps. Train it "
                 "with a `segmentation`, or set one in its `settings`."
             )
-        columns = _columns(train_dataset)
-        if "prompt" not in columns or not len(train_dataset):
-            continue
-        prompt = train_dataset[0]["prompt"]  # a column holds one kind
-        model.check_prompts([prompt])
-        if is_chat(prompt) and model.tokenizer is not None and not model.tokenizer.chat_template:
-            raise ValueError(
-                f"The prompts are chats, but the tokenizer of {which[0].lower()}{which[1:]} has no chat template. Set "
-                "its `chat_template`, or give the prompts as text."
-            )
+        model.check_prompts(prompts)
+        if any(map(is_chat, prompts)):
+            _check_chat_template(f"{which[0].lower()}{which[1:]}", model.tokenizer)
 
 
 def check_step_functions(functions: Sequence[Callable[..., Any]], args: StepPPOConfig, train_dataset: Any) -> None:
@@ -217,6 +224,20 @@ def check_step_functions(functions: Sequence[Callable[..., Any]], args: StepPPOC
                 f"`{get_callable_name(function)}` cannot be called with {', '.join(sorted(passed))}: {error}. Let it "
                 "take the columns it reads and `steps` by name, and the others as `**kwargs`."
             ) from None
+
+
+def _check_chat_template(owner: str, tokenizer: Any) -> None:
+    """Raise if a tokenizer cannot write chats; an embedding scorer has none, and needs no template."""
+    if tokenizer is not None and not tokenizer.chat_template:
+        raise ValueError(
+            f"The prompts are chats, but the tokenizer of {owner} has no chat template. Set its `chat_template`, use a "
+            "chat model, or give the prompts as text."
+        )
+
+
+def _first_prompt(dataset: Any) -> list[Any]:
+    """The first prompt, as a list: a column holds one kind. Empty where there is none, or the data is a stream."""
+    return dataset[0:1]["prompt"] if "prompt" in _columns(dataset) else []
 
 
 def _columns(dataset: Any) -> list[str]:

@@ -183,13 +183,8 @@ def make_sources(
 ) -> list[StepRewardSource]:
     """The sources of step rewards with their weights and names, the reward models first.
 
-    Functions get steps as `step_segmentation` cuts them; without it, as the first reward model does, or by lines.
-
-    Args:
-        reward_models: Step reward models.
-        functions: Functions that score steps.
-        args: The configuration.
-        taken: Names of outcome rewards. A name that occurs more than once gets a number.
+    Functions get steps as `step_segmentation` cuts them; without it, as the first reward model does, or by lines. A
+    name that occurs more than once, those of outcome rewards (`taken`) included, gets a number.
 
     Raises:
         ValueError: If there are not as many weights as sources.

@@ -50,14 +50,11 @@ class Run:
 
 
 def read_runs(entries: Sequence[str]) -> list[Run]:
-    """Read runs.
+    """Read runs, in the order given.
 
     Args:
         entries: `NAME=DIR` or `DIR`, whose name is that of the folder. DIR is the output folder of `fractal-rm ppo` or
             of `StepPPOTrainer`, or a checkpoint. An entry that is a folder as it stands is a DIR, `=` or not.
-
-    Returns:
-        The runs, in the order given.
 
     Raises:
         OSError: If a folder is not there.
