@@ -95,9 +95,6 @@ def _is_hub_id(path: str) -> bool:
 def checkpoint_to_resume(config: Any) -> str | None:
     """The checkpoint that `resume_from_checkpoint` means: a path, or with `true` the last complete one, if any.
 
-    Args:
-        config: `TrainingArguments`.
-
     Raises:
         FileNotFoundError: If a path is given and missing.
         ValueError: If its checkpoint is incomplete.

@@ -154,12 +154,6 @@ def read_prompts(
 ) -> list[dict[str, Any]] | None:
     """Rows for `StepPPOTrainer`: `prompt`, and the columns that reward functions read; None: nothing to evaluate on.
 
-    Args:
-        arguments: Task and reward function.
-        data: Files or data set.
-        split: Rows to train on, or held-out ones.
-        seed: Seed of made problems.
-
     Raises:
         OSError: If a file cannot be read.
         TypeError: If a prompt is neither text nor a chat.

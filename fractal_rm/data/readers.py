@@ -98,12 +98,7 @@ def _parse(content: bytes, what: str) -> Any:
 
 @contextmanager
 def naming(source: str, row: int) -> Iterator[None]:
-    """Put the source and the row before the sentence of an error.
-
-    Args:
-        source: Name of the data.
-        row: Number of the row, from 1.
-    """
+    """Put the source and the row before the sentence of an error."""
     try:
         yield
     except TypeError as error:

@@ -61,9 +61,6 @@ class Segmentation:
     def __call__(self, text: str) -> list[Span]:
         """Cut one response.
 
-        Args:
-            text: The response.
-
         Returns:
             Spans in order, apart, not empty and without white space at their ends; `[]` for a blank text.
 
@@ -83,9 +80,6 @@ class Segmentation:
 
 def join_steps(steps: Sequence[str]) -> tuple[str, list[Span]]:
     r"""Join steps that are already cut into a response, by line breaks.
-
-    Args:
-        steps: Texts of the steps.
 
     Returns:
         The response, and the spans of the steps in it, without the white space at a step's ends.
@@ -108,14 +102,7 @@ def join_steps(steps: Sequence[str]) -> tuple[str, list[Span]]:
 
 
 def locate_steps(text: str, steps: Sequence[str]) -> list[Span]:
-    r"""Find steps that are already cut in the response they come from.
-
-    Args:
-        text: The response.
-        steps: Texts of the steps, in order. White space at their ends does not matter.
-
-    Returns:
-        Spans of the steps.
+    r"""Find steps that are already cut in the response they come from; white space at their ends does not matter.
 
     Raises:
         TypeError: If a step is no text.
@@ -137,11 +124,7 @@ def locate_steps(text: str, steps: Sequence[str]) -> list[Span]:
 
 
 def gaps(text: str, spans: Sequence[Span]) -> list[str]:
-    r"""Return what lies around and between the steps.
-
-    Args:
-        text: The response.
-        spans: Spans of the steps, in order.
+    r"""Return what lies around and between the steps, whose spans are in order.
 
     Returns:
         One text more than there are steps: `gap, step, gap, ..., step, gap` joined is the response.

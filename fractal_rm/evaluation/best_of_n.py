@@ -190,12 +190,7 @@ def measure_best_of_n(
     *,
     outcome: Sequence[StepScores] | None = None,
 ) -> Measurement:
-    """Best-of-n of scores, beside what needs no step scores.
-
-    Args:
-        scored: Scores of each solution.
-        questions: The solutions.
-        outcome: Scores of each solution by an outcome model, as a control.
+    """Best-of-n of scores, beside what needs no step scores, and the scores of an outcome model as a control.
 
     Returns:
         For every n of [`sizes_of`]: `own@n`, `min@n`, `product@n`, `mean@n`, `last@n` (readings of the step scores),

@@ -79,12 +79,7 @@ def read_cases(rows: Iterable[Mapping[str, Any]], *, source: str = "data") -> Ca
 
 
 class Hits:
-    """At which thresholds each case is a hit.
-
-    Args:
-        scored: Scores of each case.
-        cases: The cases.
-    """
+    """At which thresholds each case is a hit."""
 
     def __init__(self, scored: Sequence[StepScores], cases: Cases) -> None:
         firsts = [first_wrong(gold_labels(bag)) for bag in cases.bags]

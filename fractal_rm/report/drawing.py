@@ -65,11 +65,7 @@ SETTINGS: dict[str, Any] = {
 
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Figure]:
-    """Give an empty figure, to draw and save inside the `with` block, with our settings whatever the user's own are.
-
-    Args:
-        width: Width in inches.
-        height: Height in inches.
+    """Give an empty figure (inches), to draw and save inside the `with` block, whatever the settings of the user are.
 
     Raises:
         ImportError: If matplotlib is not installed.

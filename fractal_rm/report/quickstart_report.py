@@ -60,14 +60,7 @@ class QuickstartReport:
 
 
 def summarize(folder: Path, arms: Sequence[str], seed: int, budget: str) -> QuickstartReport:
-    """The contents of `report.html`: rows, curves and validation responses of a finished run.
-
-    Args:
-        folder: The run's output folder.
-        arms: Names of the arms, the dense one first and the outcome-only one second.
-        seed: The run's seed.
-        budget: Name of the run's budget.
-    """
+    """The contents of `report.html` from the folder of a finished run; arms: the dense one, then outcome-only."""
     rows = read_results(folder / "results.jsonl")
     curves: dict[str, list[tuple[float, float]]] = {}
     for arm in arms:

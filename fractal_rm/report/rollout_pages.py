@@ -76,9 +76,6 @@ class StepScoresCallback(TrainerCallback):
 def rollout_rows(trainer: StepPPOTrainer) -> list[dict[str, Any]]:
     """The last rollout that was trained on, as [`~fractal_rm.report.viewer.write_viewer`] takes it.
 
-    Args:
-        trainer: The trainer, before or after its first rollout.
-
     Returns:
         One row a completion of this process: `id`, `prompt`, `response`, `steps`, `score`, `truncated_steps`, `error`,
         `rewards` (what each outcome function gave) and `label`, their weighted sum; None where nothing is known.

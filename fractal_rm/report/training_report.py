@@ -43,12 +43,7 @@ SHAPES = {
 
 
 def write_training_report(path: str | Path, runs: Sequence[Run], *, title: str = "Training") -> None:
-    """Write what runs logged as one HTML page that needs nothing but a browser.
-
-    Args:
-        path: Where to write the page.
-        runs: The runs; those of one name are seeds of one group, drawn as their mean with its interval.
-        title: Heading of the page.
+    """Write what runs logged as one HTML page; runs of one name are seeds, drawn as their mean with its interval.
 
     Raises:
         ImportError: If matplotlib is not installed.

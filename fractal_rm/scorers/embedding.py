@@ -63,11 +63,7 @@ def prompt_splits(prompt: Prompt) -> list[str]:
 
 @dataclass(frozen=True)
 class EmbeddingInputs:
-    """How text becomes what an [`EmbeddingScorer`] reads.
-
-    Args:
-        encoder: The frozen encoder.
-    """
+    """How text becomes what an [`EmbeddingScorer`] reads."""
 
     encoder: SentenceEncoder
 

@@ -84,15 +84,7 @@ class Budget:
 
 
 def run_arm(arm: Arm, options: Options, assets: Assets, budget: Budget, report: Callable[[Metrics], None]) -> None:
-    """Train a policy with an arm's rewards and report its metrics at each evaluation point, the start included.
-
-    Args:
-        arm: Where rewards come from.
-        options: Settings of [`StepPPOConfig`] that were chosen for it.
-        assets: Policy and reward models.
-        budget: How much to do.
-        report: Takes the metrics of each point.
-    """
+    """Train a policy with an arm's rewards and report its metrics at each evaluation point, the start included."""
     task, kind = assets.task, arm.judge
     updates = budget.updates or task.updates
     judge = assets.reward_model(kind) if kind else None
@@ -422,9 +414,6 @@ class Study:
             tasks: Where the trials run.
             arms: Names of arms that have trials of their own.
             jobs: Processes, each with one thread.
-
-        Returns:
-            The options of each arm.
         """
         self.run_all(self.tuning_units(tasks, {arm: LEARNING_RATES for arm in OUTCOME_ONLY}), jobs)
         rate = self.choose_rate(tasks)
