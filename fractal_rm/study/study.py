@@ -408,13 +408,7 @@ class Study:
     # Tuning ----------------------------------------------------------------------------------------------------------
 
     def tune(self, tasks: Sequence[str], arms: Sequence[str], jobs: int) -> dict[str, Options]:
-        """Run the trials of arms on the tuning seed: first those that choose the learning rate, then those with it.
-
-        Args:
-            tasks: Where the trials run.
-            arms: Names of arms that have trials of their own.
-            jobs: Processes, each with one thread.
-        """
+        """Run the trials of arms on the tuning seed, first those for the learning rate: the options of each arm."""
         self.run_all(self.tuning_units(tasks, {arm: LEARNING_RATES for arm in OUTCOME_ONLY}), jobs)
         rate = self.choose_rate(tasks)
         self.run_all(self.tuning_units(tasks, {arm: self.rates(arm, rate) for arm in arms}), jobs)
