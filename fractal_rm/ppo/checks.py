@@ -57,8 +57,8 @@ def load_checked(
         )
     check_value_arguments(args, value_model, value_peft_config)
     check_setup(args, policy, tokenizer, eval_dataset)
-    if any(map(is_chat, _first_prompt(train_dataset))) and (tokenizer or not _is_adapter(_name(policy))):
-        _check_chat_template("the policy", tokenizer or load_tokenizer(_name(policy)))
+    if any(map(is_chat, _first_prompt(train_dataset))) and (tokenizer or not _is_adapter(_path_of(policy))):
+        _check_chat_template("the policy", tokenizer or load_tokenizer(_path_of(policy)))
     check_step_functions(step_functions, args, train_dataset)
     models = [
         one if isinstance(one, StepRewardModel) else StepRewardModel.from_pretrained(one) for one in reward_models
@@ -103,7 +103,7 @@ def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dat
         ValueError: If there is no tokenizer, or a batch of evaluation does not hold whole groups.
     """
     if processing_class is None:
-        _check_tokenizer(_name(model))
+        _check_tokenizer(_path_of(model))
     if eval_dataset is not None:
         generations = args.num_generations_eval or args.num_generations or 1
         batch = args.per_device_eval_batch_size * args.world_size
@@ -117,7 +117,7 @@ def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dat
         wait_for_vllm(url.rstrip("/"), args.vllm_server_timeout)
 
 
-def _name(policy: Any) -> str:
+def _path_of(policy: Any) -> str:
     """Path or hub id of a policy; empty if it was made in code."""
     return policy if isinstance(policy, str) else getattr(policy.config, "_name_or_path", None) or ""
 
