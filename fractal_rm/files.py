@@ -45,11 +45,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a complete file: [`replacing`] with the content at hand.
-
-    Args:
-        path: The file. Missing folders are made.
-        content: Bytes, or text, which is written as UTF-8 with its line ends unchanged.
+    """Write a complete file: [`replacing`] with bytes, or text, which is UTF-8 with its line ends unchanged.
 
     Example:
         >>> import tempfile
@@ -63,17 +59,10 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A folder that exists, or is made now, by one process at a time.
+    """A folder that exists, or is made now, by one process at a time: `make` fills an empty one.
 
     It is made under another name and moved into place when it is whole: a process that is killed leaves all of it or
     nothing. `seconds.json` in it says how much processor time it took ([`seconds_of`]).
-
-    Args:
-        folder: The folder.
-        make: Fills an empty folder.
-
-    Returns:
-        The folder.
     """
     if folder.is_dir():
         return folder

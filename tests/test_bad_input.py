@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from support.stand_ins import (
     byte_tokenizer,
     gsm8k_problems,
@@ -17,8 +18,9 @@ from support.stand_ins import (
 )
 from transformers import LlamaModel
 
-from fractal_rm.cli.checks import check_chat_templates
 from fractal_rm.cli.main import main
+from fractal_rm.ppo.checks import check_reward_models
+from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.embedding import make_head
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
@@ -454,11 +456,12 @@ def test_chats_for_a_reward_model_without_a_chat_template_are_refused_before_ppo
     assert "the tokenizer of the reward model has no chat template" in said
 
 
-def test_an_embedding_reward_model_needs_no_chat_template(tmp_path, models):
+def test_an_embedding_reward_model_needs_no_chat_template(tmp_path):
     encoder = SentenceEncoder(save_encoder(tmp_path))
     settings = FractalSettings(scorer="embedding")
     reward_model = StepRewardModel(make_head(settings.head_type, encoder.size, 1), encoder, settings)
-    check_chat_templates(str(models / "chat_policy"), [reward_model])
+    prompts = Dataset.from_dict({"prompt": [CHAT]})
+    check_reward_models([reward_model], StepPPOConfig(str(tmp_path), use_cpu=True, bf16=False), prompts)
 
 
 CHAT = [{"role": "user", "content": "1+1?"}]

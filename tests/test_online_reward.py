@@ -421,6 +421,41 @@ def test_a_model_that_only_watches_changes_nothing(tmp_path, models):
     assert not (tmp_path / "0" / "checkpoint-3" / "reward_model").exists()
 
 
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_a_rollout_that_a_rollback_throws_away_is_not_learned_from(tmp_path, models):
+    written = 0
+
+    def numbered(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        """Completions that say which rollout they are of; those of 4 and 5 repeat themselves."""
+        nonlocal written
+        text = f"Rollout {written}.\n" * 6 if written in (4, 5) else f"Rollout {written}.\nDone."
+        written += 1
+        tokenizer = trainer.processing_class
+        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        return {
+            "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
+            "completion_ids": [ids for _ in prompts],
+            "logprobs": [[0.0] * len(ids) for _ in prompts],
+        }
+
+    saving = {"on_alarm": "rollback", "save_steps": 2, "guard_reference_batches": 2, "guard_patience": 2}
+    watching = trainer(
+        tmp_path,
+        models,
+        rollout_func=numbered,
+        rm_update_every=1000,
+        rm_replay_size=1000,
+        max_completion_length=128,
+        max_steps=8,
+        **saving,
+    )
+    watching.train()
+    replay = watching.online_reward.replay
+    kept = {bag.response.partition(".")[0] for side in (replay.learned, replay.held_out) for bag in side}
+    assert written == 9, "one rollout was thrown away"
+    assert kept == {f"Rollout {number}" for number in range(9) if number != 5}
+
+
 def test_evaluation_is_not_learned_from(tmp_path, models):
     watching = trainer(
         tmp_path, models, rm_update_every=1000, max_steps=1, per_device_eval_batch_size=4, save_strategy="no"

@@ -55,7 +55,12 @@ def half(steps: list[list[str]], **_: Any) -> list[list[float]]:
         ({"step_reward_funcs": ["a"]}, TypeError, r"`step_reward_funcs` holds a str\. Give functions"),
         ({"processing_class": None}, ValueError, r"policy was made in code, .* Give it as `processing_class`"),
         ({"eval_dataset": PROMPTS, "per_device_eval_batch_size": 3}, ValueError, r"holds 3 completions .* groups of 2"),
-        ({"train_dataset": CHATS}, ValueError, r"tokenizer of the reward model has no chat template\. Set its"),
+        ({"train_dataset": CHATS}, ValueError, r"tokenizer of the policy has no chat template\. Set its"),
+        (
+            {"train_dataset": CHATS, "processing_class": byte_tokenizer(chat=True)},
+            ValueError,
+            r"tokenizer of the reward model has no chat template\. Set its",
+        ),
         (
             {"use_vllm": True, "vllm_mode": "server", "vllm_server_port": 9},
             ConnectionError,

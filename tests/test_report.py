@@ -427,9 +427,10 @@ def test_empty_parts_are_left_out_of_the_report(tmp_path):
     assert "3 s." in page.source
 
 
-def test_a_report_with_labels_missing_is_refused():
+def test_a_report_with_labels_missing_is_refused(tmp_path):
+    report = QuickstartReport("T", seed=0, budget="small", seconds=3, probs=[0.1, 0.2], labels=[1])
     with pytest.raises(ValueError, match="2 probabilities and 1 labels"):
-        QuickstartReport("T", seed=0, budget="small", seconds=3, probs=[0.1, 0.2], labels=[1])
+        write_report(tmp_path / "report.html", report)
 
 
 curve = st.dictionaries(st.integers(0, 20), st.floats(0, 1), min_size=1).map(lambda d: list(d.items()))

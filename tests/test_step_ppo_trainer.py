@@ -1003,6 +1003,9 @@ def test_an_alarm_may_go_back_to_the_checkpoint_before_the_first_sign(tmp_path, 
     assert "checkpoint-2" in caplog.text
     assert "`step_weight` is now 0.4" in caplog.text
     assert trainer.alarms.step_weight == pytest.approx(0.4)
+    last = trainer.last_rollout
+    assert torch.equal(last.rewards.steps, 0.4 * last.steps[0].placement.rewards)
+    assert last.rewards.steps.any()
     resumed = make(tmp_path / "new", reward_model=reward_model(), on_alarm="rollback", save_strategy="steps", **GUARDED)
     resumed.load_state(tmp_path / "checkpoint-8", weights=False)
     assert resumed.alarms.step_weight == 0.5

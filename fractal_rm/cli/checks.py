@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,33 +92,8 @@ def _is_hub_id(path: str) -> bool:
     return first not in (".", "..", "~", "runs") and not (len(place.parts) > 1 and Path(first).is_dir())
 
 
-def check_chat_templates(model: str, reward_models: Sequence[Any]) -> None:
-    """Raise unless the tokenizers of the policy and of the reward models can write a chat.
-
-    Args:
-        model: The policy's path or hub id.
-        reward_models: Of the kind of `StepRewardModel`.
-    """
-    from fractal_rm.scorers.checkpoint import load_tokenizer
-
-    tokenizers = [(f"the policy {model}", load_tokenizer(model))]
-    for number, reward_model in enumerate(reward_models, 1):
-        if reward_model.tokenizer is not None:  # an embedding scorer needs no template
-            which = f"reward model {number} of {len(reward_models)}" if len(reward_models) > 1 else "the reward model"
-            tokenizers.append((which, reward_model.tokenizer))
-    for owner, tokenizer in tokenizers:
-        if not tokenizer.chat_template:
-            raise ValueError(
-                f"The prompts are chats, but the tokenizer of {owner} has no chat template. Set `chat_template` in its "
-                "tokenizer_config.json, use a chat model, or give the prompts as text."
-            )
-
-
 def checkpoint_to_resume(config: Any) -> str | None:
     """The checkpoint that `resume_from_checkpoint` means: a path, or with `true` the last complete one, if any.
-
-    Args:
-        config: `TrainingArguments`.
 
     Raises:
         FileNotFoundError: If a path is given and missing.
@@ -171,17 +146,9 @@ def load_reward_model(path: str, batch_size: int = 32) -> Any:
 
 def to_json(values: Any) -> str:
     """Indented JSON; NaN and infinite numbers, which JSON cannot hold, become null."""
+    from fractal_rm.evaluation.results import plain
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        return value
-
-    return json.dumps(plain(values), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(plain(values, "metrics"), indent=2, ensure_ascii=False) + "\n"
 
 
 def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
@@ -192,12 +159,7 @@ def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def print_table(columns: Iterable[str], rows: Mapping[str, Iterable[str]]) -> None:
-    """Print a table with a line for each metric.
-
-    Args:
-        columns: What the cells are of.
-        rows: Cells by the name of the metric.
-    """
+    """Print a table with a line for each metric: what the columns are of, and the cells by name of the metric."""
     table = Table()
     table.add_column("metric")
     for column in columns:

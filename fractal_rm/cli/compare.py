@@ -66,15 +66,7 @@ def compare(argv: Sequence[str]) -> None:
 
 
 def run_comparison(arguments: CompareArguments, kind: type[Study] = Study) -> list[dict[str, Any]]:
-    """Tune, or run what is missing of the study, and write and print what the rows say.
-
-    Args:
-        arguments: Those of the command.
-        kind: The kind of study; one with further arms, for benchmarks.
-
-    Returns:
-        The rows of the study.
-    """
+    """Tune, or run what is missing of the study, and write and print what its rows say. Benchmarks bring a `kind`."""
     folder = Path(arguments.output_dir, *(["smoke"] if arguments.smoke else []))  # never mixed with the real ones
     check_writable_folder(folder)
     results = Path(arguments.results or folder / "results.jsonl")

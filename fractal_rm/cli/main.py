@@ -69,10 +69,7 @@ def is_bad_input(error: BaseException) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        argv: Command and arguments; default: those of the process.
+    """Run the command that `argv` begins with, by default that of the process.
 
     Returns:
         Exit status: 0, 2 for bad input, 130 after an interruption.

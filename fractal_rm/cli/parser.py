@@ -18,15 +18,7 @@ _ALIKE = 0.5
 
 
 def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
-    """Read the arguments of a command from its flags and its configuration file.
-
-    Args:
-        command: Name of the command, for messages.
-        dataclasses: What to fill.
-        argv: Arguments after the command.
-
-    Returns:
-        One instance of each dataclass.
+    """One instance of each dataclass, from the flags of a command and its configuration file.
 
     Raises:
         OSError: If the configuration file cannot be read.

@@ -9,7 +9,6 @@ from datasets import Dataset
 
 from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.checks import (
-    check_chat_templates,
     check_models,
     check_writable_folder,
     checkpoint_to_resume,
@@ -119,8 +118,6 @@ def ppo(argv: Sequence[str]) -> None:
     held_out = read_prompts(arguments, data, "eval", config.seed, task)
     loaded = [load_reward_model(path) for path in reward_models]
     hide_loading_bars()
-    if is_chat(rows[0]["prompt"]):  # type: ignore[index]
-        check_chat_templates(arguments.model, loaded)
     trainer = StepPPOTrainer(
         arguments.model,
         reward_model=loaded,

@@ -62,11 +62,7 @@ def serve(argv: Sequence[str]) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections.
-
-    Args:
-        host: Address or name of this machine.
-        port: Port; 0: any that is free.
+    """A socket that takes connections; port 0: any that is free.
 
     Raises:
         OSError: If the address or port cannot be had.

@@ -139,13 +139,6 @@ def _check_label(label: Any, what: str, num_grades: int | None) -> float | None:
 def trim(text: str, spans: Iterable[Span]) -> list[Span]:
     """Take the white space off both ends of every span, and drop blank spans.
 
-    Args:
-        text: The response.
-        spans: Spans in it.
-
-    Returns:
-        The spans that are left.
-
     Example:
         >>> trim("one  two", [(0, 4), (4, 5), (5, 8)])
         [(0, 3), (5, 8)]
@@ -259,12 +252,6 @@ def truncate_bags(
     bags: Sequence[Bag], kept_steps: Sequence[int], aggregation: str, *, reads_gold: bool = True
 ) -> tuple[list[Bag], TruncationCount]:
     """Truncate a data set by the rule of `truncate_bag`, and count.
-
-    Args:
-        bags: The bags.
-        kept_steps: How many whole steps of each bag fit.
-        aggregation: How step labels make a response's label.
-        reads_gold: Whether gold step labels may tell which labels still hold.
 
     Returns:
         The bags that are left, in order, and the count. Of a preference, both responses stay or none.

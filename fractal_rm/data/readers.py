@@ -98,12 +98,7 @@ def _parse(content: bytes, what: str) -> Any:
 
 @contextmanager
 def naming(source: str, row: int) -> Iterator[None]:
-    """Put the source and the row before the sentence of an error.
-
-    Args:
-        source: Name of the data.
-        row: Number of the row, from 1.
-    """
+    """Put the source and the row before the sentence of an error."""
     try:
         yield
     except TypeError as error:
@@ -187,12 +182,8 @@ def read_row(
 
     Args:
         record: The row.
-        segmentation: How a response that is not cut yet becomes steps.
-        source: Name of the data in error messages.
+        segmentation: As for [`read_bags`], like all that follow.
         row: Number of the row in error messages, from 1.
-        prompt_column: Name of the column with the prompt.
-        require_label: Refuse a row without a label.
-        num_grades: For ordinal labels: how many grades there are.
 
     Returns:
         One bag, or the chosen and the rejected one of a preference.

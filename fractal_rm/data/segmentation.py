@@ -61,9 +61,6 @@ class Segmentation:
     def __call__(self, text: str) -> list[Span]:
         """Cut one response.
 
-        Args:
-            text: The response.
-
         Returns:
             Spans in order, apart, not empty and without white space at their ends; `[]` for a blank text.
 
@@ -81,12 +78,8 @@ class Segmentation:
         return trim(text, zip(edges[::2], edges[1::2], strict=True))
 
 
-def join_steps(steps: Sequence[str], joiner: str = "\n") -> tuple[str, list[Span]]:
-    r"""Join steps that are already cut into a response.
-
-    Args:
-        steps: Texts of the steps.
-        joiner: What is put between two steps.
+def join_steps(steps: Sequence[str]) -> tuple[str, list[Span]]:
+    r"""Join steps that are already cut into a response, by line breaks.
 
     Returns:
         The response, and the spans of the steps in it, without the white space at a step's ends.
@@ -103,20 +96,13 @@ def join_steps(steps: Sequence[str], joiner: str = "\n") -> tuple[str, list[Span
     pieces, start = [], 0
     for step in steps:
         pieces.append((start, start + len(step)))
-        start += len(step) + len(joiner)
-    text = joiner.join(steps)
+        start += len(step) + 1
+    text = "\n".join(steps)
     return text, trim(text, pieces)
 
 
 def locate_steps(text: str, steps: Sequence[str]) -> list[Span]:
-    r"""Find steps that are already cut in the response they come from.
-
-    Args:
-        text: The response.
-        steps: Texts of the steps, in order. White space at their ends does not matter.
-
-    Returns:
-        Spans of the steps.
+    r"""Find steps that are already cut in the response they come from; white space at their ends does not matter.
 
     Raises:
         TypeError: If a step is no text.
@@ -138,11 +124,7 @@ def locate_steps(text: str, steps: Sequence[str]) -> list[Span]:
 
 
 def gaps(text: str, spans: Sequence[Span]) -> list[str]:
-    r"""Return what lies around and between the steps.
-
-    Args:
-        text: The response.
-        spans: Spans of the steps, in order.
+    r"""Return what lies around and between the steps, whose spans are in order.
 
     Returns:
         One text more than there are steps: `gap, step, gap, ..., step, gap` joined is the response.

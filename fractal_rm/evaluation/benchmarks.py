@@ -55,8 +55,7 @@ def read_benchmark(
         outcome_model: Best-of-n: a model that scores whole responses, as a control.
 
     Raises:
-        TypeError: If a value has the wrong type.
-        ValueError: If the rows are not what the benchmark needs.
+        ValueError: If the rows are not what the benchmark needs; TypeError for a value of the wrong type.
     """
     if name == "processbench":
         cases = read_cases(rows, source=source)
@@ -74,15 +73,12 @@ def read_benchmark(
 
 
 def measure(reward_model: StepRewardModel, benchmark: Benchmark, *, threshold: float | None = None) -> Measurement:
-    """Score the responses of a benchmark in one pass and measure.
+    """Score the responses of a benchmark in one pass and measure; `seconds` and `responses_per_second` are of scoring.
 
     Args:
         reward_model: The model. If it was trained on chats, prompts that are texts become chats of one message.
         benchmark: What to score and to measure.
         threshold: A step that scores below it is called wrong; default: the threshold that the model remembers.
-
-    Returns:
-        The measurement, with `seconds` and `responses_per_second` of scoring among its counts.
     """
     bags = as_learned(reward_model, benchmark.bags)
     start = time.perf_counter()

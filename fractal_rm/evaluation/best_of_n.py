@@ -63,7 +63,6 @@ def read_questions(
             counts. It takes the place of the column `answer`.
 
     Raises:
-        TypeError: If a value has the wrong type.
         ValueError: If a label is missing, or a row is wrong, or the pattern is no regular expression with a group.
     """
     given = list(rows)
@@ -93,13 +92,9 @@ def _answers(rows: Sequence[Mapping[str, Any]], bags: Sequence[Bag], pattern: st
 
 
 def solution_scores(scored: Sequence[StepScores]) -> dict[str, np.ndarray]:
-    """Scores of solutions by several readings of their step scores; -inf where nothing was scored.
+    """Scores of solutions (N,) by several readings of their step scores; -inf where nothing was scored.
 
-    Args:
-        scored: Scores of each solution.
-
-    Returns:
-        `own` (the model's aggregation), `min`, `product`, `mean` and `last`: each (N,).
+    The readings: `own` (the model's aggregation), `min`, `product`, `mean` and `last`.
     """
     steps = [np.array(result.step_scores, dtype=float) for result in scored]
     own = np.array([-math.inf if math.isnan(result.score) else result.score for result in scored])
@@ -115,12 +110,7 @@ def solution_scores(scored: Sequence[StepScores]) -> dict[str, np.ndarray]:
 
 
 def best_of(scores: np.ndarray, right: np.ndarray, n: int) -> float:
-    """Chance that the solution with the highest score among n drawn ones is right.
-
-    Args:
-        scores: Score of each solution of a question (N,).
-        right: Whether it is right (N,).
-        n: How many are drawn without replacement; at most N.
+    """Chance that the solution with the highest score (N,) among n drawn without replacement is right (N,).
 
     Returns:
         The exact average over all subsets of n; in a tie each of the best is taken equally often.
@@ -153,16 +143,12 @@ def pass_at(right: np.ndarray, n: int) -> float:
 
 
 def majority_of(answers: Sequence[str | None], right: np.ndarray, n: int) -> float:
-    """Chance that the most frequent answer among n drawn solutions is right.
+    """Chance that the most frequent answer (N,) among n solutions drawn without replacement is right (N,).
 
-    Args:
-        answers: Final answer of each solution of a question; None has no vote.
-        right: Whether each solution is right (N,).
-        n: How many are drawn without replacement; at most N.
+    None has no vote. Among equally frequent answers each is taken equally often; without any answer, each solution.
 
     Returns:
-        The average over all subsets, or over 500 drawn ones if there are more. Among equally frequent answers each is
-        taken equally often; without any answer, each solution.
+        The average over all subsets, or over 500 drawn ones if there are more.
 
     Example:
         >>> majority_of(["7", "7", "8"], np.array([True, True, False]), 3)
@@ -204,12 +190,7 @@ def measure_best_of_n(
     *,
     outcome: Sequence[StepScores] | None = None,
 ) -> Measurement:
-    """Best-of-n of scores, beside what needs no step scores.
-
-    Args:
-        scored: Scores of each solution.
-        questions: The solutions.
-        outcome: Scores of each solution by an outcome model, as a control.
+    """Best-of-n of scores, beside what needs no step scores, and the scores of an outcome model as a control.
 
     Returns:
         For every n of [`sizes_of`]: `own@n`, `min@n`, `product@n`, `mean@n`, `last@n` (readings of the step scores),

@@ -44,7 +44,6 @@ def read_solutions(rows: Iterable[Mapping[str, Any]], *, source: str = "data") -
         source: Name of the data in messages.
 
     Raises:
-        TypeError: If a value has the wrong type.
         ValueError: If a column is missing, or the kind of an error is unknown.
 
     Warns:
@@ -132,12 +131,7 @@ def call_counts(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: fl
 
 
 def prmscore_of(calls: np.ndarray, chosen: np.ndarray) -> dict[str, Statistic]:
-    """PRMScore and its two parts, over the chosen responses.
-
-    Args:
-        calls: What steps are called, of [`call_counts`] (N, 4).
-        chosen: Which responses count (N,).
-    """
+    """PRMScore and its two parts over the chosen responses (N,), from the counts of [`call_counts`] (N, 4)."""
     right_kept, right_called, wrong_kept, wrong_called = (calls * chosen[:, None]).T
     mistaken = right_called + wrong_kept
     right = ratio_of(2 * right_kept, 2 * right_kept + mistaken)

@@ -58,7 +58,6 @@ def read_cases(rows: Iterable[Mapping[str, Any]], *, source: str = "data") -> Ca
         source: Name of the data in messages.
 
     Raises:
-        TypeError: If a value has the wrong type.
         ValueError: If a column is missing, a subset is unknown, or the first wrong step of a row is not known.
     """
     given = list(rows)
@@ -80,12 +79,7 @@ def read_cases(rows: Iterable[Mapping[str, Any]], *, source: str = "data") -> Ca
 
 
 class Hits:
-    """At which thresholds each case is a hit.
-
-    Args:
-        scored: Scores of each case.
-        cases: The cases.
-    """
+    """At which thresholds each case is a hit."""
 
     def __init__(self, scored: Sequence[StepScores], cases: Cases) -> None:
         firsts = [first_wrong(gold_labels(bag)) for bag in cases.bags]

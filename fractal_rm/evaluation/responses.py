@@ -25,16 +25,9 @@ def score_bags(reward_model: StepRewardModel, bags: Sequence[Bag]) -> list[StepS
 def choose_threshold(scored: Sequence[StepScores], bags: Sequence[Bag], *, aggregation: Aggregation = "min") -> float:
     """Threshold on a response's lowest, or highest, step score that best tells good responses from bad ones.
 
-    It needs response labels only: gold step labels are not read. Responses without a label or a score are left out.
-
-    Args:
-        scored: Scores of each bag of a validation set.
-        bags: The bags.
-        aggregation: That of the model. Where it means that a response is good if some step is, the highest step score
-            decides; otherwise the lowest.
-
-    Returns:
-        The threshold; NaN if no labelled response has a score.
+    It needs response labels only: gold step labels are not read. Responses without a label or a score are left out;
+    it is NaN if none is left. Where the aggregation means that a response is good if some step is, the highest step
+    score decides; otherwise the lowest.
     """
     deciding = max if meaning(aggregation) == "max" else min
     rows = zip(scored, response_labels(bags), strict=True)

@@ -83,8 +83,8 @@ class ResultsFile:
             "dataset": dataset,
             "seed": seed,
             "split": split,
-            "metrics": _plain(metrics, "metrics"),
-            "config": _plain(config, "config"),
+            "metrics": plain(metrics, "metrics"),
+            "config": plain(config, "config"),
             "command": portable_command(sys.argv),
             "commit": self._commit,
             "versions": package_versions(),
@@ -120,18 +120,12 @@ def has_row(rows: Iterable[Mapping[str, Any]], **fields: Any) -> bool:
         >>> has_row([{"arm": "dense", "seed": 0, "config": {"sizes": [1, 2]}}], arm="dense", config={"sizes": (1, 2)})
         True
     """
-    wanted = _plain(fields, "fields")
+    wanted = plain(fields, "fields")
     return any(all(row[name] == value for name, value in wanted.items()) for row in rows)
 
 
 def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All rows of a results file.
-
-    Args:
-        path: A file that [`ResultsFile`] wrote.
-
-    Returns:
-        The rows in the order of writing; a metric that was not finite is None.
+    """All rows of a file that [`ResultsFile`] wrote, in the order of writing; a metric that was not finite is None.
 
     Raises:
         ValueError: If a line is neither a row nor the torn beginning of one; it names the line.
@@ -165,16 +159,10 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def portable_command(argv: Sequence[str]) -> str:
-    """A command line without this machine's folders.
+    """A command line for a shell, made of `sys.argv`, without this machine's folders.
 
     Paths under the working folder or beside it become relative, paths under the home folder start with `~`, and of any
     other absolute path the last name stays.
-
-    Args:
-        argv: As `sys.argv`.
-
-    Returns:
-        A line for a shell.
 
     Example:
         >>> portable_command(["/opt/venv/bin/fractal-rm", "train", "--output_dir=/data/runs/rm"])
@@ -211,11 +199,9 @@ def _portable_path(word: str) -> str:
 
 @functools.cache
 def current_commit() -> str | None:
-    """Commit of the code that is running.
+    """Commit of the code that is running, with `-dirty` behind it if files of the package differ from it.
 
-    Returns:
-        The hash, with `-dirty` behind it if files of the package differ from that commit; None if the package does not
-        run from a git checkout.
+    None if the package does not run from a git checkout.
     """
     package = Path(__file__).resolve().parents[1]
     # Inside a git hook these variables name the hook's repository, which need not be ours.
@@ -250,18 +236,18 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": cores, "gpu": gpu}
 
 
-def _plain(value: Any, name: str) -> Any:
+def plain(value: Any, name: str) -> Any:
     """A value as JSON can hold it: numbers that are not finite become None."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, os.PathLike):
         return _portable_path(os.fspath(value))
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{name}.{key}") for key, item in value.items()}
+        return {str(key): plain(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
+        return [plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a numpy or torch scalar
-        return _plain(value.item(), name)
+        return plain(value.item(), name)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     raise TypeError(

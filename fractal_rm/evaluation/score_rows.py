@@ -17,11 +17,6 @@ def score_rows(
 ) -> list[dict[str, Any]]:
     """Score the responses of rows in any format that `read_row` knows, labelled or not.
 
-    Args:
-        reward_model: The model.
-        rows: Rows of a file, or bags.
-        source: Its name, for messages.
-
     Returns:
         One record a response (two for a preference), ready for JSON and for `write_viewer`: `row`, `id`, `prompt`,
         `response`, `label`, `score`, `steps` (each with `text`, `start`, `end`, `score`, `gold`), `truncated_steps`,
@@ -54,9 +49,7 @@ def score_rows(
 def add_second_model(records: Sequence[dict[str, Any]], reward_model: StepRewardModel) -> None:
     """Add `other_score` to records of `score_rows` and to their steps: what another model says of the same steps.
 
-    Args:
-        records: What `score_rows` gave. Steps keep their places, whatever this model would cut.
-        reward_model: The other model.
+    Steps keep their places, whatever this model would cut.
 
     Raises:
         ValueError: If the other model cannot read the prompts.

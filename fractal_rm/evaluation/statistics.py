@@ -368,13 +368,8 @@ def first_wrong(labels: np.ndarray) -> int | None:
 def hit_range(step_scores: ArrayLike, first: int | None) -> tuple[float, float]:
     """The thresholds `low < threshold <= high` at which the first step scored below is the first wrong one.
 
-    Args:
-        step_scores: Scores of the steps, as many as were scored.
-        first: Index of the first wrong step, None if there is none.
-
-    Returns:
-        Low and high; empty if `low >= high`. A wrong step that was not scored is never found; a response without any
-        score is never a hit.
+    Without a wrong one `first` is None. The range is empty if `low >= high`: a wrong step that was not scored is never
+    found, and a response without any score is never a hit.
 
     Example:
         >>> hit_range([0.9, 0.2, 0.1], 1)  # found by thresholds above 0.2, up to 0.9
@@ -393,12 +388,7 @@ def first_error_statistics(scores: Rows, labels: Rows, threshold: float) -> dict
     """How often the first step scored below the threshold is the first wrong step.
 
     A bag counts where its gold answer is known: labels are known up to the first wrong one, or all of them are and none
-    is wrong. Bags without steps are left out.
-
-    Args:
-        scores: Scores of the steps of each bag; the last steps may have none.
-        labels: Gold step labels of each bag.
-        threshold: A step scored below it is called wrong.
+    is wrong. Bags without steps are left out. Last steps may have no score.
 
     Source:
         F1 of ProcessBench (Zheng et al., 2024).

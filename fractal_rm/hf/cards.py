@@ -45,12 +45,7 @@ class RewardModelCard:
         self.measured = None
 
     def text(self, settings: FractalSettings, processor: Processor) -> str:
-        """The card.
-
-        Args:
-            settings: What the checkpoint remembers, as saved.
-            processor: Its tokenizer or sentence encoder.
-        """
+        """The card, from what the checkpoint remembers as saved."""
         if self.measured is not None:
             self.intervals["evaluation"], self.measured = estimates(self.measured), None
         task = {"likelihood": "text-generation", "token": "token-classification"}.get(settings.scorer)
@@ -105,15 +100,7 @@ for scored in reward_model.score(prompts=["..."], responses=["..."]):
 def policy_card(
     *, base: str, rewards: str, data: str, settings: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]
 ) -> str:
-    """Model card of a policy trained with `StepPPOTrainer`.
-
-    Args:
-        base: Policy that training started from.
-        rewards: Its rewards, in words.
-        data: Its prompts, in words.
-        settings: Names and values of the settings that matter.
-        metrics: For each split its metrics.
-    """
+    """Model card of a policy trained with `StepPPOTrainer`: rewards and prompts in words, metrics for each split."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     return f"""{_header(base, "text-generation", ("fractal-rm", "step-ppo", "trl"))}
 # Policy trained with step rewards

@@ -22,11 +22,7 @@ _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 def is_complete(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint is complete.
-
-    Args:
-        checkpoint: A folder. Unless it is named `checkpoint-<step>`, its state may be of any step.
-    """
+    """Whether a checkpoint is complete; unless it is named `checkpoint-<step>`, its state may be of any step."""
     try:
         state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there, or cut

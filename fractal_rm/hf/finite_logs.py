@@ -17,16 +17,11 @@ def log_finite(
     *,
     step: int,
 ) -> None:
-    """Log what is a finite number, leave out the rest, and warn of a loss that is not finite.
+    """Log what is a finite number, leave out the rest, and warn of a loss that is not finite at an optimizer step.
 
     TRL logs None where a number is not known, metrics are NaN where they are not defined, and a training that diverges
-    logs NaN: each tracker drops these or fails in its own way, and strict JSON has none of them.
-
-    Args:
-        log: `log` of the class above.
-        logs: Numbers by name. The dictionary, which `evaluate` returns, keeps its NaN and gets what `log` adds.
-        start_time: As for `log`.
-        step: The optimizer step, for the warning.
+    logs NaN: each tracker drops these or fails in its own way, and strict JSON has none of them. `logs`, which
+    `evaluate` returns, keeps its NaN and gets what `log`, that of the class above, adds.
     """
     kept = finite(logs)
     for name in _VITAL:

@@ -24,15 +24,11 @@ _LEAST_SAVING = 0.05
 
 
 def may_be_sorted(model: Any, accelerator: Accelerator) -> bool:
-    """Whether a model may read length buckets, each with its own padding on the left.
+    """Whether a transformers model, wrapped or not, may read length buckets, each with its own padding on the left.
 
     Only models with rotary positions may, where differences of positions matter: with learned positions, a text's
     log-probability would depend on the padding of its bucket. Several processes may not: they wait for each other at
     every forward pass, and the number of buckets depends on the texts.
-
-    Args:
-        model: A transformers model, wrapped or not.
-        accelerator: The trainer's.
     """
     if accelerator.num_processes > 1:
         return False
@@ -127,13 +123,7 @@ class LengthBuckets:
 
 
 def bucketed_step_logits(scorer: Any, inputs: dict[str, Tensor], accelerator: Accelerator) -> Tensor:
-    """A scorer's step logits (B, S, ...), computed bucket by bucket.
-
-    Args:
-        scorer: The scorer, wrapped or not.
-        inputs: Its arguments from a batch; texts are padded on the right.
-        accelerator: The trainer's.
-    """
+    """A scorer's step logits (B, S, ...), computed bucket by bucket; texts are padded on the right."""
     attention_mask = inputs.get("attention_mask")
     if attention_mask is None:  # embeddings
         return scorer(**inputs)

@@ -41,11 +41,6 @@ def check_online_training(trainer: Any) -> None:
 def check_whole_model(trainer: Any, model: nn.Module, name: str) -> None:
     """Raise if a process holds only a part of a model that scores.
 
-    Args:
-        trainer: A `transformers.Trainer`.
-        model: The model.
-        name: Its name in the message.
-
     Raises:
         ValueError: If DeepSpeed ZeRO-3 partitioned it at load, or FSDP left it empty in all processes but the first.
     """

@@ -16,6 +16,7 @@ from fractal_rm.hf.parallelism import check_online_training, check_separate_valu
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.scorers.checkpoint import load_tokenizer
 
 # Seconds for one answer of a vLLM server, and between two questions.
 _ANSWER, _PAUSE = 5.0, 1.0
@@ -56,6 +57,8 @@ def load_checked(
         )
     check_value_arguments(args, value_model, value_peft_config)
     check_setup(args, policy, tokenizer, eval_dataset)
+    if any(map(is_chat, _first_prompt(train_dataset))) and (tokenizer or not _is_adapter(_path_of(policy))):
+        _check_chat_template("the policy", tokenizer or load_tokenizer(_path_of(policy)))
     check_step_functions(step_functions, args, train_dataset)
     models = [
         one if isinstance(one, StepRewardModel) else StepRewardModel.from_pretrained(one) for one in reward_models
@@ -69,11 +72,7 @@ def load_checked(
 
 
 def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None:
-    """Check what is known when TRL's trainer stands: whether weights are in pieces that must be whole.
-
-    Raises:
-        ValueError: Says what to set.
-    """
+    """Raise ValueError, when TRL's trainer stands, if weights are in pieces that must be whole."""
     args = trainer.args
     if args.on_alarm == "rollback" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError("`on_alarm='rollback'` cannot put sharded weights back. Use `on_alarm='stop'`.")
@@ -86,11 +85,7 @@ def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None
 
 
 def check_value_arguments(args: StepPPOConfig, value_model: Any, value_peft_config: Any) -> None:
-    """Refuse arguments of a value model that would have no effect.
-
-    Raises:
-        ValueError: Says what to leave out.
-    """
+    """Raise ValueError for arguments of a value model that would have no effect."""
     if args.advantage != "gae" and not (value_model is None and value_peft_config is None):
         name = "value_model" if value_model is not None else "value_peft_config"
         raise ValueError(f"`advantage='{args.advantage}'` uses no `{name}`. Leave it out or set `advantage='gae'`.")
@@ -103,18 +98,12 @@ def check_value_arguments(args: StepPPOConfig, value_model: Any, value_peft_conf
 def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dataset: Any) -> None:
     """Check what needs no model: the policy's tokenizer, batches of evaluation, the vLLM server.
 
-    Args:
-        args: The configuration.
-        model: The policy: path, hub id or instance.
-        processing_class: Its tokenizer, if it was given.
-        eval_dataset: What is evaluated on, if anything.
-
     Raises:
         ConnectionError: If no vLLM server answers.
         ValueError: If there is no tokenizer, or a batch of evaluation does not hold whole groups.
     """
     if processing_class is None:
-        _check_tokenizer(model if isinstance(model, str) else getattr(model.config, "_name_or_path", None) or "")
+        _check_tokenizer(_path_of(model))
     if eval_dataset is not None:
         generations = args.num_generations_eval or args.num_generations or 1
         batch = args.per_device_eval_batch_size * args.world_size
@@ -128,12 +117,22 @@ def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dat
         wait_for_vllm(url.rstrip("/"), args.vllm_server_timeout)
 
 
+def _path_of(policy: Any) -> str:
+    """Path or hub id of a policy; empty if it was made in code."""
+    return policy if isinstance(policy, str) else getattr(policy.config, "_name_or_path", None) or ""
+
+
+def _is_adapter(name: str) -> bool:
+    """Whether a policy is a folder with an adapter, whose tokenizer is its base model's."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
 def _check_tokenizer(name: str) -> None:
     """Raise if the policy has no name, or is a local folder, and there is no tokenizer; hub ids pass."""
     folder = Path(name)
     if not name:
         raise ValueError("The policy was made in code, so its tokenizer is not known. Give it as `processing_class`.")
-    if not folder.is_dir() or (folder / "adapter_config.json").is_file():  # an adapter's tokenizer is its base model's
+    if not folder.is_dir() or _is_adapter(name):
         return
     if not any(path.name.startswith(_TOKENIZER_FILES) for path in folder.iterdir()):
         raise ValueError(
@@ -143,10 +142,6 @@ def _check_tokenizer(name: str) -> None:
 
 def wait_for_vllm(url: str, seconds: float) -> None:
     """Wait until a vLLM server says that it is healthy: before the policy is loaded, not minutes later.
-
-    Args:
-        url: Its address.
-        seconds: How long to wait.
 
     Raises:
         ConnectionError: If it does not in that time; names the address and what to do.
@@ -169,17 +164,13 @@ def wait_for_vllm(url: str, seconds: float) -> None:
 
 
 def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, train_dataset: Any) -> None:
-    """Check that reward models suit the configuration and the prompts.
-
-    Args:
-        models: The reward models.
-        args: The configuration.
-        train_dataset: The prompts; only a data set with a length is looked into.
+    """Check that reward models suit the configuration and the prompts; only a data set with a length is looked into.
 
     Raises:
         ValueError: If a model does not suit the shaping, cannot cut a completion into steps, was trained on texts where
             the prompts are chats (or the other way round), or cannot write a chat.
     """
+    prompts = _first_prompt(train_dataset)
     for number, model in enumerate(models, 1):
         which = f"Reward model {number} of {len(models)}" if len(models) > 1 else "The reward model"
         found = model.settings.aggregation
@@ -193,25 +184,13 @@ def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, 
                 f"{which} was trained on steps that were given, so it cannot cut completions into steps. Train it "
                 "with a `segmentation`, or set one in its `settings`."
             )
-        columns = _columns(train_dataset)
-        if "prompt" not in columns or not len(train_dataset):
-            continue
-        prompt = train_dataset[0]["prompt"]  # a column holds one kind
-        model.check_prompts([prompt])
-        if is_chat(prompt) and model.tokenizer is not None and not model.tokenizer.chat_template:
-            raise ValueError(
-                f"The prompts are chats, but the tokenizer of {which[0].lower()}{which[1:]} has no chat template. Set "
-                "its `chat_template`, or give the prompts as text."
-            )
+        model.check_prompts(prompts)
+        if any(map(is_chat, prompts)):
+            _check_chat_template(f"{which[0].lower()}{which[1:]}", model.tokenizer)
 
 
 def check_step_functions(functions: Sequence[Callable[..., Any]], args: StepPPOConfig, train_dataset: Any) -> None:
-    """Check that functions can be called as they will be.
-
-    Args:
-        functions: The `step_reward_funcs`.
-        args: The configuration.
-        train_dataset: Its columns are passed on; those of a stream are not known.
+    """Check that functions can be called as they will be: with the columns of the data set; a stream does not tell.
 
     Raises:
         TypeError: If something cannot be called, or not with these arguments.
@@ -245,6 +224,20 @@ def check_step_functions(functions: Sequence[Callable[..., Any]], args: StepPPOC
                 f"`{get_callable_name(function)}` cannot be called with {', '.join(sorted(passed))}: {error}. Let it "
                 "take the columns it reads and `steps` by name, and the others as `**kwargs`."
             ) from None
+
+
+def _check_chat_template(owner: str, tokenizer: Any) -> None:
+    """Raise if a tokenizer cannot write chats; an embedding scorer has none, and needs no template."""
+    if tokenizer is not None and not tokenizer.chat_template:
+        raise ValueError(
+            f"The prompts are chats, but the tokenizer of {owner} has no chat template. Set its `chat_template`, use a "
+            "chat model, or give the prompts as text."
+        )
+
+
+def _first_prompt(dataset: Any) -> list[Any]:
+    """The first prompt, as a list: a column holds one kind. Empty where there is none, or the data is a stream."""
+    return dataset[0:1]["prompt"] if "prompt" in _columns(dataset) else []
 
 
 def _columns(dataset: Any) -> list[str]:

@@ -107,17 +107,13 @@ FUNCTIONS = {
 
 
 def check_contract(trainer_class: type = GRPOTrainer, utils: ModuleType = trl_utils) -> list[str]:
-    """Compare TRL's private names with what `StepPPOTrainer` expects of them.
+    """Compare TRL's private names with what `StepPPOTrainer` expects of them: one sentence for each thing that moved.
 
     Signatures and source text are read; nothing of TRL is run, so random number generators stay where they are.
 
     Args:
         trainer_class: The class that `StepPPOTrainer` extends.
         utils: The module that holds TRL's functions on batches.
-
-    Returns:
-        One sentence for each thing that moved: the name, what was expected, the TRL version, what to do. Empty if
-        everything is in place.
 
     Example:
         >>> check_contract()

@@ -167,12 +167,9 @@ class Engine(GRPOTrainer):
         return self.sample(inputs)
 
     def loss(self, policy_loss: Tensor, minibatch: dict[str, Any], states: Tensor | None) -> Tensor:
-        """The whole loss of a minibatch, from TRL's policy loss.
+        """The whole loss of a minibatch, a part of what `RolloutBatch.minibatches` gave, from TRL's clipped loss.
 
-        Args:
-            policy_loss: TRL's clipped loss.
-            minibatch: A part of what `RolloutBatch.minibatches` gave.
-            states: Last hidden states of the policy (B, P + T, H), where `state_reader` reads them.
+        `states` are last hidden states of the policy (B, P + T, H), where `state_reader` reads them.
         """
         return policy_loss
 

@@ -137,14 +137,9 @@ def policy_mask(tokens: Mapping[str, Any]) -> Tensor:
 
 
 def mean_outcomes(rewards: Tensor, weights: Tensor) -> Tensor:
-    """The weighted mean of the outcome rewards that judged a response.
+    """The weighted mean of the outcome rewards (B, F) that judged a response: (B,), NaN where no function did.
 
-    Args:
-        rewards: Reward of each function (B, F), NaN where it had no opinion.
-        weights: Weights of the functions (F,), 0 or more; functions of weight 0 have no say.
-
-    Returns:
-        Means (B,) on the scale of one function, NaN where no function judged.
+    A reward is NaN where its function had no opinion. Weights (F,) are 0 or more; functions of weight 0 have no say.
 
     Example:
         >>> import torch

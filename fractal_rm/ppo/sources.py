@@ -7,7 +7,7 @@ with their scores. Neither knows the other, nor what becomes of what it returns.
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -30,10 +30,10 @@ class StepRewardSource(ABC):
     """Something that scores steps.
 
     Args:
-        name: Its name in logs, unlike every other.
-        weight: Its weight among the sources.
+        name: Its name in logs.
 
     Attributes:
+        weight: Its weight among the sources.
         gives_probabilities: Whether scores are P(step is good), as the guards take them.
         is_async: Whether TRL must await it.
     """
@@ -41,8 +41,8 @@ class StepRewardSource(ABC):
     gives_probabilities = False
     is_async = False
 
-    def __init__(self, name: str, weight: float) -> None:
-        self.name, self.weight = name, weight
+    def __init__(self, name: str) -> None:
+        self.name, self.weight = name, 1.0
 
     @abstractmethod
     def __call__(
@@ -66,20 +66,12 @@ class ModelSource(StepRewardSource):
     Args:
         reward_model: The model.
         batch_size: Responses in a forward; None: the model's own setting.
-        name: See [`StepRewardSource`].
-        weight: See [`StepRewardSource`].
     """
 
     gives_probabilities = True
 
-    def __init__(
-        self,
-        reward_model: StepRewardModel,
-        batch_size: int | None,
-        name: str = "step_reward_model",
-        weight: float = 1.0,
-    ) -> None:
-        super().__init__(name, weight)
+    def __init__(self, reward_model: StepRewardModel, batch_size: int | None) -> None:
+        super().__init__("step_reward_model")
         self.reward_model, self.batch_size = reward_model, batch_size
 
     def __call__(self, prompts: list[Any], texts: list[str], **arguments: Any) -> list[StepScores]:
@@ -105,20 +97,10 @@ class FunctionSource(StepRewardSource):
         function: The function.
         segmentation: How completions become steps.
         bounded: Whether the shaping needs scores in [0, 1].
-        name: See [`StepRewardSource`]; None: that of the function.
-        weight: See [`StepRewardSource`].
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        segmentation: Segmentation,
-        *,
-        bounded: bool,
-        name: str | None = None,
-        weight: float = 1.0,
-    ) -> None:
-        super().__init__(name or get_callable_name(function), weight)
+    def __init__(self, function: Callable[..., Any], segmentation: Segmentation, *, bounded: bool) -> None:
+        super().__init__(get_callable_name(function))
         self.function, self.segmentation, self.bounded = function, segmentation, bounded
         self.is_async = is_async_callable(function)
 
@@ -201,13 +183,8 @@ def make_sources(
 ) -> list[StepRewardSource]:
     """The sources of step rewards with their weights and names, the reward models first.
 
-    Functions get steps as `step_segmentation` cuts them; without it, as the first reward model does, or by lines.
-
-    Args:
-        reward_models: Step reward models.
-        functions: Functions that score steps.
-        args: The configuration.
-        taken: Names of outcome rewards. A name that occurs more than once gets a number.
+    Functions get steps as `step_segmentation` cuts them; without it, as the first reward model does, or by lines. A
+    name that occurs more than once, those of outcome rewards (`taken`) included, gets a number.
 
     Raises:
         ValueError: If there are not as many weights as sources.
@@ -260,13 +237,10 @@ def _checked_list(value: Any, found: str, wanted: str) -> list[Any]:
 
 
 def finite_outcomes(function: Any, name: str) -> Any:
-    """An outcome function whose rewards are checked: NaN and infinity would spread to the whole batch.
+    """A reward function of TRL whose rewards are checked: NaN and infinity would spread to the whole batch.
 
-    None means "no opinion" to TRL, which turns it into NaN: the two must be told apart where the function returns.
-
-    Args:
-        function: A reward function of TRL; a reward model of transformers stays as it is.
-        name: Its name, for messages.
+    None means "no opinion" to TRL, which turns it into NaN: the two must be told apart where the function returns. A
+    reward model of transformers stays as it is.
     """
     if isinstance(function, nn.Module):
         return function
@@ -274,53 +248,35 @@ def finite_outcomes(function: Any, name: str) -> Any:
 
         @wraps(function, updated=())
         async def checked_later(prompts: Any, completions: Any, **arguments: Any) -> list[Any]:
-            rewards = list(await function(prompts=prompts, completions=completions, **arguments))
-            check_finite(rewards, name, prompts, completions)
-            return rewards
+            rewards = await function(prompts=prompts, completions=completions, **arguments)
+            return check_finite(rewards, name, prompts, completions)
 
         return checked_later
 
     @wraps(function, updated=())
     def checked(prompts: Any, completions: Any, **arguments: Any) -> list[Any]:
-        rewards = list(function(prompts=prompts, completions=completions, **arguments))
-        check_finite(rewards, name, prompts, completions)
-        return rewards
+        rewards = function(prompts=prompts, completions=completions, **arguments)
+        return check_finite(rewards, name, prompts, completions)
 
     return checked
 
 
-def check_finite(rewards: Sequence[Any], name: str, prompts: Sequence[Any], completions: Sequence[Any]) -> None:
-    """Raise if a reward is NaN or infinite.
-
-    Args:
-        rewards: One number for each completion, None without an opinion.
-        name: Name of the reward function.
-        prompts: The prompts.
-        completions: The completions.
-
-    Raises:
-        ValueError: Names the function, the row, its prompt and its completion.
-    """
+def check_finite(rewards: Iterable[Any], name: str, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
+    """The rewards, or a ValueError if one is NaN or infinite: names the function, the row, prompt and completion."""
+    rewards = list(rewards)
     for row, (reward, prompt, completion) in enumerate(zip(rewards, prompts, completions, strict=False)):
         if reward is not None and not math.isfinite(reward):
             raise ValueError(
                 f"The reward function `{name}` gave {completion_in_words(row, prompt, completion)} the reward "
                 f"{float(reward)}. Return a finite number, or None for no opinion."
             )
+    return rewards
 
 
 def check_model_outcomes(
     functions: Sequence[Any], names: Sequence[str], rewards: Tensor, prompts: Sequence[Any], completions: Sequence[Any]
 ) -> None:
-    """Raise if a reward model of transformers gave NaN or infinity: it always has an opinion.
-
-    Args:
-        functions: All reward functions (F).
-        names: Their names.
-        rewards: What they gave in this process (B, F).
-        prompts: The prompts.
-        completions: The completions.
-    """
+    """Raise if a reward model of transformers gave NaN or infinity (B, F): it always has an opinion, never None."""
     for column, (function, name) in enumerate(zip(functions, names, strict=True)):
         if isinstance(function, nn.Module):
             check_finite(rewards[:, column].tolist(), name, prompts, completions)

@@ -144,9 +144,6 @@ def _share_frozen_weights(model: nn.Module, source: Any) -> None:
 class ValueHead(nn.Linear):
     """Hidden states (..., H) -> values (...), in float32 whatever the states are in; 0 everywhere at the start.
 
-    Args:
-        width: Size H of a hidden state.
-
     Example:
         >>> ValueHead(8)(torch.ones(2, 3, 8)).shape
         torch.Size([2, 3])
@@ -245,12 +242,7 @@ class ValueLearning:
     # Values -----------------------------------------------------------------------------------------------------------
 
     def values(self, tokens: dict[str, Any], *, most_rows: int | None = None) -> Tensor:
-        """Value of the state before each completion token, (B, T) in float32, by a forward for nothing else.
-
-        Args:
-            tokens: Prompts and completions, as TRL has them in a rollout.
-            most_rows: Most texts in a forward pass; None: all.
-        """
+        """Value of the state before each completion token (B, T) in float32, at most `most_rows` texts a forward."""
         input_ids = torch.cat([tokens["prompt_ids"], tokens["completion_ids"]], dim=1)
         attention_mask = torch.cat([tokens["prompt_mask"], tokens["completion_mask"]], dim=1)
         sort = may_be_sorted(self.engine.policy if self.shared else self.model, self.engine.accelerator)

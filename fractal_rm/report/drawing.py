@@ -12,8 +12,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fractal_rm.files import write_atomic
 from fractal_rm.report.palette import ink_on, score_colour
 
 if TYPE_CHECKING:
@@ -63,14 +65,7 @@ SETTINGS: dict[str, Any] = {
 
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Figure]:
-    """Give an empty figure, with matplotlib's defaults and ours whatever the user's own settings are.
-
-    Args:
-        width: Width in inches.
-        height: Height in inches.
-
-    Yields:
-        The figure; draw and save it inside the `with` block.
+    """Give an empty figure (inches), to draw and save inside the `with` block, whatever the settings of the user are.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -85,12 +80,7 @@ def new_figure(width: float, height: float) -> Iterator[Figure]:
 
 
 def style_axes(axes: Axes, theme: Theme) -> None:
-    """Give axes the quiet look of all our plots.
-
-    Args:
-        axes: What to style.
-        theme: Its colours.
-    """
+    """Give axes the quiet look of all our plots."""
     axes.set_facecolor("none")
     axes.tick_params(color=theme.muted, labelcolor=theme.muted, labelsize=10, length=3)
     axes.grid(axis="y", color=theme.rule, linewidth=0.8)
@@ -172,10 +162,7 @@ def draw_curves(axes: Axes, curves: Mapping[str, Curve], theme: Theme, *, baseli
 def draw_heat_map(axes: Axes, rows: Sequence[Mapping[str, Any]], theme: Theme) -> None:
     """Draw one line of cells a response, one cell a step, with its score and a cross where the step is wrong.
 
-    Args:
-        axes: Where to draw.
-        rows: Scored responses, those labelled good first; their `steps` need `score` and may have `gold`.
-        theme: Colours.
+    Scored responses come sorted, those labelled good first; their `steps` need `score` and may have `gold`.
     """
     from matplotlib.patches import Rectangle
 
@@ -206,12 +193,6 @@ def draw_heat_map(axes: Axes, rows: Sequence[Mapping[str, Any]], theme: Theme) -
 def is_good(row: Mapping[str, Any]) -> bool:
     """Whether a scored response is labelled good: at least one half; an unknown label counts as bad.
 
-    Args:
-        row: A scored response.
-
-    Returns:
-        The side of the label.
-
     Example:
         >>> is_good({"label": 1}), is_good({"label": None})
         (True, False)
@@ -220,31 +201,32 @@ def is_good(row: Mapping[str, Any]) -> bool:
 
 
 def to_bytes(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
-    """Render a figure, without the time of day or the name of a program in it.
-
-    Args:
-        figure: What to render, inside its `with` block.
-        kind: The format.
-
-    Returns:
-        The file's content.
-    """
+    """The content of a picture file, without the time of day or the name of a program in it."""
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type") if kind == "svg" else ("Software",))
     data = io.BytesIO()
     figure.savefig(data, format=kind, dpi=200, metadata=metadata)
     return data.getvalue()
 
 
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Save a figure as a picture, inside its `with` block; the ending `.png` or `.svg` decides the format.
+
+    Raises:
+        ValueError: If the name ends otherwise.
+    """
+    kind = Path(path).suffix[1:]
+    if kind not in ("png", "svg"):
+        raise ValueError(f"The picture cannot be named {Path(path).name!r}: end the name in .png or .svg.")
+    write_atomic(path, to_bytes(figure, kind))
+
+
 def to_svg(figure: Figure, name: str, description: str) -> str:
-    """Render a figure as one `<svg>` element for a page.
+    """Render a figure, drawn with the theme `PAGE`, as one `<svg>` element whose colours follow the page's mode.
 
     Args:
-        figure: What to render, drawn with the theme `PAGE`, inside its `with` block.
+        figure: What to render, inside its `with` block.
         name: Put before every identifier, so that two plots can stand in one page.
         description: Read out to those who do not see the plot.
-
-    Returns:
-        The element; its colours are CSS and follow the page's mode.
     """
     figure.patch.set_visible(False)
     svg = to_bytes(figure, "svg").decode()

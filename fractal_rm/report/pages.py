@@ -105,15 +105,12 @@ class ResponseView:
 
 
 def response_view(row: Mapping[str, Any], number: int, *, threshold: float = 0.5) -> ResponseView:
-    """Prepare a row of scores for a page.
+    """What the templates print of a scored response, whose columns `write_viewer` lists.
 
     Args:
-        row: A scored response, with the columns that `write_viewer` lists.
+        row: The response.
         number: Its row, from 1.
         threshold: Score below which a step counts as wrong.
-
-    Returns:
-        What the templates print.
 
     Raises:
         ValueError: If the row has neither steps nor an error.
@@ -185,9 +182,6 @@ def write_page(path: str | Path, template: str, *, script: str = "", **context: 
         template: File name of a template in `report/templates`.
         script: File name of the script there that the page brings along, empty for none.
         **context: What the template shows.
-
-    Raises:
-        OSError: If the page cannot be written.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),

@@ -20,14 +20,7 @@ SCORE_BINS = 11
 
 
 def score_colour(score: float, mode: Mode = "light") -> str:
-    """Colour of a step score on the diverging scale.
-
-    Args:
-        score: A probability; values outside [0, 1] get the colour of the nearer end.
-        mode: Which of the two scales: for a light or for a dark page.
-
-    Returns:
-        The colour as `#rrggbb`.
+    """Colour of a step score on the diverging scale, as `#rrggbb`; beyond [0, 1] the colour of the nearer end.
 
     Example:
         >>> score_colour(0.0), score_colour(0.5), score_colour(1.0)
@@ -42,13 +35,7 @@ def score_colour(score: float, mode: Mode = "light") -> str:
 
 
 def ink_on(colour: str) -> str:
-    """Black or white, whichever reads better on a colour.
-
-    Args:
-        colour: The background as `#rrggbb`.
-
-    Returns:
-        The text colour as `#rrggbb`.
+    """Black or white, whichever reads better on a colour, as `#rrggbb`.
 
     Example:
         >>> ink_on("#2371b3")
@@ -58,14 +45,7 @@ def ink_on(colour: str) -> str:
 
 
 def contrast(one: str, other: str) -> float:
-    """Contrast ratio of two colours: 1 for equal ones, 21 for black on white.
-
-    Args:
-        one: A colour as `#rrggbb`.
-        other: Another colour as `#rrggbb`.
-
-    Returns:
-        The ratio of their relative luminances, at least 1.
+    """Contrast ratio of two colours `#rrggbb`: 1 for equal ones, 21 for black on white.
 
     Source:
         Contrast ratio of the Web Content Accessibility Guidelines 2.2, which ask for 4.5 in body text.
@@ -79,13 +59,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def score_class(score: float | None) -> str:
-    """CSS class of a score: `s0` (wrong) to `s10` (right), `none` where there is no score.
-
-    Args:
-        score: A probability, NaN or None.
-
-    Returns:
-        The name of the class whose colours `score_css` defines.
+    """CSS class of a score, for the rules of [`score_css`]: `s0` (wrong) to `s10` (right), `none` without a score.
 
     Example:
         >>> score_class(0.0), score_class(0.93), score_class(None)
@@ -97,13 +71,7 @@ def score_class(score: float | None) -> str:
 
 
 def score_css(mode: Mode) -> str:
-    """CSS rules that give each score class its colour `--c` and the colour `--t` of text on it.
-
-    Args:
-        mode: Which of the two scales.
-
-    Returns:
-        One rule a bin, on one line each.
+    """CSS rules, a line each, that give each score class its colour `--c` and the colour `--t` of text on it.
 
     Example:
         >>> score_css("light").splitlines()[0]

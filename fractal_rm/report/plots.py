@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fractal_rm.evaluation.statistics import BINS, reliability_curve
-from fractal_rm.files import write_atomic
 from fractal_rm.report.drawing import (
     PAGE,
     PICTURE,
@@ -17,8 +16,8 @@ from fractal_rm.report.drawing import (
     draw_heat_map,
     is_good,
     new_figure,
+    save_figure,
     style_axes,
-    to_bytes,
     to_svg,
 )
 
@@ -26,43 +25,8 @@ from fractal_rm.report.drawing import (
 MAX_ROWS = 12
 
 
-def picture_kind(path: str | Path) -> Literal["png", "svg"]:
-    """The format that a picture's name asks for.
-
-    Args:
-        path: Where the picture is to be written.
-
-    Returns:
-        The format.
-
-    Raises:
-        ValueError: If the name ends otherwise.
-
-    Example:
-        >>> picture_kind("curves.svg")
-        'svg'
-    """
-    name = Path(path).name
-    if name.endswith(".png"):
-        return "png"
-    if name.endswith(".svg"):
-        return "svg"
-    raise ValueError(f"The picture cannot be named {name!r}: end the name in .png or .svg.")
-
-
 def learning_curves(curves: Mapping[str, Curve], *, baseline: str | None = None) -> str:
-    """Draw accuracy against rollouts, one line an arm.
-
-    Args:
-        curves: For each arm its pairs of rollouts and accuracy in [0, 1].
-        baseline: An arm whose final accuracy is drawn as a dotted line from where another arm first reaches it.
-
-    Returns:
-        One `<svg>` element, to stand in a page.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-        ValueError: If there is no curve, or one is empty, or `baseline` is none of them.
+    """One `<svg>` element for a page: [`~fractal_rm.report.drawing.draw_curves`], whose arguments these are.
 
     Example:
         >>> svg = learning_curves({"outcome": [(0, 0.5), (1024, 0.8)]})
@@ -76,17 +40,13 @@ def learning_curves(curves: Mapping[str, Curve], *, baseline: str | None = None)
 
 
 def calibration_plot(probs: Sequence[float], labels: Sequence[float]) -> str:
-    """Draw the share of good responses against the predicted probability, with the number of responses below.
+    """One `<svg>` element: the share of good responses against the predicted probability, and how many there are.
 
     Args:
         probs: Predicted probability that each response is good, in [0, 1].
         labels: Response labels in [0, 1], NaN where unknown.
 
-    Returns:
-        One `<svg>` element, to stand in a page.
-
     Raises:
-        ImportError: If matplotlib is not installed.
         ValueError: If no label is known, or there are not as many labels as probabilities.
 
     Example:
@@ -130,14 +90,12 @@ def save_picture(
 
     Args:
         path: Where to write it; the ending `.png` or `.svg` decides the format.
-        curves: For each arm its pairs of rollouts and accuracy in [0, 1].
+        curves: As for [`learning_curves`].
         examples: Scored responses as `write_viewer` takes them; a cross marks steps whose `gold` label is wrong.
-        baseline: An arm whose final accuracy is drawn as a dotted line from where another arm first reaches it.
+        baseline: As for [`learning_curves`].
 
     Raises:
-        ImportError: If matplotlib is not installed.
         ValueError: If there is no curve or no scored example, or the name ends otherwise.
-        OSError: If the picture cannot be written.
 
     Example:
         >>> import pathlib, tempfile
@@ -147,7 +105,6 @@ def save_picture(
         >>> picture.read_bytes()[1:4]
         b'PNG'
     """
-    kind = picture_kind(path)
     rows = _both_sides(examples)
     if not rows:
         raise ValueError("There is no scored response to draw. Pass at least one example with steps.")
@@ -155,8 +112,7 @@ def save_picture(
         left, right = figure.subplots(1, 2, width_ratios=[1.12, 1], gridspec_kw={"wspace": 0.06})
         draw_curves(left, curves, PICTURE, baseline=baseline)
         draw_heat_map(right, rows, PICTURE)
-        content = to_bytes(figure, kind)
-    write_atomic(path, content)
+        save_figure(figure, path)
 
 
 def _both_sides(examples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -43,9 +43,6 @@ class QuickstartReport:
         labels: Labels of these responses.
         rows: The run's rows of `results.jsonl`.
         next_commands: What to go on with: the command, and what it does.
-
-    Raises:
-        ValueError: If there are not as many labels as probabilities.
     """
 
     title: str
@@ -61,26 +58,9 @@ class QuickstartReport:
     rows: Sequence[Mapping[str, Any]] = ()
     next_commands: Sequence[tuple[str, str]] = ()
 
-    def __post_init__(self) -> None:
-        if len(self.probs) != len(self.labels):
-            raise ValueError(
-                f"The report was given {len(self.probs)} probabilities and {len(self.labels)} labels for calibration. "
-                "Pass one of each for every held-out response."
-            )
-
 
 def summarize(folder: Path, arms: Sequence[str], seed: int, budget: str) -> QuickstartReport:
-    """Read rows, curves and validation responses of a finished run.
-
-    Args:
-        folder: The run's output folder.
-        arms: Names of the arms, the dense one first and the outcome-only one second.
-        seed: The run's seed.
-        budget: Name of the run's budget.
-
-    Returns:
-        The contents of `report.html`.
-    """
+    """The contents of `report.html` from the folder of a finished run; arms: the dense one, then outcome-only."""
     rows = read_results(folder / "results.jsonl")
     curves: dict[str, list[tuple[float, float]]] = {}
     for arm in arms:
@@ -159,13 +139,8 @@ def next_commands(folder: Path) -> list[tuple[str, str]]:
 def write_report(path: str | Path, report: QuickstartReport) -> None:
     """Write the report as one HTML page that needs nothing but a browser.
 
-    Args:
-        path: Where to write the page.
-        report: What to show.
-
     Raises:
         ImportError: If matplotlib is not installed and there is something to plot.
-        OSError: If the page cannot be written.
 
     Example:
         >>> import pathlib, tempfile
@@ -203,14 +178,9 @@ def write_report(path: str | Path, report: QuickstartReport) -> None:
 
 
 def rollouts_to_reach(curve: Curve, accuracy: float) -> float | None:
-    """Rollouts after which a learning curve first stands at an accuracy; measured points only, nothing in between.
+    """Rollouts after which a learning curve first stands at an accuracy; None if it stays below.
 
-    Args:
-        curve: Pairs of rollouts and accuracy, in any order.
-        accuracy: The accuracy to reach.
-
-    Returns:
-        The rollouts, or None if the curve stays below.
+    Measured points only, nothing in between.
 
     Example:
         >>> rollouts_to_reach([(0, 0.5), (512, 0.7), (1024, 0.8)], 0.7)
@@ -222,13 +192,7 @@ def rollouts_to_reach(curve: Curve, accuracy: float) -> float | None:
 def compare_curves(curves: Mapping[str, Curve], *, arm: str = ARM, baseline: str = BASELINE) -> list[str]:
     """Say in sentences what two learning curves show, in favour of the arm or not.
 
-    Args:
-        curves: For each arm its pairs of rollouts and accuracy in [0, 1].
-        arm: The arm in question.
-        baseline: The arm it is compared with.
-
-    Returns:
-        Whether and when the arm reached the baseline's final accuracy, then how far each ended below its best.
+    First whether and when the arm reached the baseline's final accuracy, then how far each ended below its best.
 
     Raises:
         ValueError: If one of the two arms has no points.

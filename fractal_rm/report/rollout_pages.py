@@ -76,9 +76,6 @@ class StepScoresCallback(TrainerCallback):
 def rollout_rows(trainer: StepPPOTrainer) -> list[dict[str, Any]]:
     """The last rollout that was trained on, as [`~fractal_rm.report.viewer.write_viewer`] takes it.
 
-    Args:
-        trainer: The trainer, before or after its first rollout.
-
     Returns:
         One row a completion of this process: `id`, `prompt`, `response`, `steps`, `score`, `truncated_steps`, `error`,
         `rewards` (what each outcome function gave) and `label`, their weighted sum; None where nothing is known.
@@ -98,10 +95,7 @@ def rollout_rows(trainer: StepPPOTrainer) -> list[dict[str, Any]]:
                 "id": f"completion {number}",
                 "prompt": prompt,
                 "response": scored.response,
-                "steps": [
-                    {"text": step.text, "start": step.start, "end": step.end, "score": step.score}
-                    for step in scored.steps
-                ],
+                "steps": [dict(vars(step)) for step in scored.steps],
                 "score": None if math.isnan(scored.score) else scored.score,
                 "truncated_steps": scored.truncated_steps,
                 "error": scored.error,

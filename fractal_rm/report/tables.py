@@ -30,18 +30,16 @@ class Table(NamedTuple):
 
 
 def tabulate(rows: Iterable[Mapping[str, Any]], *, metrics: Sequence[str] | None = None) -> Table:
-    """Gather rows of results into one line for each benchmark, arm, data set and split.
+    """Gather rows of results into one line for each benchmark, arm, data set and split, in order of first appearance.
 
     Rows that differ in the seed only are averaged, with their standard deviation, and with the number of seeds where a
     value is missing from some. The file is append-only: of two rows with the same seed the later one counts.
     Grouping columns with the same value in every row are left out, since they tell lines apart no more; the arm stays.
+    A metric that a line lacks, or whose value is null or not finite, shows as a dash.
 
     Args:
-        rows: Rows of `results.jsonl`, in the order in which lines shall appear.
-        metrics: Names of the metrics to show, in order. None shows all, in order of first appearance.
-
-    Returns:
-        The table. A metric that a line lacks, or whose value is null or not finite, shows as a dash.
+        rows: Rows of `results.jsonl`.
+        metrics: Names of the metrics to show, in order. None: all, in order of first appearance.
 
     Raises:
         ValueError: If there are no rows, or a metric in `metrics` is in none of them.
@@ -82,17 +80,7 @@ def tabulate(rows: Iterable[Mapping[str, Any]], *, metrics: Sequence[str] | None
 
 
 def markdown_table(rows: Iterable[Mapping[str, Any]], *, metrics: Sequence[str] | None = None) -> str:
-    """Write rows of results as a Markdown table.
-
-    Args:
-        rows: Rows of `results.jsonl`, in the order in which lines shall appear.
-        metrics: Names of the metrics to show, in order. None shows all.
-
-    Returns:
-        The table, numbers aligned right, without a newline at the end.
-
-    Raises:
-        ValueError: If there are no rows, or a metric in `metrics` is in none of them.
+    """The table of [`tabulate`] as Markdown, numbers aligned right, without a newline at the end.
 
     Example:
         >>> print(markdown_table([{"arm": "outcome", "seed": 0, "metrics": {"accuracy": 0.8, "rollouts": 4096}}]))
@@ -109,31 +97,12 @@ def markdown_table(rows: Iterable[Mapping[str, Any]], *, metrics: Sequence[str] 
 def write_results_page(
     path: str | Path, rows: Iterable[Mapping[str, Any]], *, metrics: Sequence[str] | None = None, title: str = "Results"
 ) -> None:
-    """Write rows of results as one HTML page that needs nothing but a browser.
-
-    Args:
-        path: Where to write the page.
-        rows: Rows of `results.jsonl`, in the order in which lines shall appear.
-        metrics: Names of the metrics to show, in order. None shows all.
-        title: Heading of the page.
-
-    Raises:
-        ValueError: If there are no rows, or a metric in `metrics` is in none of them.
-        OSError: If the page cannot be written.
-    """
+    """The table of [`tabulate`] as one HTML page that needs nothing but a browser."""
     write_page(path, "results.html.j2", title=title, table=tabulate(rows, metrics=metrics))
 
 
 def replace_table(document: str, name: str, table: str) -> str:
     """Put a table between its two marks in a document: `<!-- table: name -->` and `<!-- end of table: name -->`.
-
-    Args:
-        document: The text of a README or of a page of documentation.
-        name: Name of the table in the marks.
-        table: The Markdown to stand between them.
-
-    Returns:
-        The document with the new table. Replacing twice with the same table changes nothing more.
 
     Raises:
         ValueError: If the document does not hold the two marks exactly once, in this order.
@@ -150,13 +119,9 @@ def replace_table(document: str, name: str, table: str) -> str:
 
 
 def format_number(value: float | int | None) -> str:
-    """Write a number as tables and pages show it.
+    """A number as tables and pages show it.
 
-    Args:
-        value: A count, a measurement, or None.
-
-    Returns:
-        Counts with commas, measurements with three decimals (four significant digits from 100 on), a dash for nothing.
+    Counts have commas, measurements three decimals (four significant digits from 100 on), nothing is a dash.
 
     Example:
         >>> format_number(4096), format_number(0.98765), format_number(1234.5), format_number(None)

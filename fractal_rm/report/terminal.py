@@ -18,15 +18,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def show_steps(rows: Iterable[Mapping[str, Any]], console: Console | None = None, *, threshold: float = 0.5) -> None:
-    """Print scored responses, a step a line.
-
-    Args:
-        rows: As for [`~fractal_rm.report.viewer.write_viewer`].
-        console: Where to print; None: the screen.
-        threshold: Score below which a step counts as wrong.
-
-    Raises:
-        ValueError: If a row has neither steps nor an error.
+    """Print scored responses, as [`~fractal_rm.report.viewer.write_viewer`] takes them, a step a line.
 
     Example:
         >>> step = {"text": "2+2=5", "score": 0.08, "gold": 0}

@@ -126,17 +126,11 @@ def common_updates(runs: Sequence[Run], key: str) -> list[int]:
 
 
 def make_line(name: str, slot: int | None, runs: Sequence[Run], key: str) -> Line | None:
-    """The curve of a metric for a group of runs.
+    """The curve of a metric for a group of runs, which are seeds; None if there is no update that all of them have.
 
-    Args:
-        name: What to call it.
-        slot: Its place among the looks of lines; None: that of a checked outcome.
-        runs: The runs, seeds of one group.
-        key: The metric.
-
-    Returns:
-        The mean at the updates that all of the runs have, so that no run comes in or drops out along the line, with the
-        interval of the mean if there are several runs. None if there is no such update.
+    It is the mean at the updates that all runs have, so that no run comes in or drops out along the line, with the
+    interval of the mean if there are several runs. `slot` is its place among the looks of lines; None: that of a
+    checked outcome.
     """
     updates = common_updates(runs, key)
     if not updates:
@@ -151,13 +145,7 @@ def make_line(name: str, slot: int | None, runs: Sequence[Run], key: str) -> Lin
 
 
 def make_sections(runs: Sequence[Run]) -> list[Section]:
-    """Sort what runs logged into sections of panels.
-
-    Args:
-        runs: The runs; those of one name are seeds of one group.
-
-    Returns:
-        The sections that have panels.
+    """Sort what runs logged into sections of panels; runs of one name are seeds of one group.
 
     Raises:
         ValueError: If a run logs nothing that is shown, or the runs of a group have no update in common.

@@ -50,14 +50,11 @@ class Run:
 
 
 def read_runs(entries: Sequence[str]) -> list[Run]:
-    """Read runs.
+    """Read runs, in the order given.
 
     Args:
         entries: `NAME=DIR` or `DIR`, whose name is that of the folder. DIR is the output folder of `fractal-rm ppo` or
             of `StepPPOTrainer`, or a checkpoint. An entry that is a folder as it stands is a DIR, `=` or not.
-
-    Returns:
-        The runs, in the order given.
 
     Raises:
         OSError: If a folder is not there.
@@ -75,18 +72,17 @@ def read_runs(entries: Sequence[str]) -> list[Run]:
                 f"{names[name]} runs are called {name!r}, {folder} by its folder only. Give each as NAME=DIR: runs "
                 "that differ in the seed alone under one name, others under names of their own."
             )
-    return [_read_run(name, folder) for name, folder, _ in named]
+    runs = []
+    for name, folder, _ in named:
+        file, history = _find_history(Path(folder))
+        runs.append(Run(name, folder, file.relative_to(folder).as_posix(), metrics_by_update(history)))
+    return runs
 
 
 def metrics_by_update(history: Sequence[Any]) -> dict[str, dict[int, float]]:
-    """Turn a trainer's `log_history` around.
+    """The numbers of each metric by update, from a trainer's `log_history`.
 
-    Args:
-        history: What was logged, one mapping each time.
-
-    Returns:
-        For each metric its numbers by update. What is no finite number is left out; of two numbers of one update, as
-        a run may log that was resumed, the later one counts.
+    What is no finite number is left out; of two numbers of one update, as a resumed run may log, the later one counts.
 
     Example:
         >>> metrics_by_update([{"reward": 0.5, "step": 10}, {"reward": None, "kl": 0.1, "step": 20}])
@@ -112,11 +108,6 @@ def _name_and_folder(entry: str) -> tuple[str, str, bool]:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Give `runs` the output folders of `fractal-rm ppo`.")
     return (name if is_given else Path(folder).resolve().name), folder, is_given
-
-
-def _read_run(name: str, folder: str) -> Run:
-    file, history = _find_history(Path(folder))
-    return Run(name, folder, file.relative_to(folder).as_posix(), metrics_by_update(history))
 
 
 def _find_history(folder: Path) -> tuple[Path, list[Any]]:

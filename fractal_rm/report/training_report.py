@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from markupsafe import Markup
 
-from fractal_rm.files import write_atomic
-from fractal_rm.report.drawing import LINES, PAGE, PAGE_CSS, PICTURE, Theme, new_figure, style_axes, to_bytes, to_svg
+from fractal_rm.report.drawing import LINES, PAGE, PAGE_CSS, PICTURE, Theme, new_figure, save_figure, style_axes, to_svg
 from fractal_rm.report.pages import write_page
-from fractal_rm.report.plots import picture_kind
 from fractal_rm.report.tables import MISSING, Table, format_number
 from fractal_rm.report.training_curves import (
     MOST_POINTS,
@@ -45,17 +43,11 @@ SHAPES = {
 
 
 def write_training_report(path: str | Path, runs: Sequence[Run], *, title: str = "Training") -> None:
-    """Write what runs logged as one HTML page that needs nothing but a browser.
-
-    Args:
-        path: Where to write the page.
-        runs: The runs; those of one name are seeds of one group, drawn as their mean with its interval.
-        title: Heading of the page.
+    """Write what runs logged as one HTML page; runs of one name are seeds, drawn as their mean with its interval.
 
     Raises:
         ImportError: If matplotlib is not installed.
         ValueError: If a run logs nothing that is shown, or the runs of a group have no update in common.
-        OSError: If the page cannot be written.
 
     Example:
         >>> import pathlib, tempfile
@@ -85,18 +77,13 @@ def write_training_report(path: str | Path, runs: Sequence[Run], *, title: str =
 
 
 def save_training_figure(path: str | Path, runs: Sequence[Run]) -> None:
-    """Save the panels of the page as one picture on white.
-
-    Args:
-        path: Where to write it; the ending `.png` or `.svg` decides the format.
-        runs: As for [`write_training_report`].
+    """Save the panels of the page as one picture on white; the ending `.png` or `.svg` decides the format.
 
     Raises:
         ImportError: If matplotlib is not installed.
         ValueError: As for [`write_training_report`], or if the name ends otherwise.
-        OSError: If the picture cannot be written.
     """
-    kind, sections, names = picture_kind(path), make_sections(runs), list(by_name(runs))
+    sections, names = make_sections(runs), list(by_name(runs))
     last = max(run.last_update for run in runs)
     rows = [-(-len(section.panels) // COLUMNS) for section in sections]
     with new_figure(9.6, 0.4 + sum(0.35 + 2.15 * count for count in rows)) as figure:
@@ -115,18 +102,13 @@ def save_training_figure(path: str | Path, runs: Sequence[Run]) -> None:
                     axes.legend(
                         handles=_handles((line.slot, line.name) for line in panel.lines), frameon=False, fontsize=7.5
                     )
-        content = to_bytes(figure, kind)
-    write_atomic(path, content)
+        save_figure(figure, path)
 
 
 def draw_panel(axes: Axes, panel: Panel, theme: Theme, last: int) -> None:
     """Draw the curves of a panel with their intervals, and a triangle above each alarm.
 
-    Args:
-        axes: Where to draw.
-        panel: What to draw.
-        theme: Colours.
-        last: The update at which the axis ends, the same for all panels of a report.
+    The axis ends at the update `last`, the same for all panels of a report.
     """
     style_axes(axes, theme)
     for line in panel.lines:

@@ -32,7 +32,6 @@ def write_viewer(
 
     Raises:
         ValueError: If a row has neither steps nor an error.
-        OSError: If the page cannot be written.
 
     Example:
         >>> import pathlib, tempfile

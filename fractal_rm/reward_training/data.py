@@ -25,11 +25,6 @@ Records = Sequence[Bag] | Iterable[Mapping[str, Any]]
 def to_bags(records: Records, settings: FractalSettings, *, source: str) -> list[Bag]:
     """Bags from TRL's formats or this package's schema; bags pass through.
 
-    Args:
-        records: Rows or bags.
-        settings: Gives segmentation and aggregation.
-        source: Name of the data in messages.
-
     Raises:
         TypeError: For a reason of `read_bags`.
         ValueError: If the rows state another aggregation than the settings, a bag has no label or another number of
@@ -73,11 +68,7 @@ def fingerprint(bags: Sequence[Bag]) -> str:
 
 
 def describe_labels(bags: Sequence[Bag], args: Any) -> str:
-    """What there was to learn from, for the model card.
-
-    Args:
-        bags: The training data.
-        args: `FractalConfig`: says whether gold step labels were read.
+    """What there was to learn from, for the model card; `args` says whether gold step labels were read.
 
     Example:
         >>> from types import SimpleNamespace

@@ -46,11 +46,7 @@ class CollectedBags(NamedTuple):
 
 
 def collected_bags(prediction: EvalPrediction) -> CollectedBags:
-    """The bags of items that [`by_item`] laid out and Trainer padded and put together.
-
-    Args:
-        prediction: What `FractalTrainer.prediction_step` gave for every batch.
-    """
+    """The bags of items that [`by_item`] laid out in every `prediction_step`, and Trainer padded and put together."""
     laid: Any = (prediction.predictions, *prediction.label_ids)
     logits, labels, step_labels, mask, chosen = (_by_row(values) for values in laid)
     # Trainer pads shorter batches with -100, masks included: only 1 is a real step. A bag without any is the place
@@ -72,16 +68,11 @@ def _by_row(laid: np.ndarray) -> np.ndarray:
 
 
 def measure_logits(bags: CollectedBags, settings: FractalSettings) -> Measurement:
-    """Metrics of response labels, and of gold step labels where any is known.
-
-    Args:
-        bags: The bags that an evaluation has seen.
-        settings: Gives aggregation and grades.
+    """Metrics of response labels, and of gold step labels where any is known. Grades count as shares of the highest.
 
     Returns:
         The metrics of [`~fractal_rm.evaluation.statistics.bag_statistics`] and
-        [`~fractal_rm.evaluation.statistics.step_statistics`], and `pair_accuracy` if there are preferences. Grades
-        count as shares of the highest.
+        [`~fractal_rm.evaluation.statistics.step_statistics`], and `pair_accuracy` if there are preferences.
     """
     highest = (settings.num_grades or 2) - 1
     found = [

@@ -90,12 +90,7 @@ def model_name(model: Any) -> str | None:
 
 
 def add_adapter(model: PreTrainedModel, peft_config: Any, settings: FractalSettings) -> nn.Module:
-    """A PEFT model that trains adapters, and the classification head where there is one.
-
-    Args:
-        model: The model for the scorer.
-        peft_config: The caller's configuration; it is not changed.
-        settings: Says which scorer.
+    """A PEFT model that trains adapters, and the classification head where there is one; `peft_config` is not changed.
 
     Raises:
         ValueError: If the adapter is one that cannot be merged into the model.
@@ -119,13 +114,7 @@ def add_adapter(model: PreTrainedModel, peft_config: Any, settings: FractalSetti
 
 
 def move_to_group(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float) -> None:
-    """Give parameters a group of their own in an optimizer, without weight decay and with their own learning rate.
-
-    Args:
-        optimizer: The optimizer; it has made no step yet.
-        parameters: Some of its parameters; frozen ones stay out.
-        learning_rate: Theirs.
-    """
+    """Give parameters a group of their own in a fresh optimizer, with a learning rate and without weight decay."""
     moved = [parameter for parameter in parameters if parameter.requires_grad]
     chosen = {id(parameter) for parameter in moved}
     for group in optimizer.param_groups:

@@ -24,13 +24,7 @@ _CERTAIN = 1e-6
 
 
 def term_weights(args: FractalConfig, stage: StageKind, progress: float = 0.0) -> dict[str, float]:
-    """Weights of the loss terms in a stage, without those that are 0.
-
-    Args:
-        args: Holds the weights.
-        stage: Which one.
-        progress: Share of the stage that is over: priors may decay.
-    """
+    """Weights of the loss terms in a stage, without those that are 0; priors may decay with the share `progress`."""
     if stage == "gold":
         return {"instance": 1.0}
     if stage == "pseudo":
@@ -120,13 +114,9 @@ def _good_logits(logits: Tensor) -> Tensor:
 def mean_terms(terms: Mapping[str, Tensor], names: Sequence[str], accelerator: Accelerator) -> dict[str, Tensor]:
     """The mean of each loss term over the batch that all processes share.
 
-    A term may apply to different numbers of rows in each process, down to none. Gradients are averaged over processes,
-    so each mean is this process's sum, divided by the count of all processes, times the number of processes.
-
-    Args:
-        terms: The values of each term in this process.
-        names: Every term that some process may have: the same list in all.
-        accelerator: The trainer's.
+    A term may apply to different numbers of rows in each process, down to none, so `names` has every term that some
+    process may have. Gradients are averaged over processes, so each mean is this process's sum, divided by the count of
+    all processes, times the number of processes.
     """
     if accelerator.num_processes == 1:
         return {name: term.mean() for name, term in terms.items()}

@@ -21,16 +21,13 @@ _BATCH_SIZE = 32
 
 
 def prior_targets(bags: Sequence[Bag], args: FractalConfig, *, model: Any, processor: Any) -> dict[str, list[Tensor]]:
-    """Targets of the priors whose weight is not 0.
+    """Targets of the priors whose weight is not 0: by name a tensor for each bag, (S,), or (S, S) for correlations.
 
     Args:
         bags: The training data.
         args: Holds the weights, and where encoder and reference model are.
         model: The model to be trained, or its path: the reference model unless `args` names one.
         processor: The tokenizer or sentence encoder of the scorer.
-
-    Returns:
-        By name of the prior, a tensor for each bag: (S,), or (S, S) for the correlation prior.
 
     Raises:
         ValueError: If a prior lacks its encoder, its reference model or its column.

@@ -137,16 +137,11 @@ def hybrid_targets(data: BagDataset, logits: Sequence[Tensor], num_grades: int |
 
 
 def step_targets(data: BagDataset, logits: Sequence[Tensor], args: FractalConfig) -> list[Tensor]:
-    """Pseudo-labels of each bag (S,), gold labels where they are known.
+    """Pseudo-labels of each bag (S,), gold labels where they may be read.
 
     `pseudo_labels` and `posteriors` label the other steps given the known gold labels, and take response labels to be
     wrong as often as `missed_good` and `missed_bad` say. Grades and preferences are always hard. They are labelled
     first, and gold labels then replace some of them, so their rule may break there.
-
-    Args:
-        data: The training data; its gold targets are those that may be read.
-        logits: Step logits of each bag.
-        args: Says which kind, and the aggregation.
     """
     pad = torch.nn.utils.rnn.pad_sequence
     scores = pad(list(logits), batch_first=True).float()

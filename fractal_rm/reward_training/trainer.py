@@ -212,17 +212,10 @@ class FractalTrainer(Trainer):
         return result
 
     def _train_in_stages(self, stages: Sequence[Stage], *, resume: bool, **kwargs: Any) -> Any:
-        """Train stage after stage, each in its own folder.
+        """Train stage after stage, each in its own folder; the log history then holds all stages.
 
-        A stage hands on the logits that its model gives to the steps of the training data.
-
-        Args:
-            stages: What to train; the model is at the start of the training.
-            resume: Skip finished stages, and go on from the last checkpoint of the one that is not finished.
-            kwargs: Passed to `Trainer.train`.
-
-        Returns:
-            What `Trainer.train` returns for the last stage; the log history then holds all stages.
+        A stage hands on the logits that its model gives to the steps of the training data. With `resume`, finished
+        stages are skipped, and the one that is not finished goes on from its last checkpoint.
         """
         args, data = self.args, self.data
         output, start = Path(str(args.output_dir)), self._trainable()

@@ -90,19 +90,14 @@ def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def load_model(path: str | Path, settings: FractalSettings, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The backbone that the scorer needs.
-
-    Args:
-        path: Folder or hub id of a model.
-        settings: Says which scorer.
-        kwargs: Passed to `from_pretrained`, such as `dtype`.
+    """The backbone that the scorer needs; `kwargs`, such as `dtype`, are passed to `from_pretrained`.
 
     Returns:
         The model, and the names of weights that the folder did not hold: at most those of a classification head.
 
     Raises:
-        ValueError: If the folder is no model, or no model of the kind that the scorer needs, or lacks weights of the
-            language model itself.
+        ValueError: If the folder or hub id is no model, or no model of the kind that the scorer needs, or lacks weights
+            of the language model itself.
     """
     auto: Any = AutoModelForCausalLM
     if settings.scorer == "token":
@@ -207,12 +202,6 @@ def save_scorer(
     """Write model, tokenizer and the `fractal` block; PEFT adapters are merged into a copy first.
 
     The folder of an embedding scorer is that of its sentence encoder, with the head in a file beside it.
-
-    Args:
-        path: Where the folder goes.
-        scorer: What is saved.
-        processor: Its tokenizer, or its sentence encoder.
-        settings: What the block remembers.
 
     Returns:
         The settings as saved, with learned weight and bias, fingerprints and versions.

@@ -63,11 +63,7 @@ def prompt_splits(prompt: Prompt) -> list[str]:
 
 @dataclass(frozen=True)
 class EmbeddingInputs:
-    """How text becomes what an [`EmbeddingScorer`] reads.
-
-    Args:
-        encoder: The frozen encoder.
-    """
+    """How text becomes what an [`EmbeddingScorer`] reads."""
 
     encoder: SentenceEncoder
 
@@ -103,10 +99,6 @@ def closest(steps: Tensor, contexts: Tensor) -> Tensor:
 class MLPHead(nn.Sequential):
     """The paper's head: context and step concatenated, two hidden layers; a step never sees the others.
 
-    Args:
-        size: Numbers in an embedding, D.
-        outputs: Logits a step gets.
-
     Source:
         The released code of FRACTAL (Makhija et al., ACL 2025): widths D/2 and D/4 with GELU.
     """
@@ -139,12 +131,7 @@ def comparison(steps: Tensor, contexts: Tensor) -> Tensor:
 
 
 class PairHead(nn.Sequential):
-    """Context and step compared, one hidden layer; a step never sees the others.
-
-    Args:
-        size: Numbers in an embedding, D.
-        outputs: Logits a step gets.
-    """
+    """Context and step compared, one hidden layer; a step never sees the others."""
 
     def __init__(self, size: int, outputs: int) -> None:
         super().__init__(
@@ -160,10 +147,6 @@ class SetHead(nn.Module):
     """A small transformer over the steps of a response: each step is judged in the company of the others.
 
     It knows no order: a permutation of the steps permutes the scores, so position alone cannot be learned.
-
-    Args:
-        size: Numbers in an embedding, D.
-        outputs: Logits a step gets.
     """
 
     def __init__(self, size: int, outputs: int) -> None:
@@ -187,12 +170,7 @@ HEADS = {"pair": PairHead, "mlp": MLPHead, "set": SetHead}
 
 
 class EmbeddingScorer(StepScorer):
-    """Step logits from frozen embeddings of steps and prompt; only the head is trained.
-
-    Args:
-        model: A [`PairHead`], an [`MLPHead`] or a [`SetHead`].
-        size: Numbers in an embedding, D.
-    """
+    """Step logits from frozen embeddings of steps and prompt; only the head, one of [`HEADS`], is trained."""
 
     inputs = ("steps", "contexts", "mask")
 
@@ -209,11 +187,5 @@ class EmbeddingScorer(StepScorer):
 
 
 def make_head(kind: str, size: int, outputs: int = 1) -> EmbeddingScorer:
-    """A scorer with a fresh head.
-
-    Args:
-        kind: `"pair"`, `"mlp"` or `"set"`.
-        size: Numbers in an embedding.
-        outputs: 1, or the number of grades.
-    """
+    """A scorer with a fresh head of a kind of [`HEADS`], for embeddings of a size; as many outputs as grades, or 1."""
     return EmbeddingScorer(HEADS[kind](size, outputs), size=size)

@@ -162,12 +162,7 @@ def _tokenize_continuations(pieces: Sequence[str], tokenizer: PreTrainedTokenize
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """How text becomes what a likelihood or token scorer reads.
-
-    Args:
-        tokenizer: The reward model's tokenizer.
-        settings: Gives prompt template and `max_length`.
-    """
+    """How text becomes what a likelihood or token scorer reads."""
 
     tokenizer: PreTrainedTokenizerBase
     settings: FractalSettings
@@ -211,10 +206,7 @@ class TokenInputs:
         return encoded
 
     def pad(self, bags: Sequence[EncodedBag]) -> dict[str, Tensor]:
-        """Right-padded tensors for a scorer.
-
-        Args:
-            bags: Encoded bags, each with at least one step.
+        """Right-padded tensors for a scorer, of encoded bags with at least one step each.
 
         Returns:
             `input_ids` and `attention_mask` (B, T), `step_ids` (B, T) with -1 outside steps, `step_ends` (B, S) with 0

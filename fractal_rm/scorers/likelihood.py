@@ -18,17 +18,10 @@ _SAME = 1e-2
 
 
 def target_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
-    """Log-probabilities of tokens, chunk by chunk.
+    """Log-probabilities (N,) in float32 of tokens, chunk by chunk, from the hidden states (N, H) that predict them.
 
-    With gradients on, each chunk's logits are computed again in the backward pass instead of being kept.
-
-    Args:
-        hidden: Hidden states that predict the tokens (N, H).
-        targets: The tokens (N,).
-        head: Turns hidden states into logits over the vocabulary.
-
-    Returns:
-        Log-probabilities (N,) in float32.
+    With gradients on, each chunk's logits are computed again in the backward pass instead of being kept. The head turns
+    hidden states into logits over the vocabulary.
     """
 
     def chunk_log_probs(rows: Tensor, ids: Tensor) -> Tensor:

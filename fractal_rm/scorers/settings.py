@@ -114,11 +114,7 @@ class FractalSettings:
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any], *, where: str) -> "FractalSettings":
-        """Read a block, refusing versions and keys that this package does not know.
-
-        Args:
-            block: The block.
-            where: Folder that it stands in, for messages.
+        """Read the block of a folder (`where`), refusing versions and keys that this package does not know.
 
         Raises:
             ValueError: Names the folder, the defect and what to do.

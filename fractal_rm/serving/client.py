@@ -61,11 +61,6 @@ class ScoringClient:
     ) -> "list[StepScores]":
         """As `StepRewardModel.score`: scores of every step of every response.
 
-        Args:
-            prompts: Texts or chats, one for each response.
-            responses: Texts, or all of them lists of steps.
-            spans: Steps of responses that are texts, where they are already known.
-
         Raises:
             ValueError: If the server refuses the request; its sentence.
             ConnectionError: If there is no answer after all tries.

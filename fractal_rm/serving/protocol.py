@@ -146,14 +146,10 @@ def read_request(request: ScoreRequest) -> list[PromptedResponse]:
 
 
 def read_openrlhf(request: OpenRLHFRequest, ends: Sequence[str]) -> list[PromptedResponse]:
-    """The responses of a request of OpenRLHF: what follows each prompt, without special tokens at its end.
+    """The responses of a request of OpenRLHF: what follows each prompt, without the special tokens `ends` at its end.
 
     A text that does not hold its prompt (OpenRLHF cuts prompts that are too long) becomes an empty response,
     which cannot be scored.
-
-    Args:
-        request: The request.
-        ends: Texts to take off the end of a response, such as the end-of-text token.
 
     Example:
         >>> request = OpenRLHFRequest(query=["<s>2+2?\\n4.</s></s>"], prompts=["2+2?\\n"])
@@ -182,11 +178,7 @@ def score_responses(reward_model: StepRewardModel, given: Sequence[PromptedRespo
 
 
 def write_results(results: Sequence[StepScores | Exception]) -> list[ScoredResponse]:
-    """What `/score` says of each response.
-
-    Args:
-        results: Scores, or why there are none.
-    """
+    """What `/score` says of each response."""
     said = []
     for number, result in enumerate(results):
         if isinstance(result, StepScores):

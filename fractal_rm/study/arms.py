@@ -146,13 +146,7 @@ FRACTAL: Recipe = {"missed_bad": 0.1}
 def label_responses(
     task: Task, policy: Path, problems: Sequence[Problem], seed: int
 ) -> list[tuple[Problem, str, float]]:
-    """Sampled responses of a policy with their outcome labels; empty responses are left out.
-
-    Args:
-        task: Gives the labels and the longest response.
-        policy: Folder of the policy.
-        problems: One response each.
-        seed: Seed of the sampling.
+    """Sampled responses of a policy, one a problem, with their outcome labels; empty responses are left out.
 
     Returns:
         Problem, response and label.
@@ -255,13 +249,7 @@ class Assets:
         return bags
 
     def train_reward_model(self, kind: str, folder: Path, **options: Any) -> None:
-        """Train a reward model into a folder.
-
-        Args:
-            kind: Its kind.
-            folder: An empty folder.
-            options: Of [`FractalConfig`], beside its recipe.
-        """
+        """Train a reward model of a kind into an empty folder; `options` go beside its recipe."""
         options = {**self.recipes(self.task)[kind], "max_steps": self.max_steps, "seed": self.seed, **options}
         config = FractalConfig(output_dir=str(folder), **options)
         trainer = FractalTrainer(self.policy(), config, train_dataset=self.bags(kind))
@@ -284,12 +272,7 @@ class Assets:
         return StepRewardModel.from_pretrained(self.reward_model_folder(kind), device="cpu", batch_size=64)
 
     def outcome(self, arm: Arm, judge: StepRewardModel | None) -> Callable[..., list[float]]:
-        """The outcome reward of an arm: the task's.
-
-        Args:
-            arm: The arm.
-            judge: Its reward model, for rivals that learn from outcomes in a way of their own.
-        """
+        """The outcome reward of an arm: the task's. Rivals may make one of their judge."""
         return self.task.outcome
 
     def cost(self, kind: str | None) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fractal_rm.evaluation.statistics import Estimate, interval_of_mean
-from fractal_rm.report.drawing import PICTURE, new_figure, style_axes, to_bytes
+from fractal_rm.report.drawing import PICTURE, new_figure, save_figure, style_axes
 from fractal_rm.report.tables import MISSING, format_number
 from fractal_rm.study.arms import ARMS, CEILING, OUTCOME_ONLY
 from fractal_rm.study.statistics import Curves, Rows, Runs, comparisons, curves, finished_runs, interquartile_mean
@@ -20,12 +20,7 @@ NOTHING = "No rows yet."
 
 
 def tables(rows: Rows, arms: Mapping[str, Any] = ARMS) -> dict[str, str]:
-    """Each table by its name; a table without rows says so.
-
-    Args:
-        rows: Rows of the study.
-        arms: The arms by their names, in the order of the lines.
-    """
+    """Each table by its name, the arms in the order of the lines; a table without rows says so."""
     runs = finished_runs(rows)
     return {
         "Against the better outcome-only arm": _gains(runs, [name for name in arms if name not in OUTCOME_ONLY]),
@@ -142,5 +137,5 @@ def draw_curves(
         figure.axes[0].legend(handles=named, fontsize=7, frameon=False)
         figure.supxlabel(along[0], fontsize=9, color=PICTURE.muted)
         figure.supylabel(label, fontsize=9, color=PICTURE.muted)
-        path.write_bytes(to_bytes(figure, "png"))
+        save_figure(figure, path)
     return True

@@ -225,15 +225,9 @@ class Quickstart:
     def train_policy(
         self, arm: Arm, settings: Options, at_end: Callable[[Any], dict[str, float]] | None = None
     ) -> list[dict[str, float]]:
-        """Train a policy, save it, and measure it at fixed numbers of rollouts.
+        """Train a policy, save it, and measure it at fixed numbers of rollouts: the points of its learning curve.
 
-        Args:
-            arm: Where rewards come from, with its options.
-            settings: Of [`StepPPOConfig`], the same for all arms.
-            at_end: Further metrics of the last point, from the trainer.
-
-        Returns:
-            The points of its learning curve.
+        `settings`, of [`StepPPOConfig`], are the same for all arms; `at_end` adds metrics to the last point.
         """
         amounts, folder, points = self.amounts, self.folder / "ppo" / arm.name, []
         shutil.rmtree(folder, ignore_errors=True)  # what a stopped run left

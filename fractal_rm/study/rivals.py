@@ -16,11 +16,7 @@ Rule = Callable[[str, list[str]], list[float]]
 
 
 class ScriptedRewardModel(StepRewardModel):
-    """Scores steps, one a line, by a rule.
-
-    Args:
-        rule: Gives the scores of a response.
-    """
+    """Scores steps, one a line, by a rule."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule, self.settings, self.processor = rule, FractalSettings(segmentation=Segmentation("lines")), None
@@ -47,9 +43,6 @@ class ScriptedRewardModel(StepRewardModel):
 def oracle(task: Task) -> Rule:
     """The checker's own step labels.
 
-    Args:
-        task: The task, whose steps can be checked.
-
     Raises:
         ValueError: By the rule, if the task has no checker of steps.
     """
@@ -72,11 +65,7 @@ def random_steps(prompt: str, steps: list[str]) -> list[float]:
 
 
 class WholeResponseReward:
-    """A response-level reward model as TRL reward function: one score for each completion.
-
-    Args:
-        reward_model: One that was trained on responses of one step.
-    """
+    """A reward model of responses of one step as TRL reward function: one score for each completion."""
 
     __name__ = "response_reward_model"
 

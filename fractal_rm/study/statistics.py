@@ -81,14 +81,7 @@ class Curves:
 
 
 def curves(runs: Runs, setting: str, arm: str, metric: str = "accuracy") -> Curves | None:
-    """The curves of an arm from its finished runs; None if there is none.
-
-    Args:
-        runs: Runs of the study.
-        setting: Its name.
-        arm: Its name.
-        metric: What is drawn.
-    """
+    """The curves of an arm on a setting from its finished runs; None if there is none."""
     finished = runs.get((setting, arm), {})
     # Points that every seed has: greedy accuracy is measured at some only.
     has = [{n for n, metrics in run.items() if metrics.get(metric) is not None} for run in finished.values()]
@@ -173,13 +166,7 @@ class Comparison:
 
 
 def compare_arm(runs: Runs, setting: str, arm: str) -> Comparison | None:
-    """An arm against the better outcome-only arm, on the seeds that both have; None if one of them has no run.
-
-    Args:
-        runs: Runs of the study.
-        setting: Its name.
-        arm: Its name.
-    """
+    """An arm against the better outcome-only arm, on the seeds that both have; None if one of them has no run."""
     ours = curves(runs, setting, arm)
     rivals = {name: found for name in OUTCOME_ONLY if (found := curves(runs, setting, name)) is not None}
     if ours is None or not rivals:
@@ -203,12 +190,7 @@ def compare_arm(runs: Runs, setting: str, arm: str) -> Comparison | None:
 
 
 def comparisons(runs: Runs, arm: str) -> dict[str, Comparison]:
-    """An arm against the better outcome-only arm on each setting where both have runs.
-
-    Args:
-        runs: Runs of the study.
-        arm: Its name.
-    """
+    """An arm against the better outcome-only arm on each setting where both have runs."""
     return {name: found for name in CONDITIONS if (found := compare_arm(runs, name, arm)) is not None}
 
 

@@ -152,7 +152,7 @@ def make_trainer(
     responses: Any = None,
     **arguments: Any,
 ) -> StepPPOTrainer:
-    """The trainer of an arm.
+    """The trainer of an arm: its options, the base policy, what judges it, the outcome reward for arms that have one.
 
     Args:
         arm: Where rewards come from.
@@ -329,14 +329,7 @@ def mean_score(judge: StepRewardModel | None, prompts: list[str], texts: list[st
 
 @torch.no_grad()
 def response_logprobs(model: Any, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-    """Log-probability (B,) of each response, the end of text included, in nats.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        prompts: Texts.
-        responses: Texts that follow them directly.
-    """
+    """Log-probability (B,) of each response that follows its prompt directly, the end of text included, in nats."""
     found = []
     was_training = model.training
     model.eval()
@@ -406,13 +399,7 @@ class Study:
     # Which runs there are --------------------------------------------------------------------------------------------
 
     def units(self, tasks: Sequence[str], arms: Sequence[str], seeds: int) -> list[Unit]:
-        """All runs of the study: seed by seed, so that partial results are balanced.
-
-        Args:
-            tasks: Names of tasks, the most important first.
-            arms: Names of arms.
-            seeds: How many seeds.
-        """
+        """All runs of the study: seed by seed, so that partial results are balanced, the first tasks first."""
         return [Unit(task, seed, arm) for seed in range(seeds) for task in tasks for arm in arms]
 
     def updates(self, unit: Unit) -> int:
@@ -433,11 +420,7 @@ class Study:
         return [number for rate in rates for number, trial in enumerate(trials) if trial["learning_rate"] == rate]
 
     def check_arms(self, names: Iterable[str]) -> None:
-        """Refuse names that no arm has.
-
-        Raises:
-            ValueError: If there is no such arm.
-        """
+        """Raise ValueError if a name is that of no arm."""
         unknown = next((name for name in names if name not in self.arms), None)
         if unknown is not None:
             raise ValueError(
@@ -507,28 +490,14 @@ class Study:
         return ResultsFile(self.results).rows()
 
     def run_all(self, units: Sequence[Unit], jobs: int) -> None:
-        """Do the runs that are not done, in their order.
-
-        Args:
-            units: The runs.
-            jobs: Processes, each with one thread.
-        """
+        """Do the runs that are not done, in their order, in `jobs` processes with one thread each."""
         rows = self.rows()
         run_units(self.run, [unit for unit in units if not self.is_done(unit, rows)], jobs)
 
     # Tuning ----------------------------------------------------------------------------------------------------------
 
     def tune(self, tasks: Sequence[str], arms: Sequence[str], jobs: int) -> dict[str, Options]:
-        """Run the trials of arms on the tuning seed: first those that choose the learning rate, then those with it.
-
-        Args:
-            tasks: Where the trials run.
-            arms: Names of arms that have trials of their own.
-            jobs: Processes, each with one thread.
-
-        Returns:
-            The options of each arm.
-        """
+        """Run the trials of arms on the tuning seed, first those for the learning rate: the options of each arm."""
         self.run_all(self.tuning_units(tasks, {arm: LEARNING_RATES for arm in OUTCOME_ONLY}), jobs)
         rate = self.choose_rate(tasks)
         self.run_all(self.tuning_units(tasks, {arm: self.rates(arm, rate) for arm in arms}), jobs)
@@ -544,12 +513,7 @@ class Study:
         ]
 
     def values(self, tasks: Sequence[str], arm: str, trials: Sequence[int]) -> list[float]:
-        """Accuracy of an arm's trials, averaged over evaluations and tasks.
-
-        Args:
-            tasks: Where the trials ran, with as many evaluations each.
-            arm: Its name.
-            trials: Their numbers.
+        """Accuracy of each trial of an arm, averaged over evaluations and tasks, which have as many evaluations each.
 
         Raises:
             ValueError: If a trial has no rows.
@@ -576,16 +540,7 @@ class Study:
         return max(LEARNING_RATES, key=value)
 
     def choose(self, tasks: Sequence[str], arms: Sequence[str], rate: float) -> dict[str, Options]:
-        """The options of each arm whose trial had the highest accuracy; of equal ones the last.
-
-        Args:
-            tasks: Where the trials ran.
-            arms: Whose trials are compared.
-            rate: The learning rate of the study.
-
-        Raises:
-            ValueError: If a trial has no rows.
-        """
+        """The options of each arm whose trial at the rate had the highest accuracy; of equal ones the last."""
         found = {}
         for arm in arms:
             trials = self.trials_at(arm, self.rates(arm, rate))
@@ -622,12 +577,9 @@ def write_chosen(path: Path, chosen: Mapping[str, Options], command: str) -> Non
 
 
 def run_units(run: Callable[[One], Any], units: Sequence[One], jobs: int) -> None:
-    """Do runs in their order, in one or several processes.
+    """Do runs in their order, in one or several processes with one thread each.
 
-    Args:
-        run: Does one; it can be pickled if there are several processes.
-        units: The runs.
-        jobs: Processes, each with one thread.
+    Between processes `run` and its units are pickled.
     """
     if jobs == 1:
         torch.set_num_threads(1)

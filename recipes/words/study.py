@@ -149,9 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="file of rows; default: words.jsonl in the work folder")
     parser.add_argument("--chosen", type=Path, help="learning rates; default: chosen.yaml in the work folder")
     parser.add_argument("--task", default="reasoning_gym", choices=["reasoning_gym", "word_problems"])
-    parser.add_argument(
-        "--task_name", default="gsm_symbolic", help="data set; empty for word_problems"
-    )
+    parser.add_argument("--task_name", default="gsm_symbolic", help="data set; empty for word_problems")
     parser.add_argument("--data_dir", help="folder of word_problems")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, default=3)

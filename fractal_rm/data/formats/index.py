@@ -92,10 +92,6 @@ FORMATS: dict[FormatName, Format] = {
 def check_meaning(name: FormatName, aggregation: str) -> None:
     """Raise unless an aggregation fits the labels of a format.
 
-    Args:
-        name: The format.
-        aggregation: How step probabilities become a response probability.
-
     Raises:
         ValueError: If the labels mean something else.
     """

@@ -22,15 +22,10 @@ def read_math_shepherd(data: Data, *, source: str | None = None) -> list[Bag]:
     Label of a step: 1 iff some solution that was sampled from it on reached the right answer; nobody looked at it.
     Label of a response: 1 iff all steps are +. Aggregation `"min"`.
 
-    Args:
-        data: A file, or rows.
-        source: Name of the data in error messages.
-
     Returns:
         One bag a row. The response is the text from "Step 1:" on, without the marks.
 
     Raises:
-        TypeError: If a value has the wrong type.
         ValueError: If a column is missing, or the label does not repeat the input.
 
     Warns:

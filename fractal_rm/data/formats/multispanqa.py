@@ -21,16 +21,10 @@ def read_multispanqa(data: Data, *, source: str | None = None, negative_share: f
     Negative responses are shorter: report what length alone achieves.
 
     Args:
-        data: A file, or rows.
-        source: Name of the data in error messages.
         negative_share: Share of the rows to cut; 0.5 as in FRACTAL.
         seed: Draws these rows.
 
-    Returns:
-        One bag a row.
-
     Raises:
-        TypeError: If a value has the wrong type.
         ValueError: If a column is missing, or labels and tokens do not match.
 
     Source:

@@ -24,8 +24,6 @@ def read_prm800k(data: Data, *, source: str | None = None, full_solutions: bool 
     chose good steps, so hardly any solution is bad.
 
     Args:
-        data: A file, or rows.
-        source: Name of the data in error messages.
         full_solutions: Continue the rows of phase 2 that end at an error to the end of the solution; the labels of
             these steps are not known. The response's label stays what it is.
 
@@ -33,7 +31,6 @@ def read_prm800k(data: Data, *, source: str | None = None, full_solutions: bool 
         One bag a row. Its id is the labeler and the time.
 
     Raises:
-        TypeError: If a value has the wrong type.
         ValueError: If a column is missing or a rating is none of -1, 0, 1 and null.
 
     Warns:

@@ -18,16 +18,11 @@ def read_prmbench(data: Data, *, source: str | None = None) -> list[Bag]:
     Label of a step: 0 iff it is in `error_steps`. Label of a response: 1 iff none is. Steps of the kinds `redundency`
     and `circular` are not strictly wrong. The errors are a model's, not natural ones.
 
-    Args:
-        data: A file, or rows.
-        source: Name of the data in error messages.
-
     Returns:
         A bag a row, in front of each of the kind `redundency` its original solution, as a good response: the official
         evaluation takes its good responses from there. The id of a bag is its kind (or `correct`) and `idx`.
 
     Raises:
-        TypeError: If a value has the wrong type.
         ValueError: If a column is missing.
 
     Warns:

@@ -19,15 +19,9 @@ def read_processbench(data: Data, *, source: str | None = None, answer_labels: b
     wrong step in some solutions). A test set: do not train on it.
 
     Args:
-        data: A file, or rows.
-        source: Name of the data in error messages.
         answer_labels: Take `final_answer_correct` as the response's label.
 
-    Returns:
-        One bag a row.
-
     Raises:
-        TypeError: If a value has the wrong type.
         ValueError: If a column is missing, or the label is no step.
 
     Source:

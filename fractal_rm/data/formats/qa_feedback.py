@@ -22,15 +22,10 @@ def read_qa_feedback(data: Data, *, source: str | None = None) -> list[Bag]:
     Label of a step (sentence): 0 iff a span of the type "Irrelevant" touches it; other types count as good. Label of a
     response: the share of good steps (aggregation `"mean"`).
 
-    Args:
-        data: A file, or rows.
-        source: Name of the data in error messages.
-
     Returns:
         One bag a row; the prompt is the question followed by the passages. The id is the number of the row.
 
     Raises:
-        TypeError: If a value has the wrong type.
         ValueError: If a column is missing or a span leaves the answer.
 
     Source:
@@ -85,15 +80,10 @@ def read_qa_preferences(data: Data, *, source: str | None = None) -> list[Bag]:
     Label of a response: 1 for the chosen, 0 for the rejected answer of a pair; ties are left out. No step is labelled.
     Aggregation `"mean"`.
 
-    Args:
-        data: A file, or rows.
-        source: Name of the data in error messages.
-
     Returns:
         Two bags a comparison with one `pair_id`, the chosen answer first. The id is the row and the answer.
 
     Raises:
-        TypeError: If a value has the wrong type.
         ValueError: If a column is missing, or `preference` is not six numbers from 0 to 2.
 
     Source:

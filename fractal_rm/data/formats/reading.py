@@ -1,4 +1,8 @@
-"""What the readers of official files share: rows of a file or a list, and errors that name file and row."""
+"""What the readers of official files share: rows of a file or a list, and errors that name file and row.
+
+Every reader takes the data (a file, or rows) and the `source`, its name in messages. A value of the wrong type is a
+TypeError.
+"""
 
 import gzip
 import json
@@ -26,9 +30,6 @@ def load_rows(data: Data, source: str | None, *, key: str | None = None) -> tupl
         source: The name; None takes the path, or "data" for rows.
         key: Where the list of rows is, if a `.json` file holds one object around it.
 
-    Returns:
-        The rows and the name.
-
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If a file does not hold rows.
@@ -54,9 +55,6 @@ def load_rows(data: Data, source: str | None, *, key: str | None = None) -> tupl
 
 def check_file(path: Path) -> None:
     """Raise unless a path is a file that holds data, not the stand-in that `git clone` leaves without Git LFS.
-
-    Args:
-        path: The path.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -88,16 +86,13 @@ def read_each(
     *,
     left_out: str | None = None,
 ) -> list[Bag]:
-    """Bags of all rows.
+    """Bags of all rows, in their order: what every reader of official files ends with.
 
     Args:
         data: A file, or rows, as in [`load_rows`].
-        source: Name of the data, as there.
+        source: Name of the data in error messages, as there.
         make: Bags of a row and its number, from 1. An empty list leaves the row out.
         left_out: What rows without a bag have in common, for a warning; None if leaving out is the rule.
-
-    Returns:
-        The bags, in the order of the rows.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -128,16 +123,13 @@ def read_each(
 
 
 def column(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...], *, within: str = "") -> Any:
-    """A column of a row, checked.
+    """A column of a row, checked; arrays become lists.
 
     Args:
         row: The row, or an object in it.
         name: Name of the column.
         kind: What it must be.
         within: Path of the object in the row, for the sentence: `"question."`.
-
-    Returns:
-        The value; arrays become lists.
 
     Raises:
         TypeError: If the value is of another kind, or the row is no object.
@@ -162,30 +154,18 @@ def column(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...], *, 
     return value
 
 
-def texts(row: Mapping[str, Any], name: str, *, within: str = "") -> list[str]:
-    """A column that is a list of texts, checked.
-
-    Args:
-        row: The row, or an object in it.
-        name: Name of the column.
-        within: Path of the object in the row, for the sentence.
-
-    Returns:
-        The texts.
-
-    Raises:
-        TypeError: If the value is no list, or an entry is no text.
-        ValueError: If the column is missing or null.
+def texts(row: Mapping[str, Any], name: str) -> list[str]:
+    """A column that is a list of texts, checked as by [`column`].
 
     Example:
         >>> texts({"context": ["a", "b"]}, "context")
         ['a', 'b']
     """
-    values = column(row, name, list, within=within)
+    values = column(row, name, list)
     for number, value in enumerate(values, 1):
         if not isinstance(value, str):
-            found = f"entry {number} of '{within}{name}' is {type(value).__name__}, not text"
-            raise TypeError(f"{found}; give the official columns.")
+            found = type(value).__name__
+            raise TypeError(f"entry {number} of '{name}' is {found}, not text; give the official columns.")
     return values
 
 

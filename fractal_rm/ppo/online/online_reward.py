@@ -127,16 +127,10 @@ class OnlineReward:
     # Rollouts -----------------------------------------------------------------------------------------------------
 
     def take(self, batch: RolloutBatch, scored: Sequence[StepScores]) -> dict[str, float]:
-        """Keep a rollout batch, and update the reward model if it is time to.
+        """Keep a rollout batch, and update the reward model if it is time to: numbers to log, if it was updated.
 
-        Scores of this batch stay what they are: an update changes those of later ones.
-
-        Args:
-            batch: The completions of this process, with their rewards.
-            scored: Their steps and scores by the model that learns. What it could not score as a whole is left out.
-
-        Returns:
-            Numbers to log; none where nothing was updated.
+        Scores of this batch, by the model that learns, stay what they are: an update changes those of later ones. What
+        the model could not score as a whole is left out.
 
         Raises:
             ValueError: If an outcome is outside [0, 1].
@@ -237,12 +231,7 @@ class OnlineReward:
         self.counters = Counters(**state)
 
     def save(self, folder: Path, *, resumable: bool) -> None:
-        """Write the reward model into a checkpoint, and what a resumed run needs beside it.
-
-        Args:
-            folder: The policy's.
-            resumable: Write the optimizer and the kept rollouts too.
-        """
+        """Write the reward model into a checkpoint, and with `resumable` its optimizer and the kept rollouts."""
         self.reward_model.save_pretrained(folder / _MODEL_FOLDER)
         if resumable:
             (folder / _STATE_FOLDER).mkdir(exist_ok=True)

@@ -30,13 +30,9 @@ def outcome_labels(rewards: Tensor, weights: Tensor) -> Tensor:
 
 
 def is_held_out(prompt: Prompt, share: float) -> bool:
-    """Whether responses to a prompt are never learned from.
+    """Whether responses to a prompt are never learned from, as a share of the prompts is.
 
     The prompt's hash decides, so all responses to it are on one side, in every run and on every machine.
-
-    Args:
-        prompt: Text or chat.
-        share: Share of prompts that are held out.
 
     Example:
         >>> [is_held_out("2+3*4?", share) for share in (0.0, 1.0)]
@@ -84,12 +80,6 @@ class ReplayBuffer:
 
 
 def draw(count: int, wanted: int, generator: torch.Generator) -> list[int]:
-    """Rows to learn from, in random order: none comes again before all the others have come.
-
-    Args:
-        count: Rows there are.
-        wanted: Rows to draw.
-        generator: Where chance comes from.
-    """
+    """Rows of `count` to learn from, in random order: none comes again before all the others have come."""
     rounds = [torch.randperm(count, generator=generator) for _ in range(-(-wanted // count))]
     return torch.cat(rounds)[:wanted].tolist()
