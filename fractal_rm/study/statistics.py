@@ -29,7 +29,7 @@ def latest(rows: Rows, *, split: str = "held_out", benchmark: str = BENCHMARK) -
     """
     found: dict[tuple[Any, ...], dict[Any, Mapping[str, Any]]] = {}
     for row in rows:
-        if row["split"] == split and row["benchmark"] == benchmark and "last" in row["config"]:
+        if row["split"] == split and row["benchmark"] == benchmark and "rollouts" in row["metrics"]:
             run = row["dataset"], row["seed"], row["arm"], row["config"].get("trial")
             points = found.setdefault(run, {})
             if points and _settings(next(iter(points.values()))) != _settings(row):
