@@ -191,15 +191,16 @@ def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
     print_table(metrics, {name: [number_cell(values.get(name)) for values in numbers] for name in names})
 
 
-def print_table(columns: Iterable[str], rows: Mapping[str, Iterable[str]]) -> None:
+def print_table(columns: Iterable[str], rows: Mapping[str, Iterable[str]], *, of: str = "metric") -> None:
     """Print a table with a line for each metric.
 
     Args:
         columns: What the cells are of.
         rows: Cells by the name of the metric.
+        of: What the lines are, if not metrics.
     """
     table = Table()
-    table.add_column("metric")
+    table.add_column(of)
     for column in columns:
         table.add_column(column, justify="right")
     for name, cells in rows.items():
