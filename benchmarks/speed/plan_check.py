@@ -1,9 +1,9 @@
 """Question: do the formulas of `fractal-rm plan` hold for a model of 135 M parameters, where they can be measured?
 
-Each arm is a process of its own on a CPU. It counts the bytes that a forward pass keeps for the backward pass, tensor by
-tensor, and trains `StepPPOTrainer` with a reward model of the same size for some updates: the growth of the resident
-memory to its peak, and the processor seconds of the update, against the formulas. A bare forward pass says how many
-operations a second the processor does, as `--teraflops` says of a GPU.
+Each arm is a process of its own on a CPU. It trains `StepPPOTrainer` with a reward model of the same size for some
+updates: the growth of the resident memory to its peak, and the processor seconds of an update without generation,
+against the formulas. A bare forward pass says how many operations a second the processor does, as `--teraflops` says of
+a GPU. Without checkpointing, the bytes that a forward pass keeps for the backward pass are counted tensor by tensor.
 
     python -m benchmarks.speed.plan_check --model FOLDER --split 135M
     python -m benchmarks.tables      # the table of docs/speed.md
@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -173,17 +172,19 @@ def measure(arm: Arm, models: Path, given: argparse.Namespace) -> dict[str, floa
     )
     trainer.optimizer.zero_grad()
     policy = trainer.policy.train()
-    kept = kept_bytes(policy, run)
+    kept = {}
+    if not arm.checkpointing:
+        counted = kept_bytes(policy, run)
+        kept = {"kept_mb": counted / 1e6, "kept_over_formula": counted / activation_bytes(shape, run)}
     gpu = GPU(operations=operations_per_second(policy.eval(), run), used=1.0)
-    planned = seconds(replace(run, checkpointing=arm.checkpointing), gpu, generated_per_second=1.0)
+    planned = seconds(run, gpu, generated_per_second=1.0)
     total, spent = memory(run, gpu)["total"], min(updates.seconds[1:])
     formula = planned["total"] - planned["generate"]
     return {
         "peak_gb": peak / 1e9,
         "formula_gb": total / 1e9,
         "peak_over_formula": peak / total,
-        "kept_mb": kept / 1e6,
-        "kept_over_formula": kept / activation_bytes(shape, replace(run, value="none")),
+        **kept,
         "update_s": spent,
         "formula_s": formula,
         "seconds_over_formula": spent / formula,
@@ -197,9 +198,8 @@ def answer(queue: Any, *arguments: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the arms that the command line names."""
-    parser = speed_parser(
-        "Memory and time of a PPO update, against the formulas of the plan.", "plan_check", list(ARMS)
-    )
+    description = "Memory and time of a PPO update, against the formulas of the plan."
+    parser = speed_parser(description, "plan_check", list(ARMS))
     parser.add_argument("--updates", type=int, default=2, help="Beside the first, which is not counted.")
     parser.add_argument("--rollouts", type=int, default=4, help="In an update, and trained on at once.")
     parser.add_argument("--response-length", type=int, default=24, help="Most tokens of a response.")
