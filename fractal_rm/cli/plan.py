@@ -5,10 +5,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from fractal_rm.cli.checks import check_models, print_table
+from fractal_rm.cli.checks import check_models, number_cell, print_table
 from fractal_rm.cli.parser import parse
 from fractal_rm.errors import reason
-from fractal_rm.ppo.plan import GPU, GPUS, MODELS, Dtype, Run, Shape, hours, memory, nearest_model, shape_of
+from fractal_rm.ppo.plan import (
+    GPU,
+    GPUS,
+    MODELS,
+    Dtype,
+    Run,
+    Shape,
+    hours,
+    memory,
+    nearest_model,
+    reward_training_memory,
+    shape_of,
+)
 
 GIGABYTE = 1e9
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MB])", re.IGNORECASE)
@@ -109,11 +121,14 @@ def plan(argv: Sequence[str]) -> None:
         _print_models(arguments, gpu)
         return
     run = read_run(arguments)
-    held = {part: [f"{size / GIGABYTE:.2f}"] for part, size in memory(run, gpu).items()}
-    print_table([f"GB on {arguments.gpu}"], held, of="part")
+    stages = {"ppo": memory(run, gpu)} | ({"train": reward_training_memory(run)} if run.reward else {})
+    cells = {part: [number_cell(_gigabytes(held.get(part))) for held in stages.values()] for part in stages["ppo"]}
+    print_table([f"GB of {stage}" for stage in stages], cells, of="part")
     spent = _hours(arguments, run, gpu)
     print_table(["hours"], {stage: [f"{time:.1f}"] for stage, time in spent.items()}, of="stage")
     print(verdict(arguments, run, gpu))
+    if run.reward and stages["train"]["total"] > gpu.usable * gpu.memory:
+        print("Training the reward model does not fit: smaller batches, checkpointing or adapters there.")
     print(
         "Formulas, checked at 135 M parameters (docs/speed.md): hours within a factor of two at best. "
         "After ten updates `step_time` in the logs says better."
@@ -221,6 +236,10 @@ def verdict(arguments: PlanArguments, run: Run, gpu: GPU) -> str:
             flags = " ".join(f"--{key} {str(to).lower()}" for key, to in {name: value, **also}.items())
             lines.append(f"  {flags}: {now / GIGABYTE:.1f} GB{', fits' if now <= room else ''}")
     return "\n".join(lines)
+
+
+def _gigabytes(size: float | None) -> float | None:
+    return None if size is None else round(size / GIGABYTE, 2)
 
 
 def _hours(arguments: PlanArguments, run: Run, gpu: GPU) -> dict[str, float]:

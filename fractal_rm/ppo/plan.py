@@ -23,6 +23,8 @@ AUTOCAST, AUTOCAST_LORA = 10, 2
 # weight has none), and 2 more to recompute what checkpointing dropped (Kaplan et al., "Scaling laws for neural language
 # models", 2020, section 2.1; Korthikanti et al.).
 FORWARD, BACKWARD, RECOMPUTED = 2, 4, 2
+# Tokens whose logits the likelihood scorer computes at a time (`CHUNK_TOKENS` of `scorers/likelihood.py`).
+REWARD_LOGITS = 1024
 # Milliseconds that a layer takes to start its kernels, for every token that transformers' `generate` writes, whatever
 # the batch: an assumption (28 layers: about 30 steps a second). vLLM replays CUDA graphs instead.
 LAUNCH_MS = 1.2
@@ -338,15 +340,33 @@ def memory(run: Run, gpu: GPU) -> dict[str, float]:
     return parts | {"total": held + turns}
 
 
+def reward_training_memory(run: Run) -> dict[str, float]:
+    """Bytes of the training of the reward model, with the parts of [`memory`] that it has.
+
+    `FractalTrainer` loads float32 weights; batches, adapters and checkpointing are taken to be those of PPO, and the
+    scorer is the likelihood, which needs the most.
+
+    Args:
+        run: The run of PPO with a reward model.
+    """
+    assert run.reward is not None
+    training = replace(run, policy=run.reward, dtype="float32")
+    parts = trained_bytes(training, run.reward.parameters)
+    parts["activations"] = activation_bytes(run.reward, training)
+    tokens = min(REWARD_LOGITS, run.micro_batch * run.completion)
+    parts["logits"] = tokens * run.reward.vocabulary * float(LOGITS * (BYTES["float32"] + BYTES[run.computed]))
+    return parts | {"total": sum(parts.values())}
+
+
 def operations(shape: Shape, *, head: bool = True) -> float:
     """Weights that each token is multiplied by: those of the layers and of the output layer, not the embeddings."""
     return shape.layers * shape.layer + (shape.vocabulary * shape.hidden if head else 0)
 
 
-def trained_operations(run: Run, *, checkpointing: bool) -> float:
+def trained_operations(run: Run) -> float:
     """Operations for each weight and token of a training step."""
     backward = BACKWARD if run.lora_rank is None else BACKWARD / 2
-    return FORWARD + backward + (RECOMPUTED if checkpointing else 0)
+    return FORWARD + backward + (RECOMPUTED if run.checkpointing else 0)
 
 
 def generation_rate(run: Run, gpu: GPU) -> float:
@@ -382,7 +402,7 @@ def seconds(run: Run, gpu: GPU, *, generated_per_second: float | None = None) ->
         "generate": run.rollouts * run.completion / (generated_per_second or generation_rate(run, gpu)),
         "score": FORWARD * tokens * (operations(run.reward, head=False) if run.reward else 0) / rate,
         "evaluate": FORWARD * tokens * weights * ((run.vllm is not None) + run.reference) / rate,
-        "update": tokens * updated * trained_operations(run, checkpointing=run.checkpointing) / rate,
+        "update": tokens * updated * trained_operations(run) / rate,
     }
     return parts | {"total": sum(parts.values())}
 
@@ -393,7 +413,7 @@ def hours(
     """Hours of the three commands that make a policy with step rewards.
 
     Args:
-        run: The run of PPO; the reward model is trained as the policy is (adapters or all weights), for one epoch.
+        run: The run of PPO; the reward model is trained as the policy is (adapters, checkpointing), for one epoch.
         gpu: Its speed.
         updates: Of PPO.
         sampled: Responses that are sampled for the reward model, 64 at a time, without vLLM.
@@ -406,7 +426,7 @@ def hours(
     parts = {"sample": 0.0, "train": 0.0}
     if run.reward is not None:
         parts["sample"] = sampled * run.completion / (generated_per_second or generation_rate(sampling, gpu))
-        trained = operations(run.reward, head=False) * trained_operations(run, checkpointing=False)
+        trained = operations(run.reward, head=False) * trained_operations(run)
         parts["train"] = sampled * run.length * trained / (gpu.operations * gpu.used)
     parts["ppo"] = updates * seconds(run, gpu, generated_per_second=generated_per_second)["total"]
     return {stage: time / 3600 for stage, time in parts.items()}
