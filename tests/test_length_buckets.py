@@ -76,6 +76,16 @@ def test_a_batch_is_left_whole_where_sorting_saves_nothing_or_parts_would_be_sma
     assert len(LengthBuckets(ragged, 1).parts) == 1
 
 
+def test_a_large_model_reads_smaller_parts_on_a_cpu(monkeypatch):
+    mask = torch.arange(64) < torch.tensor([[64]] * 4 + [[8]] * 4)
+    model = policy()
+    assert len(LengthBuckets(mask, 1, model=model).parts) == 1
+    monkeypatch.setattr(length_buckets, "_LARGE", sum(p.numel() for p in model.parameters()))
+    assert len(LengthBuckets(mask, 1).parts) == 1
+    parts = LengthBuckets(mask, 1, model=model).parts
+    assert [part.rows.tolist() for part in parts] == [[4, 5, 6, 7], [0, 1, 2, 3]]
+
+
 def test_models_with_learned_positions_and_several_processes_read_a_batch_whole():
     accelerator: Any = Accelerator(cpu=True)
     assert may_be_sorted(policy(), accelerator)

@@ -17,6 +17,9 @@ _PARTS = 4
 # Fewest padded tokens in a bucket: below, starting a forward pass costs more than the padding.
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSEWHERE = 16_384
+# On a CPU a token of a larger model takes longer, and starting hardly does. What remains is that every bucket reads all
+# weights and adds to all gradients.
+_TOKENS_LARGE, _LARGE = 256, 10_000_000
 # Scorer inputs with one column per token.
 _BY_TOKEN = ("input_ids", "attention_mask", "step_ids")
 # Least share of the padded tokens to save: sorting and joining have a cost too.
@@ -40,6 +43,10 @@ def may_be_sorted(model: Any, accelerator: Accelerator) -> bool:
     return bool(getattr(config.get_text_config(), "rope_parameters", None))
 
 
+def _is_large(model: Any) -> bool:
+    return sum(parameter.numel() for parameter in model.parameters()) >= _LARGE
+
+
 class Part(NamedTuple):
     """A length bucket: rows of a batch, and the columns that hold all of their text."""
 
@@ -59,6 +66,7 @@ class LengthBuckets:
         prompt_width: Columns of prompts, P. A bucket holds the last of them and at least one column of completions.
         most_rows: Most rows of a bucket; None: all.
         sort: Whether to sort rows by length. Otherwise buckets keep the order of the rows, and all columns.
+        model: The model that reads them: a large one on a CPU gets smaller buckets; None: a small one.
 
     Attributes:
         parts: The buckets; together they hold every row once.
@@ -71,7 +79,13 @@ class LengthBuckets:
     """
 
     def __init__(
-        self, attention_mask: Tensor, prompt_width: int, *, most_rows: int | None = None, sort: bool = True
+        self,
+        attention_mask: Tensor,
+        prompt_width: int,
+        *,
+        most_rows: int | None = None,
+        sort: bool = True,
+        model: Any = None,
     ) -> None:
         count, self._width = attention_mask.shape
         self._prompt_width = prompt_width
@@ -80,6 +94,8 @@ class LengthBuckets:
         self.parts = [Part(rows, everything) for rows in torch.arange(count).split(most_rows or count)]
         self._order: Tensor | None = None
         least = _TOKENS.get(attention_mask.device.type, _TOKENS_ELSEWHERE)
+        if model is not None and attention_mask.device.type == "cpu" and _is_large(model):
+            least = min(least, _TOKENS_LARGE)
         number = min(_PARTS * batches, attention_mask.numel() // least, count)
         if sort and number > batches:
             self._sort(attention_mask.bool().cpu(), number)
@@ -137,7 +153,7 @@ def bucketed_step_logits(scorer: Any, inputs: dict[str, Tensor], accelerator: Ac
     attention_mask = inputs.get("attention_mask")
     if attention_mask is None:  # embeddings
         return scorer(**inputs)
-    parts = LengthBuckets(attention_mask, 1, sort=accelerator.num_processes == 1)
+    parts = LengthBuckets(attention_mask, 1, sort=accelerator.num_processes == 1, model=scorer)
 
     def of(part: Part) -> dict[str, Tensor]:
         return {name: (part.of(x)[0] if name in _BY_TOKEN else x[part.rows]) for name, x in inputs.items()}

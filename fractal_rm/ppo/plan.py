@@ -16,9 +16,9 @@ GRADIENTS, MOMENTS = 1, 2
 # Logits of a completion's token, and their gradient, as numbers of the computation's type; under bf16 a copy of both in
 # float32 (accelerate's wrapper of the forward pass) stands beside.
 LOGITS = 2
-# Numbers of a layer's width that autocast over float32 weights keeps beside those of bf16 weights: the residual stream
-# is float32. Bytes for a hidden unit of each token, with all weights trained and with adapters: measured.
-AUTOCAST, AUTOCAST_LORA = 10, 2
+# Bytes that autocast over float32 weights keeps of each token and hidden unit of a layer, beside those of bf16 weights,
+# where all weights are trained: the residual stream is float32. Measured (tests/test_plan.py).
+AUTOCAST = 10
 # Operations for each weight and token: forward 2, backward 4, half of them for the weight's own gradient (a frozen
 # weight has none), and 2 more to recompute what checkpointing dropped (Kaplan et al., "Scaling laws for neural language
 # models", 2020, section 2.1; Korthikanti et al.).
@@ -263,9 +263,11 @@ def layer_bytes(shape: Shape, run: Run) -> float:
     """
     size, lora = BYTES[run.computed], run.lora_rank is not None
     attention = 2 * shape.query_width + 2 * shape.kv_width
-    kept = attention + (shape.hidden + 3 * shape.intermediate if lora else 4 * (shape.hidden + shape.intermediate))
-    cast = (AUTOCAST_LORA if lora else AUTOCAST) if run.computed != run.dtype else 0
-    return size * kept + (2 * BYTES["float32"] + cast) * shape.hidden
+    kept = attention + (3 * shape.intermediate if lora else 4 * (shape.hidden + shape.intermediate))
+    # The adapters of queries and of values read the same input, each a float32 copy where it is in bf16.
+    copies = 0 if not lora else BYTES["float32"] * (1 if run.dtype == "float32" else 2)
+    cast = AUTOCAST if run.computed != run.dtype and not lora else 0
+    return size * kept + (2 * BYTES["float32"] + copies + cast) * shape.hidden
 
 
 def activation_bytes(shape: Shape, run: Run) -> float:
