@@ -25,6 +25,7 @@ from benchmarks.evidence.page import (
 from benchmarks.evidence.study_page import tables as evidence_tables
 from benchmarks.evidence.words_page import page as words_page
 from benchmarks.speed.page import page as speed_page
+from benchmarks.speed.plan_page import recipe_table
 from benchmarks.speed.scale_page import scale_page
 from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.files import write_atomic
@@ -120,6 +121,7 @@ def documents() -> dict[Path, str]:
     # One line a trainer: shares of the runs, and the mean step of the last whole checkpoint when they were killed.
     moments = read_results(RESULTS / "kill_and_resume.jsonl")
     killed = markdown_table(moments, metrics=["equal", "files_that_differ", "checkpoint_torn", "checkpoint_step"])
+    recipe = REPOSITORY / "recipes" / "gsm8k_ppo" / "README.md"
     online = REPOSITORY / "docs" / "online_reward.md"
     speed = REPOSITORY / "docs" / "speed.md"
     evaluation = REPOSITORY / "docs" / "evaluation.md"
@@ -134,6 +136,7 @@ def documents() -> dict[Path, str]:
         speed: speed_page(speed.read_text(encoding="utf-8"), RESULTS),
         disaggregation: tables,
         scale: replace_table(plan, "kill_and_resume", killed),
+        recipe: replace_table(recipe.read_text(encoding="utf-8"), "gsm8k_ppo plan", recipe_table()),
         online: replace_table(online.read_text(encoding="utf-8"), "online_reward", online_table()),
         evaluation: evaluation_page(evaluation.read_text(encoding="utf-8"), *judged),
         readme: replace_table(pages[2], "quickstart", short),

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from support.documents import script
+from support.documents import blocks, commands, script
 from support.stand_ins import (
     gsm8k_problems,
     preferences,
@@ -15,8 +16,13 @@ from support.stand_ins import (
     solutions,
     write_jsonl,
 )
+from transformers import AutoModelForCausalLM
 
+from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.main import main
+from fractal_rm.cli.parser import parse
+from fractal_rm.cli.ppo import PPOArguments
+from fractal_rm.ppo.config import StepPPOConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 # `accelerate` holds configurations of launches, which test_parallelism.py reads; `remote_reward` is for other trainers:
@@ -138,16 +144,86 @@ def test_the_arithmetic_recipe_says_how_to_get_its_models(tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
-def test_sampled_solutions_of_gsm8k_are_labelled_and_split_by_question(stand_ins, tmp_path):
-    sample = script(RECIPES / "gsm8k_ppo" / "sample.py")
-    problems = write_jsonl(tmp_path / "problems.jsonl", gsm8k_problems(20))
-    arguments = ["--model", str(stand_ins / "policy"), "--train_file", problems, "--output_dir", str(tmp_path / "out")]
-    sample.main([*arguments, "--samples", "2", "--max_new_tokens", "6", "--batch_size", "8"])
-    rows = {
-        split: [json.loads(line) for line in (tmp_path / "out" / f"{split}.jsonl").read_text().splitlines()]
-        for split in ("train", "validation")
+def recipe_commands(model: str, run: str) -> list[list[str]]:
+    """The words of every `fractal-rm` command of the recipe gsm8k_ppo, for a model and a folder."""
+    text = (RECIPES / "gsm8k_ppo" / "README.md").read_text(encoding="utf-8")
+    lines = [line.replace("$MODEL", model).replace("$RUN", run) for line in commands(text)]
+    return [line.split()[1:] for line in lines if line.startswith("fractal-rm ")]
+
+
+def label_in_turns(path: Path) -> None:
+    """Call every second response of a file right."""
+    rows = [json.loads(line) | {"label": float(i % 2)} for i, line in enumerate(path.read_text().splitlines())]
+    write_jsonl(path, rows)
+
+
+def test_the_gsm8k_recipe_runs_from_its_first_command_to_the_merged_model(stand_ins, tmp_path, monkeypatch, capsys):
+    """Every command of its README in order, two steps each, for two models side by side; then its Python block."""
+    monkeypatch.chdir(RECIPES.parent)
+    rows = gsm8k_problems(24)
+    problems = {
+        "train": write_jsonl(tmp_path / "train.jsonl", rows[:12]),
+        "test": write_jsonl(tmp_path / "test.jsonl", rows[12:]),
     }
-    questions = {split: {row["prompt"][0]["content"] for row in found} for split, found in rows.items()}
-    assert len(questions["validation"]) == 2
-    assert not questions["train"] & questions["validation"]
-    assert {row["label"] for row in rows["train"]} <= {0.0, 1.0}
+    counts = {"6700": "8", "773": "4", "1319": "12"}
+    two_steps = ["--max_steps", "2", "--use_cpu", "true", "--bf16", "false", "--gradient_accumulation_steps", "1"]
+    small = {
+        "sample": ["--max_new_tokens", "6", "--batch_size", "8", "--dtype", "float32"],
+        "train": two_steps,
+        "ppo": [*two_steps, "--per_device_train_batch_size", "8", "--max_completion_length", "6"],
+    }
+    small["ppo"] += ["--train_file", problems["train"], "--eval_file", problems["test"]]
+    written: dict[Path, bytes] = {}
+    for name in ("first", "second"):
+        run = tmp_path / name
+        for command, *flags in recipe_commands(str(stand_ins / "policy"), str(run)):
+            if command == "serve" or "--use_vllm" in flags:
+                continue  # they need a port, and a GPU
+            if command == "sample":
+                split = "test" if "--dataset_train_split" in flags else "train"
+                for option in {"--dataset_name", "--dataset_config", "--dataset_train_split"} & set(flags):
+                    del flags[flags.index(option) : flags.index(option) + 2]
+                flags = [counts.get(word, word) for word in flags] + ["--train_file", problems[split]]
+            assert main([command, *flags, *small.get(command, [])]) == 0, capsys.readouterr().err
+            if command == "sample" and split == "train":  # the stand-in is never right
+                label_in_turns(run / "solutions" / Path(flags[flags.index("--output") + 1]).name)
+        solutions = {
+            split: [json.loads(line) for line in (run / "solutions" / f"{split}.jsonl").read_text().splitlines()]
+            for split in ("train", "validation")
+        }
+        asked = {split: {row["prompt"][0]["content"] for row in rows} for split, rows in solutions.items()}
+        assert {split: len(prompts) for split, prompts in asked.items()} == {"train": 8, "validation": 4}
+        assert not asked["train"] & asked["validation"]
+        assert (run / "policy" / "adapter_model.safetensors").is_file()
+        assert (run / "reward_model" / "validation.json").is_file()
+        assert all(path.read_bytes() == content for path, content in written.items()), "the second model overwrote"
+        written = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (merge,) = blocks((RECIPES / "gsm8k_ppo" / "README.md").read_text(encoding="utf-8"), "python")
+    exec(merge.replace("runs/gsm8k/qwen2.5-1.5b", str(tmp_path / "first")), {})
+    merged, adapted = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "first" / name, dtype=torch.float32)
+        for name in ("merged", "policy")
+    )
+    ids = torch.arange(3, 40)[None]
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=0.02, rtol=0.02)
+
+
+def test_the_flags_of_vllm_reach_the_configuration():
+    (flags,) = [flags for flags in recipe_commands("m", "runs/m") if "--use_vllm" in flags]
+    given = [*flags[1:], "--use_cpu", "true", "--bf16", "false"]
+    *_, config = parse("ppo", [PPOArguments, DataArguments, LoraArguments, StepPPOConfig], given)
+    assert (config.use_vllm, config.vllm_mode) == (True, "colocate")
+    assert (config.vllm_gpu_memory_utilization, config.vllm_enable_sleep_mode) == (0.3, True)
+    assert config.model_init_kwargs == {"dtype": "bfloat16"}
+
+
+def test_rows_can_be_passed_over_and_not_beyond_the_end(stand_ins, tmp_path, capsys):
+    problems = write_jsonl(tmp_path / "problems.jsonl", gsm8k_problems(3))
+    flags = ["sample", "--model", str(stand_ins / "policy"), "--output", str(tmp_path / "out.jsonl")]
+    for more, sentence in (
+        (["--task", "gsm8k", "--train_file", problems, "--skip_prompts", "3"], "but there are 3 prompts"),
+        (["--task", "arithmetic", "--skip_prompts", "1"], "`task=arithmetic` makes its own prompts"),
+        (["--task", "gsm8k", "--train_file", problems, "--skip_prompts", "-1"], "Give a number of rows, 0 for none."),
+    ):
+        assert main([*flags, *more]) == 2
+        assert sentence in capsys.readouterr().err

@@ -4,17 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
-from benchmarks.speed.scale_formulas import (
-    GPU,
-    LLAMA_7B,
-    LLAMA_70B,
-    Shape,
-    Work,
-    cache_bytes,
-    memory,
-    seconds,
-    trained_bytes,
-)
+from benchmarks.speed.scale_formulas import LLAMA_7B, LLAMA_70B, Work, memory, seconds, trained_bytes
+from fractal_rm.ppo.plan import GPU, Shape, cache_bytes
 
 SHAPES = [
     Shape(layers=2, hidden=16, intermediate=40, heads=4, kv_heads=2, vocabulary=96),

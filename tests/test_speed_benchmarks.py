@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPOSITORY
+from support.stand_ins import save_policy
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from benchmarks.speed import alternation, ppo_speed, rm_speed, scoring_speed, sized_policy, speed_blocks
@@ -43,6 +44,22 @@ def test_a_smoke_run_writes_rows_skips_absent_rivals_and_makes_the_tables(tmp_pa
     made = speed_page.page(document, tmp_path)
     assert all(arm in made for arm in rows)
     assert "No rows yet." in made  # of what was not run
+
+
+def test_a_model_folder_takes_the_place_of_the_sizes(tmp_path):
+    folder, results = save_policy(tmp_path / "policy"), tmp_path / "rows.jsonl"
+    shared = ["--smoke", "--model", folder, "--split", "tiny", "--dtype", "bfloat16", "--results", str(results)]
+    scoring_speed.main([*shared, "--arms", "bare_forward", "--longest", "3"])
+    rm_speed.main([*shared, "--arms", "length_grouping", "--longest", "3"])
+    ppo_speed.main([*shared, "--arms", "dense_over_rule", "--response-length", "6", "--no-stages"])
+    rows = read_results(results)
+    assert [row["split"] for row in rows] == ["tiny, cpu, bfloat16"] * 3
+    assert [row["config"]["dtype"] for row in rows] == ["bfloat16", "float32", "bfloat16"]  # autocast in training
+    assert rows[1]["config"]["autocast"] == "bfloat16"
+    expected = LlamaForCausalLM.from_pretrained(folder).num_parameters()
+    assert {row["config"]["parameters"] for row in rows} == {expected}
+    with pytest.raises(SystemExit, match="nowhere is no model folder"):
+        rm_speed.main(["--model", str(tmp_path / "nowhere")])
 
 
 def test_a_side_that_fails_says_why():

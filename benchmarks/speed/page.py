@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed.plan_page import CHECKED
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.report.tables import markdown_table, replace_table
 
@@ -30,6 +31,7 @@ def page(document: str, results: Path) -> str:
         "rm_speed": _table(rows("rm_speed"), SPEED),
         "scoring_speed": _table([row for row in scoring if row["arm"] != "alignment"], PREFIXES),
         "alignment": _table([row for row in scoring if row["arm"] == "alignment"]),
+        "plan_check": _table(rows("plan_check"), CHECKED),
         "ppo_parity": _table(_learning(rows("ppo_parity"))),
         "prm_parity": _table(rows("prm_parity")),
     }

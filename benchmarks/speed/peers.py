@@ -5,12 +5,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common.places import REPOSITORY, RESULTS
-from benchmarks.speed.sized_policy import SIZES
+from benchmarks.speed.sized_policy import SIZES, save_models
 
 # Interpreters that `make peer-env` makes.
 PPO_PYTHON = REPOSITORY / ".venv-peer" / "bin" / "python"
@@ -48,27 +51,57 @@ def run_side(module: str, arm: str, seed: int, given: argparse.Namespace, names:
     return json.loads(done.stdout)
 
 
-def speed_parser(description: str, name: str, arms: Sequence[str], python: Path) -> argparse.ArgumentParser:
+def speed_parser(
+    description: str, name: str, arms: Sequence[str], *, python: Path | None = None, sizes: Sequence[str] = ("0.35M",)
+) -> argparse.ArgumentParser:
     """The options that speed benchmarks share.
 
     Args:
         description: What is measured.
         name: Of the file of rows.
         arms: The comparisons.
-        python: The rival's interpreter.
+        python: The rival's interpreter, if it needs one of its own.
+        sizes: Measured on a CPU by default.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--arms", nargs="+", choices=list(arms), help="Default: all.")
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="Default: 0.35M; on a GPU 125M and 340M.")
+    sized = f"Default: {', '.join(sizes)}; on a GPU 125M and 340M."
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help=sized)
+    parser.add_argument("--model", type=Path, help="Folder of a causal language model, measured in place of `--sizes`.")
+    parser.add_argument("--split", help="Name of `--model` in the rows, such as 135M; default: that of its folder.")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--blocks", type=int, default=10, help="Of each side, beside the first, which is not counted.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--peer-python", type=Path, default=python, help="Interpreter that has the rival's TRL.")
+    if python is not None:
+        parser.add_argument("--peer-python", type=Path, default=python, help="Interpreter that has the rival's TRL.")
     parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.jsonl")
     parser.add_argument("--smoke", action="store_true", help="The smallest run that goes through everything.")
+    parser.set_defaults(cpu_sizes=list(sizes))
     return parser
 
 
-def sizes_of(given: argparse.Namespace) -> list[str]:
-    """The sizes that are measured."""
-    return given.sizes or (["0.35M"] if given.device == "cpu" else ["125M", "340M"])
+def measured_models(
+    given: argparse.Namespace, *, dtype: str | None = None
+) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """The models that are measured, each in a folder that is removed when the next one is asked for.
+
+    Args:
+        given: Arguments of [`speed_parser`].
+        dtype: Of the weights; default: the one that is given.
+
+    Yields:
+        The `split` of the rows, the folder (see [`save_models`]), and what describes them in a row.
+    """
+    if given.model is not None:
+        if not (given.model / "config.json").is_file():
+            raise SystemExit(f"{given.model} is no model folder: it holds no config.json. Give another `--model`.")
+        sizes = [given.split or given.model.name]
+    else:
+        sizes = given.sizes or (given.cpu_sizes if given.device == "cpu" else ["125M", "340M"])
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            weights = getattr(torch, dtype or given.dtype)
+            described = save_models(Path(folder), size, source=given.model, dtype=weights)
+            split = f"{size}, {given.device}" + (f", {given.dtype}" if given.dtype != "float32" else "")
+            yield split, Path(folder), described

@@ -22,11 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from benchmarks.speed.alternation import Side, alternate, record
-from benchmarks.speed.peers import PPO_PYTHON, sizes_of, speed_parser
-from benchmarks.speed.sized_policy import save_models
+from benchmarks.speed.peers import PPO_PYTHON, measured_models, speed_parser
 from fractal_rm.evaluation.results import ResultsFile
 
 
@@ -60,7 +57,8 @@ def side(arm: str, models: Path, given: argparse.Namespace, *, kl: str = "reward
         stages: File for the seconds of each stage.
     """
     options = ["--rollouts", given.rollouts, "--device", given.device, "--dtype", given.dtype]
-    options += ["--threads", given.threads, "--kl", kl, *(["--stages", stages] if stages else [])]
+    options += ["--response-length", given.response_length, "--threads", given.threads]
+    options += ["--kl", kl, *(["--stages", stages] if stages else [])]
     python = given.peer_python if arm == "trl_ppo" else None
     return Side(arm, "benchmarks.speed.ppo_speed_side", [arm, str(models), *map(str, options)], python=python)
 
@@ -86,42 +84,39 @@ def shares_of_stages(arm: str, models: Path, given: argparse.Namespace) -> dict[
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparisons that the command line names."""
     description = "Episodes a second of PPO, against TRL 1.12 and against itself."
-    parser = speed_parser(description, "ppo_speed", list(ARMS), PPO_PYTHON)
+    parser = speed_parser(description, "ppo_speed", list(ARMS), python=PPO_PYTHON)
     parser.add_argument("--updates", type=int, default=3, help="In a block.")
     parser.add_argument("--rollouts", type=int, default=64, help="In an update.")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--response-length", type=int, default=64, help="Most tokens of a response.")
     parser.add_argument("--no-stages", action="store_true", help="Leave out what dominates an update.")
     given = parser.parse_args(arguments)
     if given.smoke:
         given.blocks, given.updates, given.rollouts, given.sizes = 1, 1, 8, ["0.2M"]
         given.arms = given.arms or ["trl_ppo_1.12", "dense_over_outcome"]
     has_peer = given.peer_python.exists()
-    settings = {name: getattr(given, name) for name in ("rollouts", "blocks", "updates", "device", "dtype", "threads")}
+    names = ("rollouts", "response_length", "blocks", "updates", "device", "dtype", "threads")
+    settings = {name: getattr(given, name) for name in names}
     results = ResultsFile(given.results)
-    for size in sizes_of(given):
-        with tempfile.TemporaryDirectory() as folder:
-            models = Path(folder)
-            described = save_models(models, size, dtype=getattr(torch, given.dtype))
-
-            work: list[tuple[str, str, Callable[[], dict[str, float]]]] = []
-            for name in given.arms or ARMS:
-                if ARMS[name].rival == "trl_ppo" and not has_peer:
-                    print(f"{name}: skipped, for TRL 1.12 is not here ({given.peer_python}). Run `make peer-env`.")
-                    continue
-                work.append((name, ARMS[name].kl, partial(compare, ARMS[name], models, given)))
-            for name in () if given.no_stages else ("dense", *(("trl_ppo",) if has_peer else ())):
-                work.append((f"stages_of_{name}", "reward", partial(shares_of_stages, name, models, given)))
-            for name, kl, measure in work:
-                start = time.perf_counter()
-                record(
-                    results,
-                    arm=name,
-                    metrics=measure(),
-                    benchmark="ppo_speed",
-                    split=f"{size}, {given.device}",
-                    config=described | {"kl": kl} | settings,
-                    seconds=time.perf_counter() - start,
-                )
+    for split, models, described in measured_models(given):
+        work: list[tuple[str, str, Callable[[], dict[str, float]]]] = []
+        for name in given.arms or ARMS:
+            if ARMS[name].rival == "trl_ppo" and not has_peer:
+                print(f"{name}: skipped, for TRL 1.12 is not here ({given.peer_python}). Run `make peer-env`.")
+                continue
+            work.append((name, ARMS[name].kl, partial(compare, ARMS[name], models, given)))
+        for name in () if given.no_stages else ("dense", *(("trl_ppo",) if has_peer else ())):
+            work.append((f"stages_of_{name}", "reward", partial(shares_of_stages, name, models, given)))
+        for name, kl, measure in work:
+            start = time.perf_counter()
+            record(
+                results,
+                arm=name,
+                metrics=measure(),
+                benchmark="ppo_speed",
+                split=split,
+                config=described | {"kl": kl} | settings,
+                seconds=time.perf_counter() - start,
+            )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ SHARED: dict[str, Any] = {
     "disable_tqdm": True,
     "seed": 0,
 }
-RESPONSE_LENGTH = 64
 KL_COEF = 0.05
 
 
@@ -65,7 +64,7 @@ def step_ppo(arguments: argparse.Namespace, blocks: Blocks, prompts: list[str], 
             num_generations=1,
             num_iterations=1,
             per_device_train_batch_size=arguments.rollouts,
-            max_completion_length=RESPONSE_LENGTH,
+            max_completion_length=arguments.response_length,
             max_steps=1_000_000,
             lr_scheduler_type="constant",
             use_cpu=arguments.device == "cpu",
@@ -97,7 +96,7 @@ def trl_ppo(arguments: argparse.Namespace, blocks: Blocks, prompts: list[str], f
             num_mini_batches=1,
             per_device_train_batch_size=arguments.rollouts,
             local_rollout_forward_batch_size=arguments.rollouts,
-            response_length=RESPONSE_LENGTH,
+            response_length=arguments.response_length,
             stop_token="eos",
             total_episodes=arguments.rollouts * 1_000_000,
             num_sample_generations=0,
@@ -141,6 +140,7 @@ def main() -> None:
     parser.add_argument("arm", choices=["dense", "shared", "outcome", "rule", "trl_ppo"])
     parser.add_argument("models", help="Folder with `policy`, `reward_model` and `value_model`.")
     parser.add_argument("--rollouts", type=int, default=64, help="In an update.")
+    parser.add_argument("--response-length", type=int, default=64, help="Most tokens of a response.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)

@@ -14,15 +14,13 @@ same widths; grouping by length is measured in real tokens, since padding is wha
 import argparse
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.speed.alternation import Side, alternate, record
-from benchmarks.speed.peers import PRM_PYTHON, sizes_of, speed_parser
-from benchmarks.speed.sized_policy import save_models
+from benchmarks.speed.peers import PRM_PYTHON, measured_models, speed_parser
 from fractal_rm.evaluation.results import ResultsFile
 
 
@@ -41,10 +39,11 @@ ARMS = {
 }
 
 
-def compare(name: str, size: str, policy: Path, described: dict[str, object], given: argparse.Namespace) -> None:
+def compare(name: str, split: str, policy: Path, described: dict[str, object], given: argparse.Namespace) -> None:
     """One comparison, one row."""
     arm, results, start = ARMS[name], ResultsFile(given.results), time.perf_counter()
-    options = ["--batch", given.batch, "--rows", given.rows, "--device", given.device, "--threads", given.threads]
+    options = ["--batch", given.batch, "--rows", given.rows, "--longest", given.longest]
+    options += ["--dtype", given.dtype, "--device", given.device, "--threads", given.threads]
     arguments = [str(policy), *map(str, options), "--count", arm.count]
 
     def side(kind: str) -> Side:
@@ -54,35 +53,37 @@ def compare(name: str, size: str, policy: Path, described: dict[str, object], gi
     ours, rival = side(arm.ours), side(arm.rival)
     with ours, rival:
         metrics = alternate(ours, rival, blocks=given.blocks, updates=given.updates)
-    settings = ("batch", "rows", "blocks", "updates", "device", "threads")
+    settings = ("batch", "rows", "longest", "blocks", "updates", "device", "threads")
     record(
         results,
         arm=name,
         metrics=metrics,
         benchmark="rm_speed",
-        split=f"{size}, {given.device}",
-        config=described | {"count": arm.count} | {setting: getattr(given, setting) for setting in settings},
+        split=split,
+        config=described
+        | {"count": arm.count, "autocast": given.dtype}
+        | {setting: getattr(given, setting) for setting in settings},
         seconds=time.perf_counter() - start,
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparisons that the command line names."""
-    parser = speed_parser("Tokens a second in the training of reward models.", "rm_speed", list(ARMS), PRM_PYTHON)
+    description = "Tokens a second in the training of reward models; weights are float32, `--dtype` is the autocast's."
+    parser = speed_parser(description, "rm_speed", list(ARMS), python=PRM_PYTHON)
     parser.add_argument("--updates", type=int, default=10, help="Optimizer steps in a block.")
     parser.add_argument("--batch", type=int, default=32, help="Responses in a batch.")
     parser.add_argument("--rows", type=int, default=8192, help="Rows of training data.")
+    parser.add_argument("--longest", type=int, default=10, help="Most steps of a response; the shortest have two.")
     given = parser.parse_args(arguments)
     if given.smoke:
         given.blocks, given.updates, given.batch, given.rows, given.sizes = 1, 1, 4, 32, ["0.2M"]
-    for size in sizes_of(given):
-        with tempfile.TemporaryDirectory() as folder:
-            described = save_models(Path(folder), size)
-            for name in given.arms or ARMS:
-                if ARMS[name].rival == "prm" and not given.peer_python.exists():
-                    print(f"{name}: skipped, for TRL 1.13 is not here ({given.peer_python}). Run `make peer-env`.")
-                    continue
-                compare(name, size, Path(folder) / "policy", described, given)
+    for split, models, described in measured_models(given, dtype="float32"):
+        for name in given.arms or ARMS:
+            if ARMS[name].rival == "prm" and not given.peer_python.exists():
+                print(f"{name}: skipped, for TRL 1.13 is not here ({given.peer_python}). Run `make peer-env`.")
+                continue
+            compare(name, split, models / "policy", described, given)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ SHARED: dict[str, Any] = {
     "learning_rate": 1e-4,
     "lr_scheduler_type": "constant",
     "max_steps": 1_000_000,
-    "bf16": False,
     "gradient_checkpointing": False,
     "logging_steps": 10,
     "report_to": [],
@@ -31,12 +30,12 @@ SHARED: dict[str, Any] = {
 }
 
 
-def texts(count: int) -> list[dict[str, Any]]:
-    """Problems with a right and a wrong response, of two to ten changes, so that lengths differ."""
+def texts(count: int, longest: int) -> list[dict[str, Any]]:
+    """Problems with a right and a wrong response, of two to `longest` changes, so that lengths differ."""
     rng = random.Random("rm_speed")
     right, wrong = Beliefs(0.0), Beliefs(1.0, 1.0)
     rows = []
-    for problem in make_problems(count, seed=1, min_steps=2, max_steps=10):
+    for problem in make_problems(count, seed=1, min_steps=2, max_steps=longest):
         good, bad = right.respond(problem, rng), wrong.respond(problem, rng)
         rows.append({"problem": problem, "prompt": problem.prompt, "good": good, "bad": bad})
     return rows
@@ -60,6 +59,7 @@ def fractal(arguments: argparse.Namespace, blocks: Blocks, rows: list[dict[str, 
         args=FractalConfig(
             output_dir=folder,
             **SHARED,
+            bf16=arguments.dtype == "bfloat16",
             scorer="token",
             per_device_train_batch_size=arguments.batch // (2 if pairs else 1),
             train_sampling_strategy="group_by_length" if arguments.arm == "grouped" else "random",
@@ -84,6 +84,7 @@ def prm(arguments: argparse.Namespace, blocks: Blocks, rows: list[dict[str, Any]
         args=PRMConfig(
             output_dir=folder,
             **SHARED,
+            bf16=arguments.dtype == "bfloat16",
             per_device_train_batch_size=arguments.batch,
             use_cpu=arguments.device == "cpu",
         ),
@@ -103,6 +104,7 @@ def reward(arguments: argparse.Namespace, blocks: Blocks, rows: list[dict[str, A
         args=RewardConfig(
             output_dir=folder,
             **SHARED,
+            bf16=arguments.dtype == "bfloat16",
             per_device_train_batch_size=arguments.batch // 2,
             use_cpu=arguments.device == "cpu",
         ),
@@ -142,6 +144,8 @@ def main() -> None:
     parser.add_argument("policy", help="Folder of the backbone.")
     parser.add_argument("--batch", type=int, default=32, help="Responses in a batch.")
     parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--longest", type=int, default=10, help="Most steps of a response.")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Of the autocast.")
     parser.add_argument("--count", choices=["padded", "real"], default="padded", help="Which tokens are counted.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -151,7 +155,7 @@ def main() -> None:
     tokens = Tokens(padded=arguments.count == "padded")
     blocks = Blocks(line, work=lambda _: tokens.seen)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = makers[arguments.arm](arguments, blocks, texts(arguments.rows), folder)
+        trainer = makers[arguments.arm](arguments, blocks, texts(arguments.rows, arguments.longest), folder)
         tokens.watch(trainer)
         try:
             trainer.train()

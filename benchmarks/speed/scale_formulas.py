@@ -1,11 +1,14 @@
 """Memory and time of PPO with step rewards on many GPUs: formulas, each with its source. `scale_plan.py` uses them.
 
-Bytes and seconds are those of one GPU. Models are of Llama's kind.
+Bytes and seconds are those of one GPU. Models are of Llama's kind. Plans for one
+GPU alone: `fractal_rm.ppo.plan`.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Literal
+
+from fractal_rm.ppo.plan import BACKWARD, FORWARD, GPU, RECOMPUTED, Shape, cache_bytes
 
 Plan = Literal["ddp", "zero2", "fsdp2", "lora"]
 
@@ -20,81 +23,11 @@ FLOAT32_WEIGHT, FLOAT32_GRADIENT, FLOAT32_ADAM = 4, 4, 8
 LAYER_ACTIVATION, LAYER_INPUT = 34, 2
 # Logits of the completion in float32, and their gradient.
 LOGITS = 8
-# Operations for each weight and token: forward 2, backward 4, and 2 more to recompute what checkpointing dropped
-# (Kaplan et al., "Scaling laws for neural language models", 2020, section 2.1; Korthikanti et al.).
-FORWARD, BACKWARD, RECOMPUTED = 2, 4, 2
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model of Llama's kind.
-
-    Args:
-        layers: Decoder layers.
-        hidden: Width.
-        intermediate: Width of the gated feed-forward part.
-        heads: Attention heads.
-        kv_heads: Heads of keys and values.
-        vocabulary: Tokens.
-        tied: Whether input and output embeddings are the same.
-    """
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    tied: bool = False
-
-    @property
-    def kv_width(self) -> int:
-        """Numbers in the keys of a token in a layer; the values have as many."""
-        return self.hidden // self.heads * self.kv_heads
-
-    @property
-    def backbone(self) -> int:
-        """Parameters without the output layer."""
-        attention = 2 * self.hidden**2 + 2 * self.hidden * self.kv_width
-        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        return self.vocabulary * self.hidden + self.layers * layer + self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the language model."""
-        return self.backbone + (0 if self.tied else self.vocabulary * self.hidden)
-
-    @property
-    def scorer_parameters(self) -> int:
-        """Parameters as a token classification model with one label and a bias."""
-        return self.backbone + self.hidden + 1
 
 
 # Touvron et al., "Llama 2: open foundation and fine-tuned chat models", 2023, and the configurations published with it.
 LLAMA_7B = Shape(layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32, vocabulary=32000)
 LLAMA_70B = Shape(layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, vocabulary=32000)
-
-
-@dataclass(frozen=True)
-class GPU:
-    """NVIDIA H100 SXM as its data sheet has it (2023): memory in bytes, dense bf16 operations and bytes a second.
-
-    Args:
-        memory: Bytes.
-        operations: A second, in bf16, without sparsity.
-        bandwidth: Bytes of memory a second.
-        used: Share of the operations that training reaches: an assumption (PaLM reports .46 and Llama 3 .38 to .43 of
-            the peak for pretraining; Chowdhery et al., 2022; Grattafiori et al., 2024).
-        read: Share of the bandwidth that generation reaches: an assumption.
-        usable: Share of the memory that may be planned with; the rest is for fragments and libraries: an assumption.
-    """
-
-    memory: float = 80e9
-    operations: float = 989e12
-    bandwidth: float = 3.35e12
-    used: float = 0.35
-    read: float = 0.6
-    usable: float = 0.9
 
 
 @dataclass(frozen=True)
@@ -156,11 +89,6 @@ def generating(policy: Shape, gpus: int, work: Work, gpu: GPU) -> tuple[int, flo
     """
     needed = math.ceil(policy.parameters * WEIGHT / (0.5 * gpu.memory))
     return 2 ** math.ceil(math.log2(needed)), min(work.completions / gpus, work.generated)
-
-
-def cache_bytes(shape: Shape, sequences: float, length: int) -> float:
-    """Keys and values of the sequences that one GPU generates at once, in bf16."""
-    return sequences * length * 2 * shape.kv_width * WEIGHT * shape.layers
 
 
 def memory(

@@ -27,16 +27,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common.places import RESULTS
 from benchmarks.speed.scale_formulas import (
-    BACKWARD,
     FLOAT32_ADAM,
     FLOAT32_GRADIENT,
     FLOAT32_WEIGHT,
-    FORWARD,
-    GPU,
     LLAMA_7B,
     LLAMA_70B,
     Plan,
-    Shape,
     Work,
     memory,
     seconds,
@@ -44,6 +40,7 @@ from benchmarks.speed.scale_formulas import (
 from benchmarks.speed.scale_page import MEMORY, TIME
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.plan import BACKWARD, FORWARD, GPU, Shape
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 

@@ -10,11 +10,9 @@ many times more tokens prefixes have (`tokens_ratio`), and how long it takes to 
 of a response end (`alignment_ms`).
 """
 
-import argparse
 import os
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,9 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.places import RESULTS
 from benchmarks.speed.alternation import alternate, record
-from benchmarks.speed.sized_policy import SIZES, save_models
+from benchmarks.speed.peers import measured_models, speed_parser
 from benchmarks.speed.speed_blocks import PeakMemory
 from fractal_rm.credit.placement import completion_text, step_end_tokens, token_end_characters
 from fractal_rm.data.bag import Bag
@@ -34,6 +31,7 @@ from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.tasks.arithmetic.problems import Beliefs, make_problems
 
 BATCH = 32
+ARMS = ("bare_forward", "per_prefix", "alignment")
 
 
 class Task:
@@ -70,12 +68,13 @@ class Scoring:
         path: Of the reward model.
         count: Responses.
         device: Where to score.
+        longest: Most steps of a response.
     """
 
-    def __init__(self, path: Path, count: int, device: str) -> None:
+    def __init__(self, path: Path, count: int, device: str, longest: int = 10) -> None:
         self.reward_model = StepRewardModel.from_pretrained(path, device=device, batch_size=BATCH)
         rng = random.Random("scoring_speed")
-        problems = make_problems(count, seed=2, min_steps=2, max_steps=10)
+        problems = make_problems(count, seed=2, min_steps=2, max_steps=longest)
         self.prompts = [problem.prompt for problem in problems]
         self.responses = [Beliefs().respond(problem, rng) for problem in problems]
         steps = [response.split("\n") for response in self.responses]
@@ -133,46 +132,39 @@ class Scoring:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure each size."""
-    parser = argparse.ArgumentParser(description="Responses and tokens a second that a step reward model scores.")
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="Default: 0.35M and 5M; on a GPU 125M, 340M.")
-    parser.add_argument("--blocks", type=int, default=10, help="Of each side, beside the first, which is not counted.")
+    description = "Responses and tokens a second that a step reward model scores."
+    parser = speed_parser(description, "scoring_speed", ARMS, sizes=["0.35M", "5M"])
     parser.add_argument("--updates", type=int, default=1, help="Times that all responses are scored in a block.")
     parser.add_argument("--responses", type=int, default=256)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS / "scoring_speed.jsonl")
-    parser.add_argument("--smoke", action="store_true", help="The smallest run that goes through everything.")
+    parser.add_argument("--longest", type=int, default=10, help="Most steps of a response; the shortest have two.")
     given = parser.parse_args(arguments)
     if given.smoke:
         given.blocks, given.responses, given.sizes = 1, 16, ["0.2M"]
-    given.sizes = given.sizes or (["0.35M", "5M"] if given.device == "cpu" else ["125M", "340M"])
     threads = torch.get_num_threads()
     torch.set_num_threads(given.threads)
     results = ResultsFile(given.results)
-    for size in given.sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            described = save_models(Path(folder), size)
-            scoring = Scoring(Path(folder) / "reward_model", given.responses, given.device)
-        settings = ("responses", "blocks", "updates", "device", "threads")
+    for split, models, described in measured_models(given):
+        scoring = Scoring(models / "reward_model", given.responses, given.device, given.longest)
+        settings = ("responses", "longest", "blocks", "updates", "device", "threads")
         fields: dict[str, Any] = {
             "benchmark": "scoring_speed",
-            "split": f"{size}, {given.device}",
+            "split": split,
             "config": described | {"batch": BATCH} | {name: getattr(given, name) for name in settings},
         }
-        for arm, work, rival in (
-            ("bare_forward", scoring.tokens, scoring.bare_forward),
-            ("per_prefix", given.responses, scoring.per_prefix),
-        ):
+        rivals = {"bare_forward": (scoring.tokens, scoring.bare_forward)}
+        rivals["per_prefix"] = (given.responses, scoring.per_prefix)
+        for arm in given.arms or ARMS:
             start = time.perf_counter()
-            sides = Task(work, scoring.score), Task(work, rival)
-            metrics = alternate(*sides, blocks=given.blocks, updates=given.updates)
+            if arm == "alignment":
+                metrics = scoring.alignment(given.blocks)
+            else:
+                work, rival = rivals[arm]
+                sides = Task(work, scoring.score), Task(work, rival)
+                metrics = alternate(*sides, blocks=given.blocks, updates=given.updates)
             if arm == "per_prefix":
                 metrics["tokens_ratio"] = scoring.prefix_tokens / scoring.tokens
                 metrics["ratio_over_tokens_ratio"] = metrics["ratio"] / metrics["tokens_ratio"]
             record(results, arm=arm, metrics=metrics, seconds=time.perf_counter() - start, **fields)
-        start = time.perf_counter()
-        metrics = scoring.alignment(given.blocks)
-        record(results, arm="alignment", metrics=metrics, seconds=time.perf_counter() - start, **fields)
     torch.set_num_threads(threads)
 
 

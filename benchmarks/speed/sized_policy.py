@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForTokenClassification
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, LlamaForCausalLM
 
 from fractal_rm.scorers.checkpoint import make_scorer, save_scorer
 from fractal_rm.scorers.settings import FractalSettings
@@ -63,32 +63,42 @@ def grow(width: int, layers: int, *, seed: int = 0) -> LlamaForCausalLM:
     return large.eval()
 
 
-def save_models(folder: Path, size: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
+def save_models(
+    folder: Path, size: str, *, source: Path | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, Any]:
     """Policy, step reward model (a token scorer with a random head) and value model (a head of 0) of one size.
 
     Args:
         folder: Where the folders `policy`, `reward_model` and `value_model` go.
-        size: One of `SIZES`.
+        size: One of `SIZES`; not read if there is a source.
+        source: Folder of a causal language model that takes the place of the shipped policy.
         dtype: Of the weights.
         seed: Seed of the random head.
 
     Returns:
         What describes them in a row of results.
     """
-    width, layers = SIZES[size]
-    policy = grow(width, layers).to(dtype)
-    tokenizer: Any = AutoTokenizer.from_pretrained(SHIPPED_POLICY)
+    if source is None:
+        policy: Any = grow(*SIZES[size]).to(dtype)
+    else:
+        policy = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source or SHIPPED_POLICY)
     policy.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     torch.manual_seed(seed)
-    model = LlamaForTokenClassification(config).to(dtype)
-    model.model.load_state_dict(policy.model.state_dict())
+    model: Any = AutoModelForTokenClassification.from_config(config).to(dtype)
+    model.base_model.load_state_dict(policy.base_model.state_dict())
     settings = FractalSettings(scorer="token")
     save_scorer(folder / "reward_model", make_scorer(model, settings), tokenizer, settings)
     for parameter in model.score.parameters():
         nn.init.zeros_(parameter)
     model.save_pretrained(folder / "value_model")
     tokenizer.save_pretrained(folder / "value_model")
-    return {"parameters": policy.num_parameters(), "width": width, "layers": layers, "dtype": str(dtype)}
+    return {
+        "parameters": policy.num_parameters(),
+        "width": policy.config.hidden_size,
+        "layers": policy.config.num_hidden_layers,
+        "dtype": str(dtype),
+    }

@@ -158,10 +158,10 @@ def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
     print_table(metrics, {name: [number_cell(values.get(name)) for values in numbers] for name in names})
 
 
-def print_table(columns: Iterable[str], rows: Mapping[str, Iterable[str]]) -> None:
-    """Print a table with a line for each metric: what the columns are of, and the cells by name of the metric."""
+def print_table(columns: Iterable[str], rows: Mapping[str, Iterable[str]], *, of: str = "metric") -> None:
+    """Print a table: what the columns are of, the cells by the name of their line, and what the lines are."""
     table = Table()
-    table.add_column("metric")
+    table.add_column(of)
     for column in columns:
         table.add_column(column, justify="right")
     for name, cells in rows.items():

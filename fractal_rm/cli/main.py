@@ -21,6 +21,7 @@ _COMPLAINANTS = ("fractal_rm", "transformers", "trl", "peft", "datasets", "huggi
 # What `fractal-rm --help` says of each command: the function of that name in the module of that name.
 COMMANDS = {
     "quickstart": "The whole pipeline on arithmetic word problems: CPU, minutes, no network.",
+    "plan": "Memory and hours of a run on a GPU, before anything is loaded.",
     "sample": "Sample responses of a policy to a task's prompts, and label them by their answers.",
     "train": "Train a step reward model from response labels.",
     "score": "Score the steps of the responses in a file.",

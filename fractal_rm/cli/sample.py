@@ -39,6 +39,10 @@ class SampleArguments(TaskArguments):
     num_prompts: int = field(
         default=256, metadata={"help": "Most prompts; a finished run goes on with a higher number."}
     )
+    skip_prompts: int = field(
+        default=0,
+        metadata={"help": "Rows of a file or data set to pass over first: kept for another file of responses."},
+    )
     samples: int = field(default=8, metadata={"help": "Responses to each prompt."})
     greedy: bool = field(default=False, metadata={"help": "Take the likeliest token instead of sampling."})
     chat: bool = field(
@@ -62,6 +66,12 @@ class SampleArguments(TaskArguments):
         for name in ("batch_size", "num_prompts", "samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
+        if self.skip_prompts < 0:
+            raise ValueError(f"`skip_prompts` is {self.skip_prompts}. Give a number of rows, 0 for none.")
+        if self.skip_prompts and self.task not in (None, "gsm8k"):
+            raise ValueError(
+                f"`task={self.task}` makes its own prompts: choose other ones by `split`, not `skip_prompts`."
+            )
         super().__post_init__()
 
 
@@ -141,7 +151,11 @@ def _read_prompts(arguments: SampleArguments, data: DataArguments) -> tuple[list
         asked = [Asked(p.prompt, p.check_answer, p.check_steps) for p in problems]
         longest = task.max_new_tokens
     else:
-        asked, longest = _prompts_of_rows(arguments, data)[:count], 320
+        asked, longest = _prompts_of_rows(arguments, data), 320
+        first = arguments.skip_prompts
+        if first >= len(asked):
+            raise ValueError(f"`skip_prompts` is {first}, but there are {len(asked)} prompts. Give a smaller number.")
+        asked = asked[first : first + count]
     if arguments.chat:
         for one in asked:
             if isinstance(one.prompt, str):

@@ -1,0 +1,263 @@
+"""`fractal-rm plan`: whether a run fits a GPU, and how long it takes, before anything is loaded."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from fractal_rm.cli.checks import check_models, number_cell, print_table
+from fractal_rm.cli.parser import parse
+from fractal_rm.errors import reason
+from fractal_rm.ppo.plan import (
+    GPU,
+    GPUS,
+    MODELS,
+    Dtype,
+    Run,
+    Shape,
+    hours,
+    memory,
+    nearest_model,
+    reward_training_memory,
+    shape_of,
+)
+
+GIGABYTE = 1e9
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MB])", re.IGNORECASE)
+_UNITS = {"M": 1e6, "B": 1e9}
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(?:GB|GIB|G)", re.IGNORECASE)
+# Options that may make a run fit, in the order in which they cost least: flag, value, when it is another one.
+_HELP: tuple[tuple[str, Any], ...] = (
+    ("gradient_checkpointing", True),
+    ("vllm_enable_sleep_mode", True),
+    ("per_device_train_batch_size", 1),
+    ("use_peft", True),
+    ("value_model", "shared"),
+    ("dtype", "bfloat16"),
+    ("reward_dtype", "bfloat16"),
+    ("use_vllm", False),
+)
+
+
+@dataclass
+class PlanArguments:
+    """Arguments of `fractal-rm plan`: those of `fractal-rm ppo` that memory and time depend on, and the GPU."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "The policy: folder or hub id. Its config.json is read, and no weights."}
+    )
+    parameters: str | None = field(
+        default=None,
+        metadata={"help": "In place of `model`: its size, such as 1.5B. Without both: a table of usual models."},
+    )
+    gpu: str = field(
+        default="24GB", metadata={"help": f"Memory such as 24GB, or a card: {', '.join(GPUS)}. Sizes are in 1e9 bytes."}
+    )
+    reward_model: str = field(
+        default="policy",
+        metadata={"help": "Folder, hub id or size; `policy`: as large as the policy; `none`: there is none."},
+    )
+    value_model: Literal["own", "shared", "none"] = field(
+        default="none",
+        metadata={"help": "`none`: `advantage=group`; `own`: `gae` with a backbone; `shared`: a head on the policy."},
+    )
+    reference: bool = field(default=False, metadata={"help": "A reference model: `beta` or `kl_coef` is above 0."})
+    use_peft: bool = field(default=False, metadata={"help": "Train low-rank adapters instead of all weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    dtype: Dtype = field(
+        default="float32",
+        metadata={"help": "Of the policy's weights: TRL loads float32 unless `model_init_kwargs` names a `dtype`."},
+    )
+    reward_dtype: Dtype = field(
+        default="float32",
+        metadata={"help": "Of the reward model's weights as stored: float32 where all were trained."},
+    )
+    prompt_length: int = field(default=150, metadata={"help": "Tokens of a prompt."})
+    max_completion_length: int = field(default=320, metadata={"help": "Tokens of a completion."})
+    num_generations: int = field(default=8, metadata={"help": "Completions of a prompt."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Completions that are trained on at once."})
+    gradient_accumulation_steps: int = field(default=16, metadata={"help": "Such batches in an update."})
+    gradient_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations to save memory."})
+    use_vllm: bool = field(default=False, metadata={"help": "vLLM on the same GPU generates (`vllm_mode=colocate`)."})
+    vllm_gpu_memory_utilization: float = field(default=0.3, metadata={"help": "Share of the memory that vLLM takes."})
+    vllm_enable_sleep_mode: bool = field(
+        default=False, metadata={"help": "vLLM gives its memory back while the policy trains."}
+    )
+    max_steps: int = field(default=300, metadata={"help": "Updates of PPO."})
+    num_prompts: int = field(default=7473, metadata={"help": "Prompts of `fractal-rm sample`; default: GSM8K's."})
+    samples: int = field(default=4, metadata={"help": "Responses to each of them, on which the reward model trains."})
+    teraflops: float | None = field(
+        default=None, metadata={"help": "1e12 operations a second that training reaches; default: .35 of the card's."}
+    )
+    generated_per_second: float | None = field(
+        default=None, metadata={"help": "Tokens a second of all sequences together; default: from the card."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.model and self.parameters:
+            raise ValueError("`model` and `parameters` both name the policy's size. Give one of them.")
+        counts = [one.name for one in fields(self) if one.type in (int, "int")]
+        for name in (*counts, "teraflops", "generated_per_second"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` is {value}. Give a number above 0.")
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"`vllm_gpu_memory_utilization` is {self.vllm_gpu_memory_utilization}. Give a share in (0, 1]."
+            )
+        rollouts = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if rollouts % self.num_generations:
+            raise ValueError(
+                f"An update has {rollouts} completions (`per_device_train_batch_size` x `gradient_accumulation_steps`),"
+                f" which is no multiple of `num_generations` {self.num_generations}. Change one of them."
+            )
+
+
+def plan(argv: Sequence[str]) -> None:
+    """Print memory by part, hours by stage, and what would help where the run does not fit."""
+    (arguments,) = parse("plan", [PlanArguments], argv)
+    gpu = read_gpu(arguments.gpu, arguments.teraflops)
+    if arguments.model is None and arguments.parameters is None:
+        _print_models(arguments, gpu)
+        return
+    run = read_run(arguments)
+    stages = {"ppo": memory(run, gpu)} | ({"train": reward_training_memory(run)} if run.reward else {})
+    cells = {part: [number_cell(_gigabytes(held.get(part))) for held in stages.values()] for part in stages["ppo"]}
+    print_table([f"GB of {stage}" for stage in stages], cells, of="part")
+    spent = _hours(arguments, run, gpu)
+    print_table(["hours"], {stage: [f"{time:.1f}"] for stage, time in spent.items()}, of="stage")
+    print(verdict(arguments, run, gpu))
+    if run.reward and stages["train"]["total"] > gpu.usable * gpu.memory:
+        print("Training the reward model does not fit: smaller batches, checkpointing or adapters there.")
+    print(
+        "Formulas, checked at 135 M parameters (docs/speed.md): hours within a factor of two at best. "
+        "After ten updates `step_time` in the logs says better."
+    )
+
+
+def read_gpu(name: str, teraflops: float | None) -> GPU:
+    """The card of a name or of a size of memory, with the operations a second that somebody measured.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    known = {card.lower(): gpu for card, gpu in GPUS.items()}
+    found, size = known.get(name.lower().replace(" ", "-")), _MEMORY.fullmatch(name.strip())
+    if found is None and size is None:
+        raise ValueError(f"`gpu` is {name!r}. Give its memory, such as 24GB, or one of {', '.join(GPUS)}.")
+    if found is None:
+        memory = float(size[1]) * GIGABYTE  # type: ignore[index]
+        if memory <= 0:
+            raise ValueError(f"`gpu` is {name!r}: no memory. Give its size, such as 24GB.")
+        larger = [gpu for gpu in GPUS.values() if gpu.memory >= memory]
+        found = replace(larger[0] if larger else GPUS["H200"], memory=memory)
+    return found if teraflops is None else replace(found, operations=teraflops * 1e12, used=1.0)
+
+
+def read_run(arguments: PlanArguments) -> Run:
+    """The run that the arguments describe.
+
+    Raises:
+        OSError: If a folder is missing.
+        ValueError: If a size cannot be read.
+    """
+    policy = read_shape(arguments.model or str(arguments.parameters), is_size=arguments.model is None)
+    reward: Shape | None = policy
+    if arguments.reward_model == "none":
+        reward = None
+    elif arguments.reward_model != "policy":
+        reward = read_shape(arguments.reward_model, is_size=_SIZE.fullmatch(arguments.reward_model) is not None)
+    return make_run(arguments, policy, reward)
+
+
+def make_run(arguments: PlanArguments, policy: Shape, reward: Shape | None) -> Run:
+    """The run of two models under the options of the command line."""
+    rollouts = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return Run(
+        policy=policy,
+        reward=reward,
+        value=arguments.value_model,
+        lora_rank=arguments.lora_r if arguments.use_peft else None,
+        dtype=arguments.dtype,
+        reward_dtype=arguments.reward_dtype,
+        prompt=arguments.prompt_length,
+        completion=arguments.max_completion_length,
+        rollouts=rollouts,
+        micro_batch=arguments.per_device_train_batch_size,
+        checkpointing=arguments.gradient_checkpointing,
+        reference=arguments.reference,
+        vllm=arguments.vllm_gpu_memory_utilization if arguments.use_vllm else None,
+        sleep=arguments.vllm_enable_sleep_mode,
+    )
+
+
+def read_shape(name: str, *, is_size: bool) -> Shape:
+    """The sizes of a model from a number of parameters, or from the configuration of a folder or hub id.
+
+    Raises:
+        OSError: If a folder is missing.
+        ValueError: If a size or a configuration cannot be read.
+    """
+    if is_size:
+        size = _SIZE.fullmatch(name.strip())
+        if size is None or float(size[1]) == 0:
+            raise ValueError(f"The size {name!r} is no number of parameters. Give one such as 135M or 1.5B.")
+        parameters = float(size[1]) * _UNITS[size[2].upper()]
+        return MODELS[nearest_model(parameters)].scaled_to(parameters)
+    check_models(name)
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"The configuration of {name} cannot be read ({reason(error)}). Check the name, or give `parameters`."
+        ) from error
+    return shape_of(config, where=name)
+
+
+def verdict(arguments: PlanArguments, run: Run, gpu: GPU) -> str:
+    """Whether the run fits; if not, the largest part, and what each option would bring."""
+    held = memory(run, gpu)
+    total, room = held["total"], gpu.usable * gpu.memory
+    of = f"{total / GIGABYTE:.1f} GB of {room / GIGABYTE:.1f} that can be planned with"
+    if total <= room:
+        return f"Fits: {of}."
+    largest = max((part for part in held if part != "total"), key=lambda part: held[part])
+    lines = [f"Does not fit: {of}; the largest part is {largest} ({held[largest] / GIGABYTE:.1f} GB). What would help:"]
+    for name, value in _HELP:
+        if getattr(arguments, name) == value:
+            continue
+        batches = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+        also = {"gradient_accumulation_steps": batches} if name == "per_device_train_batch_size" else {}
+        changed = make_run(replace(arguments, **{name: value}, **also), run.policy, run.reward)
+        now = memory(changed, gpu)["total"]
+        if now < 0.99 * total:
+            flags = " ".join(f"--{key} {str(to).lower()}" for key, to in {name: value, **also}.items())
+            lines.append(f"  {flags}: {now / GIGABYTE:.1f} GB{', fits' if now <= room else ''}")
+    return "\n".join(lines)
+
+
+def _gigabytes(size: float | None) -> float | None:
+    return None if size is None else round(size / GIGABYTE, 2)
+
+
+def _hours(arguments: PlanArguments, run: Run, gpu: GPU) -> dict[str, float]:
+    return hours(
+        run,
+        gpu,
+        updates=arguments.max_steps,
+        sampled=arguments.num_prompts * arguments.samples,
+        generated_per_second=arguments.generated_per_second,
+    )
+
+
+def _print_models(arguments: PlanArguments, gpu: GPU) -> None:
+    """A line for each usual model."""
+    rows = {}
+    for name, shape in MODELS.items():
+        run = make_run(arguments, shape, None if arguments.reward_model == "none" else shape)
+        total = memory(run, gpu)["total"]
+        fits = "yes" if total <= gpu.usable * gpu.memory else "no"
+        rows[name] = [f"{total / GIGABYTE:.1f}", fits, f"{sum(_hours(arguments, run, gpu).values()):.1f}"]
+    print_table(["GB", f"fits {arguments.gpu}", "hours"], rows, of="model")
