@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 Shaping = Literal["raw", "centered", "log_odds", "delta", "min_form"]
-Center = Literal["batch", "group", "threshold"]
+Center = Literal["response", "batch", "group", "threshold"]
 LengthNeutral = Literal["none", "mean", "cap"]
 
 # Scores nearer than this to 0 or 1 count as this near: a saturated sigmoid says no more than odds of a thousand to one.
@@ -32,6 +32,8 @@ def _baseline(
     """What `"centered"` subtracts; `scores` are 0 at padding."""
     if center == "threshold":
         return scores.new_full((len(scores), 1), threshold)
+    if center == "response":
+        group_size = 1
     size = len(scores) if center == "batch" else group_size
     if size < 1 or len(scores) % size:
         raise ValueError(

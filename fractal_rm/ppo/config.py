@@ -105,7 +105,7 @@ class StepPPOConfig(GRPOConfig):
             "from there on (PURE), exactly so without a discount."
         },
     )
-    center: Literal["batch", "group", "threshold"] = field(
+    center: Literal["response", "batch", "group", "threshold"] = field(
         default="batch",
         metadata={
             "help": "Baseline of `shaping=centered`: the mean over the rollout batch, that over the prompt's "
