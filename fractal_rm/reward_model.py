@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fractal_rm.credit.advantages import GROUP_EPSILON
 from fractal_rm.data.bag import Bag, Span
 from fractal_rm.data.prompts import Prompt, RenderedPrompt, check_learned_kind, check_text, is_chat, response_text
 from fractal_rm.data.segmentation import Segmentation, join_steps
@@ -35,9 +36,9 @@ from fractal_rm.scorers.settings import FractalSettings
 logger = logging.getLogger(__name__)
 # The model card of a folder: what the hub shows first.
 CARD = "README.md"
-# The product of usual steps below which a reward is said to come to nothing: there a response all of whose steps are as
-# good as usual counts as bad ninety-nine times in a hundred.
-_SMALL_PRODUCT = 0.01
+# The product of usual steps below which a reward is said to come to nothing: ten times what GRPO adds to the standard
+# deviation of a group. (`python -m benchmarks.evidence.long_responses`)
+_SMALL_PRODUCT = 10 * GROUP_EPSILON
 # Probabilities below the least float32 have been rounded to 0, whose logarithm is not finite.
 _LEAST_PROBABILITY = torch.finfo(torch.float32).tiny
 # A progress bar for fewer batches would flicker by.

@@ -35,8 +35,10 @@ from fractal_rm.study.statistics import BENCHMARK, latest
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 from fractal_rm.tasks.task import Problem, Task, sample_responses, unseen
 
-# The same for all arms; the rest is what `arms.py` names.
+# The same for all arms; the rest is what `arms.py` names. The baseline of step scores is that of the rows there are: an
+# arm with the one of `StepPPOConfig` names it.
 PPO_SETTINGS: Options = {
+    "center": "batch",
     "num_generations": 8,
     "num_iterations": 1,
     "value_learning_rate": 1e-3,
