@@ -393,6 +393,14 @@ def test_completions_of_one_step_earn_nothing_against_themselves_which_is_said_o
     assert "set `center='batch'`" in said
 
 
+@pytest.mark.parametrize("outcome_weight", [0.0, 1.0])
+def test_steps_that_say_nothing_of_the_whole_without_an_outcome_are_named_once(tmp_path, caplog, outcome_weight):
+    given = {"rollout_func": replay(RAGGED), "reward_model": reward_model(), "reward_funcs": count_of_a}
+    train(tmp_path, **given, outcome_weight=outcome_weight, num_generations=1)
+    said = [text for text in caplog.messages if "No outcome is a reward" in text]
+    assert len(said) == (outcome_weight == 0.0)
+
+
 def test_with_the_min_form_every_token_before_the_worst_step_gets_its_score(tmp_path):
     result = step_output(tmp_path, shaping="min_form", gamma=1.0, step_lam=1.0)
     for row, steps in enumerate(COMPLETIONS.values()):

@@ -104,7 +104,7 @@ class StepShaper:
             scored = [one if keep else StepScores(one.response) for one, keep in zip(found, used, strict=True)]
             ends = [step_end_tokens(at, result.spans) for at, result in zip(token_ends, scored, strict=True)]
             scores = [result.step_scores for result in scored]
-            self._check_numbers(scores)
+            self._check_baseline(scores, batch)
             rewards = self.rewards(scores, self.moments[name], group_size=group_size)
             steps.append(ShapedSteps(self.weights[name], rewards, ends, place_step_rewards(rewards, ends, batch.mask)))
             metrics |= {} if metrics else _score_metrics(scores)  # the scores of the watched source
@@ -112,17 +112,25 @@ class StepShaper:
         metrics["placement/unplaced_steps"] = float(sum(one.placement.unplaced for one in steps))
         return batch.plus(metrics, steps=tuple(steps))
 
-    def _check_numbers(self, step_scores: Sequence[Sequence[float]]) -> None:
-        """Say once that completions of one step earn nothing against themselves."""
+    def _check_baseline(self, step_scores: Sequence[Sequence[float]], batch: RolloutBatch) -> None:
+        """Say once what a completion's own mean as baseline leaves unsaid: all of single steps, the whole of others."""
         args, most = self.args, max(map(len, step_scores), default=0)
-        if self._has_warned or most != 1 or (args.shaping, args.center) != ("centered", "response"):
+        if self._has_warned or not most or (args.shaping, args.center) != ("centered", "response"):
             return
-        self._has_warned = True
-        logger.warning(
-            "No completion of this rollout has more than one step, and with `center='response'` a step earns what it "
-            "is better than the other steps of its completion: nothing. Cut completions into more steps, or set "
-            "`center='batch'`."
-        )
+        if most == 1:
+            self._has_warned = True
+            logger.warning(
+                "No completion of this rollout has more than one step, and with `center='response'` a step earns what "
+                "it is better than the other steps of its completion: nothing. Cut completions into more steps, or "
+                "set `center='batch'`."
+            )
+        elif not has_outcomes(batch, args):
+            self._has_warned = True
+            logger.warning(
+                "No outcome is a reward, and with `center='response'` the steps of a completion earn 0 in all: nothing "
+                "says which completions are better as a whole. Give `reward_funcs`, or set `center='batch'` or "
+                "`shaping='min_form'`."
+            )
 
     def rewards(
         self, step_scores: Sequence[Sequence[float]], moments: RunningMoments, *, group_size: int
