@@ -157,9 +157,9 @@ def measure(
     wrong = [i for i, row in enumerate(rows) if row.get("label") is not None and row["label"] < 0.5]
     for name in CUTS:
         sums = list(sums_in_batches(scores[""], scores[name], args, batch, group))
-        changes = [after - before for before, after in sums]
+        changes = [after - before if abs(after - before) > ROUNDING else 0.0 for before, after in sums]
         found |= {
-            f"{name}_rising": fmean(change > ROUNDING for change in changes),
+            f"{name}_rising": fmean(change > 0 for change in changes),
             f"{name}_change": fmean(changes),
             f"{name}_change_wrong": fmean(changes[i] for i in wrong) if wrong else float("nan"),
         }
