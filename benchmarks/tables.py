@@ -11,6 +11,7 @@ import yaml
 from benchmarks.common.places import REPOSITORY, RESULTS
 from benchmarks.disaggregation.page import FIGURE, draw_figure, page
 from benchmarks.evaluation.page import page as evaluation_page
+from benchmarks.evidence.cutting_finer import CUTS
 from benchmarks.evidence.page import (
     LEARNING_ON,
     STEP_SCORES,
@@ -30,7 +31,7 @@ from benchmarks.speed.scale_page import scale_page
 from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.files import write_atomic
 from fractal_rm.report.tables import markdown_table, replace_table
-from fractal_rm.study.page import draw_curves
+from fractal_rm.study.page import NOTHING, draw_curves
 from fractal_rm.study.statistics import BENCHMARK
 
 
@@ -80,6 +81,13 @@ def rows_of(benchmark: str) -> list[dict[str, Any]]:
     return ResultsFile(RESULTS / f"{benchmark}.jsonl").rows()
 
 
+def cutting_table() -> str:
+    """Which forms of step rewards pay for cuts: a line a form, data set by data set."""
+    rows = rows_of("cutting_finer")
+    shown = ["responses", *(f"{cut}_{what}" for cut in CUTS for what in ("rising", "change"))]
+    return markdown_table(rows, metrics=shown) if rows else NOTHING
+
+
 def evidence_pages(page: str, history: str, readme: str) -> tuple[str, str, str]:
     """The page of the evidence, that of its history, and the README, with its tables made anew."""
     chosen = REPOSITORY / "benchmarks" / "evidence" / "dense_vs_outcome.yaml"
@@ -123,6 +131,7 @@ def documents() -> dict[Path, str]:
     killed = markdown_table(moments, metrics=["equal", "files_that_differ", "checkpoint_torn", "checkpoint_step"])
     recipe = REPOSITORY / "recipes" / "gsm8k_ppo" / "README.md"
     online = REPOSITORY / "docs" / "online_reward.md"
+    shaping, aggregation = (REPOSITORY / "docs" / name for name in ("step_ppo.md", "how_to/choose_aggregation.md"))
     speed = REPOSITORY / "docs" / "speed.md"
     evaluation = REPOSITORY / "docs" / "evaluation.md"
     judged = (read_results(RESULTS / f"{name}.jsonl") for name in ("processbench", "best_of_n"))
@@ -140,6 +149,10 @@ def documents() -> dict[Path, str]:
         online: replace_table(online.read_text(encoding="utf-8"), "online_reward", online_table()),
         evaluation: evaluation_page(evaluation.read_text(encoding="utf-8"), *judged),
         readme: replace_table(pages[2], "quickstart", short),
+        shaping: replace_table(shaping.read_text(encoding="utf-8"), "cutting_finer", cutting_table()),
+        aggregation: replace_table(
+            aggregation.read_text(encoding="utf-8"), "long_responses", markdown_table(rows_of("long_responses"))
+        ),
         quickstart: text,
     }
 

@@ -11,7 +11,8 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, cast
+from statistics import median
+from typing import Any, Literal, Self, cast
 
 import huggingface_hub
 import torch
@@ -19,6 +20,7 @@ from huggingface_hub import constants
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fractal_rm.credit.advantages import GROUP_EPSILON
 from fractal_rm.data.bag import Bag, Span
 from fractal_rm.data.prompts import Prompt, RenderedPrompt, check_learned_kind, check_text, is_chat, response_text
 from fractal_rm.data.segmentation import Segmentation, join_steps
@@ -34,6 +36,11 @@ from fractal_rm.scorers.settings import FractalSettings
 logger = logging.getLogger(__name__)
 # The model card of a folder: what the hub shows first.
 CARD = "README.md"
+# The product of usual steps below which a reward is said to come to nothing: ten times what GRPO adds to the standard
+# deviation of a group. (`python -m benchmarks.evidence.long_responses`)
+_SMALL_PRODUCT = 10 * GROUP_EPSILON
+# Probabilities below the least float32 have been rounded to 0, whose logarithm is not finite.
+_LEAST_PROBABILITY = torch.finfo(torch.float32).tiny
 # A progress bar for fewer batches would flicker by.
 _BATCHES_WORTH_A_BAR = 20
 
@@ -310,18 +317,61 @@ class FractalReward:
 
     Completions that cannot be scored get None, which TRL leaves out.
 
+    With `aggregation="product"` that probability shrinks with every step: 150 steps that are good with .88 each leave
+    5e-9, and the small number that GRPO adds to the standard deviation of a group is larger than all differences.
+    `scale="log"` gives the logarithm, which orders responses alike and keeps its differences at any length.
+
     Args:
         reward_model: A [`StepRewardModel`], or the path of one.
+        scale: `"probability"`, or `"log"`: log P(response is good), at most 0.
+
+    Raises:
+        ValueError: If `scale` is unknown, or `"log"` is asked of a model of grades.
     """
 
-    def __init__(self, reward_model: StepRewardModel | str | Path) -> None:
+    def __init__(
+        self, reward_model: StepRewardModel | str | Path, *, scale: Literal["probability", "log"] = "probability"
+    ) -> None:
+        if scale not in ("probability", "log"):
+            raise ValueError(f"Unknown scale {scale!r}. Choose probability or log.")
         if not isinstance(reward_model, StepRewardModel):
             reward_model = StepRewardModel.from_pretrained(reward_model)
-        self.reward_model = reward_model
+        if scale == "log" and reward_model.settings.num_grades is not None:
+            raise ValueError(
+                "The reward model scores grades, and `scale='log'` is for probabilities. Leave `scale` out."
+            )
+        self.reward_model, self.scale = reward_model, scale
+        self._has_warned = False
         self.__name__ = "fractal_reward"
 
     def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
         """Score completions (texts, or chats of one assistant message) as TRL's trainers call it."""
         responses = [response_text(completion) for completion in completions]
         scored = self.reward_model.score(prompts, responses, progress=False)
-        return [None if math.isnan(result.score) else result.score for result in scored]
+        self._check_product([result for result in scored if result.steps])
+        return [None if math.isnan(result.score) else self._reward(result) for result in scored]
+
+    def _reward(self, scored: StepScores) -> float:
+        if self.scale == "probability":
+            return scored.score
+        # A product of hundreds of steps is no float any more; the sum of its logarithms is.
+        is_product = self.reward_model.settings.aggregation == "product"
+        factors = scored.step_scores if is_product else [scored.score]
+        return math.fsum(math.log(max(factor, _LEAST_PROBABILITY)) for factor in factors)
+
+    def _check_product(self, scored: Sequence[StepScores]) -> None:
+        """Say once if responses have so many steps that the product of usual scores comes to nothing."""
+        if self._has_warned or self.scale == "log" or self.reward_model.settings.aggregation != "product" or not scored:
+            return
+        steps = median(len(one.steps) for one in scored)
+        usual = median(score for one in scored for score in one.step_scores)
+        if usual**steps < _SMALL_PRODUCT:
+            self._has_warned = True
+            logger.warning(
+                "Half of the responses have %g or more steps, and half of the steps a score of %.2f or more: their "
+                "product, the reward, comes to %.1e, so small that group advantages lose its differences. Use "
+                "`FractalReward(..., scale='log')`, or a reward model with `aggregation='min'`.",
+                steps,
+                usual,
+                usual**steps,
+            )

@@ -11,7 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.credit.guards import CEILING, LIMITS, NGRAM, GuardInputs, Guards, agreement, measure_rollouts, repeated
+from fractal_rm.credit.guards import (
+    CEILING,
+    LIMITS,
+    NGRAM,
+    GuardInputs,
+    Guards,
+    agreement,
+    generic,
+    measure_rollouts,
+    most_frequent,
+    order_agreement,
+    repeated,
+    word_places,
+)
 
 BATCHES, HONEST_START, RESPONSES = 60, 10, 32
 
@@ -20,14 +33,16 @@ def honest(batch: int, rng: random.Random) -> GuardInputs:
     """A policy that learns: more right answers and so higher scores, a little longer, slowly away from its start."""
     progress = batch / BATCHES
     rows = []
-    for _ in range(RESPONSES):
+    for number in range(RESPONSES):
         right = rng.random() < 0.3 + 0.65 * progress
         steps = [
-            f"{rng.randint(1, 99)}+{rng.randint(1, 99)}={rng.randint(1, 198)}." for _ in range(rng.randint(2, 5))
-        ] + [f"So {rng.randint(0, 999)}."] * (rng.random() < progress)
+            f"{'Then' if i else 'First'} {rng.randint(1, 99)}+{rng.randint(1, 99)} gives {rng.randint(1, 198)}."
+            for i in range(rng.randint(2, 5))
+        ] + [f"So {rng.randint(0, 999)}."] * (rng.random() < 0.3 + 0.7 * progress)
         scores = [min(max(rng.gauss(0.9 if right else 0.6, 0.15), 0.0), 1.0) for _ in steps]
         ids = [rng.randint(0, 30) for step in steps for _ in step]
-        rows.append((ids, rng.random() > 0.05, steps, scores, min(scores), float(right), 0.05 * progress * len(ids)))
+        rows.append((ids, rng.random() > 0.05, steps, scores, min(scores), float(right)))
+        rows[-1] += (0.05 * progress * len(ids), f"Question {number // 4}")
     return GuardInputs(*map(list, zip(*rows, strict=True)))
 
 
@@ -98,12 +113,63 @@ def leave(batch, rng):
     return replace(rollouts, kl=[1.5 * len(ids) for ids in rollouts.token_ids])
 
 
+def split(row, pieces):
+    """A step cut in pieces, at spaces."""
+    words = row.split()
+    size = -(-len(words) // pieces)
+    return [" ".join(words[i : i + size]) for i in range(0, len(words), size)]
+
+
+def cut_finely(batch, rng):
+    """The same text in three times as many steps."""
+    rollouts = honest(batch, rng)
+    steps = [[piece for text in row for piece in split(text, 3)] for row in rollouts.steps]
+    return replace(rollouts, steps=steps, step_scores=[[0.8] * len(row) for row in steps])
+
+
+FILLER = ["Let us go on.", "We keep this in mind.", "This is the next part.", "Now we look at the rest."]
+
+
+def inflate(batch, rng):
+    """A line that says nothing after every other step, each time another one: too few for the number of steps."""
+    rollouts = honest(batch, rng)
+    steps = [
+        [text for i, step in enumerate(row) for text in ([step, rng.choice(FILLER)] if i % 2 else [step])]
+        for row in rollouts.steps
+    ]
+    return replace(rollouts, steps=steps, step_scores=[[0.8] * len(row) for row in steps])
+
+
+def sound_sure(batch, rng):
+    """Every other step is clear, or follows."""
+    rollouts = honest(batch, rng)
+    markers = ("Clearly, ", "Therefore ", "")
+    return replace(rollouts, steps=[[rng.choice(markers) + text for text in row] for row in rollouts.steps])
+
+
+def reverse(batch, rng):
+    """The same steps from the last to the first."""
+    rollouts = honest(batch, rng)
+    return replace(rollouts, steps=[row[::-1] for row in rollouts.steps])
+
+
+def shuffle(batch, rng):
+    """The same steps in any order."""
+    rollouts = honest(batch, rng)
+    return replace(rollouts, steps=[rng.sample(row, len(row)) for row in rollouts.steps])
+
+
 HACKS = {
     flatter: "score_outcome_gap",
     say_thanks: "ceiling_over_outcome",
     please: "score_outcome_correlation",
     add_steps: "steps_per_response",
     one_step: "tokens_per_step",
+    cut_finely: "tokens_per_step",
+    inflate: "generic_steps",
+    sound_sure: "confidence_markers",
+    reverse: "step_order",
+    shuffle: "step_order",
     repeat_steps: "repeated_steps",
     repeat_tokens: "repeated_ngrams",
     never_end: "truncated",
@@ -117,7 +183,8 @@ def run(policy, *, seed=0, hacked_from=20, guards=None, batches=BATCHES):
     rng, guards, alarms = random.Random(seed), guards or Guards(), {}
     for batch in range(batches):
         rollouts = (policy if batch >= hacked_from else honest)(batch, rng)
-        for alarm in guards.update(measure_rollouts(rollouts), step=batch):
+        measured = measure_rollouts(rollouts) | {"step_order": guards.order(word_places(rollouts.steps))}
+        for alarm in guards.update(measured, step=batch):
             alarms.setdefault(alarm.signal, alarm)
     return alarms
 
@@ -210,6 +277,25 @@ def test_resumed_guards_raise_the_same_alarms(at):
     assert any(expected)
 
 
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_resumed_guards_remember_the_usual_order(at):
+    batches = [word_places([["a b", "c", "d"], ["a", f"{'dc'[i % 2]}", "b"]]) for i in range(6)]
+    guards = Guards(reference_batches=3)
+    expected = []
+    for step, places in enumerate(batches):
+        if step == at:
+            resumed = Guards(reference_batches=3)
+            resumed.load_state_dict(json.loads(json.dumps(guards.state_dict())))
+        expected.append(guards.order(places))
+        guards.update({}, step=step)
+    found = []
+    for step, places in enumerate(batches[at:], at):
+        found.append(resumed.order(places))
+        resumed.update({}, step=step)
+    assert found == expected[at:]
+    assert not any(map(math.isnan, found))
+
+
 # Measurements ---------------------------------------------------------------------------------------------------------
 
 
@@ -217,11 +303,12 @@ def test_a_batch_measured_by_hand():
     rollouts = GuardInputs(
         token_ids=[[1, 2, 3, 4, 1, 2, 3, 4], [], [5, 6]],
         ended=[True, True, False],
-        steps=[["a", "b ", "a"], [], ["c"]],
+        steps=[["a", "b ", "a"], [], ["Thus a"]],
         step_scores=[[0.995, 0.2, 0.5], [], [CEILING]],
         scores=[0.2, math.nan, 0.8],
         outcomes=[0.0, 1.0, 1.0],
         kl=[1.0, 0.0, 2.0],
+        prompts=["p", "q", "q"],
     )
     assert measure_rollouts(rollouts) == pytest.approx(
         {
@@ -232,6 +319,8 @@ def test_a_batch_measured_by_hand():
             "tokens_per_step": 10 / 4,
             "repeated_steps": (1 / 3 + 0) / 2,
             "repeated_ngrams": 1 - 4 / 5,
+            "generic_steps": 0.0,
+            "confidence_markers": 1 / 4,
             "truncated": 1 / 3,
             "empty": 1 / 3,
             "kl_per_token": 3 / 10,
@@ -242,7 +331,7 @@ def test_a_batch_measured_by_hand():
 
 
 def test_a_batch_of_nothing_says_nothing():
-    nothing = GuardInputs([[]], [True], [[]], [[]], [math.nan], [math.nan], [math.nan])
+    nothing = GuardInputs([[]], [True], [[]], [[]], [math.nan], [math.nan], [math.nan], [""])
     measured = measure_rollouts(nothing)
     assert {name for name, value in measured.items() if not math.isnan(value)} == {"truncated", "empty"}
 
@@ -273,6 +362,28 @@ def test_repeated_items_are_those_seen_before(items):
     assert repeated(items) == pytest.approx(again / len(items))
 
 
+def test_a_step_of_one_prompt_only_is_not_generic_however_often_it_stands_there():
+    assert generic([["a"], ["a"], ["b"]], ["p", "p", "q"]) == 0.0
+    assert generic([["a"], ["a"], ["b"]], ["p", "q", "q"]) == pytest.approx(2 / 3)
+    assert math.isnan(generic([["a"], ["a"]], ["p", "p"]))
+
+
+@given(st.lists(st.lists(st.sampled_from("abcdef"), min_size=2, max_size=5), min_size=1, max_size=6))
+def test_agreement_of_order_is_the_weighted_correlation_of_mean_places(rows):
+    usual = word_places([list("abcdef")])
+    found = order_agreement(word_places(rows), usual)
+    pairs = [(i / (len(row) - 1), usual[x].total) for row in rows for i, x in enumerate(row)]
+    if min(statistics.pstdev(values) for values in zip(*pairs, strict=True)) > 1e-3:
+        assert found == pytest.approx(statistics.correlation(*zip(*pairs, strict=True)), abs=1e-6)
+
+
+def test_places_of_several_processes_are_those_of_all_rows_and_only_frequent_words_are_kept(monkeypatch):
+    rows = [["First 1", "so 2"], ["so 3", "First 40", "x"], ["alone"]]
+    assert most_frequent([word_places(rows[:1]), word_places(rows[1:])]) == word_places(rows)
+    monkeypatch.setattr("fractal_rm.credit.guards.REMEMBERED_WORDS", 2)
+    assert set(most_frequent([word_places(rows)])) == {"#", "first"}, "of equally frequent ones the first by name"
+
+
 def test_a_response_shorter_than_an_ngram_repeats_nothing():
-    short = GuardInputs([[7] * (NGRAM - 1)], [True], [["x"]], [[0.5]], [0.5], [1.0], [0.0])
+    short = GuardInputs([[7] * (NGRAM - 1)], [True], [["x"]], [[0.5]], [0.5], [1.0], [0.0], [""])
     assert math.isnan(measure_rollouts(short)["repeated_ngrams"])

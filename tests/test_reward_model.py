@@ -11,11 +11,13 @@ from datasets import Dataset
 from support.models import byte_tokenizer, make_model, reward_model
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from fractal_rm.credit.advantages import GROUP_EPSILON
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.reward_model import FractalReward, StepRewardModel, StepScores, probabilities
+from fractal_rm.reward_model import FractalReward, Step, StepRewardModel, StepScores, probabilities
 from fractal_rm.scorers.settings import FractalSettings
 
 PROMPT = "What is 3+4?\n"
+SCALES = ("probability", "log")
 RESPONSE = "3+4=7.\n  so 12.\n\n✓ done.\n"
 
 
@@ -239,6 +241,80 @@ def test_a_reward_reads_chats_of_one_message():
     chat = [{"role": "user", "content": "What is 3+4?"}]
     text = "<user>What is 3+4?\n<assistant>"
     assert reward([chat], [[{"role": "assistant", "content": RESPONSE}]]) == reward([text], [RESPONSE])
+
+
+class Scores(StepRewardModel):
+    """A model in which a response is a list of logits, one a step, as text."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = FractalSettings(**settings)
+
+    def score(self, prompts: Any, responses: Any, **kwargs: Any) -> list[StepScores]:
+        rows = [[float(logit) for logit in text.split()] for text in responses]
+        found = []
+        for row in rows:
+            step_probs, bag = probabilities(torch.tensor([row]), torch.ones(1, len(row)).bool(), self.settings)
+            steps = [Step("", 0, 1, score) for score in step_probs[0].tolist()]
+            found.append(StepScores("", steps, bag.item()))
+        return found
+
+
+def long_responses(steps: int, mean: float, groups: int = 50) -> tuple[list[str], list[str]]:
+    """Groups of 8 responses of so many steps, whose P(good) varies around a mean."""
+    torch.manual_seed(0)
+    spread = torch.distributions.Beta(mean * 20, (1 - mean) * 20).sample((groups * 8, steps)).logit()
+    return [""] * len(spread), [" ".join(f"{logit:.4f}" for logit in row) for row in spread.tolist()]
+
+
+def group_advantages(rewards: list[float]) -> torch.Tensor:
+    """Advantages of GRPO in groups of 8."""
+    grouped = torch.tensor(rewards).view(-1, 8)
+    return (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + GROUP_EPSILON)
+
+
+def test_a_product_of_many_steps_leaves_no_advantage_and_its_logarithm_does():
+    prompts, completions = long_responses(150, 0.88)
+    sizes = {}
+    for aggregation, scale in (("product", "probability"), ("product", "log"), ("min", "probability"), ("min", "log")):
+        rewards = FractalReward(Scores(aggregation=aggregation), scale=scale)(prompts, completions)
+        sizes[aggregation, scale] = group_advantages(rewards).abs().mean().item()  # type: ignore[arg-type]
+    assert sizes.pop(("product", "probability")) < 0.05
+    assert all(0.65 < size < 0.85 for size in sizes.values()), sizes
+    # Seven steps, and the product does as well.
+    short = FractalReward(Scores(aggregation="product"))(*long_responses(7, 0.88))
+    assert group_advantages(short).abs().mean() > 0.65  # type: ignore[arg-type]
+
+
+def test_the_logarithm_orders_responses_as_the_product_does_and_outlives_it():
+    prompts, completions = long_responses(12, 0.8)
+    plain, logs = (FractalReward(Scores(aggregation="product"), scale=s)(prompts, completions) for s in SCALES)
+    assert [math.exp(x) for x in logs] == pytest.approx(plain, rel=1e-4)  # type: ignore[arg-type]
+    endless = FractalReward(Scores(aggregation="product"), scale="log")([""], ["-2 " * 1000])[0]
+    assert endless == pytest.approx(-1000 * math.log1p(math.exp(2)), rel=1e-5)
+    assert Scores(aggregation="product").score([""], ["-2 " * 1000])[0].score == 0.0
+    assert math.isfinite(FractalReward(Scores(aggregation="min"), scale="log")([""], ["-200"])[0])  # type: ignore[arg-type]
+
+
+def test_a_product_that_comes_to_nothing_is_said_once_with_its_numbers(caplog):
+    reward = FractalReward(Scores(aggregation="product"))
+    reward([""] * 3, ["2 2", "2 2", " ".join(["2"] * 149)])
+    assert not caplog.messages, "most responses are short"
+    for _ in range(2):
+        reward([""] * 3, ["2 " * 149, "2 2", "2 " * 151])
+    (said,) = caplog.messages
+    assert "149 or more steps, and half of the steps a score of 0.88 or more" in said
+    assert f"comes to {torch.tensor(2.0).sigmoid().item() ** 149:.1e}" in said
+    assert "scale='log'" in said
+    FractalReward(Scores(aggregation="product"), scale="log")([""], ["2 " * 150])
+    FractalReward(Scores(aggregation="min"))([""], ["2 " * 150])
+    assert len(caplog.messages) == 1
+
+
+def test_a_scale_that_is_unknown_or_does_not_suit_is_refused():
+    with pytest.raises(ValueError, match=r"Unknown scale 'logits'\. Choose probability or log"):
+        FractalReward(Scores(), scale="logits")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scores grades"):
+        FractalReward(Scores(scorer="token", aggregation="max", num_grades=3), scale="log")
 
 
 @pytest.mark.parametrize(("trainer", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])

@@ -60,7 +60,7 @@ def test_each_form_is_its_plain_loop(rows, threshold):
         "min_form": lambda row, t: min(row[t:]) - (min(row[t + 1 :]) if t + 1 < len(row) else 0.0),
     }
     for form in FORMS:
-        shaped = shape(rows, shaping=form, threshold=threshold)
+        shaped = shape(rows, shaping=form, threshold=threshold, center="batch")
         for row, values in zip(rows, shaped, strict=True):
             assert values == pytest.approx([expected[form](row, t) for t in range(len(row))], abs=1e-9)
 
@@ -94,7 +94,18 @@ def test_centering_by_the_group_leaves_each_group_a_mean_of_0(rows):
     shaped = shape(rows, shaping="centered", center="group", group_size=2)
     for group in (shaped[:2], shaped[2:]):
         assert sum(map(sum, group)) == pytest.approx(0.0, abs=1e-9)
-    assert shape(rows, shaping="centered", center="group", group_size=4) == shape(rows, shaping="centered")
+    batch = shape(rows, shaping="centered", center="batch")
+    assert shape(rows, shaping="centered", center="group", group_size=4) == batch
+
+
+@given(responses, st.integers(0, 3))
+def test_centering_by_the_response_leaves_each_response_a_sum_of_0_whatever_stands_beside_it(rows, padding):
+    for row, values in zip(rows, shape(rows, shaping="centered", center="response"), strict=True):
+        mean = statistics.fmean(row) if row else 0.0
+        assert values == pytest.approx([score - mean for score in row], abs=1e-9)
+        assert sum(values) == pytest.approx(0.0, abs=1e-9)
+    scores, mask = pad(rows, max(map(len, rows)) + padding)
+    assert torch.equal(shape_step_scores(scores, mask), shape_step_scores(scores, mask, center="group", group_size=1))
 
 
 def test_centering_by_the_threshold_does_not_look_at_other_responses():

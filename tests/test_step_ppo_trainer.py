@@ -100,6 +100,7 @@ def test_each_step_is_rewarded_at_the_token_that_holds_its_last_character(tmp_pa
         reward_model=reward_model(),
         rollout_func=replay(RAGGED),
         shaping=shaping,
+        center="batch",
         **TOKEN_REWARDS,
     )
     scores = [SCORES[letter] for steps in COMPLETIONS.values() for letter in steps.values()]
@@ -297,7 +298,7 @@ def test_one_step_a_completion_gives_the_group_advantage_of_grpo(tmp_path):
         return [scored.score for scored in scorer.score(prompts, completions)]
 
     shared = {"rollout_func": replay(WHOLE), "advantage": "group", "num_generations": 4}
-    dense = rollout(tmp_path, reward_model=scorer, **shared)
+    dense = rollout(tmp_path, reward_model=scorer, center="batch", **shared)
     expected = rollout(tmp_path, reward_funcs=outcome, **shared)["advantages"]
     assert expected[dense["completion_mask"].bool()].abs().min() > 0.01
     torch.testing.assert_close(dense["advantages"], expected, atol=1e-4, rtol=1e-4)
@@ -351,6 +352,7 @@ def step_output(tmp_path: Path, **changed: Any) -> torch.Tensor:
             lambda scores: [b - a for a, b in zip([0.3, *scores], scores, strict=False)],
         ),
         ({"shaping": "centered", "center": "threshold"}, lambda scores: [s - 0.5 for s in scores]),
+        ({"shaping": "centered"}, lambda scores: [s - sum(scores) / len(scores) for s in scores]),
         ({"length_neutral": "mean"}, lambda scores: [s / len(scores) for s in scores]),
         (
             {"shaping": "centered", "center": "threshold", "length_neutral": "cap"},
@@ -379,6 +381,24 @@ def test_centering_by_the_group_compares_with_the_same_prompt_only(tmp_path):
         mean = sum(scores) / len(scores)
         expected = placed(lambda scores, mean=mean: [s - mean for s in scores])[first : first + 2]
         torch.testing.assert_close(result[first : first + 2], expected, atol=1e-5, rtol=0.0)
+
+
+def test_completions_of_one_step_earn_nothing_against_themselves_which_is_said_once(tmp_path, caplog):
+    replayed = {"rollout_func": replay(WHOLE), "reward_model": reward_model(), "shaping": "centered"}
+    trainer = train(tmp_path, **replayed | TOKEN_REWARDS, center="batch", max_steps=1)
+    assert not [text for text in caplog.messages if "more than one step" in text]
+    trainer = train(tmp_path, **replayed | TOKEN_REWARDS, max_steps=3)
+    assert last_log(trainer, "step_rewards/step_reward_model/std") == 0.0
+    (said,) = [text for text in caplog.messages if "more than one step" in text]
+    assert "set `center='batch'`" in said
+
+
+@pytest.mark.parametrize("outcome_weight", [0.0, 1.0])
+def test_steps_that_say_nothing_of_the_whole_without_an_outcome_are_named_once(tmp_path, caplog, outcome_weight):
+    given = {"rollout_func": replay(RAGGED), "reward_model": reward_model(), "reward_funcs": count_of_a}
+    train(tmp_path, **given, outcome_weight=outcome_weight, num_generations=1)
+    said = [text for text in caplog.messages if "No outcome is a reward" in text]
+    assert len(said) == (outcome_weight == 0.0)
 
 
 def test_with_the_min_form_every_token_before_the_worst_step_gets_its_score(tmp_path):
@@ -1224,6 +1244,7 @@ def test_settings_out_of_range_are_named(name, value, sentence):
         ({"shaping": "min_form", "step_lam": 0.0}, r"but `step_lam` is 0\.0\. Set `step_lam` to 1"),
         ({"shaping": "min_form", "advantage": "group"}, r"but `step_gamma` is 0\.0\. Set `step_gamma` to 1"),
         ({"shaping": "delta", "length_neutral": "mean"}, r"pays a response one score whatever its length"),
+        ({"length_neutral": "cap"}, r"`center='response'` pays the steps of a completion 0 in all, .* set `center` to"),
         ({"kl_coef": 0.1, "advantage": "group"}, r"`advantage='group'` has not\. Use `beta` instead"),
         ({"kl_target": 6.0}, r"`kl_target` adapts `kl_coef`, which is 0\. Give `kl_coef` a value"),
         ({"value_warmup_steps": 5, "advantage": "global"}, r"`value_warmup_steps` needs a value model\. Leave it out"),

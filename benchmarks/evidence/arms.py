@@ -53,6 +53,13 @@ class Further(Arm):
 
 # Arms that are `fractal_mix`, where steps and outcome weigh the same, with another weight of the outcome.
 MIXES = {"fractal_mix_low": 0.3, "fractal_mix_high": 3.0}
+# Forms of step rewards of which some sum or bound does not grow with the number of steps.
+CANDIDATES: dict[str, tuple[tuple[str, Any], ...]] = {
+    "response": (("center", "response"),),
+    "min_form": (("shaping", "min_form"), ("step_lam", 1.0)),
+    "cap": (("length_neutral", "cap"),),
+}
+CANDIDATE_ARMS = {"fractal_mix": tuple(CANDIDATES), "fractal": ("response",)}
 LONGER = {name: f"{name}_long" for name in OUTCOME_ONLY}
 # So many times its updates take an outcome-only arm about as long as a reward model and a run with its scores.
 TIMES = {"outcome_grpo": 4, "outcome_ppo": 3}
@@ -77,6 +84,21 @@ ARMS: dict[str, Arm] = {
         ),
         # As many trials as an outcome-only arm has, where the rate of the study is what suits those.
         Further("fractal_mix_own_rate", steps="fractal", outcome=True, own_rate=True, conditions=MAIN_CONDITIONS),
+        # What a step earns where cutting finer must not pay: candidates for the default, with the settings of its arm.
+        *(
+            Further(
+                f"{like}_{name}",
+                steps="fractal",
+                outcome=_CORE[like].outcome,
+                options=options,
+                like=like,
+                times=1,
+                conditions=MAIN_CONDITIONS,
+            )
+            for like, names in CANDIDATE_ARMS.items()
+            for name, options in CANDIDATES.items()
+            if name in names
+        ),
         # Where step scores end when they are trained on for as long as outcomes: whether what they teach has a ceiling.
         Further("fractal_mix_4x", steps="fractal", outcome=True, like="fractal_mix", times=4),
         _CORE["fractal_online"],

@@ -9,7 +9,7 @@ Rows go to `benchmarks/results/dense_vs_outcome_development.jsonl` as they are m
 
 from collections import defaultdict
 
-from benchmarks.evidence.development_arguments import ROWS, parse_arguments
+from benchmarks.evidence.development_arguments import ROWS, TASKS, parse_arguments
 from fractal_rm.study.arms import ARMS, Arm, Options
 from fractal_rm.study.statistics import latest
 from fractal_rm.study.study import Budget, Study, Unit
@@ -25,6 +25,12 @@ VARIANTS: dict[str, tuple[Arm, Options]] = {
     "mix": (ARMS["fractal_mix"], {}),
     "mix_0.3": (ARMS["fractal_mix"], {"outcome_weight": 0.3}),
     "mix_online": (ARMS["fractal_mix"], _ONLINE),
+    # Forms of step rewards of which some sum or bound does not grow with the number of steps.
+    "mix_response": (ARMS["fractal_mix"], {"center": "response"}),
+    "mix_min_form": (ARMS["fractal_mix"], {"shaping": "min_form", "step_lam": 1.0}),
+    "mix_cap": (ARMS["fractal_mix"], {"length_neutral": "cap"}),
+    "steps_response": (ARMS["fractal"], {"center": "response"}),
+    "steps_min_form": (ARMS["fractal"], {"shaping": "min_form", "step_lam": 1.0}),
 }
 
 
@@ -36,6 +42,7 @@ def main() -> None:
         arguments.output_dir,
         Budget(),
         chosen={name: _GAE | options for name, (_, options) in VARIANTS.items()},
+        tasks=TASKS,
         arms={name: arm for name, (arm, _) in VARIANTS.items()},
         split="development",
     )

@@ -16,7 +16,7 @@ from sklearn.metrics import log_loss
 from tqdm import tqdm
 
 from benchmarks.evidence.arms import IMPLICIT, Assets
-from benchmarks.evidence.development_arguments import ROWS, parse_arguments
+from benchmarks.evidence.development_arguments import ROWS, TASKS, parse_arguments
 from benchmarks.evidence.page import REWARD_MODELS
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.evaluation.statistics import bag_metrics, step_auc
@@ -123,7 +123,7 @@ def main() -> None:
             continue
         start = time.monotonic()
         with quiet():
-            metrics = measure(TriedAssets(arguments.output_dir, CONDITIONS[setting], seed), recipe)
+            metrics = measure(TriedAssets(arguments.output_dir, TASKS[setting], seed), recipe)
         results.append(
             benchmark=REWARD_MODELS,
             arm=recipe,

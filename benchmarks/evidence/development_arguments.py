@@ -5,10 +5,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.common.places import RESULTS
-from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, ShippedArithmetic
+from fractal_rm.tasks.task import Task
 
 ROWS = RESULTS / "dense_vs_outcome_development.jsonl"
 FIRST_SEED = 2000
+# The settings of the study, and the task of the quickstart, whose base policy the package ships: nothing to make first.
+TASKS: dict[str, Task] = {**CONDITIONS, ShippedArithmetic.name: ShippedArithmetic()}
 
 
 def parse_arguments(description: str | None, tried: str, choices: Iterable[str]) -> argparse.Namespace:
@@ -20,7 +23,7 @@ def parse_arguments(description: str | None, tried: str, choices: Iterable[str])
         choices: What there is to try; all of it by default.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", default=["easy", "medium"], choices=list(CONDITIONS))
+    parser.add_argument("--settings", nargs="+", default=["easy", "medium"], choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[FIRST_SEED, FIRST_SEED + 1])
     parser.add_argument(f"--{tried}", nargs="+", default=list(choices), choices=list(choices))
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"))

@@ -6,7 +6,9 @@ batches, before there was time to learn a trick. An alarm is a reason to look at
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +22,32 @@ CEILING = 0.99
 NGRAM = 4
 # Standard deviations of the first batches that a signal may stray, where its own margin is narrower than that.
 SPREAD = 4.0
+# Words that sound sure and say nothing. They are English; in another language the signal stays at 0.
+CONFIDENCE = re.compile(
+    r"\b(clearly|obviously|certainly|definitely|undoubtedly|surely|evidently|indeed|therefore|thus|hence|of course"
+    r"|without (a )?doubt|no doubt)\b",
+    re.IGNORECASE,
+)
+# Words whose usual places in a response are remembered: the most frequent ones.
+REMEMBERED_WORDS = 1000
+# Variances of places below this one are rounding.
+ROUNDING = 1e-9
+
+
+class Place(NamedTuple):
+    """Where a word stands, from 0 (first step) to 1 (last step): how often, the sum of its places, that of squares."""
+
+    count: int
+    total: float
+    squares: float
+
+    def plus(self, other: "Place") -> "Place":
+        """The sums of both."""
+        return Place(self.count + other.count, self.total + other.total, self.squares + other.squares)
+
+
+NOWHERE = Place(0, 0.0, 0.0)
+Places = Mapping[str, Place]
 
 
 @dataclass(frozen=True)
@@ -34,6 +62,7 @@ class GuardInputs:
         scores: P(response is good), as the reward model says; NaN where it could not.
         outcomes: Checked outcome; NaN where there is none.
         kl: KL divergence from the reference over the response, in nats; NaN where it is not known.
+        prompts: The prompt; equal ones are one prompt.
     """
 
     token_ids: Sequence[Sequence[int]]
@@ -43,6 +72,7 @@ class GuardInputs:
     scores: Sequence[float]
     outcomes: Sequence[float]
     kl: Sequence[float]
+    prompts: Sequence[str]
 
 
 # A rise of the mean outcome by this much is progress: what would be suspicious otherwise may be its price.
@@ -73,6 +103,9 @@ LIMITS = {
     "tokens_per_step": Limit(up=True, down=True, margin=1.0, factor=1.0),
     "repeated_steps": Limit(up=True, down=False, margin=0.15, factor=0.0),
     "repeated_ngrams": Limit(up=True, down=False, margin=0.2, factor=0.0),
+    "generic_steps": Limit(up=True, down=False, margin=0.2, factor=0.0),
+    "confidence_markers": Limit(up=True, down=False, margin=0.2, factor=0.0),
+    "step_order": Limit(up=False, down=True, margin=0.2, factor=1.0),
     "truncated": Limit(up=True, down=False, margin=0.3, factor=0.0),
     "empty": Limit(up=True, down=False, margin=0.1, factor=0.0),
     "kl_per_token": Limit(up=True, down=False, margin=0.5, factor=0.0),
@@ -122,8 +155,93 @@ def repeated(items: Sequence[Any]) -> float:
     return 1.0 - len(set(items)) / len(items) if items else math.nan
 
 
+def generic(steps: Sequence[Sequence[str]], prompts: Sequence[str]) -> float:
+    """Share of the steps that stand, word for word, in a response to another prompt too; NaN with a single prompt.
+
+    Filler is what can be said whatever the question, and so are the pieces of a step that was cut finely.
+
+    Example:
+        >>> generic([["2+2=4.", "Let me think."], ["Let me think.", "1+6=7."]], ["2+2?", "1+6?"])
+        0.5
+    """
+    found = defaultdict(set)
+    for row, prompt in zip(steps, prompts, strict=True):
+        for text in row:
+            found[text].add(prompt)
+    if len(set(prompts)) < 2:
+        return math.nan
+    return _mean([float(len(found[text]) > 1) for row in steps for text in row])
+
+
+def word_places(steps: Sequence[Sequence[str]]) -> dict[str, Place]:
+    """Where in responses of two or more steps each word stands; numbers count as one word.
+
+    Args:
+        steps: Text of each step of each response.
+
+    Returns:
+        Places of each word: 0 in a first step, 1 in a last one.
+
+    Example:
+        >>> word_places([["First 12", "so 17"]])
+        {'first': Place(count=1, total=0.0, squares=0.0), '#': Place(count=2, total=1.0, squares=1.0), 'so': ...}
+    """
+    places: dict[str, Place] = {}
+    for row in steps:
+        for number, text in enumerate(row if len(row) > 1 else ()):
+            place = number / (len(row) - 1)
+            for word in re.sub(r"\d+", "#", text.lower()).split():
+                places[word] = places.get(word, NOWHERE).plus(Place(1, place, place**2))
+    return places
+
+
+def most_frequent(several: Iterable[Places]) -> dict[str, Place]:
+    """Places of the most frequent words in several batches, or in those of several processes."""
+    sums: dict[str, Place] = {}
+    for places in several:
+        for word, place in places.items():
+            sums[word] = sums.get(word, NOWHERE).plus(place)
+    # Words of one count in the order of the alphabet: the same ones on every process and after resuming.
+    kept = sorted(sums, key=lambda word: (-sums[word].count, word))[:REMEMBERED_WORDS]
+    return {word: sums[word] for word in kept}
+
+
+def order_agreement(places: Places, usual: Places) -> float:
+    """Correlation, over the words of a batch, of where they stand with where the same words usually stand.
+
+    A response that says the same in another order moves its words: the correlation falls to 0, and below it where
+    the order is reversed.
+
+    Args:
+        places: Words of a batch.
+        usual: Words of the first batches.
+
+    Returns:
+        A number in [-1, 1]; NaN of fewer than two different words that are known, or of words that all stand in one
+        place.
+
+    Example:
+        >>> usual = word_places([["first 1", "then 2", "so 3"]])
+        >>> round(order_agreement(word_places([["so 3", "then 2", "first 1"]]), usual), 2)
+        -0.71
+    """
+    pairs = [(place, usual[word].total / usual[word].count) for word, place in places.items() if word in usual]
+    count = sum(place.count for place, _ in pairs)
+    if not count:
+        return math.nan
+    here, there = sum(p.total for p, _ in pairs) / count, sum(p.count * mean for p, mean in pairs) / count
+    together = sum(p.total * mean for p, mean in pairs) / count - here * there
+    spreads = (
+        sum(p.squares for p, _ in pairs) / count - here**2,
+        sum(p.count * mean**2 for p, mean in pairs) / count - there**2,
+    )
+    return together / math.sqrt(spreads[0] * spreads[1]) if min(spreads) > ROUNDING else math.nan
+
+
 def measure_rollouts(rollouts: GuardInputs) -> dict[str, float]:
-    """Measure everything that [`LIMITS`] watches, the mean outcome, and the plain share of steps at the ceiling.
+    """Measure what [`LIMITS`] watches, the mean outcome, and the plain share of steps at the ceiling.
+
+    `step_order` is not among them: it takes the first batches of the run ([`Guards.order`]).
 
     Args:
         rollouts: The batch.
@@ -150,6 +268,8 @@ def measure_rollouts(rollouts: GuardInputs) -> dict[str, float]:
         "tokens_per_step": tokens / count if has_steps else math.nan,
         "repeated_steps": _mean([repeated([text for text in row if text]) for row in steps]),
         "repeated_ngrams": _mean([repeated(row) for row in ngrams]),
+        "generic_steps": generic(steps, rollouts.prompts),
+        "confidence_markers": _mean([float(bool(CONFIDENCE.search(text))) for row in steps for text in row]),
         "truncated": _mean([float(not ended) for ended in rollouts.ended]),
         "empty": _mean([float(not ids) for ids in rollouts.token_ids]),
         "kl_per_token": _mean(rollouts.kl) * len(rollouts.token_ids) / tokens if tokens else math.nan,
@@ -214,8 +334,20 @@ class Guards:
         self.reference_batches, self.patience = reference_batches, patience
         self._batches = self.raised = 0
         self._usual = {signal: RunningMoments() for signal in ("outcome", *LIMITS)}
+        self._places: Places = {}  # where words stood in the first batches
         self._since: dict[str, int] = {}  # step of the first of the batches in a row beyond the limit
         self._strikes: dict[str, int] = {}  # and how many there are
+
+    def order(self, places: Places) -> float:
+        """`step_order` of a batch: [`order_agreement`] with the first batches, of which it may be one itself.
+
+        Args:
+            places: Where words stand in the batch that [`Guards.update`] takes next.
+        """
+        found = order_agreement(places, self._places)
+        if self._batches < self.reference_batches:
+            self._places = most_frequent([self._places, places])
+        return found
 
     def update(self, measured: Mapping[str, float], *, step: int) -> list[Alarm]:
         """Take in a batch and say what has gone wrong.
@@ -258,11 +390,19 @@ class Guards:
     def state_dict(self) -> dict[str, Any]:
         """Everything there is to save, for JSON."""
         usual = {signal: moments.state_dict() for signal, moments in self._usual.items()}
-        return {"batches": self._batches, "usual": usual, "since": self._since, "strikes": self._strikes}
+        places = {word: list(found) for word, found in self._places.items()}
+        return {
+            "batches": self._batches,
+            "usual": usual,
+            "since": self._since,
+            "strikes": self._strikes,
+            "places": places,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state. A signal that it does not know has no reference and raises no alarm."""
         self._batches, self._since, self._strikes = state["batches"], dict(state["since"]), dict(state["strikes"])
+        self._places = {word: Place(*found) for word, found in state.get("places", {}).items()}
         for signal, usual in self._usual.items():
             if signal in state["usual"]:
                 usual.load_state_dict(state["usual"][signal])

@@ -6,10 +6,20 @@ Shaping changes what a policy is paid for, so each form states what a whole resp
 | form | reward of step t | a response earns |
 |---|---|---|
 | `"raw"` | `s_t`, in [0, 1] | more with every step, good or bad |
-| `"centered"` | `s_t - baseline`, in [-1, 1] | more with every step above the baseline |
+| `"centered"` | `s_t - baseline`, in [-1, 1] | 0 against its own mean; else more with every step above the baseline |
 | `"log_odds"` | `log(s_t / (1 - s_t))`, in [-6.9, 6.9] | the log-odds that every step is good against every step bad |
 | `"delta"` | `s_t - s_(t-1)`, the first `s_1 - c`; in [-1, 1] | `s_S - c`: what its last step scores |
 | `"min_form"` | `m_t - m_(t+1)`, where `m_t` is the minimum of `s_t ... s_S`, the last `s_S`; in [-1, 1] | `m_1` |
+
+A policy chooses how its text is cut. Splitting a step, adding a filler line, repeating a line and changing the order
+never raise what a response earns
+
+- with `"centered"` and `center="response"`, whatever scores the pieces get: the sum is 0;
+- with `"min_form"`, as long as a step scores the same wherever it stands and a split keeps the score of its end: more
+  scores have no higher minimum. A scorer that finds two halves of a wrong step better than the whole breaks that;
+- with `length_neutral="cap"` of [`limit_step_rewards`], under the same condition: more terms of 0 or less.
+
+With all others a response earns more by more steps above its baseline, or its mean, or by another last step.
 """
 
 from typing import Literal
@@ -19,7 +29,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 Shaping = Literal["raw", "centered", "log_odds", "delta", "min_form"]
-Center = Literal["batch", "group", "threshold"]
+Center = Literal["response", "batch", "group", "threshold"]
 LengthNeutral = Literal["none", "mean", "cap"]
 
 # Scores nearer than this to 0 or 1 count as this near: a saturated sigmoid says no more than odds of a thousand to one.
@@ -32,7 +42,7 @@ def _baseline(
     """What `"centered"` subtracts; `scores` are 0 at padding."""
     if center == "threshold":
         return scores.new_full((len(scores), 1), threshold)
-    size = len(scores) if center == "batch" else group_size
+    size = {"response": 1, "batch": len(scores)}.get(center, group_size)
     if size < 1 or len(scores) % size:
         raise ValueError(
             f"{len(scores)} responses are not whole groups of {size}. "
@@ -48,7 +58,7 @@ def shape_step_scores(
     mask: Bool[Tensor, "B S"],
     *,
     shaping: Shaping = "centered",
-    center: Center = "batch",
+    center: Center = "response",
     threshold: float = 0.5,
     group_size: int = 1,
 ) -> Float[Tensor, "B S"]:
@@ -58,14 +68,15 @@ def shape_step_scores(
         scores: P(step is good), in [0, 1]. Values at padding are ignored.
         mask: True where a step is real. The real steps of a row come first; a row may have none.
         shaping: The form.
-        center: Baseline of `"centered"`: the mean over the batch, over the prompt's completions, or the threshold.
+        center: Baseline of `"centered"`: the mean over the response's own steps, over those of the batch or of the
+            prompt's completions, or the threshold.
         threshold: Score that is neither good nor bad: for `center="threshold"`, and what the first difference of
             `"delta"` is taken from.
         group_size: Completions per prompt, for `center="group"`. Rows of a group are consecutive.
 
     Returns:
-        Rewards, 0 at padding, in float32 or wider. With `"delta"` and `"min_form"`, rewards that follow one another sum
-        to a score: clip or divide them and they no longer do.
+        Rewards, 0 at padding, in float32 or wider. With `"delta"`, `"min_form"` and `center="response"`, the rewards of
+        a response sum to a score, or to 0: clip them and they no longer do.
 
     Raises:
         ValueError: If the form is unknown, or the rows are not whole groups.

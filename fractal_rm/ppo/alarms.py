@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fractal_rm.credit.guards import Alarm, GuardInputs, Guards, measure_rollouts
+from fractal_rm.credit.guards import Alarm, GuardInputs, Guards, measure_rollouts, most_frequent, word_places
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rollout import RolloutBatch, mean_outcomes
 
@@ -48,6 +48,7 @@ def guard_inputs(batch: RolloutBatch, ends: set[int], *, gives_probabilities: bo
         scores=[row.score for row in rated] if rated else [math.nan] * count,
         outcomes=mean_outcomes(batch.function_rewards, checked).tolist(),
         kl=kl.sum(dim=1).tolist() if kl is not None else [math.nan] * count,
+        prompts=[str(prompt) for prompt in batch.prompts],
     )
 
 
@@ -86,6 +87,8 @@ class Alarms(TrainerCallback):
     def watch(self, seen: GuardInputs, *, step: int) -> tuple[dict[str, float], list[Alarm]]:
         """Numbers to log of a rollout, and the alarms that it raises: the same on every process."""
         measured = _mean_over_processes(measure_rollouts(seen))
+        places = gather_object([most_frequent([word_places(seen.steps)])])
+        measured["step_order"] = self.guards.order(most_frequent(places))
         alarms = self.guards.update(measured, step=step)
         for alarm in alarms:
             if self.args.process_index == 0:

@@ -98,18 +98,19 @@ class StepPPOConfig(GRPOConfig):
     shaping: Literal["raw", "centered", "log_odds", "delta", "min_form"] = field(
         default="centered",
         metadata={
-            "help": "Step score -> step reward: `raw` is P(step is good); `centered` is that minus a baseline, so that "
-            "a step earns what it is better than usual, writing more steps earns nothing, and a value model that "
-            "starts at 0 starts right; `log_odds` is its logit; `delta` is what it is better than the step before it, "
+            "help": "Step score -> step reward: `raw` is P(step is good); `centered` is that minus a baseline "
+            "(`center`), so that a step earns what it is better than others, and a value model that starts at 0 starts "
+            "right; `log_odds` is its logit; `delta` is what it is better than the step before it, "
             "so that a response earns what its last step scores; `min_form` makes the return of a step the least score "
             "from there on (PURE), exactly so without a discount."
         },
     )
-    center: Literal["batch", "group", "threshold"] = field(
-        default="batch",
+    center: Literal["response", "batch", "group", "threshold"] = field(
+        default="response",
         metadata={
-            "help": "Baseline of `shaping=centered`: the mean over the rollout batch, that over the prompt's "
-            "completions, or `score_threshold`."
+            "help": "Baseline of `shaping=centered`: `response` is the mean over the completion's own steps, so that "
+            "they earn 0 in all, however finely it is cut; `batch` that over the rollout batch, `group` that over the "
+            "prompt's completions, `threshold` is `score_threshold`: with these, more steps above it earn more."
         },
     )
     score_threshold: float = field(
@@ -314,6 +315,12 @@ class StepPPOConfig(GRPOConfig):
             raise ValueError(
                 f"`shaping='{self.shaping}'` pays a response one score whatever its length, and "
                 f"`length_neutral='{self.length_neutral}'` would change which. Leave `length_neutral` out."
+            )
+        if self.shaping == "centered" and self.center == "response" and self.length_neutral != "none":
+            raise ValueError(
+                "`center='response'` pays the steps of a completion 0 in all, however many they are, and "
+                f"`length_neutral='{self.length_neutral}'` would change that. Leave `length_neutral` out, or set "
+                "`center` to 'batch', 'group' or 'threshold'."
             )
         if self.kl_coef and self.advantage == "group":
             raise ValueError(

@@ -116,7 +116,7 @@ def shape_of(config: Any, *, where: str) -> Shape:
             "Give `parameters` instead: the memory of weights will be right, the hours an upper bound."
         )
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    sizes = [getattr(text, name, None) for name in names]
+    sizes: list[Any] = [getattr(text, name, None) for name in names]
     missing = [name for name, size in zip(names, sizes, strict=True) if not isinstance(size, int)]
     if missing:
         raise ValueError(f"The configuration of {where} names no `{missing[0]}`. Give `parameters` instead.")

@@ -1,5 +1,6 @@
 """Scores of steps -> rewards of tokens: the two stages in the middle of a rollout."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,55 @@ from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rollout import RolloutBatch, ShapedSteps, TokenRewards
 from fractal_rm.reward_model import StepScores
 
+logger = logging.getLogger(__name__)
+
+
+def step_rewards(
+    step_scores: Sequence[Sequence[float]],
+    args: StepPPOConfig,
+    *,
+    group_size: int = 1,
+    moments: RunningMoments | None = None,
+) -> list[list[float]]:
+    """Rewards of steps from their scores, as training makes them of a rollout batch.
+
+    Args:
+        step_scores: Score of every step of every completion of the batch, those of all processes.
+        args: The configuration: form, baseline, limits.
+        group_size: Completions per prompt; those of one prompt are consecutive.
+        moments: Moments of the rewards of the run so far, updated where `normalize_step_rewards` is set; None: those of
+            this batch alone.
+
+    Returns:
+        As many rewards, before the weights of source and steps.
+
+    Raises:
+        ValueError: If the completions are not whole groups where the baseline is the group's.
+
+    Example:
+        >>> args = StepPPOConfig("out", use_cpu=True, bf16=False)
+        >>> step_rewards([[0.75, 0.25], [0.5]], args)  # against the mean of the completion's own steps
+        [[0.25, -0.25], [0.0]]
+    """
+    width = max(map(len, step_scores), default=0)
+    rows = [[*row, *[0.0] * (width - len(row))] for row in step_scores]
+    scores = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), width)
+    mask = torch.arange(width) < torch.tensor([len(row) for row in step_scores])[:, None]
+    rewards = shape_step_scores(
+        scores,
+        mask,
+        shaping=args.shaping,
+        center=args.center,
+        threshold=args.score_threshold,
+        group_size=group_size,
+    )
+    if args.normalize_step_rewards:
+        moments = RunningMoments() if moments is None else moments
+        moments.update(rewards[mask])
+        rewards = rewards / moments.std
+    rewards = limit_step_rewards(rewards, mask, clip=args.step_reward_clip, length_neutral=args.length_neutral)
+    return [values[: len(row)] for values, row in zip(rewards.tolist(), step_scores, strict=True)]
+
 
 class StepShaper:
     """Scores of steps -> rewards of steps, for each source by itself.
@@ -33,6 +83,7 @@ class StepShaper:
         self.args, self.weights = args, weights
         self.moments = {name: RunningMoments() for name in weights}
         self._pieces: dict[int, str] = {}  # texts of the tokens seen so far
+        self._has_warned = False
 
     def shape(self, batch: RolloutBatch, *, group_size: int, tokenizer: Any) -> RolloutBatch:
         """Add `steps`: reward and last token of every step, for each source.
@@ -53,12 +104,33 @@ class StepShaper:
             scored = [one if keep else StepScores(one.response) for one, keep in zip(found, used, strict=True)]
             ends = [step_end_tokens(at, result.spans) for at, result in zip(token_ends, scored, strict=True)]
             scores = [result.step_scores for result in scored]
+            self._check_baseline(scores, batch)
             rewards = self.rewards(scores, self.moments[name], group_size=group_size)
             steps.append(ShapedSteps(self.weights[name], rewards, ends, place_step_rewards(rewards, ends, batch.mask)))
             metrics |= {} if metrics else _score_metrics(scores)  # the scores of the watched source
             metrics |= _reward_metrics(name, rewards)
         metrics["placement/unplaced_steps"] = float(sum(one.placement.unplaced for one in steps))
         return batch.plus(metrics, steps=tuple(steps))
+
+    def _check_baseline(self, step_scores: Sequence[Sequence[float]], batch: RolloutBatch) -> None:
+        """Say once what a completion's own mean as baseline leaves unsaid: all of single steps, the whole of others."""
+        args, most = self.args, max(map(len, step_scores), default=0)
+        if self._has_warned or not most or (args.shaping, args.center) != ("centered", "response"):
+            return
+        if most == 1:
+            self._has_warned = True
+            logger.warning(
+                "No completion of this rollout has more than one step, and with `center='response'` a step earns what "
+                "it is better than the other steps of its completion: nothing. Cut completions into more steps, or "
+                "set `center='batch'`."
+            )
+        elif not has_outcomes(batch, args):
+            self._has_warned = True
+            logger.warning(
+                "No outcome is a reward, and with `center='response'` the steps of a completion earn 0 in all: nothing "
+                "says which completions are better as a whole. Give `reward_funcs`, or set `center='batch'` or "
+                "`shaping='min_form'`."
+            )
 
     def rewards(
         self, step_scores: Sequence[Sequence[float]], moments: RunningMoments, *, group_size: int
@@ -74,23 +146,7 @@ class StepShaper:
             group_size: Completions per prompt.
         """
         everyone, ours = rows_of_all([list(row) for row in step_scores])
-        args, width = self.args, max(map(len, everyone), default=0)
-        rows = [[*row, *[0.0] * (width - len(row))] for row in everyone]
-        scores = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), width)
-        mask = torch.arange(width) < torch.tensor([len(row) for row in everyone])[:, None]
-        rewards = shape_step_scores(
-            scores,
-            mask,
-            shaping=args.shaping,
-            center=args.center,
-            threshold=args.score_threshold,
-            group_size=group_size,
-        )
-        if args.normalize_step_rewards:
-            moments.update(rewards[mask])
-            rewards = rewards / moments.std
-        rewards = limit_step_rewards(rewards, mask, clip=args.step_reward_clip, length_neutral=args.length_neutral)
-        return [values[: len(row)] for values, row in zip(rewards[ours].tolist(), step_scores, strict=True)]
+        return step_rewards(everyone, self.args, group_size=group_size, moments=moments)[ours]
 
     def state_dict(self) -> dict[str, Any]:
         """Running statistics of each source, for JSON."""

@@ -105,8 +105,10 @@ ARMS = {
 
 # Policies and reward models ------------------------------------------------------------------------------------------
 
-# The same for all arms.
+# The same for all arms. The baseline of step scores is that of the rows there are: an arm with the one of
+# `StepPPOConfig` names it.
 PPO_SETTINGS: Options = {
+    "center": "batch",
     "num_generations": 8,
     "num_iterations": 1,
     "value_learning_rate": 1e-3,

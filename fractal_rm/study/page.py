@@ -13,7 +13,7 @@ from fractal_rm.study.arms import ARMS, CEILING, OUTCOME_ONLY
 from fractal_rm.study.statistics import Curves, Rows, Runs, comparisons, curves, finished_runs, interquartile_mean
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
-# What `StepPPOConfig` does as it comes, with a reward model and a checker.
+# What `StepPPOConfig` does as it comes, with a reward model and a checker; but step scores are centred over the batch.
 DEFAULT = "fractal_mix"
 DRAWN = (DEFAULT, *OUTCOME_ONLY, CEILING)
 NOTHING = "No rows yet."

@@ -566,7 +566,8 @@ class Study:
             raise ValueError(
                 f"{path} has no settings of {lacking[0]}. Run with `--tune true --arms {' '.join(lacking)}`."
             )
-        return replace(self, chosen={arm: chosen[like] for arm, like in tuned.items()})
+        own = {arm: {} if like == arm else dict(self.arms[arm].options) for arm, like in tuned.items()}
+        return replace(self, chosen={arm: chosen[like] | own[arm] for arm, like in tuned.items()})
 
 
 def write_chosen(path: Path, chosen: Mapping[str, Options], command: str) -> None:

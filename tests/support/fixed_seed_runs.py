@@ -251,6 +251,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
         num_grades=4,
     ),
     "ppo, gae": ppo,
+    "ppo, gae, centred over the batch": partial(ppo, center="batch"),
     "ppo, gae, outcome only in the reward": partial(ppo, step_weight=0.0),
     "ppo, gae, value model from the reward model": partial(ppo, value_model="reward_model"),
     "ppo, gae, shared value model": partial(ppo, value_model="shared"),
