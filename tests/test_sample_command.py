@@ -65,6 +65,15 @@ def test_a_file_of_another_run_is_refused(whole, capsys):
     assert "holds responses of another run (gold_steps True, now False, seed 0, now 1)" in capsys.readouterr().err
 
 
+def test_a_file_of_an_older_version_with_fewer_arguments_is_gone_on_with(tmp_path):
+    first = run(tmp_path / "rows.jsonl", "--num_prompts", "1")
+    beside = tmp_path / "rows.jsonl.settings.json"
+    settings = json.loads(beside.read_text())
+    del settings["skip_prompts"]
+    beside.write_text(json.dumps(settings))
+    assert run(tmp_path / "rows.jsonl", "--num_prompts", "2")[: len(first)] == first
+
+
 def test_step_labels_are_written_on_request_only(tmp_path):
     assert all("step_labels" not in row for row in run(tmp_path / "rows.jsonl", "--num_prompts", "1"))
 

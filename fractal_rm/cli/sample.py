@@ -4,7 +4,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -237,6 +237,8 @@ def _rows_so_far(path: Path, arguments: SampleArguments) -> set[str]:
     beside = path.with_name(f"{path.name}.settings.json")
     if path.is_file():
         before = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
+        if before is not None:  # written by a version that had fewer arguments
+            before = {one.name: one.default for one in fields(arguments) if one.name in settings} | before
         if before != settings:
             changed = (
                 "settings unknown"

@@ -84,7 +84,7 @@ def steps(base: Path, work: Path, amounts: Amounts, device: str, threads: int) -
     if any(reward_model.glob("checkpoint-*")):
         train += ["--resume_from_checkpoint", "true"]
     study = (str(RECIPE / "study.py"), "--work", str(work), *amounts.study.split())
-    jobs = ("--jobs", "1" if device == "cuda" else "2")
+    jobs = ("--jobs", "1" if device == "cuda" else str(threads))
     adapter = (str(RECIPE / "policy.py"), "--model", str(base), "--output_dir", str(work / "policy"))
 
     def responses(split: str, count: int, file: Path, *flags: str) -> Step:
@@ -119,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     base, work, amounts = arguments.model, arguments.work / arguments.budget, BUDGETS[arguments.budget]
     if not (base / "config.json").is_file():
         sys.exit(f"run: {base} holds no model. Run `make words-model` first, or give `--model`.")
-    threads = min(2, os.cpu_count() or 1)
+    # More threads than this help little: a forward of this model is many small steps.
+    threads = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     start = time.monotonic()
     for number, step in enumerate(steps(base, work, amounts, arguments.device, threads), 1):
         print(f"\n[{number}, {(time.monotonic() - start) / 60:.0f} min] {step.name}", flush=True)
