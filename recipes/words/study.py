@@ -33,6 +33,7 @@ RATES = (2e-4, 6e-4)
 # Layers and rank of the adapters that the policy trains, as in its fine-tuning.
 ADAPTED_LAYERS, RANK = 20, 16
 # Credit of a step's reward reaches back to the steps before it and fades; a value head reads the policy's own states.
+# Without an outcome, steps have to say which responses are better: their baseline is the batch's (`PPO_SETTINGS`).
 _STEPS = {"advantage": "gae", "step_lam": 0.2}
 
 
@@ -56,7 +57,9 @@ ARMS: dict[str, Arm] = {
         WordsArm("outcome_grpo", outcome=True, options=_options(advantage="group", scale_rewards="group")),
         WordsArm("outcome_ppo", outcome=True, options=_options(advantage="gae", lam=1.0)),
         WordsArm("dense", steps="fractal", options=_options(**_STEPS)),
-        WordsArm("dense_outcome", steps="fractal", outcome=True, options=_options(**_STEPS)),
+        WordsArm("dense_outcome", steps="fractal", outcome=True, options=_options(**_STEPS, center="response")),
+        # The baseline of the arithmetic study's rows: more steps above it earn more.
+        WordsArm("dense_outcome_batch", steps="fractal", outcome=True, options=_options(**_STEPS)),
         # The same reward model and the same outcomes, but one number at the end of a response.
         WordsArm("scalar_outcome", steps="fractal", scalar=True, outcome=True, options=_options(**_STEPS)),
         WordsArm("oracle", steps="oracle", options=_options(**_STEPS)),
