@@ -1,5 +1,7 @@
 """Several responses to each prompt, against `generate` and against the probabilities of the model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.models import CAUSAL_FAMILIES, byte_tokenizer, config
@@ -7,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.arithmetic.problems import make_problems
-from fractal_rm.tasks.group_sampling import sample_groups
+from fractal_rm.tasks.group_sampling import rollout_in_groups, sample_groups
 from fractal_rm.tasks.task import sample_responses
 
 
@@ -65,3 +67,45 @@ def test_a_policy_that_never_ends_is_cut_off(policy):
     assert short != whole
     assert whole.startswith(short)
     assert len(tokenizer(short)["input_ids"]) == 4
+
+
+def trainer_of(model, tokenizer, **options):
+    """What the function reads of a trainer."""
+    sampling = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
+    args = SimpleNamespace(**{**sampling, "temperature": 0.01, "max_completion_length": 24, **options})
+    accelerator = SimpleNamespace(unwrap_model=lambda wrapped: wrapped)
+    return SimpleNamespace(
+        args=args,
+        model=model,
+        processing_class=tokenizer,
+        accelerator=accelerator,
+        num_generations=3,
+        num_generations_eval=1,
+    )
+
+
+def test_a_rollout_has_the_completions_of_each_prompt_in_order(policy):
+    model, tokenizer = policy
+    prompts = [p.prompt for p in make_problems(4, seed=9, min_steps=2, max_steps=4)]
+    trainer = trainer_of(model.train(), tokenizer)
+    found = rollout_in_groups([prompt for prompt in prompts for _ in range(3)], trainer)
+    greedy = [text for (text,) in sample_groups(model, tokenizer, prompts, samples=1, greedy=True, max_new_tokens=24)]
+    texts = tokenizer.batch_decode(found["completion_ids"], skip_special_tokens=True)
+    assert texts == [text for text in greedy for _ in range(3)]  # at a temperature near 0
+    assert found["prompt_ids"] == tokenizer([prompt for prompt in prompts for _ in range(3)])["input_ids"]
+    assert found["logprobs"] is None
+    ended = [ids for ids in found["completion_ids"] if len(ids) < 24]
+    assert ended
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in ended)
+    assert model.training
+    model.eval()
+    assert len(rollout_in_groups(prompts, trainer)["completion_ids"]) == 4
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.1}])
+def test_a_rollout_refuses_what_it_cannot_do(policy, options):
+    model, tokenizer = policy
+    with pytest.raises(ValueError, match="knows a temperature only"):
+        rollout_in_groups(["1+1"], trainer_of(model, tokenizer, **options))
+    with pytest.raises(ValueError, match="Leave it out for chats"):
+        rollout_in_groups([[{"role": "user", "content": "1+1"}]], trainer_of(model, tokenizer))
