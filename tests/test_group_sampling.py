@@ -72,7 +72,7 @@ def test_a_policy_that_never_ends_is_cut_off(policy):
 def trainer_of(model, tokenizer, **options):
     """What the function reads of a trainer."""
     sampling = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
-    args = SimpleNamespace(**{**sampling, "temperature": 0.01, "max_completion_length": 24, **options})
+    args = SimpleNamespace(**{**sampling, "temperature": 0.01, "max_completion_length": 96, **options})
     accelerator = SimpleNamespace(unwrap_model=lambda wrapped: wrapped)
     return SimpleNamespace(
         args=args,
@@ -89,12 +89,12 @@ def test_a_rollout_has_the_completions_of_each_prompt_in_order(policy):
     prompts = [p.prompt for p in make_problems(4, seed=9, min_steps=2, max_steps=4)]
     trainer = trainer_of(model.train(), tokenizer)
     found = rollout_in_groups([prompt for prompt in prompts for _ in range(3)], trainer)
-    greedy = [text for (text,) in sample_groups(model, tokenizer, prompts, samples=1, greedy=True, max_new_tokens=24)]
+    greedy = [text for (text,) in sample_groups(model, tokenizer, prompts, samples=1, greedy=True, max_new_tokens=96)]
     texts = tokenizer.batch_decode(found["completion_ids"], skip_special_tokens=True)
     assert texts == [text for text in greedy for _ in range(3)]  # at a temperature near 0
     assert found["prompt_ids"] == tokenizer([prompt for prompt in prompts for _ in range(3)])["input_ids"]
     assert found["logprobs"] is None
-    ended = [ids for ids in found["completion_ids"] if len(ids) < 24]
+    ended = [ids for ids in found["completion_ids"] if len(ids) < 96]
     assert ended
     assert all(ids[-1] == tokenizer.eos_token_id for ids in ended)
     assert model.training
