@@ -204,7 +204,7 @@ def read_prompts(
     return rows
 
 
-def read_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> None:
+def check_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> None:
     """Raise unless every row has a prompt, all of them texts or all of them chats."""
     for number, row in enumerate(rows, 1):
         with naming(source, number):
