@@ -222,6 +222,8 @@ def test_a_batch_measured_by_hand():
         scores=[0.2, math.nan, 0.8],
         outcomes=[0.0, 1.0, 1.0],
         kl=[1.0, 0.0, 2.0],
+        unscored=[False, False, True],
+        steps_beyond_limit=[0, 0, 1],
     )
     assert measure_rollouts(rollouts) == pytest.approx(
         {
@@ -237,6 +239,8 @@ def test_a_batch_measured_by_hand():
             "kl_per_token": 3 / 10,
             "steps_at_ceiling": 0.5,
             "ceiling_over_outcome": 0.5 - 2 / 3,
+            "unscored": 1 / 3,
+            "steps_beyond_limit": 1 / 5,
         }
     )
 
