@@ -281,7 +281,7 @@ class StepRewardModel:
         if errors:
             first = errors[min(errors)]
             logger.warning("%d of %d responses were not scored. First: %s", len(errors), len(results), first)
-        truncated = sum(result.truncated_steps > 0 for result in results)
+        truncated = sum(bool(result.steps) and result.truncated_steps > 0 for result in results)
         if truncated:
             logger.warning(
                 "%d of %d responses are longer than `max_length`: last steps unscored.", truncated, len(results)

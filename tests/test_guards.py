@@ -98,7 +98,21 @@ def leave(batch, rng):
     return replace(rollouts, kl=[1.5 * len(ids) for ids in rollouts.token_ids])
 
 
+def outgrow(batch, rng):
+    """Completions that the reward model reads in part."""
+    rollouts = honest(batch, rng)
+    return replace(rollouts, steps_beyond_limit=[2 * len(row) for row in rollouts.steps])
+
+
+def confuse(batch, rng):
+    """Completions that the reward model cannot judge."""
+    rollouts = honest(batch, rng)
+    return replace(rollouts, unscored=[True for _ in rollouts.steps])
+
+
 HACKS = {
+    outgrow: "steps_beyond_limit",
+    confuse: "unscored",
     flatter: "score_outcome_gap",
     say_thanks: "ceiling_over_outcome",
     please: "score_outcome_correlation",
@@ -127,6 +141,13 @@ def test_a_policy_that_hacks_sets_off_the_alarm_of_its_hack(hack):
     alarm = run(hack)[HACKS[hack]]
     assert alarm.since in range(20, 25)
     assert HACKS[hack] in str(alarm)
+
+
+@pytest.mark.parametrize("hack", [outgrow, confuse])
+def test_what_cannot_be_judged_from_the_start_sets_off_an_alarm_too(hack):
+    alarm = run(hack, hacked_from=0)[HACKS[hack]]
+    assert alarm.since == 0
+    assert "cannot read what the policy writes" in str(alarm)
 
 
 @pytest.mark.parametrize("seed", range(3))

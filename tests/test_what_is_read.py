@@ -95,7 +95,9 @@ def test_prompts_that_no_reward_model_reads_are_refused_before_training(tmp_path
     model = letters_model(chat=True, max_length=64)
     model.tokenizer.chat_template = REFUSING
     sentence = rf"^The reward model cannot read 1 of the first 9 prompts\. row 8: {row['reason']}"
-    data = Dataset.from_list([{"prompt": [{"role": "user", "content": "q"}]}] * 8 + [{"prompt": row["prompt"]}])
+    parts = isinstance(row["prompt"][0]["content"], list)  # a column holds one kind
+    content = [{"type": "text", "text": "q"}] if parts else "q"
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": content}]}] * 8 + [{"prompt": row["prompt"]}])
     with pytest.raises(ValueError, match=sentence):
         make(tmp_path, reward_model=[model], processing_class=policy_tokenizer(chat=True), train_dataset=data)
 
@@ -276,18 +278,22 @@ def test_training_scoring_and_ppo_read_the_same_bytes(tmp_path, name, thinks):
     policy.chat_template = template
     data = Dataset.from_list([{"prompt": QUESTION}] * 8)
     options = {"processing_class": policy, "train_dataset": data, "chat_template_kwargs": kwargs or None}
-    rollout(tmp_path / "ppo", reward_model=model, rollout_func=replay([(*ids, EOS)]), **options)
+
+    def written(prompts: Any, trainer: Any) -> dict[str, Any]:
+        return replay([(*ids, EOS)])(["q"] * len(prompts), trainer)
+
+    rollout(tmp_path / "ppo", reward_model=model, rollout_func=written, **options)
     assert seen[-1] == expected.removesuffix(answer) + "ab\na"
 
 
 @pytest.mark.parametrize(
     ("text", "steps"),
     [
-        ("<think>\na.\nb.\n</think>\nc.\nd.", ["c.", "d."]),
-        ("a.\nb.\n</think>\nc.", ["c."]),  # opened by the template
-        ("a.\n<think>\nb.", ["a."]),  # never closed
-        ("<think>a</think>b.\n<think>c</think>d.", ["b.", "d."]),
-        ("<think>a.", []),
+        ("<think>\nFirst 2.\nThen 3.\n</think>\nIt is 5.\nYes, 5.", ["It is 5.", "Yes, 5."]),
+        ("First 2.\nThen 3.\n</think>\nIt is 5.", ["It is 5."]),  # opened by the template
+        ("It is 5.\n<think>\nOr 6.\nNo.", ["It is 5."]),  # never closed
+        ("<think>One.\nTwo.</think>It is 5.\n<think>Hm.</think>Yes, 5.", ["It is 5.", "Yes, 5."]),
+        ("<think>One.", []),
     ],
 )
 @pytest.mark.parametrize("method", ["lines", "sentences"])

@@ -200,7 +200,7 @@ def _check_readable(
     models: Sequence[StepRewardModel], args: StepPPOConfig, datasets: Sequence[Any], tools: Any
 ) -> None:
     """Raise ValueError if a reward model cannot read one of the first prompts of a data set with a length."""
-    options = {**(args.chat_template_kwargs or {}), **({"tools": tools} if tools else {})}
+    options = args.template_options(tools)
     for number, model in enumerate(models, 1):
         which = f"Reward model {number} of {len(models)}" if len(models) > 1 else "The reward model"
         for dataset in datasets:

@@ -192,15 +192,10 @@ class Engine(GRPOTrainer):
         return self._tokenizer
 
     @property
-    def chat_template_kwargs_of_policy(self) -> dict[str, Any]:
-        """What the policy's chat template gets beside the messages, tools among it."""
-        return {**(self.args.chat_template_kwargs or {}), **({"tools": self.tools} if self.tools else {})}
-
-    @property
     def ending_ids(self) -> set[int]:
         """Ids that a finished completion may end with, as TRL counts them: EOS, the model's own EOS ids, padding."""
         eos = getattr(getattr(self.policy, "generation_config", None), "eos_token_id", None)
-        tokenizer = self._tokenizer
+        tokenizer: Any = self._tokenizer
         return {tokenizer.eos_token_id, tokenizer.pad_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
     @property
@@ -324,7 +319,8 @@ class Engine(GRPOTrainer):
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         hand_over = self._hand_over
         # Not TRL's texts: placement counts the characters of exactly this decoding.
-        hand_over.texts = [completion_text(ids, self._tokenizer, self.ending_ids) for ids in completion_ids_list]
+        tokenizer, endings = self.tokenizer, self.ending_ids
+        hand_over.texts = [completion_text(ids, tokenizer, endings) for ids in completion_ids_list]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         is_outcome = self.is_outcome.to(rewards.device)
         if is_outcome.any() and not is_outcome.all():

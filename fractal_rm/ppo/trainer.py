@@ -140,7 +140,7 @@ class StepPPOTrainer(Engine):
             scoring.scorer.to(self.accelerator.device)
         for source in self.sources:
             if isinstance(source, ModelSource):
-                source.chat_template_kwargs = self.chat_template_kwargs_of_policy
+                source.chat_template_kwargs = self.args.template_options(self.tools)
         if self.args.rm_update_every:
             self.online_reward = OnlineReward(
                 models[0], self.args, reward_model_dataset, self.reward_weights, self.accelerator

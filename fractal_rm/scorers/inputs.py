@@ -78,14 +78,14 @@ _MARKS = ("\ue0f5", "\uf3a7", "\ueb19")
 
 
 @lru_cache(maxsize=8)
-def _control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: Any, size: int) -> re.Pattern[str] | None:
-    """Matches, with nothing, wherever a control token begins in a text; None without any. `size` is for the cache.
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str, size: int) -> re.Pattern[str] | None:
+    """Matches, with nothing, wherever a control token begins in a text; None without any. The rest is for the cache.
 
     These are the special tokens, and those with which the chat template opens and closes a user's turn. The token for
     what is not known says nothing, and one character cannot be spelled in another way.
     """
     turn = ""
-    if chat_template:
+    if tokenizer.chat_template:
         try:
             turn = str(tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False))
         except (TemplateError, TypeError, ValueError, KeyError):
@@ -100,7 +100,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: Any, size
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     """Matches, with nothing, wherever a text holds a control token of a tokenizer; None if it has none."""
-    return _control_tokens(tokenizer, tokenizer.chat_template, len(tokenizer))
+    return _control_tokens(tokenizer, repr(tokenizer.chat_template), len(tokenizer))
 
 
 def _cuts(text: str, control: re.Pattern[str] | None) -> list[int]:

@@ -142,7 +142,7 @@ class FractalSettings:
                 "Install the fractal-rm version that wrote it."
             )
         try:
-            values = {"reading": 1} | dict(block)
+            values: dict[str, Any] = {"reading": 1, **block}
             values["segmentation"] = Segmentation(**{"version": 1} | values.get("segmentation", {}))
             return cls(**values)
         except (TypeError, ValueError) as error:
