@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -19,7 +19,10 @@ class FractalConfig(TrainingArguments):
     `learning_rate` defaults to 5e-5 as in transformers; small models trained from scratch want about 1e-3.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]  # JSON on the command line
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "chat_template_kwargs",
+    ]  # JSON on the command line
 
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Always False: the collator needs all that the trainer prepared."}
