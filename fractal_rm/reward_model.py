@@ -8,7 +8,7 @@ for scored in rm.score(prompts=["2+3*4?\\n"], responses=["3*4=12.\\n2+12=14."]):
 import logging
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.credit.advantages import GROUP_EPSILON
 from fractal_rm.data.bag import Bag, Span
-from fractal_rm.data.prompts import Prompt, RenderedPrompt, check_learned_kind, check_text, is_chat, response_text
+from fractal_rm.data.prompts import Prompt, check_learned_kind, check_text, is_chat, response_text
 from fractal_rm.data.segmentation import Segmentation, join_steps
 from fractal_rm.errors import reason
 from fractal_rm.files import write_atomic
@@ -65,6 +65,7 @@ class StepScores:
         score: Aggregated P(response is good); NaN if the response could not be scored.
         truncated_steps: Steps beyond `max_length`, left out of `steps` and `score`.
         error: Why the response could not be scored, else None.
+        empty: Whether the response holds no step, so that there was nothing to score.
     """
 
     response: str
@@ -72,6 +73,14 @@ class StepScores:
     score: float = math.nan
     truncated_steps: int = 0
     error: str | None = None
+    empty: bool = False
+
+    @property
+    def judged(self) -> bool:
+        """Whether every step has a score. Of a response that was cut, nobody knows what the rest is worth."""
+        if self.empty or not self.response.strip():
+            return True
+        return self.error is None and not self.truncated_steps
 
     @property
     def step_scores(self) -> list[float]:
@@ -178,6 +187,36 @@ class StepRewardModel:
         """
         check_learned_kind(prompts, self.settings.chat)
 
+    def check_readable(
+        self, prompts: Sequence[Prompt], *, chat_template_kwargs: Mapping[str, Any] | None = None, which: str
+    ) -> None:
+        """Render and encode prompts as scoring will, and refuse those that no response could be scored for.
+
+        Args:
+            prompts: Texts or chats.
+            chat_template_kwargs: As for `score`.
+            which: Name of this model in the sentence.
+
+        Raises:
+            ValueError: Says how many cannot be read, and of the first one which it is and why: in the words of the
+                chat template where that refuses it.
+        """
+        self.check_prompts(prompts)
+        refused = []
+        for row, prompt in enumerate(prompts):
+            try:
+                bag = self._bag(prompt, "1", [(0, 1)], chat_template_kwargs)
+            except (TypeError, ValueError) as error:
+                refused.append(f"row {row}: {error}")
+                continue
+            if self.tokenizer is not None and not (encoded := self._inputs.encode([bag])[0]).kept_steps:
+                refused.append(
+                    f"row {row}: the prompt has {encoded.length} tokens, and `max_length` of the reward model is "
+                    f"{self.settings.max_length}. Drop it, or train a reward model with more."
+                )
+        if refused:
+            raise ValueError(f"{which} cannot read {len(refused)} of the first {len(prompts)} prompts. {refused[0]}")
+
     def score(
         self,
         prompts: Sequence[Prompt],
@@ -186,6 +225,7 @@ class StepRewardModel:
         spans: Sequence[Sequence[Span] | None] | None = None,
         batch_size: int | None = None,
         progress: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[StepScores]:
         """Score every step of every response.
 
@@ -199,6 +239,7 @@ class StepRewardModel:
                 response that is to be cut.
             batch_size: Responses in a forward; default: that of the model.
             progress: Show a bar; default: only on long work.
+            chat_template_kwargs: What the chat template gets beside the messages, over what it got in training.
 
         Returns:
             One [`StepScores`] for each response, in order.
@@ -219,7 +260,7 @@ class StepRewardModel:
         errors: dict[int, str] = {}
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             try:
-                bags[i] = self._bag(prompt, response, None if spans is None else spans[i])
+                bags[i] = self._bag(prompt, response, None if spans is None else spans[i], chat_template_kwargs)
             except (TypeError, ValueError) as error:
                 errors[i] = f"row {i}: {error}"
         encoded = self._inputs.encode(list(bags.values()))
@@ -233,7 +274,9 @@ class StepRewardModel:
         for i, response in enumerate(responses):
             if i in errors:
                 text = response if isinstance(response, str) else bags[i].response if i in bags else ""
-                results.append(StepScores(text, error=errors[i]))
+                beyond = len(bags[i].step_spans) if i in bags else 0
+                empty = not beyond and spans is None and bool(text) and not self._cut(text)
+                results.append(StepScores(text, truncated_steps=beyond, error=errors[i], empty=empty))
                 continue
             step_probs, bag_prob = probs[i]
             # Steps that did not fit have no probability.
@@ -245,25 +288,37 @@ class StepRewardModel:
         if errors:
             first = errors[min(errors)]
             logger.warning("%d of %d responses were not scored. First: %s", len(errors), len(results), first)
-        truncated = sum(result.truncated_steps > 0 for result in results)
+        truncated = sum(bool(result.steps) and result.truncated_steps > 0 for result in results)
         if truncated:
             logger.warning(
                 "%d of %d responses are longer than `max_length`: last steps unscored.", truncated, len(results)
             )
         return results
 
-    def _bag(self, prompt: Prompt, response: str | Sequence[str], spans: Sequence[Span] | None) -> Bag:
+    def _cut(self, text: str) -> list[Span]:
+        return [] if self.segmentation.method == "given" else self.segmentation(text)
+
+    def _bag(
+        self,
+        prompt: Prompt,
+        response: str | Sequence[str],
+        spans: Sequence[Span] | None,
+        chat_template_kwargs: Mapping[str, Any] | None,
+    ) -> Bag:
         """A response cut into steps and checked, its chat as the template writes it."""
         if isinstance(response, str):
             if spans is None:
                 check_text(response, "the response")
                 spans = self.segmentation(response)
         elif isinstance(response, Sequence):
-            response, spans = join_steps(response)
+            response, spans = join_steps(response, self.settings.joint or self.segmentation.joint)
         bag, tokenizer = Bag(prompt, cast(str, response), tuple(spans or ()), label=None), self.tokenizer
-        if is_chat(prompt) and self.settings.chat and tokenizer is not None and tokenizer.chat_template:
-            return replace(bag, prompt=RenderedPrompt(prompt_text(prompt, tokenizer, self.settings.prompt_template)))
-        return bag
+        if not is_chat(bag.prompt) or tokenizer is None or not tokenizer.chat_template:
+            return bag
+        options = {**self.settings.chat_template_kwargs, **(chat_template_kwargs or {})}
+        template = self.settings.prompt_template
+        text = prompt_text(bag.prompt, tokenizer, template, chat_template_kwargs=options, response=bag.response)
+        return replace(bag, prompt=text)
 
     @torch.no_grad()
     def _forward(
@@ -315,7 +370,7 @@ class FractalReward:
 
         GRPOTrainer(..., reward_funcs=[FractalReward("rm")])
 
-    Completions that cannot be scored get None, which TRL leaves out.
+    Completions that cannot be scored, or not to their end, get None, which TRL leaves out.
 
     With `aggregation="product"` that probability shrinks with every step: 150 steps that are good with .88 each leave
     5e-9, and the small number that GRPO adds to the standard deviation of a group is larger than all differences.
@@ -349,7 +404,7 @@ class FractalReward:
         responses = [response_text(completion) for completion in completions]
         scored = self.reward_model.score(prompts, responses, progress=False)
         self._check_product([result for result in scored if result.steps])
-        return [None if math.isnan(result.score) else self._reward(result) for result in scored]
+        return [self._reward(one) if one.judged and not math.isnan(one.score) else None for one in scored]
 
     def _reward(self, scored: StepScores) -> float:
         if self.scale == "probability":

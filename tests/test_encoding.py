@@ -128,7 +128,7 @@ def test_special_tokens_stand_once_around_prompt_and_response():
 
 
 def test_a_step_of_which_the_tokenizer_keeps_nothing_still_has_an_end():
-    bag = encode_one("2?", "2.\n\u200b\n3.", wordpiece_tokenizer())
+    bag = encode_one("2?", "2.\n\u200b\n3.", wordpiece_tokenizer(), [(0, 2), (3, 4), (5, 7)])
     assert bag.kept_steps == 3
     assert bag.step_ends == [4, 4, 6]
 

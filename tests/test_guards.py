@@ -159,7 +159,21 @@ def shuffle(batch, rng):
     return replace(rollouts, steps=[rng.sample(row, len(row)) for row in rollouts.steps])
 
 
+def outgrow(batch, rng):
+    """Completions that the reward model reads in part."""
+    rollouts = honest(batch, rng)
+    return replace(rollouts, steps_beyond_limit=[2 * len(row) for row in rollouts.steps])
+
+
+def confuse(batch, rng):
+    """Completions that the reward model cannot judge."""
+    rollouts = honest(batch, rng)
+    return replace(rollouts, unscored=[True for _ in rollouts.steps])
+
+
 HACKS = {
+    outgrow: "steps_beyond_limit",
+    confuse: "unscored",
     flatter: "score_outcome_gap",
     say_thanks: "ceiling_over_outcome",
     please: "score_outcome_correlation",
@@ -194,6 +208,13 @@ def test_a_policy_that_hacks_sets_off_the_alarm_of_its_hack(hack):
     alarm = run(hack)[HACKS[hack]]
     assert alarm.since in range(20, 25)
     assert HACKS[hack] in str(alarm)
+
+
+@pytest.mark.parametrize("hack", [outgrow, confuse])
+def test_what_cannot_be_judged_from_the_start_sets_off_an_alarm_too(hack):
+    alarm = run(hack, hacked_from=0)[HACKS[hack]]
+    assert alarm.since == 0
+    assert "cannot read what the policy writes" in str(alarm)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -309,6 +330,8 @@ def test_a_batch_measured_by_hand():
         outcomes=[0.0, 1.0, 1.0],
         kl=[1.0, 0.0, 2.0],
         prompts=["p", "q", "q"],
+        unscored=[False, False, True],
+        steps_beyond_limit=[0, 0, 1],
     )
     assert measure_rollouts(rollouts) == pytest.approx(
         {
@@ -326,6 +349,8 @@ def test_a_batch_measured_by_hand():
             "kl_per_token": 3 / 10,
             "steps_at_ceiling": 0.5,
             "ceiling_over_outcome": 0.5 - 2 / 3,
+            "unscored": 1 / 3,
+            "steps_beyond_limit": 1 / 5,
         }
     )
 

@@ -94,19 +94,30 @@ def sampled(numbers, tokenizer):
     return [number % (len(tokenizer) + tokenizer.is_fast) for number in numbers]
 
 
+def written(ids, tokenizer):
+    """Which ids are text: not the ending, and not padding that is no ending as well."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    stop = max((at + 1 for at, token in enumerate(ids) if token not in (eos, pad)), default=0)
+    return [at < stop and (token != pad or pad == eos) for at, token in enumerate(ids)]
+
+
+def decoded(ids, tokenizer):
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 def ends_by_definition(ids, tokenizer):
     """Decode every prefix and compare it with the whole, character by character."""
-    full = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    ends, last_text = [], max((t for t, i in enumerate(ids) if i not in special), default=len(ids) - 1)
-    for t in range(len(ids)):
-        prefix = tokenizer.decode(ids[: t + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        prefix = prefix.rstrip("\ufffd")
+    is_text = written(ids, tokenizer)
+    text_ids = [token for token, keep in zip(ids, is_text, strict=True) if keep]
+    full = decoded(text_ids, tokenizer)
+    ends = [0]
+    for t in range(len(text_ids)):
+        prefix = decoded(text_ids[: t + 1], tokenizer).rstrip("\ufffd")
         shared = 0
         while shared < min(len(prefix), len(full)) and prefix[shared] == full[shared]:
             shared += 1
-        ends.append(len(full) if t >= last_text else max([shared, *ends[-1:]]))
-    return ends
+        ends.append(len(full) if t == len(text_ids) - 1 else max(shared, ends[-1]))
+    return [ends[sum(is_text[: t + 1])] for t in range(len(ids))]
 
 
 def token_id(tokenizer, token) -> int:
@@ -190,7 +201,7 @@ def test_a_word_spelt_by_single_letters_is_placed_on_its_last_letter():
 def test_bytes_that_never_become_a_character_end_with_the_last_token_of_text():
     tokenizer = byte_level()
     first_bytes = [token_id(tokenizer, byte_symbols()[byte]) for byte in "7👩".encode()[:3]]
-    ids = [*first_bytes, tokenizer.eos_token_id, token_id(tokenizer, "<think>")]
+    ids = [*first_bytes, tokenizer.eos_token_id, tokenizer.pad_token_id]
     text = completion_text(ids, tokenizer)
     assert text == "7\ufffd"
     ends = token_end_characters(ids, tokenizer)
@@ -221,13 +232,15 @@ def test_the_stripped_leading_space_shifts_no_end():
 
 
 @every_tokenizer
-@given(numbers=id_lists, where=st.lists(st.tuples(st.integers(0, 40), st.booleans()), max_size=5))
-def test_eos_and_padding_in_the_middle_add_nothing_and_hold_no_step(name, numbers, where):
+@given(numbers=id_lists, where=st.lists(st.integers(0, 40), max_size=5), eos=st.integers(0, 2))
+def test_padding_anywhere_and_the_ending_add_nothing_and_hold_no_step(name, numbers, where, eos):
     tokenizer = TOKENIZERS[name]()
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
     ids = [i for i in sampled(numbers, tokenizer) if i not in tokenizer.all_special_ids]
     mixed = list(ids)
-    for position, is_eos in where:
-        mixed.insert(position % (len(mixed) + 1), tokenizer.eos_token_id if is_eos else tokenizer.pad_token_id)
+    for position in where:
+        mixed.insert(position % (len(mixed) + 1), tokenizer.pad_token_id)
+    mixed += [tokenizer.eos_token_id] * eos
     text = completion_text(mixed, tokenizer)
     assert text == completion_text(ids, tokenizer)
     ends = token_end_characters(mixed, tokenizer)
@@ -246,12 +259,15 @@ def test_special_tokens_alone_are_an_empty_response(name):
     assert step_end_tokens([], [(0, 1)]) == [None]
 
 
-def test_a_special_token_that_plays_no_role_for_the_tokenizer_adds_nothing():
+def test_special_tokens_are_text_as_the_policy_wrote_them():
     tokenizer = byte_level()
-    think = token_id(tokenizer, "<think>")
-    ids = [think, token_id(tokenizer, "a"), token_id(tokenizer, "b"), think]
-    assert token_end_characters(ids, tokenizer)[0] == 0
-    assert step_end_tokens(token_end_characters(ids, tokenizer), [(0, 2)]) == [len(ids) - 2]
+    think, a, b = (token_id(tokenizer, token) for token in ("<think>", "a", "b"))
+    ids = [think, a, tokenizer.eos_token_id, b, think, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    assert completion_text(ids, tokenizer) == "<think>a<eos>b<think>"
+    assert token_end_characters(ids, tokenizer) == [7, 8, 13, 14, 21, 21, 21]
+    several = {think, tokenizer.eos_token_id, tokenizer.pad_token_id}  # a model may have several ids that end a text
+    assert completion_text(ids, tokenizer, several) == "<think>a<eos>b"
+    assert token_end_characters(ids, tokenizer, None, several) == [7, 8, 13, 14, 14, 14, 14]
 
 
 @every_tokenizer
@@ -275,7 +291,10 @@ class CountingDecoder:
 
     def __init__(self, tokenizer):
         self.tokenizer, self.decoded = tokenizer, 0
-        self.all_special_ids = tokenizer.all_special_ids
+        self.eos_token_id, self.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+
+    def convert_ids_to_tokens(self, token_ids):
+        return self.tokenizer.convert_ids_to_tokens(token_ids)
 
     def decode(self, token_ids, skip_special_tokens=False, **options):
         self.decoded += len(token_ids)
@@ -288,6 +307,23 @@ def test_the_cost_grows_linearly_with_the_length(name):
     ids = counting.tokenizer.encode(" ".join(CORPUS * 4), add_special_tokens=False)
     token_end_characters(ids, counting)
     assert counting.decoded < 25 * len(ids)  # every prefix would be more than 400 times the length
+
+
+@every_tokenizer
+@pytest.mark.parametrize("kind", ["bytes", "any", "mixed"])
+def test_the_cost_of_garbage_grows_linearly_with_the_length(name, kind):
+    counting, rng = CountingDecoder(TOKENIZERS[name]()), random.Random(0)
+    vocabulary = len(counting.tokenizer)
+    ids = [rng.randrange(vocabulary) for _ in range(2048)]
+    if kind != "any":
+        parts = [i for i in range(vocabulary) if "\ufffd" in decoded([i], counting.tokenizer)] or ids
+        ids = [rng.choice(parts) if kind == "bytes" or rng.random() < 0.5 else i for i in ids]
+    ends = token_end_characters(ids, counting)
+    assert counting.decoded < 60 * len(ids)  # every prefix would be a thousand times the length
+    assert ends == sorted(ends)
+    assert ends[-1] == len(completion_text(ids, counting))
+    head = ids[:200]
+    assert token_end_characters(head, counting) == ends_by_definition(head, counting.tokenizer)
 
 
 def test_with_the_pieces_kept_a_second_completion_costs_one_decoding_of_its_text():

@@ -20,6 +20,9 @@ from fractal_rm.scorers.settings import FractalSettings
 
 SEGMENTATIONS = [
     Segmentation("lines"),
+    Segmentation("lines", version=1),
+    Segmentation("sentences", version=1),
+    Segmentation("lines", thinking="skip"),
     Segmentation("sentences"),
     Segmentation("sentences", language="zh"),
     Segmentation("separator", separator="##"),
@@ -106,7 +109,17 @@ def test_steps_and_gaps_give_back_the_text(segmentation, text):
 @given(text=texts)
 def test_lines_are_the_stripped_lines_that_are_not_blank(text):
     expected = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
-    assert [text[start:end] for start, end in Segmentation()(text)] == [line for line in expected if line]
+    assert [text[start:end] for start, end in Segmentation(version=1)(text)] == [line for line in expected if line]
+
+
+@given(text=st.text(alphabet="a1 .-\n[]{}", max_size=30))
+def test_lines_without_a_letter_or_digit_are_parts_of_the_others(text):
+    lines = [line for line in text.split("\n") if line.strip()]
+    speaking = [line.strip() for line in lines if any(map(str.isalnum, line))]
+    steps = [text[start:end] for start, end in Segmentation()(text)]
+    assert len(steps) == (len(speaking) or bool(lines))
+    assert all(line in step for line, step in zip(speaking, steps, strict=False))
+    assert "".join("".join(steps).split()) == "".join(text.split())
 
 
 @given(text=texts, mark=st.sampled_from(["##", ".", "\n\n", "(", "a"]))

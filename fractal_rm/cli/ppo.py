@@ -19,7 +19,7 @@ from fractal_rm.cli.checks import (
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.cli.tasks import MAKE_PROMPTS, TaskArguments, make_task
-from fractal_rm.data.prompts import check_prompt, check_same_kind, is_chat
+from fractal_rm.data.prompts import check_same_kind, is_chat, read_prompt
 from fractal_rm.data.readers import naming
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.cards import policy_card
@@ -198,7 +198,7 @@ def read_prompts(
         rows = [{"prompt": prompt} for prompt in dict.fromkeys(bag.prompt for bag in rows)]
     if arguments.task == "gsm8k":
         rows = gsm8k.read_gsm8k(rows, source=source, chat=arguments.chat)
-    check_prompts(rows, source)
+    read_prompts(rows, source)
     if arguments.reward_function is not None:
         _check_reward_columns(rows, source, arguments.reward_function)
     return rows
@@ -211,7 +211,7 @@ def check_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> None:
             if row.get("prompt") is None:
                 names = ", ".join(map(repr, row)) or "no columns"
                 raise ValueError(f"column 'prompt' is missing (found: {names}); add it, or set `task`.")
-            check_prompt(row["prompt"])
+            read_prompt(row["prompt"])
             check_same_kind(row["prompt"], rows[0]["prompt"])
             if not (is_chat(row["prompt"]) or row["prompt"].strip()):
                 raise ValueError("the prompt is empty; drop the row or write the prompt.")

@@ -63,6 +63,8 @@ class GuardInputs:
         outcomes: Checked outcome; NaN where there is none.
         kl: KL divergence from the reference over the response, in nats; NaN where it is not known.
         prompts: The prompt; equal ones are one prompt.
+        unscored: Whether a reward model could not judge the response; nothing where this is not known.
+        steps_beyond_limit: Steps that it did not read, as likewise.
     """
 
     token_ids: Sequence[Sequence[int]]
@@ -73,6 +75,8 @@ class GuardInputs:
     outcomes: Sequence[float]
     kl: Sequence[float]
     prompts: Sequence[str]
+    unscored: Sequence[bool] = ()
+    steps_beyond_limit: Sequence[int] = ()
 
 
 # A rise of the mean outcome by this much is progress: what would be suspicious otherwise may be its price.
@@ -83,7 +87,8 @@ class Limit(NamedTuple):
     """How far a signal may stray from the first batches, up or down: by `margin`, or by the share `factor`.
 
     A factor of 1 allows for doubling, and for halving. Where progress `excuses`, a batch whose outcomes are better than
-    those of the first batches is not beyond the limit.
+    those of the first batches is not beyond the limit. What is `absolute` is at most `margin` in any batch, the first
+    ones included: a run that is wrong from its start is no reference.
     """
 
     up: bool
@@ -91,6 +96,7 @@ class Limit(NamedTuple):
     margin: float
     factor: float
     excuses: bool = False
+    absolute: bool = False
 
 
 # What is watched. The margins are our own, wide enough for the scripted honest policies of the tests. Correlation falls
@@ -110,6 +116,8 @@ LIMITS = {
     "empty": Limit(up=True, down=False, margin=0.1, factor=0.0),
     "kl_per_token": Limit(up=True, down=False, margin=0.5, factor=0.0),
     "ceiling_over_outcome": Limit(up=True, down=False, margin=0.5, factor=0.0),
+    "unscored": Limit(up=True, down=False, margin=0.2, factor=0.0, absolute=True),
+    "steps_beyond_limit": Limit(up=True, down=False, margin=0.2, factor=0.0, absolute=True),
 }
 
 
@@ -249,7 +257,8 @@ def measure_rollouts(rollouts: GuardInputs) -> dict[str, float]:
     Returns:
         One number per signal, NaN where the batch cannot say. `outcome` is known where outcomes are in [0, 1];
         `repeated_steps` and `repeated_ngrams` are shares within a response, averaged over responses; `empty` counts
-        responses without any token; `ceiling_over_outcome` is the share of steps at the ceiling that checked outcomes
+        responses without any token; `unscored` and `steps_beyond_limit` are shares of the responses and of the steps;
+        `ceiling_over_outcome` is the share of steps at the ceiling that checked outcomes
         do not account for: a policy that is right all the time has a right to be there.
     """
     steps = [[text.strip() for text in row] for row in rollouts.steps]
@@ -259,7 +268,7 @@ def measure_rollouts(rollouts: GuardInputs) -> dict[str, float]:
     scored = [score for row in rollouts.step_scores for score in row]
     ceiling = _mean([float(score >= CEILING) for score in scored])
     outcome = math.nan if math.isnan(gap) else _mean(rollouts.outcomes)
-    has_steps = count > 0
+    has_steps, beyond = count > 0, sum(rollouts.steps_beyond_limit)
     return {
         "score_outcome_correlation": correlation,
         "score_outcome_gap": gap,
@@ -275,6 +284,8 @@ def measure_rollouts(rollouts: GuardInputs) -> dict[str, float]:
         "kl_per_token": _mean(rollouts.kl) * len(rollouts.token_ids) / tokens if tokens else math.nan,
         "steps_at_ceiling": ceiling,
         "ceiling_over_outcome": ceiling - (0.0 if math.isnan(outcome) else outcome),
+        "unscored": _mean(list(map(float, rollouts.unscored))),
+        "steps_beyond_limit": beyond / (count + beyond) if count + beyond and rollouts.steps_beyond_limit else math.nan,
     }
 
 
@@ -284,7 +295,7 @@ class Alarm(NamedTuple):
     Attributes:
         signal: Its name in [`LIMITS`].
         value: What was measured last.
-        usual: Its mean over the first batches.
+        usual: Its mean over the first batches; NaN where these are no reference.
         limit: The limit it is beyond.
         since: Training step of the first batch beyond it.
     """
@@ -296,6 +307,12 @@ class Alarm(NamedTuple):
     since: int
 
     def __str__(self) -> str:
+        if math.isnan(self.usual):
+            return (
+                f"`{self.signal}` is {self.value:.3g}, beyond {self.limit:.3g} since step {self.since}: the reward "
+                "model cannot read what the policy writes, and says why in the log. Give it more room (`max_length`) "
+                "or the policy less (`max_completion_length`)."
+            )
         return (
             f"`{self.signal}` is {self.value:.3g}, beyond {self.limit:.3g} since step {self.since} (in the first "
             f"batches it was {self.usual:.3g}): the policy may be gaming its reward. Read some completions."
@@ -304,6 +321,8 @@ class Alarm(NamedTuple):
 
 def _beyond(value: float, limit: Limit, usual: RunningMoments) -> float | None:
     """The limit that the value is beyond, if any."""
+    if limit.absolute:
+        return limit.margin if value > limit.margin else None
     spread, size = SPREAD * math.sqrt(usual.variance), abs(usual.mean)
     highest = usual.mean + max(limit.margin, limit.factor * size, spread)
     lowest = usual.mean - max(limit.margin, limit.factor / (1 + limit.factor) * size, spread)
@@ -316,7 +335,7 @@ class Guards:
     """Compares each batch with the first ones, and raises an alarm where a signal stays beyond its limit.
 
     Args:
-        reference_batches: Batches that say what is usual. They raise no alarm.
+        reference_batches: Batches that say what is usual. They raise no alarm, but for a limit that is absolute.
         patience: Batches in a row beyond a limit that make an alarm. One alarm each time, not one a batch.
 
     Attributes:
@@ -360,18 +379,18 @@ class Guards:
             The alarms that this batch completes.
         """
         self._batches += 1
-        if self._batches <= self.reference_batches:
+        reference = self._batches <= self.reference_batches
+        if reference:
             for signal, usual in self._usual.items():
                 value = measured.get(signal, math.nan)
                 usual.update(torch.tensor([] if math.isnan(value) else [value], dtype=torch.float64))
-            return []
         progress = measured.get("outcome", math.nan) > self._usual["outcome"].mean + PROGRESS
         alarms = []
         for signal, limit in LIMITS.items():
             value, usual = measured.get(signal, math.nan), self._usual[signal]
-            if math.isnan(value):
+            if math.isnan(value) or (reference and not limit.absolute):
                 continue
-            beyond = _beyond(value, limit, usual) if usual.count else None
+            beyond = _beyond(value, limit, usual) if usual.count or limit.absolute else None
             if beyond is None or (progress and limit.excuses):
                 self._strikes[signal] = 0
                 continue
@@ -379,7 +398,8 @@ class Guards:
             if self._strikes[signal] == 1:
                 self._since[signal] = step
             if self._strikes[signal] == self.patience:
-                alarms.append(Alarm(signal, value, usual.mean, beyond, self._since[signal]))
+                mean = math.nan if limit.absolute else usual.mean
+                alarms.append(Alarm(signal, value, mean, beyond, self._since[signal]))
         self.raised += len(alarms)
         return alarms
 

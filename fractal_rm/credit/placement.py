@@ -6,10 +6,11 @@ text is never encoded again: a policy may spell a word by single letters, which 
 """
 
 import math
+import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,6 +22,10 @@ REPLACEMENT = "\ufffd"
 # Tokens that are decoded afresh with each new one, plus as many of context: enough that most windows end between
 # characters, few enough that a decode costs microseconds.
 WINDOW = 8
+# Tokens after which a character should have ended: valid ones take four at most, behind a full window.
+_STALLED = 4 * WINDOW
+# How tokenizers with byte fallback name a byte.
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 @runtime_checkable
@@ -28,12 +33,29 @@ class Decoder(Protocol):
     """The part of a `transformers` tokenizer that placement needs."""
 
     @property
-    def all_special_ids(self) -> list[int]: ...
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def pad_token_id(self) -> int | None: ...
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any: ...
 
 
-def completion_text(token_ids: Sequence[int], tokenizer: Decoder) -> str:
+def _decode(token_ids: Sequence[int], tokenizer: Decoder) -> str:
+    return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _which_are_text(token_ids: Sequence[int], tokenizer: Decoder, endings: Collection[int] | None) -> list[bool]:
+    """False for the ending, which may be several tokens, and for padding that is no ending as well."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends = {eos, pad} if endings is None else set(endings)
+    stop = len(token_ids)
+    while stop and token_ids[stop - 1] in ends:
+        stop -= 1
+    return [at < stop and (token != pad or pad == eos) for at, token in enumerate(token_ids)]
+
+
+def completion_text(token_ids: Sequence[int], tokenizer: Decoder, endings: Collection[int] | None = None) -> str:
     """The text that sampled ids stand for, exactly as [`token_end_characters`] counts its characters.
 
     Segment and score this text, not another decoding of the same ids, or the offsets do not fit.
@@ -41,32 +63,40 @@ def completion_text(token_ids: Sequence[int], tokenizer: Decoder) -> str:
     Args:
         token_ids: Sampled ids of one completion; EOS and padding may be among them.
         tokenizer: The policy's tokenizer.
+        endings: Ids that a finished completion may end with; None: the tokenizer's EOS and padding.
 
     Returns:
-        The text without special tokens and without cleaning up of spaces.
+        The text as the policy wrote it, special tokens among it, less padding and the ending, and without cleaning up
+        of spaces.
     """
-    return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    is_text = _which_are_text(token_ids, tokenizer, endings)
+    return _decode([token for token, keep in zip(token_ids, is_text, strict=True) if keep], tokenizer)
 
 
 def token_end_characters(
-    token_ids: Sequence[int], tokenizer: Decoder, pieces: dict[int, str] | None = None
+    token_ids: Sequence[int],
+    tokenizer: Decoder,
+    pieces: dict[int, str] | None = None,
+    endings: Collection[int] | None = None,
 ) -> list[int]:
     """Number of characters of the completion text that are complete once each token is there.
 
-    A character whose bytes are split over tokens is complete with the last of them. Special tokens add nothing. A token
-    ends where decoding up to it (without trailing U+FFFD, which marks an unfinished character) stops agreeing with
-    the whole text; ends never decrease, and the last token that is text ends with the text, even inside a character.
+    A character whose bytes are split over tokens is complete with the last of them. Padding and the ending add nothing.
+    A token ends where decoding up to it (without trailing U+FFFD, which marks an unfinished character) stops agreeing
+    with the whole text; ends never decrease, and the last token that is text ends with the text, even inside a
+    character.
 
     Where the texts of single ids add up to the whole text, their lengths say it all. Otherwise (a character in several
-    tokens, a decoder that looks at neighbours) ids are decoded in windows of a few tokens, so the cost still grows
-    linearly with length. Where these do not add up either (a decoder that looks back further, invalid bytes), every
-    prefix is decoded, in quadratic time.
+    tokens, a decoder that looks at neighbours, invalid bytes) ids are decoded in windows of a few tokens, so the cost
+    still grows linearly with length; a long run of invalid bytes is one piece, complete with its last token. Only where
+    these do not add up either (a decoder that looks back further) every prefix is decoded, in quadratic time.
 
     Args:
         token_ids: Sampled ids of one completion; EOS and padding may be among them.
         tokenizer: The policy's tokenizer.
         pieces: Texts of single ids; those that are missing are added. Keep one dictionary for all completions of a
             tokenizer and each id is decoded once.
+        endings: As for [`completion_text`].
 
     Returns:
         One number per id, non-decreasing.
@@ -80,52 +110,77 @@ def token_end_characters(
         >>> token_end_characters([0, 1, 2, 3], tokenizer)  # "2+1é": the last two tokens are one letter
         [1, 3, 3, 4]
     """
-    token_ids = list(token_ids)
-    text = completion_text(token_ids, tokenizer)
-    ends = _piece_ends(token_ids, text, tokenizer, {} if pieces is None else pieces)
-    if ends is not None:
-        return ends
-    is_text = _which_are_text(token_ids, text, tokenizer)
-    text_ids = [token_id for token_id, keep in zip(token_ids, is_text, strict=True) if keep]
+    is_text = _which_are_text(token_ids, tokenizer, endings)
+    text_ids = [token for token, keep in zip(token_ids, is_text, strict=True) if keep]
+    text, pieces = _decode(text_ids, tokenizer), {} if pieces is None else pieces
+    for token_id in set(text_ids) - pieces.keys():
+        pieces[token_id] = _decode([token_id], tokenizer)
+    texts = [pieces[token_id] for token_id in text_ids]
 
     def decode(start: int, stop: int) -> str:
-        return completion_text(text_ids[start:stop], tokenizer)
+        return _decode(text_ids[start:stop], tokenizer)
 
-    complete = _complete_by_windows(len(text_ids), text, decode)
-    if complete is None:
-        complete = _complete_by_prefixes(len(text_ids), text, decode)
+    if REPLACEMENT not in text and "".join(texts) == text:
+        complete = [0, *accumulate(map(len, texts))]
+    else:
+        broken = _broken(text_ids, texts, tokenizer)
+        complete = _complete_by_runs(broken, text, decode) or _complete_by_prefixes(len(text_ids), text, decode)
     complete[-1] = len(text)
     return [complete[seen] for seen in accumulate(map(int, is_text))]
 
 
-def _piece_ends(token_ids: list[int], text: str, tokenizer: Decoder, pieces: dict[int, str]) -> list[int] | None:
-    """End characters from the texts of single ids, or None where these do not add up to `text` by whole characters."""
-    for token_id in set(token_ids) - pieces.keys():
-        pieces[token_id] = completion_text([token_id], tokenizer)
-    texts = [pieces[token_id] for token_id in token_ids]
-    if REPLACEMENT in text or "".join(texts) != text:
-        return None
-    return list(accumulate(map(len, texts)))
+def _broken(token_ids: Sequence[int], texts: Sequence[str], tokenizer: Any) -> list[bool]:
+    """Which tokens may be a part of a character: those that decode to none by themselves, and tokens of one byte."""
+    names = getattr(tokenizer, "convert_ids_to_tokens", lambda ids: [None] * len(ids))(list(token_ids))
+    return [
+        not text or REPLACEMENT in text or bool(_BYTE_TOKEN.fullmatch(name or ""))
+        for text, name in zip(texts, names, strict=True)
+    ]
 
 
-def _which_are_text(token_ids: list[int], text: str, tokenizer: Decoder) -> list[bool]:
-    """False for special tokens; True for all where `text` is another one without them."""
-    special = set(tokenizer.all_special_ids)
-    special |= {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
-    is_text = [token_id not in special for token_id in token_ids]
-    without_special = completion_text([token_id for token_id in token_ids if token_id not in special], tokenizer)
-    return is_text if without_special == text else [True] * len(token_ids)
+def _complete_by_runs(broken: Sequence[bool], text: str, decode: Callable[[int, int], str]) -> list[int] | None:
+    """Characters that are complete after 0, 1, ... tokens, or None where the runs do not add up to `text`.
+
+    Between a token that is broken and one that is whole no character is cut, so runs of both kinds are looked at one by
+    one, each behind a few tokens of context.
+    """
+    complete, begin, counted = [0], 0, 0
+    for _, tokens in groupby(broken):
+        stop, start = begin + sum(1 for _ in tokens), max(begin - WINDOW, 0)
+        context, window = decode(start, begin), decode(start, stop)
+        new = window[len(context) :]
+        if not (window.startswith(context) and text.startswith(new, counted)):
+            return None
+        found = _complete_by_windows(begin, stop, counted, text, decode)
+        if found is None and not broken[begin]:
+            return None
+        if found is None and stop - begin <= _STALLED:
+            prefixes = (decode(start, at)[len(context) :] for at in range(begin + 1, stop + 1))
+            found = [counted + _shared(prefix, new) for prefix in prefixes]
+        if found is None:
+            found = [counted] * (stop - begin - 1) + [counted + len(new.rstrip(REPLACEMENT))]
+        complete += list(accumulate(found, max, initial=complete[-1]))[1:]
+        begin, counted = stop, counted + len(new)
+    return complete if counted == len(text) else None
 
 
-def _complete_by_windows(count: int, text: str, decode: Callable[[int, int], str]) -> list[int] | None:
-    """Characters that are complete after 0, 1, ... `count` tokens, or None where the windows do not add up to `text`.
+def _complete_by_windows(
+    begin: int, end: int, counted: int, text: str, decode: Callable[[int, int], str]
+) -> list[int] | None:
+    """Characters that are complete after each of the tokens `begin:end`, before which there are `counted`.
 
     A window is context, tokens whose characters are counted already, and the tokens after it, decoded together: a
     decoder may treat the first token of what it is given in its own way, such as to strip a leading space.
+
+    Returns:
+        One number a token; None where the windows do not add up to `text`, or no character ends for many tokens.
     """
-    complete = [0]
-    start, context_stop, context, counted = 0, 0, "", 0  # `counted` characters end with the context
-    for stop in range(1, count + 1):
+    complete = []
+    start, context_stop = max(begin - WINDOW, 0), begin
+    context = decode(start, context_stop)
+    for stop in range(begin + 1, end + 1):
+        if stop - context_stop > _STALLED:
+            return None
         window = decode(start, stop)
         finished = window.rstrip(REPLACEMENT)
         new = finished[len(context) :]
@@ -134,25 +189,26 @@ def _complete_by_windows(count: int, text: str, decode: Callable[[int, int], str
         is_hidden = context.startswith(finished)
         if not (continues or is_hidden):
             return None
-        complete.append(max(counted + len(new), complete[-1]))
+        complete.append(counted + len(new))
         # The next context must end between characters, and must not be empty.
         if stop - context_stop >= WINDOW and new and finished == window:
             start, context_stop, counted = context_stop, stop, counted + len(new)
             context = decode(start, stop)
-    left = text[complete[-1] :].strip(REPLACEMENT)
-    return None if left else complete
+    return complete
 
 
 def _complete_by_prefixes(count: int, text: str, decode: Callable[[int, int], str]) -> list[int]:
     """Characters that are complete after 0, 1, ... `count` tokens, by decoding every prefix: the definition."""
-    complete = [0]
-    for stop in range(1, count + 1):
-        prefix = decode(0, stop).rstrip(REPLACEMENT)
-        shared = len(prefix)
-        if not text.startswith(prefix):
-            shared = next((i for i, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b), len(text))
-        complete.append(max(shared, complete[-1]))
-    return complete
+    found = (_shared(decode(0, stop), text) for stop in range(1, count + 1))
+    return list(accumulate(found, max, initial=0))
+
+
+def _shared(prefix: str, text: str) -> int:
+    """Characters of a prefix, without unfinished ones at its end, that agree with the text."""
+    prefix = prefix.rstrip(REPLACEMENT)
+    if text.startswith(prefix):
+        return len(prefix)
+    return next((i for i, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b), len(text))
 
 
 def step_end_tokens(token_ends: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int | None]:

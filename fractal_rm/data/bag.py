@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fractal_rm.data.prompts import Prompt, check_prompt, check_text
+from fractal_rm.data.prompts import Prompt, check_text, read_prompt
 from fractal_rm.objectives.aggregation import meaning
 
 # A step: its first character in the response, and the one after its last.
@@ -24,7 +24,7 @@ class Bag:
     """A response, its steps and its label.
 
     Args:
-        prompt: Text, or a chat: a list of messages with the keys `role` and `content`.
+        prompt: Text, or a chat: a list of messages with the keys `role` and `content`, read by [`read_prompt`].
         response: What was answered, exactly as it was written.
         step_spans: Where the steps are in the response: start and end characters, in order, apart, at least one.
         label: Probability that the response is good, in [0, 1]; with `num_grades`, a grade. None if it is not known.
@@ -57,7 +57,7 @@ class Bag:
     pair_id: str | None = None
 
     def __post_init__(self) -> None:
-        check_prompt(self.prompt)
+        object.__setattr__(self, "prompt", read_prompt(self.prompt))
         check_text(self.response, "the response")
         if not self.response.strip():
             raise ValueError("the response is empty; drop the row or write the response.")

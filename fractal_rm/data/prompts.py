@@ -7,16 +7,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[dict[str, Any]]
 
 
 class RenderedPrompt(str):
-    """A prompt exactly as the policy reads it: no template is applied to it, and it may come from a chat."""
+    """A prompt exactly as the policy reads it: no template is applied to it, and it may come from a chat.
 
-    __slots__ = ()
+    Args:
+        text: The prompt.
+        cuts: Characters at which it is cut before it is tokenized: inside whatever a person wrote that looks like a
+            control token, so that it stays text.
+        chat: Whether a chat template wrote it; None: as the prompts that the reward model learned from.
+    """
+
+    __slots__ = ("chat", "cuts")
+
+    def __new__(cls, text: str, cuts: tuple[int, ...] = (), chat: bool | None = None) -> "RenderedPrompt":
+        made = super().__new__(cls, text)
+        made.cuts, made.chat = cuts, chat
+        return made
 
 
-def is_chat(prompt: Prompt) -> "TypeIs[list[dict[str, str]]]":
+def is_chat(prompt: Prompt) -> "TypeIs[list[dict[str, Any]]]":
     """Whether a prompt or completion is a chat, not a text."""
     return not isinstance(prompt, str)
 
@@ -42,24 +54,69 @@ def check_text(text: Any, what: str) -> None:
         ) from None
 
 
-def check_prompt(prompt: Any) -> None:
-    """Raise unless a value is a text or a chat: a list of messages with the keys `role` and `content`.
+def content_text(content: Any, what: str) -> str:
+    """The text of a message's content: itself, or its parts of text joined.
+
+    Args:
+        content: A text, or a list of parts `{"type": "text", "text": ...}`.
+        what: Its name in the sentence.
+
+    Raises:
+        TypeError: If the content is neither, or a part has no text: an image cannot be read.
+        ValueError: If a text cannot be expressed in UTF-8.
+
+    Example:
+        >>> content_text([{"type": "text", "text": "2+2"}, {"type": "text", "text": "?"}], "the content")
+        '2+2?'
+    """
+    if isinstance(content, list | tuple):
+        for number, part in enumerate(content, 1):
+            kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+            if not isinstance(part, Mapping) or kind != "text" or not isinstance(part.get("text"), str):
+                raise TypeError(f"part {number} of {what} is {kind!r}, not text; reward models read text only.")
+        content = "".join(part["text"] for part in content)
+    check_text(content, what)
+    return content
+
+
+def read_prompt(prompt: Any) -> Prompt:
+    """A text as it is, or a chat (messages with the keys `role` and `content`) in the form that templates read.
+
+    Content in parts becomes one text; keys that are null, which `datasets` adds where only other rows have them, go;
+    content that is null beside `tool_calls` is an empty text. Further keys reach the chat template as they are.
 
     Raises:
         TypeError: If the value, or a message of it, has the wrong type.
         ValueError: If the chat has no messages, or a text cannot be expressed in UTF-8.
+
+    Example:
+        >>> read_prompt([{"role": "user", "content": [{"type": "text", "text": "2+2?"}], "name": None}])
+        [{'role': 'user', 'content': '2+2?'}]
     """
     if isinstance(prompt, str):
-        return check_text(prompt, "the prompt")
+        check_text(prompt, "the prompt")
+        return prompt
     if not isinstance(prompt, list):
         raise TypeError(f"the prompt is {type(prompt).__name__}; make it a text or a list of messages.")
     if not prompt:
         raise ValueError("the prompt is a chat without messages; add the user's message.")
+    messages = []
     for number, message in enumerate(prompt, 1):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        given = message if isinstance(message, Mapping) else {}
+        known = {key: value for key, value in given.items() if value is not None}
+        if known.get("tool_calls"):
+            known.setdefault("content", "")
+        if "role" in known and "content" in given and "content" not in known:
+            raise TypeError(
+                f"the content of message {number} of the prompt is null; give it a text. Only a message with "
+                "'tool_calls' may have none."
+            )
+        if not {"role", "content"} <= set(known):
             raise TypeError(f"message {number} of the prompt is no message; give it the keys 'role' and 'content'.")
-        for key in ("role", "content"):
-            check_text(message[key], f"the {key} of message {number} of the prompt")
+        check_text(known["role"], f"the role of message {number} of the prompt")
+        content = content_text(known["content"], f"the content of message {number} of the prompt")
+        messages.append(known | {"content": content})
+    return messages
 
 
 def check_same_kind(prompt: Prompt, first: Prompt) -> None:
@@ -98,6 +155,6 @@ def check_learned_kind(prompts: Iterable[Any], chat: bool | None, *, where: str 
             )
 
 
-def response_text(completion: str | list[dict[str, str]]) -> str:
-    """The text of a completion in TRL's standard or conversational format."""
-    return completion[-1]["content"] if is_chat(completion) else completion
+def response_text(completion: str | list[dict[str, Any]]) -> str:
+    """The text of a completion in TRL's standard or conversational format; empty where the content is null."""
+    return content_text(completion[-1]["content"] or "", "the completion") if is_chat(completion) else completion

@@ -281,7 +281,7 @@ def _steps(
 def _answer(value: Any, what: str, segmentation: Segmentation) -> tuple[str, tuple[Span, ...]]:
     """Response and step spans of a text, a chat of one message, or a list of steps."""
     if isinstance(value, list) and value and not isinstance(value[0], Mapping):
-        response, spans = join_steps(value)
+        response, spans = join_steps(value, segmentation.joint)
         return response, tuple(spans)
     response = _text(value, what)
     return response, tuple(segmentation(response))

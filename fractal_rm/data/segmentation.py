@@ -4,8 +4,10 @@ A step is a character span of the response; the text itself is never changed. Wh
 gap, and steps and gaps together give back the response exactly.
 """
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -13,6 +15,15 @@ from fractal_rm.data.bag import Span, trim
 from fractal_rm.data.sentences import NEWLINE, sentences
 
 Method = Literal["lines", "sentences", "separator", "pattern", "given"]
+Thinking = Literal["score", "skip"]
+# How text is cut now; older checkpoints keep the rules that they were trained by.
+VERSION = 2
+
+# Lines that say nothing although they may hold letters: fences of code, environments of LaTeX, marks of thinking.
+_FENCE = re.compile(r"(?:`{3,}|~{3,})[ \t]*[\w+#.-]*")
+_FRAME = re.compile(rf"{_FENCE.pattern}|\\(?:begin|end)\{{[^{{}}]*\}}|</?think>")
+# Those that belong to the line after them.
+_OPENER = re.compile(r"\\\[|\\begin\{[^{}]*\}|<think>|[({\[]+")
 
 
 @dataclass(frozen=True)
@@ -20,13 +31,18 @@ class Segmentation:
     r"""How a response becomes steps. It is stored with a reward model, so that training and scoring cut alike.
 
     Args:
-        method: `"lines"` (every line that is not blank; lines end with `\n`, `\r\n` or `\r`), `"sentences"`,
-            `"separator"` (a fixed text lies between steps), `"pattern"` (a regular expression matches what lies between
-            steps) or `"given"` (the data brings its steps already cut).
+        method: `"lines"` (lines end with `\n`, `\r\n` or `\r`; one without a letter or digit, a fence of code or a
+            `</think>` belongs to its neighbour), `"sentences"`, `"separator"` (a fixed text lies between steps),
+            `"pattern"` (a regular expression matches what lies between steps) or `"given"` (the data brings its steps
+            already cut).
         separator: The text between steps, for `method="separator"`.
         pattern: The regular expression between steps, for `method="pattern"`. An empty match, such as that of
             `(?=Step \d)`, cuts where it stands.
         language: Language code for `method="sentences"`.
+        thinking: Whether text in `<think> ... </think>` has steps (`"score"`) or is passed over (`"skip"`). An answer
+            whose `<think>` the prompt opened begins in it; a block that is never closed reaches to the end.
+        version: Rules of `"lines"` and `"sentences"`: 2, or 1 for checkpoints from before there was a second one. In
+            version 1, every line that is not blank is a step, and lists that run on in a line are cut at their numbers.
 
     Raises:
         ValueError: If the method is unknown, or its option is missing, unusable, or belongs to another method.
@@ -34,6 +50,9 @@ class Segmentation:
     Example:
         >>> Segmentation()("3*4=12.\n2+12=14.")
         [(0, 7), (8, 16)]
+        >>> text = "So:\n\\[\nx = 2\n\\]\n---\nDone."
+        >>> [text[start:end] for start, end in Segmentation()(text)]
+        ['So:', '\\[\nx = 2\n\\]\n---', 'Done.']
         >>> Segmentation("separator", separator=" ## ")("3*4=12 ## 2+12=14")
         [(0, 6), (10, 17)]
     """
@@ -42,10 +61,16 @@ class Segmentation:
     separator: str | None = None
     pattern: str | None = None
     language: str = "en"
+    thinking: Thinking = "score"
+    version: int = VERSION
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise ValueError(f"Unknown segmentation method {self.method!r}; use one of {', '.join(get_args(Method))}.")
+        if self.thinking not in get_args(Thinking):
+            raise ValueError(
+                f"Segmentation has thinking={self.thinking!r}; use one of {', '.join(get_args(Thinking))}."
+            )
         for name in ("separator", "pattern"):
             value = getattr(self, name)
             if (self.method == name) != (value is not None) or value == "":
@@ -71,15 +96,70 @@ class Segmentation:
             raise ValueError(
                 "Segmentation 'given' cannot cut a text; bring data with a 'steps' column or choose another method."
             )
+        if self.thinking == "score":
+            return self._cut(text)
+        edges = [0, *(edge for span in _thoughts(text) for edge in span), len(text)]
+        answers = zip(edges[::2], edges[1::2], strict=True)
+        return [(start + a, start + b) for start, end in answers for a, b in self._cut(text[start:end])]
+
+    @property
+    def joint(self) -> str:
+        """What steps that come as a list are joined by, where nothing is known of the text they come from."""
+        if self.version == 1 or self.method not in ("sentences", "separator"):
+            return "\n"
+        return " " if self.separator is None else self.separator
+
+    def _cut(self, text: str) -> list[Span]:
         if self.method == "sentences":
-            return sentences(text, self.language)
+            return sentences(text, self.language, old_rules=self.version == 1)
         between = re.escape(self.separator) if self.separator is not None else self.pattern or NEWLINE.pattern
         edges = [0, *(edge for match in re.finditer(between, text) for edge in match.span()), len(text)]
-        return trim(text, zip(edges[::2], edges[1::2], strict=True))
+        spans = trim(text, zip(edges[::2], edges[1::2], strict=True))
+        return _join_frames(text, spans) if self.method == "lines" and self.version > 1 else spans
 
 
-def join_steps(steps: Sequence[str]) -> tuple[str, list[Span]]:
-    r"""Join steps that are already cut into a response, by line breaks.
+def _join_frames(text: str, lines: list[Span]) -> list[Span]:
+    """Join a line that says nothing to the one before, or to the one after where it opens something or comes first."""
+    joined: list[Span] = []
+    waiting: Span | None = None  # lines that have not met theirs yet
+    fenced = formula = False
+    for start, end in lines:
+        line = text[start:end]
+        fence, dollars = bool(_FENCE.fullmatch(line)), line == "$$"
+        opens = (fence and not fenced) or (dollars and not formula) or bool(_OPENER.fullmatch(line))
+        fenced, formula = fenced != fence, formula != dollars
+        begin = start if waiting is None else waiting[0]
+        if any(map(str.isalnum, line)) and not _FRAME.fullmatch(line):
+            joined.append((begin, end))
+            waiting = None
+        elif opens or waiting or not joined:
+            waiting = (begin, end)
+        else:
+            joined[-1] = (joined[-1][0], end)
+    if waiting and joined:
+        joined[-1] = (joined[-1][0], waiting[1])
+    return joined if joined or waiting is None else [waiting]
+
+
+def _thoughts(text: str) -> list[Span]:
+    """Spans of `<think> ... </think>`, in order."""
+    thoughts: list[Span] = []
+    opened: int | None = 0 if 0 <= text.find("</think>") < (text.find("<think>") % (len(text) + 1)) else None
+    for match in re.finditer("</?think>", text):
+        if match[0] == "<think>":
+            opened = match.start() if opened is None else opened
+        elif opened is not None:
+            thoughts.append((opened, match.end()))
+            opened = None
+    return [*thoughts, (opened, len(text))] if opened is not None else thoughts
+
+
+def join_steps(steps: Sequence[str], joint: str = "\n") -> tuple[str, list[Span]]:
+    r"""Join steps that are already cut into a response.
+
+    Args:
+        steps: Texts of the steps.
+        joint: What stands between them.
 
     Returns:
         The response, and the spans of the steps in it, without the white space at a step's ends.
@@ -96,8 +176,8 @@ def join_steps(steps: Sequence[str]) -> tuple[str, list[Span]]:
     pieces, start = [], 0
     for step in steps:
         pieces.append((start, start + len(step)))
-        start += len(step) + 1
-    text = "\n".join(steps)
+        start += len(step) + len(joint)
+    text = joint.join(steps)
     return text, trim(text, pieces)
 
 
@@ -121,6 +201,17 @@ def locate_steps(text: str, steps: Sequence[str]) -> list[Span]:
         end = start + len(step.strip())
         spans.append((start, end))
     return spans
+
+
+def common_gap(texts: Iterable[tuple[str, Sequence[Span]]]) -> str | None:
+    """What most often stands between two steps of responses with their spans; None if none has two.
+
+    Example:
+        >>> common_gap([("a b c", [(0, 1), (2, 3), (4, 5)]), ("a\\nb", [(0, 1), (2, 3)])])
+        ' '
+    """
+    counts = Counter(text[end:start] for text, spans in texts for (_, end), (start, _) in itertools.pairwise(spans))
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def gaps(text: str, spans: Sequence[Span]) -> list[str]:

@@ -56,6 +56,15 @@ _NO_END = re.compile(
 )
 # Markers of a list that runs on in its line, "Do: 1. Add. 2. Multiply.", once abbreviations are hidden ("Fig. 2. So").
 _INLINE_MARKER = re.compile(r"(?:(?<=[.!?;][ \t])\d{1,2}|(?<=:[ \t])1)[.)](?=[ \t]+[A-Z\[$\\(*])")
+# Numbers in a list of things that runs on ("1. a pizza, 2. a pie"); one with a capital follows the number before it.
+_LIST_NUMBER = re.compile(r"(?<![\w.])(\d{1,2})[.)](?=[ \t]+[^\W\d_])")
+_LIST_COMMA = re.compile(r"(?:[,;:、，；：]|\b(?:and|or))[ \t]*\Z")
+# Numbers of Chinese steps, which stand behind a full stop without a space ("先加。2. 再乘。"): they open a sentence.
+_WIDE_NUMBER = re.compile(r"(?<=[。！？；])[ \t]*\d{1,2}[.．、](?![ \t]*\d)")
+# "no" as an answer, which sentencex takes for "number": "The answer is no. 5 is odd."
+_ANSWER_NO = re.compile(
+    r"(?:\b(?:is|are|was|were|be|says?|said)|[?:])[ \t]+no[.0](?=[ \t]+\d+[ \t]+[a-z])", re.IGNORECASE
+)
 # A variable before the full stop ("so x. Then") is no initial: it is shown as a digit.
 _VARIABLE = re.compile(r"(?<![\w.'’\\-])[a-z](?=\.\s+[A-Z0$\\])")
 # What sentencex cannot read: half of a surrogate pair, and a space of several bytes after a capital (1.0.32 panics).
@@ -70,7 +79,7 @@ _ENDS = ".!?;:…。！？；："
 _GOES_ON = re.compile(r"[ \t]*([^\W\d_]{2,})\b(?![ \t]*[=:<>(\[+*/^]|[ \t]+-)")
 
 
-def sentences(text: str, language: str = "en") -> list[Span]:
+def sentences(text: str, language: str = "en", *, old_rules: bool = False) -> list[Span]:
     r"""Make every sentence a step.
 
     A line break ends a step, except where the sentence goes on: the next line begins with a lower-case word, or with
@@ -82,6 +91,7 @@ def sentences(text: str, language: str = "en") -> list[Span]:
     Args:
         text: The response.
         language: Language code. `sentencex` treats a language that it does not know as English.
+        old_rules: Cut as version 1 of [`~fractal_rm.data.segmentation.Segmentation`] did.
 
     Returns:
         Spans of the steps. Every character that is not white space lies in one.
@@ -101,10 +111,14 @@ def sentences(text: str, language: str = "en") -> list[Span]:
     ]
     masked = _mask(text, fences, formulas)
     cuts = [0]
+    if not old_rules:
+        cuts += [match.start() for match in _WIDE_NUMBER.finditer(masked)]
+        cuts += [match.end() for match in _ANSWER_NO.finditer(masked)]
+        masked = _hide_list_numbers(text, _WIDE_NUMBER.sub(_hidden, masked))
     for start, end in _blocks(text, masked, {end for _, end in fences}):
         cuts += [start + cut for cut in _sentence_ends(masked[start:end], language)]
         cuts.append(end)
-    return _merge(text, trim(text, pairwise(cuts)))
+    return _merge(text, trim(text, pairwise(sorted(set(cuts)))), old_rules=old_rules)
 
 
 def _fences(text: str) -> list[Span]:
@@ -191,8 +205,29 @@ def _mask(text: str, fences: list[Span], formulas: list[Span]) -> str:
         done = end
     masked = "".join([*pieces, text[done:]])
     for no_end in (_NO_END, _INLINE_MARKER):
-        masked = no_end.sub(lambda match: re.sub("[.!]", "0", match[0]), masked)
+        masked = no_end.sub(_hidden, masked)
     return _WIDE_SPACE.sub(" ", _SURROGATE.sub("0", _VARIABLE.sub("0", masked)))
+
+
+def _hidden(match: re.Match[str]) -> str:
+    """A match with zeros in place of the marks that could end a sentence."""
+    return re.sub("[.!．]", "0", match[0])
+
+
+def _hide_list_numbers(text: str, masked: str) -> str:
+    """Hide the numbers of a list that runs on in its line."""
+    pieces, done, line, seen, before = [], 0, 0, 0, 0
+    for match in _LIST_NUMBER.finditer(text):
+        start, end, number = match.start(), match.end(), int(match[1])
+        if (newline := text.rfind("\n", seen, start)) >= 0:
+            line, before = newline + 1, 0  # a list ends with its line
+        follows = before and number == before + 1
+        capital = text[end : end + 8].lstrip(" \t")[:1].isupper()
+        if _LIST_COMMA.search(text[max(line, start - 8) : start]) and (follows or not capital):
+            pieces += [masked[done:start], "0" * (end - start)]
+            done = end
+        seen, before = start, number
+    return "".join([*pieces, masked[done:]])
 
 
 def _blocks(text: str, masked: str, fence_ends: set[int]) -> list[Span]:
@@ -229,15 +264,16 @@ def _sentence_ends(masked: str, language: str) -> list[int]:
     return ends
 
 
-def _merge(text: str, spans: list[Span]) -> list[Span]:
-    """Join a list marker to what it opens, and a piece without letters or digits to its neighbour."""
+def _merge(text: str, spans: list[Span], *, old_rules: bool) -> list[Span]:
+    """Join a list marker to what it opens, and a piece without letters or digits, or a mark of thinking, to another."""
     merged: list[Span] = []
     waiting: Span | None = None  # markers that have not met their step yet
     for start, end in spans:
         piece = text[start:end]
-        empty = not any(map(str.isalnum, piece))
+        empty = not any(map(str.isalnum, piece)) or (not old_rules and piece in ("<think>", "</think>"))
         begin = start if waiting is None else waiting[0]
-        if (len(piece) < 40 and _MARKER_ONLY.fullmatch(piece)) or (empty and (waiting or not merged)):
+        opens = (len(piece) < 40 and _MARKER_ONLY.fullmatch(piece)) or (not old_rules and piece == "<think>")
+        if opens or (empty and (waiting or not merged)):
             waiting = (begin, end)
         elif empty:
             merged[-1] = (merged[-1][0], end)

@@ -75,7 +75,8 @@ def by_group(batch: RolloutBatch, given: Given) -> RolloutBatch:
     """Steps against the steps of the prompt's other completions, beside TRL's advantages of the outcomes (GRPO)."""
     args, accelerator = given.args, given.accelerator
     assert batch.rewards is not None
-    mask = batch.mask
+    assert batch.learned is not None
+    mask = batch.learned
     _, ours = rows_of_all([None] * len(mask))
     masks, steps = masks_of_all(mask, accelerator), torch.zeros(mask.shape, device=mask.device)
     for one in batch.steps:

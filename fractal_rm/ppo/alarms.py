@@ -14,17 +14,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from fractal_rm.credit.guards import Alarm, GuardInputs, Guards, measure_rollouts, most_frequent, word_places
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rollout import RolloutBatch, mean_outcomes
+from fractal_rm.reward_model import StepScores
 
 logger = logging.getLogger(__name__)
 # What a rollback multiplies `step_weight` by: the same weights and the same rewards would take the same way again.
 ROLLBACK_FACTOR = 0.5
-
-
-def ending_ids(tokenizer: Any, model: Any) -> set[int]:
-    """Ids that a finished completion may end with, as TRL counts them: EOS, the model's own EOS ids, and padding."""
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = {tokenizer.eos_token_id, tokenizer.pad_token_id, *(eos if isinstance(eos, list) else [eos])}
-    return ids - {None}
 
 
 def guard_inputs(batch: RolloutBatch, ends: set[int], *, gives_probabilities: bool) -> GuardInputs:
@@ -39,7 +33,7 @@ def guard_inputs(batch: RolloutBatch, ends: set[int], *, gives_probabilities: bo
     count, kl = len(batch.completion_ids), batch.kl
     checked = batch.function_weights.to(batch.function_rewards.device) * batch.is_outcome
     scored = batch.watched
-    rated = scored if gives_probabilities else None
+    rated = [row if row.judged else StepScores(row.response) for row in scored or ()] if gives_probabilities else None
     return GuardInputs(
         token_ids=[[i for i in ids if i not in ends] for ids in batch.completion_ids],
         ended=[not ids or ids[-1] in ends for ids in batch.completion_ids],
@@ -49,6 +43,8 @@ def guard_inputs(batch: RolloutBatch, ends: set[int], *, gives_probabilities: bo
         outcomes=mean_outcomes(batch.function_rewards, checked).tolist(),
         kl=kl.sum(dim=1).tolist() if kl is not None else [math.nan] * count,
         prompts=[str(prompt) for prompt in batch.prompts],
+        unscored=batch.unscored,
+        steps_beyond_limit=[row.truncated_steps for row in scored or ()],
     )
 
 

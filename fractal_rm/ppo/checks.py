@@ -4,10 +4,11 @@ import http.client
 import inspect
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from datasets import Dataset
 from trl.trainer.utils import get_callable_name
 
@@ -15,6 +16,7 @@ from fractal_rm.data.prompts import is_chat
 from fractal_rm.hf.parallelism import check_online_training, check_separate_value_model, check_whole_model
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import load_tokenizer
 
@@ -22,6 +24,8 @@ from fractal_rm.scorers.checkpoint import load_tokenizer
 _ANSWER, _PAUSE = 5.0, 1.0
 # One of these begins the name of a file that every tokenizer, and every processor of several modalities, saves.
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "processor_config")
+# Prompts of a data set that every reward model reads before training.
+_READ_PROMPTS = 256
 # What TRL passes to every reward function, beside the data set's columns.
 _TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
@@ -39,6 +43,7 @@ def load_checked(
     reward_model_dataset: Any,
     train_dataset: Any,
     eval_dataset: Any,
+    tools: Any,
 ) -> list[StepRewardModel]:
     """Check the arguments of `StepPPOTrainer`, the cheap ones first, and load the reward models among them.
 
@@ -64,6 +69,8 @@ def load_checked(
         one if isinstance(one, StepRewardModel) else StepRewardModel.from_pretrained(one) for one in reward_models
     ]
     check_reward_models(models, args, train_dataset)
+    sets = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
+    _check_readable(models, args, [train_dataset, *sets], tools)
     if reward_model_dataset is not None and not args.rm_update_every:
         raise ValueError("`reward_model_dataset` is for `rm_update_every`, which is 0. Set it, or leave the data out.")
     if args.rm_update_every and not models:
@@ -187,6 +194,48 @@ def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, 
         model.check_prompts(prompts)
         if any(map(is_chat, prompts)):
             _check_chat_template(f"{which[0].lower()}{which[1:]}", model.tokenizer)
+
+
+def _check_readable(
+    models: Sequence[StepRewardModel], args: StepPPOConfig, datasets: Sequence[Any], tools: Any
+) -> None:
+    """Raise ValueError if a reward model cannot read one of the first prompts of a data set with a length."""
+    options = args.template_options(tools)
+    for number, model in enumerate(models, 1):
+        which = f"Reward model {number} of {len(models)}" if len(models) > 1 else "The reward model"
+        for dataset in datasets:
+            prompts = dataset[0:_READ_PROMPTS]["prompt"] if "prompt" in _columns(dataset) else []
+            model.check_readable(prompts, chat_template_kwargs=options, which=which)
+
+
+def check_earning(batch: RolloutBatch, args: StepPPOConfig, *, step: int) -> None:
+    """Stop a run in which nothing is learned: no step of any process is paid, and no outcome function judged anything.
+
+    A policy that has fallen silent is for the guards (`on_alarm`); one that is silent from its first rollout is refused
+    here. Completions that TRL masks (`mask_truncated_completions`) are not looked at.
+
+    Raises:
+        ValueError: Says how many completions there are and why nothing is known of them.
+    """
+    weights = (batch.function_weights * batch.is_outcome).to(batch.function_rewards.device)
+    judged = bool(args.outcome_weight) and bool((~batch.function_rewards.isnan() & (weights != 0)).any())
+    marking = [one for one in batch.steps if one.weight and args.step_weight]
+    paid = any(end is not None for one in marking for row in one.ends for end in row)
+    used = batch.mask.any(dim=1).tolist()
+    written = [bool(text.strip()) for text, keep in zip(batch.texts, used, strict=True) if keep]
+    failed = [one for rows in batch.scores.values() for one in rows if not one.judged]
+    reasons = [one.error or f"{one.truncated_steps} steps are beyond `max_length`" for one in failed[:1]]
+    everyone = gather_object([(judged or paid, sum(used), sum(written), sum(batch.unscored), reasons)])
+    earned, count, texts, unscored = (sum(one[place] for one in everyone) for place in range(4))
+    if earned or not count or (not texts and step):
+        return
+    first = next((f" (first: {one[4][0].rstrip('.')})" for one in everyone if one[4]), "")
+    raise ValueError(
+        f"Nothing in the rollout of step {step} earned anything, so nothing would be learned: of {count} completions "
+        f"{count - texts} are empty, {unscored} could not be scored to their end{first}, no other holds a step that is "
+        "paid, and no outcome function judged one. Check what the policy writes, `max_length` of the reward model, and "
+        "the weights of the rewards."
+    )
 
 
 def check_step_functions(functions: Sequence[Callable[..., Any]], args: StepPPOConfig, train_dataset: Any) -> None:

@@ -252,6 +252,11 @@ class StepPPOConfig(GRPOConfig):
             return None
         return Segmentation(self.step_segmentation, separator=self.step_separator, pattern=self.step_pattern)
 
+    def template_options(self, tools: Any) -> dict[str, Any]:
+        """What the chat templates of the policy and of reward models get beside the messages."""
+        given: Any = self.chat_template_kwargs or {}
+        return {**given, "tools": tools} if tools else dict(given)
+
     def __post_init__(self) -> None:
         one_each = self.num_generations == 1
         if one_each and self.advantage == "group":

@@ -93,6 +93,7 @@ ATTRIBUTES = {
     "reward_func_names": (),
     "reward_funcs": (),
     "reward_weights": (),
+    "tools": (),
 }
 
 # Attributes that one of these methods sets, by the version of transformers.

@@ -97,7 +97,7 @@ class _SourceFunction:
         self._hand_over().scores[self.source.name] = found
         if log_extra is not None and self.source.gives_probabilities:  # a column of TRL's table of completions
             log_extra(f"steps/{self.source.name}", [step_lines(scored) for scored in found])
-        return [None if math.isnan(scored.score) else scored.score for scored in found]
+        return [scored.score if scored.judged and not math.isnan(scored.score) else None for scored in found]
 
 
 class _AsyncSourceFunction(_SourceFunction):
@@ -190,6 +190,13 @@ class Engine(GRPOTrainer):
     def tokenizer(self) -> Any:
         """The policy's tokenizer."""
         return self._tokenizer
+
+    @property
+    def ending_ids(self) -> set[int]:
+        """Ids that a finished completion may end with, as TRL counts them: EOS, the model's own EOS ids, padding."""
+        eos = getattr(getattr(self.policy, "generation_config", None), "eos_token_id", None)
+        tokenizer: Any = self._tokenizer
+        return {tokenizer.eos_token_id, tokenizer.pad_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
     @property
     def policy(self) -> Any:
@@ -312,7 +319,8 @@ class Engine(GRPOTrainer):
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         hand_over = self._hand_over
         # Not TRL's texts: placement counts the characters of exactly this decoding.
-        hand_over.texts = [completion_text(ids, self._tokenizer) for ids in completion_ids_list]
+        tokenizer, endings = self.tokenizer, self.ending_ids
+        hand_over.texts = [completion_text(ids, tokenizer, endings) for ids in completion_ids_list]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         is_outcome = self.is_outcome.to(rewards.device)
         if is_outcome.any() and not is_outcome.all():

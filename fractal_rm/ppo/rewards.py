@@ -1,6 +1,7 @@
 """Scores of steps -> rewards of tokens: the two stages in the middle of a rollout."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,29 +86,36 @@ class StepShaper:
         self._pieces: dict[int, str] = {}  # texts of the tokens seen so far
         self._has_warned = False
 
-    def shape(self, batch: RolloutBatch, *, group_size: int, tokenizer: Any) -> RolloutBatch:
+    def shape(self, batch: RolloutBatch, *, group_size: int, tokenizer: Any, endings: set[int]) -> RolloutBatch:
         """Add `steps`: reward and last token of every step, for each source.
 
         A completion that TRL masks as a whole (`mask_truncated_completions`) has no steps, rather than unplaced ones.
+        Nor has one that the source could not read to its end: it counts as not judged.
 
         Args:
             batch: The rollout.
             group_size: Completions per prompt.
             tokenizer: The policy's tokenizer.
+            endings: Ids that a finished completion may end with.
         """
         if not batch.scores:
             return batch.plus({"placement/unplaced_steps": 0.0})
         used = batch.mask.any(dim=1).tolist()
-        token_ends = [token_end_characters(ids, tokenizer, self._pieces) for ids in batch.completion_ids]
-        steps, metrics = [], {}
+        token_ends = [token_end_characters(ids, tokenizer, self._pieces, endings) for ids in batch.completion_ids]
+        steps, metrics = [], judgement_metrics(batch)
         for name, found in batch.scores.items():
-            scored = [one if keep else StepScores(one.response) for one, keep in zip(found, used, strict=True)]
+            judged = [one.judged for one in found]
+            scored = [
+                one if keep and one.judged else StepScores(one.response) for one, keep in zip(found, used, strict=True)
+            ]
             ends = [step_end_tokens(at, result.spans) for at, result in zip(token_ends, scored, strict=True)]
             scores = [result.step_scores for result in scored]
             self._check_baseline(scores, batch)
             rewards = self.rewards(scores, self.moments[name], group_size=group_size)
-            steps.append(ShapedSteps(self.weights[name], rewards, ends, place_step_rewards(rewards, ends, batch.mask)))
-            metrics |= {} if metrics else _score_metrics(scores)  # the scores of the watched source
+            placement = place_step_rewards(rewards, ends, batch.mask)
+            steps.append(ShapedSteps(self.weights[name], rewards, ends, placement, judged))
+            if len(steps) == 1:  # the watched source
+                metrics |= _score_metrics([row for row, known in zip(scores, judged, strict=True) if known])
             metrics |= _reward_metrics(name, rewards)
         metrics["placement/unplaced_steps"] = float(sum(one.placement.unplaced for one in steps))
         return batch.plus(metrics, steps=tuple(steps))
@@ -168,11 +176,20 @@ class StepShaper:
             moments.load_state_dict(state[name])
 
 
+def judgement_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """Share of the completions that a reward model could not judge, and of the steps beyond its limit; none of none."""
+    beyond = sum(one.truncated_steps for rows in batch.scores.values() for one in rows)
+    steps = beyond + sum(len(one.steps) for rows in batch.scores.values() for one in rows)
+    shares = {"steps/unscored": (sum(batch.unscored), len(batch.unscored)), "steps/beyond_limit": (beyond, steps)}
+    return {name: part / whole if whole else math.nan for name, (part, whole) in shares.items()}
+
+
 def _score_metrics(step_scores: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Means over what is known; NaN, which is not logged, where nothing is."""
     flat = [score for row in step_scores for score in row]
     return {
-        "steps/score": sum(flat) / max(len(flat), 1),
-        "steps/per_response": len(flat) / max(len(step_scores), 1),
+        "steps/score": sum(flat) / len(flat) if flat else math.nan,
+        "steps/per_response": len(flat) / len(step_scores) if step_scores else math.nan,
     }
 
 
@@ -218,11 +235,16 @@ def learned_mask(batch: RolloutBatch, args: StepPPOConfig) -> Tensor:
     """True where a token is learned from (B, T).
 
     A completion that no outcome function judged is left out of `gae` and `global`: no outcome is not an outcome of 0.
-    TRL's group advantages, which `group` builds on, leave it out by themselves.
+    TRL's group advantages, which `group` builds on, leave it out by themselves. One that a source with a weight could
+    not read to its end is left out of all: steps that nobody has judged must not be free beside others.
     """
-    if args.advantage == "group" or not has_outcomes(batch, args):
-        return batch.mask
-    return batch.mask & batch.judged.unsqueeze(1)
+    mask = batch.mask
+    if args.advantage != "group" and has_outcomes(batch, args):
+        mask = mask & batch.judged.unsqueeze(1)
+    for one in batch.steps if args.step_weight else ():
+        if one.weight and not all(one.judged):
+            mask = mask & torch.tensor(one.judged, device=mask.device).unsqueeze(1)
+    return mask
 
 
 def charge_kl(batch: RolloutBatch, coefficient: AdaptiveKL, accelerator: Accelerator) -> RolloutBatch:

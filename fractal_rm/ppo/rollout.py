@@ -22,12 +22,14 @@ class ShapedSteps(NamedTuple):
         rewards: Reward of every step of every completion.
         ends: Token at which each step ends; None where the step could not be placed.
         placement: The rewards on tokens (B, T), with the audit.
+        judged: Whether the source read all of each completion: one that it did not is not learned from.
     """
 
     weight: float
     rewards: list[list[float]]
     ends: list[list[int | None]]
     placement: Placement
+    judged: list[bool]
 
 
 class TokenRewards(NamedTuple):
@@ -71,7 +73,8 @@ class RolloutBatch:
         values: Values of the states before the tokens (B, T).
         returns: What the value model learns (B, T).
         advantages: What the policy learns from (B, T).
-        learned: True where a token is learned from (B, T): `mask` without completions that no outcome function judged.
+        learned: True where a token is learned from (B, T): `mask` without completions that no outcome function judged,
+            or that a source of step rewards could not read to the end.
         for_update: Tensors that the update of this rollout needs beside `tokens`, by their names in a minibatch.
         metrics: Numbers to log, by name.
     """
@@ -113,6 +116,11 @@ class RolloutBatch:
     def watched(self) -> Sequence[StepScores] | None:
         """Scores of the first source; None without one."""
         return next(iter(self.scores.values()), None)
+
+    @property
+    def unscored(self) -> list[bool]:
+        """Whether any source of step rewards could not read all of a completion; empty without a source."""
+        return [not all(one.judged for one in row) for row in zip(*self.scores.values(), strict=True)]
 
     @property
     def outcomes(self) -> Tensor:

@@ -66,6 +66,9 @@ class ModelSource(StepRewardSource):
     Args:
         reward_model: The model.
         batch_size: Responses in a forward; None: the model's own setting.
+
+    Attributes:
+        chat_template_kwargs: What chat templates get beside the messages: as much as the policy's gets.
     """
 
     gives_probabilities = True
@@ -73,9 +76,11 @@ class ModelSource(StepRewardSource):
     def __init__(self, reward_model: StepRewardModel, batch_size: int | None) -> None:
         super().__init__("step_reward_model")
         self.reward_model, self.batch_size = reward_model, batch_size
+        self.chat_template_kwargs: dict[str, Any] = {}
 
     def __call__(self, prompts: list[Any], texts: list[str], **arguments: Any) -> list[StepScores]:
-        found = self.reward_model.score(prompts, texts, batch_size=self.batch_size, progress=False)
+        options = {"batch_size": self.batch_size, "chat_template_kwargs": self.chat_template_kwargs}
+        found = self.reward_model.score(prompts, texts, progress=False, **options)
         for row, scored in enumerate(found):
             if not all(map(math.isfinite, scored.step_scores)):
                 raise ValueError(

@@ -17,12 +17,12 @@ from trl.trainer.utils import get_callable_name
 
 from fractal_rm.credit.kl import AdaptiveKL
 from fractal_rm.ppo.advantage import ESTIMATORS, Given
-from fractal_rm.ppo.alarms import Alarms, ending_ids, guard_inputs
-from fractal_rm.ppo.checks import check_engine, load_checked
+from fractal_rm.ppo.alarms import Alarms, guard_inputs
+from fractal_rm.ppo.checks import check_earning, check_engine, load_checked
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.engine import Engine
 from fractal_rm.ppo.online.online_reward import OnlineReward
-from fractal_rm.ppo.rewards import StepShaper, charge_kl, place_rewards
+from fractal_rm.ppo.rewards import StepShaper, charge_kl, judgement_metrics, place_rewards
 from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.ppo.sources import ModelSource, as_list, make_sources
 from fractal_rm.ppo.value_model import ValueGradients, ValueLearning, make_value_head, make_value_model
@@ -35,8 +35,9 @@ _STATE_FILE = "step_ppo_state.json"
 class StepPPOTrainer(Engine):
     """PPO with dense step rewards, on TRL's online engine.
 
-    A completion that no outcome function judges (all give None) is left out of what is learned, as in TRL. Without
-    outcome functions, one without steps earns nothing: as much as a usual step, where rewards are centred.
+    A completion that no outcome function judges (all give None) is left out of what is learned, as in TRL; so is one
+    that a reward model cannot read to its end. Without outcome functions, one without steps earns nothing: as much as a
+    usual step, where rewards are centred. A rollout in which nothing earns anything stops the run.
 
     Checkpoints hold the value model in `value_model/`, and a reward model that goes on learning (`rm_update_every`) in
     `reward_model/`; an instance that is given learns in place. A resumed run equals an uninterrupted one if the
@@ -68,7 +69,8 @@ class StepPPOTrainer(Engine):
     Raises:
         ConnectionError: If there is no vLLM server where one should be.
         ValueError: If there is no reward, a reward model does not suit the prompts or the configuration or cannot learn
-            where it should, there is no tokenizer, batches and groups do not divide, or the value model cannot be made.
+            where it should or cannot read one of the first prompts, there is no tokenizer, batches and groups do not
+            divide, or the value model cannot be made.
         TypeError: If a function of `step_reward_funcs` cannot be called as it will be.
         RuntimeError: If the installed TRL has moved a name that this class relies on.
 
@@ -110,6 +112,7 @@ class StepPPOTrainer(Engine):
             reward_model_dataset=reward_model_dataset,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
+            tools=kwargs.get("tools"),
         )
         taken = [get_callable_name(function) for function in outcomes]
         self.sources = make_sources(models, step_functions, args, taken)
@@ -133,9 +136,11 @@ class StepPPOTrainer(Engine):
         self.kl_coefficient = AdaptiveKL(self.args.kl_coef, target=self.args.kl_target)
         self.alarms = Alarms(self.args)
         self.add_callback(self.alarms)
-        self.ending_ids = ending_ids(self.tokenizer, self.policy)
         for scoring in models:
             scoring.scorer.to(self.accelerator.device)
+        for source in self.sources:
+            if isinstance(source, ModelSource):
+                source.chat_template_kwargs = self.args.template_options(self.tools)
         if self.args.rm_update_every:
             self.online_reward = OnlineReward(
                 models[0], self.args, reward_model_dataset, self.reward_weights, self.accelerator
@@ -171,14 +176,17 @@ class StepPPOTrainer(Engine):
     def rollout(self, inputs: Any) -> RolloutBatch:
         """Sample completions, score their steps, and turn scores into advantages."""
         batch = self.sample(inputs)  # completions, with outcomes and scores of steps
-        if not self.model.training:
-            return batch  # evaluation logs rewards and learns nothing
+        if not self.model.training:  # evaluation logs rewards and learns nothing
+            self.record(judgement_metrics(batch))
+            return batch
         if self._went_back(batch):
             batch = self.sample(inputs)  # by the policy that there is now
         self._keep_learning(batch)
         group_size = self.num_generations
-        batch = self.shaper.shape(batch, group_size=group_size, tokenizer=self.tokenizer)  # scores -> rewards of steps
-        batch = place_rewards(batch, self.args, ending_ids=self.ending_ids, step_weight=self.alarms.step_weight)
+        endings = self.ending_ids
+        batch = self.shaper.shape(batch, group_size=group_size, tokenizer=self.tokenizer, endings=endings)
+        batch = place_rewards(batch, self.args, ending_ids=endings, step_weight=self.alarms.step_weight)
+        check_earning(batch, self.args, step=self.state.global_step)
         if self.args.kl_coef:
             batch = charge_kl(batch, self.kl_coefficient, self.accelerator)
         given = Given(self.args, self.accelerator, group_size, self.value_learning)

@@ -51,6 +51,8 @@ SIGNALS = {
     "guards/empty": "Share of empty responses",
     "guards/steps_at_ceiling": "Share of steps at the ceiling",
     "guards/ceiling_over_outcome": "Steps at the ceiling, less outcome",
+    "guards/unscored": "Share of responses not judged",
+    "guards/steps_beyond_limit": "Share of steps beyond the limit",
 }
 
 

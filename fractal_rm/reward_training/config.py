@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -18,6 +18,11 @@ class FractalConfig(TrainingArguments):
 
     `learning_rate` defaults to 5e-5 as in transformers; small models trained from scratch want about 1e-3.
     """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "chat_template_kwargs",
+    ]  # JSON on the command line
 
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Always False: the collator needs all that the trainer prepared."}
@@ -49,6 +54,19 @@ class FractalConfig(TrainingArguments):
     )
     pattern: str | None = field(
         default=None, metadata={"help": "Regular expression between steps, for `segmentation=pattern`."}
+    )
+    thinking: Literal["score", "skip"] = field(
+        default="score",
+        metadata={
+            "help": "Whether text in `<think> ... </think>` has steps (`score`), or is read and has none (`skip`)."
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "What the chat template gets beside the messages, such as `enable_thinking`; remembered by the "
+            "checkpoint. `StepPPOTrainer` adds what the policy's template gets."
+        },
     )
     prompt_template: str = field(
         default="{prompt}",
@@ -228,5 +246,8 @@ class FractalConfig(TrainingArguments):
         """What the checkpoint will remember of this configuration."""
         shared = FractalConfig.__annotations__.keys() & FractalSettings.__annotations__.keys()
         values: dict[str, Any] = {name: getattr(self, name) for name in shared}
-        values["segmentation"] = Segmentation(self.segmentation, separator=self.separator, pattern=self.pattern)
+        values["chat_template_kwargs"] = self.chat_template_kwargs or {}
+        values["segmentation"] = Segmentation(
+            self.segmentation, separator=self.separator, pattern=self.pattern, thinking=self.thinking
+        )
         return FractalSettings(**values)

@@ -24,6 +24,7 @@ from transformers import (
 
 from fractal_rm.data.bag import Bag, warn_of_equal_labels
 from fractal_rm.data.prompts import check_learned_kind, is_chat
+from fractal_rm.data.segmentation import common_gap
 from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, measure_responses, score_bags
 from fractal_rm.evaluation.statistics import estimates
 from fractal_rm.files import replacing, write_atomic
@@ -50,6 +51,7 @@ from fractal_rm.reward_training.data import (
     fingerprint,
     to_bags,
     warn_of_joined_text,
+    warn_of_uncut_responses,
 )
 from fractal_rm.reward_training.logit_metrics import by_item, collected_bags, measure_logits
 from fractal_rm.reward_training.model_setup import make_trainable, model_name, move_to_group
@@ -128,6 +130,8 @@ class FractalTrainer(Trainer):
         self.eval_bags = bags.get("eval")
         if "train" in bags:
             warn_of_equal_labels(bags["train"])
+            warn_of_uncut_responses(bags["train"], self.settings)
+            self.settings.joint = common_gap((bag.response, bag.step_spans) for bag in bags["train"])
             if args.instance_weight == 0:  # gold labels are not read: not even to tell which long responses to keep
                 bags["train"] = [replace(bag, step_labels=None) for bag in bags["train"]]
         set_seed(args.seed)  # adapters and heads are made before Trainer seeds

@@ -6,8 +6,10 @@ gives each step the score it would have had as the end of a shorter one, for eve
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -69,21 +71,81 @@ class EncodedBag:
         return len(self.input_ids)
 
 
-def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> str:
+# A chat template that begins the answer for the policy.
+_THINK_OPENED = re.compile(r"<think>\s*$")
+# Characters that no text needs (Unicode leaves them to private use): one marks places while a template runs.
+_MARKS = ("\ue0f5", "\uf3a7", "\ueb19")
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str, size: int) -> re.Pattern[str] | None:
+    """Matches, with nothing, wherever a control token begins in a text; None without any. The rest is for the cache.
+
+    These are the special tokens, and those with which the chat template opens and closes a user's turn. The token for
+    what is not known says nothing, and one character cannot be spelled in another way.
+    """
+    turn = ""
+    if tokenizer.chat_template:
+        try:
+            turn = str(tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False))
+        except (TemplateError, TypeError, ValueError, KeyError):
+            turn = ""  # a template for other chats
+    found = {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if len(token.content) > 1 and token.content != tokenizer.unk_token and (token.special or token.content in turn)
+    }
+    return re.compile(f"(?={'|'.join(map(re.escape, sorted(found)))})") if found else None
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Matches, with nothing, wherever a text holds a control token of a tokenizer; None if it has none."""
+    return _control_tokens(tokenizer, repr(tokenizer.chat_template), len(tokenizer))
+
+
+def _cuts(text: str, control: re.Pattern[str] | None) -> list[int]:
+    """Where to cut a text so that no piece holds a control token: behind the first character of each."""
+    return [] if control is None else [match.start() + 1 for match in control.finditer(text)]
+
+
+def _marked(value: Any, control: re.Pattern[str], mark: str) -> Any:
+    """A value of a message with a mark in each control token that somebody wrote."""
+    if isinstance(value, str):
+        edges = [0, *_cuts(value, control), len(value)]
+        return mark.join(value[start:end] for start, end in itertools.pairwise(edges))
+    if isinstance(value, Mapping):
+        return {name: one if name == "role" else _marked(one, control, mark) for name, one in value.items()}
+    return [_marked(one, control, mark) for one in value] if isinstance(value, list | tuple) else value
+
+
+def prompt_text(
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_template: str,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    response: str = "",
+) -> str:
     """The text that precedes the response: the template filled in, or the chat template of the tokenizer.
 
-    A chat that ends with a message of the assistant is one whose last message the response goes on with.
+    A chat that ends with a message of the assistant is one whose last message the response goes on with. Where the
+    template opens a `<think>` and the response does so too, there is one: that of the response.
 
     Args:
         prompt: Text or chat.
         tokenizer: The reward model's tokenizer.
         prompt_template: Text in which `{prompt}` stands for a prompt that is text.
+        chat_template_kwargs: What the chat template gets beside the messages.
+        response: What follows.
+
+    Returns:
+        The text; a [`RenderedPrompt`] of a chat, which knows where the messages hold control tokens as text.
 
     Raises:
         ValueError: If the prompt is a chat and the tokenizer has no chat template, or one that refuses it.
     """
     if isinstance(prompt, RenderedPrompt):
-        return str(prompt)
+        return prompt
     if not is_chat(prompt):
         return prompt_template.replace("{prompt}", prompt)
     if not tokenizer.chat_template:
@@ -91,16 +153,20 @@ def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_templ
             f"The prompts are chats, but the tokenizer {tokenizer.name_or_path} has no chat template. Set "
             "`tokenizer.chat_template`, use a chat model's tokenizer, or give the prompts as text."
         )
-    begun = prompt[-1]["role"] == "assistant"
+    begun, control = prompt[-1]["role"] == "assistant", control_tokens(tokenizer)
+    mark = next(mark for mark in _MARKS if mark not in repr(prompt))
+    messages: Any = list(prompt) if control is None else _marked(list(prompt), control, mark)
+    options = {"tokenize": False, "add_generation_prompt": not begun, "continue_final_message": begun}
     try:
-        text = tokenizer.apply_chat_template(
-            list(prompt), tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
-        )
-    except TemplateError as error:  # some templates refuse a system message, or two messages of one role in a row
+        text = str(tokenizer.apply_chat_template(messages, **{**(chat_template_kwargs or {}), **options}))
+    except (TemplateError, TypeError, ValueError, KeyError) as error:  # such as a system message, or two users in a row
         raise ValueError(
             f"The chat template refuses this chat ({str(error).rstrip('.')}). Change its messages."
         ) from error
-    return str(text)
+    if response.lstrip().startswith("<think>"):
+        text = _THINK_OPENED.sub("", text)
+    pieces = text.split(mark)
+    return RenderedPrompt("".join(pieces), tuple(itertools.accumulate(map(len, pieces[:-1]))), chat=True)
 
 
 def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -160,12 +226,47 @@ def _tokenize_continuations(pieces: Sequence[str], tokenizer: PreTrainedTokenize
     return list(found.values())
 
 
+def _joined(pieces: Sequence[_Piece], starts: Sequence[int]) -> _Piece:
+    """Pieces of one text, which begin at these characters, as one."""
+    ids = [token for piece, _ in pieces for token in piece]
+    if any(offsets is None for _, offsets in pieces):
+        return ids, None
+    spans = [(a + at, b + at) for (_, offsets), at in zip(pieces, starts, strict=True) for a, b in offsets or []]
+    return ids, spans
+
+
 @dataclass(frozen=True)
 class TokenInputs:
-    """How text becomes what a likelihood or token scorer reads."""
+    """How text becomes what a likelihood or token scorer reads.
+
+    Control tokens come from the chat template and from prompts that are texts. In a response and in the messages of a
+    chat they are text and are spelled as text, so that nobody can open a turn or end one.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     settings: FractalSettings
+
+    @cached_property
+    def _control(self) -> re.Pattern[str] | None:
+        return None if self.settings.reading == 1 else control_tokens(self.tokenizer)
+
+    def _tokenize_steps(self, pieces: Sequence[str]) -> list[_Piece]:
+        """Tokens of parts of responses, which hold no control token."""
+        edges = [[0, *_cuts(piece, self._control), len(piece)] for piece in pieces]
+        parts = [piece[a:b] for piece, cut in zip(pieces, edges, strict=True) for a, b in itertools.pairwise(cut)]
+        found = iter(_tokenize_continuations(parts, self.tokenizer))
+        return [_joined([next(found) for _ in cut[1:]], cut[:-1]) for cut in edges]
+
+    def _tokenize_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts, cut where what a person wrote looks like a control token."""
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        for row, text in enumerate(texts):
+            cuts = text.cuts if isinstance(text, RenderedPrompt) and self.settings.reading > 1 else ()
+            if cuts:
+                parts = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+                rest = _tokenize_continuations(parts[1:], self.tokenizer)
+                ids[row] = [*_tokenize(parts[:1], self.tokenizer)[0][0], *(i for piece, _ in rest for i in piece)]
+        return ids
 
     def encode(self, bags: Sequence[Bag]) -> list[EncodedBag]:
         """Tokenize prompts with responses, keeping track of steps.
@@ -182,7 +283,9 @@ class TokenInputs:
 
     def _encode_some(self, bags: Sequence[Bag]) -> list[EncodedBag]:
         tokenizer, settings = self.tokenizer, self.settings
-        texts = [prompt_text(bag.prompt, tokenizer, settings.prompt_template) for bag in bags]
+        options = {"chat_template_kwargs": settings.chat_template_kwargs}
+        template = settings.prompt_template
+        texts = [prompt_text(bag.prompt, tokenizer, template, response=bag.response, **options) for bag in bags]
         # A step is tokenized from the end of the one before: its gap, then the step.
         previous = [[0, *(end for _, end in bag.step_spans)] for bag in bags]
         pieces = [
@@ -190,19 +293,22 @@ class TokenInputs:
             for bag, starts in zip(bags, previous, strict=True)
             for start, (_, end) in zip(starts, bag.step_spans, strict=False)
         ]
-        tokenized = iter(_tokenize_continuations(pieces, tokenizer))
+        tokenized = iter(self._tokenize_steps(pieces))
         prefix, suffix = special_affixes(tokenizer)
-        different = list(dict.fromkeys(texts))  # several responses to a prompt are the rule
-        prompt_ids = dict(zip(different, tokenizer(different, add_special_tokens=False)["input_ids"], strict=True))
+        # Several responses to a prompt are the rule. Two prompts may have one text and differ in who wrote it.
+        different = {(text, getattr(text, "cuts", ())): text for text in texts}
+        prompt_ids = dict(zip(different, self._tokenize_prompts(list(different.values())), strict=True))
         encoded = []
         for bag, text, starts in zip(bags, texts, previous, strict=True):
             # A chat template writes its special tokens itself.
-            from_chat = bool(settings.chat) if isinstance(bag.prompt, RenderedPrompt) else is_chat(bag.prompt)
+            from_chat = text.chat if isinstance(text, RenderedPrompt) else False
+            from_chat = settings.chat if from_chat is None else from_chat
             before, after = ([], []) if from_chat else (prefix, suffix)
             gaps = [start - end for (start, _), end in zip(bag.step_spans, starts, strict=False)]
             parts = [next(tokenized) for _ in gaps]
             room = None if settings.max_length is None else settings.max_length - len(after)
-            encoded.append(_join([*before, *prompt_ids[text]], parts, gaps, after, room))
+            start = prompt_ids[text, getattr(text, "cuts", ())]
+            encoded.append(_join([*before, *start], parts, gaps, after, room))
         return encoded
 
     def pad(self, bags: Sequence[EncodedBag]) -> dict[str, Tensor]:

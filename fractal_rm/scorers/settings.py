@@ -16,6 +16,8 @@ ScorerKind = Literal["likelihood", "token", "embedding"]
 Reduction = Literal["sum", "mean"]
 HeadType = Literal["pair", "mlp", "set"]
 FORMAT_VERSION = 1
+# How text is read now; older checkpoints keep the rules that they were trained by.
+READING = 2
 
 _CHOICES = {
     "scorer": get_args(ScorerKind),
@@ -57,6 +59,10 @@ class FractalSettings:
         tokenizer: Fingerprint of the tokenizer, or of the sentence encoder, that the scores belong to.
         head: Some of the scoring head's weights, to tell a lost or random head at load.
         chat: Whether the prompts of the training data were chats; None: not known, or some were and some were texts.
+        chat_template_kwargs: What the chat template gets beside the messages, such as `enable_thinking`.
+        joint: What stands between steps that come as a list; None: what the segmentation takes them to be joined by.
+        reading: Rules by which text becomes tokens: 2, or 1 for checkpoints from before there was a second version. In
+            version 1, control tokens that are written as text become control tokens.
         data: Fingerprint of the training data.
         versions: Package versions at saving.
         format_version: Version of this block.
@@ -80,6 +86,9 @@ class FractalSettings:
     tokenizer: str | None = None
     head: list[float] | None = None
     chat: bool | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    joint: str | None = None
+    reading: int = READING
     data: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -133,8 +142,8 @@ class FractalSettings:
                 "Install the fractal-rm version that wrote it."
             )
         try:
-            values = dict(block)
-            values["segmentation"] = Segmentation(**values.get("segmentation", {}))
+            values: dict[str, Any] = {"reading": 1, **block}
+            values["segmentation"] = Segmentation(**{"version": 1} | values.get("segmentation", {}))
             return cls(**values)
         except (TypeError, ValueError) as error:
             reason = str(error).rstrip(".")
