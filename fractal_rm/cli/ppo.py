@@ -113,7 +113,9 @@ def ppo(argv: Sequence[str]) -> None:
     adapt_value = arguments.value_use_peft and config.advantage == "gae" and arguments.value_model != "shared"
     check_models(arguments.model, *reward_models, given_value)
     task = make_task(arguments, data, arguments.model) if arguments.task in MAKE_PROMPTS else None
-    functions = [reward_function(arguments.reward_function, task, arguments.answers)] if arguments.reward_function else []
+    functions = (
+        [reward_function(arguments.reward_function, task, arguments.answers)] if arguments.reward_function else []
+    )
     rows = read_prompts(arguments, data, "train", config.seed, task)
     held_out = read_prompts(arguments, data, "eval", config.seed, task)
     loaded = [load_reward_model(path) for path in reward_models]
@@ -194,6 +196,8 @@ def read_prompts(
             raise ValueError("There are no prompts. Give `train_file`, `dataset_name` or `task=arithmetic`.")
         return None
     rows, source = found
+    if data.dataset_format is None and arguments.task is None:
+        rows = data.prompts(rows, source)
     if data.dataset_format is not None:
         rows = [{"prompt": prompt} for prompt in dict.fromkeys(bag.prompt for bag in rows)]
     if arguments.task == "gsm8k":

@@ -162,6 +162,8 @@ def _prompts_of_rows(arguments: SampleArguments, data: DataArguments) -> list[As
     rows, source = found
     if arguments.task == "gsm8k":
         rows = read_gsm8k(rows, source=source, chat=arguments.chat)
+    else:
+        rows = data.prompts(rows, source)
     reward = last_number_answer if arguments.answers == "last_number" else gsm8k_answer
     reward([], [], [])  # says now if math-verify is missing
 

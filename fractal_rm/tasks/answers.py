@@ -45,6 +45,7 @@ _HEADING = re.compile(
     r"|calculat\w*|comput\w*|explanation|reasoning|given|understand\w*|summary|conclusion|work|plan)\b",
     re.I,
 )
+_RELATION = re.compile(r"[<>≤≥≠=]|\\(?:[lg]e|[lg]eq|[lg]t|neq?)(?![a-z])")
 _LIST = re.compile(r"[,;<>]")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _HEDGED = re.compile(r"\d.*\b(?:or|and/or|ou|oder|o|или)\b.*\d|\d.*或.*\d", re.I | re.S)
@@ -247,7 +248,7 @@ def same_answer(stated: str | None, answer: str | None) -> bool:
     if stated is None or answer is None:
         return False
     stated, answer = _value_side(stated), _value_side(answer)
-    if not stated or not answer or max(len(stated), len(answer)) > _LONGEST:
+    if stated == answer or not stated or not answer or max(len(stated), len(answer)) > _LONGEST:
         return stated == answer != ""
     left, right = _number(stated), _number(answer)
     if left is not None and right is not None:
@@ -261,7 +262,8 @@ def same_answer(stated: str | None, answer: str | None) -> bool:
         return (not bracketed or edges[0] == edges[1]) and all(map(same_answer, first, second))
     if _words(stated) == _words(answer):
         return True
-    if not (_is_expression(stated) and _is_expression(answer)):
+    related = bool(_RELATION.search(stated)) != bool(_RELATION.search(answer))
+    if related or not (_is_expression(stated) and _is_expression(answer)):
         return False
     return _equal_expressions(stated, answer)
 
@@ -290,17 +292,23 @@ def group_answers(answers: Sequence[str | None]) -> list[int | None]:
     return [None if answer is None else order.setdefault(group_of[answer], len(order)) for answer in answers]
 
 
-@functools.cache
 def check_math_verify(what: str = "Comparing answers that are expressions") -> None:
-    """Raise unless math-verify is installed; load it, because its limit of time would cut a first, slow load short.
+    """Raise unless math-verify is installed.
 
     Raises:
         ImportError: Names the extra to install.
     """
     try:
-        from math_verify import parse
+        import math_verify  # noqa: F401
     except ImportError:
         raise ImportError(f'{what} needs math-verify. Install it: `pip install "fractal-rm[math]"`.') from None
+
+
+@functools.cache
+def _load_math_verify() -> None:
+    """Let math-verify load its parser: its limit of time would cut a first, slow load short, each time anew."""
+    from math_verify import parse
+
     parse("$1$", parsing_timeout=None)
 
 
@@ -392,6 +400,7 @@ def _is_expression(text: str) -> bool:
 
 def _equal_expressions(stated: str, answer: str) -> bool:
     check_math_verify()
+    _load_math_verify()
     from math_verify import parse, verify
 
     # math-verify limits its time with a signal, which only the main thread may set.
