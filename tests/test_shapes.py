@@ -166,5 +166,5 @@ def test_ppo_finds_its_prompts_by_the_name_of_their_column():
     rows = [{"q": "1+1?", "answer": "2"}]
     assert DataArguments(prompt_column="q").prompts(rows, "rows") == [{"prompt": "1+1?", "answer": "2"}]
     assert DataArguments().prompts([{"question": "1+1?"}], "rows") == [{"prompt": "1+1?"}]
-    with pytest.raises(ValueError, match="rows, row 1: column 'ask' is missing .*--prompt_column"):
+    with pytest.raises(ValueError, match=r"rows, row 1: column 'ask' is missing .*--prompt_column"):
         DataArguments(prompt_column="ask").prompts(rows, "rows")

@@ -217,8 +217,8 @@ def _without_inner_prompt(row: dict[str, Any]) -> dict[str, Any]:
         prompt = shared[:most]
         if len(chosen) != len(prompt) + 1 or len(rejected) != len(prompt) + 1 or not prompt:
             raise ValueError(
-                f"'chosen' and 'rejected' ({len(chosen)} and {len(rejected)} messages) share their first {len(prompt)}; "
-                "give both one answer of the assistant behind the same prompt."
+                f"'chosen' and 'rejected' ({len(chosen)} and {len(rejected)} messages) share their first "
+                f"{len(prompt)}; give both one answer of the assistant behind the same prompt."
             )
         given = row.get("prompt", prompt)
         asked = [message.get("content") for message in prompt]

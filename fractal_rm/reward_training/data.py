@@ -47,8 +47,8 @@ def to_bags(
         if graded is not None:
             raise ValueError(
                 f"{source}, row {graded}: the bag has num_grades={rows[graded - 1].num_grades}, but the configuration "
-                f"has num_grades={settings.num_grades}. Make them equal; or map grades to [0, 1], the lowest to 0 and the "
-                "highest to 1, and leave `num_grades` out of both."
+                f"has num_grades={settings.num_grades}. Make them equal; or map grades to [0, 1], the lowest to 0 and "
+                "the highest to 1, and leave `num_grades` out of both."
             )
         return rows
     mine = meaning(settings.aggregation)
@@ -91,8 +91,8 @@ def check_reasoning(bags: Sequence[Bag], template: str | None, *, source: str) -
         unread = next((key for key in keys if key not in (template or "")), None)
         if unread is not None:
             raise ValueError(
-                f"{source}, response {number}: a message of the prompt has {unread!r}, which the chat template does not "
-                "read. Write it into the content, or remove it."
+                f"{source}, response {number}: a message of the prompt has {unread!r}, which the chat template does "
+                "not read. Write it into the content, or remove it."
             )
 
 

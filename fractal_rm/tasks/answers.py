@@ -33,7 +33,7 @@ _THINKING = (
     (re.compile(r"<\|channel\|>\s*(?:analysis|commentary)"), re.compile(r"<\|channel\|>\s*final\s*<\|message\|>")),
 )  # fmt: skip
 # Special tokens that end a response.
-_ENDING = re.compile(r"(?:\s*(?:<\|[^|<>\n]{1,40}\|>|</s>|<eos>|<end_of_turn>|<｜[^｜\n]{1,40}｜>))+\s*$")
+_ENDING = re.compile(r"(?:\s*(?:<\|[^|<>\n]{1,40}\|>|</s>|<eos>|<end_of_turn>|<\uff5c[^\uff5c\n]{1,40}\uff5c>))+\s*$")
 _LABEL = re.compile(
     r"(?:(?:so|thus|hence|therefore),?\s+)?(?:(?:the|my|our)\s+)?(?:final\s+|correct\s+|numerical\s+)?"
     r"(?:answer|result)(?:\s+is)?|(?:最终)?答案(?:是|为)?|答え?",
@@ -41,8 +41,8 @@ _LABEL = re.compile(
 )
 # What a heading begins with, whatever comes after it.
 _HEADING = re.compile(
-    r"(?:step|part|case|phase|stage|section|problem|question|example|check|verif\w*|note|method|option|approach|solution"
-    r"|calculat\w*|comput\w*|explanation|reasoning|given|understand\w*|summary|conclusion|work|plan)\b",
+    r"(?:step|part|case|phase|stage|section|problem|question|example|check|verif\w*|note|method|option|approach"
+    r"|solution|calculat\w*|comput\w*|explanation|reasoning|given|understand\w*|summary|conclusion|work|plan)\b",
     re.I,
 )
 _RELATION = re.compile(r"[<>≤≥≠=]|\\(?:[lg]e|[lg]eq|[lg]t|neq?)(?![a-z])")
@@ -50,9 +50,12 @@ _LIST = re.compile(r"[,;<>]")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _HEDGED = re.compile(r"\d.*\b(?:or|and/or|ou|oder|o|или)\b.*\d|\d.*或.*\d", re.I | re.S)
 
-_GROUPED = r"\d{1,3}(?:(?:,|\{,\}|\\,|\\!|,\\!|[’'\u00a0\u2009\u202f])\d{3})+"
+_GROUPED = r"\d{1,3}(?:(?:,|\{,\}|\\,|\\!|,\\!|[\u2019'\u00a0\u2009\u202f])\d{3})+"
 _UNSIGNED = rf"(?:(?:{_GROUPED}|\d+)(?:\.\d*)?|\.\d+)"
-_POWER = r"(?:[eE]\s*\{?(?P<e>[-+]?\d+)\}?|\s*(?:×|x|\*|·|\\times|\\cdot)\s*10\s*\^\s*\{?\s*(?P<ten>[-+]?\d+)\s*\}?)"
+_POWER = (
+    r"(?:[eE]\s*\{?(?P<e>[-+]?\d+)\}?|\s*(?:\u00d7|x|\*|·|\\times|\\cdot)\s*10"
+    r"\s*\^\s*\{?\s*(?P<ten>[-+]?\d+)\s*\}?)"
+)
 _FRACTION = (
     r"(?:\\[dt]?frac\s*(?:\{\s*(?P<top>[-+]?\d+)\s*\}\s*\{\s*(?P<bottom>\d+)\s*\}|(?P<top1>\d)\s*(?P<bottom1>\d))"
     r"|(?P<top2>\d+)\s*/\s*(?P<bottom2>\d+)|(?P<vulgar>[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]))"
@@ -66,19 +69,22 @@ _VALUE = re.compile(
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _UNIT = re.compile(
     r"(?:°\s?[CF]?|\^?\\?circ|"
-    r"[^\W\d_]{2,}(?:[-/.'’][^\W\d_]+)*(?:\^?\{?[23²³]\}?)?\.?|[mgslhLCFKNJWVA](?:/[a-zA-Z]+)?(?:\^?\{?[23²³]\}?)?)"
-    r"(?:\s+(?:[^\W\d_]+(?:[-/.'’][^\W\d_]+)*)(?:\^?\{?[23²³]\}?)?){0,4}"
+    r"[^\W\d_]{2,}(?:[-/.'\u2019][^\W\d_]+)*(?:\^?\{?[23²³]\}?)?\.?"
+    r"|[mgslhLCFKNJWVA](?:/[a-zA-Z]+)?(?:\^?\{?[23²³]\}?)?)"
+    r"(?:\s+(?:[^\W\d_]+(?:[-/.'\u2019][^\W\d_]+)*)(?:\^?\{?[23²³]\}?)?){0,4}"
 )
 # Words that make something else of the number before them.
 _NO_UNIT = frozenset(
-    "or and to not but then than plus minus times through over divided by mod squared cubed half halves third thirds "
-    "quarter quarters fourths fifths tenths hundredths if when is was are equals because maybe perhaps wait no wrong "
-    "incorrect ou oder und et или и".split()
+    (
+        "or and to not but then than plus minus times through over divided by mod squared cubed half halves "
+        "third thirds quarter quarters fourths fifths tenths hundredths if when is was are equals because "
+        "maybe perhaps wait no wrong incorrect ou oder und et \u0438\u043b\u0438 \u0438 "
+    ).split()
 )
 _MATH_NAMES = frozenset("sqrt sin cos tan cot sec csc log ln exp pi frac infty cup cap in deg theta alpha beta".split())
 
 
-# Where the answer stands -----------------------------------------------------------------------------------------------
+# Where the answer stands ---------------------------------------------------------------------------------------------
 
 
 def completion_text(completion: Any) -> str:
@@ -104,8 +110,8 @@ def completion_text(completion: Any) -> str:
 def read_answer(completion: Any, *, last_number: bool = False) -> str | None:
     """What a response states as its final answer, as it is written; None if it states none, or several.
 
-    Stated is what follows `####` on its line, or on the next line if the mark stands alone or before "Final Answer", and
-    what stands in `\\boxed{}`. Headings (`#### Step 2: divide by 7`) state nothing, nor does what a model thinks
+    Stated is what follows `####` on its line, or on the next line if the mark stands alone or before "Final Answer",
+    and what stands in `\\boxed{}`. Headings (`#### Step 2: divide by 7`) state nothing, nor does what a model thinks
     (`<think>...</think>`): a thought that is not closed has no answer behind it. Statements must be equal by
     [`same_answer`]; "41 or 42" is no statement.
 
@@ -154,7 +160,7 @@ def _statements(text: str) -> Iterator[str]:
     for match in _MARKED.finditer(text):
         content, end = match[1].strip(), match.end()
         label = _LABEL.match(_bare(content))
-        rest = _bare(content)[label.end() :].strip(" :：*=") if label else _bare(content)
+        rest = _bare(content)[label.end() :].strip(" :\uff1a*=") if label else _bare(content)
         if not rest:
             below = re.compile(r"\s*([^\n]+)").match(text, end)
             if below and _number(_value_side(below[1])) is not None:
@@ -172,7 +178,7 @@ def _statements(text: str) -> Iterator[str]:
 
 def _is_heading(content: str, after: str) -> bool:
     """Whether the line of a mark is a heading: a word of headings first, a colon last, or words and then more text."""
-    if _HEADING.match(content) or content.endswith((":", "：")):
+    if _HEADING.match(content) or content.endswith((":", "\uff1a")):
         return True
     words = _WORD.match(content.lstrip("*_ ")) and not _is_expression(content)
     return bool(words) and bool(after.strip())
@@ -217,7 +223,7 @@ def _unlabelled(text: str) -> str:
     text = _bare(text)
     label = _LABEL.match(text)
     if label and label.end() < len(text) and not text[label.end()].isalnum():
-        return _bare(text[label.end() :].lstrip(" :：*="))
+        return _bare(text[label.end() :].lstrip(" :\uff1a*="))
     return text
 
 
@@ -228,7 +234,7 @@ def _value_side(text: str) -> str:
     return right if left and _number(right) is not None and _is_expression(left) and not _LIST.search(left) else text
 
 
-# What it means ----------------------------------------------------------------------------------------------------------
+# What it means -------------------------------------------------------------------------------------------------------
 
 
 def same_answer(stated: str | None, answer: str | None) -> bool:
@@ -318,7 +324,7 @@ def _plain(text: str) -> str:
     text = re.sub("[\u2212\u2013\u2010\u2011\ufe63\uff0d]", "-", text)
     text = re.sub(r"\\(?:left|right|displaystyle|;|:|quad)(?![a-zA-Z])", "", text)
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}", r" \1 ", text)
-    return text.replace("％", "%").strip()
+    return text.replace("\uff05", "%").strip()
 
 
 def _number(text: str) -> frozenset[Fraction] | None:

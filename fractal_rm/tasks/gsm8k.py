@@ -66,7 +66,8 @@ def read_gsm8k(rows: Iterable[Mapping[str, Any]], *, source: str, chat: bool = T
 def gsm8k_answer(prompts: list[Any], completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
     """TRL reward function: 1 if the completion states the column `answer` as its final answer, else 0.
 
-    What counts as stated is the rule of [`~fractal_rm.tasks.answers.read_answer`]: behind `####` or boxed, exactly once.
+    What counts as stated is the rule of [`~fractal_rm.tasks.answers.read_answer`]: behind `####` or boxed, exactly
+    once.
 
     Args:
         prompts: Texts or chats; not read.
