@@ -75,13 +75,79 @@ _UNIT = re.compile(
 )
 # Words that make something else of the number before them.
 _NO_UNIT = frozenset(
-    (
-        "or and to not but then than plus minus times through over divided by mod squared cubed half halves "
-        "third thirds quarter quarters fourths fifths tenths hundredths if when is was are equals because "
-        "maybe perhaps wait no wrong incorrect ou oder und et \u0438\u043b\u0438 \u0438 "
-    ).split()
+    [
+        "or",
+        "and",
+        "to",
+        "not",
+        "but",
+        "then",
+        "than",
+        "plus",
+        "minus",
+        "times",
+        "through",
+        "over",
+        "divided",
+        "by",
+        "mod",
+        "squared",
+        "cubed",
+        "half",
+        "halves",
+        "third",
+        "thirds",
+        "quarter",
+        "quarters",
+        "fourths",
+        "fifths",
+        "tenths",
+        "hundredths",
+        "if",
+        "when",
+        "is",
+        "was",
+        "are",
+        "equals",
+        "because",
+        "maybe",
+        "perhaps",
+        "wait",
+        "no",
+        "wrong",
+        "incorrect",
+        "ou",
+        "oder",
+        "und",
+        "et",
+        "или",
+        "и",
+    ]
 )
-_MATH_NAMES = frozenset("sqrt sin cos tan cot sec csc log ln exp pi frac infty cup cap in deg theta alpha beta".split())
+_MATH_NAMES = frozenset(
+    [
+        "sqrt",
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "log",
+        "ln",
+        "exp",
+        "pi",
+        "frac",
+        "infty",
+        "cup",
+        "cap",
+        "in",
+        "deg",
+        "theta",
+        "alpha",
+        "beta",
+    ]
+)
 
 
 # Where the answer stands ---------------------------------------------------------------------------------------------
