@@ -1,4 +1,4 @@
-"""GSM8K: what counts as a row, and what counts as the right answer."""
+"""GSM8K: what counts as a row; which answers count is in test_answers.py."""
 
 import sys
 import threading
@@ -7,28 +7,6 @@ import pytest
 from support.stand_ins import gsm8k_problems
 
 from fractal_rm.tasks.gsm8k import gold_answer, gsm8k_answer, read_gsm8k
-
-
-@pytest.mark.parametrize(
-    ("completion", "right"),
-    [
-        ("1 + 2 = 3.\n#### 3", True),
-        ("#### 3.0", True),
-        ("#### $3", True),
-        ("####3", True),
-        ("#### 3\nAnd so on, 17 times.", True),
-        ("#### 4\nNo.\n#### 3", True),
-        ("The answer is \\boxed{3}.", True),
-        ("The answer is 3.", True),
-        ("3 + 1 = 4.\n#### 4", False),
-        ("#### 3\n#### 4", False),
-        ("#### three", False),
-        ("####", False),
-        ("", False),
-    ],
-)
-def test_the_last_stated_answer_counts(completion, right):
-    assert gsm8k_answer(["?"], [completion], ["3"]) == [float(right)]
 
 
 def test_thousands_separators_make_no_difference():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fractal_rm.data.bag import warn_of_equal_labels
 from fractal_rm.data.readers import read_bags, read_jsonl, read_row
 from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.data.shapes import Columns
 
 LINES = Segmentation("lines")
 CHAT = [{"role": "system", "content": "Add."}, {"role": "user", "content": "2+3*4?"}]
@@ -152,7 +153,9 @@ def test_rows_without_a_label_are_read_for_scoring():
 
 def test_the_prompt_may_have_another_name():
     row = unpaired(prompt=..., question="2+3*4?")
-    assert read_bags([row], LINES, prompt_column="question")[0].prompt == "2+3*4?"
+    assert read_bags([row], LINES)[0].prompt == "2+3*4?"
+    row = unpaired(prompt=..., asked="2+3*4?")
+    assert read_bags([row], LINES, columns=Columns(prompt="asked"))[0].prompt == "2+3*4?"
 
 
 def test_columns_that_are_null_count_as_missing():
@@ -214,7 +217,7 @@ def test_numpy_columns_are_read_as_lists():
         (unpaired(completion=[]), ValueError, "'completion' is a chat of 0 messages"),
         (unpaired(completion=[*said("a"), *said("b")]), ValueError, "'completion' is a chat of 2 messages; leave one"),
         (unpaired(completion=CHAT[1:]), ValueError, "leave one message of the assistant"),
-        (unpaired(completion=said(None)), TypeError, "'completion' is None (NoneType), not text"),
+        (unpaired(completion=said(None)), ValueError, "the content of the message of 'completion' is null"),
         (unpaired(response="b"), ValueError, "both a 'completion' and a 'response'; drop one"),
         (unpaired(completion=""), ValueError, "the response is empty; drop the row or write the response"),
         (unpaired(completion=" \n"), ValueError, "the response is empty"),

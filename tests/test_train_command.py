@@ -92,6 +92,19 @@ def test_the_command_goes_on_with_a_stopped_run(folder, tmp_path):
         assert {entry["stage"] for entry in history} == {"stage-joint", "stage-pseudo-1"}
 
 
+def test_the_command_reads_ratings_by_name_and_skips_bad_rows_on_request(folder, tmp_path, capsys):
+    rated = [{"question": f"{i}?", "answer": f"{i}.\nso.", "rating": 1 + i % 5} for i in range(10)]
+    rows = [*rated, rated[0] | {"rating": 9}]
+    flags = ("--label_column", "rating", "--label_scale", "1", "5")
+    assert command(tmp_path, folder, {"aggregation": "product"}, rows, *flags) == 2
+    assert "row 11: the rating is 9, outside the scale 1 to 5; give another --label_scale" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="^1 of 11 rows of .* are left out"):
+        assert command(tmp_path, folder, {"aggregation": "product"}, rows, *flags, "--on_bad_row", "skip") == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["train"]["responses"] == 10
+    assert command(tmp_path, folder, {"aggregation": "product"}, rated) == 2
+    assert "name the column with --label_column and its lowest" in capsys.readouterr().err
+
+
 def test_the_command_says_what_a_prior_lacks(folder, tmp_path, capsys):
     assert command(tmp_path, folder, {"likelihood_prior_weight": 0.1}) == 2
     assert "The likelihood prior needs a causal language model to ask. Set `reference_model`" in capsys.readouterr().err

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.index import FORMATS, FormatName
-from fractal_rm.data.readers import read_jsonl
+from fractal_rm.data.formats.tables import is_table, read_table
+from fractal_rm.data.readers import naming, read_jsonl
+from fractal_rm.data.shapes import Columns, prompt_row
 from fractal_rm.errors import reason
 
 # The only variable of the environment that commands read.
 DATA_DIR_VARIABLE = "FRACTAL_RM_DATA"
-_ENDINGS = (".jsonl.gz", ".jsonl", ".json")
+_ENDINGS = (".jsonl.gz", ".jsonl", ".json", ".parquet", ".csv", ".arrow")
 
 
 def check_limit(limit: int | None) -> None:
@@ -33,7 +35,58 @@ _REMOVED_FORMATS = dict.fromkeys(
 
 
 @dataclass(kw_only=True)
-class ScoringArguments:
+class ColumnArguments:
+    """Which columns of the rows are which."""
+
+    prompt_column: str | None = field(default=None, metadata={"help": "Column of the prompt; default: `prompt`."})
+    response_column: str | None = field(
+        default=None, metadata={"help": "Column of the response; default: `completion` or `response`."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the label or rating of a response; default: `label`."}
+    )
+    label_scale: list[float] | None = field(
+        default=None,
+        metadata={"help": "Lowest and highest rating, such as `1 5`: labels are mapped to 0 to 1 in equal parts."},
+    )
+    chosen_column: str | None = field(
+        default=None, metadata={"help": "Column of the better response of a preference; default: `chosen`."}
+    )
+    rejected_column: str | None = field(
+        default=None, metadata={"help": "Column of the worse response of a preference; default: `rejected`."}
+    )
+    steps_column: str | None = field(
+        default=None, metadata={"help": "Column of the response as a list of steps; default: `steps`."}
+    )
+    step_labels_column: str | None = field(
+        default=None, metadata={"help": "Column of the labels of the steps; default: `step_labels`."}
+    )
+
+    def __post_init__(self) -> None:
+        columns = self.columns  # raises its own sentence
+        if columns != Columns() and getattr(self, "dataset_format", None) is not None:
+            raise ValueError(
+                "Names of columns have no effect with `dataset_format`, which knows its own. Leave one of them out."
+            )
+
+    @property
+    def columns(self) -> Columns:
+        """The names, as readers take them."""
+        scale = self.label_scale
+        return Columns(
+            self.prompt_column,
+            self.response_column,
+            self.label_column,
+            self.chosen_column,
+            self.rejected_column,
+            self.steps_column,
+            self.step_labels_column,
+            label_scale=None if scale is None else tuple(scale),  # type: ignore[arg-type]
+        )
+
+
+@dataclass(kw_only=True)
+class ScoringArguments(ColumnArguments):
     """What commands need that score rows with a model."""
 
     REMOVED = _REMOVED_FORMATS
@@ -49,17 +102,22 @@ class ScoringArguments:
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` is {self.batch_size}. Give 1 or more.")
         check_limit(self.limit)
+        super().__post_init__()
 
 
 @dataclass
-class DataArguments:
+class DataArguments(ColumnArguments):
     """Where rows come from: files, or a data set with splits."""
 
     REMOVED = _REMOVED_FORMATS
     _argument_group_name = "data"
 
     train_file: str | None = field(
-        default=None, metadata={"help": "Rows to train on: .jsonl, .jsonl.gz or .json. Beats `dataset_name`."}
+        default=None,
+        metadata={
+            "help": "Rows to train on: .jsonl, .jsonl.gz, .json, .parquet, .csv, .tsv or .arrow, or a folder that "
+            "`datasets` saved. Beats `dataset_name`."
+        },
     )
     eval_file: str | None = field(
         default=None, metadata={"help": "Rows for evaluation during training. Beats `dataset_name`."}
@@ -88,6 +146,19 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         check_limit(self.limit)
+        super().__post_init__()
+
+    def prompts(self, rows: list[Any], source: str) -> list[Any]:
+        """Rows whose prompt is in the column `prompt`, whatever it is called in the data.
+
+        Raises:
+            ValueError: If the named column is missing, or two columns may be the prompt.
+        """
+        found = []
+        for number, row in enumerate(rows, 1):
+            with naming(source, number):
+                found.append(prompt_row(row, self.prompt_column))
+        return found
 
     def read(self, split: Literal["train", "eval", "test"]) -> tuple[list[Any], str] | None:
         """Rows of a split (bags with `dataset_format`), and the name of their source for messages.
@@ -109,7 +180,13 @@ class DataArguments:
         if found is not None:
             return read_rows(found, self.dataset_format, self.limit), str(found)
         folder = data_folder(self.data_dir)
-        if folder is not None and (folder / self.dataset_name).is_dir():
+        saved = Path(self.dataset_name)
+        if is_table(saved):  # of `datasets`: with a folder for each split, or without
+            inner = saved / name
+            if split != "train" and not inner.is_dir():
+                return None
+            rows, places = read_table(inner if inner.is_dir() else saved), "folders"
+        elif folder is not None and (folder / self.dataset_name).is_dir():
             rows, places = None, f"files in {folder}/{self.dataset_name}"
         else:
             what = f"The data set {self.dataset_name}"
@@ -223,9 +300,10 @@ def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) 
         OSError: If the file is not there.
         ValueError: If it cannot be read.
     """
+    table = is_table(path) and not (dataset_format == "fira" and path.suffix == ".tsv")
     if dataset_format is None:
-        return read_jsonl(path)[:limit]
-    bags = FORMATS[dataset_format].read(path)
+        return (read_table(path) if table else read_jsonl(path))[:limit]
+    bags = FORMATS[dataset_format].read(read_table(path) if table else path, source=str(path))
     if limit is None or limit >= len(bags):
         return bags
     pair = bags[limit].pair_id

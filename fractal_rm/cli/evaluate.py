@@ -25,6 +25,7 @@ from fractal_rm.cli.checks import (
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.data.formats.index import check_meaning
+from fractal_rm.data.shapes import Columns
 from fractal_rm.evaluation.benchmarks import Benchmark, BenchmarkName, as_learned, measure, read_benchmark
 from fractal_rm.evaluation.responses import choose_threshold, measure_responses, score_bags
 from fractal_rm.evaluation.statistics import as_columns, differences, estimates
@@ -85,6 +86,8 @@ class EvaluateArguments(ScoringArguments):
         for name in ("outcome_model", "answer_pattern"):
             if getattr(self, name) is not None and self.benchmark != "best_of_n":
                 raise ValueError(f"`{name}` has an effect with `benchmark=best_of_n` only. Leave it out.")
+        if self.benchmark is not None and self.columns != Columns():
+            raise ValueError("Names of columns have no effect with `benchmark`, which knows its own. Leave them out.")
         if self.dataset_format is not None and self.benchmark is not None:
             raise ValueError("`dataset_format` has no effect with `benchmark`, which reads its own. Leave one out.")
         if self.threshold_file is not None and self.benchmark == "best_of_n":
@@ -138,7 +141,7 @@ def _measure(name: str, rows: list[Any], source: str, arguments: EvaluateArgumen
     if arguments.dataset_format is not None:
         check_meaning(arguments.dataset_format, model.settings.aggregation)
     if arguments.benchmark is None:
-        bags = to_bags(rows, model.settings, source=source)
+        bags = to_bags(rows, model.settings, source=source, columns=arguments.columns)
         responses = Benchmark(bags, lambda scored, limit: measure_responses(scored, bags, limit))
         return measure(model, responses, threshold=threshold)
     outcome = None
@@ -163,7 +166,8 @@ def _threshold(model: Any, arguments: EvaluateArguments) -> float | None:
     if arguments.threshold_file is None:
         return None
     path = find_file(arguments.threshold_file, arguments.data_dir)
-    bags = to_bags(read_rows(path, arguments.dataset_format, arguments.limit), model.settings, source=str(path))
+    rows = read_rows(path, arguments.dataset_format, arguments.limit)
+    bags = to_bags(rows, model.settings, source=str(path), columns=arguments.columns)
     scored = score_bags(model, as_learned(model, bags))
     threshold = choose_threshold(scored, bags, aggregation=model.settings.aggregation)
     if math.isnan(threshold):

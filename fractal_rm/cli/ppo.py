@@ -113,7 +113,9 @@ def ppo(argv: Sequence[str]) -> None:
     adapt_value = arguments.value_use_peft and config.advantage == "gae" and arguments.value_model != "shared"
     check_models(arguments.model, *reward_models, given_value)
     task = make_task(arguments, data, arguments.model) if arguments.task in MAKE_PROMPTS else None
-    functions = [reward_function(arguments.reward_function, task)] if arguments.reward_function else []
+    functions = (
+        [reward_function(arguments.reward_function, task, arguments.answers)] if arguments.reward_function else []
+    )
     rows = read_prompts(arguments, data, "train", config.seed, task)
     held_out = read_prompts(arguments, data, "eval", config.seed, task)
     loaded = [load_reward_model(path) for path in reward_models]
@@ -194,6 +196,8 @@ def read_prompts(
             raise ValueError("There are no prompts. Give `train_file`, `dataset_name` or `task=arithmetic`.")
         return None
     rows, source = found
+    if data.dataset_format is None and arguments.task is None:
+        rows = data.prompts(rows, source)
     if data.dataset_format is not None:
         rows = [{"prompt": prompt} for prompt in dict.fromkeys(bag.prompt for bag in rows)]
     if arguments.task == "gsm8k":
@@ -226,12 +230,13 @@ def _check_reward_columns(rows: Sequence[Mapping[str, Any]], source: str, name: 
                 arithmetic.Problem.from_prompt("" if is_chat(row["prompt"]) else row["prompt"])
 
 
-def reward_function(name: str, task: Task | None = None) -> Callable[..., list[float]]:
+def reward_function(name: str, task: Task | None = None, answers: str = "marked") -> Callable[..., list[float]]:
     """The reward function of a name, with what it needs installed.
 
     Args:
         name: Its name.
         task: Checks answers, for `verifier`.
+        answers: What counts as an answer, for `gsm8k_answer`.
 
     Raises:
         ImportError: If it needs a package that is missing.
@@ -240,5 +245,6 @@ def reward_function(name: str, task: Task | None = None) -> Callable[..., list[f
         return task.outcome
     if name == "exact_answer":
         return arithmetic.exact_answer
-    gsm8k.gsm8k_answer([], [], [])  # says now, not after the first rollout, if math-verify is missing
-    return gsm8k.gsm8k_answer
+    reward = gsm8k.last_number_answer if answers == "last_number" else gsm8k.gsm8k_answer
+    reward([], [], [])  # says now, not after the first rollout, if math-verify is missing
+    return reward

@@ -14,7 +14,8 @@ from fractal_rm.cli.parser import parse
 from fractal_rm.cli.tasks import MAKE_PROMPTS, TaskArguments, TaskName, make_task
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.files import write_atomic
-from fractal_rm.tasks.equations import final_answer, step_labels
+from fractal_rm.tasks.answers import read_answer
+from fractal_rm.tasks.equations import step_labels
 from fractal_rm.tasks.task import Split
 
 # Arguments that may change when a stopped run goes on.
@@ -133,7 +134,8 @@ def sample(argv: Sequence[str]) -> None:
             )
             for i, responses in zip(batch, groups, strict=True):
                 if _key(asked[i].prompt) not in finished:
-                    _append(output, _rows(asked[i], responses, arguments.gold_steps))
+                    last_number = arguments.answers == "last_number"
+                    _append(output, _rows(asked[i], responses, arguments.gold_steps, last_number=last_number))
     except KeyboardInterrupt:
         print(f"Interrupted. The same command goes on where {output} ends.", file=sys.stderr)
         raise SystemExit(130) from None
@@ -165,7 +167,7 @@ def _read_prompts(arguments: SampleArguments, data: DataArguments) -> tuple[list
 
 def _prompts_of_rows(arguments: SampleArguments, data: DataArguments) -> list[Asked]:
     """Prompts of a file or data set, whose answers are compared as GSM8K's are."""
-    from fractal_rm.tasks.gsm8k import gsm8k_answer, read_gsm8k
+    from fractal_rm.tasks.gsm8k import gsm8k_answer, last_number_answer, read_gsm8k
 
     found = data.read("train")
     if found is None:
@@ -174,10 +176,13 @@ def _prompts_of_rows(arguments: SampleArguments, data: DataArguments) -> list[As
     rows, source = found
     if arguments.task == "gsm8k":
         rows = read_gsm8k(rows, source=source, chat=arguments.chat)
-    gsm8k_answer([], [], [])  # says now if math-verify is missing
+    else:
+        rows = data.prompts(rows, source)
+    reward = last_number_answer if arguments.answers == "last_number" else gsm8k_answer
+    reward([], [], [])  # says now if math-verify is missing
 
     def judge(answer: str) -> Callable[[str], bool]:
-        return lambda response: gsm8k_answer([""], [response], [answer])[0] == 1.0
+        return lambda response: reward([""], [response], [answer])[0] == 1.0
 
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("answer"), str) or row.get("prompt") is None:
@@ -192,7 +197,9 @@ def _batches(texts: Sequence[str], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def _rows(asked: Asked, responses: Sequence[str], gold_steps: bool) -> list[dict[str, Any]]:
+def _rows(
+    asked: Asked, responses: Sequence[str], gold_steps: bool, *, last_number: bool = False
+) -> list[dict[str, Any]]:
     """The rows of a prompt. Blank responses are left out, because nothing can be learned from them."""
     written = [response for response in responses if response.strip()]
     rows = []
@@ -201,7 +208,7 @@ def _rows(asked: Asked, responses: Sequence[str], gold_steps: bool) -> list[dict
             "prompt": asked.prompt,
             "completion": response,
             "label": float(asked.is_right(response)),
-            "answer": final_answer(response),
+            "answer": read_answer(response, last_number=last_number),
             "responses": len(written),
         }
         # The lines that a reward model reads: a policy may write other line ends than the one that checkers know.
@@ -266,7 +273,7 @@ def summary(rows: Sequence[dict[str, Any]], samples: int) -> str:
     Example:
         >>> rows = [{"prompt": "a", "label": 1.0, "answer": "3"}, {"prompt": "a", "label": 0.0, "answer": None}]
         >>> summary(rows, 2)
-        '2 responses to 1 prompts: 50.0 % right, pass@2 100.0 %, 50.0 % without an answer after ####'
+        '2 responses to 1 prompts: 50.0 % right, pass@2 100.0 %, 50.0 % without an answer'
     """
     right: dict[str, float] = {}
     for row in rows:
@@ -278,5 +285,5 @@ def summary(rows: Sequence[dict[str, Any]], samples: int) -> str:
     passed = 100 * sum(right.values()) / len(right)
     return (
         f"{len(rows)} responses to {len(right)} prompts: {share:.1f} % right, pass@{samples} {passed:.1f} %, "
-        f"{silent:.1f} % without an answer after ####"
+        f"{silent:.1f} % without an answer"
     )

@@ -31,7 +31,17 @@ class TaskArguments:
         },
     )
 
+    answers: Literal["marked", "last_number"] = field(
+        default="marked",
+        metadata={
+            "help": "Rows with right answers: what counts as the final answer of a response. `marked`: what follows "
+            "`####` or is boxed, exactly once; `last_number`: where nothing is marked, the last number."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.answers == "last_number" and self.task in MAKE_PROMPTS:
+            raise ValueError(f"`answers` has no effect with `task={self.task}`, which checks its own. Leave it out.")
         if self.task == "reasoning_gym" and not self.task_name:
             raise ValueError("`task=reasoning_gym` needs `task_name`: a data set of the library, such as gsm_symbolic.")
         if self.task_name and self.task != "reasoning_gym":

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.checks import (
@@ -37,6 +38,10 @@ class TrainArguments:
             "a sentence-transformers model for `scorer=embedding`."
         }
     )
+    on_bad_row: Literal["stop", "skip"] = field(
+        default="stop",
+        metadata={"help": "A row that cannot be read: `stop` before training, or `skip` it; how many is said."},
+    )
 
 
 def train(argv: Sequence[str]) -> None:
@@ -48,12 +53,16 @@ def train(argv: Sequence[str]) -> None:
     check_models(arguments.model)
     if data.dataset_format is not None:
         check_meaning(data.dataset_format, config.aggregation)
+        if arguments.on_bad_row == "skip":
+            raise ValueError("`on_bad_row=skip` has no effect with `dataset_format`: official files are complete.")
     bags, sources = {}, {}
     for split in ("train", "eval", "test"):
         found = data.read(split)
         if found is not None:
             rows, sources[split] = found
-            bags[split] = to_bags(rows, config.settings(), source=sources[split])
+            bags[split] = to_bags(
+                rows, config.settings(), source=sources[split], columns=data.columns, on_bad_row=arguments.on_bad_row
+            )
     if "train" not in bags:
         raise ValueError("There is nothing to train on. Give `train_file` or `dataset_name`.")
     _check_kinds(bags, sources)

@@ -128,7 +128,10 @@ def _check_label(label: Any, what: str, num_grades: int | None) -> float | None:
     if label != label:
         raise ValueError(f"{what} is NaN; give a number, or drop the row.")
     if num_grades is None and not 0 <= label <= 1:
-        raise ValueError(f"{what} is {reprlib.repr(label)}, outside [0, 1]; rescale it, or set num_grades for grades.")
+        raise ValueError(
+            f"{what} is {reprlib.repr(label)}, outside [0, 1]; rescale it (--label_scale 1 5 maps 1 to 0 and 5 to 1), "
+            "or set num_grades for grades."
+        )
     if num_grades is not None and not (0 <= label < num_grades and label == int(label)):
         raise ValueError(
             f"{what} is {reprlib.repr(label)}; give a whole number from 0 to {num_grades - 1}, or another num_grades."

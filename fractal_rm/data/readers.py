@@ -6,16 +6,18 @@ A defect is one sentence that names the source and the row (counted from 1) and 
 import gzip
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fractal_rm.data.bag import Bag, Span
 from fractal_rm.data.prompts import check_same_kind, check_text
 from fractal_rm.data.segmentation import Segmentation, join_steps, locate_steps
+from fractal_rm.data.shapes import REASONING_KEYS, Columns, ratings_of, standard_row
 
 # TRL and transformers mark a label that is not known with this number.
 UNKNOWN_LABEL = -100
@@ -112,9 +114,10 @@ def read_bags(
     segmentation: Segmentation,
     *,
     source: str = "data",
-    prompt_column: str = "prompt",
+    columns: Columns | None = None,
     require_label: bool = True,
     num_grades: int | None = None,
+    on_bad_row: Literal["stop", "skip"] = "stop",
 ) -> list[Bag]:
     """Make bags of the rows of a data set; see `read_row` for the formats.
 
@@ -122,12 +125,16 @@ def read_bags(
         records: Rows: a list, a `datasets.Dataset`, what `read_jsonl` returns.
         segmentation: How a response that is not cut yet becomes steps.
         source: Name of the data in error messages, such as the file.
-        prompt_column: Name of the column with the prompt.
+        columns: Names of columns, and the scale of ratings.
         require_label: Refuse a row without a label; otherwise its bag has the label None.
         num_grades: For ordinal labels: how many grades there are.
+        on_bad_row: `stop` raises at the first row that cannot be read; `skip` leaves such rows out and counts them.
 
     Returns:
         One bag a row, and two for a preference: the chosen response first.
+
+    Warns:
+        UserWarning: How many rows were skipped, and why the first one was.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -140,21 +147,32 @@ def read_bags(
         [['3*4=12.', '2+12=14.']]
     """
     bags: list[Bag] = []
+    bad: list[str] = []
+    total = 0
     for row, record in enumerate(records, 1):
-        new = read_row(
-            record,
-            segmentation,
-            source=source,
-            row=row,
-            prompt_column=prompt_column,
-            require_label=require_label,
-            num_grades=num_grades,
-        )
+        total = row
+        try:
+            new = read_row(
+                record,
+                segmentation,
+                source=source,
+                row=row,
+                columns=columns,
+                require_label=require_label,
+                num_grades=num_grades,
+            )
+            with naming(source, row):
+                check_same_kind(new[0].prompt, (bags or new)[0].prompt)
+        except (TypeError, ValueError) as error:
+            if on_bad_row == "stop":
+                raise
+            bad.append(str(error))
+            continue
         bags += new
-        with naming(source, row):
-            check_same_kind(new[0].prompt, bags[0].prompt)
     if not bags:
-        raise ValueError(f"{source} has no rows; give at least one.")
+        raise ValueError(bad[0] if bad else f"{source} has no rows; give at least one.")
+    if bad:
+        warnings.warn(f"{len(bad)} of {total} rows of {source} are left out. First: {bad[0]}", stacklevel=2)
     return bags
 
 
@@ -164,11 +182,14 @@ def read_row(
     *,
     source: str = "data",
     row: int = 1,
-    prompt_column: str = "prompt",
+    columns: Columns | None = None,
     require_label: bool = True,
     num_grades: int | None = None,
 ) -> list[Bag]:
     """Make bags of one row, which has one of these formats; a column that is null counts as missing.
+
+    Other shapes are brought into these first ([`~fractal_rm.data.shapes.standard_row`]): preferences that hold their
+    prompt, `messages`, `question` and `answer`, step labels as turns of a conversation, columns of other names.
 
     - Preference: `chosen` and `rejected`, each a text, a chat of one assistant message or a list of steps. (In a row
       with `steps` too, they count only if its `aggregation` is `"native"` or `"preference"`.)
@@ -195,41 +216,39 @@ def read_row(
     with naming(source, row):
         if not isinstance(record, Mapping):
             raise TypeError(f"the row is {type(record).__name__}; make it an object with named columns.")
-        columns = {name: value for name, value in record.items() if value is not None}
-        # Parquet files bring numpy arrays.
-        columns = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in columns.items()}
-        prompt = _prompt(_column(columns, prompt_column, record))
-        name = str(columns["id"]) if "id" in columns else None
-        compared = "steps" not in columns or columns.get("aggregation") in ("native", "preference")
-        if compared and ("chosen" in columns or "rejected" in columns):
+        found = standard_row(record, columns)
+        prompt = _prompt(_column(found, "prompt", record))
+        name = str(found["id"]) if "id" in found else None
+        compared = "steps" not in found or found.get("aggregation") in ("native", "preference")
+        if compared and ("chosen" in found or "rejected" in found):
             return [
                 Bag(
                     prompt,
-                    *_answer(_column(columns, side, record), side, segmentation),
+                    *_answer(_column(found, side, record), side, segmentation),
                     label=label,
                     id=name and f"{name}-{side}",
                     pair_id=f"{source}:{row}",
                 )
                 for side, label in (("chosen", 1.0), ("rejected", 0.0))
             ]
-        response, spans, step_labels = _steps(columns, record, segmentation)
-        teacher = _list(columns["teacher_scores"], "teacher_scores") if "teacher_scores" in columns else None
+        response, spans, step_labels = _steps(found, record, segmentation)
+        teacher = _list(found["teacher_scores"], "teacher_scores") if "teacher_scores" in found else None
         bag = Bag(
             prompt,
             response,
             spans,
-            columns.get("label"),
+            found.get("label"),
             step_labels,
             teacher_scores=tuple(teacher) if teacher is not None else None,
             num_grades=num_grades,
             id=name,
         )
-        if bag.label is None and "completions" in columns and bag.step_labels is not None:
+        if bag.label is None and "completions" in found and bag.step_labels is not None:
             bag = replace(bag, label=_minimum(bag.step_labels))
             if bag.label is None and require_label:
                 raise ValueError("the label does not follow from the step labels, some are unknown; add 'label'.")
         if bag.label is None and require_label:
-            _column(columns, "labels" if "completions" in columns else "label", record)
+            _column(found, "labels" if "completions" in found else "label", record)
         return [bag]
 
 
@@ -239,16 +258,21 @@ def _column(columns: Mapping[str, Any], name: str, record: Mapping[str, Any]) ->
         raise ValueError(f"column {name!r} is null; fill it in or drop the row.")
     if name not in columns:
         found = ", ".join(map(repr, record)) or "no columns"
-        hint = ", or name the column with prompt_column" if name == "prompt" else ""
+        hint = f", or name the column with --{name}_column" if name in ("prompt", "label") else ""
+        if name == "label" and (ratings := ratings_of(record)):
+            hint += f" and its lowest and highest value with --label_scale (numbers: {', '.join(map(repr, ratings))})"
         raise ValueError(f"column {name!r} is missing (found: {found}); add it or rename one{hint}.")
     return columns[name]
 
 
 def _prompt(value: Any) -> Any:
-    """A chat without the keys that `datasets` fills with None where only other rows have them."""
+    """A chat without the keys that `datasets` fills with None where only other rows have them.
+
+    Content that is null stays: a message of tool calls alone has some, and no reader may take it for a missing key.
+    """
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
         return value
-    return [{key: text for key, text in message.items() if text is not None} for message in value]
+    return [{key: text for key, text in message.items() if text is not None or key == "content"} for message in value]
 
 
 def _steps(
@@ -269,7 +293,8 @@ def _steps(
     else:
         raise ValueError(
             f"there is no response (found: {', '.join(map(repr, record))}); add a column 'completion' or 'response', "
-            "'steps', 'completions' and 'labels', or 'chosen' and 'rejected'."
+            "'steps', 'completions' and 'labels', 'messages', or 'chosen' and 'rejected', or name one with "
+            "--response_column."
         )
     labels_name = "labels" if "completions" in columns else "step_labels"
     if labels_name not in columns:
@@ -296,9 +321,29 @@ def _text(value: Any, what: str) -> str:
                 f"{what!r} is a chat of {len(value)} messages; leave one message of the assistant in it and move the "
                 "others to the prompt."
             )
-        text = value[0].get("content")
+        text = _content(value[0], what)
     check_text(text, repr(what))
     return text
+
+
+def _content(message: Mapping[str, Any], what: str) -> Any:
+    """The content of a response's message, its parts of text joined; a thought beside it is not lost in silence."""
+    thought = next((key for key in REASONING_KEYS if str(message.get(key) or "").strip()), None)
+    if thought is not None:
+        raise ValueError(
+            f"the message of {what!r} has {thought!r}, which is not a part of its text; write it into the content, as "
+            "the chat template does (<think>...</think>), or remove it."
+        )
+    content = message.get("content")
+    if content is None:
+        raise ValueError(f"the content of the message of {what!r} is null, as that of tool calls; write it or drop it.")
+    if not isinstance(content, list):
+        return content
+    kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content]
+    other = next((kind for kind in kinds if kind != "text"), None)
+    if other is not None:
+        raise ValueError(f"the content of {what!r} has a part of the type {other!r}; leave text in it.")
+    return "".join(str(part.get("text") or "") for part in content)
 
 
 def _list(value: Any, what: str) -> list[Any]:

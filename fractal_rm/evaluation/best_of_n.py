@@ -20,6 +20,7 @@ from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.statistics import Measurement, Statistic, mean_of
 from fractal_rm.objectives.aggregation import GOOD
 from fractal_rm.reward_model import StepScores
+from fractal_rm.tasks.answers import group_answers, read_answer
 
 # Subsets a question that a vote is averaged over at most: it has no closed form.
 VOTE_DRAWS = 500
@@ -60,7 +61,8 @@ def read_questions(
         segmentation: How responses are cut into steps.
         source: Name of the data in messages.
         answer_pattern: A regular expression whose first group is the final answer; its last match in the response
-            counts. It takes the place of the column `answer`.
+            counts. It takes the place of the column `answer`. Without both, what responses state as their answer
+            ([`~fractal_rm.tasks.answers.read_answer`]), if one does.
 
     Raises:
         ValueError: If a label is missing, or a row is wrong, or the pattern is no regular expression with a group.
@@ -79,7 +81,8 @@ def read_questions(
 def _answers(rows: Sequence[Mapping[str, Any]], bags: Sequence[Bag], pattern: str | None) -> list[str | None] | None:
     if pattern is None:
         if not any(row.get("answer") is not None for row in rows):
-            return None
+            stated = [read_answer(bag.response) for bag in bags]
+            return stated if any(stated) else None
         return [None if row.get("answer") is None else str(row["answer"]).strip() for row in rows]
     try:
         search = re.compile(pattern)
@@ -145,7 +148,8 @@ def pass_at(right: np.ndarray, n: int) -> float:
 def majority_of(answers: Sequence[str | None], right: np.ndarray, n: int) -> float:
     """Chance that the most frequent answer (N,) among n solutions drawn without replacement is right (N,).
 
-    None has no vote. Among equally frequent answers each is taken equally often; without any answer, each solution.
+    Equal answers are one, however they are written ([`~fractal_rm.tasks.answers.same_answer`]): `0.5` and `1/2`. None
+    has no vote. Among equally frequent answers each is taken equally often; without any answer, each solution.
 
     Returns:
         The average over all subsets, or over 500 drawn ones if there are more.
@@ -154,13 +158,14 @@ def majority_of(answers: Sequence[str | None], right: np.ndarray, n: int) -> flo
         >>> majority_of(["7", "7", "8"], np.array([True, True, False]), 3)
         1.0
     """
-    names = sorted({answer for answer in answers if answer is not None})
-    place = np.array([len(names) if answer is None else names.index(answer) for answer in answers])
+    groups = group_answers(answers)
+    silence = len({group for group in groups if group is not None})
+    place = np.array([silence if group is None else group for group in groups])
     if math.comb(len(right), n) <= VOTE_DRAWS:
         drawn = np.array(list(itertools.combinations(range(len(right)), n)))
     else:
         drawn = np.random.default_rng(0).random((VOTE_DRAWS, len(right))).argsort(1)[:, :n]
-    votes = np.zeros((len(drawn), len(names) + 1))
+    votes = np.zeros((len(drawn), silence + 1))
     good = np.zeros_like(votes)
     rows = np.arange(len(drawn))[:, None]
     np.add.at(votes, (rows, place[drawn]), 1.0)

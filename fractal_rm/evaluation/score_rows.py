@@ -7,13 +7,18 @@ from typing import Any
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.readers import read_row
+from fractal_rm.data.shapes import Columns
 from fractal_rm.evaluation.responses import score_bags
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.scorers.inputs import prompt_text
 
 
 def score_rows(
-    reward_model: StepRewardModel, rows: Sequence[Mapping[str, Any] | Bag], *, source: str
+    reward_model: StepRewardModel,
+    rows: Sequence[Mapping[str, Any] | Bag],
+    *,
+    source: str,
+    columns: Columns | None = None,
 ) -> list[dict[str, Any]]:
     """Score the responses of rows in any format that `read_row` knows, labelled or not.
 
@@ -29,7 +34,14 @@ def score_rows(
             if isinstance(row, Bag):
                 found = [row]
             else:
-                found = read_row(row, reward_model.segmentation, source=source, row=number, require_label=False)
+                found = read_row(
+                    row,
+                    reward_model.segmentation,
+                    source=source,
+                    row=number,
+                    columns=columns,
+                    require_label=False,
+                )
             _check_prompt(found[0], reward_model, f"{source}, row {number}")
         except (TypeError, ValueError) as error:
             row = vars(row) if isinstance(row, Bag) else row

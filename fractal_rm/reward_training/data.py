@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fractal_rm.data.bag import Bag, truncate_bags
 from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation, common_gap
+from fractal_rm.data.shapes import REASONING_KEYS, Columns
 from fractal_rm.objectives.aggregation import GOOD, meaning
 from fractal_rm.scorers.inputs import BagInputs
 from fractal_rm.scorers.settings import FractalSettings
@@ -25,8 +26,15 @@ _UNCUT, _LOOKED_AT = 0.9, 200
 Records = Sequence[Bag] | Iterable[Mapping[str, Any]]
 
 
-def to_bags(records: Records, settings: FractalSettings, *, source: str) -> list[Bag]:
-    """Bags from TRL's formats or this package's schema; bags pass through.
+def to_bags(
+    records: Records,
+    settings: FractalSettings,
+    *,
+    source: str,
+    columns: Columns | None = None,
+    on_bad_row: Literal["stop", "skip"] = "stop",
+) -> list[Bag]:
+    """Bags from TRL's formats, this package's schema and what `read_row` knows; bags pass through.
 
     Raises:
         TypeError: For a reason of `read_bags`.
@@ -42,8 +50,8 @@ def to_bags(records: Records, settings: FractalSettings, *, source: str) -> list
         if graded is not None:
             raise ValueError(
                 f"{source}, row {graded}: the bag has num_grades={rows[graded - 1].num_grades}, but the configuration "
-                f"has num_grades={settings.num_grades}. Make them equal; or divide grades by the highest one and "
-                "leave `num_grades` out of both."
+                f"has num_grades={settings.num_grades}. Make them equal; or map grades to [0, 1], the lowest to 0 and "
+                "the highest to 1, and leave `num_grades` out of both."
             )
         return rows
     mine = meaning(settings.aggregation)
@@ -59,7 +67,14 @@ def to_bags(records: Records, settings: FractalSettings, *, source: str) -> list
                 f"{source}, row {number}: without `label` the response's label would be the minimum of its steps', "
                 f"but `aggregation` is {settings.aggregation!r}. Add a column `label`."
             )
-    bags = read_bags(rows, settings.segmentation, source=source, num_grades=settings.num_grades)
+    bags = read_bags(
+        rows,
+        settings.segmentation,
+        source=source,
+        columns=columns,
+        num_grades=settings.num_grades,
+        on_bad_row=on_bad_row,
+    )
     if len(bags) == len(rows):
         _check_joints(rows, bags, settings, source)
     return bags
@@ -97,6 +112,40 @@ def warn_of_uncut_responses(bags: Sequence[Bag], settings: FractalSettings) -> N
             f"`segmentation={method}`: almost every response is one step, so there is nothing to tell apart within "
             f"one. `segmentation={best}` finds {found[best]} steps in {len(looked_at)} of them.",
             stacklevel=3,
+        )
+
+
+def check_reasoning(bags: Sequence[Bag], template: str | None, *, source: str) -> None:
+    """Raise if messages of prompts hold thoughts beside their content and the chat template does not read them.
+
+    Args:
+        bags: Bags, in the order of their rows.
+        template: The chat template; None: there is none.
+        source: Name of the data in messages.
+
+    Raises:
+        ValueError: Names the row and the key.
+    """
+    for number, bag in enumerate(bags, 1):
+        messages: Sequence[Mapping[str, Any]] = bag.prompt if is_chat(bag.prompt) else ()
+        keys = [key for message in messages for key in REASONING_KEYS if str(message.get(key) or "").strip()]
+        unread = next((key for key in keys if key not in (template or "")), None)
+        if unread is not None:
+            raise ValueError(
+                f"{source}, response {number}: a message of the prompt has {unread!r}, which the chat template does "
+                "not read. Write it into the content, or remove it."
+            )
+
+
+def say_unread_gold(bags: Sequence[Bag]) -> None:
+    """Say once that there are gold step labels which training does not read."""
+    count = sum(any(label is not None for label in bag.step_labels or ()) for bag in bags)
+    if count:
+        logger.warning(
+            "%d of %d responses have gold step labels, which are not read. Set `instance_weight` above 0 to learn from "
+            "them.",
+            count,
+            len(bags),
         )
 
 

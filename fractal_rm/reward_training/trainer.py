@@ -47,8 +47,10 @@ from fractal_rm.reward_training.data import (
     BagCollator,
     BagDataset,
     Records,
+    check_reasoning,
     describe_labels,
     fingerprint,
+    say_unread_gold,
     to_bags,
     warn_of_joined_text,
     warn_of_uncut_responses,
@@ -132,10 +134,15 @@ class FractalTrainer(Trainer):
             warn_of_equal_labels(bags["train"])
             warn_of_uncut_responses(bags["train"], self.settings)
             self.settings.joint = common_gap((bag.response, bag.step_spans) for bag in bags["train"])
-            if args.instance_weight == 0:  # gold labels are not read: not even to tell which long responses to keep
+            if args.instance_weight == 0:
+                say_unread_gold(bags["train"])
+                # Not even to tell which long responses to keep.
                 bags["train"] = [replace(bag, step_labels=None) for bag in bags["train"]]
         set_seed(args.seed)  # adapters and heads are made before Trainer seeds
         scorer, self.processor = make_trainable(model, args, self.settings, processing_class, peft_config)
+        template = getattr(self.processor, "chat_template", None)
+        for name, found in bags.items():
+            check_reasoning(found, str(template or ""), source=f"{name} data")
         self.inputs = make_inputs(self.processor, self.settings)
         self._base_rate = 0.5
         self.card = RewardModelCard(base=model_name(model))

@@ -15,7 +15,7 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 
-MARK = "####"
+from fractal_rm.tasks.answers import MARK, read_answer, same_answer
 
 _OPERATORS: dict[type, Callable[[float, float], float]] = {
     ast.Add: operator.add,
@@ -54,11 +54,6 @@ def numbers(text: str) -> set[float]:
             value = float(match["number"].replace(",", ""))
             found |= {value, value / 100} if match["percent"] else {value}
     return found
-
-
-def final_answer(text: str) -> str | None:
-    """What stands behind the last `####`, up to the end of that line; None without one."""
-    return text.rpartition(MARK)[2].strip().partition("\n")[0].strip() if MARK in text else None
 
 
 def _tokens(text: str) -> list[str]:
@@ -146,7 +141,7 @@ def check_line(line: str, known: set[float], results: set[float], answer: str) -
         True
     """
     if MARK in line:
-        return same_number(final_answer(line), answer)
+        return same_answer(read_answer(line), answer)
     texts = _SIDES.split(line)
     if len(texts) == 1:
         return numbers(line) <= known
@@ -169,16 +164,6 @@ def _holds(left: list[str], right: list[str], unknown: float | None) -> bool:
     """Whether both sides are equal; a side without an expression, as in "T = the number of pens", states nothing."""
     a, b = _side(left, unknown, at_end=True), _side(right, unknown, at_end=False)
     return a is None or b is None or _equal(a, b)
-
-
-def same_number(stated: str | None, answer: str) -> bool:
-    """Whether two texts state the same number; other text is compared as it is."""
-    if stated is None:
-        return False
-    try:
-        return math.isclose(float(stated.replace(",", "")), float(answer.replace(",", "")), abs_tol=1e-9)
-    except ValueError:
-        return stated.strip() == answer.strip()
 
 
 def check_lines(response: str, question: str, reference: str, answer: str) -> list[bool]:

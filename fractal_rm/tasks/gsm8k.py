@@ -1,14 +1,13 @@
 """GSM8K: grade-school word problems with a number as the answer, from the hub or from a file."""
 
-import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fractal_rm.data.prompts import check_text, response_text
+from fractal_rm.data.prompts import check_text
 from fractal_rm.data.readers import naming
+from fractal_rm.tasks.answers import MARK, check_math_verify, read_answer, same_answer
 
 INSTRUCTION = "Solve the problem step by step, one step a line. Put the final answer on the last line, after '#### '."
-_MARK = "####"
 
 
 def gold_answer(answer: str) -> str:
@@ -21,9 +20,9 @@ def gold_answer(answer: str) -> str:
         >>> gold_answer("She sold 48/2 = 24 clips in May.\\n#### 1,024")
         '1024'
     """
-    number = answer.rpartition(_MARK)[2].strip().replace(",", "")
-    if _MARK not in answer or not number:
-        raise ValueError(f"the answer has no number after {_MARK!r}; give reference solutions as GSM8K has them.")
+    number = answer.rpartition(MARK)[2].strip().replace(",", "")
+    if MARK not in answer or not number:
+        raise ValueError(f"the answer has no number after {MARK!r}; give reference solutions as GSM8K has them.")
     return number
 
 
@@ -65,36 +64,42 @@ def read_gsm8k(rows: Iterable[Mapping[str, Any]], *, source: str, chat: bool = T
 
 
 def gsm8k_answer(prompts: list[Any], completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
-    """TRL reward function: 1 if the completion's final answer equals the column `answer`, else 0.
+    """TRL reward function: 1 if the completion states the column `answer` as its final answer, else 0.
 
-    The final answer is what follows the last `####`; without one, whatever math-verify finds in the whole completion.
+    What counts as stated is the rule of [`~fractal_rm.tasks.answers.read_answer`]: behind `####` or boxed, exactly
+    once.
 
     Args:
         prompts: Texts or chats; not read.
-        completions: Texts, or chats of one assistant message.
-        answer: Right answers.
+        completions: Texts, or chats, whose last message counts.
+        answer: Right answers, or reference solutions that state them in the same way.
         kwargs: Other columns; not read.
 
     Raises:
         ImportError: If math-verify is not installed.
 
     Example:
-        >>> gsm8k_answer(["", ""], ["3 + 4 = 7.\\n#### 7", "I think it is 8."], ["7", "7"])
+        >>> gsm8k_answer(["", ""], ["3 + 4 = 7.\\n#### 7", "I think it is 7."], ["7", "7"])
         [1.0, 0.0]
     """
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        raise ImportError(
-            'The reward `gsm8k_answer` needs math-verify. Install it: `pip install "fractal-rm[math]"`.'
-        ) from None
-    # math-verify limits its time with a signal, which only the main thread may set.
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
-    rewards = []
-    for completion, gold in zip(completions, answer, strict=True):
-        text = response_text(completion)
-        stated = text.rpartition(_MARK)[2].strip()
-        found = parse(stated.partition("\n")[0] if _MARK in text else text, parsing_timeout=seconds)  # type: ignore[arg-type]
-        right = bool(found) and verify(parse(gold, parsing_timeout=seconds), found, timeout_seconds=seconds)  # type: ignore[arg-type]
-        rewards.append(float(right))
-    return rewards
+    return _rewards(completions, answer, last_number=False)
+
+
+def last_number_answer(prompts: list[Any], completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
+    """As [`gsm8k_answer`], but if a completion marks no answer, its last number counts.
+
+    It pays for solutions that were cut off at the right moment, too.
+
+    Example:
+        >>> last_number_answer(["", ""], ["3 + 4 = 7.\\n#### 7", "I think it is 7."], ["7", "7"])
+        [1.0, 1.0]
+    """
+    return _rewards(completions, answer, last_number=True)
+
+
+def _rewards(completions: list[Any], answers: list[str], *, last_number: bool) -> list[float]:
+    check_math_verify("The reward `gsm8k_answer`")
+    return [
+        float(same_answer(read_answer(completion, last_number=last_number), read_answer(gold) or gold))
+        for completion, gold in zip(completions, answers, strict=True)
+    ]

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fractal_rm.tasks.equations import MARK, check_lines, final_answer
+from fractal_rm.tasks.answers import MARK, read_answer
+from fractal_rm.tasks.equations import check_lines
 from fractal_rm.tasks.task import Split, Task
 
 PROMPT = "Question: {question}\nAnswer:\n"
@@ -87,9 +88,9 @@ class GymProblem:
         return self.check_answer(self.solution) and all(self.check_steps(self.solution) or ())
 
     def check_answer(self, response: str) -> bool:
-        """Whether the verifier gives its full score to what follows the last `####`. Without one, nothing is stated."""
-        stated = final_answer(response)
-        if not stated:
+        """Whether the verifier gives its full score to what the response states ([`read_answer`])."""
+        stated = read_answer(response)
+        if stated is None:
             return False
         try:
             return self.verifier.score_answer(stated, self.entry) >= 1

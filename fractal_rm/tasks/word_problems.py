@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fractal_rm.data.readers import naming, read_jsonl
-from fractal_rm.tasks.equations import final_answer, same_number
+from fractal_rm.tasks.answers import read_answer, same_answer
 from fractal_rm.tasks.gym import PROMPT
 from fractal_rm.tasks.task import Split, Task
 
@@ -55,8 +55,8 @@ class WordProblem:
         return "\n".join([*(f"{a} {sign} {b} = {c}" for a, sign, b, c in self.calculations), f"#### {self.answer}"])
 
     def check_answer(self, response: str) -> bool:
-        """Whether what follows the last `####` is the answer."""
-        return same_number(final_answer(response), self.answer)
+        """Whether the response states the answer, by the rule of [`~fractal_rm.tasks.answers.read_answer`]."""
+        return same_answer(read_answer(response), self.answer)
 
     def check_steps(self, response: str) -> list[bool]:
         """Whether each line that is not blank is right; from the first wrong line on, none is.

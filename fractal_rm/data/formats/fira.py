@@ -1,6 +1,5 @@
 """Official files of FiRA: snippets of web documents in which people graded and marked what answers a query."""
 
-import csv
 import os
 import re
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fractal_rm.data.bag import Bag, Span
-from fractal_rm.data.formats.reading import PathLike, check_file, column, touches
+from fractal_rm.data.formats.reading import PathLike, column, csv_rows, touches
 from fractal_rm.data.readers import naming
 from fractal_rm.data.sentences import sentences
 
@@ -56,7 +55,7 @@ def read_fira(data: PathLike, *, source: str | None = None) -> list[Bag]:
     questions = _two_columns(queries, "query_id", "query_text")
     graded: dict[tuple[str, str], list[tuple[int, list[Span]]]] = {}
     first_row: dict[tuple[str, str], int] = {}
-    for number, row in _table(judgements):
+    for number, row in csv_rows(judgements):
         with naming(source, number):
             pair = column(row, "queryId", str), column(row, "documentId", str)
             for name, known, where in zip(("query", "document"), (questions, texts), (queries, documents), strict=True):
@@ -81,20 +80,9 @@ def read_fira(data: PathLike, *, source: str | None = None) -> list[Bag]:
     return bags
 
 
-def _table(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Rows of a tab-separated file by the names of its header, with their numbers; the header is row 1."""
-    check_file(path)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t"))
-    except (UnicodeDecodeError, csv.Error):
-        raise ValueError(f"{path} is no tab-separated file in UTF-8; download it again.") from None
-    return list(enumerate(rows, 2))
-
-
 def _two_columns(path: Path, key: str, value: str) -> dict[str, str]:
     found = {}
-    for number, row in _table(path):
+    for number, row in csv_rows(path):
         with naming(str(path), number):
             found[column(row, key, str)] = column(row, value, str)
     return found

@@ -4,6 +4,7 @@ Every reader takes the data (a file, or rows) and the `source`, its name in mess
 TypeError.
 """
 
+import csv
 import gzip
 import json
 import os
@@ -65,6 +66,29 @@ def check_file(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ValueError(f"{path} is a pointer of Git LFS, not the data; fetch the data with `git lfs pull`.")
+
+
+def csv_rows(path: Path, delimiter: str = "\t") -> list[tuple[int, dict[str, str]]]:
+    """Rows of a file of separated cells by the names of its header, with their numbers; the header is row 1.
+
+    Cells are text: a response that reads `2` or `NA` stays what it is.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not UTF-8, or a row has other cells than the header.
+    """
+    check_file(path)
+    csv.field_size_limit(2**31 - 1)  # responses are longer than the 131,072 characters that Python allows at first
+    kind = "tab-separated" if delimiter == "\t" else "comma-separated"
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter=delimiter))
+    except (UnicodeDecodeError, csv.Error):
+        raise ValueError(f"{path} is no {kind} file in UTF-8; write or download it again.") from None
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise ValueError(f"{path}, row {number}: the row has other cells than the header; quote cells, or mend it.")
+    return list(enumerate(rows, 2))
 
 
 def _wrapped_rows(path: Path, key: str | None) -> list[Mapping[str, Any]]:

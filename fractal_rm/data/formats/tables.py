@@ -1,0 +1,90 @@
+"""Parquet, CSV and Arrow files, and folders that `datasets` saved: rows like those of a JSON file."""
+
+import json
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fractal_rm.data.formats.reading import check_file, csv_rows
+
+# The builder of `datasets.load_dataset` for an ending, and what stands between cells.
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# Columns that hold lists, and numbers; other cells of a CSV file are text, or chats in JSON.
+_LISTS = ("steps", "completions", "step_labels", "labels", "teacher_scores")
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file that [`is_table`], or of a folder of `Dataset.save_to_disk`.
+
+    Cells of CSV files are text; lists and chats are written as JSON.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If it cannot be read, has no rows, or a folder holds several splits.
+    """
+    if path.suffix in _DELIMITERS:
+        rows: list[Any] = [
+            {name: _cell(name, text) for name, text in row.items()}
+            for _, row in csv_rows(path, _DELIMITERS[path.suffix])
+        ]
+    else:
+        rows = _from_datasets(path)
+    if not rows:
+        raise ValueError(f"{path} is empty; give a file with at least one row.")
+    return rows
+
+
+def _from_datasets(path: Path) -> list[dict[str, Any]]:
+    import datasets
+    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    if not path.is_dir():
+        check_file(path)
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        if path.is_dir():
+            found = load_from_disk(str(path), keep_in_memory=True)
+        else:
+            with tempfile.TemporaryDirectory() as cache:
+                found = load_dataset(
+                    _BUILDERS[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+                )
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(f"{path} cannot be read ({_cause(error)}); write or download it again.") from None
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
+    if isinstance(found, DatasetDict):
+        raise ValueError(f"{path} holds the splits {', '.join(found)}; give the folder of one of them.")
+    return found.to_list()  # type: ignore[union-attr]
+
+
+def _cell(name: str, text: str) -> Any:
+    """A cell of a CSV file: null if it is empty, a list or a chat if it is one in JSON, else text."""
+    if not text:
+        return None
+    if text.startswith("["):
+        with suppress(ValueError):
+            found = json.loads(text)
+            if name in _LISTS or all(isinstance(one, dict) for one in found):
+                return found
+    return text
+
+
+def is_table(path: Path) -> bool:
+    """Whether a path is read by [`read_table`]: by its ending, or because `datasets` saved it."""
+    return (
+        path.suffix in _BUILDERS | _DELIMITERS
+        or (path / "state.json").is_file()
+        or (path / "dataset_dict.json").is_file()
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the error that began it: `datasets` wraps it."""
+    cause = error.__cause__ or error
+    return str(cause).strip().partition("\n")[0].rstrip(".") or type(cause).__name__

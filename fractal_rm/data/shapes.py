@@ -1,0 +1,266 @@
+"""Shapes of rows that are common elsewhere, brought into the shapes that [`~fractal_rm.data.readers.read_row`] knows.
+
+Columns of other names, preferences that hold their prompt, `messages`, ShareGPT turns, step labels as turns (`+`, `-`),
+ratings. What cannot be told for certain is refused, and the sentence names the option that tells it.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import takewhile
+from typing import Any
+
+# Names that stand for a prompt or a response where the names of this package are missing.
+_PROMPTS = ("question", "problem", "instruction", "query")
+_RESPONSES = ("answer", "output", "solution", "generation")
+_OWN_RESPONSES = ("completion", "response", "steps", "completions", "chosen", "rejected")
+_CHATS = ("messages", "conversations", "conversation")
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_SIGNS = {"+": 1.0, "-": 0.0}
+# Where the assistant's turn begins in chats that are written as text.
+_TURN = re.compile(
+    r"\n\nAssistant:|<\|im_start\|>assistant\n|<\|assistant\|>\n?|\[/INST\]|<start_of_turn>model\n"
+    r"|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n|### Response:\n?"
+)
+_FIRST_STEP = re.compile(r"\bStep 1\s*:")
+# What a model thought, beside the content of its message.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of columns; None: the usual name.
+
+    Args:
+        prompt: Text or chat.
+        response: Text, or a chat of one assistant message.
+        label: Label of the response, or its rating, with `label_scale`.
+        chosen: The better response of a preference.
+        rejected: The worse one.
+        steps: The response as a list of steps.
+        step_labels: Labels of the steps.
+        label_scale: Lowest and highest rating: labels are mapped to [0, 1] in equal parts.
+
+    Raises:
+        ValueError: If the scale is no pair of numbers, the lower one first.
+
+    Example:
+        >>> standard_row({"q": "1+1?", "a": "2", "r": 4}, Columns("q", "a", "r", label_scale=(1, 5)))
+        {'prompt': '1+1?', 'response': '2', 'label': 0.75}
+    """
+
+    prompt: str | None = None
+    response: str | None = None
+    label: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    steps: str | None = None
+    step_labels: str | None = None
+    label_scale: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        scale = self.label_scale
+        if scale is not None and (len(scale) != 2 or not all(map(math.isfinite, scale)) or scale[0] >= scale[1]):
+            raise ValueError(f"`label_scale` is {list(scale)}. Give the lowest and the highest rating: `1 5`.")
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The columns that have another name, by their usual one."""
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "label_scale"}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def standard_row(record: Mapping[str, Any], columns: Columns | None = None) -> dict[str, Any]:
+    """A row with the columns that `read_row` reads; columns that are null are left out.
+
+    Raises:
+        TypeError: If a rating is no number.
+        ValueError: If a named column is missing, or it cannot be told which column is which.
+    """
+    columns = columns or Columns()
+    row = {name: value for name, value in record.items() if value is not None}
+    # Parquet files bring numpy arrays.
+    row = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+    row = _renamed(row, record, columns)
+    for name in ("prompt", *_OWN_RESPONSES, *_CHATS):
+        if name in row:
+            row[name] = _turns(row[name])
+    row = _from_chat(row)
+    row = _from_alias(row, "prompt", _PROMPTS, ("prompt",))
+    row = _from_alias(row, "response", _RESPONSES, _OWN_RESPONSES)
+    if "chosen" in row and "rejected" in row and "steps" not in row:
+        row = _without_inner_prompt(row)
+    if isinstance(row.get("label"), str):
+        row["label"] = _as_number(row["label"])
+    if columns.label_scale is not None and "label" in row:
+        row["label"] = _rated(row["label"], *columns.label_scale)
+    return row
+
+
+def prompt_row(record: Mapping[str, Any], column: str | None) -> dict[str, Any]:
+    """A row of prompts with the column `prompt`, whatever it is called; the other columns stay as they are.
+
+    Raises:
+        ValueError: If the named column is missing, or two columns may be the prompt.
+
+    Example:
+        >>> prompt_row({"question": "1+1?", "answer": "2"}, None)
+        {'prompt': '1+1?', 'answer': '2'}
+    """
+    if column is not None:
+        return _renamed(dict(record), record, Columns(prompt=column))
+    return dict(record) if record.get("prompt") is not None else _from_alias(dict(record), "prompt", _PROMPTS, ())
+
+
+def ratings_of(record: Mapping[str, Any]) -> list[str]:
+    """Columns of a row that hold a number, and so may be ratings."""
+    return [name for name, value in record.items() if isinstance(value, int | float) and name not in ("id", "index")]
+
+
+def _renamed(row: dict[str, Any], record: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
+    """The row with named columns under their usual names; what they replace is gone."""
+    named = columns.named
+    if not named:
+        return row
+    for usual, name in named.items():
+        if name not in row:
+            found = ", ".join(map(repr, record)) or "no columns"
+            what = "is null" if name in record else f"is missing (found: {found})"
+            raise ValueError(f"column {name!r} {what}; fill it in, or give another --{usual}_column.")
+    replaced = set(named.values()) | set(named)
+    if "response" in named or "steps" in named:
+        replaced |= {*_OWN_RESPONSES, *_CHATS} - named.keys()
+    rest = {name: value for name, value in row.items() if name not in replaced}
+    return {usual: row[name] for usual, name in named.items()} | rest
+
+
+def _turns(value: Any) -> Any:
+    """A chat with `role` and `content`, where it had ShareGPT's `from` and `value`."""
+    if not isinstance(value, list) or not any(isinstance(one, Mapping) and "from" in one for one in value):
+        return value
+    return [
+        {"role": _ROLES.get(one["from"], one["from"]), "content": one.get("value")}
+        if isinstance(one, Mapping) and "from" in one
+        else one
+        for one in value
+    ]
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, Mapping) and "role" in one for one in value)
+
+
+def _from_chat(row: dict[str, Any]) -> dict[str, Any]:
+    """Prompt and response of a row whose only text is a chat: its last message, or the steps between signs."""
+    names = [name for name in _CHATS if name in row]
+    if not names or any(name in row for name in _OWN_RESPONSES) or not _is_chat(row[names[0]]):
+        return row
+    if len(names) > 1:
+        raise ValueError(f"there are both {names[0]!r} and {names[1]!r}; drop one of the columns.")
+    chat = row[names[0]]
+    rest = {name: value for name, value in row.items() if name not in (names[0], "prompt")}
+    answers = [message.get("content") for message in chat if message["role"] == "assistant"]
+    if answers and all(isinstance(text, str) and text.strip() in _SIGNS for text in answers):
+        return _from_signs(chat) | rest
+    if chat[-1]["role"] != "assistant" or len(chat) < 2:
+        raise ValueError(
+            f"{names[0]!r} has no message of the assistant behind the prompt; add one, or name the response with "
+            "--response_column."
+        )
+    return {"prompt": chat[:-1], "response": chat[-1:]} | rest
+
+
+def _from_signs(chat: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Prompt, steps and step labels of a chat in which each step of the user is answered by a sign."""
+    system = [message for message in chat if message["role"] == "system"]
+    turns = [message for message in chat if message["role"] != "system"]
+    said, signs = turns[::2], turns[1::2]
+    if len(said) != len(signs) or any(one["role"] != "user" for one in said):
+        raise ValueError("the signs do not follow a step each; give turns of the user and of the assistant in turn.")
+    texts = [message.get("content") for message in said]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError("a step between the signs has no text; drop the row or write the step.")
+    begin = _FIRST_STEP.search(texts[0])
+    cut = begin.start() if begin else texts[0].rfind("\n\n")
+    if cut <= 0 or not texts[0][:cut].strip():
+        raise ValueError(
+            "the first turn does not show where the problem ends and the first step begins; write 'Step 1:' or an "
+            "empty line between them."
+        )
+    problem: Any = texts[0][:cut].strip()
+    steps = [texts[0][cut:].strip(), *(text.strip() for text in texts[1:])]
+    prompt = [*system, {"role": "user", "content": problem}] if system else problem
+    return {"prompt": prompt, "completions": steps, "labels": [_SIGNS[one["content"].strip()] for one in signs]}
+
+
+def _from_alias(row: dict[str, Any], usual: str, others: Sequence[str], present: Sequence[str]) -> dict[str, Any]:
+    """The row with a usual name for another one, if exactly one of the others is there and none that is present."""
+    found = [name for name in others if name in row]
+    if not found or any(name in row for name in present):
+        return row
+    if "instruction" in found and str(row.get("input", "")).strip():
+        found.append("input")
+    if len(found) > 1:
+        raise ValueError(
+            f"the {usual} may be {' or '.join(map(repr, found))}; name its column with --{usual}_column, or join them."
+        )
+    return {usual if name == found[0] else name: value for name, value in row.items()}
+
+
+def _without_inner_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """A preference whose responses do not repeat the prompt: what both begin with is the prompt."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if _is_chat(chosen) and _is_chat(rejected) and ("prompt" not in row or max(len(chosen), len(rejected)) > 1):
+        most = min(len(chosen), len(rejected)) - 1
+        shared = [one for one, _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))]
+        prompt = shared[:most]
+        if len(chosen) != len(prompt) + 1 or len(rejected) != len(prompt) + 1 or not prompt:
+            raise ValueError(
+                f"'chosen' and 'rejected' ({len(chosen)} and {len(rejected)} messages) share their first "
+                f"{len(prompt)}; give both one answer of the assistant behind the same prompt."
+            )
+        given = row.get("prompt", prompt)
+        asked = [message.get("content") for message in prompt]
+        if given != prompt and not (isinstance(given, str) and given.strip() in [str(text).strip() for text in asked]):
+            raise ValueError("the prompt is not the one inside 'chosen' and 'rejected'; drop one of them.")
+        return row | {"prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    if "prompt" not in row and isinstance(chosen, str) and isinstance(rejected, str):
+        place = _end_of_prompt(chosen, rejected)
+        return row | {"prompt": chosen[:place], "chosen": chosen[place:], "rejected": rejected[place:]}
+    return row
+
+
+def _end_of_prompt(chosen: str, rejected: str) -> int:
+    """Where the shared prompt of two texts ends: behind the last mark of a turn, else before the word that differs."""
+    pairs = zip(chosen, rejected, strict=False)
+    shared = chosen[: sum(1 for _ in takewhile(lambda both: both[0] == both[1], pairs))]
+    turns = list(_TURN.finditer(shared))
+    if turns:
+        return turns[-1].end()
+    place = max((i for i, sign in enumerate(shared) if sign.isspace()), default=-1)
+    if not shared[: place + 1].strip():
+        raise ValueError(
+            "there is no prompt, and 'chosen' and 'rejected' do not begin with one; add a column 'prompt', or name it "
+            "with --prompt_column."
+        )
+    return place
+
+
+def _as_number(text: str) -> Any:
+    """The number or the truth value that a label of a CSV file is; other text stays."""
+    if text.strip().lower() in ("true", "false"):
+        return text.strip().lower() == "true"
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _rated(value: Any, low: float, high: float) -> float:
+    """A rating on a scale, as a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"the rating is {value!r} ({type(value).__name__}), not a number; mend it or drop the row.")
+    if not low <= value <= high:  # NaN too
+        raise ValueError(f"the rating is {value:g}, outside the scale {low:g} to {high:g}; give another --label_scale.")
+    return (value - low) / (high - low)

@@ -1,0 +1,484 @@
+"""The one reader of final answers: for rewards, sampling, evaluation and votes.
+
+An answer counts only if a response marks it: `#### 7`, or `\\boxed{7}`, and nothing else. A response that states two
+different answers states none.
+"""
+
+import functools
+import math
+import re
+import threading
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+MARK = "####"
+
+# Longer statements are no answers, and larger powers of ten are not computed.
+_LONGEST = 400
+_LARGEST_POWER = 300
+# Seconds that math-verify may take for an expression.
+_SECONDS = 10
+
+_MARKED = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
+_BOX = re.compile(r"\\f?boxed\s*")
+# Where models think before they answer: opening and closing marks.
+_THINKING = (
+    (re.compile(r"<(?:seed:)?(?:think|thinking|thought|reasoning)>", re.I),
+     re.compile(r"</(?:seed:)?(?:think|thinking|thought|reasoning)>", re.I)),
+    (re.compile(r"\[THINK\]"), re.compile(r"\[/THINK\]")),
+    (re.compile("◁think▷"), re.compile("◁/think▷")),
+    (re.compile(r"<\|begin_of_thought\|>"), re.compile(r"<\|end_of_thought\|>")),
+    (re.compile(r"<\|channel\|>\s*(?:analysis|commentary)"), re.compile(r"<\|channel\|>\s*final\s*<\|message\|>")),
+)  # fmt: skip
+# Special tokens that end a response.
+_ENDING = re.compile(r"(?:\s*(?:<\|[^|<>\n]{1,40}\|>|</s>|<eos>|<end_of_turn>|<\uff5c[^\uff5c\n]{1,40}\uff5c>))+\s*$")
+_LABEL = re.compile(
+    r"(?:(?:so|thus|hence|therefore),?\s+)?(?:(?:the|my|our)\s+)?(?:final\s+|correct\s+|numerical\s+)?"
+    r"(?:answer|result)(?:\s+is)?|(?:最终)?答案(?:是|为)?|答え?",
+    re.I,
+)
+# What a heading begins with, whatever comes after it.
+_HEADING = re.compile(
+    r"(?:step|part|case|phase|stage|section|problem|question|example|check|verif\w*|note|method|option|approach"
+    r"|solution|calculat\w*|comput\w*|explanation|reasoning|given|understand\w*|summary|conclusion|work|plan)\b",
+    re.I,
+)
+_RELATION = re.compile(r"[<>≤≥≠=]|\\(?:[lg]e|[lg]eq|[lg]t|neq?)(?![a-z])")
+_LIST = re.compile(r"[,;<>]")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_HEDGED = re.compile(r"\d.*\b(?:or|and/or|ou|oder|o|или)\b.*\d|\d.*或.*\d", re.I | re.S)
+
+_GROUPED = r"\d{1,3}(?:(?:,|\{,\}|\\,|\\!|,\\!|[\u2019'\u00a0\u2009\u202f])\d{3})+"
+_UNSIGNED = rf"(?:(?:{_GROUPED}|\d+)(?:\.\d*)?|\.\d+)"
+_POWER = (
+    r"(?:[eE]\s*\{?(?P<e>[-+]?\d+)\}?|\s*(?:\u00d7|x|\*|·|\\times|\\cdot)\s*10"
+    r"\s*\^\s*\{?\s*(?P<ten>[-+]?\d+)\s*\}?)"
+)
+_FRACTION = (
+    r"(?:\\[dt]?frac\s*(?:\{\s*(?P<top>[-+]?\d+)\s*\}\s*\{\s*(?P<bottom>\d+)\s*\}|(?P<top1>\d)\s*(?P<bottom1>\d))"
+    r"|(?P<top2>\d+)\s*/\s*(?P<bottom2>\d+)|(?P<vulgar>[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]))"
+)
+_CURRENCY = r"(?:\\?\$|US\$|[£€¥₹₩]|(?:USD|EUR|GBP)\s)"
+_VALUE = re.compile(
+    rf"(?P<sign>[-+])?\s*{_CURRENCY}?\s*(?P<sign2>[-+])?\s*"
+    rf"(?:(?P<whole>\d+)(?:\s+|\s*(?=[\\½-⅞¼-¾])){_FRACTION.replace('?P<', '?P<m_')}"
+    rf"|{_FRACTION}|(?P<number>{_UNSIGNED}){_POWER}?)\s*{_CURRENCY}?"
+)
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_UNIT = re.compile(
+    r"(?:°\s?[CF]?|\^?\\?circ|"
+    r"[^\W\d_]{2,}(?:[-/.'\u2019][^\W\d_]+)*(?:\^?\{?[23²³]\}?)?\.?"
+    r"|[mgslhLCFKNJWVA](?:/[a-zA-Z]+)?(?:\^?\{?[23²³]\}?)?)"
+    r"(?:\s+(?:[^\W\d_]+(?:[-/.'\u2019][^\W\d_]+)*)(?:\^?\{?[23²³]\}?)?){0,4}"
+)
+# Words that make something else of the number before them.
+_NO_UNIT = frozenset(
+    [
+        "or",
+        "and",
+        "to",
+        "not",
+        "but",
+        "then",
+        "than",
+        "plus",
+        "minus",
+        "times",
+        "through",
+        "over",
+        "divided",
+        "by",
+        "mod",
+        "squared",
+        "cubed",
+        "half",
+        "halves",
+        "third",
+        "thirds",
+        "quarter",
+        "quarters",
+        "fourths",
+        "fifths",
+        "tenths",
+        "hundredths",
+        "if",
+        "when",
+        "is",
+        "was",
+        "are",
+        "equals",
+        "because",
+        "maybe",
+        "perhaps",
+        "wait",
+        "no",
+        "wrong",
+        "incorrect",
+        "ou",
+        "oder",
+        "und",
+        "et",
+        "или",
+        "и",
+    ]
+)
+_MATH_NAMES = frozenset(
+    [
+        "sqrt",
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "log",
+        "ln",
+        "exp",
+        "pi",
+        "frac",
+        "infty",
+        "cup",
+        "cap",
+        "in",
+        "deg",
+        "theta",
+        "alpha",
+        "beta",
+    ]
+)
+
+
+# Where the answer stands ---------------------------------------------------------------------------------------------
+
+
+def completion_text(completion: Any) -> str:
+    """The text of a completion: of a chat that of its last message; of content in parts, its parts of text.
+
+    What holds no text (no message, `content` that is None) is an empty text, never an error.
+
+    Example:
+        >>> completion_text([{"role": "assistant", "content": [{"type": "text", "text": "#### 3"}]}])
+        '#### 3'
+        >>> completion_text([{"role": "assistant", "content": None, "tool_calls": []}])
+        ''
+    """
+    if isinstance(completion, list | tuple) and completion and isinstance(completion[-1], Mapping):
+        last = completion[-1]
+        completion = last.get("content") if "role" in last else completion
+    if isinstance(completion, list | tuple):
+        texts = [part.get("text") if isinstance(part, Mapping) else part for part in completion]
+        return "".join(text for text in texts if isinstance(text, str))
+    return completion if isinstance(completion, str) else ""
+
+
+def read_answer(completion: Any, *, last_number: bool = False) -> str | None:
+    """What a response states as its final answer, as it is written; None if it states none, or several.
+
+    Stated is what follows `####` on its line, or on the next line if the mark stands alone or before "Final Answer",
+    and what stands in `\\boxed{}`. Headings (`#### Step 2: divide by 7`) state nothing, nor does what a model thinks
+    (`<think>...</think>`): a thought that is not closed has no answer behind it. Statements must be equal by
+    [`same_answer`]; "41 or 42" is no statement.
+
+    Args:
+        completion: Text, or a chat whose last message is read.
+        last_number: If nothing is marked, read the last number of the response: also that of a solution that was cut
+            off, or of a sentence that takes it back.
+
+    Example:
+        >>> read_answer("3 + 4 = 7.\\n#### 7")
+        '7'
+        >>> read_answer("#### Step 2: divide by 7\\nThat is 3.") is None
+        True
+        >>> read_answer("So she has 7 pens."), read_answer("So she has 7 pens.", last_number=True)
+        (None, '7')
+    """
+    text = _without_thoughts(completion_text(completion))
+    if text is None:
+        return None
+    text = _ENDING.sub("", text)
+    found = [_unlabelled(statement) for statement in _statements(text)]
+    found = [statement for statement in found if statement]
+    if found:
+        first = found[0]
+        sound = len(first) <= _LONGEST and not _HEDGED.search(first)
+        return first if sound and all(other == first or same_answer(other, first) for other in found[1:]) else None
+    if not last_number:
+        return None
+    numbers = re.findall(rf"(?<![\w.])-?{_UNSIGNED}(?!\w)", _plain(text))
+    return numbers[-1].rstrip(".") if numbers else None
+
+
+def _without_thoughts(text: str) -> str | None:
+    """What follows the last thought; None if the last thought is not closed."""
+    for opening, closing in _THINKING:
+        ends = [match.end() for match in closing.finditer(text)]
+        text = text[ends[-1] :] if ends else text
+        if opening.search(text):
+            return None
+    return text
+
+
+def _statements(text: str) -> Iterator[str]:
+    """What follows a mark or stands in a box, in order; a box behind a mark is a statement once."""
+    taken: list[tuple[int, int]] = []
+    for match in _MARKED.finditer(text):
+        content, end = match[1].strip(), match.end()
+        label = _LABEL.match(_bare(content))
+        rest = _bare(content)[label.end() :].strip(" :\uff1a*=") if label else _bare(content)
+        if not rest:
+            below = re.compile(r"\s*([^\n]+)").match(text, end)
+            if below and _number(_value_side(below[1])) is not None:
+                taken.append(below.span())
+                yield below[1]
+        elif not _is_heading(rest, text[end:]):
+            taken.append(match.span())
+            yield content
+    for match in _BOX.finditer(text):
+        if not any(start <= match.start() < end for start, end in taken):
+            content = _braced(text, match.end())
+            if content is not None:
+                yield content
+
+
+def _is_heading(content: str, after: str) -> bool:
+    """Whether the line of a mark is a heading: a word of headings first, a colon last, or words and then more text."""
+    if _HEADING.match(content) or content.endswith((":", "\uff1a")):
+        return True
+    words = _WORD.match(content.lstrip("*_ ")) and not _is_expression(content)
+    return bool(words) and bool(after.strip())
+
+
+def _braced(text: str, start: int) -> str | None:
+    """What stands in the braces that begin at a place; None if they are not closed. Without braces, one token."""
+    if not text.startswith("{", start):
+        match = re.compile(r"[\w.]+").match(text, start)
+        return match[0] if match else None
+    depth = 0
+    for place in range(start, len(text)):
+        if text[place] in "{}" and (place == 0 or text[place - 1] != "\\"):
+            depth += 1 if text[place] == "{" else -1
+            if depth == 0:
+                return text[start + 1 : place]
+    return None
+
+
+def _bare(text: str) -> str:
+    """A statement without what marks it up: `**7**`, `$7$`, `\\(7\\)`, `\\boxed{7}`, `\\text{7}`, a full stop."""
+    before = None
+    text = text.strip()
+    while text != before:
+        before = text
+        text = text.strip().strip("`").strip()
+        for opening, closing in (("**", "**"), ("__", "__"), ("*", "*"), ("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]")):
+            if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
+                text = text[len(opening) : -len(closing)]
+        if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
+            text = text[1:-1]
+        match = re.match(r"\\(?:f?boxed|text|textbf|mathrm|mathbf)\s*(?=\{)", text)
+        if match and (content := _braced(text, match.end())) is not None and text.endswith("}"):
+            text = content if match.end() + len(content) + 2 == len(text) else text
+        if text.endswith(".") and not text.endswith(".."):
+            text = text[:-1]
+    return text
+
+
+def _unlabelled(text: str) -> str:
+    """A statement without "The answer is" or "Answer:" before it."""
+    text = _bare(text)
+    label = _LABEL.match(text)
+    if label and label.end() < len(text) and not text[label.end()].isalnum():
+        return _bare(text[label.end() :].lstrip(" :\uff1a*="))
+    return text
+
+
+def _value_side(text: str) -> str:
+    """An answer as it is compared: of an equation (`x = 7`, `3 + 4 = 7`) its right side, if that is a number."""
+    text = _unlabelled(text)
+    left, _, right = text.rpartition("=")
+    return right if left and _number(right) is not None and _is_expression(left) and not _LIST.search(left) else text
+
+
+# What it means -------------------------------------------------------------------------------------------------------
+
+
+def same_answer(stated: str | None, answer: str | None) -> bool:
+    """Whether two answers are equal.
+
+    Numbers by their value, exactly: `0.5`, `1/2`, `\\frac{1}{2}`, `5e-1`; signs, thousands separators, currencies and
+    units are read. A percentage equals its number and its share. Lists are equal item by item, words letter by letter;
+    expressions are compared by math-verify. None equals nothing.
+
+    Raises:
+        ImportError: If two expressions are to be compared and math-verify is not installed.
+
+    Example:
+        >>> same_answer("\\\\frac{1}{2}", "0.5"), same_answer("\\u22125", "-5"), same_answer("1, 2, 3, 42", "42")
+        (True, True, False)
+    """
+    if stated is None or answer is None:
+        return False
+    stated, answer = _value_side(stated), _value_side(answer)
+    if stated == answer or not stated or not answer or max(len(stated), len(answer)) > _LONGEST:
+        return stated == answer != ""
+    left, right = _number(stated), _number(answer)
+    if left is not None and right is not None:
+        return bool(left & right)
+    first, second = _items(stated), _items(answer)
+    if len(first) != len(second):
+        return False
+    if len(first) > 1:
+        edges = (stated[0] + stated[-1], answer[0] + answer[-1])
+        bracketed = any(edge in ("()", "[]", "{}", "(]", "[)", "\\}") for edge in edges)
+        return (not bracketed or edges[0] == edges[1]) and all(map(same_answer, first, second))
+    if _words(stated) == _words(answer):
+        return True
+    related = bool(_RELATION.search(stated)) != bool(_RELATION.search(answer))
+    if related or not (_is_expression(stated) and _is_expression(answer)):
+        return False
+    return _equal_expressions(stated, answer)
+
+
+def group_answers(answers: Sequence[str | None]) -> list[int | None]:
+    """The group of each answer: equal answers share one, numbered by first appearance; None stays None.
+
+    Raises:
+        ImportError: As for [`same_answer`].
+
+    Example:
+        >>> group_answers(["0.5", "3", "1/2", None])
+        [0, 1, 0, None]
+    """
+    # Percentages last, because they may equal two numbers that differ; sorted, so that order does not matter.
+    known = {answer for answer in answers if answer is not None}
+    members: list[list[str]] = []
+    for answer in sorted(known, key=lambda text: ("%" in text, len(text), text)):
+        home = next((group for group in members if answer == group[0] or same_answer(answer, group[0])), None)
+        if home is None:
+            members.append([answer])
+        else:
+            home.append(answer)
+    group_of = {answer: number for number, group in enumerate(members) for answer in group}
+    order: dict[int, int] = {}
+    return [None if answer is None else order.setdefault(group_of[answer], len(order)) for answer in answers]
+
+
+def check_math_verify(what: str = "Comparing answers that are expressions") -> None:
+    """Raise unless math-verify is installed.
+
+    Raises:
+        ImportError: Names the extra to install.
+    """
+    try:
+        import math_verify  # noqa: F401
+    except ImportError:
+        raise ImportError(f'{what} needs math-verify. Install it: `pip install "fractal-rm[math]"`.') from None
+
+
+@functools.cache
+def _load_math_verify() -> None:
+    """Let math-verify load its parser: its limit of time would cut a first, slow load short, each time anew."""
+    from math_verify import parse
+
+    parse("$1$", parsing_timeout=None)
+
+
+def _plain(text: str) -> str:
+    """Digits of every script as ASCII, one minus sign, plain brackets of LaTeX."""
+    text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
+    text = re.sub("[\u2212\u2013\u2010\u2011\ufe63\uff0d]", "-", text)
+    text = re.sub(r"\\(?:left|right|displaystyle|;|:|quad)(?![a-zA-Z])", "", text)
+    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}", r" \1 ", text)
+    return text.replace("\uff05", "%").strip()
+
+
+def _number(text: str) -> frozenset[Fraction] | None:
+    """The values of a number, with or without a unit: two of a percentage, otherwise one; None: it is no number."""
+    text = _plain(text)
+    match = _VALUE.match(text)
+    if match is None or len(text) > _LONGEST or (match["sign"] and match["sign2"]):
+        return None
+    value = _value_of(match)
+    unit = text[match.end() :].strip()
+    unit = re.sub(r"\s*\([^()\d]*\)$", "", unit).rstrip(".").strip()
+    if value is None or (unit and not text[match.end() - 1].isspace() and unit[0] in "!?=<>±"):
+        return None
+    if match["sign"] or match["sign2"]:
+        value = -value if "-" in (match["sign"], match["sign2"]) else value
+    percent = re.match(r"(?:\\?%|percent\b|per\s?cent\b)\s*", unit, re.I)
+    if percent:
+        unit = unit[percent.end() :]
+    scale, _, rest = unit.partition(" ")
+    if scale.lower() in _SCALES:
+        value, unit = value * _SCALES[scale.lower()], rest.strip()
+    words = {word.lower() for word in re.findall(r"[^\W\d_]+", unit)}
+    if unit and (words & (_NO_UNIT | _SCALES.keys()) or not _UNIT.fullmatch(unit)):
+        return None
+    return frozenset({value, value / 100} if percent else {value})
+
+
+def _value_of(match: re.Match[str]) -> Fraction | None:
+    """The value of a match of `_VALUE`, without its sign."""
+    groups = match.groupdict()
+    if groups["number"] is not None:
+        number = Fraction(re.sub(r"[^\d.]", "", groups["number"]).rstrip(".") or "0")
+        power = int(groups["e"] or groups["ten"] or 0) if len(groups["e"] or groups["ten"] or "") < 5 else math.inf
+        return number * Fraction(10) ** int(power) if abs(power) <= _LARGEST_POWER else None
+    prefix = "m_" if groups["whole"] is not None else ""
+    whole = Fraction(int(groups["whole"])) if prefix else Fraction(0)
+    if groups[f"{prefix}vulgar"]:
+        return whole + Fraction(unicodedata.numeric(groups[f"{prefix}vulgar"])).limit_denominator(10)
+    top, bottom = next(
+        (int(groups[f"{prefix}top{n}"]), int(groups[f"{prefix}bottom{n}"]))
+        for n in ("", "1", "2")
+        if groups[f"{prefix}top{n}"] is not None
+    )
+    return whole + Fraction(top, bottom) if bottom else None
+
+
+def _items(text: str) -> list[str]:
+    """Items of a list, cut at commas and semicolons outside of brackets; a number's own separators cut nothing."""
+    text = _plain(text)
+    if _number(text) is not None:
+        return [text]
+    pairs = {"(": ")", "[": "]", "{": "}"}
+    if len(text) > 1 and text[0] in "([" and text[-1] in ")]":
+        text = text[1:-1]
+    elif text.startswith("\\{") and text.endswith("\\}"):
+        text = text[2:-2]
+    found, depth = [""], 0
+    for place, sign in enumerate(text):
+        depth += (sign in pairs) - (sign in pairs.values())
+        grouped = sign == "," and re.match(r"\d{3}(?!\d)", text[place + 1 :]) and text[place - 1 : place].isdigit()
+        if sign in ",;" and depth == 0 and not grouped:
+            found.append("")
+        else:
+            found[-1] += sign
+    return [item.strip() for item in found]
+
+
+def _words(text: str) -> str:
+    """Text as letters and digits compare: no case, no white space, no brackets around a single letter."""
+    text = re.sub(r"\s+", "", _plain(text)).casefold()
+    return text[1:-1] if re.fullmatch(r"\([a-z]\)", text) else text
+
+
+def _is_expression(text: str) -> bool:
+    """Whether a text is mathematics: no words but names of functions and commands of LaTeX."""
+    words = re.findall(r"[^\W\d_]{2,}", re.sub(r"\\[a-zA-Z]+", " ", _plain(text)))
+    return all(word.lower() in _MATH_NAMES for word in words) and not re.search(r"[!?±~≈]|\\pm", text)
+
+
+def _equal_expressions(stated: str, answer: str) -> bool:
+    check_math_verify()
+    _load_math_verify()
+    from math_verify import parse, verify
+
+    # math-verify limits its time with a signal, which only the main thread may set.
+    seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
+    left, right = (
+        parse(f"\\boxed{{{_plain(text)}}}", parsing_timeout=seconds, fallback_mode="no_fallback")  # type: ignore[arg-type]
+        for text in (stated, answer)
+    )
+    return bool(left and right) and bool(verify(right, left, timeout_seconds=seconds))  # type: ignore[arg-type]
