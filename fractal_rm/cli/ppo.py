@@ -202,7 +202,7 @@ def read_prompts(
         rows = [{"prompt": prompt} for prompt in dict.fromkeys(bag.prompt for bag in rows)]
     if arguments.task == "gsm8k":
         rows = gsm8k.read_gsm8k(rows, source=source, chat=arguments.chat)
-    read_prompts(rows, source)
+    check_prompts(rows, source)
     if arguments.reward_function is not None:
         _check_reward_columns(rows, source, arguments.reward_function)
     return rows

@@ -178,7 +178,7 @@ def _from_signs(chat: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     said, signs = turns[::2], turns[1::2]
     if len(said) != len(signs) or any(one["role"] != "user" for one in said):
         raise ValueError("the signs do not follow a step each; give turns of the user and of the assistant in turn.")
-    texts = [message.get("content") for message in said]
+    texts: list[Any] = [message.get("content") for message in said]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError("a step between the signs has no text; drop the row or write the step.")
     begin = _FIRST_STEP.search(texts[0])

@@ -381,7 +381,7 @@ def _load_math_verify() -> None:
     """Let math-verify load its parser: its limit of time would cut a first, slow load short, each time anew."""
     from math_verify import parse
 
-    parse("$1$", parsing_timeout=None)
+    parse("$1$", parsing_timeout=None)  # type: ignore[arg-type]  # None is documented as no limit
 
 
 def _plain(text: str) -> str:
@@ -420,10 +420,11 @@ def _number(text: str) -> frozenset[Fraction] | None:
 
 def _value_of(match: re.Match[str]) -> Fraction | None:
     """The value of a match of `_VALUE`, without its sign."""
-    groups = match.groupdict()
+    groups: dict[str, Any] = match.groupdict()
     if groups["number"] is not None:
         number = Fraction(re.sub(r"[^\d.]", "", groups["number"]).rstrip(".") or "0")
-        power = int(groups["e"] or groups["ten"] or 0) if len(groups["e"] or groups["ten"] or "") < 5 else math.inf
+        digits = str(groups["e"] or groups["ten"] or 0)
+        power = int(digits) if len(digits) < 5 else math.inf
         return number * Fraction(10) ** int(power) if abs(power) <= _LARGEST_POWER else None
     prefix = "m_" if groups["whole"] is not None else ""
     whole = Fraction(int(groups["whole"])) if prefix else Fraction(0)

@@ -59,7 +59,7 @@ def _from_datasets(path: Path) -> list[dict[str, Any]]:
         if not hidden:
             datasets.enable_progress_bars()
     if isinstance(found, DatasetDict):
-        raise ValueError(f"{path} holds the splits {', '.join(found)}; give the folder of one of them.")
+        raise ValueError(f"{path} holds the splits {', '.join(map(str, found))}; give the folder of one of them.")
     return found.to_list()  # type: ignore[union-attr]
 
 
