@@ -113,7 +113,7 @@ def test_the_callers_adapter_configuration_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("scorer", ["likelihood", "token"])
 def test_the_same_seed_gives_the_same_model(tmp_path, scorer):
-    options = {"scorer": scorer, "family": "gpt2"}  # with dropout
+    options = {"scorer": scorer, "family": "gpt2", "disable_dropout": False}
     first, second = train(tmp_path, **options, seed=1), train(tmp_path, **options, seed=1)
     assert_equal_weights(first, second)
 
@@ -598,3 +598,22 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_bags(tmp_path):
     logits = trainer.scorer(**{k: batch[k] for k in ("input_ids", "attention_mask", "step_ids", "step_ends", "mask")})
     expected = bag_loss(logits, batch["bag_labels"], batch["mask"]).mean()
     assert torch.allclose(trainer.compute_loss(trainer.scorer, batch), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_dropout_is_off_unless_it_is_asked_for(tmp_path, family):
+    options = {"attention_dropout": 0.3} if family == "llama" else {}  # a share, not a module
+    for disabled in (True, False):
+        trainer = make(
+            tmp_path, scorer="token", family=family, model_options=options, disable_dropout=disabled
+        )
+        model = trainer.scorer.train()
+        batch = trainer.data_collator([trainer.train_dataset[0]])
+        inputs = {name: batch[name] for name in model.inputs}
+        with torch.no_grad():
+            assert torch.equal(model(**inputs), model(**inputs)) == disabled
+
+
+def test_another_configuration_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(TypeError, match=r"`args` is a TrainingArguments, .* Give `FractalConfig\(\.\.\.\)`"):
+        FractalTrainer(make_model("token", "llama"), TrainingArguments(str(tmp_path)))  # type: ignore[arg-type]

@@ -51,6 +51,10 @@ class ScoreRequest(BaseModel):
         default=None, description="In place of `responses`: the texts of the steps of each; a newline joins them."
     )
 
+    rendered: bool = Field(
+        default=False, description="The prompts are texts as the policy reads them: no template is applied to them."
+    )
+
     @model_validator(mode="after")
     def _one_of_each(self) -> "ScoreRequest":
         given = self.responses if self.steps is None else self.steps
@@ -146,7 +150,9 @@ class PromptedResponse(NamedTuple):
 def read_request(request: ScoreRequest) -> list[PromptedResponse]:
     """The responses of a request to `/score`."""
     prompts = [
-        prompt if isinstance(prompt, str) else [message.model_dump() for message in prompt]
+        (RenderedPrompt(prompt) if request.rendered else prompt)
+        if isinstance(prompt, str)
+        else [message.model_dump() for message in prompt]
         for prompt in request.prompts
     ]
     responses: Sequence[str | list[str]] = (request.responses if request.steps is None else request.steps) or []
@@ -218,7 +224,7 @@ def _letters(text: str, mark: re.Pattern[str]) -> Iterator[tuple[str, int]]:
 
 
 def _behind_ending(query: str, place: int, prompt: str, mark: re.Pattern[str]) -> int:
-    """The place in a query behind the white space and special tokens that its prompt ends with, as far as it has them."""
+    """The place in a query behind the white space and special tokens that its prompt ends with, where it has them."""
     *_, last = [0, *(end for _, end in _letters(prompt, mark))]
     for part in re.findall(rf"{mark.pattern}|\s+", prompt[last:]):
         if part.isspace():
