@@ -12,6 +12,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from support.models import make_model
 from support.step_ppo import (
     AB,
     COMPLETIONS,
@@ -21,7 +22,6 @@ from support.step_ppo import (
     GUARDED,
     NEWLINE,
     PAD,
-    PIECES,
     RAGGED,
     RESUMABLE,
     SCORES,
@@ -54,10 +54,9 @@ from transformers import (
     AutoModelForTokenClassification,
     LlamaForCausalLM,
     LlamaForTokenClassification,
-    OPTConfig,
-    OPTForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    T5Config,
 )
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
