@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.models import byte_tokenizer, config, spaced_tokenizer
+from support.step_ppo import make
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, Qwen2Model
 
+from fractal_rm.cli.main import main
 from fractal_rm.data.prompts import RenderedPrompt
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.published import PUBLISHED
@@ -328,3 +330,31 @@ def test_a_description_of_ones_own_is_data(tmp_path):
     )
     weights = load_file(folder / "model.safetensors")
     assert "score.weight" in weights
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_the_dense_reward_of_step_ppo_is_a_published_model_by_its_path(tmp_path):
+    folder, _, _ = qwen_folder(tmp_path / "prm")
+    trainer = make(tmp_path / "ppo", reward_model=str(folder), max_steps=1)
+    trainer.train()
+    batch = trainer.last_rollout
+    (found,) = batch.scores.values()
+    written = [one for one in found if one.steps]
+    prompts = [prompt for prompt, one in zip(batch.prompts, found, strict=True) if one.steps]
+    texts = [one.response for one in written]
+    loaded = StepRewardModel.from_pretrained(folder, device="cpu")
+    for one, again in zip(written, loaded.score(prompts, texts), strict=True):
+        assert one.step_scores == pytest.approx(again.step_scores, abs=1e-5)
+    assert written
+
+
+def test_score_takes_a_published_model_by_its_path_and_by_name(tmp_path, capsys):
+    folder, _, _ = trl_folder(tmp_path / "prm")
+    rows = [{"prompt": QUESTION, "response": text} for text in RESPONSES]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    for options in ([], ["--published", "trl"]):
+        assert main(["score", "--model", str(folder), *files, *options]) in (None, 0)
+        lines = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+        same([[step["score"] for step in line["steps"]] for line in lines], scores(folder))
+    capsys.readouterr()

@@ -56,7 +56,7 @@ from transformers import (
     LlamaForTokenClassification,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
-    T5Config,
+    ViTConfig,
 )
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -1141,7 +1141,7 @@ def test_a_value_model_with_two_labels_is_refused(tmp_path):
 
 def test_a_config_without_a_causal_backbone_names_the_shared_value_model():
     class Unknown(torch.nn.Module):
-        config = T5Config()
+        config = ViTConfig()
 
     with pytest.raises(ValueError, match=r"No value model can be made from Unknown.* Set `value_model='shared'`"):
         make_value_model(Unknown())
@@ -1160,7 +1160,7 @@ def test_backbones_without_a_token_classifier_get_a_value_model_that_starts_at_0
 
 def test_another_configuration_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(TypeError, match=r"`args` is a GRPOConfig, which lacks .* Give `StepPPOConfig\(\.\.\.\)`"):
-        StepPPOTrainer(model="nowhere", reward_funcs=[len], args=GRPOConfig(str(tmp_path)))  # type: ignore[arg-type]
+        StepPPOTrainer(model="nowhere", reward_funcs=[len], args=GRPOConfig(str(tmp_path), bf16=False))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("advantage", ["gae", "group"])
