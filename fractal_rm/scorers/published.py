@@ -300,7 +300,7 @@ class PublishedScorer(StepScorer):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self.token_ids:
             # The model's head gets the states at steps only: logits of a vocabulary at all tokens would fill memory.
-            head = self.base.get_output_embeddings()
+            head: Any = self.base.get_output_embeddings()
             handle = head.register_forward_pre_hook(lambda module, args: (_at(args[0], step_ends), *args[1:]))
             try:
                 found = self.model(**inputs).logits.float()
@@ -363,7 +363,7 @@ class PublishedInputs(TokenInputs):
         return EncodedBag(ids, [-1] * len(ids), kept, len(bag.step_spans))
 
     def _steps(self, bag: Bag, pieces: list[tuple[str, bool]]) -> Iterator[_Part]:
-        bos = self.tokenizer.bos_token or ""
+        bos = str(self.tokenizer.bos_token or "")
         question = _question(bag.prompt, self.reading)[1]
         if not (isinstance(bag.prompt, RenderedPrompt) and question.startswith(bos)):
             yield _Part(bos, True)
@@ -516,7 +516,8 @@ def _as_text(
     parts = list(parts)
     named = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     if not tokenizer.is_fast or any(name in part.text for part in parts if not part.is_template for name in named):
-        prefix = [tokenizer.bos_token_id] if special and tokenizer.bos_token_id is not None else []
+        bos: Any = tokenizer.bos_token_id
+        prefix = [bos] if special and bos is not None else []
         ids, reads = _by_parts(iter(parts), tokenizer)
         return prefix + ids, [(first + len(prefix), last + len(prefix)) for first, last in reads]
     tokens = tokenizer("".join(part.text for part in parts), add_special_tokens=special, return_offsets_mapping=True)

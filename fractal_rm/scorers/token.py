@@ -64,8 +64,9 @@ def token_classifier(config: Any) -> type[PreTrainedModel]:
     Raises:
         ValueError: If transformers has neither a token classification nor a causal language model for it.
     """
-    if type(config) in AutoModelForTokenClassification._model_mapping:
-        return AutoModelForTokenClassification._model_mapping[type(config)]
+    known: Any = AutoModelForTokenClassification._model_mapping
+    if type(config) in known:
+        return known[type(config)]
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(
             f"transformers has no token classification model and no causal language model for a {type(config).__name__}"
@@ -89,13 +90,14 @@ def head_class(kind: type[Any], name: str, make_head: Callable[[Any], nn.Module]
     Returns:
         The class; its models load and save as those of transformers do.
     """
-    backbone: type[Any] = AutoModel._model_mapping[kind]
+    backbones: Any = AutoModel._model_mapping
+    backbone = backbones[kind]
     # A model may be spread over two classes of transformers (vision and text); the parent makes and loads weights.
     parent = next(found for found in backbone.__mro__[1:] if issubclass(found, PreTrainedModel))
 
     class Model(parent):  # type: ignore[misc, valid-type]
         config_class = kind
-        _tied_weights_keys = None
+        _tied_weights_keys: Any = None
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
