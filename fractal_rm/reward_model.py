@@ -30,6 +30,7 @@ from fractal_rm.objectives.aggregation import aggregate
 from fractal_rm.objectives.grades import expected_grades, ordinal_max_log_probs
 from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, save_scorer
 from fractal_rm.scorers.inputs import Processor, make_inputs, prompt_text
+from fractal_rm.scorers.published import Published
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
 
@@ -112,21 +113,29 @@ class StepRewardModel:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: str | torch.device | None = None, batch_size: int = 32, **kwargs: Any
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        batch_size: int = 32,
+        published: str | Published | None = None,
+        **kwargs: Any,
     ) -> Self:
-        """Load a checkpoint that [`FractalTrainer`] saved.
+        """Load a checkpoint that [`FractalTrainer`] saved, or a published process reward model.
 
         Args:
             path: Folder or hub id.
             device: Where to score; default: a GPU if there is one.
             batch_size: Responses in a forward.
+            published: How a published model is read, where its configuration and name do not tell: one of the names in
+                [`~fractal_rm.scorers.published.PUBLISHED`], `trl:SEPARATOR`, or a description.
             kwargs: Passed to `from_pretrained` of the model, such as `dtype`.
 
         Raises:
             ValueError: If the checkpoint is not whole: another tokenizer, a missing or random head, an unknown version.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        scorer, processor, settings = load_scorer(path, device=device, **kwargs)
+        scorer, processor, settings = load_scorer(path, device=device, published=published, **kwargs)
         model = cls(scorer.to(device), processor, settings, batch_size=batch_size)
         if (file := Path(path) / CARD).is_file():
             model.card = file.read_text(encoding="utf-8")

@@ -35,6 +35,7 @@ from fractal_rm.scorers.settings import FORMAT_VERSION, FractalSettings
 PROMPT = "What is 3+4?\n"
 RESPONSE = "3+4=7.\nso 12.\n✓ done."
 KINDS = [("likelihood", "llama"), ("likelihood", "gpt2"), ("token", "qwen2"), ("token", "gpt2"), ("token", "bert")]
+KINDS += [("token", family) for family in ("gemma3", "granite", "olmo2")]
 
 
 def save(

@@ -13,6 +13,7 @@ from peft import LoraConfig, PromptTuningConfig
 from sklearn.metrics import roc_auc_score
 from support.fractal import ROWS, make
 from support.models import byte_tokenizer, make_model, sums
+from transformers import TrainingArguments
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_bags
@@ -113,7 +114,7 @@ def test_the_callers_adapter_configuration_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("scorer", ["likelihood", "token"])
 def test_the_same_seed_gives_the_same_model(tmp_path, scorer):
-    options = {"scorer": scorer, "family": "gpt2"}  # with dropout
+    options = {"scorer": scorer, "family": "gpt2", "disable_dropout": False}
     first, second = train(tmp_path, **options, seed=1), train(tmp_path, **options, seed=1)
     assert_equal_weights(first, second)
 
@@ -598,3 +599,29 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_bags(tmp_path):
     logits = trainer.scorer(**{k: batch[k] for k in ("input_ids", "attention_mask", "step_ids", "step_ends", "mask")})
     expected = bag_loss(logits, batch["bag_labels"], batch["mask"]).mean()
     assert torch.allclose(trainer.compute_loss(trainer.scorer, batch), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_dropout_is_off_unless_it_is_asked_for(tmp_path, family):
+    options = {"attention_dropout": 0.3} if family == "llama" else {}  # a share, not a module
+    for disabled in (True, False):
+        trainer = make(tmp_path, scorer="token", family=family, model_options=options, disable_dropout=disabled)
+        model = trainer.scorer.train()
+        batch = trainer.inputs.pad(trainer.inputs.encode(to_bags(ROWS[:1], trainer.settings, source="rows")))
+        with torch.no_grad():
+            assert torch.equal(model(**batch), model(**batch)) == disabled
+
+
+def test_another_configuration_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(TypeError, match=r"`args` is a TrainingArguments, .* Give `FractalConfig\(\.\.\.\)`"):
+        FractalTrainer(make_model("token", "llama"), TrainingArguments(str(tmp_path)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "granite", "olmo2"])
+def test_families_without_a_token_classifier_train_from_a_causal_folder(tmp_path, family):
+    make_model("likelihood", family).save_pretrained(tmp_path / "lm")
+    trainer = train(tmp_path / "out", scorer="token", model=tmp_path / "lm")
+    expected = trainer.reward_model().score([ROWS[0]["prompt"]], [ROWS[0]["steps"]])[0].step_scores
+    trainer.save_model(str(tmp_path / "rm"))
+    saved = StepRewardModel.from_pretrained(tmp_path / "rm", device="cpu")
+    assert saved.score([ROWS[0]["prompt"]], [ROWS[0]["steps"]])[0].step_scores == pytest.approx(expected, abs=1e-6)

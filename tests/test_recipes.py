@@ -28,7 +28,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 # `accelerate` holds configurations of launches, which test_parallelism.py reads; `remote_reward` is for other trainers:
 # test_serving.py calls it.
 FOLDERS = sorted(
-    path for path in RECIPES.iterdir() if path.is_dir() and path.name not in ("accelerate", "remote_reward")
+    path for path in RECIPES.iterdir() if path.is_dir() and path.name not in ("accelerate", "engines", "remote_reward")
 )
 CONFIGS = sorted(path for folder in FOLDERS for path in folder.glob("*.yaml"))
 

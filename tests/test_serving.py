@@ -24,6 +24,7 @@ from support.stand_ins import save_reward_model
 
 from fractal_rm.cli.main import main
 from fractal_rm.cli.serve import is_loopback, listen
+from fractal_rm.data.prompts import RenderedPrompt
 from fractal_rm.reward_model import FractalReward, StepRewardModel
 from fractal_rm.scorers.inputs import prompt_text
 from fractal_rm.serving.app import make_app
@@ -370,20 +371,58 @@ def test_openrlhf_gets_a_reward_and_a_score_for_each_query(url, model):
     queries = [
         f"{PROMPTS[0]}{RESPONSES[0]}{end}{pad}{pad}",
         f"<s>{PROMPTS[1]}{RESPONSES[1]}",
-        "cut prompt: 4",
         PROMPTS[0],
     ]
-    body = {"query": queries, "prompts": [*PROMPTS[:2], "a cut prompt: ", PROMPTS[0]], "labels": ["14", None, "", 3]}
+    body = {"query": queries, "prompts": [*PROMPTS[:2], PROMPTS[0]], "labels": ["14", None, 3]}
     status, answer = post(url, body, "/openrlhf")
     expected = [result.score for result in model.score(PROMPTS[:2], RESPONSES[:2])]
     assert status == 200
-    assert answer["rewards"] == pytest.approx([*expected, 0.0, 0.0], abs=1e-6)
+    assert answer["rewards"] == pytest.approx([*expected, 0.0], abs=1e-6)
     assert answer["scores"] == answer["rewards"]
-    assert answer["extra_logs"] == {"unscored": [0.0, 0.0, 1.0, 1.0]}
+    assert answer["extra_logs"] == {"unscored": [0.0, 0.0, 1.0]}
     status, sentence = refusal(url, {"query": queries}, "/openrlhf")
     assert (status, "`prompts`: Field required" in sentence) == (422, True)
     assert refusal(url, {"query": queries, "prompts": ["a"]}, "/openrlhf")[0] == 422
     assert refusal(url, {"query": ["a" * 20_001], "prompts": ["a"]}, "/openrlhf")[0] == 413
+
+
+@pytest.mark.parametrize(
+    "case",
+    [json.loads(line) for line in (Path(__file__).parent / "corpus" / "openrlhf.jsonl").read_text().splitlines()],
+)
+def test_openrlhf_queries_are_found_behind_what_decoding_changed(case):
+    request = OpenRLHFRequest(query=[case["query"]], prompts=[case["prompt"]])
+    if case["response"] is None:
+        with pytest.raises(ValueError, match=r"`query\[0\]` does not begin with `prompts\[0\]`"):
+            read_openrlhf(request, ["</s>"])
+        return
+    (row,) = read_openrlhf(request, ["</s>"])
+    assert (str(row.prompt), row.response.strip()) == (case["prompt"], case["response"])
+
+
+def test_openrlhf_is_stopped_by_what_would_be_the_worst_reward(url):
+    status, sentence = refusal(url, {"query": ["a cut prompt: 4"], "prompts": ["not a cut prompt: "]}, "/openrlhf")
+    assert (status, "`query[0]` does not begin with `prompts[0]`" in sentence) == (422, True)
+    small = make_model(max_length=4)
+    with running(small) as address:
+        body = {"query": [f"{PROMPTS[0]}{RESPONSES[0]}"], "prompts": PROMPTS[:1]}
+        status, sentence = refusal(address, body, "/openrlhf")
+        assert (status, "None of 1 responses could be scored. First: the prompt and the first" in sentence) == (
+            422,
+            True,
+        )
+        body = {"query": PROMPTS[:1], "prompts": PROMPTS[:1]}  # an empty response: the policy wrote nothing
+        assert post(address, body, "/openrlhf")[1]["extra_logs"] == {"unscored": [1.0]}
+
+
+def test_prompts_that_a_template_wrote_are_sent_as_such():
+    tokenizer = byte_tokenizer(chat=True, bos=True)
+    model = reward_model("token", "llama", tokenizer, chat=True)
+    chat = [{"role": "user", "content": "2+3*4?"}]
+    rendered = RenderedPrompt(prompt_text(chat, tokenizer, "{prompt}"))
+    with running(model) as url:
+        expected = model.score([chat], RESPONSES[:1])[0].score
+        assert ScoringClient(url).score([rendered], RESPONSES[:1])[0].score == pytest.approx(expected, abs=1e-6)
 
 
 def test_openrlhf_prompts_are_taken_as_the_policy_sees_them():

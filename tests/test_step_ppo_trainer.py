@@ -12,6 +12,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from support.models import make_model
 from support.step_ppo import (
     AB,
     COMPLETIONS,
@@ -21,7 +22,6 @@ from support.step_ppo import (
     GUARDED,
     NEWLINE,
     PAD,
-    PIECES,
     RAGGED,
     RESUMABLE,
     SCORES,
@@ -54,10 +54,9 @@ from transformers import (
     AutoModelForTokenClassification,
     LlamaForCausalLM,
     LlamaForTokenClassification,
-    OPTConfig,
-    OPTForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    ViTConfig,
 )
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -1160,11 +1159,28 @@ def test_a_value_model_with_two_labels_is_refused(tmp_path):
         make(tmp_path, reward_model=reward_model(), value_model=two)
 
 
-def test_a_policy_without_a_token_classification_model_asks_for_a_value_model(tmp_path):
-    shape: dict[str, Any] = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1}
-    model = OPTForCausalLM(OPTConfig(vocab_size=len(PIECES), num_attention_heads=2, bos_token_id=None, **shape))
-    with pytest.raises(ValueError, match=r"No value model can be made from OPTForCausalLM.* Give `value_model`"):
-        make(tmp_path, model=model, reward_model=reward_model())
+def test_a_config_without_a_causal_backbone_names_the_shared_value_model():
+    class Unknown(torch.nn.Module):
+        config = ViTConfig()
+
+    with pytest.raises(ValueError, match=r"No value model can be made from Unknown.* Set `value_model='shared'`"):
+        make_value_model(Unknown())
+
+
+@pytest.mark.parametrize("family", ["gemma3", "granite", "olmo2"])
+def test_backbones_without_a_token_classifier_get_a_value_model_that_starts_at_0(family):
+    policy = make_model("likelihood", family)
+    value_model = make_value_model(policy)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert value_model(input_ids=ids).logits.abs().max() == 0
+    states = value_model.base_model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(states, policy.base_model(input_ids=ids).last_hidden_state)
+    assert states.std() > 0.1
+
+
+def test_another_configuration_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(TypeError, match=r"`args` is a GRPOConfig, which lacks .* Give `StepPPOConfig\(\.\.\.\)`"):
+        StepPPOTrainer(model="nowhere", reward_funcs=[len], args=GRPOConfig(str(tmp_path), bf16=False))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("advantage", ["gae", "group"])

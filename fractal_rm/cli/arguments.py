@@ -92,6 +92,13 @@ class ScoringArguments(ColumnArguments):
     REMOVED = _REMOVED_FORMATS
 
     model: str = field(metadata={"help": "Step reward model: the folder that `fractal-rm train` wrote, or a hub id."})
+    published: str | None = field(
+        default=None,
+        metadata={
+            "help": "A published process reward model whose files do not tell which it is: `trl` (or `trl:SEPARATOR`), "
+            "`qwen-prm`, `skywork-prm`, `math-shepherd` or `rlhflow`."
+        },
+    )
     dataset_format: FormatName | None = field(
         default=None, metadata={"help": "Read the rows as their authors published them, docs/datasets.md."}
     )

@@ -136,12 +136,12 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (missing and harmless and all(weight.startswith(_TOKEN_HEADS) for weight in missing))
 
 
-def load_reward_model(path: str, batch_size: int = 32) -> Any:
+def load_reward_model(path: str, batch_size: int = 32, published: str | None = None) -> Any:
     """A `StepRewardModel`, without bars."""
     from fractal_rm.reward_model import StepRewardModel
 
     hide_loading_bars()
-    return StepRewardModel.from_pretrained(path, batch_size=batch_size)
+    return StepRewardModel.from_pretrained(path, batch_size=batch_size, published=published)
 
 
 def to_json(values: Any) -> str:

@@ -136,7 +136,7 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
 
 def _measure(name: str, rows: list[Any], source: str, arguments: EvaluateArguments, *, first: bool) -> Any:
     """What is measured of one model, with the speed of scoring."""
-    model = load_reward_model(name, arguments.batch_size)
+    model = load_reward_model(name, arguments.batch_size, arguments.published if first else None)
     threshold = _threshold(model, arguments)
     if arguments.dataset_format is not None:
         check_meaning(arguments.dataset_format, model.settings.aggregation)

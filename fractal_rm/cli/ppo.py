@@ -51,6 +51,13 @@ class PPOArguments(TaskArguments):
             "`none` takes out those of the file."
         },
     )
+    published: str | None = field(
+        default=None,
+        metadata={
+            "help": "The first of `reward_model` is a published process reward model whose files do not tell which: "
+            "`trl` (or `trl:SEPARATOR`), `qwen-prm`, `skywork-prm`, `math-shepherd` or `rlhflow`."
+        },
+    )
     reward_function: Literal["exact_answer", "gsm8k_answer", "verifier"] | None = field(
         default=None,
         metadata={
@@ -118,7 +125,9 @@ def ppo(argv: Sequence[str]) -> None:
     )
     rows = read_prompts(arguments, data, "train", config.seed, task)
     held_out = read_prompts(arguments, data, "eval", config.seed, task)
-    loaded = [load_reward_model(path) for path in reward_models]
+    loaded = [
+        load_reward_model(path, published=None if n else arguments.published) for n, path in enumerate(reward_models)
+    ]
     hide_loading_bars()
     trainer = StepPPOTrainer(
         arguments.model,

@@ -50,7 +50,7 @@ def score(argv: Sequence[str]) -> None:
     check_writable_files(arguments.output, arguments.html)
     check_models(arguments.model, arguments.compare_to)
     rows = read_rows(Path(arguments.input), arguments.dataset_format, arguments.limit)
-    reward_model = load_reward_model(arguments.model, arguments.batch_size)
+    reward_model = load_reward_model(arguments.model, arguments.batch_size, arguments.published)
     records = score_rows(reward_model, rows, source=arguments.input, columns=arguments.columns)
     if arguments.compare_to is not None:
         add_second_model(records, load_reward_model(arguments.compare_to, arguments.batch_size))

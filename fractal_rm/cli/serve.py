@@ -17,6 +17,13 @@ class ServeArguments:
     """Arguments of `fractal-rm serve`."""
 
     model: str = field(metadata={"help": "Step reward model: the folder that `fractal-rm train` wrote, or a hub id."})
+    published: str | None = field(
+        default=None,
+        metadata={
+            "help": "A published process reward model whose files do not tell which it is: `trl` (or `trl:SEPARATOR`), "
+            "`qwen-prm`, `skywork-prm`, `math-shepherd` or `rlhflow`."
+        },
+    )
     host: str = field(
         default="127.0.0.1",
         metadata={"help": "Address to listen on; 0.0.0.0 for all, which lets other machines use the server."},
@@ -51,7 +58,7 @@ def serve(argv: Sequence[str]) -> None:
             raise
         raise ImportError(f"The server needs {error.name}. Install it: `pip install 'fractal-rm[serve]'`.") from error
     name, host = arguments.model, arguments.host
-    reward_model = load_reward_model(name, arguments.batch_size)
+    reward_model = load_reward_model(name, arguments.batch_size, arguments.published)
     app = make_app(reward_model, name=name, limits=limits, wait=arguments.wait, ends=arguments.ends or ())
     with contextlib.suppress(KeyboardInterrupt), listen(host, arguments.port) as listening:  # how a server is ended
         shown = f"[{host}]" if ":" in host else host

@@ -19,6 +19,7 @@ from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import load_tokenizer
+from fractal_rm.scorers.published import PublishedSettings
 
 # Seconds for one answer of a vLLM server, and between two questions.
 _ANSWER, _PAUSE = 5.0, 1.0
@@ -192,7 +193,7 @@ def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, 
                 "with a `segmentation`, or set one in its `settings`."
             )
         model.check_prompts(prompts)
-        if any(map(is_chat, prompts)):
+        if any(map(is_chat, prompts)) and not isinstance(model.settings, PublishedSettings):
             _check_chat_template(f"{which[0].lower()}{which[1:]}", model.tokenizer)
 
 

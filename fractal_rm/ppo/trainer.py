@@ -25,7 +25,13 @@ from fractal_rm.ppo.online.online_reward import OnlineReward
 from fractal_rm.ppo.rewards import StepShaper, charge_kl, judgement_metrics, place_rewards
 from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.ppo.sources import ModelSource, as_list, make_sources
-from fractal_rm.ppo.value_model import ValueGradients, ValueLearning, make_value_head, make_value_model
+from fractal_rm.ppo.value_model import (
+    ValueGradients,
+    ValueLearning,
+    make_value_head,
+    make_value_model,
+    warn_of_whole_value_model,
+)
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.data import Records
 
@@ -59,7 +65,8 @@ class StepPPOTrainer(Engine):
             policy's own hidden states.
         callbacks: As for `GRPOTrainer`.
         peft_config: As for `GRPOTrainer`: the policy trains an adapter, and is the reference without it.
-        value_peft_config: The value model trains an adapter and its head, in place of all its weights.
+        value_peft_config: The value model trains an adapter and its head, in place of all its weights. Without it the
+            value model of a policy that trains an adapter trains all its weights, and a warning says what that costs.
         step_reward_funcs: Functions that score steps, one or a list: called as TRL calls `reward_funcs`, and with
             `steps`, the texts of each completion's steps; they return one score per step for each completion.
         reward_model_dataset: For `rm_update_every`, by which the first reward model goes on learning: labelled
@@ -71,7 +78,8 @@ class StepPPOTrainer(Engine):
         ValueError: If there is no reward, a reward model does not suit the prompts or the configuration or cannot learn
             where it should or cannot read one of the first prompts, there is no tokenizer, batches and groups do not
             divide, or the value model cannot be made.
-        TypeError: If a function of `step_reward_funcs` cannot be called as it will be.
+        TypeError: If `args` is another configuration, or a function of `step_reward_funcs` cannot be called as it will
+            be.
         RuntimeError: If the installed TRL has moved a name that this class relies on.
 
     Attributes:
@@ -99,6 +107,11 @@ class StepPPOTrainer(Engine):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else StepPPOConfig("step-ppo")
+        if not isinstance(args, StepPPOConfig):
+            raise TypeError(
+                f"`args` is a {type(args).__name__}, which lacks the options of step rewards. Give "
+                "`StepPPOConfig(...)`, which takes those of `GRPOConfig` by the same names."
+            )
         outcomes, step_functions = as_list(reward_funcs), as_list(step_reward_funcs)
         models = load_checked(
             args,
@@ -155,6 +168,8 @@ class StepPPOTrainer(Engine):
         reward_model = self.step_scores.reward_model if self.step_scores else None
         tokens = {"reward_model": reward_model, "tokenizer": self.tokenizer}
         model = make_value_model(self.policy, value_model, **tokens, peft_config=peft_config)
+        if peft_config is None and hasattr(self.policy, "peft_config"):
+            warn_of_whole_value_model(model)
         return ValueLearning(self, model, shared=False)
 
     @property

@@ -1,6 +1,7 @@
 """The value model of PPO: how it is made, its values, its loss, its optimizer group, its place on disk."""
 
 import copy
+import logging
 import math
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_model as load_weights
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoModelForTokenClassification,
+    AutoConfig,
     PreTrainedModel,
     TrainerCallback,
     TrainerControl,
@@ -21,6 +22,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fractal_rm.errors import reason
 from fractal_rm.files import replacing
 from fractal_rm.hf.length_buckets import LengthBuckets, may_be_sorted
 from fractal_rm.ppo.config import StepPPOConfig
@@ -30,8 +32,12 @@ from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.model_setup import add_adapter
 from fractal_rm.scorers.checkpoint import head_module
 from fractal_rm.scorers.settings import FractalSettings
+from fractal_rm.scorers.token import token_classifier
 
+logger = logging.getLogger(__name__)
 VALUE_FOLDER = "value_model"
+# Weights, gradients and two moments of Adam.
+_TRAINING_COPIES = 4
 _WEIGHTS = "model.safetensors"
 # transformers would split what is larger than 50 GB, and `load` reads one file.
 _ONE_FILE = "1000TB"
@@ -68,7 +74,7 @@ def make_value_model(
         own frozen weights and no copy of them.
 
     Raises:
-        ValueError: If the architecture has no token classification model, the given model has several labels, the
+        ValueError: If transformers has no causal backbone of the architecture, the given model has several labels, the
             reward model reads other tokens than the policy writes, or the adapter is one that adds tokens.
     """
     copied_from = None
@@ -78,7 +84,8 @@ def make_value_model(
         copied_from = policy.get_base_model() if hasattr(policy, "peft_config") else policy
         value_model = _with_new_head(copied_from)
     elif isinstance(value_model, str | Path):
-        value_model = AutoModelForTokenClassification.from_pretrained(value_model, num_labels=1)
+        found = token_classifier(AutoConfig.from_pretrained(value_model))
+        value_model = found.from_pretrained(value_model, num_labels=1)
     if value_model.config.num_labels != 1:
         labels = value_model.config.num_labels
         raise ValueError(f"The value model has {labels} labels. Give one with `num_labels=1`.")
@@ -88,6 +95,18 @@ def make_value_model(
         if copied_from is not None:
             _share_frozen_weights(value_model.get_base_model(), copied_from)
     return value_model.eval()
+
+
+def warn_of_whole_value_model(model: nn.Module) -> None:
+    """Say what a value model costs that trains all its weights beside a policy that trains an adapter."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    size = sum(parameter.numel() * parameter.element_size() for parameter in trained) * _TRAINING_COPIES
+    logger.warning(
+        "The policy trains an adapter, the value model all its %s weights: %.1f GB of weights, gradients and optimizer "
+        "state. Give `value_peft_config` to train an adapter there too, or `value_model='shared'` for a head alone.",
+        f"{sum(parameter.numel() for parameter in trained):,}",
+        size / 1e9,
+    )
 
 
 def _reward_backbone(reward_model: StepRewardModel | None, tokenizer: Any) -> PreTrainedModel:
@@ -108,11 +127,11 @@ def _with_new_head(source: Any) -> PreTrainedModel:
     config = copy.deepcopy(source.config)
     config.num_labels = 1
     try:
-        model = AutoModelForTokenClassification.from_config(config)
+        model: Any = token_classifier(config)._from_config(config)
     except ValueError as error:
         raise ValueError(
-            f"No value model can be made from {type(source).__name__}: transformers has no token "
-            "classification model for it. Give `value_model`, or set `advantage='group'`."
+            f"No value model can be made from {type(source).__name__} ({reason(error)}). Set `value_model='shared'` "
+            "for a head on the policy's own states, give a `value_model`, or set `advantage='group'`."
         ) from error
     # A fresh PEFT adapter changes nothing yet, so the weights under it are the policy's.
     weights = {_without_peft(name): value for name, value in source.base_model.state_dict().items()}

@@ -79,6 +79,13 @@ class FractalConfig(TrainingArguments):
             "None: as many as the model takes."
         },
     )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={
+            "help": "Train without the model's dropout, as TRL's reward trainers do; that of adapters (`lora_dropout`) "
+            "and of the embedding scorer's head stays."
+        },
+    )
     reduction: Literal["sum", "mean"] = field(
         default="sum", metadata={"help": "Likelihood scorer: add or average the log-probabilities of a step's tokens."}
     )

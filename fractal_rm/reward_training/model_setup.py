@@ -23,6 +23,9 @@ from fractal_rm.scorers.inputs import Processor
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
 
+# Attributes of layers of transformers that call dropout as a function.
+_DROPOUT_SHARES = ("attention_dropout", "activation_dropout", "dropout", "dropout_prob", "layerdrop")
+
 
 def make_trainable(
     model: str | Path | PreTrainedModel | SentenceEncoder,
@@ -35,7 +38,7 @@ def make_trainable(
 
     Args:
         model: Path, hub id or instance.
-        args: Says where embeddings are kept.
+        args: Says where embeddings are kept, and whether dropout is off.
         settings: Says which scorer; its `max_length` is filled in from the model.
         tokenizer: The caller's; None: the model's own.
         peft_config: The caller's configuration of adapters; None: the whole model is trained.
@@ -77,8 +80,20 @@ def make_trainable(
     model.config.pad_token_id = padding
     if settings.max_length is None:
         settings.max_length = longest_input(model, tokenizer)
+    if args.disable_dropout:
+        disable_dropout(model)  # before adapters, whose own dropout is asked for
     wrapped = model if peft_config is None else add_adapter(model, peft_config, settings)
     return make_scorer(wrapped, settings), tokenizer
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch dropout off in a model for good: its modules, and the shares that layers hand to attention."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in _DROPOUT_SHARES:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def model_name(model: Any) -> str | None:

@@ -102,6 +102,7 @@ class FractalTrainer(Trainer):
         optimizers: As in `transformers.Trainer`.
 
     Raises:
+        TypeError: If `args` is another configuration.
         ValueError: On data or a model that cannot be used; the sentence says what, where, and what to do.
     """
 
@@ -118,6 +119,11 @@ class FractalTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        if not isinstance(args, FractalConfig):
+            raise TypeError(
+                f"`args` is a {type(args).__name__}, which lacks the options of step reward models. Give "
+                "`FractalConfig(...)`, which takes those of `TrainingArguments` by the same names."
+            )
         self.settings = args.settings()
         if optimizers != (None, None) and len(plan(args)) > 1:
             raise ValueError(

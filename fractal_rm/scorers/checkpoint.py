@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
 from fractal_rm.errors import reason
@@ -36,9 +37,10 @@ from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.embedding import EmbeddingScorer, make_head
 from fractal_rm.scorers.inputs import Processor
 from fractal_rm.scorers.likelihood import LikelihoodScorer
+from fractal_rm.scorers.published import PUBLISHED, Published, PublishedSettings, find_reading, load_published
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings, tokenizer_fingerprint
-from fractal_rm.scorers.token import TokenScorer
+from fractal_rm.scorers.token import TokenScorer, token_classifier
 from fractal_rm.versions import package_versions
 
 # Where the head of an embedding scorer is, in the folder of its encoder.
@@ -49,6 +51,8 @@ _HUB = ("revision", "token", "cache_dir", "local_files_only")
 _HEAD_SAMPLE = 16
 # Half precision keeps two to three digits.
 _HEAD_TOLERANCE = 1e-2
+# How `tokenizer_config.json` calls a tokenizer that is all in `tokenizer.json`.
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Tokenizers without a limit say 1e30.
 _NO_LIMIT = 10**9
 
@@ -99,18 +103,20 @@ def load_model(path: str | Path, settings: FractalSettings, **kwargs: Any) -> tu
         ValueError: If the folder or hub id is no model, or no model of the kind that the scorer needs, or lacks weights
             of the language model itself.
     """
-    auto: Any = AutoModelForCausalLM
-    if settings.scorer == "token":
-        auto = AutoModelForTokenClassification
+    is_token = settings.scorer == "token"
+    if is_token:
         kwargs["num_labels"] = settings.num_grades or 1
+    wanted = (AutoModelForTokenClassification if is_token else AutoModelForCausalLM).__name__
     _check_folder(path, "Give a folder or hub id of a model.")
     try:
-        if settings.scorer == "likelihood" and not _is_causal(AutoConfig.from_pretrained(path, **_of_hub(kwargs))):
+        config = AutoConfig.from_pretrained(path, **_of_hub(kwargs))
+        if not is_token and not _is_causal(config):
             raise ValueError("it is no causal language model")
-        model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
+        kind: Any = token_classifier(config) if is_token else AutoModelForCausalLM
+        model, info = kind.from_pretrained(path, output_loading_info=True, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(
-            f"{path} cannot be loaded as an {auto.__name__} for the {settings.scorer} scorer ({reason(error)}). "
+            f"{path} cannot be loaded as an {wanted} for the {settings.scorer} scorer ({reason(error)}). "
             "Give the path or hub id of such a model, or choose the other scorer."
         ) from error
     missing = sorted(info["missing_keys"])
@@ -119,7 +125,7 @@ def load_model(path: str | Path, settings: FractalSettings, **kwargs: Any) -> tu
     if lost:
         raise ValueError(
             f"{path}: {len(lost)} weights are missing from the folder and would be random (first: {lost[0]}). "
-            f"Give a folder with all weights of an {auto.__name__}."
+            f"Give a folder with all weights of an {wanted}."
         )
     return model, missing
 
@@ -207,8 +213,12 @@ def save_scorer(
         The settings as saved, with learned weight and bias, fingerprints and versions.
 
     Raises:
-        ValueError: If the scorer holds values that are not finite.
+        ValueError: If the scorer holds values that are not finite, or is somebody else's model.
     """
+    if isinstance(settings, PublishedSettings):
+        raise ValueError(
+            f"This is the published model {settings.reading.name}, which is not written to {path}: keep its own folder."
+        )
     model = copy.deepcopy(scorer.model).merge_and_unload() if scorer.is_adapted else scorer.base
     saved = copy.deepcopy(settings)
     if isinstance(scorer, LikelihoodScorer):
@@ -234,12 +244,14 @@ def save_scorer(
 
 
 def load_scorer(
-    path: str | Path, *, device: Any = None, **kwargs: Any
+    path: str | Path, *, device: Any = None, published: str | Published | None = None, **kwargs: Any
 ) -> tuple[StepScorer, Processor, FractalSettings]:
     """Read a checkpoint and check that it is whole: block, tokenizer and head.
 
     Args:
-        path: Folder or hub id of a checkpoint of this package.
+        path: Folder or hub id of a checkpoint of this package, or of a published process reward model.
+        published: How a published model is read, where its configuration and name do not tell:
+            [`~fractal_rm.scorers.published.find_reading`].
         device: Where a sentence encoder is to run; None: it chooses. A scorer itself is moved by the caller.
         kwargs: Passed to `from_pretrained` of the model, such as `dtype`; an embedding scorer takes those that say
             which files of a hub id are read.
@@ -254,16 +266,29 @@ def load_scorer(
     _check_folder(path, "Give a folder that FractalTrainer saved.")
     hub = _of_hub(kwargs)
     try:
-        block = PreTrainedConfig.get_config_dict(path, **hub)[0].get("fractal")
+        config = PreTrainedConfig.get_config_dict(path, **hub)[0]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} is neither a model folder nor a hub id that can be reached ({reason(error)}). "
             "Give a folder that FractalTrainer saved."
         ) from error
+    block = config.get("fractal")
     if block is None:
+        reading = find_reading(path, config, published)
+        if reading is None:
+            raise ValueError(
+                f"{path} is a model but no step reward model: its config.json has no `fractal` block. "
+                f"Train it with FractalTrainer first, or give `published` ({', '.join(PUBLISHED)}) if it is such a "
+                "model of somebody else."
+            )
+        # A tokenizer that its files call none of a family's is as they describe it; AutoTokenizer goes by the model.
+        named = get_tokenizer_config(path, **hub).get("tokenizer_class")
+        tokenizer = load_tokenizer(path, PreTrainedTokenizerFast if named in _GENERIC else AutoTokenizer, **hub)
+        scorer, settings = load_published(path, reading, tokenizer, **kwargs)
+        return scorer, tokenizer, settings
+    if published is not None:
         raise ValueError(
-            f"{path} is a model but no step reward model: its config.json has no `fractal` block. "
-            "Train it with FractalTrainer first."
+            f"{path} is a model of FractalTrainer, which says itself how it is read. Leave out `published`."
         )
     settings = FractalSettings.from_dict(block, where=str(path))
     if settings.scorer == "embedding":

@@ -41,7 +41,11 @@ class BagInputs(Protocol):
 
 def make_inputs(processor: Processor, settings: FractalSettings) -> BagInputs:
     """The inputs of the scorer that a tokenizer or an encoder belongs to."""
-    return EmbeddingInputs(processor) if isinstance(processor, SentenceEncoder) else TokenInputs(processor, settings)
+    from fractal_rm.scorers.published import PublishedInputs, PublishedSettings  # which build on this module
+
+    if isinstance(processor, SentenceEncoder):
+        return EmbeddingInputs(processor)
+    return (PublishedInputs if isinstance(settings, PublishedSettings) else TokenInputs)(processor, settings)
 
 
 @dataclass(frozen=True)

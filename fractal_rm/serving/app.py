@@ -110,7 +110,11 @@ def make_app(
     @app.post("/openrlhf", responses=_REFUSALS)
     async def openrlhf(request: OpenRLHFRequest) -> OpenRLHFAnswer:
         """Response scores in the format that OpenRLHF expects of its `remote_rm_url`."""
-        return write_openrlhf(await scores_of(read_openrlhf(request, ends)))
+        try:
+            given = read_openrlhf(request, ends)
+            return write_openrlhf(given, await scores_of(given))
+        except ValueError as error:  # what would else be the worst reward: it must stop the caller
+            raise HTTPException(422, str(error)) from error
 
     return app
 

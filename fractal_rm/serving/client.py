@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fractal_rm.data.prompts import response_text
+from fractal_rm.data.prompts import RenderedPrompt, response_text
 
 if TYPE_CHECKING:
     from fractal_rm.data.bag import Span
@@ -93,13 +93,15 @@ class ScoringClient:
         results = []
         for start in range(0, len(prompts), _AT_A_TIME):
             part = slice(start, start + _AT_A_TIME)
-            body = {"prompts": list(prompts[part]), name: list(responses[part])}
+            body: dict[str, Any] = {"prompts": list(prompts[part]), name: list(responses[part])}
+            if prompts and all(isinstance(prompt, RenderedPrompt) for prompt in prompts):
+                body["rendered"] = True
             if spans is not None:
                 body["spans"] = list(spans[part])
             results += self._scored(body)
         return results
 
-    def _scored(self, body: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    def _scored(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         """Results of a request; one that is too large for the server is halved."""
         try:
             return self._ask("/score", body)["results"]
@@ -107,7 +109,10 @@ class ScoringClient:
             half = len(body["prompts"]) // 2
             if not half:
                 raise
-        parts = ({name: rows[part] for name, rows in body.items()} for part in (slice(half), slice(half, None)))
+        parts = (
+            {name: rows[part] if isinstance(rows, list) else rows for name, rows in body.items()}
+            for part in (slice(half), slice(half, None))
+        )
         return [result for part in parts for result in self._scored(part)]
 
     def _ask(self, path: str, body: Any = None) -> Any:

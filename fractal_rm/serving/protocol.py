@@ -6,7 +6,8 @@ The server shows the models as a JSON schema at `/openapi.json`.
 import json
 import math
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +18,14 @@ from fractal_rm.reward_model import StepRewardModel, StepScores
 
 # A batch numbers the rows of several requests; the reader of an answer knows those of one.
 _NUMBER = re.compile(r"\Arow \d+: ")
+# Special tokens as tokenizers spell them, beside those that are named: marks of turns, starts, endings, padding.
+_MARK = re.compile(
+    r"<\|[^|<>\s]{1,60}\|>|<\uff5c[^\uff5c<>]{1,60}\uff5c>|</?s>|<(?:pad|bos|eos|unk)>|\[(?:PAD|CLS|SEP|BOS|EOS)\]"
+)
+# Vowels and endings of Korean syllables in the decomposed form, which are letters of their own.
+_JAMO = frozenset(map(chr, range(0x1160, 0x1200)))
+# Characters of a query and a prompt in a message.
+_SHOWN = 80
 
 
 class Message(BaseModel):
@@ -40,6 +49,10 @@ class ScoreRequest(BaseModel):
     )
     steps: list[list[str]] | None = Field(
         default=None, description="In place of `responses`: the texts of the steps of each; a newline joins them."
+    )
+
+    rendered: bool = Field(
+        default=False, description="The prompts are texts as the policy reads them: no template is applied to them."
     )
 
     @model_validator(mode="after")
@@ -137,7 +150,9 @@ class PromptedResponse(NamedTuple):
 def read_request(request: ScoreRequest) -> list[PromptedResponse]:
     """The responses of a request to `/score`."""
     prompts = [
-        prompt if isinstance(prompt, str) else [message.model_dump() for message in prompt]
+        (RenderedPrompt(prompt) if request.rendered else prompt)
+        if isinstance(prompt, str)
+        else [message.model_dump() for message in prompt]
         for prompt in request.prompts
     ]
     responses: Sequence[str | list[str]] = (request.responses if request.steps is None else request.steps) or []
@@ -148,8 +163,12 @@ def read_request(request: ScoreRequest) -> list[PromptedResponse]:
 def read_openrlhf(request: OpenRLHFRequest, ends: Sequence[str]) -> list[PromptedResponse]:
     """The responses of a request of OpenRLHF: what follows each prompt, without the special tokens `ends` at its end.
 
-    A text that does not hold its prompt (OpenRLHF cuts prompts that are too long) becomes an empty response,
-    which cannot be scored.
+    OpenRLHF decodes a query from token ids, so it may differ from the prompt that was encoded: in white space, in
+    special tokens, in the Unicode form of characters. Where only these differ the prompt is found all the same.
+
+    Raises:
+        ValueError: If a query does not begin with its prompt: names the row. Nobody can tell then where the response
+            begins.
 
     Example:
         >>> request = OpenRLHFRequest(query=["<s>2+2?\\n4.</s></s>"], prompts=["2+2?\\n"])
@@ -157,13 +176,63 @@ def read_openrlhf(request: OpenRLHFRequest, ends: Sequence[str]) -> list[Prompte
         [PromptedResponse(prompt='2+2?\\n', response='4.', spans=None)]
     """
     found = []
-    for query, prompt in zip(request.query, request.prompts, strict=True):
-        response = query.partition(prompt)[2] if prompt else query
+    for row, (query, prompt) in enumerate(zip(request.query, request.prompts, strict=True)):
+        start = _prompt_end(query, prompt, ends)
+        if start is None:
+            raise ValueError(
+                f"`query[{row}]` does not begin with `prompts[{row}]`, also when white space, special tokens and the "
+                f"Unicode form are left aside (query {query[:_SHOWN]!r}, prompt {prompt[:_SHOWN]!r}). Send prompts as "
+                "the policy reads them, and shorter ones if OpenRLHF cuts them; name the policy's special tokens by "
+                "`--ends`."
+            )
+        response = query[start:]
         stop = len(response)  # the text is cut once, however many of them there are
         while (end := next((end for end in ends if end and response.endswith(end, 0, stop)), None)) is not None:
             stop -= len(end)
         found.append(PromptedResponse(RenderedPrompt(prompt), response[:stop]))
     return found
+
+
+def _prompt_end(query: str, prompt: str, marks: Sequence[str]) -> int | None:
+    """Where in a query its prompt ends; None if it does not begin with it."""
+    before, exact, _ = query.partition(prompt)
+    mark = re.compile("|".join([*map(re.escape, filter(None, marks)), _MARK.pattern]))
+    if (exact or not prompt) and not mark.sub("", before).strip():
+        return len(before) + len(exact)
+    given, position = _letters(query, mark), 0
+    for letter, _ in _letters(prompt, mark):
+        found, position = next(given, ("", 0))
+        if found != letter:
+            return None
+    return _behind_ending(query, position, prompt, mark)
+
+
+def _letters(text: str, mark: re.Pattern[str]) -> Iterator[tuple[str, int]]:
+    """What of a text is neither white space nor a special token, in one Unicode form, with the places behind."""
+    place = 0
+    for between in [*mark.finditer(text), None]:
+        stop = len(text) if between is None else between.start()
+        while place < stop:
+            start = place
+            place += 1
+            while place < stop and (unicodedata.combining(text[place]) or text[place] in _JAMO):
+                place += 1  # an accent or a part of a syllable: one character in the composed form
+            for letter in unicodedata.normalize("NFKC", text[start:place]):
+                if not letter.isspace():
+                    yield letter, place
+        place = len(text) if between is None else between.end()
+
+
+def _behind_ending(query: str, place: int, prompt: str, mark: re.Pattern[str]) -> int:
+    """The place in a query behind the white space and special tokens that its prompt ends with, where it has them."""
+    *_, last = [0, *(end for _, end in _letters(prompt, mark))]
+    for part in re.findall(rf"{mark.pattern}|\s+", prompt[last:]):
+        if part.isspace():
+            space = len(query) - len(query[place:].lstrip()) - place
+            place += min(space, len(part))
+        elif query[place:].lstrip().startswith(part):
+            place = query.index(part, place) + len(part)
+    return place
 
 
 def score_responses(reward_model: StepRewardModel, given: Sequence[PromptedResponse]) -> list[StepScores]:
@@ -198,9 +267,18 @@ def write_results(results: Sequence[StepScores | Exception]) -> list[ScoredRespo
     return said
 
 
-def write_openrlhf(results: Sequence[StepScores | Exception]) -> OpenRLHFAnswer:
-    """What OpenRLHF reads: a response that cannot be scored gets 0, and counts as `unscored` in what it logs."""
+def write_openrlhf(given: Sequence[PromptedResponse], results: Sequence[StepScores | Exception]) -> OpenRLHFAnswer:
+    """What OpenRLHF reads: an empty response, or one among others that cannot be scored, gets 0 and counts as unscored.
+
+    Raises:
+        ValueError: If no response is scored though there is text in some: training would go on with the worst score for
+            all.
+    """
     scores = [math.nan if isinstance(result, Exception) else result.score for result in results]
     unscored = [float(math.isnan(score)) for score in scores]
+    written = [row for row, one in enumerate(given) if str(one.response).strip()]
+    if written and all(unscored):
+        error = write_results([results[written[0]]])[0].error or ""
+        raise ValueError(f"None of {len(given)} responses could be scored. First: {_NUMBER.sub('', error)}")
     rewards = [0.0 if math.isnan(score) else score for score in scores]
     return OpenRLHFAnswer(rewards=rewards, scores=rewards, extra_logs={"unscored": unscored})

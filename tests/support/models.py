@@ -7,12 +7,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForTokenClassification,
     BertConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    Olmo2Config,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -22,6 +23,7 @@ from transformers import (
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import make_scorer
 from fractal_rm.scorers.settings import FractalSettings
+from fractal_rm.scorers.token import token_classifier
 
 CAUSAL_FAMILIES = ("llama", "gpt2", "qwen2")
 VOCABULARY = 512
@@ -118,6 +120,10 @@ def config(family: str, *, vocab_size: int = VOCABULARY, **options: Any) -> Any:
     if family == "gemma2":  # caps its logits
         cap = {"final_logit_softcapping": 5.0, "head_dim": 8, "num_key_value_heads": 1}
         return Gemma2Config(**llama | cap | shared)
+    if family == "gemma3":  # transformers has no token classifier of it, nor of the next two
+        return Gemma3TextConfig(**llama | {"head_dim": 8, "num_key_value_heads": 1} | shared)
+    if family == "olmo2":
+        return Olmo2Config(**llama | {"num_key_value_heads": 1} | shared)
     if family == "granite":  # divides its logits
         return GraniteConfig(**llama | {"logits_scaling": 4.0} | shared)
     assert family == "bert"
@@ -128,7 +134,8 @@ def make_model(scorer: str, family: str, *, seed: int = 0, **options: Any) -> Pr
     """A model for a scorer, freshly made."""
     torch.manual_seed(seed)
     if scorer == "token":
-        return AutoModelForTokenClassification.from_config(config(family, **{"num_labels": 1} | options)).eval()
+        made = config(family, **{"num_labels": 1} | options)
+        return token_classifier(made)._from_config(made).eval()
     return AutoModelForCausalLM.from_config(config(family, **options)).eval()
 
 

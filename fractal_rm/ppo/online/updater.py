@@ -18,6 +18,7 @@ from fractal_rm.reward_training.data import BagCollator, BagDataset
 from fractal_rm.reward_training.model_setup import move_to_group
 from fractal_rm.scorers.checkpoint import head_parameters
 from fractal_rm.scorers.inputs import make_inputs
+from fractal_rm.scorers.published import PublishedSettings
 
 # As FractalTrainer has it where `head_learning_rate` is left out.
 _HEAD_FACTOR = 10.0
@@ -35,7 +36,7 @@ class RewardModelUpdater:
         max_grad_norm: Largest norm of the gradient; 0: no limit.
 
     Raises:
-        ValueError: If the model scores grades, has adapters, or all its weights are frozen.
+        ValueError: If the model scores grades, is somebody else's, has adapters, or all its weights are frozen.
     """
 
     def __init__(
@@ -46,6 +47,11 @@ class RewardModelUpdater:
             raise ValueError(
                 "`rm_update_every` continues training on outcomes in [0, 1], but the reward model scores grades. "
                 "Set `rm_update_every=0`, or train one on labels that say good or bad."
+            )
+        if isinstance(self.settings, PublishedSettings):
+            raise ValueError(
+                f"`rm_update_every` trains the reward model, and this is the published model "
+                f"{self.settings.reading.name}. Set `rm_update_every=0`, or train a model of your own."
             )
         if self.scorer.is_adapted:
             raise ValueError(

@@ -1,0 +1,538 @@
+"""Others' process reward models, each a description: where a score is read, of which logits, in which template.
+
+The reading follows the code that the models were published with, and runs none of it: no remote code, no class a model.
+A score is the publisher's: the probability of the good class or token, or the sigmoid of the value head.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fractal_rm.data.bag import Bag
+from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
+from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.errors import reason
+from fractal_rm.objectives.aggregation import Aggregation
+from fractal_rm.scorers.base import StepScorer
+from fractal_rm.scorers.inputs import EncodedBag, TokenInputs
+from fractal_rm.scorers.settings import FractalSettings
+from fractal_rm.scorers.token import head_class, token_classifier
+
+logger = logging.getLogger(__name__)
+# Stands for a text while a chat template is rendered: no template and no text holds it.
+_SLOT = "\ue000{}\ue001"
+_Template = Literal["steps", "text", "chat", "turns"]
+_Head = Literal["classes", "score", "v_head", "vocabulary"]
+
+
+@dataclass(frozen=True)
+class Published:
+    r"""How a published process reward model reads a response.
+
+    Args:
+        name: What `published=` and `--published` call it.
+        template: `"steps"`: prompt, steps and markers are tokenized one by one; `"text"`: as one text; `"chat"`: the
+            marked response is the assistant's message; `"turns"`: each step is a message of the user, each marker one
+            of the assistant.
+        marker: Text after each step.
+        head: Which numbers are read: `"classes"` (a token classifier with two labels), `"score"` (two layers with two
+            outputs), `"v_head"` (a value head with one), `"vocabulary"` (the logits of `tokens`).
+        tokens: The good and the bad token, for `"vocabulary"`.
+        reads_before: The score is read one token before the marker, which it predicts, in place of at its last token.
+        between: What lies between steps in a response. The published code cuts there and drops it; None: it keeps what
+            stands there.
+        blank_steps: Whether the published code marks blank steps too.
+        joint: Text between prompt and first step.
+        system: System message of a prompt that has none, for `"chat"`.
+        aggregation: How scores of steps become that of the response.
+        architectures: Names in `config.json` that tell the model.
+        names: Last parts of hub ids, which tell models whose configuration is that of any language model.
+        source: Where the reading is published.
+    """
+
+    name: str
+    template: _Template
+    marker: str
+    head: _Head
+    source: str
+    tokens: tuple[str, str] = ("+", "-")
+    reads_before: bool = False
+    between: str | None = None
+    blank_steps: bool = False
+    joint: str = ""
+    system: str | None = None
+    aggregation: Aggregation = "min"
+    architectures: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+    @property
+    def segmentation(self) -> Segmentation:
+        """How a response is cut: at `between`, or by lines."""
+        if self.between in (None, "\n"):
+            return Segmentation()
+        return Segmentation("separator", separator=self.between)
+
+
+PUBLISHED = {
+    reading.name: reading
+    for reading in (
+        Published(
+            name="trl",
+            template="steps",
+            marker="\n",
+            between="\n",
+            head="classes",
+            source="`PRMTrainer.tokenize_row` of TRL, whose default `step_separator` is a line break",
+        ),
+        Published(
+            name="qwen-prm",
+            template="chat",
+            marker="<extra_0>",
+            between="\n\n",
+            head="score",
+            system="Please reason step by step, and put your final answer within \\boxed{}.",
+            architectures=("Qwen2ForProcessRewardModel",),
+            source="model card of Qwen/Qwen2.5-Math-PRM-7B",
+        ),
+        Published(
+            name="skywork-prm",
+            template="steps",
+            marker="\n",
+            between="\n",
+            blank_steps=True,
+            joint="\n",
+            head="v_head",
+            architectures=("Qwen2ForPrmModel",),
+            names=("Skywork-o1-Open-PRM-Qwen-2.5-1.5B", "Skywork-o1-Open-PRM-Qwen-2.5-7B"),
+            source="SkyworkAI/skywork-o1-prm-inference, `prepare_input` and `PRM_MODEL`",
+        ),
+        Published(
+            name="math-shepherd",
+            template="text",
+            marker=" \u043a\u0438",
+            joint=" ",
+            head="vocabulary",
+            names=("math-shepherd-mistral-7b-prm",),
+            source="model card of peiyi9979/math-shepherd-mistral-7b-prm",
+        ),
+        Published(
+            name="rlhflow",
+            template="turns",
+            marker="+",
+            between="\n\n",
+            joint=" ",
+            reads_before=True,
+            head="vocabulary",
+            names=("Llama3.1-8B-PRM-Deepseek-Data", "Llama3.1-8B-PRM-Mistral-Data"),
+            source="RLHFlow/RLHF-Reward-Modeling, `math-rm/prm_evaluate.py`",
+        ),
+    )
+}
+
+
+@dataclass
+class PublishedSettings(FractalSettings):
+    """Settings of somebody else's model: they hold its reading, and are never written to a folder."""
+
+    reading: Published = field(default_factory=lambda: PUBLISHED["trl"])
+
+
+def find_reading(path: str | Path, config: dict[str, Any], published: str | Published | None) -> Published | None:
+    """The reading of a folder or hub id: the one that is asked for, or the one that config and name tell.
+
+    Args:
+        path: Folder or hub id.
+        config: Its `config.json`.
+        published: A reading or its name, `trl:SEPARATOR` for another `step_separator` than a line break; None: to be
+            told from the model.
+
+    Returns:
+        The reading; None where nothing tells one.
+
+    Raises:
+        ValueError: If there is no reading of that name.
+    """
+    if isinstance(published, Published):
+        return published
+    if published is not None:
+        name, _, separator = published.partition(":")
+        if name not in PUBLISHED or (separator and name != "trl"):
+            raise ValueError(
+                f"Unknown reading {published!r}. `published` is one of {', '.join(PUBLISHED)}, or trl:SEPARATOR."
+            )
+        separator = separator.replace("\\n", "\n")
+        return replace(PUBLISHED[name], marker=separator, between=separator) if separator else PUBLISHED[name]
+    architectures = config.get("architectures") or []
+    # A snapshot of the hub's cache lies in models--owner--name/snapshots/commit.
+    parts = {part.rsplit("--", 1)[-1].lower() for part in Path(path).parts}
+    parts.add(str(config.get("_name_or_path") or "").rsplit("/", 1)[-1].lower())
+    for reading in PUBLISHED.values():
+        if set(architectures) & set(reading.architectures) or parts & {name.lower() for name in reading.names}:
+            return reading
+    labels = len(config.get("id2label") or "ab")  # transformers does not write what is 2
+    if labels == 2 and any(name.endswith("ForTokenClassification") for name in architectures):
+        return PUBLISHED["trl"]
+    return None
+
+
+def load_published(
+    path: str | Path, reading: Published, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
+) -> tuple[StepScorer, FractalSettings]:
+    """The scorer of a published model, in evaluation mode, and settings to use it with.
+
+    Args:
+        path: Folder or hub id.
+        reading: How it is read.
+        tokenizer: Its tokenizer.
+        kwargs: Passed to `from_pretrained` of the model, such as `dtype`.
+
+    Raises:
+        ValueError: If weights of the head or the body are missing, or the tokenizer lacks the marker or the tokens.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **_hub_only(kwargs))
+        kind: Any = _model_class(config, reading)
+        options = {} if reading.head == "vocabulary" else {"num_labels": 1 if reading.head == "v_head" else 2}
+        model, info = kind.from_pretrained(
+            path, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **options, **kwargs
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} cannot be loaded as the published model {reading.name} ({reason(error)}). Give a folder with its "
+            "configuration and safetensors weights (weights in .bin files are not read: convert them once with "
+            "`save_pretrained`), or another `published`."
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{path}: {len(missing)} weights of the published model {reading.name} are missing and would be random "
+            f"(first: {missing[0]}). Give the published folder, or the `published` that suits it."
+        )
+    ids = [_last_id(token, tokenizer) for token in reading.tokens] if reading.head == "vocabulary" else []
+    if reading.head == "vocabulary" and (len(set(ids)) < len(ids) or tokenizer.unk_token_id in ids):
+        raise ValueError(f"{path}: its tokenizer does not know the tokens {reading.tokens} of {reading.name}.")
+    if reading.template == "chat" and len(tokenizer(reading.marker, add_special_tokens=False)["input_ids"]) != 1:
+        raise ValueError(
+            f"{path}: its tokenizer has no token {reading.marker}, at which {reading.name} is read. Restore the "
+            "published tokenizer files."
+        )
+    if reading.template in ("chat", "turns") and not tokenizer.chat_template:
+        raise ValueError(f"{path}: its tokenizer has no chat template, in which {reading.name} reads a response.")
+    logger.warning(
+        "%s is read as the published model %s: %r after each step, steps cut at %r (%s). Give `published` if it is "
+        "another.",
+        path,
+        reading.name,
+        reading.marker,
+        reading.between or "\n",
+        reading.source,
+    )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    settings = PublishedSettings(
+        scorer="token",
+        aggregation=reading.aggregation,
+        segmentation=reading.segmentation,
+        max_length=positions,
+        reading=reading,
+    )
+    return PublishedScorer(model, ids).eval(), settings
+
+
+def _hub_only(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name in ("revision", "token", "cache_dir")} | (
+        {"local_files_only": True} if kwargs.get("local_files_only") else {}
+    )
+
+
+def _model_class(config: Any, reading: Published) -> Any:
+    if reading.head == "vocabulary":
+        return AutoModelForCausalLM
+    if reading.head == "classes":
+        known = type(config) in AutoModelForTokenClassification._model_mapping
+        return AutoModelForTokenClassification if known else token_classifier(config)
+    return head_class(type(config), reading.head, _two_layers if reading.head == "score" else _ValueHead)
+
+
+def _two_layers(config: Any) -> nn.Module:
+    width = config.get_text_config().hidden_size
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.num_labels))
+
+
+class _ValueHead(nn.Module):
+    """One linear layer by the name that TRL's value heads have; their dropout is off when they score."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.summary = nn.Linear(config.get_text_config().hidden_size, 1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.summary(states.to(self.summary.weight.dtype))
+
+
+class PublishedScorer(StepScorer):
+    """Step logit = the difference of two logits (good less bad), or the output of a value head.
+
+    Args:
+        model: The model.
+        token_ids: The good and the bad token, where the logits are those of the vocabulary; empty: a head's outputs.
+    """
+
+    def __init__(self, model: PreTrainedModel, token_ids: Sequence[int] = ()) -> None:
+        super().__init__(model)
+        self.token_ids = list(token_ids)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, step_ids: Tensor, step_ends: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Step logits (B, S) in float32 from tensors of [`PublishedInputs.pad`]; `step_ends` is where scores are."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self.token_ids:
+            # The model's head gets the states at steps only: logits of a vocabulary at all tokens would fill memory.
+            head: Any = self.base.get_output_embeddings()
+            handle = head.register_forward_pre_hook(lambda module, args: (_at(args[0], step_ends), *args[1:]))
+            try:
+                found = self.model(**inputs).logits.float()
+            finally:
+                handle.remove()
+            good, bad = self.token_ids
+            return found[..., good] - found[..., bad]
+        found = _at(self.model(**inputs).logits, step_ends).float()
+        return found.squeeze(-1) if found.size(-1) == 1 else found[..., 1] - found[..., 0]
+
+
+def _at(values: Tensor, places: Tensor) -> Tensor:
+    """Of values (B, T, N) those at places (B, S)."""
+    return torch.gather(values, 1, places.unsqueeze(-1).expand(-1, -1, values.size(-1)))
+
+
+# Text -> tokens -------------------------------------------------------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """A piece of the input; `reads`: the score of a step is read at its last token, or before its first."""
+
+    text: str
+    is_template: bool  # written by the publisher, not by policy or user: special tokens in it are meant
+    reads: bool = False
+
+
+@dataclass(frozen=True)
+class PublishedInputs(TokenInputs):
+    """How text becomes what a published model reads: with its template, its markers, its separators."""
+
+    @property
+    def reading(self) -> Published:
+        """The description."""
+        assert isinstance(self.settings, PublishedSettings)
+        return self.settings.reading
+
+    def encode(self, bags: Sequence[Bag]) -> list[EncodedBag]:
+        """As [`TokenInputs.encode`]; a step's end is the token at which its score is read.
+
+        Raises:
+            ValueError: If a prompt cannot be put into the published template.
+        """
+        return [self._encode_bag(bag) for bag in bags]
+
+    def _encode_bag(self, bag: Bag) -> EncodedBag:
+        reading, tokenizer = self.reading, self.tokenizer
+        pieces = list(_pieces(bag, reading))
+        if reading.template == "steps":
+            ids, reads = _by_parts(self._steps(bag, pieces), tokenizer)
+        elif reading.template == "text":
+            ids, reads = _as_text(self._text(bag, pieces), tokenizer, special=True)
+        else:
+            ids, reads = _as_text(self._messages(bag, pieces), tokenizer, special=False)
+        ends = [first - 1 if reading.reads_before else last for first, last in reads]
+        room = len(ids) if self.settings.max_length is None else self.settings.max_length
+        # What follows the last score has no part in it: no model here sees what comes later.
+        kept = [end for end, (_, last) in zip(ends, reads, strict=True) if max(end, last) < room]
+        ids = ids[: (reads[len(kept) - 1][1] + 1 if kept else 0)]
+        return EncodedBag(ids, [-1] * len(ids), kept, len(bag.step_spans))
+
+    def _steps(self, bag: Bag, pieces: list[tuple[str, bool]]) -> Iterator[_Part]:
+        bos = str(self.tokenizer.bos_token or "")
+        question = _question(bag.prompt, self.reading)[1]
+        if not (isinstance(bag.prompt, RenderedPrompt) and question.startswith(bos)):
+            yield _Part(bos, True)
+        yield _Part(question + self.reading.joint, isinstance(bag.prompt, RenderedPrompt))
+        for text, is_step in pieces:
+            yield _Part(text, False)
+            yield _Part(self.reading.marker, True, is_step)
+
+    def _text(self, bag: Bag, pieces: list[tuple[str, bool]]) -> Iterator[_Part]:
+        yield _Part(_question(bag.prompt, self.reading)[1] + self.reading.joint, False)
+        for text, is_step in pieces:
+            yield _Part(text, False)
+            yield _Part(self.reading.marker, True, is_step)
+
+    def _messages(self, bag: Bag, pieces: list[tuple[str, bool]]) -> list[_Part]:
+        """The parts of a chat: its template is rendered once with slots, which tell template from text."""
+        reading = self.reading
+        system, question = _question(bag.prompt, reading)
+        texts: list[_Part] = []
+
+        def slot(text: str, *, marker: bool = False, reads: bool = False) -> str:
+            texts.append(_Part(text, marker, reads))
+            return _SLOT.format(len(texts) - 1)
+
+        messages = [] if system is None else [{"role": "system", "content": slot(system)}]
+        if reading.template == "chat":
+            messages.append({"role": "user", "content": slot(question)})
+            content = "".join(slot(text) + slot(reading.marker, marker=True, reads=step) for text, step in pieces)
+            messages.append({"role": "assistant", "content": content})
+        else:
+            for number, (text, step) in enumerate(pieces):
+                text = text if number else question + reading.joint + text
+                messages.append({"role": "user", "content": slot(text)})
+                messages.append({"role": "assistant", "content": slot(reading.marker, marker=True, reads=step)})
+        parts = _filled(self._render(messages), texts)
+        plain = [message | {"content": _with_texts(message["content"], texts)} for message in messages]
+        expected = self._render(plain)
+        if "".join(part.text for part in parts) != expected:  # a template that trims its messages
+            parts = _filled(self._render(messages), [part._replace(text=part.text.strip()) for part in texts])
+        if "".join(part.text for part in parts) != expected:
+            raise ValueError(
+                f"the chat template of {self.tokenizer.name_or_path} changes the texts of messages, so the steps of "
+                f"{reading.name} cannot be found in it; use the published tokenizer files."
+            )
+        return parts
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        except TemplateError as error:
+            raise ValueError(
+                f"the chat template refuses this chat ({str(error).rstrip('.')}); change its messages."
+            ) from error
+
+
+def _question(prompt: Prompt, reading: Published) -> tuple[str | None, str]:
+    """The system message, if any, and the question of a prompt.
+
+    Raises:
+        ValueError: If it is a text that a chat template wrote, or a chat of more than one question.
+    """
+    if isinstance(prompt, RenderedPrompt) and reading.head != "classes":
+        raise ValueError(
+            f"the prompt was rendered by a chat template, and {reading.name} reads the question in a template of its "
+            "own; give the question as text or as messages."
+        )
+    if not is_chat(prompt):
+        return reading.system, prompt
+    given = [message for message in prompt if message["role"] == "system"]
+    asked = [message for message in prompt if message["role"] != "system"]
+    if len(given) > 1 or len(asked) != 1 or asked[0]["role"] != "user":
+        raise ValueError(
+            f"the prompt is a chat of {len(prompt)} messages, and {reading.name} reads one question; give one message "
+            "of the user, with or without a system message."
+        )
+    question = asked[0]["content"]
+    if not given or reading.template == "chat":
+        return (given[0]["content"] if given else reading.system), question
+    # These read no roles: what the policy was told is a part of the question.
+    return None, f"{given[0]['content']}\n{question}"
+
+
+def _pieces(bag: Bag, reading: Published) -> Iterator[tuple[str, bool]]:
+    """The texts before the markers, as the published code cuts them, and whether the marker is that of a step."""
+    response, between, spans, start = bag.response, reading.between, bag.step_spans, 0
+    for number, (first, end) in enumerate(spans):
+        if between is None:  # everything stays where it stands
+            yield response[start:end], True
+            start = end
+            continue
+        *blank, lead = response[start:first].split(between)
+        if any(text.strip() for text in blank):  # text that is no step: it stays where it stands
+            blank, lead = [], response[start:first]
+        if reading.blank_steps:
+            yield from ((text, False) for text in blank)
+        is_last = number + 1 == len(spans)
+        gap = response[end : len(response) if is_last else spans[number + 1][0]]
+        tail, separator, _ = gap.partition(between)
+        if tail.strip():
+            tail = separator = ""
+        elif not separator and not is_last:  # other white space than the published code would cut at
+            tail, separator = "", gap
+        yield lead + response[first:end] + tail, True
+        start = end + len(tail) + len(separator)
+
+
+def _filled(rendered: str, texts: list[_Part]) -> list[_Part]:
+    """A rendered template, cut at its slots, with the texts in them."""
+    parts = []
+    for number, text in enumerate(texts):
+        before, _, rendered = rendered.partition(_SLOT.format(number))
+        parts += [_Part(before, True), text]
+    return [*parts, _Part(rendered, True)]
+
+
+def _with_texts(content: str, texts: list[_Part]) -> str:
+    for number, text in enumerate(texts):
+        content = content.replace(_SLOT.format(number), text.text)
+    return content
+
+
+def _last_id(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    return int(tokenizer(text, add_special_tokens=False)["input_ids"][-1])
+
+
+def _ids(part: _Part, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    options: dict[str, Any] = {} if part.is_template else {"split_special_tokens": True}
+    return list(tokenizer(part.text, add_special_tokens=False, **options)["input_ids"]) if part.text else []
+
+
+_Reads = list[tuple[int, int]]  # first and last token of the markers at which a score is read
+
+
+def _by_parts(parts: Iterator[_Part], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], _Reads]:
+    """Each part tokenized alone."""
+    ids: list[int] = []
+    reads = []
+    for part in parts:
+        start = len(ids)
+        ids += _ids(part, tokenizer)
+        if part.reads:
+            reads.append((start, len(ids) - 1))
+    return ids, reads
+
+
+def _as_text(
+    parts: Iterator[_Part] | list[_Part], tokenizer: PreTrainedTokenizerBase, *, special: bool
+) -> tuple[list[int], _Reads]:
+    """All parts tokenized as one text, as the published code does; one by one where a text spells special tokens."""
+    parts = list(parts)
+    named = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if not tokenizer.is_fast or any(name in part.text for part in parts if not part.is_template for name in named):
+        bos: Any = tokenizer.bos_token_id
+        prefix = [bos] if special and bos is not None else []
+        ids, reads = _by_parts(iter(parts), tokenizer)
+        return prefix + ids, [(first + len(prefix), last + len(prefix)) for first, last in reads]
+    tokens = tokenizer("".join(part.text for part in parts), add_special_tokens=special, return_offsets_mapping=True)
+    offsets, reads, end, token = tokens["offset_mapping"], [], 0, 0
+    for part in parts:
+        end += len(part.text)
+        if part.reads:
+            # Of the marker's own characters: a space before it may belong to the token of another part.
+            first_character, last_character = end - len(part.text.lstrip()), end - 1
+            while not offsets[token][0] <= first_character < offsets[token][1]:
+                token += 1
+            first = token
+            while not offsets[token][0] <= last_character < offsets[token][1]:
+                token += 1
+            while token + 1 < len(offsets) and offsets[token + 1][0] <= last_character < offsets[token + 1][1]:
+                token += 1  # the last byte of a character in several tokens
+            reads.append((first, token))
+    return list(tokens["input_ids"]), reads

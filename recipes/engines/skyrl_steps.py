@@ -1,0 +1,37 @@
+"""Dense step rewards in SkyRL: a generator around a generator, whose `rewards` are lists of numbers, one a token."""
+
+from typing import Any
+
+from step_rewards import from_environment, mean_score, placed_scores, token_rewards
+
+
+class StepRewardGenerator:
+    """Replaces the rewards of another generator's output by those of steps.
+
+    In the experiment class: `def get_generator(self, cfg, tokenizer, client): return StepRewardGenerator(
+    super().get_generator(cfg, tokenizer, client), tokenizer)`. A step earns its score less the mean of the batch, so
+    that what cannot be scored earns the mean; no sum grows with the number of steps.
+
+    Args:
+        generator: A `GeneratorInterface`.
+        tokenizer: The policy's tokenizer.
+    """
+
+    def __init__(self, generator: Any, tokenizer: Any) -> None:
+        self.generator, self.tokenizer = generator, tokenizer
+
+    async def generate(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the generator's; `rewards` is a `list[list[float]]` of the lengths of `response_ids`.
+
+        Raises:
+            ValueError: If there are not as many prompts as responses, or nothing can be scored.
+        """
+        output = await self.generator.generate(input_batch, *args, **kwargs)
+        ids, prompts = output["response_ids"], input_batch["prompts"]
+        if len(prompts) != len(ids):
+            raise ValueError(
+                f"{len(ids)} responses came for {len(prompts)} prompts. Set `generator.step_wise_trajectories` off."
+            )
+        placed = placed_scores(prompts, ids, self.tokenizer, from_environment())
+        rewards = token_rewards(placed, list(map(len, ids)), baseline=mean_score(placed))
+        return output | {"rewards": rewards}
