@@ -30,7 +30,7 @@ from fractal_rm.objectives.aggregation import aggregate
 from fractal_rm.objectives.grades import expected_grades, ordinal_max_log_probs
 from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, save_scorer
 from fractal_rm.scorers.inputs import Processor, make_inputs, prompt_text
-from fractal_rm.scorers.published import Published
+from fractal_rm.scorers.published import Published, PublishedSettings
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
 
@@ -312,7 +312,7 @@ class StepRewardModel:
         prompt: Prompt,
         response: str | Sequence[str],
         spans: Sequence[Span] | None,
-        chat_template_kwargs: Mapping[str, Any] | None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Bag:
         """A response cut into steps and checked, its chat as the template writes it."""
         if isinstance(response, str):
@@ -323,6 +323,8 @@ class StepRewardModel:
             response, spans = join_steps(response, self.settings.joint or self.segmentation.joint)
         bag, tokenizer = Bag(prompt, cast(str, response), tuple(spans or ()), label=None), self.tokenizer
         if not is_chat(bag.prompt) or tokenizer is None or not tokenizer.chat_template:
+            return bag
+        if isinstance(self.settings, PublishedSettings):  # its description says how messages are read
             return bag
         options = {**self.settings.chat_template_kwargs, **(chat_template_kwargs or {})}
         template = self.settings.prompt_template

@@ -427,11 +427,11 @@ def _value_of(match: re.Match[str]) -> Fraction | None:
         power = int(digits) if len(digits) < 5 else math.inf
         return number * Fraction(10) ** int(power) if abs(power) <= _LARGEST_POWER else None
     prefix = "m_" if groups["whole"] is not None else ""
-    whole = Fraction(int(groups["whole"])) if prefix else Fraction(0)
+    whole = Fraction(int(str(groups["whole"]))) if prefix else Fraction(0)
     if groups[f"{prefix}vulgar"]:
         return whole + Fraction(unicodedata.numeric(groups[f"{prefix}vulgar"])).limit_denominator(10)
     top, bottom = next(
-        (int(groups[f"{prefix}top{n}"]), int(groups[f"{prefix}bottom{n}"]))
+        (int(str(groups[f"{prefix}top{n}"])), int(str(groups[f"{prefix}bottom{n}"])))
         for n in ("", "1", "2")
         if groups[f"{prefix}top{n}"] is not None
     )
