@@ -28,8 +28,8 @@ from fractal_rm.errors import reason
 from fractal_rm.files import write_atomic
 from fractal_rm.objectives.aggregation import aggregate
 from fractal_rm.objectives.grades import expected_grades, ordinal_max_log_probs
-from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, save_scorer
-from fractal_rm.scorers.inputs import Processor, make_inputs, prompt_text
+from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, make_inputs, save_scorer
+from fractal_rm.scorers.inputs import Processor, prompt_text
 from fractal_rm.scorers.published import Published, PublishedSettings
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings

@@ -239,7 +239,7 @@ def test_a_required_argument_is_named(commands):
 
 def test_an_unknown_command_is_answered_with_the_nearest(commands):
     assert "Unknown command 'trian'. Did you mean `train`?" in commands.fails("trian")
-    assert "Choose one of quickstart, sample, train," in commands.fails("dance")
+    assert "Choose one of quickstart, plan, sample, train," in commands.fails("dance")
     assert "There is no command." in commands.fails()
 
 

@@ -46,7 +46,11 @@ def make(label: Any = 1.0, steps=("3*4=12.", "2+12=14."), **options: Any) -> Bag
         ({"step_spans": ((3, 3),)}, ValueError, "are empty"),
         ({"step_spans": ((0.0, 3.0),)}, TypeError, "no pair of integers"),
         ({"step_spans": ((0, 3, 5),)}, TypeError, "no pair of integers"),
-        ({"label": 1.5}, ValueError, r"the label is 1\.5, outside \[0, 1\]; rescale it, or set num_grades"),
+        (
+            {"label": 1.5},
+            ValueError,
+            r"the label is 1\.5, outside \[0, 1\]; rescale it \(.*\), or set num_grades",
+        ),
         ({"label": -0.1}, ValueError, r"outside \[0, 1\]"),
         ({"label": 10**400}, ValueError, r"outside \[0, 1\]"),
         ({"label": float("inf")}, ValueError, r"outside \[0, 1\]"),

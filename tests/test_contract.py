@@ -225,6 +225,7 @@ def test_attributes_and_their_keys_that_are_gone_are_named():
     assert [sentence.partition(", expected")[0] for sentence in sentences] == [
         "`GRPOTrainer._buffered_inputs` is not set by a constructor",
         "`GRPOTrainer._metrics` has no key 'eval'",
+        "`GRPOTrainer.tools` is not set by a constructor",
     ]
 
 

@@ -112,5 +112,5 @@ def test_bad_input_is_one_sentence(flags, message, tmp_path, capsys, monkeypatch
 
 def test_step_labels_are_of_the_steps_that_a_reward_model_reads():
     asked = Asked("2+3\n", lambda _: True, lambda text: [True for line in text.split("\n") if line.strip()])
-    (row,) = _rows(asked, ["a\rb\x0cc\n\n d\u2028e"], gold_steps=True)
+    (row,) = _rows(asked, ["a\rb\x0cc\n---\n d\u2028e"], gold_steps=True)
     assert len(row["step_labels"]) == len(Segmentation("lines")(row["completion"]))

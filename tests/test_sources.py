@@ -218,7 +218,7 @@ def test_a_step_without_an_opinion_is_as_if_it_were_not_there(tmp_path):
     def own(steps: list[list[str]], **_: Any) -> list[list[float | None]]:
         return [[None if step[-1] == "b" else SCORES[step[-1]] for step in row] for row in steps]
 
-    for options in ({"shaping": "centered"}, {"shaping": "delta"}):
+    for options in ({"shaping": "centered", "center": "batch"}, {"shaping": "delta"}):
         output = rollout(tmp_path, step_reward_funcs=own, rollout_func=replay(RAGGED), **options, **TOKEN_REWARDS)[
             "advantages"
         ]

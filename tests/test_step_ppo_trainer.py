@@ -1102,10 +1102,9 @@ def test_evaluation_logs_rewards_and_leaves_the_value_model_alone(tmp_path, gene
     assert "eval_value/loss" not in {name for row in trainer.state.log_history for name in row}
 
 
-def test_a_whole_batch_without_steps_or_with_one_token_each_is_trained_on(tmp_path):
-    trainer = train(tmp_path, reward_model=reward_model(), rollout_func=replay([(EOS,)]), num_generations=1)
-    assert all(torch.isfinite(tensor).all() for tensor in weights(trainer.model).values())
-    assert all((batch["advantages"] == 0).all() for batch in trainer.rollouts)
+def test_a_first_batch_without_steps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Nothing in the rollout of step 0 earned anything"):
+        train(tmp_path, reward_model=reward_model(), rollout_func=replay([(EOS,)]), num_generations=1)
 
 
 # It learns ------------------------------------------------------------------------------------------------------------

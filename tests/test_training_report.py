@@ -49,6 +49,7 @@ PANELS = {
         "Score minus outcome",
         "Share of repeated steps",
         "Share of repeated 4-grams",
+        "Share of steps that other prompts' responses hold",
         "Share of empty responses",
         "Share of steps at the ceiling",
         "Steps at the ceiling, less outcome",

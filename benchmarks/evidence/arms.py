@@ -91,6 +91,7 @@ ARMS: dict[str, Arm] = {
                 steps="fractal",
                 outcome=_CORE[like].outcome,
                 options=options,
+                variants=_SUMS if name == "min_form" else LAMBDAS,
                 like=like,
                 times=1,
                 conditions=MAIN_CONDITIONS,

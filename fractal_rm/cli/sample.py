@@ -211,8 +211,8 @@ def _rows(
             "answer": read_answer(response, last_number=last_number),
             "responses": len(written),
         }
-        # The lines that a reward model reads: a policy may write other line ends than the one that checkers know.
-        lines = [response[start:end] for start, end in Segmentation("lines")(response)]
+        # The steps that a reward model reads, one a line: a step may hold other line ends, or several lines.
+        lines = [" ".join(response[start:end].splitlines()) for start, end in Segmentation("lines")(response)]
         flags = asked.check_steps("\n".join(lines)) if gold_steps else None
         rows.append(row if flags is None else row | {"step_labels": step_labels(flags)})
     return rows

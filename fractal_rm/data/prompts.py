@@ -108,8 +108,8 @@ def read_prompt(prompt: Any) -> Prompt:
             known.setdefault("content", "")
         if "role" in known and "content" in given and "content" not in known:
             raise TypeError(
-                f"the content of message {number} of the prompt is null; give it a text. Only a message with "
-                "'tool_calls' may have none."
+                f"the content of message {number} of the prompt is null; give it a text (only a message with "
+                "'tool_calls' may have none)."
             )
         if not {"role", "content"} <= set(known):
             raise TypeError(f"message {number} of the prompt is no message; give it the keys 'role' and 'content'.")

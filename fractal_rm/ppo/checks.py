@@ -226,7 +226,8 @@ def check_earning(batch: RolloutBatch, args: StepPPOConfig, *, step: int) -> Non
     written = [bool(text.strip()) for text, keep in zip(batch.texts, used, strict=True) if keep]
     failed = [one for rows in batch.scores.values() for one in rows if not one.judged]
     reasons = [one.error or f"{one.truncated_steps} steps are beyond `max_length`" for one in failed[:1]]
-    everyone = gather_object([(judged or paid, sum(used), sum(written), sum(batch.unscored), reasons)])
+    charged = bool(args.kl_coef) and not args.step_weight  # the distance from the reference alone, as it was asked for
+    everyone = gather_object([(judged or paid or charged, sum(used), sum(written), sum(batch.unscored), reasons)])
     earned, count, texts, unscored = (sum(one[place] for one in everyone) for place in range(4))
     if earned or not count or (not texts and step):
         return

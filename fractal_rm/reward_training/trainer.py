@@ -73,8 +73,7 @@ from fractal_rm.reward_training.stages import (
     write_finished,
 )
 from fractal_rm.scorers.base import StepScorer
-from fractal_rm.scorers.checkpoint import head_parameters, load_scorer, save_scorer
-from fractal_rm.scorers.inputs import make_inputs
+from fractal_rm.scorers.checkpoint import head_parameters, load_scorer, make_inputs, save_scorer
 from fractal_rm.scorers.likelihood import LikelihoodScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 

@@ -34,10 +34,17 @@ from transformers.utils.hub import cached_file
 
 from fractal_rm.errors import reason
 from fractal_rm.scorers.base import StepScorer
-from fractal_rm.scorers.embedding import EmbeddingScorer, make_head
-from fractal_rm.scorers.inputs import Processor
+from fractal_rm.scorers.embedding import EmbeddingInputs, EmbeddingScorer, make_head
+from fractal_rm.scorers.inputs import BagInputs, Processor, TokenInputs
 from fractal_rm.scorers.likelihood import LikelihoodScorer
-from fractal_rm.scorers.published import PUBLISHED, Published, PublishedSettings, find_reading, load_published
+from fractal_rm.scorers.published import (
+    PUBLISHED,
+    Published,
+    PublishedInputs,
+    PublishedSettings,
+    find_reading,
+    load_published,
+)
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings, tokenizer_fingerprint
 from fractal_rm.scorers.token import TokenScorer, token_classifier
@@ -142,6 +149,13 @@ def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     limits = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
     known = [int(limit) for limit in limits if limit and limit < _NO_LIMIT]
     return min(known, default=None)
+
+
+def make_inputs(processor: Processor, settings: FractalSettings) -> BagInputs:
+    """The inputs of the scorer that a tokenizer or an encoder belongs to."""
+    if isinstance(processor, SentenceEncoder):
+        return EmbeddingInputs(processor)
+    return (PublishedInputs if isinstance(settings, PublishedSettings) else TokenInputs)(processor, settings)
 
 
 def make_scorer(model: nn.Module, settings: FractalSettings) -> StepScorer:

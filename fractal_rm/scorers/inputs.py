@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.data.bag import Bag, Span
 from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
-from fractal_rm.scorers.embedding import EmbeddingInputs
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
 
@@ -37,15 +36,6 @@ class BagInputs(Protocol):
     def pad(self, bags: Sequence[Any]) -> dict[str, Tensor]:
         """Tensors for the scorer, `mask` (B, S) among them."""
         ...
-
-
-def make_inputs(processor: Processor, settings: FractalSettings) -> BagInputs:
-    """The inputs of the scorer that a tokenizer or an encoder belongs to."""
-    from fractal_rm.scorers.published import PublishedInputs, PublishedSettings  # which build on this module
-
-    if isinstance(processor, SentenceEncoder):
-        return EmbeddingInputs(processor)
-    return (PublishedInputs if isinstance(settings, PublishedSettings) else TokenInputs)(processor, settings)
 
 
 @dataclass(frozen=True)

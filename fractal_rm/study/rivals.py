@@ -48,7 +48,7 @@ def oracle(task: Task) -> Rule:
     """
 
     def rule(prompt: str, steps: list[str]) -> list[float]:
-        flags = task.read(prompt).check_steps("\n".join(steps))
+        flags = task.read(prompt).check_steps("\n".join(" ".join(step.splitlines()) for step in steps))
         if flags is None:
             raise ValueError(
                 f"The task {task.name!r} cannot check steps. Leave out the arms that need gold step labels."

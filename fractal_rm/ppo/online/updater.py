@@ -16,8 +16,7 @@ from fractal_rm.objectives.bag_loss import bag_loss
 from fractal_rm.reward_model import StepRewardModel, probabilities
 from fractal_rm.reward_training.data import BagCollator, BagDataset
 from fractal_rm.reward_training.model_setup import move_to_group
-from fractal_rm.scorers.checkpoint import head_parameters
-from fractal_rm.scorers.inputs import make_inputs
+from fractal_rm.scorers.checkpoint import head_parameters, make_inputs
 from fractal_rm.scorers.published import PublishedSettings
 
 # As FractalTrainer has it where `head_learning_rate` is left out.
