@@ -50,9 +50,13 @@ PANELS = {
         "Share of repeated steps",
         "Share of repeated 4-grams",
         "Share of steps that other prompts' responses hold",
+        "Share of steps with a confidence marker",
+        "Agreement with the usual order of words",
         "Share of empty responses",
         "Share of steps at the ceiling",
         "Steps at the ceiling, less outcome",
+        "Share of responses not judged",
+        "Share of steps beyond the limit",
     ],
     "Length": ["Tokens per response", "Steps per response", "Tokens per step", "Share cut at the length limit"],
     "Distance from the reference policy": [
