@@ -17,7 +17,8 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 def readers() -> dict[str, object]:
     """Functions that read a format, by module and name."""
-    names = [found.name for found in pkgutil.iter_modules(fractal_rm.data.formats.__path__) if found.name != "reading"]
+    shared = ("reading", "tables")  # not formats of a data set
+    names = [found.name for found in pkgutil.iter_modules(fractal_rm.data.formats.__path__) if found.name not in shared]
     modules = {name: importlib.import_module(f"fractal_rm.data.formats.{name}") for name in names}
     return {
         f"{room}.{name}": function
