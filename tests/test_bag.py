@@ -49,7 +49,7 @@ def make(label: Any = 1.0, steps=("3*4=12.", "2+12=14."), **options: Any) -> Bag
         (
             {"label": 1.5},
             ValueError,
-            r"the label is 1\.5, outside \[0, 1\]; rescale it \(.*\), or set num_grades",
+            r"the label is 1\.5, outside \[0, 1\]; rescale it \(--label_scale 1 5 maps 1 to 0 ",
         ),
         ({"label": -0.1}, ValueError, r"outside \[0, 1\]"),
         ({"label": 10**400}, ValueError, r"outside \[0, 1\]"),

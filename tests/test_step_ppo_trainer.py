@@ -1102,9 +1102,11 @@ def test_evaluation_logs_rewards_and_leaves_the_value_model_alone(tmp_path, gene
     assert "eval_value/loss" not in {name for row in trainer.state.log_history for name in row}
 
 
-def test_a_first_batch_without_steps_is_refused(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.5}])  # a penalty alone earns nothing either
+def test_a_first_batch_without_steps_is_refused(tmp_path, policy_folder, options):
+    options |= {"model": policy_folder, "rollout_func": replay([(EOS,)]), "num_generations": 1}
     with pytest.raises(ValueError, match="Nothing in the rollout of step 0 earned anything"):
-        train(tmp_path, reward_model=reward_model(), rollout_func=replay([(EOS,)]), num_generations=1)
+        train(tmp_path, reward_model=reward_model(), **options)
 
 
 # It learns ------------------------------------------------------------------------------------------------------------

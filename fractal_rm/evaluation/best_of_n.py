@@ -229,7 +229,7 @@ def measure_best_of_n(
         "questions": len(questions.groups),
         "responses": len(questions.bags),
         "unscored": sum(math.isnan(result.score) for result in scored),
-        "truncated": sum(bool(result.steps) and result.truncated_steps > 0 for result in scored),
+        "truncated": sum(result.truncated_steps > 0 for result in scored),
     }
     if answers is not None:
         counts["without_answer"] = sum(answer is None for answer in answers)

@@ -96,7 +96,7 @@ def measure_responses(scored: Sequence[StepScores], bags: Sequence[Bag], thresho
     counts: dict[str, float] = {
         "responses": len(bags),
         "unscored": int(unscored.sum()),
-        "truncated": sum(bool(result.steps) and result.truncated_steps > 0 for result in scored),
+        "truncated": sum(result.truncated_steps > 0 for result in scored),
     }
     metrics: dict[str, Statistic] = {
         **statistics.bag_statistics(probs, labels),
