@@ -20,6 +20,7 @@ from fractal_rm.evaluation.results import read_results
 from fractal_rm.study import arms as study_arms
 from fractal_rm.study import study
 from fractal_rm.study.arms import LEARNING_RATES, OUTCOME_ONLY
+from fractal_rm.study.held_out import measure_start
 from fractal_rm.study.study import write_chosen
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, Condition
 
@@ -204,7 +205,7 @@ def test_a_run_whose_reward_model_is_watched_is_the_run_of_the_study(finished, t
     assert [measured(row) for row in rows] == [measured(r) for r in rows_of(finished) if r["arm"] == "fractal_online"]
     assert watched == pytest.approx([row["metrics"]["rm_score"] for row in rows])
     assert [len(texts) for texts in seen] == [SMOKE_BUDGET.held_out] * 2
-    assert seen[0] == study.measure_start(assets, SMOKE_BUDGET.held_out)[1]
+    assert seen[0] == measure_start(assets, SMOKE_BUDGET.held_out)[1]
     rng, held_out = random.Random(0), assets.task.problems("held_out", 256, 0)
     texts = [assets.task.beliefs(0).respond(one, rng) for one in held_out]
     prompts = [one.prompt for one in held_out]

@@ -9,7 +9,6 @@ from conftest import REPOSITORY
 from peft import LoraConfig, get_peft_model
 from transformers import (
     GPT2Config,
-    LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     Qwen2Config,
@@ -20,6 +19,7 @@ from transformers import (
 
 from benchmarks.speed import plan_check
 from benchmarks.speed.page import page
+from benchmarks.speed.scale_plan import config as config_of
 from fractal_rm.cli.main import main
 from fractal_rm.cli.plan import PlanArguments, read_gpu, read_run, verdict
 from fractal_rm.evaluation.results import read_results
@@ -41,18 +41,6 @@ from fractal_rm.ppo.plan import (
 SMALL = Shape(layers=2, hidden=64, intermediate=160, heads=4, kv_heads=2, vocabulary=96, tied=True)
 BIG = Run(policy=MODELS["Qwen2.5-1.5B"], reward=MODELS["Qwen2.5-1.5B"], lora_rank=16, dtype="bfloat16")
 CARD = GPUS["RTX-3090"]
-
-
-def llama(shape: Shape) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=shape.tied,
-    )
 
 
 def adapted(model: LlamaForCausalLM, rank: int = 8) -> torch.nn.Module:
@@ -100,7 +88,7 @@ def test_a_size_between_two_models_gets_as_many_layers_as_come_closest(parameter
 
 
 def test_adapters_are_counted_as_peft_makes_them():
-    model = adapted(LlamaForCausalLM(llama(SMALL)), rank=8)
+    model = adapted(LlamaForCausalLM(config_of(SMALL)), rank=8)
     assert SMALL.adapters(8) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -118,7 +106,7 @@ def test_what_a_layer_keeps_is_what_a_forward_pass_keeps(dtype, computed, rank):
     run = replace(run, prompt=100, completion=28, micro_batch=4)
 
     def kept(layers: int) -> float:
-        model = LlamaForCausalLM(llama(replace(SMALL, layers=layers))).to(getattr(torch, dtype))
+        model = LlamaForCausalLM(config_of(replace(SMALL, layers=layers))).to(getattr(torch, dtype))
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != computed):
             return plan_check.kept_bytes(model if rank is None else adapted(model, rank), run)
 
@@ -194,7 +182,7 @@ def test_hours_of_the_stages_follow_their_counts():
 
 
 def test_a_model_folder_is_planned_and_fits(tmp_path, capsys):
-    llama(SMALL).save_pretrained(tmp_path)
+    config_of(SMALL).save_pretrained(tmp_path)
     assert main(["plan", "--model", str(tmp_path), "--gpu", "24GB"]) == 0
     shown = capsys.readouterr().out
     assert "Fits: 0.0 GB of 21.6 that can be planned with." in shown

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
+from transformers import LlamaForCausalLM, LlamaForTokenClassification
 
 from benchmarks.speed.scale_formulas import LLAMA_7B, LLAMA_70B, Work, memory, seconds, trained_bytes
+from benchmarks.speed.scale_plan import config
 from fractal_rm.ppo.plan import GPU, Shape, cache_bytes
 
 SHAPES = [
@@ -14,31 +15,18 @@ SHAPES = [
 SIZES = {"plan": LLAMA_7B, "large": LLAMA_70B}
 
 
-def configuration(shape: Shape) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=shape.tied,
-        num_labels=1,
-    )
-
-
 @pytest.mark.parametrize("shape", [*SHAPES, LLAMA_7B, LLAMA_70B], ids=["small", "tied", "7B", "70B"])
 def test_parameters_are_counted_as_transformers_has_them(shape):
     with torch.device("meta"):
-        policy = LlamaForCausalLM(configuration(shape))
-        scorer = LlamaForTokenClassification(configuration(shape))
+        policy = LlamaForCausalLM(config(shape, num_labels=1))
+        scorer = LlamaForTokenClassification(config(shape, num_labels=1))
     assert shape.parameters == sum(p.numel() for p in policy.parameters())
     assert shape.scorer_parameters == sum(p.numel() for p in scorer.parameters())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_cache_is_as_large_as_the_one_that_transformers_fills(shape):
-    model = LlamaForCausalLM(configuration(shape)).eval()
+    model = LlamaForCausalLM(config(shape, num_labels=1)).eval()
     cache = model(input_ids=torch.ones(3, 7, dtype=torch.long), use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert cache_bytes(shape, 3, 7) == held / 2  # the plan is in bf16, the model in float32

@@ -73,7 +73,7 @@ def planned(size: str, gpus: int, name: str) -> dict[str, Any]:
     }
 
 
-def config(shape: Shape) -> LlamaConfig:
+def config(shape: Shape, **options: Any) -> LlamaConfig:
     """The configuration of a shape."""
     return LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -86,6 +86,7 @@ def config(shape: Shape) -> LlamaConfig:
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=1,
+        **options,
     )
 
 
