@@ -420,7 +420,7 @@ class FractalReward:
     def _reward(self, scored: StepScores) -> float:
         if self.scale == "probability":
             return scored.score
-        # A product of hundreds of steps is no float any more; the sum of its logarithms is.
+        # A product of hundreds of steps underflows to 0; the sum of its logarithms is.
         is_product = self.reward_model.settings.aggregation == "product"
         factors = scored.step_scores if is_product else [scored.score]
         return math.fsum(math.log(max(factor, _LEAST_PROBABILITY)) for factor in factors)

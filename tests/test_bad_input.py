@@ -266,7 +266,7 @@ def test_a_data_set_that_the_hub_does_not_have_is_named(commands):
 def test_a_folder_that_is_no_model_is_named(commands):
     (commands.folder / "empty").mkdir()
     said = commands.train([GOOD, BAD], "--model", str(commands.folder / "empty"))
-    assert "empty is no model folder: it holds no config.json" in said
+    assert "empty is not a model folder: it holds no config.json" in said
 
 
 def test_a_model_of_the_wrong_kind_is_named(commands):

@@ -225,7 +225,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_a_folder_without_config_is_no_model_folder(tmp_path):
-    assert "is no model folder: it holds no config.json. Give a folder" in refusal(tmp_path)
+    assert "is not a model folder: it holds no config.json. Give a folder" in refusal(tmp_path)
 
 
 def test_a_path_that_is_neither_a_folder_nor_reachable_is_named(tmp_path):

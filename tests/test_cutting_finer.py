@@ -96,7 +96,7 @@ def test_a_minimum_and_a_cap_are_not_raised_where_a_step_keeps_its_score(form, p
 
 @given(responses)
 def test_with_the_min_form_going_on_by_a_new_step_is_never_worth_more(steps):
-    # What the tokens of a step are credited with is at most what those of the next one would be without it.
+    # What the tokens of a step are credited with is at most what the next one would be without it.
     scores = torch.tensor([by_its_end(steps)], dtype=torch.float64)
     mask = torch.ones(scores.shape, dtype=torch.bool)
     rewards = shape_step_scores(scores, mask, shaping="min_form")

@@ -95,7 +95,7 @@ def sampled(numbers, tokenizer):
 
 
 def written(ids, tokenizer):
-    """Which ids are text: not the ending, and not padding that is no ending as well."""
+    """Which ids are text: not the ending, and not padding that is not an ending as well."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     stop = max((at + 1 for at, token in enumerate(ids) if token not in (eos, pad)), default=0)
     return [at < stop and (token != pad or pad == eos) for at, token in enumerate(ids)]

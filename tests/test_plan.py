@@ -217,8 +217,8 @@ def test_what_does_not_fit_names_the_largest_part_and_options_that_hold_what_the
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--parameters", "many"], "The size 'many' is no number of parameters. Give one such as 135M or 1.5B."),
-        (["--parameters", "0B"], "The size '0B' is no number of parameters."),
+        (["--parameters", "many"], "The size 'many' is not a number of parameters. Give one such as 135M or 1.5B."),
+        (["--parameters", "0B"], "The size '0B' is not a number of parameters."),
         (["--parameters", "1B", "--gpu", "big"], "`gpu` is 'big'. Give its memory, such as 24GB, or one of T4,"),
         (["--parameters", "1B", "--gpu", "0GB"], "`gpu` is '0GB': no memory."),
         (["--parameters", "1B", "--model", "x"], "`model` and `parameters` both name the policy's size."),

@@ -435,7 +435,7 @@ def test_openrlhf_prompts_are_taken_as_the_policy_sees_them():
     with running(model, ends=["<|im_end|>"]) as url:
         assert post(url, body, "/openrlhf")[1]["rewards"] == pytest.approx([expected], abs=1e-6)
         assert ScoringClient(url).rewards([chat], RESPONSES[:1]) == pytest.approx([expected], abs=1e-6)
-        assert ScoringClient(url).rewards([str(rendered)], RESPONSES[:1]) == [None]  # a text is no chat
+        assert ScoringClient(url).rewards([str(rendered)], RESPONSES[:1]) == [None]  # a text is not a chat
     texts = reward_model("token", "llama", byte_tokenizer(), chat=False, prompt_template="Q: {prompt}\n")
     body = {"query": [f"Q: 2+3*4?\n{RESPONSES[0]}"], "prompts": ["Q: 2+3*4?\n"]}
     with running(texts) as url:

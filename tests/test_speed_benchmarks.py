@@ -58,7 +58,7 @@ def test_a_model_folder_takes_the_place_of_the_sizes(tmp_path):
     assert rows[1]["config"]["autocast"] == "bfloat16"
     expected = LlamaForCausalLM.from_pretrained(folder).num_parameters()
     assert {row["config"]["parameters"] for row in rows} == {expected}
-    with pytest.raises(SystemExit, match="nowhere is no model folder"):
+    with pytest.raises(SystemExit, match="nowhere is not a model folder"):
         rm_speed.main(["--model", str(tmp_path / "nowhere")])
 
 

@@ -39,7 +39,7 @@ class Further(Arm):
             their option `rm_update_every`.
         own_rate: Whether its trials have all learning rates, of which it takes its own best.
         conditions: Where it runs; None: where most of these do.
-        like: The arm whose chosen settings it has; it has no trials of its own.
+        like: The arm whose chosen settings it has; it is not tuned.
         times: How many times the updates of that arm it makes; None: as many more as make the rollouts of a reward
             model's labelled responses.
     """

@@ -95,7 +95,7 @@ def measured_models(
     """
     if given.model is not None:
         if not (given.model / "config.json").is_file():
-            raise SystemExit(f"{given.model} is no model folder: it holds no config.json. Give another `--model`.")
+            raise SystemExit(f"{given.model} is not a model folder: it holds no config.json. Give another `--model`.")
         sizes = [given.split or given.model.name]
     else:
         sizes = given.sizes or (given.cpu_sizes if given.device == "cpu" else ["125M", "340M"])

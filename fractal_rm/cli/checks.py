@@ -80,7 +80,7 @@ def check_models(*paths: str | None) -> None:
             advice = _MAKE_QUICKSTART if "quickstart" in folder.parts else "Check the path, or give a hub id."
             raise FileNotFoundError(f"There is no model folder {path}. {advice}")
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "modules.json")):
-            raise ValueError(f"{path} is no model folder: it holds no config.json. Give a folder or hub id of a model.")
+            raise ValueError(f"{path} is not a model folder: it holds no config.json. Give a model's folder or hub id.")
 
 
 def _is_hub_id(path: str) -> bool:

@@ -109,7 +109,7 @@ class PlanArguments:
         if rollouts % self.num_generations:
             raise ValueError(
                 f"An update has {rollouts} completions (`per_device_train_batch_size` x `gradient_accumulation_steps`),"
-                f" which is no multiple of `num_generations` {self.num_generations}. Change one of them."
+                f" which is not a multiple of `num_generations` {self.num_generations}. Change one of them."
             )
 
 
@@ -201,7 +201,7 @@ def read_shape(name: str, *, is_size: bool) -> Shape:
     if is_size:
         size = _SIZE.fullmatch(name.strip())
         if size is None or float(size[1]) == 0:
-            raise ValueError(f"The size {name!r} is no number of parameters. Give one such as 135M or 1.5B.")
+            raise ValueError(f"The size {name!r} is not a number of parameters. Give one such as 135M or 1.5B.")
         parameters = float(size[1]) * _UNITS[size[2].upper()]
         return MODELS[nearest_model(parameters)].scaled_to(parameters)
     check_models(name)

@@ -88,7 +88,7 @@ class Limit(NamedTuple):
 
     A factor of 1 allows for doubling, and for halving. Where progress `excuses`, a batch whose outcomes are better than
     those of the first batches is not beyond the limit. What is `absolute` is at most `margin` in any batch, the first
-    ones included: a run that is wrong from its start is no reference.
+    ones included: a run that is wrong from its start is not a reference.
     """
 
     up: bool
@@ -295,7 +295,7 @@ class Alarm(NamedTuple):
     Attributes:
         signal: Its name in [`LIMITS`].
         value: What was measured last.
-        usual: Its mean over the first batches; NaN where these are no reference.
+        usual: Its mean over the first batches; NaN where these are not a reference.
         limit: The limit it is beyond.
         since: Training step of the first batch beyond it.
     """

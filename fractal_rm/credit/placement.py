@@ -46,7 +46,7 @@ def _decode(token_ids: Sequence[int], tokenizer: Decoder) -> str:
 
 
 def _which_are_text(token_ids: Sequence[int], tokenizer: Decoder, endings: Collection[int] | None) -> list[bool]:
-    """False for the ending, which may be several tokens, and for padding that is no ending as well."""
+    """False for the ending, which may be several tokens, and for padding that is not an ending as well."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     ends = {eos, pad} if endings is None else set(endings)
     stop = len(token_ids)

@@ -43,7 +43,7 @@ class Columns:
         label_scale: Lowest and highest rating: labels are mapped to [0, 1] in equal parts.
 
     Raises:
-        ValueError: If the scale is no pair of numbers, the lower one first.
+        ValueError: If the scale is not a pair of numbers, the lower one first.
 
     Example:
         >>> standard_row({"q": "1+1?", "a": "2", "r": 4}, Columns("q", "a", "r", label_scale=(1, 5)))
@@ -75,7 +75,7 @@ def standard_row(record: Mapping[str, Any], columns: Columns | None = None) -> d
     """A row with the columns that `read_row` reads; columns that are null are left out.
 
     Raises:
-        TypeError: If a rating is no number.
+        TypeError: If a rating is not a number.
         ValueError: If a named column is missing, or it cannot be told which column is which.
     """
     columns = columns or Columns()

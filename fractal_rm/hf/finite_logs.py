@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 logger = logging.getLogger(__name__)
-# That a metric is not defined is nothing to worry about; that one of these is no number is.
+# That a metric is not defined is nothing to worry about; that one of these is not a number is.
 _VITAL = ("loss", "grad_norm")
 
 

@@ -164,7 +164,7 @@ def bag_log_probs(
         `log P(bag is good)` and `log P(bag is not good)`, in nats, float32.
 
     Raises:
-        ValueError: If a bag has no real step, the aggregation is unknown, or the sharpness is no finite number above 0.
+        ValueError: If a bag has no real step, the aggregation is unknown, or the sharpness is not finite and above 0.
 
     Source:
         `"min"`, `"max"`, `"mean"`: FRACTAL (Makhija et al., ACL 2025). `"softmax"`: LCA (arXiv 2606.27739).
@@ -218,7 +218,7 @@ def aggregate(
         Bag scores before the sigmoid, float32.
 
     Raises:
-        ValueError: If a bag has no real step, the aggregation is unknown, or the sharpness is no finite number above 0.
+        ValueError: If a bag has no real step, the aggregation is unknown, or the sharpness is not finite and above 0.
 
     Example:
         >>> aggregate(torch.tensor([[2.0, -1.0, 9.0]]), torch.tensor([[True, True, False]]))

@@ -99,7 +99,7 @@ class StepPPOConfig(GRPOConfig):
         default="centered",
         metadata={
             "help": "Step score -> step reward: `raw` is P(step is good); `centered` is that minus a baseline "
-            "(`center`), so that a step earns what it is better than others, and a value model that starts at 0 starts "
+            "(`center`), so that a step is compared with others, and a value model that starts at 0 starts "
             "right; `log_odds` is its logit; `delta` is what it is better than the step before it, "
             "so that a response earns what its last step scores; `min_form` makes the return of a step the least score "
             "from there on (PURE), exactly so without a discount."

@@ -16,7 +16,7 @@ GRADIENTS, MOMENTS = 1, 2
 # Logits of a completion's token, and their gradient, as numbers of the computation's type; under bf16 a copy of both in
 # float32 (accelerate's wrapper of the forward pass) stands beside.
 LOGITS = 2
-# Bytes that autocast over float32 weights keeps of each token and hidden unit of a layer, beside those of bf16 weights,
+# Bytes that autocast over float32 weights keeps for each token and hidden unit of a layer, in addition to bf16 weights,
 # where all weights are trained: the residual stream is float32. Measured (tests/test_plan.py).
 AUTOCAST = 10
 # Operations for each weight and token: forward 2, backward 4, half of them for the weight's own gradient (a frozen
@@ -106,7 +106,7 @@ def shape_of(config: Any, *, where: str) -> Shape:
         where: What it belongs to, for messages.
 
     Raises:
-        ValueError: If the model is no dense one of Llama's kind.
+        ValueError: If the model is not a dense one of Llama's kind.
     """
     text = config.get_text_config()
     experts = [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(text, name, None)]

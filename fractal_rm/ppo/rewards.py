@@ -32,7 +32,7 @@ def step_rewards(
     """Rewards of steps from their scores, as training makes them of a rollout batch.
 
     Args:
-        step_scores: Score of every step of every completion of the batch, those of all processes.
+        step_scores: Score of every step of every completion of the batch, over all processes.
         args: The configuration: form, baseline, limits.
         group_size: Completions per prompt; those of one prompt are consecutive.
         moments: Moments of the rewards of the run so far, updated where `normalize_step_rewards` is set; None: those of

@@ -110,7 +110,7 @@ class StepPPOTrainer(Engine):
         if not isinstance(args, StepPPOConfig):
             raise TypeError(
                 f"`args` is a {type(args).__name__}, which lacks the options of step rewards. Give "
-                "`StepPPOConfig(...)`, which takes those of `GRPOConfig` by the same names."
+                "`StepPPOConfig(...)`, which has the options of `GRPOConfig` under the same names."
             )
         outcomes, step_functions = as_list(reward_funcs), as_list(step_reward_funcs)
         models = load_checked(

@@ -322,7 +322,7 @@ class ValueLearning:
     # Optimizer and checkpoints ----------------------------------------------------------------------------------------
 
     def add_to(self, optimizer: Any) -> None:
-        """Give what the value model learns a parameter group of its own in the policy's optimizer."""
+        """Add the value model's weights to the policy's optimizer as a separate parameter group."""
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         new = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
         if new:

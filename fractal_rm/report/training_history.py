@@ -82,7 +82,7 @@ def read_runs(entries: Sequence[str]) -> list[Run]:
 def metrics_by_update(history: Sequence[Any]) -> dict[str, dict[int, float]]:
     """The numbers of each metric by update, from a trainer's `log_history`.
 
-    What is no finite number is left out; of two numbers of one update, as a resumed run may log, the later one counts.
+    Values that are not finite are left out; if a resumed run logged an update twice, the later value counts.
 
     Example:
         >>> metrics_by_update([{"reward": 0.5, "step": 10}, {"reward": None, "kl": 0.1, "step": 20}])

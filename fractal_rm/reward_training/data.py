@@ -81,7 +81,7 @@ def to_bags(
 
 
 def _check_joints(rows: Sequence[Any], bags: Sequence[Bag], settings: FractalSettings, source: str) -> None:
-    """Raise ValueError if steps without their text would be joined otherwise than those of the texts beside them."""
+    """Raise ValueError if listed steps would be joined by another separator than steps in the texts of other rows."""
     listed = [("steps" in row or "completions" in row) and not {"completion", "response"} & set(row) for row in rows]
     texts = [bag for bag, is_list in zip(bags, listed, strict=True) if not is_list]
     gap, joint = common_gap((bag.response, bag.step_spans) for bag in texts), settings.segmentation.joint

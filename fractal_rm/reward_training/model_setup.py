@@ -129,7 +129,7 @@ def add_adapter(model: PreTrainedModel, peft_config: Any, settings: FractalSetti
 
 
 def move_to_group(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float) -> None:
-    """Give parameters a group of their own in a fresh optimizer, with a learning rate and without weight decay."""
+    """Put parameters into a separate group of a fresh optimizer, with a learning rate and without weight decay."""
     moved = [parameter for parameter in parameters if parameter.requires_grad]
     chosen = {id(parameter) for parameter in moved}
     for group in optimizer.param_groups:

@@ -121,7 +121,7 @@ class FractalTrainer(Trainer):
         if not isinstance(args, FractalConfig):
             raise TypeError(
                 f"`args` is a {type(args).__name__}, which lacks the options of step reward models. Give "
-                "`FractalConfig(...)`, which takes those of `TrainingArguments` by the same names."
+                "`FractalConfig(...)`, which has the options of `TrainingArguments` under the same names."
             )
         self.settings = args.settings()
         if optimizers != (None, None) and len(plan(args)) > 1:

@@ -107,7 +107,7 @@ def load_model(path: str | Path, settings: FractalSettings, **kwargs: Any) -> tu
         The model, and the names of weights that the folder did not hold: at most those of a classification head.
 
     Raises:
-        ValueError: If the folder or hub id is no model, or no model of the kind that the scorer needs, or lacks weights
+        ValueError: If the folder or hub id is not a model, or not of the kind that the scorer needs, or lacks weights
             of the language model itself.
     """
     is_token = settings.scorer == "token"
@@ -370,4 +370,4 @@ def _check_head(path: str | Path, model: nn.Module, settings: FractalSettings) -
 
 def _check_folder(path: str | Path, advice: str) -> None:
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{path} is no model folder: it holds no config.json. {advice}")
+        raise ValueError(f"{path} is not a model folder: it holds no config.json. {advice}")

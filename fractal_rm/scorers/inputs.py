@@ -175,7 +175,7 @@ def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
 
 # The token ids of a text, and the characters `start, end` of each; None from a tokenizer that does not tell.
 _Piece = tuple[list[int], list[Span] | None]
-# Rows whose tokens and offsets are held at a time: those of a whole data set would take more room than a small model.
+# Rows tokenized at a time: tokens and offsets of a whole data set would take more memory than a small model.
 _ROWS_AT_ONCE = 512
 # Texts after which a tokenizer is likely to begin a new token, whatever follows.
 _ANCHORS = ("\n", "a", ".")
@@ -192,7 +192,7 @@ def _tokenize(pieces: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def spaces_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer puts a space before every text, as those of Llama 2 and of its time do."""
+    """Whether a tokenizer puts a space before every text, as Llama 2's does."""
     first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[:1]
     return any(token.startswith(("\u2581", "\u0120")) for token in first)
 

@@ -455,7 +455,7 @@ def _pieces(bag: Bag, reading: Published) -> Iterator[tuple[str, bool]]:
             start = end
             continue
         *blank, lead = response[start:first].split(between)
-        if any(text.strip() for text in blank):  # text that is no step: it stays where it stands
+        if any(text.strip() for text in blank):  # text that is not a step: it stays where it stands
             blank, lead = [], response[start:first]
         if reading.blank_steps:
             yield from ((text, False) for text in blank)

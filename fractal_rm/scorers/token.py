@@ -88,7 +88,7 @@ def head_class(kind: type[Any], name: str, make_head: Callable[[Any], nn.Module]
         make_head: Makes the head from a configuration.
 
     Returns:
-        The class; its models load and save as those of transformers do.
+        The class; its models load and save like any model of transformers.
     """
     backbones: Any = AutoModel._model_mapping
     backbone = backbones[kind]

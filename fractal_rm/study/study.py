@@ -198,7 +198,7 @@ class Evaluations(TrainerCallback):
 
 
 class Clock:
-    """Processor seconds of a training since its first evaluation, without those of evaluations.
+    """Processor seconds of a training since its first evaluation, evaluations excluded.
 
     Args:
         file: Where they are kept when a run is stopped.

@@ -15,7 +15,7 @@ from typing import Any
 
 MARK = "####"
 
-# Longer statements are no answers, and larger powers of ten are not computed.
+# Longer statements are not answers, and larger powers of ten are not computed.
 _LONGEST = 400
 _LARGEST_POWER = 300
 # Seconds that math-verify may take for an expression.
@@ -179,7 +179,7 @@ def read_answer(completion: Any, *, last_number: bool = False) -> str | None:
     Stated is what follows `####` on its line, or on the next line if the mark stands alone or before "Final Answer",
     and what stands in `\\boxed{}`. Headings (`#### Step 2: divide by 7`) state nothing, nor does what a model thinks
     (`<think>...</think>`): a thought that is not closed has no answer behind it. Statements must be equal by
-    [`same_answer`]; "41 or 42" is no statement.
+    [`same_answer`]; "41 or 42" is not a statement.
 
     Args:
         completion: Text, or a chat whose last message is read.
@@ -394,7 +394,7 @@ def _plain(text: str) -> str:
 
 
 def _number(text: str) -> frozenset[Fraction] | None:
-    """The values of a number, with or without a unit: two of a percentage, otherwise one; None: it is no number."""
+    """The values of a number, with or without a unit: two of a percentage, otherwise one; None: it is not a number."""
     text = _plain(text)
     match = _VALUE.match(text)
     if match is None or len(text) > _LONGEST or (match["sign"] and match["sign2"]):

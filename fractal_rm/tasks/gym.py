@@ -210,7 +210,7 @@ class GymTask(Task):
     def base_policy(self, number: int, work: Path) -> Path:
         """The model that the task was given."""
         if not self.model:
-            raise ValueError(f"The task {self.name} has no base policy of its own. Give `model`.")
+            raise ValueError(f"The task {self.name} does not bring a base policy. Give `model`.")
         return Path(self.model)
 
 

@@ -246,7 +246,7 @@ class WordProblems(Task):
     def base_policy(self, number: int, work: Path) -> Path:
         """The model that the task was given."""
         if not self.model:
-            raise ValueError("The task word_problems has no base policy of its own. Give `model`.")
+            raise ValueError("The task word_problems does not bring a base policy. Give `model`.")
         return Path(self.model)
 
 

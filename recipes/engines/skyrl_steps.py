@@ -6,7 +6,7 @@ from step_rewards import from_environment, mean_score, placed_scores, token_rewa
 
 
 class StepRewardGenerator:
-    """Replaces the rewards of another generator's output by those of steps.
+    """Replaces the rewards of another generator's output by step rewards.
 
     In the experiment class: `def get_generator(self, cfg, tokenizer, client): return StepRewardGenerator(
     super().get_generator(cfg, tokenizer, client), tokenizer)`. A step earns its score less the mean of the batch, so

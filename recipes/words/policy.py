@@ -116,7 +116,7 @@ def adapt(model: Any, layers: int, rank: int) -> Any:
 
 
 def start_from(model: PeftModel, adapter: Path) -> None:
-    """Set the adapters to those of a folder that this script wrote.
+    """Load the adapters of a folder that this script wrote.
 
     Raises:
         ValueError: If they have another shape, or belong to another model.

@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rollouts", type=int, default=64, help="rollouts an update")
     parser.add_argument("--held_out", type=int, default=150, help="problems that a policy is measured on")
     parser.add_argument("--draws", type=int, default=4, help="sampled responses to each of them")
-    parser.add_argument("--learning_rate", type=float, help="of all arms, in place of those of `chosen`")
+    parser.add_argument("--learning_rate", type=float, help="of all arms, in place of the rates in `chosen`")
     parser.add_argument("--tune", action="store_true", help="choose learning rates, by half of the updates")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
     arguments = parser.parse_args(argv)

@@ -71,7 +71,7 @@ def check_file(path: Path) -> None:
 def csv_rows(path: Path, delimiter: str = "\t") -> list[tuple[int, dict[str, str]]]:
     """Rows of a file of separated cells by the names of its header, with their numbers; the header is row 1.
 
-    Cells are text: a response that reads `2` or `NA` stays what it is.
+    Cells are text: a response `2` or `NA` is not converted.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -1,4 +1,4 @@
-"""Parquet, CSV and Arrow files, and folders that `datasets` saved: rows like those of a JSON file."""
+"""Parquet, CSV and Arrow files, and folders that `datasets` saved: rows as from a JSON file."""
 
 import json
 import tempfile
