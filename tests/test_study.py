@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from transformers import TrainerState
 
 from benchmarks.evidence import page as evidence_page
 from benchmarks.evidence import statistics, study_page
@@ -21,7 +22,7 @@ from fractal_rm.study import page
 from fractal_rm.study.arms import LEARNING_RATES, PPO_SETTINGS, TRAINING
 from fractal_rm.study.rivals import ScriptedRewardModel, oracle, random_steps
 from fractal_rm.study.statistics import BENCHMARK, curves, finished_runs, interquartile_mean, latest
-from fractal_rm.study.study import TUNING_SEED, Budget, Study, Unit
+from fractal_rm.study.study import TUNING_SEED, Budget, Clock, Evaluations, Study, Unit
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, MAIN_CONDITIONS, form_tokenizer
 from fractal_rm.tasks.arithmetic.problems import Beliefs, read_problem
 
@@ -485,3 +486,18 @@ def test_the_oracle_agrees_with_the_checker_on_text_with_strange_line_ends():
     for text in ("Mia: 3\r\nTom: 4", "Mia: 3\x0bTom: 4\x85x", "\n\n a \n"):
         (scored,) = ScriptedRewardModel(oracle(CONDITIONS["branching"])).score([prompt], [text])
         assert len(scored.steps) == len(scored.spans) > 0
+
+
+def test_a_resumed_run_goes_on_with_the_seconds_of_its_checkpoint_and_is_not_evaluated_at_its_start(tmp_path):
+    file, evaluated = tmp_path / "seconds.json", []
+    clock = Clock(file)
+    clock.seconds = 40.0
+    Evaluations([2], evaluated.append, clock).on_save(None, TrainerState(), None)
+    resumed = Clock(file)
+    callback = Evaluations([2], evaluated.append, resumed)
+    callback.on_train_begin(None, TrainerState(global_step=1), None)
+    assert (resumed.seconds, evaluated) == (40.0, [])
+    callback.on_step_end(None, TrainerState(global_step=2), None)
+    assert evaluated == [2]
+    with resumed.stopped():
+        assert resumed.seconds > 40.0  # time that passed since it went on
