@@ -10,7 +10,7 @@ class StepRewardGenerator:
 
     In the experiment class: `def get_generator(self, cfg, tokenizer, client): return StepRewardGenerator(
     super().get_generator(cfg, tokenizer, client), tokenizer)`. A step earns its score less the mean of the batch, so
-    that what cannot be scored earns the mean; no sum grows with the number of steps.
+    that what cannot be scored earns the mean. More steps above the mean earn more: watch the number of steps.
 
     Args:
         generator: A `GeneratorInterface`.
