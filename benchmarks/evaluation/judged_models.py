@@ -61,7 +61,7 @@ def train(
     """
     splits = [without_gold(part) for part in (bags, validation)]
     if whole:
-        splits = [whole_responses(part) for part in splits]
+        splits, options = [whole_responses(part) for part in splits], options | {"segmentation": "given"}
     with tempfile.TemporaryDirectory() as folder:
         config = FractalConfig(output_dir=folder, seed=seed, **options)
         trainer = FractalTrainer(start, config, train_dataset=splits[0], eval_dataset=splits[1])

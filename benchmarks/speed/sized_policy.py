@@ -100,5 +100,5 @@ def save_models(
         "parameters": policy.num_parameters(),
         "width": policy.config.hidden_size,
         "layers": policy.config.num_hidden_layers,
-        "dtype": str(dtype),
+        "dtype": str(dtype).removeprefix("torch."),
     }
