@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.documents import REPOSITORY, script
 from support.stand_ins import save_policy, save_reward_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fractal_rm.cli import main as cli_main
 from fractal_rm.study.study import Evaluations, write_chosen
 
 pytest.importorskip("reasoning_gym", reason="needs the extra `gym`")
@@ -205,8 +207,10 @@ def rows_of(work):
 
 
 def test_the_study_tunes_and_runs_every_arm(work):
-    study.main(["--work", str(work), *SMALL, "--tune"])
-    study.main(["--work", str(work), *SMALL, "--seeds", "1"])
+    study.main(["--work", str(work), *SMALL, "--tune", "--arms", "dense_outcome"])
+    study.main(["--work", str(work), *SMALL, "--seeds", "1", "--arms", "dense_outcome"])
+    others = [arm for arm in study.ARMS if arm != "dense_outcome"]
+    study.main(["--work", str(work), *SMALL, "--seeds", "1", "--arms", *others, "--learning_rate", "1e-3"])
     rows = [row for row in rows_of(work) if row["split"] == "held_out"]
     assert {row["arm"] for row in rows} == set(study.ARMS)
     for arm in study.ARMS:
@@ -242,6 +246,25 @@ def test_a_killed_run_of_the_study_goes_on_from_its_checkpoint(work, monkeypatch
     assert timeless[0] == timeless[1]
 
 
+def in_this_process(step, device) -> int:
+    """Run a command of the recipe without the imports of a process of its own, which take most of its time."""
+    assert device == "cpu"
+    if step.command[:2] == ("-m", "fractal_rm.cli.main"):
+        return cli_main.main(list(step.command[2:])) or 0
+    script(Path(step.command[0])).main(list(step.command[1:]))
+    return 0
+
+
+def test_a_command_of_the_recipe_is_a_process_with_its_threads(capfd):
+    run = script(RECIPE / "run.py")
+    program = (
+        "import os; print(os.environ['OMP_NUM_THREADS'], repr(os.environ['CUDA_VISIBLE_DEVICES'])); raise SystemExit(3)"
+    )
+    assert run.run_step(run.Step("a step", ("-c", program), threads=2), "cpu") == 3
+    assert capfd.readouterr().out == "2 ''\n"
+
+
+@pytest.mark.filterwarnings("ignore:All .* responses have the label 0")  # of a stand-in that answers nothing
 def test_the_whole_recipe_runs_on_a_stand_in_and_finds_what_is_finished(stand_in, tmp_path, monkeypatch, capfd):
     policy.main([*flags(stand_in, tmp_path / "trained", 1)])
     shutil.copytree(RECIPE, tmp_path / "recipe", ignore=shutil.ignore_patterns("adapter", "__pycache__"))
@@ -251,7 +274,7 @@ def test_the_whole_recipe_runs_on_a_stand_in_and_finds_what_is_finished(stand_in
     run = script(tmp_path / "recipe" / "run.py")
     study_flags = "--updates 1 --rollouts 8 --held_out 2 --draws 2 --seeds 1 --learning_rate 1e-3 --arms dense_outcome"
     monkeypatch.setitem(run.BUDGETS, "small", run.Amounts(prompts=4, judged=2, study=study_flags))
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setattr(run, "run_step", in_this_process)
     command = ["--model", stand_in, "--work", str(tmp_path / "work")]
     run.main(command)
     said = capfd.readouterr().out

@@ -108,6 +108,13 @@ def steps(base: Path, work: Path, amounts: Amounts, device: str, threads: int) -
     ]
 
 
+def run_step(step: Step, device: str) -> int:
+    """Run a command to its end, and return its exit status."""
+    beside = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    environment = os.environ | {"OMP_NUM_THREADS": str(step.threads)} | beside
+    return subprocess.run([sys.executable, *step.command], env=environment, check=False).returncode
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", type=Path, default=Path("runs/words/smollm2-135m"), help="folder of the base model")
@@ -130,9 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if step.done is not None and step.done.is_file():
             print("  finished before", flush=True)
             continue
-        beside = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""} if arguments.device == "cpu" else {}
-        environment = os.environ | {"OMP_NUM_THREADS": str(step.threads)} | beside
-        if code := subprocess.run([sys.executable, *step.command], env=environment, check=False).returncode:
+        if code := run_step(step, arguments.device):
             sys.exit(f"run: step {number} ({step.name}) ended with status {code}. Start again to go on from there.")
     if not arguments.dry_run:
         print("\n" + summary(work / "words.jsonl"))
