@@ -215,7 +215,11 @@ def test_numpy_columns_are_read_as_lists():
         (unpaired(completion={"a": 1}), TypeError, "'completion' is {'a': 1} (dict), not text"),
         (unpaired(completion=["a", 3]), TypeError, "step 2 is int, not text"),
         (unpaired(completion=[]), ValueError, "'completion' is a chat of 0 messages"),
-        (unpaired(completion=[*said("a"), *said("b")]), ValueError, "'completion' is a chat of 2 messages; leave one"),
+        (
+            unpaired(completion=[*said("a"), *said("b")]),
+            ValueError,
+            "the response is a chat of 2 turns and the prompt a text",
+        ),
         (unpaired(completion=CHAT[1:]), ValueError, "leave one message of the assistant"),
         (unpaired(completion=said(None)), ValueError, "the content of the message of 'completion' is null"),
         (unpaired(response="b"), ValueError, "both a 'completion' and a 'response'; drop one"),
