@@ -36,6 +36,7 @@ from fractal_rm.data.bag import Bag, truncate_bag
 from fractal_rm.data.prompts import Conversation, read_completion
 from fractal_rm.data.readers import read_bags, read_row
 from fractal_rm.data.segmentation import Segmentation, common_gap
+from fractal_rm.evaluation.best_of_n import read_questions
 from fractal_rm.evaluation.responses import score_bags
 from fractal_rm.evaluation.score_rows import score_rows
 from fractal_rm.ppo.online.replay import ReplayBuffer
@@ -45,6 +46,7 @@ from fractal_rm.scorers.inputs import TokenInputs, _behind, context_text, prompt
 from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.serving.client import ScoringClient
 from fractal_rm.serving.protocol import ScoreRequest, read_request, score_responses, write_results
+from fractal_rm.tasks.answers import read_answer
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 
@@ -268,6 +270,15 @@ def test_a_replay_buffer_keeps_conversations():
     again.load_jsonl(buffer.to_jsonl())
     old, new = [[*one.learned, *one.held_out] for one in (buffer, again)]
     assert [encoded(turns_tokenizer(), one) for one in new] == [encoded(turns_tokenizer(), one) for one in old]
+
+
+def test_an_answer_is_what_the_policy_said_last_and_never_a_tools():
+    said = [assistant("#### 3"), tool("#### 4")]
+    assert [read_answer(one) for one in (said, read_completion(said))] == [None, None]
+    said += [assistant("#### 5")]
+    assert [read_answer(one) for one in (said, read_completion(said))] == ["5", "5"]
+    row = {"prompt": QUESTION, "completion": said, "label": 1}
+    assert read_questions([row], Segmentation(), source="rows", answer_pattern=r"#### (\d)").answers == ["5"]
 
 
 # What the reward model reads ------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def test_numpy_columns_are_read_as_lists():
             ValueError,
             "the response is a chat of 2 turns and the prompt a text",
         ),
-        (unpaired(completion=CHAT[1:]), ValueError, "leave one message of the assistant"),
+        (unpaired(completion=CHAT[1:]), ValueError, "move what comes before the assistant to the prompt"),
         (unpaired(completion=said(None)), ValueError, "the content of the message of 'completion' is null"),
         (unpaired(response="b"), ValueError, "both a 'completion' and a 'response'; drop one"),
         (unpaired(completion=""), ValueError, "the response is empty; drop the row or write the response"),
