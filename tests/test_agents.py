@@ -522,8 +522,10 @@ def test_rewards_are_placed_by_the_mask_and_the_environment_counts_nowhere(tmp_p
         for place, score in PAID[row % 2].items():
             expected[row, place] = score - mean
     torch.testing.assert_close(batch.rewards.steps, expected, atol=1e-4, rtol=0.0)
-    assert (output["advantages"][~batch.mask] == 0).all()
-    assert (output["advantages"][batch.mask] != 0).any()
+    spoken = output["tool_mask"] == 0  # as TRL says
+    assert spoken.sum() == 2 * 4
+    assert (output["advantages"][spoken] == 0).all()
+    assert (output["advantages"][~spoken] != 0).any()
     if advantage == "gae":
         torch.testing.assert_close(output["advantages"], expected, atol=1e-4, rtol=0.0)
     other = environment(tmp_path, spoken=(*SPOKEN[:3], A, A, A, NEWLINE, *SPOKEN[7:]), **options)

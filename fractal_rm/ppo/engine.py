@@ -141,6 +141,7 @@ class Engine(GRPOTrainer):
         if moved:
             raise RuntimeError(" ".join(moved))
         self._hand_over = _HandOver()
+        self._token_texts: dict[int, str] = {}  # texts of the tokens seen so far
         args, beta = copy.copy(args), args.beta
         args.reward_weights = _weights(args, len(reward_funcs), len(sources))
         args.beta = beta or (_ANY_BETA if args.kl_coef else 0.0)
@@ -323,7 +324,8 @@ class Engine(GRPOTrainer):
         text = completion_text(ids, tokenizer, endings)
         if all(written):
             return text
-        turns = turn_spans(ids, token_end_characters(ids, tokenizer, None, endings), list(map(bool, written)), endings)
+        ends = token_end_characters(ids, tokenizer, self._token_texts, endings)
+        turns = turn_spans(ids, ends, list(map(bool, written)), endings)
         context = contexts_of(completion) if is_chat(completion) else []
         # A rollout function may give the completion as one message: its context is text as it stands.
         return Conversation(text, turns, context if len(context) == len(turns) else [None] * len(turns))
