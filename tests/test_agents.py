@@ -26,6 +26,7 @@ from support.step_ppo import (
 )
 from support.step_ppo import reward_model as letters_model
 from transformers import LlamaForCausalLM
+from transformers.utils import get_json_schema
 from trl.chat_template_utils import (
     llama3_1_chat_template,
     qwen2_5_chat_template,
@@ -463,9 +464,8 @@ def test_the_whole_pipeline_reads_and_scores_the_same(tool_loop, tmp_path):
     in_ppo = read[0]
     expected = [(step.text, pytest.approx(step.score, abs=1e-6)) for step in batch.watched[0].steps]
     rows = [{"prompt": QUESTION, "completion": TRAJECTORY, "label": bool(i % 2)} for i in range(4)]
-    # PPO gives the chat template the tools, as the policy's gets them.
-    kwargs = trainer.args.template_options(trainer.tools)
-    model.settings.chat_template_kwargs = kwargs
+    # In PPO the reward model's chat template gets the tools, as the policy's does.
+    model.settings.chat_template_kwargs = {"tools": [get_json_schema(one) for one in (add, look_up)]}
     try:
         bags = read_bags(rows, model.segmentation)
         assert recorded(bags[:1]) == [in_ppo]  # training
