@@ -22,14 +22,22 @@ from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.credit.advantages import GROUP_EPSILON
 from fractal_rm.data.bag import Bag, Span
-from fractal_rm.data.prompts import Prompt, check_learned_kind, check_text, is_chat, response_text
+from fractal_rm.data.prompts import (
+    Conversation,
+    Prompt,
+    check_learned_kind,
+    check_text,
+    is_chat,
+    is_messages,
+    read_completion,
+)
 from fractal_rm.data.segmentation import Segmentation, join_steps
 from fractal_rm.errors import reason
 from fractal_rm.files import write_atomic
 from fractal_rm.objectives.aggregation import aggregate
 from fractal_rm.objectives.grades import expected_grades, ordinal_max_log_probs
 from fractal_rm.scorers.checkpoint import StepScorer, load_scorer, make_inputs, save_scorer
-from fractal_rm.scorers.inputs import Processor, prompt_text
+from fractal_rm.scorers.inputs import Processor, prompt_text, with_context
 from fractal_rm.scorers.published import Published, PublishedSettings
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
@@ -229,7 +237,7 @@ class StepRewardModel:
     def score(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[str | Sequence[str]],
+        responses: Sequence[str | Sequence[str] | Sequence[Mapping[str, Any]]],
         *,
         spans: Sequence[Sequence[Span] | None] | None = None,
         batch_size: int | None = None,
@@ -243,7 +251,8 @@ class StepRewardModel:
 
         Args:
             prompts: Texts or chats, one for each response.
-            responses: Texts, cut into steps as in training; or lists of steps that are already cut.
+            responses: Texts, cut into steps as in training; lists of steps that are already cut; or chats that begin
+                with the assistant, whose turns are cut: what tools and users say in between is context.
             spans: Steps of responses that are texts, where they are already known, as those of a `Bag` are; None for a
                 response that is to be cut.
             batch_size: Responses in a forward; default: that of the model.
@@ -263,11 +272,21 @@ class StepRewardModel:
             also = "" if spans is None else f" and {len(spans)} lists of spans"
             raise ValueError(f"{given}{also}. Give one prompt a response.")
         self.check_prompts(prompts)
-        if spans is None and self.segmentation.method == "given" and any(isinstance(text, str) for text in responses):
-            self.segmentation("")  # no text can be cut: one sentence, not one for each row
         bags: dict[int, Bag] = {}
         errors: dict[int, str] = {}
+        texts: list[Any] = list(responses)
+        for i, response in enumerate(responses):
+            if is_messages(response):
+                try:
+                    texts[i] = read_completion(response)
+                except (TypeError, ValueError) as error:
+                    texts[i], errors[i] = "", f"row {i}: {error}"
+        responses = texts
+        if spans is None and self.segmentation.method == "given" and any(isinstance(text, str) for text in responses):
+            self.segmentation("")  # no text can be cut: one sentence, not one for each row
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            if i in errors:
+                continue
             try:
                 bags[i] = self._bag(prompt, response, None if spans is None else spans[i], chat_template_kwargs)
             except (TypeError, ValueError) as error:
@@ -293,7 +312,8 @@ class StepRewardModel:
                 Step(text, start, end, score)
                 for text, (start, end), score in zip(bags[i].steps, bags[i].step_spans, step_probs, strict=False)
             ]
-            results.append(StepScores(bags[i].response, steps, bag_prob, fitting[i].num_steps - len(steps)))
+            text = response if isinstance(response, str) else bags[i].response
+            results.append(StepScores(text, steps, bag_prob, fitting[i].num_steps - len(steps)))
         if errors:
             first = errors[min(errors)]
             logger.warning("%d of %d responses were not scored. First: %s", len(errors), len(results), first)
@@ -322,14 +342,17 @@ class StepRewardModel:
         elif isinstance(response, Sequence):
             response, spans = join_steps(response, self.settings.joint or self.segmentation.joint)
         bag, tokenizer = Bag(prompt, cast(str, response), tuple(spans or ()), label=None), self.tokenizer
-        if not is_chat(bag.prompt) or tokenizer is None or not tokenizer.chat_template:
-            return bag
         if isinstance(self.settings, PublishedSettings):  # its description says how messages are read
+            if isinstance(bag.response, Conversation):
+                raise ValueError("the response has several turns, and published reward models read one; give one turn.")
+            return bag
+        if not is_chat(bag.prompt) or tokenizer is None or not tokenizer.chat_template:
             return bag
         options = {**self.settings.chat_template_kwargs, **(chat_template_kwargs or {})}
         template = self.settings.prompt_template
         text = prompt_text(bag.prompt, tokenizer, template, chat_template_kwargs=options, response=bag.response)
-        return replace(bag, prompt=text)
+        response = with_context(bag.response, tokenizer, chat_template_kwargs=options)
+        return replace(bag, prompt=text, response=response)
 
     @torch.no_grad()
     def _forward(
@@ -381,7 +404,8 @@ class FractalReward:
 
         GRPOTrainer(..., reward_funcs=[FractalReward("rm")])
 
-    Completions that cannot be scored, or not to their end, get None, which TRL leaves out.
+    Completions that are empty, that cannot be scored, or not to their end, get None, which TRL leaves out. What is
+    scored is what the assistant wrote, in all of its turns; messages of tools and users are context.
 
     With `aggregation="product"` that probability shrinks with every step: 150 steps that are good with .88 each leave
     5e-9, and the small number that GRPO adds to the standard deviation of a group is larger than all differences.
@@ -411,9 +435,8 @@ class FractalReward:
         self.__name__ = "fractal_reward"
 
     def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
-        """Score completions (texts, or chats of one assistant message) as TRL's trainers call it."""
-        responses = [response_text(completion) for completion in completions]
-        scored = self.reward_model.score(prompts, responses, progress=False)
+        """Score completions (texts, or chats that begin with the assistant) as TRL's trainers call it."""
+        scored = self.reward_model.score(prompts, [one or "" for one in completions], progress=False)
         self._check_product([result for result in scored if result.steps])
         return [self._reward(one) if one.judged and not math.isnan(one.score) else None for one in scored]
 

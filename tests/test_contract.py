@@ -180,7 +180,7 @@ def test_another_parameter_is_named():
 def test_a_key_that_is_no_longer_returned_is_named():
     class Moved(GRPOTrainer):
         def _generate_and_score_completions(self, inputs):
-            rewards = self._calculate_rewards(inputs, [], [], [])
+            rewards = self._calculate_rewards(self._generate(inputs), [], [], [])
             batch = {"prompt_ids": inputs, "prompt_mask": inputs, "completion_ids": inputs, "rewards": rewards}
             batch["completion_mask"] = batch["tool_mask"] = inputs
             logprobs, _, _ = self._get_per_token_logps_and_entropies(self.model, inputs, inputs, 1)
@@ -311,6 +311,16 @@ def test_every_key_of_a_rollout_that_is_read_is_in_the_contract():
     found = {key for path in PPO.glob("*.py") for key in keys(path)}
     assert {"prompt_ids", "completion_mask", "old_per_token_logps"} <= found
     assert found - returned - OURS == set()
+
+
+def test_a_tool_mask_in_another_place_is_named():
+    class Moved(GRPOTrainer):
+        def _generate(self, prompts):
+            prompt_ids = completion_ids = completions = tool_mask = prompts
+            return prompt_ids, completion_ids, completions, tool_mask
+
+    (sentence,) = check_contract(Moved)
+    assert "`Moved._generate` does not return `tool_mask` as value 3, expected it to" in sentence
 
 
 def test_log_probabilities_that_are_called_or_unpacked_otherwise_are_named():

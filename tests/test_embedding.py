@@ -186,7 +186,9 @@ def test_each_step_gets_the_part_of_the_prompt_that_is_closest(encoder):
 
 def test_closest_is_by_cosine_and_not_by_length():
     steps, contexts = torch.tensor([[1.0, 0.1], [0.1, 1.0]]), torch.tensor([[0.1, 0.0], [9.0, 9.0], [0.0, 0.1]])
-    assert torch.equal(closest(steps, contexts), contexts[[0, 2]])
+    assert torch.equal(
+        closest(steps, contexts, torch.zeros(len(steps), len(contexts), dtype=torch.bool)), contexts[[0, 2]]
+    )
 
 
 # Training, saving, loading ------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from support.models import byte_tokenizer, config, spaced_tokenizer
-from support.step_ppo import make
+from support.step_ppo import make, policy_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, Qwen2Model
 
@@ -306,6 +307,12 @@ def test_the_reading_is_told_once_and_other_prompts_are_refused(tmp_path, caplog
     ):
         with pytest.raises(ValueError, match=told):
             model.score([prompt], ["4"])
+    asked, told = [{"role": "user", "content": "2?"}], [{"role": "assistant", "content": "2"}]
+    (found,) = model.score([asked], [[*told, {"role": "tool", "content": "2"}, *told]])
+    assert "the response has several turns, and published reward models read one" in str(found.error)
+    options = {"processing_class": policy_tokenizer(chat=True), "train_dataset": Dataset.from_list([{"prompt": asked}])}
+    with pytest.raises(ValueError, match=r"a published one, which reads one turn, and with `tools` completions have"):
+        make(tmp_path, reward_model=model, tools=[len], **options)
     with pytest.raises(ValueError, match="published model qwen-prm, which is not written to"):
         model.save_pretrained(tmp_path / "copy")
 

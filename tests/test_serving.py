@@ -190,7 +190,7 @@ def test_a_request_that_is_larger_than_a_batch_is_scored_in_several(model):
         ({"prompts": ["a"], "responses": ["b"], "steps": [["b"]]}, 422, "one of `responses` and `steps`"),
         ({"prompts": ["a"]}, 422, "one of `responses` and `steps`"),
         ({"prompts": ["a"], "steps": [["b"]], "spans": [None]}, 422, "`spans` belong to `responses`"),
-        ({"prompts": ["a", "b"], "responses": ["b", 5]}, 422, "`responses[1]`"),
+        ({"prompts": ["a", "b"], "responses": ["b", 5]}, 422, "`responses[1]"),
         ({"prompts": ["a"], "responses": ["b"], "threshold": 1}, 422, "`threshold`"),
         ({"prompts": [[{"role": "user"}]], "responses": ["b"]}, 422, "`prompts[0]"),
     ],

@@ -334,7 +334,9 @@ def test_no_source_rewards_a_token_that_the_policy_did_not_write(tmp_path, advan
     assert (output["tool_mask"] == own).all()
     assert (output["advantages"][own == 0] == 0).all()
     assert (output["advantages"][own == 1] != 0).any()
-    assert measured(output["trainer"])["placement/unplaced_steps"][0] >= 2
+    assert measured(output["trainer"])["placement/unplaced_steps"] == [0.0]
+    texts = [[step.text for step in one.steps] for one in output["trainer"].last_rollout.watched]
+    assert texts == [["a", "b"], ["b", "a", "ab"]]
 
 
 # Wrong answers of functions -------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from transformers import LlamaForCausalLM
 
 from fractal_rm.credit.placement import completion_text
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.prompts import read_prompt, response_text
+from fractal_rm.data.prompts import read_completion, read_prompt
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import FractalReward, StepScores
 from fractal_rm.scorers.inputs import TokenInputs, prompt_text
@@ -104,7 +104,7 @@ def test_prompts_that_no_reward_model_reads_are_refused_before_training(tmp_path
 
 def test_content_of_a_completion_is_read_where_it_is_null_or_in_parts():
     parts = [{"role": "assistant", "content": [{"type": "text", "text": "4"}, {"type": "text", "text": "."}]}]
-    assert response_text(parts) == "4."
+    assert read_completion(parts) == "4."
     empty = [{"role": "assistant", "content": None, "tool_calls": []}]
     assert FractalReward(reward_model("token", "llama"))(["2+2?"], [empty]) == [None]
 

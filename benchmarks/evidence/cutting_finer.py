@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.common.places import RESULTS
 from fractal_rm.cli.arguments import read_rows
-from fractal_rm.data.prompts import response_text
+from fractal_rm.data.prompts import read_completion
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rewards import step_rewards
@@ -104,7 +104,7 @@ def score_cuts(
     Returns:
         The rows that were scored; scores of each response, by cut, `""` being the response as it is.
     """
-    texts = [response_text(row["completion"] if "completion" in row else row["response"]) for row in rows]
+    texts = [read_completion(row["completion"] if "completion" in row else row["response"]) for row in rows]
     steps = [[text[a:b] for a, b in reward_model.segmentation(text)] for text in texts]
     cuts = {"": list, **CUTS}
     given = [i for i, row in enumerate(steps) if row]

@@ -211,6 +211,37 @@ def _shared(prefix: str, text: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b), len(text))
 
 
+def turn_spans(
+    token_ids: Sequence[int], token_ends: Sequence[int], written: Sequence[bool], endings: Collection[int]
+) -> list[tuple[int, int]]:
+    """Characters of each turn that the policy wrote, without the tokens that end it.
+
+    Args:
+        token_ids: Ids of one completion: of the policy, of tools and of whatever stands between.
+        token_ends: End characters of the tokens, from [`token_end_characters`].
+        written: True where the policy sampled the token.
+        endings: Ids that a turn may end with.
+
+    Returns:
+        Start and end character of each run of tokens of the policy.
+
+    Example:
+        >>> turn_spans([5, 1, 9, 6, 1], [2, 3, 7, 9, 9], [True, True, False, True, True], {1})
+        [(0, 2), (7, 9)]
+    """
+    spans, begin = [], 0
+    for sampled, run in groupby(written):
+        stop = begin + sum(1 for _ in run)
+        if sampled:
+            last = stop
+            while last > begin and token_ids[last - 1] in endings:
+                last -= 1
+            start = token_ends[begin - 1] if begin else 0
+            spans.append((start, token_ends[last - 1] if last > begin else start))
+        begin = stop
+    return spans
+
+
 def step_end_tokens(token_ends: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int | None]:
     """Index of the token that holds the last character of each step.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fractal_rm.data.prompts import Prompt, check_text, read_prompt
+from fractal_rm.data.prompts import Conversation, Prompt, RenderedPrompt, check_text, read_prompt, shortened
 from fractal_rm.objectives.aggregation import meaning
 
 # A step: its first character in the response, and the one after its last.
@@ -25,7 +25,8 @@ class Bag:
 
     Args:
         prompt: Text, or a chat: a list of messages with the keys `role` and `content`, read by [`read_prompt`].
-        response: What was answered, exactly as it was written.
+        response: What was answered, exactly as it was written; a [`~fractal_rm.data.prompts.Conversation`] where others
+            spoke in between.
         step_spans: Where the steps are in the response: start and end characters, in order, apart, at least one.
         label: Probability that the response is good, in [0, 1]; with `num_grades`, a grade. None if it is not known.
         step_labels: Gold labels of the steps, on the scale of `label`; None where not known. Only evaluation, and arms
@@ -62,6 +63,8 @@ class Bag:
         if not self.response.strip():
             raise ValueError("the response is empty; drop the row or write the response.")
         _check_spans(self.step_spans, self.response)
+        if isinstance(self.response, Conversation):
+            _check_turns(self.prompt, self.response, self.step_spans)
         if self.num_grades is not None and (not isinstance(self.num_grades, int) or self.num_grades < 2):
             raise ValueError(f"num_grades is {self.num_grades!r}; give an integer of 2 or more, or None.")
         # The checks below also turn what readers and JSON bring (lists, booleans) into the types of the fields.
@@ -114,6 +117,21 @@ def _check_spans(spans: Sequence[Span], response: str) -> None:
         raise ValueError(
             f"the step spans {reprlib.repr(list(spans))} are empty, overlap or leave the response of {len(response)} "
             "characters; give start and end of each step, in order."
+        )
+
+
+def _check_turns(prompt: Prompt, response: Conversation, spans: Sequence[Span]) -> None:
+    outside = next((n for n, (start, end) in enumerate(spans, 1) if response.turn_of(start, end) is None), None)
+    if outside is not None:
+        raise ValueError(f"step {outside} is not inside a turn of the assistant; only what the policy wrote has steps.")
+    if (
+        isinstance(prompt, str)
+        and not isinstance(prompt, RenderedPrompt)
+        and any(one is not None for one in response.context)
+    ):
+        raise ValueError(
+            f"the response is a chat of {len(response.turns)} turns and the prompt a text; give the prompt as a list "
+            "of messages."
         )
 
 
@@ -217,7 +235,7 @@ def truncate_bag(bag: Bag, kept_steps: int, aggregation: str, *, reads_gold: boo
     teacher = None if bag.teacher_scores is None else bag.teacher_scores[:kept_steps]
     return replace(
         bag,
-        response=bag.response[: spans[-1][1]],
+        response=shortened(bag.response, spans[-1][1]),
         step_spans=spans,
         label=label,
         step_labels=gold,

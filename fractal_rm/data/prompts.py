@@ -1,13 +1,20 @@
 """Prompts and completions: each a text or a chat. This module alone tells which, and checks them."""
 
+import contextlib
+import itertools
+import json
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 Prompt = str | list[dict[str, Any]]
+# Who may speak in a completion beside the policy: what they say is context.
+CONTEXT_ROLES = ("tool", "user", "system", "developer", "function", "ipython", "environment", "observation")
+# What a model thought, beside the content of its message.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 class RenderedPrompt(str):
@@ -27,6 +34,54 @@ class RenderedPrompt(str):
         made = super().__new__(cls, text)
         made.cuts, made.chat = cuts, chat
         return made
+
+
+# What stands before a turn: messages; a text, as a chat template wrote it; None: the characters as they are.
+Context = Sequence[Mapping[str, Any]] | RenderedPrompt | None
+
+
+class Conversation(str):
+    """A response of several turns as one text, of which the policy wrote only some.
+
+    Steps lie in its turns. What stands between them (outputs of tools, messages of a user) is context: it is read, and
+    is never cut, scored or paid.
+
+    Args:
+        text: Everything that was said, in order.
+        turns: Characters `start, end` of what the policy wrote, in order.
+        context: For each turn what stands before it; the first follows the prompt.
+
+    Example:
+        >>> said = Conversation("Look up.\\n4\\nIt is 4.", ((0, 8), (11, 19)), (None, [{"role": "tool", "content": "4"}]))
+        >>> [said[start:end] for start, end in said.turns]
+        ['Look up.', 'It is 4.']
+    """
+
+    __slots__ = ("context", "turns")
+
+    def __new__(
+        cls, text: str, turns: Sequence[tuple[int, int]] = (), context: Sequence[Context] = ()
+    ) -> "Conversation":
+        made = super().__new__(cls, text)
+        made.turns, made.context = tuple((start, end) for start, end in turns), tuple(context)
+        return made
+
+    def turn_of(self, start: int, end: int) -> int | None:
+        """Which turn holds these characters; None if no turn holds all of them."""
+        return next((i for i, (first, last) in enumerate(self.turns) if first <= start and end <= last), None)
+
+
+def turns_of(response: str) -> Sequence[tuple[int, int]]:
+    """Characters `start, end` of each turn that the policy wrote: all of a response that is a plain text."""
+    return response.turns if isinstance(response, Conversation) else ((0, len(response)),)
+
+
+def shortened(response: str, end: int) -> str:
+    """The first characters of a response; of a conversation, with what is left of its turns."""
+    if not isinstance(response, Conversation):
+        return response[:end]
+    turns = [(start, min(stop, end)) for start, stop in response.turns if start < end]
+    return Conversation(response[:end], turns, response.context[: len(turns)])
 
 
 def is_chat(prompt: Prompt) -> "TypeIs[list[dict[str, Any]]]":
@@ -156,6 +211,88 @@ def check_learned_kind(prompts: Iterable[Any], chat: bool | None, *, where: str 
             )
 
 
-def response_text(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion in TRL's standard or conversational format; empty where the content is null."""
-    return content_text(completion[-1]["content"] or "", "the completion") if is_chat(completion) else completion
+def is_messages(value: Any) -> bool:
+    """Whether a value is a chat with messages: a list of objects, not of texts."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(one, Mapping) for one in value)
+
+
+def read_completion(completion: Any) -> str:
+    """What the policy wrote, of a completion in TRL's standard or conversational format.
+
+    The text of the assistant's message. Of several messages, one text that knows which turns the assistant wrote: a
+    [`Conversation`]. Tool calls that are a part of a message count as written, in the form
+    `<tool_call>{"name": ..., "arguments": ...}</tool_call>` on lines of their own; thoughts as `<think>`.
+
+    Args:
+        completion: A text, or messages of which the first is the assistant's. No messages: an empty text.
+
+    Raises:
+        TypeError: If a message is none, or its content is no text.
+        ValueError: If the assistant does not begin, or a role is unknown.
+
+    Example:
+        >>> added, told = {"role": "assistant", "content": "I add."}, {"role": "assistant", "content": "It is 4."}
+        >>> said = read_completion([added, {"role": "tool", "content": "4"}, told])
+        >>> [said[start:end] for start, end in said.turns]
+        ['I add.', 'It is 4.']
+    """
+    if isinstance(completion, str):
+        return completion
+    if not isinstance(completion, list | tuple):
+        raise TypeError(f"the completion is {type(completion).__name__}; make it a text or a list of messages.")
+    for number, message in enumerate(completion, 1):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role is None:
+            raise TypeError(f"message {number} of the completion is no message; give it the keys 'role' and 'content'.")
+        if role != "assistant" and (number == 1 or role not in CONTEXT_ROLES):
+            raise ValueError(
+                f"the completion begins with a message of {role!r}; move what comes before the assistant to the prompt."
+                if role in CONTEXT_ROLES
+                else f"message {number} of the completion has the role {role!r}; use 'assistant' for what the policy "
+                f"wrote, and one of {', '.join(CONTEXT_ROLES)} for context."
+            )
+    texts = [_said(message, number) for number, message in enumerate(completion, 1)]
+    if len(texts) < 2:
+        return "".join(texts)
+    starts = itertools.accumulate((len(text) + 1 for text in texts), initial=0)  # texts are lines apart
+    said = zip(completion, starts, texts, strict=False)
+    turns = [(start, start + len(text)) for message, start, text in said if message["role"] == "assistant"]
+    return Conversation("\n".join(texts), turns, contexts_of(completion))
+
+
+def contexts_of(messages: Sequence[Mapping[str, Any]]) -> list[Context]:
+    """What stands before each message of the assistant, in a completion that begins with one."""
+    written = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return [None, *(list(messages[a + 1 : b]) for a, b in itertools.pairwise(written))]
+
+
+def _said(message: Mapping[str, Any], number: int) -> str:
+    """The text of a message of a completion, with the thoughts and calls that stand beside its content."""
+    what = f"the content of message {number} of the completion"
+    content = message.get("content")
+    if message["role"] != "assistant":
+        return content_text(content, what)
+    thought = next((str(message[key]) for key in REASONING_KEYS if str(message.get(key) or "").strip()), None)
+    parts = [f"<think>\n{thought.strip()}\n</think>\n"] if thought else []
+    parts += [text] if (text := content_text("" if content is None else content, what)) else []
+    parts += [_call(call, number) for call in message.get("tool_calls") or ()]
+    return "\n".join(parts)
+
+
+def _call(call: Any, number: int) -> str:
+    """A tool call as text, as the chat templates of Qwen and Hermes write it."""
+    function = call.get("function", call) if isinstance(call, Mapping) else {}
+    name, arguments = (
+        (function.get(key) for key in ("name", "arguments")) if isinstance(function, Mapping) else (None, 0)
+    )
+    if not isinstance(name, str):
+        raise TypeError(
+            f"a tool call of message {number} of the completion has no name; give it 'name' and 'arguments'."
+        )
+    if isinstance(arguments, str):  # JSON in a text, as servers send it
+        with contextlib.suppress(ValueError):
+            arguments = json.loads(arguments)
+    if isinstance(arguments, Mapping):  # `datasets` adds what only other rows have
+        arguments = {key: value for key, value in arguments.items() if value is not None}
+    written = json.dumps({"name": name, "arguments": arguments or {}}, ensure_ascii=False)
+    return f"<tool_call>\n{written}\n</tool_call>"

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fractal_rm.data.bag import Bag, Span
-from fractal_rm.data.prompts import check_same_kind, check_text
+from fractal_rm.data.prompts import REASONING_KEYS, check_same_kind, check_text, is_messages, read_completion
 from fractal_rm.data.segmentation import Segmentation, join_steps, locate_steps
-from fractal_rm.data.shapes import REASONING_KEYS, Columns, ratings_of, standard_row
+from fractal_rm.data.shapes import Columns, ratings_of, standard_row
 
 # TRL and transformers mark a label that is not known with this number.
 UNKNOWN_LABEL = -100
@@ -191,13 +191,15 @@ def read_row(
     Other shapes are brought into these first ([`~fractal_rm.data.shapes.standard_row`]): preferences that hold their
     prompt, `messages`, `question` and `answer`, step labels as turns of a conversation, columns of other names.
 
-    - Preference: `chosen` and `rejected`, each a text, a chat of one assistant message or a list of steps. (In a row
-      with `steps` too, they count only if its `aggregation` is `"native"` or `"preference"`.)
+    - Preference: `chosen` and `rejected`, each a text, a chat that begins with the assistant or a list of steps. (In a
+      row with `steps` too, they count only if its `aggregation` is `"native"` or `"preference"`.)
     - Steps: `steps`, `label`, and optionally `step_labels` and `teacher_scores`. The response is the steps joined by
       line breaks, or that of the column `response` or `completion` if there is one.
     - Stepwise supervision: `completions` (a list of steps) and `labels` (one a step). A column `label` is the
       response's label; without it, the response's label is the minimum of its step labels, if that is known.
-    - Unpaired preference: `completion` or `response` (a text, or a chat of one assistant message) and `label`.
+    - Unpaired preference: `completion` or `response` (a text, or a chat that begins with the assistant) and `label`.
+
+    In a chat of several messages the turns of the assistant have steps, and the others are context.
 
     Labels are booleans or numbers in [0, 1], never rounded; step labels may also be null or -100: not known.
 
@@ -304,8 +306,8 @@ def _steps(
 
 
 def _answer(value: Any, what: str, segmentation: Segmentation) -> tuple[str, tuple[Span, ...]]:
-    """Response and step spans of a text, a chat of one message, or a list of steps."""
-    if isinstance(value, list) and value and not isinstance(value[0], Mapping):
+    """Response and step spans of a text, a chat, or a list of steps."""
+    if isinstance(value, list) and value and not is_messages(value):
         response, spans = join_steps(value, segmentation.joint)
         return response, tuple(spans)
     response = _text(value, what)
@@ -313,37 +315,31 @@ def _answer(value: Any, what: str, segmentation: Segmentation) -> tuple[str, tup
 
 
 def _text(value: Any, what: str) -> str:
-    """The text of a response: itself, or the content of a chat's only message."""
-    text = value
-    if isinstance(value, list) and all(isinstance(message, Mapping) for message in value):
-        if len(value) != 1 or value[0].get("role") != "assistant":
-            raise ValueError(
-                f"{what!r} is a chat of {len(value)} messages; leave one message of the assistant in it and move the "
-                "others to the prompt."
-            )
-        text = _content(value[0], what)
-    check_text(text, repr(what))
-    return text
+    """The text of a response: itself, the content of a chat's only message, or a conversation."""
+    text: Any = value
+    if not is_messages(value):
+        if isinstance(value, list) and not value:
+            raise ValueError(f"{what!r} is a chat of 0 messages; add the message of the assistant, or drop the row.")
+        check_text(value, repr(what))
+        return text
+    for message in value:
+        if message.get("role") == "assistant":
+            _check_message(message, what)
+    return read_completion(value)
 
 
-def _content(message: Mapping[str, Any], what: str) -> Any:
-    """The content of a response's message, its parts of text joined; a thought beside it is not lost in silence."""
+def _check_message(message: Mapping[str, Any], what: str) -> None:
+    """Raise if a response's message says nothing, or holds a thought beside its content, which is not to get lost."""
     thought = next((key for key in REASONING_KEYS if str(message.get(key) or "").strip()), None)
     if thought is not None:
         raise ValueError(
             f"the message of {what!r} has {thought!r}, which is not a part of its text; write it into the content, as "
             "the chat template does (<think>...</think>), or remove it."
         )
-    content = message.get("content")
-    if content is None:
-        raise ValueError(f"the content of the message of {what!r} is null, as that of tool calls; write it or drop it.")
-    if not isinstance(content, list):
-        return content
-    kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content]
-    other = next((kind for kind in kinds if kind != "text"), None)
-    if other is not None:
-        raise ValueError(f"the content of {what!r} has a part of the type {other!r}; leave text in it.")
-    return "".join(str(part.get("text") or "") for part in content)
+    if message.get("content") is None and not message.get("tool_calls"):
+        raise ValueError(
+            f"the content of the message of {what!r} is null, and it has no tool calls; write it or drop it."
+        )
 
 
 def _list(value: Any, what: str) -> list[Any]:

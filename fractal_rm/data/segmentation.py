@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from fractal_rm.data.bag import Span, trim
+from fractal_rm.data.prompts import Conversation, turns_of
 from fractal_rm.data.sentences import NEWLINE, sentences
 
-Method = Literal["lines", "sentences", "separator", "pattern", "given"]
+Method = Literal["lines", "sentences", "turns", "separator", "pattern", "given"]
 Thinking = Literal["score", "skip"]
 # How text is cut now; older checkpoints keep the rules that they were trained by.
 VERSION = 2
@@ -22,6 +23,7 @@ VERSION = 2
 # Lines that say nothing although they may hold letters: fences of code, environments of LaTeX, marks of thinking.
 _FENCE = re.compile(r"(?:`{3,}|~{3,})[ \t]*[\w+#.-]*")
 _FRAME = re.compile(rf"{_FENCE.pattern}|\\(?:begin|end)\{{[^{{}}]*\}}|</?think>")
+_CALL = re.compile(r"<tool_call>.*?</tool_call>", re.DOTALL)
 # Those that belong to the line after them.
 _OPENER = re.compile(r"\\\[|\\begin\{[^{}]*\}|<think>|[({\[]+")
 
@@ -32,9 +34,10 @@ class Segmentation:
 
     Args:
         method: `"lines"` (lines end with `\n`, `\r\n` or `\r`; one without a letter or digit, a fence of code or a
-            `</think>` belongs to its neighbour), `"sentences"`, `"separator"` (a fixed text lies between steps),
-            `"pattern"` (a regular expression matches what lies between steps) or `"given"` (the data brings its steps
-            already cut).
+            `</think>` belongs to its neighbour), `"sentences"`, `"turns"` (each turn of the assistant is a step),
+            `"separator"` (a fixed text lies between steps), `"pattern"` (a regular expression matches what lies between
+            steps) or `"given"` (the data brings its steps already cut). In a conversation all of them cut inside the
+            turns of the assistant; nothing else has steps.
         separator: The text between steps, for `method="separator"`.
         pattern: The regular expression between steps, for `method="pattern"`. An empty match, such as that of
             `(?=Step \d)`, cuts where it stands.
@@ -96,11 +99,14 @@ class Segmentation:
             raise ValueError(
                 "Segmentation 'given' cannot cut a text; bring data with a 'steps' column or choose another method."
             )
+        if isinstance(text, Conversation):
+            return [(start + a, start + b) for start, end in text.turns for a, b in self(text[start:end])]
         if self.thinking == "score":
             return self._cut(text)
         edges = [0, *(edge for span in _thoughts(text) for edge in span), len(text)]
         answers = zip(edges[::2], edges[1::2], strict=True)
-        return [(start + a, start + b) for start, end in answers for a, b in self._cut(text[start:end])]
+        spans = [(start + a, start + b) for start, end in answers for a, b in self._cut(text[start:end])]
+        return [(spans[0][0], spans[-1][1])] if spans and self.method == "turns" else spans
 
     @property
     def joint(self) -> str:
@@ -110,12 +116,15 @@ class Segmentation:
         return " " if self.separator is None else self.separator
 
     def _cut(self, text: str) -> list[Span]:
+        if self.method == "turns":
+            return trim(text, [(0, len(text))])
         if self.method == "sentences":
-            return sentences(text, self.language, old_rules=self.version == 1)
+            spans = sentences(text, self.language, old_rules=self.version == 1)
+            return _join_calls(text, spans) if self.version > 1 else spans
         between = re.escape(self.separator) if self.separator is not None else self.pattern or NEWLINE.pattern
         edges = [0, *(edge for match in re.finditer(between, text) for edge in match.span()), len(text)]
         spans = trim(text, zip(edges[::2], edges[1::2], strict=True))
-        return _join_frames(text, spans) if self.method == "lines" and self.version > 1 else spans
+        return _join_calls(text, _join_frames(text, spans)) if self.method == "lines" and self.version > 1 else spans
 
 
 def _join_frames(text: str, lines: list[Span]) -> list[Span]:
@@ -139,6 +148,20 @@ def _join_frames(text: str, lines: list[Span]) -> list[Span]:
     if waiting and joined:
         joined[-1] = (joined[-1][0], waiting[1])
     return joined if joined or waiting is None else [waiting]
+
+
+def _join_calls(text: str, spans: list[Span]) -> list[Span]:
+    """Join what lies in one tool call, `<tool_call> ... </tool_call>`."""
+    calls = [match.span() for match in _CALL.finditer(text)]
+    if not calls:
+        return spans
+    joined: list[Span] = []
+    for start, end in spans:
+        if joined and any(begin < joined[-1][1] and start < stop for begin, stop in calls):
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def _thoughts(text: str) -> list[Span]:
@@ -184,6 +207,8 @@ def join_steps(steps: Sequence[str], joint: str = "\n") -> tuple[str, list[Span]
 def locate_steps(text: str, steps: Sequence[str]) -> list[Span]:
     r"""Find steps that are already cut in the response they come from; white space at their ends does not matter.
 
+    Of a conversation, only what the policy wrote is looked at.
+
     Raises:
         TypeError: If a step is no text.
         ValueError: If there is no step, or a step is blank or does not follow the one before it in the response.
@@ -193,24 +218,33 @@ def locate_steps(text: str, steps: Sequence[str]) -> list[Span]:
         [(0, 2), (6, 8)]
     """
     _check_steps(steps)
-    spans, end = [], 0
+    spans, turns = [], iter(turns_of(text))
+    begin, stop = next(turns)
     for number, step in enumerate(steps, 1):
-        start = text.find(step.strip(), end)
-        if start < 0:
-            raise ValueError(f"step {number} is not in the response after step {number - 1}; copy steps as they stand.")
-        end = start + len(step.strip())
-        spans.append((start, end))
+        while (start := text.find(step.strip(), begin, stop)) < 0:
+            begin, stop = next(turns, (len(text), -1))
+            if stop < 0:
+                raise ValueError(
+                    f"step {number} is not in the response after step {number - 1}; copy steps as they stand."
+                )
+        begin = start + len(step.strip())
+        spans.append((start, begin))
     return spans
 
 
 def common_gap(texts: Iterable[tuple[str, Sequence[Span]]]) -> str | None:
-    """What most often stands between two steps of responses with their spans; None if none has two.
+    """What most often stands between two steps of a turn of responses with their spans; None if none has two.
 
     Example:
         >>> common_gap([("a b c", [(0, 1), (2, 3), (4, 5)]), ("a\\nb", [(0, 1), (2, 3)])])
         ' '
     """
-    counts = Counter(text[end:start] for text, spans in texts for (_, end), (start, _) in itertools.pairwise(spans))
+    counts = Counter(
+        text[end:start]
+        for text, spans in texts
+        for (first, end), (start, last) in itertools.pairwise(spans)
+        if any(begin <= first and last <= stop for begin, stop in turns_of(text))
+    )
     return counts.most_common(1)[0][0] if counts else None
 
 

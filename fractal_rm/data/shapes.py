@@ -17,6 +17,8 @@ _RESPONSES = ("answer", "output", "solution", "generation")
 _OWN_RESPONSES = ("completion", "response", "steps", "completions", "chosen", "rejected")
 _CHATS = ("messages", "conversations", "conversation")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+# What an answer of several turns may hold beside the assistant's: a question of the user begins a new one.
+_TOOLS = ("tool", "function", "ipython", "environment", "observation")
 _SIGNS = {"+": 1.0, "-": 0.0}
 # Where the assistant's turn begins in chats that are written as text.
 _TURN = re.compile(
@@ -24,8 +26,6 @@ _TURN = re.compile(
     r"|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n|### Response:\n?"
 )
 _FIRST_STEP = re.compile(r"\bStep 1\s*:")
-# What a model thought, beside the content of its message.
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,10 @@ def _is_chat(value: Any) -> bool:
 
 
 def _from_chat(row: dict[str, Any]) -> dict[str, Any]:
-    """Prompt and response of a row whose only text is a chat: its last message, or the steps between signs."""
+    """Prompt and response of a row whose only text is a chat: its last answer, or the steps between signs.
+
+    The last answer is the last message, with the calls and outputs of tools that led to it.
+    """
     names = [name for name in _CHATS if name in row]
     if not names or any(name in row for name in _OWN_RESPONSES) or not _is_chat(row[names[0]]):
         return row
@@ -168,7 +171,10 @@ def _from_chat(row: dict[str, Any]) -> dict[str, Any]:
             f"{names[0]!r} has no message of the assistant behind the prompt; add one, or name the response with "
             "--response_column."
         )
-    return {"prompt": chat[:-1], "response": chat[-1:]} | rest
+    begin = len(chat) - 1
+    while begin > 1 and (chat[begin]["role"] in _TOOLS or chat[begin - 1]["role"] in _TOOLS):
+        begin -= 1
+    return {"prompt": chat[:begin], "response": chat[begin:]} | rest
 
 
 def _from_signs(chat: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -211,11 +217,24 @@ def _from_alias(row: dict[str, Any], usual: str, others: Sequence[str], present:
 def _without_inner_prompt(row: dict[str, Any]) -> dict[str, Any]:
     """A preference whose responses do not repeat the prompt: what both begin with is the prompt."""
     chosen, rejected = row["chosen"], row["rejected"]
+    sides = [side for side in (chosen, rejected) if _is_chat(side)]
+    if "prompt" in row and any(side[0]["role"] == "assistant" for side in sides):
+        return row  # answers of several turns
     if _is_chat(chosen) and _is_chat(rejected) and ("prompt" not in row or max(len(chosen), len(rejected)) > 1):
         most = min(len(chosen), len(rejected)) - 1
         shared = [one for one, _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))]
         prompt = shared[:most]
-        if len(chosen) != len(prompt) + 1 or len(rejected) != len(prompt) + 1 or not prompt:
+        # What a tool said belongs to the answer that asked for it.
+        while prompt and any(
+            side[place]["role"] in _TOOLS for side in (chosen, rejected) for place in (len(prompt) - 1, len(prompt))
+        ):
+            prompt = prompt[:-1]
+        begins = [side[len(prompt)]["role"] for side in (chosen, rejected)]
+        whole = all(
+            len(side) == len(prompt) + 1 or any(one["role"] in _TOOLS for one in side[len(prompt) :])
+            for side in (chosen, rejected)
+        )
+        if not prompt or not whole or begins != ["assistant", "assistant"]:
             raise ValueError(
                 f"'chosen' and 'rejected' ({len(chosen)} and {len(rejected)} messages) share their first "
                 f"{len(prompt)}; give both one answer of the assistant behind the same prompt."
@@ -224,7 +243,7 @@ def _without_inner_prompt(row: dict[str, Any]) -> dict[str, Any]:
         asked = [message.get("content") for message in prompt]
         if given != prompt and not (isinstance(given, str) and given.strip() in [str(text).strip() for text in asked]):
             raise ValueError("the prompt is not the one inside 'chosen' and 'rejected'; drop one of them.")
-        return row | {"prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
+        return row | {"prompt": prompt, "chosen": chosen[len(prompt) :], "rejected": rejected[len(prompt) :]}
     if "prompt" not in row and isinstance(chosen, str) and isinstance(rejected, str):
         place = _end_of_prompt(chosen, rejected)
         return row | {"prompt": chosen[:place], "chosen": chosen[place:], "rejected": rejected[place:]}

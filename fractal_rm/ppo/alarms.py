@@ -35,7 +35,7 @@ def guard_inputs(batch: RolloutBatch, ends: set[int], *, gives_probabilities: bo
     scored = batch.watched
     rated = [row if row.judged else StepScores(row.response) for row in scored or ()] if gives_probabilities else None
     return GuardInputs(
-        token_ids=[[i for i in ids if i not in ends] for ids in batch.completion_ids],
+        token_ids=[[i for i in ids if i not in ends] for ids in batch.policy_ids],
         ended=[not ids or ids[-1] in ends for ids in batch.completion_ids],
         steps=[[step.text for step in row.steps] for row in scored] if scored else [[]] * count,
         step_scores=[row.step_scores for row in rated] if rated else [[]] * count,

@@ -204,6 +204,11 @@ def _check_readable(
     options = args.template_options(tools)
     for number, model in enumerate(models, 1):
         which = f"Reward model {number} of {len(models)}" if len(models) > 1 else "The reward model"
+        if tools and isinstance(model.settings, PublishedSettings):
+            raise ValueError(
+                f"{which} is a published one, which reads one turn, and with `tools` completions have several. Train a "
+                "reward model on conversations, or leave `tools` out."
+            )
         for dataset in datasets:
             prompts = dataset[0:_READ_PROMPTS]["prompt"] if "prompt" in _columns(dataset) else []
             model.check_readable(prompts, chat_template_kwargs=options, which=which)

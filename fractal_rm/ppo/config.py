@@ -143,7 +143,7 @@ class StepPPOConfig(GRPOConfig):
             "`step_reward_funcs`; None: 1 each. `step_weight` multiplies their sum."
         },
     )
-    step_segmentation: Literal["lines", "sentences", "separator", "pattern"] | None = field(
+    step_segmentation: Literal["lines", "sentences", "turns", "separator", "pattern"] | None = field(
         default=None,
         metadata={
             "help": "How completions are cut into steps for `step_reward_funcs`; None: as by the first reward model, "

@@ -21,6 +21,7 @@ TESTED_TRL = ("1.14.2", "1.16.0")
 METHODS = {
     "_generate_and_score_completions": ("inputs",),
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+    "_generate": ("prompts",),
     "_prepare_inputs": ("generation_batch",),
     "_compute_loss": ("model", "inputs"),
     "_save": ("output_dir", "state_dict"),
@@ -43,9 +44,13 @@ UNPACKED = {
     ("_get_per_token_logps_and_entropies", "_compute_loss"): 3,
 }
 
+# Which of the values that `_generate` returns tells tokens of the policy from those of tools.
+TOOL_MASK_PLACE = 2
+
 # (caller, callee): an override that nothing calls would be ignored without a word.
 CALLS = (
     ("_prepare_inputs", "_generate_and_score_completions"),
+    ("_generate_and_score_completions", "_generate"),
     ("_generate_and_score_completions", "_calculate_rewards"),
     ("_generate_and_score_completions", "_get_per_token_logps_and_entropies"),
     ("compute_loss", "_compute_loss"),
@@ -126,6 +131,7 @@ def check_contract(trainer_class: type = GRPOTrainer, utils: ModuleType = trl_ut
         *_moved_calls(trainer_class),
         *_refused_calls(trainer_class),
         *_moved_results(trainer_class),
+        *_moved_tool_mask(trainer_class),
         *_moved_keys(trainer_class),
         *_moved_attributes(trainer_class),
         *_moved_advantages(trainer_class),
@@ -196,6 +202,22 @@ def _moved_results(trainer_class: type) -> list[str]:
                 owner = trainer_class.__name__
                 moved.append(f"`{owner}.{caller}` unpacks {sorted(found)} values of `{method}`, expected {count}")
     return moved
+
+
+def _moved_tool_mask(trainer_class: type) -> list[str]:
+    moved = []
+    for tree in _syntax(trainer_class, "_generate"):
+        values = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+        if not any(isinstance(value, ast.Tuple) and _names_tool_mask(value.elts) for value in values):
+            moved.append(
+                f"`{trainer_class.__name__}._generate` does not return `tool_mask` as value {TOOL_MASK_PLACE + 1}, "
+                "expected it to"
+            )
+    return moved
+
+
+def _names_tool_mask(values: list[ast.expr]) -> bool:
+    return len(values) > TOOL_MASK_PLACE and ast.unparse(values[TOOL_MASK_PLACE]) == "tool_mask"
 
 
 def _moved_keys(trainer_class: type) -> list[str]:

@@ -23,7 +23,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
 from fractal_rm.credit.kl import kl_estimates
-from fractal_rm.credit.placement import completion_text
+from fractal_rm.credit.placement import completion_text, token_end_characters, turn_spans
+from fractal_rm.data.prompts import Conversation, contexts_of, is_chat
 from fractal_rm.hf.checkpoints import begin_checkpoint, find_checkpoint, finish_if_complete
 from fractal_rm.hf.denormals import flush_denormals
 from fractal_rm.hf.finite_logs import log_finite
@@ -31,7 +32,7 @@ from fractal_rm.hf.length_buckets import LengthBuckets, bucketed_log_probs, may_
 from fractal_rm.hf.parallelism import is_sharded
 from fractal_rm.hf.processes import share_metrics
 from fractal_rm.ppo.config import StepPPOConfig
-from fractal_rm.ppo.contract import check_contract
+from fractal_rm.ppo.contract import TOOL_MASK_PLACE, check_contract
 from fractal_rm.ppo.rollout import RolloutBatch, policy_mask
 from fractal_rm.ppo.sources import StepRewardSource, as_list, check_model_outcomes, finite_outcomes, step_lines
 from fractal_rm.reward_model import StepScores
@@ -59,7 +60,8 @@ class _HandOver:
     Attributes:
         prompts: Prompts of the completions that were judged.
         completion_ids: Their token ids, without padding.
-        texts: Their texts.
+        written: Where the policy sampled a token, in each of them: not a tool's output. None: everywhere.
+        texts: Their texts, conversations where others spoke in between.
         function_rewards: Rewards of this process (B, F).
         scores: Steps and scores, by the name of the source.
         forwards: Forwards of the policy, in TRL's order.
@@ -68,6 +70,7 @@ class _HandOver:
 
     prompts: list[Any] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
+    written: list[list[int]] | None = None
     texts: list[str] = field(default_factory=list)
     function_rewards: Tensor = field(default_factory=lambda: torch.empty(0))
     scores: dict[str, Sequence[StepScores]] = field(default_factory=dict)
@@ -138,6 +141,7 @@ class Engine(GRPOTrainer):
         if moved:
             raise RuntimeError(" ".join(moved))
         self._hand_over = _HandOver()
+        self._token_texts: dict[int, str] = {}  # texts of the tokens seen so far
         args, beta = copy.copy(args), args.beta
         args.reward_weights = _weights(args, len(reward_funcs), len(sources))
         args.beta = beta or (_ANY_BETA if args.kl_coef else 0.0)
@@ -227,6 +231,7 @@ class Engine(GRPOTrainer):
             prompts=hand_over.prompts,
             completion_ids=hand_over.completion_ids,
             texts=hand_over.texts,
+            written=hand_over.written,
             function_rewards=hand_over.function_rewards,
             function_weights=self.reward_weights,
             is_outcome=self.is_outcome,
@@ -306,6 +311,25 @@ class Engine(GRPOTrainer):
             self._show_advantages(batch)
         return batch.minibatches()
 
+    def _generate(self, prompts: Any) -> Any:
+        found = super()._generate(prompts)
+        # What tools and environments wrote is known here, and is handed to no reward function.
+        self._hand_over.written = found[TOOL_MASK_PLACE]
+        return found
+
+    def _text(self, ids: list[int], written: Sequence[int], completion: Any) -> str:
+        """A completion as it is scored: as the policy wrote it, and with what others said as context."""
+        tokenizer, endings = self.tokenizer, self.ending_ids
+        # Not TRL's texts: placement counts the characters of exactly this decoding.
+        text = completion_text(ids, tokenizer, endings)
+        if all(written):
+            return text
+        ends = token_end_characters(ids, tokenizer, self._token_texts, endings)
+        turns = turn_spans(ids, ends, list(map(bool, written)), endings)
+        context = contexts_of(completion) if is_chat(completion) else []
+        # A rollout function may give the completion as one message: its context is text as it stands.
+        return Conversation(text, turns, context if len(context) == len(turns) else [None] * len(turns))
+
     def _show_advantages(self, batch: RolloutBatch) -> None:
         """Put each completion's mean advantage into TRL's table of completions, in place of TRL's own."""
         assert batch.advantages is not None
@@ -318,9 +342,9 @@ class Engine(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         hand_over = self._hand_over
-        # Not TRL's texts: placement counts the characters of exactly this decoding.
-        tokenizer, endings = self.tokenizer, self.ending_ids
-        hand_over.texts = [completion_text(ids, tokenizer, endings) for ids in completion_ids_list]
+        written = hand_over.written or [[1] * len(ids) for ids in completion_ids_list]
+        rows = zip(completion_ids_list, written, completions, strict=True)
+        hand_over.texts = [self._text(ids, mask, completion) for ids, mask, completion in rows]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         is_outcome = self.is_outcome.to(rewards.device)
         if is_outcome.any() and not is_outcome.all():

@@ -4,6 +4,7 @@ Every stage takes a batch and returns a batch that holds more. Shapes: B complet
 longest one, P columns of prompts, F reward functions.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -57,7 +58,8 @@ class RolloutBatch:
     Attributes:
         prompts: Their prompts, texts or chats.
         completion_ids: Sampled token ids, without padding.
-        texts: The completions as text: `completion_text` of the ids, in which spans of steps count characters.
+        texts: The completions as text: `completion_text` of the ids, in which spans of steps count characters. A
+            [`~fractal_rm.data.prompts.Conversation`] where a tool or an environment spoke in between.
         function_rewards: What each reward function gave (B, F), NaN where it had no opinion.
         function_weights: Weight of each reward function (F,); sources of step rewards have 0.
         is_outcome: Which functions judge outcomes, and do not score steps (F,).
@@ -65,6 +67,7 @@ class RolloutBatch:
         tokens: TRL's dictionary of the rollout: what an update needs beside advantages.
         mask: True where the policy wrote a token (B, T); tool outputs and padding are False.
         outcome_advantages: TRL's group advantages of the outcomes (B,).
+        written: For each token id of `completion_ids` whether the policy sampled it; None: all of them.
         logprobs: Log-probabilities of the policy that sampled (B, T), where they were computed.
         kl: KL divergence from the reference at each token (B, T), where it is part of the reward or free.
         state_values: Values at all positions (B, P + T) of a head on the policy's states, where a forward gave them.
@@ -89,6 +92,7 @@ class RolloutBatch:
     tokens: dict[str, Any]
     mask: Tensor
     outcome_advantages: Tensor
+    written: Sequence[Sequence[int]] | None = None
     logprobs: Tensor | None = None
     kl: Tensor | None = None
     state_values: Tensor | None = None
@@ -111,6 +115,14 @@ class RolloutBatch:
             for_update={**self.for_update, **(for_update or {})},
             **made,
         )
+
+    @property
+    def policy_ids(self) -> list[list[int]]:
+        """Token ids that the policy sampled: those of `completion_ids` without outputs of tools."""
+        if self.written is None:
+            return self.completion_ids
+        rows = zip(self.completion_ids, self.written, strict=True)
+        return [list(itertools.compress(ids, mask)) for ids, mask in rows]
 
     @property
     def watched(self) -> Sequence[StepScores] | None:

@@ -46,7 +46,7 @@ class FractalConfig(TrainingArguments):
         default=None,
         metadata={"help": "For ordinal labels: how many grades there are, 0 to `num_grades - 1`. None: good or not."},
     )
-    segmentation: Literal["lines", "sentences", "separator", "pattern", "given"] = field(
+    segmentation: Literal["lines", "sentences", "turns", "separator", "pattern", "given"] = field(
         default="lines", metadata={"help": "How responses are cut into steps, unless the data brings steps."}
     )
     separator: str | None = field(

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fractal_rm.data.bag import Bag, truncate_bags
-from fractal_rm.data.prompts import is_chat
+from fractal_rm.data.prompts import REASONING_KEYS, is_chat
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation, common_gap
-from fractal_rm.data.shapes import REASONING_KEYS, Columns
+from fractal_rm.data.shapes import Columns
 from fractal_rm.objectives.aggregation import GOOD, meaning
 from fractal_rm.scorers.inputs import BagInputs
 from fractal_rm.scorers.settings import FractalSettings

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fractal_rm.data.bag import Bag, Span
-from fractal_rm.data.prompts import Prompt, is_chat
+from fractal_rm.data.prompts import Conversation, Prompt, is_chat
 from fractal_rm.data.sentences import sentences
 from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
@@ -25,7 +25,7 @@ class EmbeddedBag:
 
     Args:
         steps: Embeddings of the steps (S, D).
-        contexts: For each step the part of the prompt that is closest to it (S, D).
+        contexts: For each step the part of the prompt, or of what others said before it, that is closest to it (S, D).
     """
 
     steps: Tensor
@@ -69,13 +69,17 @@ class EmbeddingInputs:
 
     def encode(self, bags: Sequence[Bag]) -> list[EmbeddedBag]:
         """Embed the steps of bags, each with the part of its prompt that is closest to it."""
-        splits, steps = [prompt_splits(bag.prompt) for bag in bags], [bag.steps for bag in bags]
+        found = [_contexts(bag) for bag in bags]
+        splits, steps = [[text for text, _ in parts] for parts in found], [bag.steps for bag in bags]
+        places = [torch.tensor([place for _, place in parts]) for parts in found]
+        starts = [torch.tensor([start for start, _ in bag.step_spans]) for bag in bags]
+        later = [place > start.unsqueeze(1) for place, start in zip(places, starts, strict=True)]
         texts = [text for part in (*splits, *steps) for text in part]
         # Some encoders give vectors of length 1, some do not; the head and its learning rate want one size.
         embeddings = nn.functional.normalize(self.encoder.embed(texts, progress=True), dim=1)
         rows = iter(embeddings.split([len(part) for part in (*splits, *steps)]))
         contexts = [next(rows) for _ in splits]
-        return [EmbeddedBag(found, closest(found, context)) for found, context in zip(rows, contexts, strict=True)]
+        return [EmbeddedBag(step, closest(step, *seen)) for step, *seen in zip(rows, contexts, later, strict=True)]
 
     def pad(self, bags: Sequence[EmbeddedBag]) -> dict[str, Tensor]:
         """Right-padded tensors: `steps` and `contexts` (B, S, D), `mask` (B, S), True where a step is real."""
@@ -88,12 +92,23 @@ class EmbeddingInputs:
         }
 
 
-def closest(steps: Tensor, contexts: Tensor) -> Tensor:
-    """For each step (S, D) the context (C, D) with the largest cosine: (S, D)."""
+def _contexts(bag: Bag) -> list[tuple[str, int]]:
+    """What steps may refer to, with the character of the response where it ends: a prompt's parts end before it."""
+    parts, end = [(text, 0) for text in prompt_splits(bag.prompt)], 0
+    if isinstance(bag.response, Conversation):
+        for start, stop in bag.response.turns:
+            said = bag.response[end:start]
+            parts += [(text, start) for text in prompt_splits(said) if said.strip()]
+            end = stop
+    return parts
+
+
+def closest(steps: Tensor, contexts: Tensor, later: Tensor) -> Tensor:
+    """For each step (S, D) the context (C, D) with the largest cosine, but for those that come later (S, C): (S, D)."""
     if len(contexts) == 1:
         return contexts.expand_as(steps)
     cosines = nn.functional.normalize(steps, dim=1) @ nn.functional.normalize(contexts, dim=1).T
-    return contexts[cosines.argmax(dim=1)]
+    return contexts[cosines.masked_fill(later.to(cosines.device), -torch.inf).argmax(dim=1)]
 
 
 class MLPHead(nn.Sequential):

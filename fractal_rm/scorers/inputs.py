@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.data.bag import Bag, Span
-from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
+from fractal_rm.data.prompts import Conversation, Prompt, RenderedPrompt, content_text, is_chat
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
 
@@ -69,6 +69,8 @@ class EncodedBag:
 _THINK_OPENED = re.compile(r"<think>\s*$")
 # Characters that no text needs (Unicode leaves them to private use): one marks places while a template runs.
 _MARKS = ("\ue0f5", "\uf3a7", "\ueb19")
+# Two turns before those of which it is asked how a chat template writes them.
+_DUMMY = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "."})
 
 
 @lru_cache(maxsize=8)
@@ -150,15 +152,93 @@ def prompt_text(
     begun, control = prompt[-1]["role"] == "assistant", control_tokens(tokenizer)
     mark = next(mark for mark in _MARKS if mark not in repr(prompt))
     messages: Any = list(prompt) if control is None else _marked(list(prompt), control, mark)
-    options = {"tokenize": False, "add_generation_prompt": not begun, "continue_final_message": begun}
+    options = {"add_generation_prompt": not begun, "continue_final_message": begun}
+    text = _render(messages, tokenizer, {**(chat_template_kwargs or {}), **options})
+    if response.lstrip().startswith("<think>"):
+        text = _THINK_OPENED.sub("", text)
+    return _unmarked(text, mark)
+
+
+@lru_cache(maxsize=64)
+def _writes_role(tokenizer: PreTrainedTokenizerBase, chat_template: str, role: str) -> bool:
+    """Whether a chat template writes what somebody of this role says. The second argument is for the cache."""
+    chat = [*_DUMMY, {"role": role, "name": "name", "content": _MARKS[0]}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, **{**(chat_template_kwargs or {}), **options}))
+        return _MARKS[0] in str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except (TemplateError, TypeError, ValueError, KeyError):
+        return True  # refused: rendering says so in the template's own words
+
+
+def context_text(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    response: str = "",
+) -> RenderedPrompt:
+    """What a chat template writes between two turns of the assistant: from the end of the first to the next's begin.
+
+    Args:
+        messages: What was said between them; none of the assistant.
+        tokenizer: The reward model's tokenizer.
+        chat_template_kwargs: As for [`prompt_text`].
+        response: The turn that follows.
+
+    Raises:
+        ValueError: If the template refuses the messages, or would not write one.
+    """
+    messages = [
+        {name: value for name, value in message.items() if value is not None}
+        | {"content": content_text(message.get("content"), f"the content of a message of {message['role']!r}")}
+        for message in messages
+    ]
+    for message in messages:
+        if not _writes_role(tokenizer, repr(tokenizer.chat_template), message["role"]):
+            raise ValueError(
+                f"The chat template does not write messages of {message['role']!r}. Give them another role, or use a "
+                "tokenizer whose template knows it."
+            )
+    turn, mark = [mark for mark in _MARKS if mark not in repr(messages)][:2]
+    control = control_tokens(tokenizer)
+    said: Any = messages if control is None else _marked(messages, control, mark)
+    chat = [_DUMMY[0], {"role": "assistant", "content": turn}, *said]
+    text = _render(chat, tokenizer, {**(chat_template_kwargs or {}), "add_generation_prompt": True})
+    if turn not in text:
+        raise ValueError("The chat template does not write what the assistant says before others. Use another one.")
+    text = text.rpartition(turn)[2]
+    return _unmarked(_THINK_OPENED.sub("", text) if response.lstrip().startswith("<think>") else text, mark)
+
+
+def with_context(
+    response: str, tokenizer: PreTrainedTokenizerBase, *, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> str:
+    """A response whose context is as the chat template writes it; a plain text as it is.
+
+    Raises:
+        ValueError: For a reason of [`context_text`].
+    """
+    if not isinstance(response, Conversation):
+        return response
+    context = [
+        one
+        if one is None or isinstance(one, RenderedPrompt)
+        else context_text(one, tokenizer, chat_template_kwargs=chat_template_kwargs, response=response[start:end])
+        for one, (start, end) in zip(response.context, response.turns, strict=True)
+    ]
+    return Conversation(response, response.turns, context)
+
+
+def _render(chat: Any, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(chat, **{**options, "tokenize": False}))
     except (TemplateError, TypeError, ValueError, KeyError) as error:  # such as a system message, or two users in a row
         raise ValueError(
             f"The chat template refuses this chat ({str(error).rstrip('.')}). Change its messages."
         ) from error
-    if response.lstrip().startswith("<think>"):
-        text = _THINK_OPENED.sub("", text)
+
+
+def _unmarked(text: str, mark: str) -> RenderedPrompt:
+    """A rendered text without the marks, which knows where they were."""
     pieces = text.split(mark)
     return RenderedPrompt("".join(pieces), tuple(itertools.accumulate(map(len, pieces[:-1]))), chat=True)
 
@@ -234,7 +314,8 @@ class TokenInputs:
     """How text becomes what a likelihood or token scorer reads.
 
     Control tokens come from the chat template and from prompts that are texts. In a response and in the messages of a
-    chat they are text and are spelled as text, so that nobody can open a turn or end one.
+    chat they are text and are spelled as text, so that nobody can open a turn or end one. What stands between the turns
+    of a conversation is read as the chat template writes it.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -250,6 +331,27 @@ class TokenInputs:
         parts = [piece[a:b] for piece, cut in zip(pieces, edges, strict=True) for a, b in itertools.pairwise(cut)]
         found = iter(_tokenize_continuations(parts, self.tokenizer))
         return [_joined([next(found) for _ in cut[1:]], cut[:-1]) for cut in edges]
+
+    def _tokenize_context(self, text: str) -> list[int]:
+        """Token ids of what stands between two turns: control tokens where the chat template wrote them."""
+        if not text:
+            return []
+        if not isinstance(text, RenderedPrompt):
+            return self._tokenize_steps([text])[0][0]
+        cuts = text.cuts if self.settings.reading > 1 else ()
+        parts = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+        return [token for ids, _ in _tokenize_continuations(parts, self.tokenizer) for token in ids]
+
+    def _before(self, response: Conversation, place: int, last: int, turn: int) -> list[int]:
+        """Token ids from a place in a turn, `last` (-1: before the first), to the begin of another turn."""
+        ids = self._tokenize_context(response[place : response.turns[last][1]]) if last >= 0 else []
+        for number in range(last + 1, turn + 1):
+            (start, end), context = response.turns[number], response.context[number]
+            if context is None:
+                context = response[response.turns[number - 1][1] if number else 0 : start]
+            ids += self._tokenize_context(context)
+            ids += self._tokenize_context(response[start:end]) if number < turn else []
+        return ids
 
     def _tokenize_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prompts, cut where what a person wrote looks like a control token."""
@@ -280,8 +382,9 @@ class TokenInputs:
         options = {"chat_template_kwargs": settings.chat_template_kwargs}
         template = settings.prompt_template
         texts = [prompt_text(bag.prompt, tokenizer, template, response=bag.response, **options) for bag in bags]
-        # A step is tokenized from the end of the one before: its gap, then the step.
-        previous = [[0, *(end for _, end in bag.step_spans)] for bag in bags]
+        # A step is tokenized from the end of the one before, or the begin of its turn: its gap, then the step.
+        starting = [self._starts(bag) for bag in bags]
+        previous = [starts for starts, _ in starting]
         pieces = [
             bag.response[start:end]
             for bag, starts in zip(bags, previous, strict=True)
@@ -293,17 +396,30 @@ class TokenInputs:
         different = {(text, getattr(text, "cuts", ())): text for text in texts}
         prompt_ids = dict(zip(different, self._tokenize_prompts(list(different.values())), strict=True))
         encoded = []
-        for bag, text, starts in zip(bags, texts, previous, strict=True):
+        for bag, text, (starts, context) in zip(bags, texts, starting, strict=True):
             # A chat template writes its special tokens itself.
             from_chat = text.chat if isinstance(text, RenderedPrompt) else False
             from_chat = settings.chat if from_chat is None else from_chat
             before, after = ([], []) if from_chat else (prefix, suffix)
             gaps = [start - end for (start, _), end in zip(bag.step_spans, starts, strict=False)]
-            parts = [next(tokenized) for _ in gaps]
+            parts = [_behind(context.get(i, []), next(tokenized), gap) for i, gap in enumerate(gaps)]
             room = None if settings.max_length is None else settings.max_length - len(after)
             start = prompt_ids[text, getattr(text, "cuts", ())]
             encoded.append(_join([*before, *start], parts, gaps, after, room))
         return encoded
+
+    def _starts(self, bag: Bag) -> tuple[list[int], dict[int, list[int]]]:
+        """Where the text before each step begins, and the token ids before that, of a step that begins a turn."""
+        starts, context, last = [0, *(end for _, end in bag.step_spans)], {}, -1
+        if isinstance(bag.response, Conversation):
+            kwargs = self.settings.chat_template_kwargs
+            response: Any = with_context(bag.response, self.tokenizer, chat_template_kwargs=kwargs)
+            for number, span in enumerate(bag.step_spans):
+                turn = response.turn_of(*span)
+                if turn != last:
+                    context[number] = self._before(response, starts[number], last, turn)
+                    starts[number], last = response.turns[turn][0], turn
+        return starts, context
 
     def pad(self, bags: Sequence[EncodedBag]) -> dict[str, Tensor]:
         """Right-padded tensors for a scorer, of encoded bags with at least one step each.
@@ -321,6 +437,17 @@ class TokenInputs:
             "step_ends": _padded((bag.step_ends for bag in bags), steps, 0),
             "mask": steps,
         }
+
+
+def _behind(context: list[int], piece: _Piece, gap: int) -> _Piece:
+    """A step behind tokens that belong to none: they end before its gap does."""
+    ids, offsets = piece
+    if not context:
+        return piece
+    return [*context, *ids], [
+        *[(0, 0)] * len(context),
+        *(offsets if offsets is not None else [(0, gap + 1)] * len(ids)),
+    ]
 
 
 def _join(start: list[int], parts: list[_Piece], gaps: list[int], after: list[int], room: int | None) -> EncodedBag:

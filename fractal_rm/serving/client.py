@@ -8,10 +8,10 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
-from fractal_rm.data.prompts import RenderedPrompt, response_text
+from fractal_rm.data.prompts import RenderedPrompt, is_messages
 
 if TYPE_CHECKING:
     from fractal_rm.data.bag import Span
@@ -55,7 +55,7 @@ class ScoringClient:
     def score(
         self,
         prompts: "Sequence[Prompt]",
-        responses: Sequence[str | Sequence[str]],
+        responses: Sequence[str | Sequence[str] | Sequence[Mapping[str, Any]]],
         *,
         spans: "Sequence[Sequence[Span] | None] | None" = None,
     ) -> "list[StepScores]":
@@ -65,31 +65,36 @@ class ScoringClient:
             ValueError: If the server refuses the request; its sentence.
             ConnectionError: If there is no answer after all tries.
         """
+        from fractal_rm.data.prompts import read_completion
         from fractal_rm.data.segmentation import join_steps
         from fractal_rm.reward_model import Step, StepScores
 
         scored = []
         for given, found in zip(responses, self._results(prompts, responses, spans), strict=True):
-            text = given if isinstance(given, str) else "" if found["error"] else join_steps(given)[0]
+            text: Any = given if isinstance(given, str) else "" if found["error"] else found.get("response")
+            if text is None:
+                text = read_completion(given) if is_messages(given) else join_steps(cast(Sequence[str], given))[0]
             score = float("nan") if found["score"] is None else found["score"]
             steps = [Step(**step) for step in found["steps"]]
             scored.append(StepScores(text, steps, score, found["truncated_steps"], found["error"]))
         return scored
 
-    def rewards(self, prompts: "Sequence[Prompt]", responses: Sequence[str]) -> list[float | None]:
-        """P(response is good) of each response; None where it cannot be scored. Raises as `score`."""
+    def rewards(
+        self, prompts: "Sequence[Prompt]", responses: Sequence[str | Sequence[Mapping[str, Any]]]
+    ) -> list[float | None]:
+        """P(response is good) of each response, a text or a chat; None where it cannot be scored. Raises as `score`."""
         return [found["score"] for found in self._results(prompts, responses, None)]
 
     def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
-        """Score completions (texts, or chats of one assistant message) as TRL's trainers call it."""
-        return self.rewards(prompts, [response_text(completion) for completion in completions])
+        """Score completions (texts, or chats that begin with the assistant) as TRL's trainers call it."""
+        return self.rewards(prompts, [one or "" for one in completions])
 
     def _results(self, prompts: Any, responses: Any, spans: Any) -> list[dict[str, Any]]:
         if len(prompts) != len(responses):
             raise ValueError(
                 f"{len(prompts)} prompts came with {len(responses)} responses. Give one prompt a response."
             )
-        name = "responses" if all(isinstance(response, str) for response in responses) else "steps"
+        name = "responses" if all(isinstance(one, str) or is_messages(one) for one in responses) else "steps"
         results = []
         for start in range(0, len(prompts), _AT_A_TIME):
             part = slice(start, start + _AT_A_TIME)

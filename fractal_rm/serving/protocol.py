@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fractal_rm.data.bag import Span
-from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
+from fractal_rm.data.prompts import Conversation, Prompt, RenderedPrompt, is_chat
 from fractal_rm.reward_model import StepRewardModel, StepScores
 
 # A batch numbers the rows of several requests; the reader of an answer knows those of one.
@@ -29,12 +29,15 @@ _SHOWN = 80
 
 
 class Message(BaseModel):
-    """A message of a chat. Further keys go to the chat template as they are."""
+    """A message of a chat: `content` is a text, parts of text, or null beside `tool_calls`.
+
+    Further keys go to the chat template as they are.
+    """
 
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str
+    content: str | list[dict[str, Any]] | None
 
 
 class ScoreRequest(BaseModel):
@@ -43,7 +46,11 @@ class ScoreRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompts: list[str | list[Message]] = Field(description="Texts or chats, one for each response.")
-    responses: list[str] | None = Field(default=None, description="Texts, cut into steps as in training.")
+    responses: list[str | list[Message]] | None = Field(
+        default=None,
+        description="Texts, or chats that begin with the assistant, cut into steps as in training; what others say in "
+        "a chat is context.",
+    )
     spans: list[list[tuple[int, int]] | None] | None = Field(
         default=None, description="For each text the characters `[start, end]` of its steps, null to have it cut."
     )
@@ -85,6 +92,9 @@ class ScoredResponse(BaseModel):
     score: float | None = Field(description="Aggregated P(response is good).")
     truncated_steps: int = Field(description="Steps beyond the model's `max_length`: neither scored nor listed.")
     error: str | None = None
+    response: str | None = Field(
+        default=None, description="Of a chat of several messages, the text in which characters count."
+    )
 
 
 class ScoreAnswer(BaseModel):
@@ -133,31 +143,34 @@ class OpenRLHFAnswer(BaseModel):
 
 
 class PromptedResponse(NamedTuple):
-    """One response to score: a text, or a list of steps; `spans` None has a text cut as in training."""
+    """One response to score: a text, a chat or a list of steps; `spans` None has a text cut as in training."""
 
     prompt: Prompt
-    response: str | list[str]
+    response: str | list[Any]
     spans: list[Span] | None = None
 
     @property
     def characters(self) -> int:
         """How much text it is; of a message whatever a chat template may show."""
-        texts = [json.dumps(message) for message in self.prompt] if is_chat(self.prompt) else [self.prompt]
-        answers = [self.response] if isinstance(self.response, str) else self.response
-        return sum(map(len, [*texts, *answers]))
+        texts: list[Any] = [*self.prompt] if is_chat(self.prompt) else [self.prompt]
+        texts += [self.response] if isinstance(self.response, str) else self.response
+        return sum(len(text if isinstance(text, str) else json.dumps(text)) for text in texts)
 
 
 def read_request(request: ScoreRequest) -> list[PromptedResponse]:
     """The responses of a request to `/score`."""
     prompts = [
-        (RenderedPrompt(prompt) if request.rendered else prompt)
-        if isinstance(prompt, str)
-        else [message.model_dump() for message in prompt]
+        RenderedPrompt(prompt) if request.rendered and isinstance(prompt, str) else _plain(prompt)
         for prompt in request.prompts
     ]
-    responses: Sequence[str | list[str]] = (request.responses if request.steps is None else request.steps) or []
+    responses = request.steps or [_plain(response) for response in request.responses or []]
     spans = request.spans or [None] * len(prompts)
     return [PromptedResponse(*row) for row in zip(prompts, responses, spans, strict=True)]
+
+
+def _plain(said: str | list[Message]) -> Any:
+    """A text as it is; a chat as messages without the keys that were not sent."""
+    return said if isinstance(said, str) else [message.model_dump(exclude_unset=True) for message in said]
 
 
 def read_openrlhf(request: OpenRLHFRequest, ends: Sequence[str]) -> list[PromptedResponse]:
@@ -262,6 +275,7 @@ def write_results(results: Sequence[StepScores | Exception]) -> list[ScoredRespo
                 score=None if math.isnan(result.score) else result.score,
                 truncated_steps=result.truncated_steps,
                 error=None if error is None else f"row {number}: {_NUMBER.sub('', error)}",
+                response=result.response if isinstance(result.response, Conversation) else None,
             )
         )
     return said

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from fractal_rm.data.prompts import Conversation
+
 MARK = "####"
 
 # Longer statements are not answers, and larger powers of ten are not computed.
@@ -156,7 +158,8 @@ _MATH_NAMES = frozenset(
 def completion_text(completion: Any) -> str:
     """The text of a completion: of a chat that of its last message; of content in parts, its parts of text.
 
-    What holds no text (no message, `content` that is None) is an empty text, never an error.
+    What holds no text (no message, `content` that is None) is an empty text, never an error. So is a chat that ends in
+    the output of a tool, which the policy has not answered.
 
     Example:
         >>> completion_text([{"role": "assistant", "content": [{"type": "text", "text": "#### 3"}]}])
@@ -164,9 +167,13 @@ def completion_text(completion: Any) -> str:
         >>> completion_text([{"role": "assistant", "content": None, "tool_calls": []}])
         ''
     """
+    if isinstance(completion, Conversation):
+        start, end = completion.turns[-1]
+        return completion[start:end] if end == len(completion) else ""
     if isinstance(completion, list | tuple) and completion and isinstance(completion[-1], Mapping):
         last = completion[-1]
-        completion = last.get("content") if "role" in last else completion
+        if "role" in last:
+            completion = last.get("content") if last["role"] == "assistant" else None
     if isinstance(completion, list | tuple):
         texts = [part.get("text") if isinstance(part, Mapping) else part for part in completion]
         return "".join(text for text in texts if isinstance(text, str))

@@ -4,12 +4,13 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.prompts import Prompt
+from fractal_rm.data.prompts import Conversation, Prompt
 from fractal_rm.ppo.rollout import mean_outcomes
 
 
@@ -66,9 +67,13 @@ class ReplayBuffer:
             (self.held_out if is_held_out(bag.prompt, self.holdout_share) else self.learned).append(bag)
 
     def to_jsonl(self) -> str:
-        """One line a response: prompt, response, step spans, label."""
+        """One line a response: prompt, response, step spans, label; of a conversation its turns and their context."""
         fields = ("prompt", "response", "step_spans", "label")
-        rows = [{name: getattr(bag, name) for name in fields} for bag in (*self.learned, *self.held_out)]
+        rows = [
+            {name: getattr(bag, name) for name in fields}
+            | ({"turns": said.turns, "context": said.context} if isinstance(said := bag.response, Conversation) else {})
+            for bag in (*self.learned, *self.held_out)
+        ]
         return "".join(json.dumps(row) + "\n" for row in rows)
 
     def load_jsonl(self, text: str) -> None:
@@ -76,7 +81,11 @@ class ReplayBuffer:
         self.learned.clear()
         self.held_out.clear()
         # Not `splitlines`, which would also cut at line separators that JSON leaves in a text.
-        self.add(Bag(**json.loads(line)) for line in text.split("\n") if line)
+        self.add(_bag(**json.loads(line)) for line in text.split("\n") if line)
+
+
+def _bag(response: str, *, turns: Any = None, context: Any = None, **fields: Any) -> Bag:
+    return Bag(response=response if turns is None else Conversation(response, turns, context), **fields)
 
 
 def draw(count: int, wanted: int, generator: torch.Generator) -> list[int]:
