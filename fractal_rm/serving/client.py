@@ -65,12 +65,11 @@ class ScoringClient:
             ValueError: If the server refuses the request; its sentence.
             ConnectionError: If there is no answer after all tries.
         """
-        from fractal_rm.data.segmentation import join_steps
         from fractal_rm.reward_model import Step, StepScores
 
         scored = []
         for given, found in zip(responses, self._results(prompts, responses, spans), strict=True):
-            text = given if isinstance(given, str) else "" if found["error"] else join_steps(given)[0]
+            text = given if isinstance(given, str) else found["response"]  # the server knows what joins steps
             score = float("nan") if found["score"] is None else found["score"]
             steps = [Step(**step) for step in found["steps"]]
             scored.append(StepScores(text, steps, score, found["truncated_steps"], found["error"]))

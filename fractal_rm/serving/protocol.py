@@ -48,7 +48,8 @@ class ScoreRequest(BaseModel):
         default=None, description="For each text the characters `[start, end]` of its steps, null to have it cut."
     )
     steps: list[list[str]] | None = Field(
-        default=None, description="In place of `responses`: the texts of the steps of each; a newline joins them."
+        default=None,
+        description="In place of `responses`: the texts of the steps of each, joined as they stood in training.",
     )
 
     rendered: bool = Field(
@@ -81,6 +82,7 @@ class ScoredStep(BaseModel):
 class ScoredResponse(BaseModel):
     """What was found of one response. One that cannot be scored has a reason in `error`, and `score` null."""
 
+    response: str | None = Field(description="Of steps: the text that they were joined to, in which spans count.")
     steps: list[ScoredStep]
     score: float | None = Field(description="Aggregated P(response is good).")
     truncated_steps: int = Field(description="Steps beyond the model's `max_length`: neither scored nor listed.")
@@ -246,10 +248,10 @@ def score_responses(reward_model: StepRewardModel, given: Sequence[PromptedRespo
     )
 
 
-def write_results(results: Sequence[StepScores | Exception]) -> list[ScoredResponse]:
-    """What `/score` says of each response."""
+def write_results(given: Sequence[PromptedResponse], results: Sequence[StepScores | Exception]) -> list[ScoredResponse]:
+    """What `/score` says of each response that was given."""
     said = []
-    for number, result in enumerate(results):
+    for number, (one, result) in enumerate(zip(given, results, strict=True)):
         if isinstance(result, StepScores):
             error = result.error
         else:  # our own sentences are for the reader; what a library says may hold more than he should see
@@ -258,6 +260,7 @@ def write_results(results: Sequence[StepScores | Exception]) -> list[ScoredRespo
             result = StepScores("")
         said.append(
             ScoredResponse(
+                response=None if isinstance(one.response, str) else result.response,
                 steps=[ScoredStep(**vars(step)) for step in result.steps],
                 score=None if math.isnan(result.score) else result.score,
                 truncated_steps=result.truncated_steps,
@@ -278,7 +281,7 @@ def write_openrlhf(given: Sequence[PromptedResponse], results: Sequence[StepScor
     unscored = [float(math.isnan(score)) for score in scores]
     written = [row for row, one in enumerate(given) if str(one.response).strip()]
     if written and all(unscored):
-        error = write_results([results[written[0]]])[0].error or ""
+        error = write_results([given[written[0]]], [results[written[0]]])[0].error or ""
         raise ValueError(f"None of {len(given)} responses could be scored. First: {_NUMBER.sub('', error)}")
     rewards = [0.0 if math.isnan(score) else score for score in scores]
     return OpenRLHFAnswer(rewards=rewards, scores=rewards, extra_logs={"unscored": unscored})
