@@ -25,6 +25,7 @@ from fractal_rm.cli.checks import (
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.data.formats.index import check_meaning
+from fractal_rm.data.segmentation import warn_of_uncut_responses
 from fractal_rm.data.shapes import Columns
 from fractal_rm.evaluation.benchmarks import Benchmark, BenchmarkName, as_learned, measure, read_benchmark
 from fractal_rm.evaluation.responses import choose_threshold, measure_responses, score_bags
@@ -142,6 +143,7 @@ def _measure(name: str, rows: list[Any], source: str, arguments: EvaluateArgumen
         check_meaning(arguments.dataset_format, model.settings.aggregation)
     if arguments.benchmark is None:
         bags = to_bags(rows, model.settings, source=source, columns=arguments.columns)
+        warn_of_uncut_responses([(bag.response, bag.step_spans) for bag in bags], model.segmentation)
         responses = Benchmark(bags, lambda scored, limit: measure_responses(scored, bags, limit))
         return measure(model, responses, threshold=threshold)
     outcome = None
