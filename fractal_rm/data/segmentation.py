@@ -226,7 +226,8 @@ def warn_of_uncut_responses(texts: Iterable[tuple[str, Sequence[Span]]], segment
     """
     responses = list(texts)
     single = [text for text, spans in responses if len(spans) == 1]
-    if segmentation.method == "given" or len(single) < _UNCUT * len(responses):
+    cuts_text = segmentation.method in ("lines", "sentences", "separator", "pattern")
+    if not cuts_text or len(single) < _UNCUT * len(responses):
         return
     looked_at = single[:_LOOKED_AT]
     others: tuple[Method, ...] = ("lines", "sentences")
