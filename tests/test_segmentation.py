@@ -239,6 +239,33 @@ def test_sentences_of_one_line_are_cut_apart(steps):
     assert cut(" ".join(steps)) == steps
 
 
+NUMBERS = {
+    "digits": ["1.", "2.", "3.", "4.", "5."],
+    "letters": ["a.", "b.", "c.", "d.", "e."],
+    "small": ["i.", "ii.", "iii.", "iv.", "v."],
+    "capital": ["I.", "II.", "III.", "IV.", "V."],
+    "parentheses": ["(1.)", "(2.)", "(3.)", "(4.)", "(5.)"],
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+@given(
+    items=st.lists(st.sampled_from(["a pizza", "one pie", "an odd number", "two cakes"]), min_size=2, max_size=5),
+    between=st.sampled_from([", ", "; ", " and ", ", and "]),
+    before=st.sampled_from(["I have", "We take", "The list is:", "He says that we do"]),
+)
+def test_a_list_inside_a_sentence_is_not_cut_at_its_numbers(kind, items, between, before):
+    numbered = between.join(f"{number} {item}" for number, item in zip(NUMBERS[kind], items, strict=False))
+    steps = ["We begin.", f"{before} {numbered}.", "Then we end."]
+    assert cut(" ".join(steps)) == steps
+
+
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=6))
+def test_numbers_that_end_sentences_are_cut_behind(numbers):
+    steps = [f"{'So' if place else 'It'} is {number}." for place, number in enumerate(numbers)]
+    assert cut(" ".join(steps)) == steps
+
+
 @pytest.mark.parametrize("language", ["en", "zh", "ja", "xx"])
 def test_chinese_sentences_are_cut_without_spaces(language):
     assert cut("你好。再见", language) == ["你好。", "再见"]

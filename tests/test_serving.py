@@ -2,9 +2,7 @@
 
 import http.client
 import json
-import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -20,11 +18,13 @@ import pytest
 import uvicorn
 from support.documents import script
 from support.models import byte_tokenizer, reward_model, sums
+from support.serving import serve_and_ask
 from support.stand_ins import save_reward_model
 
 from fractal_rm.cli.main import main
 from fractal_rm.cli.serve import is_loopback, listen
 from fractal_rm.data.prompts import RenderedPrompt
+from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import FractalReward, StepRewardModel
 from fractal_rm.scorers.inputs import prompt_text
 from fractal_rm.serving.app import make_app
@@ -123,6 +123,27 @@ def test_steps_that_are_given_are_scored_as_given(url, model):
     assert client.score(PROMPTS[:1], RESPONSES[:1], spans=spans)[0].spans == spans[0]
     assert len(client.score(PROMPTS[:2], RESPONSES[:2], spans=[None, [(0, 5)]])[0].steps) == 2
     assert client.score([], []) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"joint": " ## "},
+        {"segmentation": Segmentation("sentences")},
+        {"segmentation": Segmentation("separator", separator="<step>")},
+    ],
+)
+def test_steps_are_joined_by_the_server_as_in_training(settings):
+    model = make_model(**settings)
+    steps = [["3*4=12.", "2+12=14."], ["7-4=3."]]
+    with running(model) as url:
+        scored = ScoringClient(url).score(PROMPTS[:2], steps)
+    local = model.score(PROMPTS[:2], steps)
+    assert [one.response for one in scored] == [one.response for one in local]
+    assert "\n" not in scored[0].response
+    for one, other in zip(scored, local, strict=True):
+        assert [one.response[start:end] for start, end in one.spans] == [step.text for step in other.steps]
+        assert one.step_scores == pytest.approx(other.step_scores, abs=1e-6)
 
 
 def test_a_bad_row_does_not_spoil_the_others_and_is_named(url, model):
@@ -480,22 +501,10 @@ def test_health_and_schema_describe_the_server(url):
 
 def test_the_command_serves_until_it_is_interrupted(tmp_path, capsys):
     folder = save_reward_model(tmp_path / "rm", scorer="token", chat=True)
-    with listen("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
-    client = ScoringClient(f"http://127.0.0.1:{port}", retries=12, pause=0.01)
-    chat, found = [{"role": "user", "content": "2+3*4?"}], []
-
-    def ask_and_end() -> None:
-        found.append(client.health()["model"])  # from here on the server takes signals
-        try:
-            found.append(client.rewards([chat], RESPONSES[:1])[0])
-        finally:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask_and_end)
-        assert main(["serve", "--model", folder, "--port", str(port)]) == 0
-        asked.result()
+    chat = [{"role": "user", "content": "2+3*4?"}]
+    port, found = serve_and_ask(
+        ["--model", folder], lambda client: [client.health()["model"], *client.rewards([chat], RESPONSES[:1])]
+    )
     expected = StepRewardModel.from_pretrained(folder).score([chat], RESPONSES[:1])[0].score
     assert found == ["rm", pytest.approx(expected, abs=1e-6)]
     assert f"scores at http://127.0.0.1:{port}/score" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.fractal import make as make_training
 from support.models import byte_tokenizer, reward_model, spaced_tokenizer
+from support.stand_ins import save_reward_model, write_jsonl
 from support.step_ppo import (
     EOS,
     PIECES,
@@ -28,7 +29,9 @@ from support.step_ppo import (
 )
 from support.step_ppo import reward_model as letters_model
 from transformers import LlamaForCausalLM
+from trl import GRPOConfig, GRPOTrainer
 
+from fractal_rm.cli.main import main
 from fractal_rm.credit.placement import completion_text
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.prompts import read_completion, read_prompt
@@ -197,6 +200,40 @@ def test_what_the_policy_wrote_reaches_the_reward_model_as_written(tmp_path):
     assert output["advantages"][0].tolist() == pytest.approx([0.9, 0, 0.2, 0, 0.9, 0], abs=1e-5)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["own tokenizer", "policy's tokenizer"])
+def test_grpo_reads_what_ppo_and_scoring_read(tmp_path, caplog, given):
+    """Without the ids, `a<step>b<step>a` is `aba`: one step, that earns .9."""
+    tokenizer = policy_tokenizer()
+    tokenizer.add_tokens(["<step>"], special_tokens=True)
+    ids = (A, len(PIECES), B, len(PIECES), A, EOS)
+    model = letters_model(segmentation=Segmentation("separator", separator="<step>"))
+    policy = LlamaForCausalLM(config(vocab_size=len(PIECES) + 1))
+    options = {"model": policy, "processing_class": tokenizer, "rollout_func": replay([ids]), "max_steps": 1}
+    reward = FractalReward(model, tokenizer=tokenizer if given else None)
+    trainer = make(tmp_path / "grpo", GRPOTrainer, GRPOConfig, reward_funcs=[reward], **options)
+    trainer.train()
+    offline = model.score(["q"], ["a<step>b<step>a"])[0]
+    (grpo,) = {row["rewards/fractal_reward/mean"] for row in trainer.state.log_history if "reward" in row}
+    assert ("Give `FractalReward(..., tokenizer=...)` the policy's" in caplog.text) != given
+    assert grpo == pytest.approx(offline.score if given else 0.9, abs=1e-5)
+    ppo = rollout(tmp_path / "ppo", reward_model=model, **options, **TOKEN_REWARDS)["trainer"].last_rollout
+    assert ppo.watched[0].step_scores == pytest.approx(offline.step_scores, abs=1e-5)
+    assert len(offline.steps) == 3
+
+
+def test_ids_are_read_by_the_reward_models_own_tokenizer_where_it_is_the_policys(caplog):
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.add_tokens(["<step>"], special_tokens=True)
+    model = reward_model("token", "llama", tokenizer, segmentation=Segmentation("separator", separator="<step>"))
+    ids = [tokenizer("a<step>b")["input_ids"] + [tokenizer.eos_token_id], tokenizer("c")["input_ids"]]
+    chats = [[{"role": "assistant", "content": text}] for text in ("ab", "c")]
+    expected = [one.score for one in model.score(["?"] * 2, ["a<step>b", "c"])]
+    assert FractalReward(model)(["?"] * 2, ["ab", "c"], completion_ids=ids) == expected
+    assert FractalReward(model)(["?"] * 2, chats, completion_ids=ids) == expected
+    assert FractalReward(model)(["?"] * 2, ["ab", "c"]) != expected
+    assert not caplog.text
+
+
 def texts_of(tokenizer: Any, bag: Any) -> str:
     return tokenizer.decode(bag.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -361,6 +398,42 @@ def test_prose_under_lines_is_warned_of_with_counts(tmp_path):
     lines = [row | {"completion": "I add 2\nI take 2\nSo 3"} for row in prose]
     with pytest.warns(UserWarning, match=r"`segmentation=lines` finds 60 steps in 20 of them"):
         make_training(tmp_path, lines, scorer="token", max_steps=1, segmentation="separator", separator=" ## ")
+
+
+PROSE = [{"prompt": "?\n", "response": f"I add {i}. I take 2. So 3.", "label": i % 2} for i in range(20)]
+
+
+def test_scoring_and_evaluation_warn_of_prose_under_lines_once(tmp_path):
+    folder = save_reward_model(tmp_path / "rm", scorer="token")
+    file = write_jsonl(tmp_path / "rows.jsonl", PROSE)
+    found = r"20 responses have 20 steps under `segmentation=lines`: .* finds 60 steps in 20 of them"
+    outputs = ["--output", str(tmp_path / "out")]
+    for command in (["score", "--input", file], ["evaluate", "--data", file]):
+        with pytest.warns(UserWarning, match=found) as said:
+            assert main([*command, "--model", folder, *outputs]) == 0
+        assert len(said) == 1
+    cut = [row | {"response": row["response"].replace(". ", ".\n")} for row in PROSE]
+    write_jsonl(tmp_path / "rows.jsonl", cut)
+    for command in (["score", "--input", file], ["evaluate", "--data", file]):
+        assert main([*command, "--model", folder, *outputs]) == 0
+
+
+@pytest.mark.parametrize("functions", [False, True])
+def test_the_first_rollout_of_ppo_warns_of_completions_that_are_one_step(tmp_path, functions):
+    """`a b` has a full stop for a marker here: the separator finds one step, lines two."""
+    options: dict[str, Any] = {"rollout_func": replay([(A, PIECES.index("Ċ"), B, EOS)]), "max_steps": 2}
+    separated = Segmentation("separator", separator="#")
+    if functions:
+        options |= {"step_reward_funcs": [step_length], "step_segmentation": "separator", "step_separator": "#"}
+    else:
+        options |= {"reward_model": letters_model(segmentation=separated)}
+    with pytest.warns(UserWarning, match=r"8 responses have 8 steps under `segmentation=separator`: ") as said:
+        train(tmp_path, **options)
+    assert len([one for one in said if "responses have" in str(one.message)]) == 1
+
+
+def step_length(steps: list[list[str]], **_: Any) -> list[list[float]]:
+    return [[float(len(step)) for step in row] for row in steps]
 
 
 def test_an_empty_response_is_judged_and_an_unreadable_one_is_not():

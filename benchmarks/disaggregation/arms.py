@@ -7,9 +7,8 @@ step shall carry what all of them know, so that bag labels would choose it for t
 head (`mlp`) have arms of their own.
 """
 
-from typing import Any
-
 from benchmarks.disaggregation.data import Data
+from fractal_rm.reward_training.trials import HARD, SOFT, Options
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
 GOLD_SHARES = (1, 5, 10, 20, 50)
@@ -29,11 +28,7 @@ PACES = {
         {"learning_rate": 1e-3, "num_train_epochs": 4},
     ),
 }
-HARD = {"min": "min", "max": "max", "mean": "mean"}
-SOFT = {"min": "product", "max": "noisy_or", "mean": "mean"}
 LCA = {"min": "softmin", "max": "softmax", "mean": "softmin"}
-
-Options = dict[str, Any]
 
 
 def arms(data: Data) -> dict[str, list[Options]]:

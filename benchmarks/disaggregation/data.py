@@ -11,6 +11,7 @@ from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_bags, read_jsonl
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.files import write_atomic
+from fractal_rm.objectives.aggregation import Meaning
 from fractal_rm.study.arms import label_responses
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.arithmetic.conditions import ShippedArithmetic
@@ -41,7 +42,7 @@ class Data:
     """
 
     name: str
-    rule: str
+    rule: Meaning
     splits: dict[str, list[Bag]]
     preferences: bool = False
     proportions: bool = False
@@ -66,7 +67,7 @@ def _bags(rows: list[dict[str, Any]], source: str) -> list[Bag]:
     return [replace(bag, teacher_scores=tuple(few_new_words(bag))) for bag in bags]
 
 
-def _plain(name: str, rule: str, **options: Any) -> Loader:
+def _plain(name: str, rule: Meaning, **options: Any) -> Loader:
     def load(data_dir: Path, work_dir: Path, most: int | None) -> Data:
         splits = {split: _bags(_rows(data_dir, name, split, most), f"{name} {split}") for split in SPLITS}
         return Data(name, rule, splits, **options)

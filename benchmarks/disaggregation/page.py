@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from fractal_rm.report.drawing import PICTURE, new_figure, style_axes, to_bytes
@@ -14,12 +14,14 @@ Rows = Sequence[Mapping[str, Any]]
 CEILING_OF = {"qa_feedback_preferences": "qa_feedback"}
 PLAIN = ("bag_min", "bag_max", "bag_mean")
 GOLD_SHARES = (0, 1, 5, 10, 20, 50)
+# Arms that response labels may choose among: what `fractal-rm train` can be, in one or several parts.
+CHOICES = (*PLAIN, "bag_product", "bag_noisy_or", "bag_priors", "pseudo_hard", "pseudo_soft", "fractal")
 FIGURE = "disaggregation.png"
 
 
 def _arms(rows: Rows) -> list[str]:
     """Arms by kind: floors, methods, gold fractions, ceiling."""
-    kinds = ("floor_", "response", "bag_", "pseudo", "fractal", "lca", "implicit", "easyllp", "supervised")
+    kinds = ("floor_", "response", "bag_", "pseudo", "fractal", "chosen", "lca", "implicit", "easyllp", "supervised")
     found = dict.fromkeys(row["arm"] for row in rows)
 
     def place(arm: str) -> tuple[int, int, str]:
@@ -115,6 +117,44 @@ def _chosen(rows: Rows, datasets: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def _choice(rows: Rows, trials: Rows, datasets: Sequence[str]) -> str:
+    """Within-bag AUC of what response labels choose, less that of the plain bag loss, with the error over seeds.
+
+    `highest` is the arm whose best trial has the highest value on validation; `chosen` is the arm of that name.
+    """
+    seeds: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        seeds.setdefault((row["dataset"], row["arm"]), []).append(row["metrics"]["within_bag_auc"])
+    values: dict[tuple[str, str], float] = {}
+    for row in trials:
+        key = row["dataset"], row["arm"]
+        values[key] = max(values.get(key, -1.0), row["metrics"]["selection"])
+    lines = [
+        "| data set | plain bag loss | highest on validation | by how much | less plain | `chosen` less plain |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    for dataset in datasets:
+        known = [arm for arm in CHOICES if (dataset, arm) in values and len(seeds.get((dataset, arm), ())) > 1]
+        plain = next((arm for arm in known if arm in PLAIN), None)
+        if plain is None:
+            continue
+        best = max(known, key=lambda arm: values[dataset, arm])
+        gain = values[dataset, best] - values[dataset, plain]
+        cells = [f"{fmean(seeds[dataset, plain]):.3f} ({plain})", best, f"{gain:+.3f}"]
+        for arm in (best, "chosen"):
+            cells.append(_less(seeds.get((dataset, arm), ()), seeds[dataset, plain]) if arm != plain else "—")
+        lines.append(f"| {dataset} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _less(values: Sequence[float], others: Sequence[float]) -> str:
+    """Difference of two means over seeds, with its standard error; a dash without at least two values."""
+    if min(len(values), len(others)) < 2:
+        return "—"
+    error = (stdev(values) ** 2 / len(values) + stdev(others) ** 2 / len(others)) ** 0.5
+    return f"{fmean(values) - fmean(others):+.3f} ± {error:.3f}"
+
+
 def _errors(rows: Rows) -> str:
     """Errors of grades, of steps and of responses, of the data sets that have them."""
     found = [row for row in rows if "step_mae" in row["metrics"]]
@@ -127,6 +167,7 @@ def page(document: str, rows: Iterable[Mapping[str, Any]]) -> str:
     known = list(rows)
     tests = [row for row in known if row["split"] == "test"]
     gains = [row for row in known if row["split"] == "gain"]
+    trials = [row for row in known if row["split"] == "validation"]
     datasets = list(dict.fromkeys(row["dataset"] for row in tests))
     math = [name for name in datasets if name.startswith(("prm", "processbench", "arithmetic"))]
     timed = [{**row, "metrics": {"seconds": row["seconds"]}} for row in tests if not row["arm"].startswith("floor_")]
@@ -137,6 +178,7 @@ def page(document: str, rows: Iterable[Mapping[str, Any]]) -> str:
         "gains": _gains(tests, gains, datasets, "fractal"),
         "gains_gold": _gains(tests, gains, datasets, "fractal_gold_10"),
         "chosen": _chosen(tests, datasets),
+        "choice": _choice(tests, trials, datasets),
         "same_position_auc": _pivot(tests, "same_position_auc", math),
         "first_error_f1": _pivot(tests, "f1", math),
         "step_auc": _pivot(tests, "step_auc", datasets),

@@ -7,7 +7,8 @@ package's schema (one of them twice, with the noisy labels that people have) and
     python -m benchmarks.disaggregation.run --data-dir DATA --jobs 2
 
 Each arm has the same number of trials, chosen on response labels of the validation split (the supervised ceiling: on
-its step labels); then five seeds of the chosen configuration, whose test scores are read once. Rows go to
+its step labels); then five seeds of the chosen configuration, whose test scores are read once. The arm `chosen` is what
+`fractal-rm train --trials 8` makes of the data: its own list, judge and rule. Rows go to
 `benchmarks/results/disaggregation.jsonl` as they are made; a run that was killed goes on where it was. Step scores of
 the test splits stay in the work folder, from which `--gains` compares arms, paired over responses.
 """
@@ -37,18 +38,19 @@ from benchmarks.common.floors import (
     short,
 )
 from benchmarks.common.places import RESULTS, default_encoder
-from benchmarks.disaggregation.arms import HARD, Options, arms, derived_arms
+from benchmarks.disaggregation.arms import HARD, PACES, Options, arms, derived_arms
 from benchmarks.disaggregation.data import LOADERS, Data, whole_responses
 from benchmarks.disaggregation.gains import write_gains
 from benchmarks.disaggregation.implicit import implicit_scores
 from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation import statistics as metrics
-from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, response_labels, score_bags
+from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, score_bags
 from fractal_rm.evaluation.responses import gold_labels as gold
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.reward_model import StepScores
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
+from fractal_rm.reward_training.trials import Attempt, best, response_value, run_trials, trial_options
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.study.study import run_units
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
@@ -117,13 +119,22 @@ class Disaggregation:
         """The sentence encoder, with its embeddings on disk."""
         return load_encoder(self.arguments.encoder, self.arguments.work_dir / "cache")
 
+    def config(self, data: Data, options: Options, seed: int, folder: str | Path) -> FractalConfig:
+        """The configuration of a training."""
+        extra = SMOKE if self.arguments.smoke else {}
+        return FractalConfig(output_dir=str(folder), scorer=data.scorer, seed=seed, **{**TRAINING, **options, **extra})
+
+    def start(self, data: Data) -> Any:
+        """What a training starts from."""
+        return self.encoder if data.scorer == "embedding" else SHIPPED_POLICY
+
     def train(self, data: Data, bags: list[Bag], options: Options, seed: int) -> Any:
         """A step reward model, trained on response labels (and on gold ones where the options say so)."""
-        extra = SMOKE if self.arguments.smoke else {}
         with tempfile.TemporaryDirectory() as folder:
-            config = FractalConfig(output_dir=folder, scorer=data.scorer, seed=seed, **{**TRAINING, **options, **extra})
-            model = self.encoder if data.scorer == "embedding" else SHIPPED_POLICY
-            trainer = FractalTrainer(model, config, train_dataset=bags, eval_dataset=data.splits["validation"])
+            config = self.config(data, options, seed, folder)
+            trainer = FractalTrainer(
+                self.start(data), config, train_dataset=bags, eval_dataset=data.splits["validation"]
+            )
             trainer.train()
             trainer.calibrate()
         return trainer.reward_model()
@@ -137,36 +148,49 @@ class Disaggregation:
             return self.run_floor(data, unit.arm)
         if unit.arm == "implicit":
             return self.run_implicit(data)
+        if unit.arm == "chosen":
+            return self.run_chosen(data)
         bags = data.splits["train"]
         if unit.arm == "response_level":
             bags = whole_responses(bags)
         candidates = arms(data)[unit.arm][: 1 if self.arguments.smoke else None]
-        values = [self.trial(data, bags, unit.arm, number, options) for number, options in enumerate(candidates)]
-        chosen = candidates[int(np.argmax(values))]
+        trials = run_trials(
+            candidates,
+            lambda options: Attempt(self.value(data, bags, unit.arm, options)),
+            self.results, benchmark="disaggregation", arm=unit.arm, dataset=data.name, seed=TUNING_SEED,
+        )  # fmt: skip
+        chosen = best(trials).options
         derived = {} if self.arguments.skip_derived else derived_arms(data, unit.arm, chosen)
         for arm, options in {unit.arm: chosen, **derived}.items():
-            for seed in self.seeds:
-                if self.is_missing(data.name, arm, seed, "test"):
-                    start = time.monotonic()
-                    model = self.train(data, bags, options, seed)
-                    scored = {split: score_bags(model, data.splits[split]) for split in ("validation", "test")}
-                    self.append(data, arm, seed, scored, options, time.monotonic() - start)
+            self.measure_seeds(data, bags, arm, options)
 
-    def trial(self, data: Data, bags: list[Bag], arm: str, number: int, options: Options) -> float:
+    def measure_seeds(self, data: Data, bags: list[Bag], arm: str, options: Options) -> None:
+        """A row for each seed of a configuration; rows that are there already are not made again."""
+        for seed in self.seeds:
+            if self.is_missing(data.name, arm, seed, "test"):
+                start = time.monotonic()
+                model = self.train(data, bags, options, seed)
+                scored = {split: score_bags(model, data.splits[split]) for split in ("validation", "test")}
+                self.append(data, arm, seed, scored, options, time.monotonic() - start)
+
+    def value(self, data: Data, bags: list[Bag], arm: str, options: Options) -> float:
         """What validation says of a configuration."""
-        for row in self.results.rows():
-            where = row["dataset"], row["arm"], row["split"], row["config"].get("trial")
-            if where == (data.name, arm, "validation", number):
-                return row["metrics"]["selection"]
-        start = time.monotonic()
-        model = self.train(data, bags, options, TUNING_SEED)
-        scored = score_bags(model, data.splits["validation"])
-        value = selection(data, scored, by_steps=arm == "supervised")
-        self.results.append(
-            benchmark="disaggregation", arm=arm, dataset=data.name, seed=TUNING_SEED, split="validation",
-            metrics={"selection": value}, config={"trial": number, **options}, seconds=time.monotonic() - start,
-        )  # fmt: skip
-        return value
+        scored = score_bags(self.train(data, bags, options, TUNING_SEED), data.splits["validation"])
+        return selection(data, scored, by_steps=arm == "supervised")
+
+    def run_chosen(self, data: Data) -> None:
+        """The configuration that `FractalTrainer.choose` finds, at the first pace of the other arms and at its own."""
+        given: Options = {**PACES[data.scorer][0], "aggregation": HARD[data.rule]}
+        if data.scorer != "embedding":
+            given["reference_model"] = str(SHIPPED_POLICY)
+        if data.num_grades is not None:
+            given["num_grades"] = data.num_grades
+        config = self.config(data, given, TUNING_SEED, self.arguments.work_dir / "chosen" / data.name)
+        count = 1 if self.arguments.smoke else len(trial_options(config, preferences=data.preferences))
+        bags = data.splits["train"]
+        found = FractalTrainer.choose(count, self.start(data), config, bags, data.splits["validation"])
+        assert found.choice is not None
+        self.measure_seeds(data, bags, "chosen", {**given, **found.choice.chosen.options})
 
     def run_floor(self, data: Data, arm: str) -> None:
         """A rule that learns nothing."""
@@ -233,12 +257,7 @@ def selection(data: Data, scored: Sequence[StepScores], *, by_steps: bool) -> fl
         if data.num_grades is not None:
             return -metrics.absolute_error_of(np.concatenate(steps), np.concatenate(labels)).value
         return metrics.step_auc(steps, labels)
-    scores = np.array([result.score for result in scored])
-    if data.preferences:
-        return float(np.mean(scores[0::2] > scores[1::2]))
-    if data.num_grades is not None:
-        return -metrics.absolute_error_of(scores, response_labels(bags)).value
-    return metrics.bag_metrics(scores, [float(bag.label or 0.0) for bag in bags])["bag_auc"]
+    return response_value([result.score for result in scored], bags)
 
 
 def measure(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float) -> dict[str, float]:
@@ -273,7 +292,7 @@ def units(bench: Disaggregation, datasets: Sequence[str], wanted: Sequence[str] 
         names = ["floor_copy", "floor_overlap", "floor_position", "floor_length", "floor_random", "floor_cosine"]
         if data.num_grades is not None:
             names.append("floor_constant")  # an error needs a constant beside it, as an AUC has its 0.5
-        names += [*arms(data), *(["implicit"] if data.scorer == "likelihood" else [])]
+        names += [*arms(data), "chosen", *(["implicit"] if data.scorer == "likelihood" else [])]
         found += [Unit(name, arm) for arm in names if wanted is None or arm in wanted]
     return found
 

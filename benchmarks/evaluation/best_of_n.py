@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", default=RESULTS / "best_of_n.jsonl", type=Path)
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=DATASETS)
     parser.add_argument("--models", nargs="*", default=[], metavar="NAME=FOLDER", help="for gsm8k_solutions, at hand")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of what is trained here")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of what is trained; may be none")
     parser.add_argument("--encoder", default=default_encoder(), help="a sentence-transformers model")
     parser.add_argument("--cache", default="", help="folder of embeddings; default: none are kept")
     parser.add_argument("--smoke", action="store_true", help="a few questions and two steps")
@@ -147,8 +147,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         questions = read_questions(rows, Segmentation(), source="arithmetic", answer_pattern=ANSWERS["arithmetic"])
         judge = SolutionsJudge("arithmetic", questions, results)
         judge.floors()
-        splits = [arithmetic_bags(split, most) for split in ("train", "validation")]
-        train_and_judge(judge, SHIPPED_POLICY, splits, LIKELIHOOD | brief, arguments.seeds)
+        if arguments.seeds:
+            splits = [arithmetic_bags(split, most) for split in ("train", "validation")]
+            train_and_judge(judge, SHIPPED_POLICY, splits, LIKELIHOOD | brief, arguments.seeds)
     if "gsm8k_solutions" in arguments.datasets:
         data_dir = data_dir_of(arguments.data_dir)
         if data_dir is None:
@@ -158,9 +159,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         questions = read_questions(rows, Segmentation("given"), source="gsm8k_solutions", answer_pattern=pattern)
         judge = SolutionsJudge("gsm8k_solutions", questions, results)
         judge.floors()
-        splits = [solutions(data_dir, split, most) for split in ("train", "validation")]
-        reader = encoder(arguments.encoder, arguments.cache)
-        train_and_judge(judge, reader, splits, EMBEDDING | brief, arguments.seeds)
+        if arguments.seeds:
+            splits = [solutions(data_dir, split, most) for split in ("train", "validation")]
+            reader = encoder(arguments.encoder, arguments.cache)
+            train_and_judge(judge, reader, splits, EMBEDDING | brief, arguments.seeds)
         for arm, seed, model in models_at_hand(arguments.models):
             described = {"scorer": model.settings.scorer, "aggregation": model.settings.aggregation}
             judge.model(arm, seed, model, described | {"trained_by": "recipes/gsm8k_solutions"}, time.monotonic())

@@ -25,6 +25,7 @@ from fractal_rm.cli.checks import (
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.data.formats.index import check_meaning
+from fractal_rm.data.segmentation import warn_of_uncut_responses
 from fractal_rm.data.shapes import Columns
 from fractal_rm.evaluation.benchmarks import Benchmark, BenchmarkName, as_learned, measure, read_benchmark
 from fractal_rm.evaluation.responses import choose_threshold, measure_responses, score_bags
@@ -142,22 +143,24 @@ def _measure(name: str, rows: list[Any], source: str, arguments: EvaluateArgumen
         check_meaning(arguments.dataset_format, model.settings.aggregation)
     if arguments.benchmark is None:
         bags = to_bags(rows, model.settings, source=source, columns=arguments.columns)
-        responses = Benchmark(bags, lambda scored, limit: measure_responses(scored, bags, limit))
-        return measure(model, responses, threshold=threshold)
-    outcome = None
-    if arguments.outcome_model is not None and first:
-        outcome = load_reward_model(arguments.outcome_model, arguments.batch_size)
-    benchmark = read_benchmark(
-        arguments.benchmark,
-        rows,
-        source=source,
-        segmentation=model.segmentation,
-        tuned_on=arguments.tune_on,
-        answer_pattern=arguments.answer_pattern,
-        outcome_model=outcome,
-    )
+        benchmark = Benchmark(bags, lambda scored, limit: measure_responses(scored, bags, limit))
+    else:
+        outcome = None
+        if arguments.outcome_model is not None and first:
+            outcome = load_reward_model(arguments.outcome_model, arguments.batch_size)
+        benchmark = read_benchmark(
+            arguments.benchmark,
+            rows,
+            source=source,
+            segmentation=model.segmentation,
+            tuned_on=arguments.tune_on,
+            answer_pattern=arguments.answer_pattern,
+            outcome_model=outcome,
+        )
     if benchmark.remark and first:
         print(benchmark.remark, file=sys.stderr)
+    if first:
+        warn_of_uncut_responses([(bag.response, bag.step_spans) for bag in benchmark.bags], model.segmentation)
     return measure(model, benchmark, threshold=threshold)
 
 

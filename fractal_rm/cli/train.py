@@ -1,9 +1,10 @@
 """`fractal-rm train`: a step reward model from response labels."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.checks import (
@@ -12,6 +13,7 @@ from fractal_rm.cli.checks import (
     checkpoint_to_resume,
     hide_loading_bars,
     print_metrics,
+    print_table,
     to_json,
 )
 from fractal_rm.cli.parser import parse
@@ -24,6 +26,7 @@ from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.data import to_bags
 from fractal_rm.reward_training.stages import plan
 from fractal_rm.reward_training.trainer import FractalTrainer
+from fractal_rm.reward_training.trials import TRIALS_FILE, Trial
 
 
 @dataclass
@@ -42,6 +45,14 @@ class TrainArguments:
         default="stop",
         metadata={"help": "A row that cannot be read: `stop` before training, or `skip` it; how many is said."},
     )
+    trials: int | None = field(
+        default=None,
+        metadata={
+            "help": "Choose among the first N configurations of a small list (aggregation, priors, pseudo-labels, "
+            "pace; 8 at most) by response labels of the evaluation data, cross-validated where there are few, and "
+            "train the best. None: train the configuration as it is."
+        },
+    )
 
 
 def train(argv: Sequence[str]) -> None:
@@ -49,7 +60,7 @@ def train(argv: Sequence[str]) -> None:
     arguments, data, lora, config = parse("train", [TrainArguments, DataArguments, LoraArguments, FractalConfig], argv)
     folder = Path(config.output_dir)
     check_writable_folder(folder)
-    checkpoint = checkpoint_to_resume(config) or _is_staged(config)
+    checkpoint = checkpoint_to_resume(config)
     check_models(arguments.model)
     if data.dataset_format is not None:
         check_meaning(data.dataset_format, config.aggregation)
@@ -67,13 +78,12 @@ def train(argv: Sequence[str]) -> None:
         raise ValueError("There is nothing to train on. Give `train_file` or `dataset_name`.")
     _check_kinds(bags, sources)
     hide_loading_bars()
-    trainer = FractalTrainer(
-        arguments.model,
-        args=config,
-        train_dataset=bags["train"],
-        eval_dataset=bags.get("eval"),
-        peft_config=lora.config(),
-    )
+    given = {"train_dataset": bags["train"], "eval_dataset": bags.get("eval"), "peft_config": lora.config()}
+    if arguments.trials is None:
+        trainer = FractalTrainer(arguments.model, args=config, **given)
+    else:
+        trainer = _choose(arguments.trials, arguments.model, config, given)
+    checkpoint = checkpoint or _is_staged(trainer.args)
     with RichProgress(trainer, "Training"):
         trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.finish(bags.get("test"), data=data.name)
@@ -83,6 +93,22 @@ def train(argv: Sequence[str]) -> None:
         print_metrics(metrics)
         print(f"{folder} holds the reward model, metrics.json and README.md.")
     trainer.accelerator.end_training()  # a process that exits within a process group may abort
+
+
+def _choose(count: int, model: str, config: FractalConfig, given: Mapping[str, Any]) -> FractalTrainer:
+    """The trainer of the best configuration; every trial has its line, and the table comes last."""
+    done = itertools.count(1)
+
+    def tell(trial: Trial) -> None:
+        print(f"Trial {next(done)} of {count}: {trial.value:.4f} ({trial.seconds:.0f} s)", flush=True)
+
+    trainer = FractalTrainer.choose(count, model, config, on_trial=tell, **given)
+    assert trainer.choice is not None
+    chosen = trainer.choice.chosen
+    rows = {f"{one.number + 1}: {one.changes}": [f"{one.value:.4f}"] for one in trainer.choice.trials}
+    print_table(["value"], rows, of="trial")
+    print(f"Chosen by {trainer.choice.judge.description}: trial {chosen.number + 1}. {TRIALS_FILE} holds all.")
+    return trainer
 
 
 def _check_kinds(bags: Mapping[str, Sequence[Bag]], sources: Mapping[str, str]) -> None:

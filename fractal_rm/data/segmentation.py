@@ -6,6 +6,7 @@ gap, and steps and gaps together give back the response exactly.
 
 import itertools
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ Thinking = Literal["score", "skip"]
 # How text is cut now; older checkpoints keep the rules that they were trained by.
 VERSION = 2
 
+# Share of responses with one step from which on a segmentation is taken not to fit, and responses that tell.
+_UNCUT, _LOOKED_AT = 0.9, 200
 # Lines that say nothing although they may hold letters: fences of code, environments of LaTeX, marks of thinking.
 _FENCE = re.compile(r"(?:`{3,}|~{3,})[ \t]*[\w+#.-]*")
 _FRAME = re.compile(rf"{_FENCE.pattern}|\\(?:begin|end)\{{[^{{}}]*\}}|</?think>")
@@ -246,6 +249,35 @@ def common_gap(texts: Iterable[tuple[str, Sequence[Span]]]) -> str | None:
         if any(begin <= first and last <= stop for begin, stop in turns_of(text))
     )
     return counts.most_common(1)[0][0] if counts else None
+
+
+def warn_of_uncut_responses(texts: Iterable[tuple[str, Sequence[Span]]], segmentation: Segmentation) -> None:
+    """Warn if almost every response is one step although another segmentation would find several.
+
+    Args:
+        texts: Responses with their spans.
+        segmentation: What cut them.
+    """
+    responses = list(texts)
+    single = [text for text, spans in responses if len(spans) == 1]
+    cuts_text = segmentation.method in ("lines", "sentences", "separator", "pattern")
+    if not cuts_text or len(single) < _UNCUT * len(responses):
+        return
+    looked_at = single[:_LOOKED_AT]
+    others: tuple[Method, ...] = ("lines", "sentences")
+    found = {
+        other: sum(len(Segmentation(other)(text)) for text in looked_at)
+        for other in others
+        if other != segmentation.method
+    }
+    best = max(found, key=lambda other: found[other])
+    if looked_at and found[best] >= 2 * len(looked_at):
+        warnings.warn(
+            f"{len(responses)} responses have {sum(len(spans) for _, spans in responses)} steps under "
+            f"`segmentation={segmentation.method}`: almost every response is one step, so there is nothing to tell "
+            f"apart within one. `segmentation={best}` finds {found[best]} steps in {len(looked_at)} of them.",
+            stacklevel=3,
+        )
 
 
 def gaps(text: str, spans: Sequence[Span]) -> list[str]:

@@ -10,6 +10,7 @@ text, up to the logarithm of the number of formulas.
 import re
 from bisect import bisect_right
 from itertools import pairwise, zip_longest
+from typing import NamedTuple
 
 from sentencex import get_sentence_boundaries  # pyright: ignore[reportAttributeAccessIssue] - compiled, without stubs
 
@@ -48,19 +49,24 @@ _MARKER_ONLY = re.compile(_MARKER)
 _NO_END = re.compile(
     rf"^[ \t]*{_MARKER}(?=[ \t])"
     r"|(?<![\w.])(?:[Ee]\.g|[Ii]\.e|[Cc]f|viz|vs|resp|w\.r\.t|s\.t|[Ww]\.l\.o\.g|Mr|Mrs|Ms|Dr|Prof)\."
-    r"|(?<![\w.])(?:[Ee]qs?|[Ee]qns?|[Ff]igs?|[Ss]ecs?|[Cc]h|[Tt]hms?|[Ll]em|[Pp]rop|[Cc]or|[Dd]ef|[Ee]x|[Tt]ab|[Rr]efs?"
-    r"|[Vv]ol|[Aa]pp|[Nn]os?|pp?|approx|ca)\.(?=[\s~]*[(\[$\\\d])"
+    r"|(?<![\w.])(?:[Ee]qs?|[Ee]qns?|[Ff]igs?|[Ss]ecs?|[Cc]hs?|[Tt]hms?|[Ll]ems?|[Pp]rop|[Cc]ors?|[Dd]efs?|[Ee]xs?|[Tt]ab"
+    r"|[Rr]efs?|[Vv]ols?|[Aa]pp|[Nn]os?|pp?|[Pp]robs?|[Aa]lgs?|[Aa]rts?|[Pp]aras?|[Aa]pprox|ca)\.(?=[\s~]*[(\[$\\\d])"
     r"|(?<=[\w)])!(?=\s*[=+*/×·^<>≤≥,;:)\]]|\s+-\s)"  # a factorial: "5! = 120", "n! / 2"
     r"|(?:(?<=[\d)])|(?<=\b[a-z]))!(?=\s+[a-z])",
     re.MULTILINE,
 )
 # Markers of a list that runs on in its line, "Do: 1. Add. 2. Multiply.", once abbreviations are hidden ("Fig. 2. So").
 _INLINE_MARKER = re.compile(r"(?:(?<=[.!?;][ \t])\d{1,2}|(?<=:[ \t])1)[.)](?=[ \t]+[A-Z\[$\\(*])")
-# Numbers in a list of things that runs on ("1. a pizza, 2. a pie"); one with a capital follows the number before it.
-_LIST_NUMBER = re.compile(r"(?<![\w.])(\d{1,2})[.)](?=[ \t]+[^\W\d_])")
+# Numbers in a list of things that runs on ("1. a pizza, 2. a pie", "i. one and ii. two"), and what stands before them.
+_ROMAN = [tens + one for tens in ("", "x") for one in ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x")]
+_ROMAN_VALUES = {numeral: value for value, numeral in enumerate(_ROMAN, 1)}
+_LIST_NUMBER = re.compile(r"(?:(?<![\w.])|(?<=[\u3040-\u9fff]))(\d{1,2}|[ivx]{1,5}|[IVX]{1,5})[.)](?=[ \t]+[^\W\d_])")
 _LIST_COMMA = re.compile(r"(?:[,;:、，；：]|\b(?:and|or))[ \t]*\Z")
+_NO_OPERATOR = re.compile(r"[^\W\d_][ \t]*\Z|[,;:、，；：)\]][ \t]*\Z")
 # Numbers of Chinese steps, which stand behind a full stop without a space ("先加。2. 再乘。"): they open a sentence.
 _WIDE_NUMBER = re.compile(r"(?<=[。！？；])[ \t]*\d{1,2}[.．、](?![ \t]*\d)")
+# The end of a sentence before any other number, which sentencex takes for a mark inside it ("共有5。3是素数。").
+_WIDE_END = re.compile(r"[。！？][”’」』）]*(?=[ \t]*\d)")
 # "no" as an answer, which sentencex takes for "number": "The answer is no. 5 is odd."
 _ANSWER_NO = re.compile(
     r"(?:\b(?:is|are|was|were|be|says?|said)|[?:])[ \t]+no[.0](?=[ \t]+\d+[ \t]+[a-z])", re.IGNORECASE
@@ -113,7 +119,7 @@ def sentences(text: str, language: str = "en", *, old_rules: bool = False) -> li
     cuts = [0]
     if not old_rules:
         cuts += [match.start() for match in _WIDE_NUMBER.finditer(masked)]
-        cuts += [match.end() for match in _ANSWER_NO.finditer(masked)]
+        cuts += [match.end() for mark in (_WIDE_END, _ANSWER_NO) for match in mark.finditer(masked)]
         masked = _hide_list_numbers(text, _WIDE_NUMBER.sub(_hidden, masked))
     for start, end in _blocks(text, masked, {end for _, end in fences}):
         cuts += [start + cut for cut in _sentence_ends(masked[start:end], language)]
@@ -214,20 +220,74 @@ def _hidden(match: re.Match[str]) -> str:
     return re.sub("[.!．]", "0", match[0])
 
 
+class _ListNumber(NamedTuple):
+    """A number that may belong to a list: its place, its kind (digits, small or capital Roman), what is around it."""
+
+    start: int
+    end: int
+    kind: str
+    value: int
+    joined: bool  # behind a comma, a colon, "and"
+    within: bool  # behind a word or such a mark, and not behind an operator or the end of a sentence
+    capital: bool  # before a capital
+
+    def follows(self, before: "_ListNumber") -> bool:
+        return self.kind == before.kind and self.value == before.value + 1
+
+
 def _hide_list_numbers(text: str, masked: str) -> str:
-    """Hide the numbers of a list that runs on in its line."""
-    pieces, done, line, seen, before = [], 0, 0, 0, 0
-    for match in _LIST_NUMBER.finditer(text):
-        start, end, number = match.start(), match.end(), int(match[1])
-        if (newline := text.rfind("\n", seen, start)) >= 0:
-            line, before = newline + 1, 0  # a list ends with its line
-        follows = before and number == before + 1
-        capital = text[end : end + 8].lstrip(" \t")[:1].isupper()
-        if _LIST_COMMA.search(text[max(line, start - 8) : start]) and (follows or not capital):
-            pieces += [masked[done:start], "0" * (end - start)]
-            done = end
-        seen, before = start, number
+    """Hide the numbers of lists that run on in their lines."""
+    pieces, done = [], 0
+    for line in _lines_of_numbers(text):
+        for number in sorted(_numbers_of_lists(line)):
+            pieces += [masked[done : number.start], "0" * (number.end - number.start)]
+            done = number.end
     return "".join([*pieces, masked[done:]])
+
+
+def _lines_of_numbers(text: str) -> list[list[_ListNumber]]:
+    """What may be numbers of a list, line by line: a list ends with its line."""
+    lines: list[list[_ListNumber]] = [[]]
+    line = seen = 0
+    for match in _LIST_NUMBER.finditer(text):
+        start, end, word = match.start(), match.end(), match[1]
+        value = int(word) if word.isdigit() else _ROMAN_VALUES.get(word.lower())
+        if value is None:
+            continue
+        if (newline := text.rfind("\n", seen, start)) >= 0:
+            line = newline + 1
+            lines.append([])
+        before = text[max(line, start - 8) : start]
+        kind = "digits" if word.isdigit() else "small" if word.islower() else "capital"
+        joined, within = bool(_LIST_COMMA.search(before)), bool(_NO_OPERATOR.search(before))
+        capital = text[end : end + 8].lstrip(" \t")[:1].isupper()
+        lines[-1].append(_ListNumber(start, end, kind, value, joined, within, capital))
+        seen = start
+    return lines
+
+
+def _numbers_of_lists(line: list[_ListNumber]) -> set[_ListNumber]:
+    """The numbers of a line that belong to a list inside a sentence.
+
+    Such are numbers behind a comma or an "and", if they follow the one before or if no capital follows, and the number
+    that these follow; and numbers from 1 on without commas, if no capital follows any ("1. add 2. multiply").
+    """
+    found: set[_ListNumber] = set()
+    run: list[_ListNumber] = []
+    for place, number in enumerate(line):
+        before = line[place - 1] if place else None
+        follows = before is not None and number.follows(before)
+        if number.joined and (follows or (number.kind == "digits" and not number.capital)):
+            found.add(number)
+            if follows and before is not None and before.within:
+                found.add(before)
+        if not number.within or number.capital or not (number.value == 1 or (run and number.follows(run[-1]))):
+            run = []
+            continue
+        run = [number] if number.value == 1 else [*run, number]
+        if len(run) > 1:
+            found |= {run[-2], number}
+    return found
 
 
 def _blocks(text: str, masked: str, fence_ends: set[int]) -> list[Span]:

@@ -7,10 +7,12 @@ from typing import Any
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.readers import read_row
+from fractal_rm.data.segmentation import warn_of_uncut_responses
 from fractal_rm.data.shapes import Columns
 from fractal_rm.evaluation.responses import score_bags
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.scorers.inputs import prompt_text
+from fractal_rm.scorers.published import PublishedSettings
 
 
 def score_rows(
@@ -52,6 +54,7 @@ def score_rows(
         for bag in found:
             bags[len(records)] = bag
             records.append(_record(number, vars(bag), bag.response))
+    warn_of_uncut_responses([(bag.response, bag.step_spans) for bag in bags.values()], reward_model.segmentation)
     scored = score_bags(reward_model, list(bags.values())) if bags else []
     for (place, bag), result in zip(bags.items(), scored, strict=True):
         records[place] |= _found(bag, result, f"{source}, row {records[place]['row']}")
@@ -89,6 +92,8 @@ def _check_prompt(bag: Bag, reward_model: StepRewardModel, where: str) -> None:
         raise ValueError(f"{where}: {str(error).partition(': ')[2]}") from None
     if not is_chat(bag.prompt) or reward_model.tokenizer is None:
         return  # an embedding scorer needs no template: it reads the messages one after the other
+    if isinstance(reward_model.settings, PublishedSettings):
+        return  # its description says how messages are read
     try:
         prompt_text(bag.prompt, reward_model.tokenizer, reward_model.settings.prompt_template)
     except ValueError as error:

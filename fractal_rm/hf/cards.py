@@ -24,6 +24,7 @@ class RewardModelCard:
         metrics: For each split its metrics.
         intervals: For each split the metrics that have an interval; they are shown in place of those in `metrics`.
         measured: The last evaluation; its intervals are computed when a card is written.
+        choice: How the configuration was chosen among others, and what they reached; None: it was given.
     """
 
     base: str | None = None
@@ -32,6 +33,7 @@ class RewardModelCard:
     metrics: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     intervals: dict[str, Mapping[str, Estimate]] = field(default_factory=dict)
     measured: Measurement | None = None
+    choice: str | None = None
 
     def evaluated(self, measured: Measurement) -> None:
         """Take the metrics of an evaluation; their intervals are computed if a card is written before the next one."""
@@ -70,7 +72,7 @@ Scores every step of a response, learned with [fractal-rm](https://pypi.org/proj
 | temperature | {settings.temperature:.4g} |
 | a step is wrong below | {settings.threshold:.4g} |
 
-{_metrics(self.metrics, self.intervals)}
+{_metrics(self.metrics, self.intervals)}{_section("How its configuration was chosen", self.choice)}
 ## Use
 
 Meant for ranking responses, for finding the first wrong step, and for dense rewards in reinforcement learning, on
@@ -117,6 +119,11 @@ Trained with `StepPPOTrainer` of [fractal-rm](https://pypi.org/project/fractal-r
 {_metrics(metrics)}
 {_versions()}
 """
+
+
+def _section(title: str, text: str | None) -> str:
+    """A section of a card; nothing without a text."""
+    return "" if text is None else f"\n## {title}\n\n{text}"
 
 
 def _header(base: str | None, task: str | None, tags: tuple[str, ...]) -> str:

@@ -13,10 +13,12 @@ from datasets import Dataset
 from trl.trainer.utils import get_callable_name
 
 from fractal_rm.data.prompts import is_chat
+from fractal_rm.data.segmentation import warn_of_uncut_responses
 from fractal_rm.hf.parallelism import check_online_training, check_separate_value_model, check_whole_model
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rollout import RolloutBatch
+from fractal_rm.ppo.sources import StepRewardSource
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import load_tokenizer
 from fractal_rm.scorers.published import PublishedSettings
@@ -243,6 +245,14 @@ def check_earning(batch: RolloutBatch, args: StepPPOConfig, *, step: int) -> Non
         "paid, and no outcome function judged one. Check what the policy writes, `max_length` of the reward model, and "
         "the weights of the rewards."
     )
+
+
+def warn_of_uncut_completions(batch: RolloutBatch, sources: Sequence[StepRewardSource]) -> None:
+    """Warn if a source cut almost every completion of a rollout into one step where there are several."""
+    for source in sources:
+        read = [(one.response, one.spans) for one in batch.scores[source.name] if one.steps and one.judged]
+        if read:
+            warn_of_uncut_responses(read, source.segmentation)
 
 
 def check_step_functions(functions: Sequence[Callable[..., Any]], args: StepPPOConfig, train_dataset: Any) -> None:

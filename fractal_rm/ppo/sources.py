@@ -36,10 +36,12 @@ class StepRewardSource(ABC):
         weight: Its weight among the sources.
         gives_probabilities: Whether scores are P(step is good), as the guards take them.
         is_async: Whether TRL must await it.
+        segmentation: How it cuts completions into steps.
     """
 
     gives_probabilities = False
     is_async = False
+    segmentation: Segmentation
 
     def __init__(self, name: str) -> None:
         self.name, self.weight = name, 1.0
@@ -75,7 +77,7 @@ class ModelSource(StepRewardSource):
 
     def __init__(self, reward_model: StepRewardModel, batch_size: int | None) -> None:
         super().__init__("step_reward_model")
-        self.reward_model, self.batch_size = reward_model, batch_size
+        self.reward_model, self.batch_size, self.segmentation = reward_model, batch_size, reward_model.segmentation
         self.chat_template_kwargs: dict[str, Any] = {}
 
     def __call__(self, prompts: list[Any], texts: list[str], **arguments: Any) -> list[StepScores]:

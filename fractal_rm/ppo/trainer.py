@@ -18,7 +18,7 @@ from trl.trainer.utils import get_callable_name
 from fractal_rm.credit.kl import AdaptiveKL
 from fractal_rm.ppo.advantage import ESTIMATORS, Given
 from fractal_rm.ppo.alarms import Alarms, guard_inputs
-from fractal_rm.ppo.checks import check_earning, check_engine, load_checked
+from fractal_rm.ppo.checks import check_earning, check_engine, load_checked, warn_of_uncut_completions
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.engine import Engine
 from fractal_rm.ppo.online.online_reward import OnlineReward
@@ -196,6 +196,8 @@ class StepPPOTrainer(Engine):
             return batch
         if self._went_back(batch):
             batch = self.sample(inputs)  # by the policy that there is now
+        if self.last_rollout is None:
+            warn_of_uncut_completions(batch, self.sources)
         self._keep_learning(batch)
         group_size = self.num_generations
         endings = self.ending_ids

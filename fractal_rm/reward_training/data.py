@@ -14,15 +14,13 @@ from torch import Tensor
 from fractal_rm.data.bag import Bag, truncate_bags
 from fractal_rm.data.prompts import REASONING_KEYS, is_chat
 from fractal_rm.data.readers import read_bags
-from fractal_rm.data.segmentation import Segmentation, common_gap
+from fractal_rm.data.segmentation import common_gap
 from fractal_rm.data.shapes import Columns
 from fractal_rm.objectives.aggregation import GOOD, meaning
 from fractal_rm.scorers.inputs import BagInputs
 from fractal_rm.scorers.settings import FractalSettings
 
 logger = logging.getLogger(__name__)
-# Share of responses with one step from which on a segmentation is taken not to fit, and responses that tell.
-_UNCUT, _LOOKED_AT = 0.9, 200
 Records = Sequence[Bag] | Iterable[Mapping[str, Any]]
 
 
@@ -90,28 +88,6 @@ def _check_joints(rows: Sequence[Any], bags: Sequence[Bag], settings: FractalSet
             f"{source}, row {listed.index(True) + 1}: the steps of this row would be joined by {joint!r}, but in "
             f"{len(texts)} rows that are texts steps are mostly {gap!r} apart. Give the text as a column `response` "
             "beside `steps`, or train on rows of one kind."
-        )
-
-
-def warn_of_uncut_responses(bags: Sequence[Bag], settings: FractalSettings) -> None:
-    """Warn if almost every response is one step although another segmentation would find several."""
-    method = settings.segmentation.method
-    single = [bag for bag in bags if len(bag.step_spans) == 1]
-    if method == "given" or len(single) < _UNCUT * len(bags):
-        return
-    looked_at = [bag.response for bag in single[:_LOOKED_AT]]
-    found = {
-        other: sum(len(Segmentation(other)(text)) for text in looked_at)
-        for other in ("lines", "sentences")
-        if other != method
-    }
-    best = max(found, key=lambda other: found[other])
-    if found[best] >= 2 * len(looked_at):
-        warnings.warn(
-            f"{len(bags)} responses have {sum(len(bag.step_spans) for bag in bags)} steps under "
-            f"`segmentation={method}`: almost every response is one step, so there is nothing to tell apart within "
-            f"one. `segmentation={best}` finds {found[best]} steps in {len(looked_at)} of them.",
-            stacklevel=3,
         )
 
 

@@ -1,10 +1,11 @@
 """A step reward model from labels on whole responses, on `transformers.Trainer`."""
 
+import copy
 import logging
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from transformers import (
 
 from fractal_rm.data.bag import Bag, warn_of_equal_labels
 from fractal_rm.data.prompts import check_learned_kind, is_chat
-from fractal_rm.data.segmentation import common_gap
+from fractal_rm.data.segmentation import common_gap, warn_of_uncut_responses
 from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, measure_responses, score_bags
+from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.evaluation.statistics import estimates
 from fractal_rm.files import replacing, write_atomic
 from fractal_rm.hf.cards import RewardModelCard
@@ -53,7 +55,6 @@ from fractal_rm.reward_training.data import (
     say_unread_gold,
     to_bags,
     warn_of_joined_text,
-    warn_of_uncut_responses,
 )
 from fractal_rm.reward_training.logit_metrics import by_item, collected_bags, measure_logits
 from fractal_rm.reward_training.model_setup import make_trainable, model_name, move_to_group
@@ -71,6 +72,15 @@ from fractal_rm.reward_training.stages import (
     step_targets,
     withhold_gold,
     write_finished,
+)
+from fractal_rm.reward_training.trials import (
+    QUIET,
+    TRIALS_FILE,
+    Choice,
+    Trial,
+    best_beyond_noise,
+    check_trials,
+    try_configurations,
 )
 from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.checkpoint import head_parameters, load_scorer, make_inputs, save_scorer
@@ -103,9 +113,13 @@ class FractalTrainer(Trainer):
     Raises:
         TypeError: If `args` is another configuration.
         ValueError: On data or a model that cannot be used; the sentence says what, where, and what to do.
+
+    Attributes:
+        choice: The trials that this trainer's configuration was chosen from; None: it was given.
     """
 
     args: FractalConfig
+    choice: Choice | None = None
 
     def __init__(
         self,
@@ -137,8 +151,9 @@ class FractalTrainer(Trainer):
         self.eval_bags = bags.get("eval")
         if "train" in bags:
             warn_of_equal_labels(bags["train"])
-            warn_of_uncut_responses(bags["train"], self.settings)
-            self.settings.joint = common_gap((bag.response, bag.step_spans) for bag in bags["train"])
+            cut = [(bag.response, bag.step_spans) for bag in bags["train"]]
+            warn_of_uncut_responses(cut, self.settings.segmentation)
+            self.settings.joint = common_gap(cut)
             if args.instance_weight == 0:
                 say_unread_gold(bags["train"])
                 # Not even to tell which long responses to keep.
@@ -178,6 +193,76 @@ class FractalTrainer(Trainer):
         check_unsharded(self)
         self._terms: defaultdict[tuple[str, str], list[Tensor]] = defaultdict(list)
         self._stage: StageKind = "joint"
+
+    @classmethod
+    def choose(
+        cls,
+        trials: int,
+        model: str | Path | PreTrainedModel | SentenceEncoder,
+        args: FractalConfig,
+        train_dataset: Records,
+        eval_dataset: Records | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        on_trial: Callable[[Trial], None] | None = None,
+    ) -> "FractalTrainer":
+        """Train the first configurations of a small list, and make the trainer of the one that suits the data.
+
+        They differ in aggregation, priors, pseudo-labels and pace, and are judged by response labels of the evaluation
+        data; where there is little of it, by five-fold cross-validation of all data. Step labels are not looked at. The
+        first is the plain bag loss: another one replaces it if it is better by more than a standard error.
+
+        Each trial has a row in `trials.jsonl` in the output folder as soon as it is done. With the same configuration,
+        model and data a stopped choice goes on where it was, and a finished one trains nothing. Trials keep no
+        checkpoints and log nothing.
+
+        Args:
+            trials: How many of the list.
+            model: As for the trainer; an instance is copied for each trial.
+            args: What trials have in common. `aggregation` says what labels mean, and its own kind is chosen.
+            train_dataset: As for the trainer.
+            eval_dataset: As for the trainer.
+            processing_class: As for the trainer.
+            peft_config: As for the trainer.
+            callbacks: Those of the trainer that is returned.
+            on_trial: Called after each trial.
+
+        Returns:
+            A trainer with the winner's configuration, not trained yet; its card names the winner and lists the trials.
+
+        Raises:
+            ValueError: If there are no such trials, the configuration sets what they try, or the data cannot judge
+                them: labels of one kind only, or too few.
+        """
+        settings, folder = args.settings(), Path(str(args.output_dir))
+        train_bags = to_bags(train_dataset, settings, source="train data")
+        eval_bags = None if eval_dataset is None else to_bags(eval_dataset, settings, source="eval data")
+        judge = check_trials(trials, args, train_bags, eval_bags)
+
+        def fresh() -> tuple[Any, Any]:
+            return copy.deepcopy(model) if isinstance(model, nn.Module) else model, copy.deepcopy(peft_config)
+
+        def score(config: FractalConfig, known: list[Bag], held_out: list[Bag]) -> list[float]:
+            start, adapters = fresh()
+            place = folder / "trial"  # of the stages; nothing in it is kept
+            shutil.rmtree(place, ignore_errors=True)
+            quiet = replace(config, output_dir=str(place), **QUIET)
+            trainer = cls(start, quiet, known, held_out, processing_class, adapters)
+            trainer.train()
+            trainer.calibrate()
+            shutil.rmtree(place, ignore_errors=True)
+            return [scored.score for scored in score_bags(trainer.reward_model(), held_out)]
+
+        rows = ResultsFile(folder / TRIALS_FILE)
+        name = model_name(model) or ""
+        tried = try_configurations(trials, args, judge, score, rows, model=name, on_trial=on_trial)
+        choice = best_beyond_noise(tried, judge)
+        start, adapters = fresh()
+        options = replace(args, **choice.chosen.options)
+        trainer = cls(start, options, train_bags, eval_bags, processing_class, adapters, callbacks)
+        trainer.choice, trainer.card.choice = choice, choice.text
+        return trainer
 
     def _encoded(self, bags: list[Bag], source: str, *, reads_gold: bool = True) -> BagDataset:
         return BagDataset(bags, self.inputs, self.settings, source=source, reads_gold=reads_gold)

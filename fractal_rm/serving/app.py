@@ -105,7 +105,8 @@ def make_app(
     @app.post("/score", responses=_REFUSALS)
     async def score(request: ScoreRequest) -> ScoreAnswer:
         """Score every step of every response. A response that cannot be scored does not stop the others."""
-        return ScoreAnswer(results=write_results(await scores_of(read_request(request))))
+        given = read_request(request)
+        return ScoreAnswer(results=write_results(given, await scores_of(given)))
 
     @app.post("/openrlhf", responses=_REFUSALS)
     async def openrlhf(request: OpenRLHFRequest) -> OpenRLHFAnswer:

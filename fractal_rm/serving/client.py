@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from fractal_rm.data.prompts import RenderedPrompt, is_messages
 
@@ -66,14 +66,13 @@ class ScoringClient:
             ConnectionError: If there is no answer after all tries.
         """
         from fractal_rm.data.prompts import read_completion
-        from fractal_rm.data.segmentation import join_steps
         from fractal_rm.reward_model import Step, StepScores
 
         scored = []
         for given, found in zip(responses, self._results(prompts, responses, spans), strict=True):
-            text: Any = given if isinstance(given, str) else "" if found["error"] else found.get("response")
-            if text is None:
-                text = read_completion(given) if is_messages(given) else join_steps(cast(Sequence[str], given))[0]
+            text = given if isinstance(given, str) else found["response"]  # the server knows what joins steps and turns
+            if text is None:  # a chat of one message
+                text = "" if found["error"] else read_completion(given)
             score = float("nan") if found["score"] is None else found["score"]
             steps = [Step(**step) for step in found["steps"]]
             scored.append(StepScores(text, steps, score, found["truncated_steps"], found["error"]))

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fractal_rm.data.bag import Span
-from fractal_rm.data.prompts import Conversation, Prompt, RenderedPrompt, is_chat
+from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
 from fractal_rm.reward_model import StepRewardModel, StepScores
 
 # A batch numbers the rows of several requests; the reader of an answer knows those of one.
@@ -55,7 +55,8 @@ class ScoreRequest(BaseModel):
         default=None, description="For each text the characters `[start, end]` of its steps, null to have it cut."
     )
     steps: list[list[str]] | None = Field(
-        default=None, description="In place of `responses`: the texts of the steps of each; a newline joins them."
+        default=None,
+        description="In place of `responses`: the texts of the steps of each, joined as they stood in training.",
     )
 
     rendered: bool = Field(
@@ -88,13 +89,13 @@ class ScoredStep(BaseModel):
 class ScoredResponse(BaseModel):
     """What was found of one response. One that cannot be scored has a reason in `error`, and `score` null."""
 
+    response: str | None = Field(
+        description="Of steps, or a chat of several messages: the text that they were joined to, in which spans count."
+    )
     steps: list[ScoredStep]
     score: float | None = Field(description="Aggregated P(response is good).")
     truncated_steps: int = Field(description="Steps beyond the model's `max_length`: neither scored nor listed.")
     error: str | None = None
-    response: str | None = Field(
-        default=None, description="Of a chat of several messages, the text in which characters count."
-    )
 
 
 class ScoreAnswer(BaseModel):
@@ -259,10 +260,10 @@ def score_responses(reward_model: StepRewardModel, given: Sequence[PromptedRespo
     )
 
 
-def write_results(results: Sequence[StepScores | Exception]) -> list[ScoredResponse]:
-    """What `/score` says of each response."""
+def write_results(given: Sequence[PromptedResponse], results: Sequence[StepScores | Exception]) -> list[ScoredResponse]:
+    """What `/score` says of each response that was given."""
     said = []
-    for number, result in enumerate(results):
+    for number, (one, result) in enumerate(zip(given, results, strict=True)):
         if isinstance(result, StepScores):
             error = result.error
         else:  # our own sentences are for the reader; what a library says may hold more than he should see
@@ -271,11 +272,11 @@ def write_results(results: Sequence[StepScores | Exception]) -> list[ScoredRespo
             result = StepScores("")
         said.append(
             ScoredResponse(
+                response=None if isinstance(one.response, str) else result.response,
                 steps=[ScoredStep(**vars(step)) for step in result.steps],
                 score=None if math.isnan(result.score) else result.score,
                 truncated_steps=result.truncated_steps,
                 error=None if error is None else f"row {number}: {_NUMBER.sub('', error)}",
-                response=result.response if isinstance(result.response, Conversation) else None,
             )
         )
     return said
@@ -292,7 +293,7 @@ def write_openrlhf(given: Sequence[PromptedResponse], results: Sequence[StepScor
     unscored = [float(math.isnan(score)) for score in scores]
     written = [row for row, one in enumerate(given) if str(one.response).strip()]
     if written and all(unscored):
-        error = write_results([results[written[0]]])[0].error or ""
+        error = write_results([given[written[0]]], [results[written[0]]])[0].error or ""
         raise ValueError(f"None of {len(given)} responses could be scored. First: {_NUMBER.sub('', error)}")
     rewards = [0.0 if math.isnan(score) else score for score in scores]
     return OpenRLHFAnswer(rewards=rewards, scores=rewards, extra_logs={"unscored": unscored})

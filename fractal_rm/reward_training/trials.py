@@ -1,0 +1,456 @@
+"""Which configuration suits the data: a small list of them, judged by response labels that were not trained on.
+
+Step labels are never looked at. The benchmark of docs/disaggregation.md chooses with [`run_trials`] and [`best`] too.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fractal_rm.data.bag import Bag
+from fractal_rm.evaluation.responses import response_labels
+from fractal_rm.evaluation.results import ResultsFile
+from fractal_rm.evaluation.statistics import (
+    Measurement,
+    Statistic,
+    absolute_error_of,
+    auc_of,
+    differences,
+    mean_of,
+)
+from fractal_rm.objectives.aggregation import GOOD, Aggregation, Meaning, meaning
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.data import fingerprint
+
+Options = dict[str, Any]
+# The plain bag loss of the paper, and the aggregation that reaches every step.
+HARD: dict[Meaning, Aggregation] = {"min": "min", "max": "max", "mean": "mean"}
+SOFT: dict[Meaning, Aggregation] = {"min": "product", "max": "noisy_or", "mean": "mean"}
+# What trials set, so that a configuration may not.
+_SEARCHED = ("cosine_prior_weight", "correlation_prior_weight", "likelihood_prior_weight", "pseudo_labels")
+_PRIOR_WEIGHT = 0.1
+# The second pace of a trial: learning rates and epochs are multiplied, as those of the benchmark differ.
+_SLOWER, _LONGER = 0.3, 2
+# Twice the responses of the rarer label (or preferences, or grades) from which on validation data judges by itself: the
+# standard error of an AUC of .75 is .05 there (Hanley and McNeil, Radiology 143, 1982).
+ENOUGH = 100
+FOLDS = 5
+# Responses of each label that a fold needs to be judged by.
+_IN_A_FOLD = 2
+# A 95 % interval is this many standard errors to each side.
+_ERRORS = 1.96
+# Where the rows of trials are kept, beside the model.
+TRIALS_FILE = "trials.jsonl"
+# What a trial neither logs nor keeps.
+QUIET: Options = {
+    "report_to": "none",
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "push_to_hub": False,
+    "disable_tqdm": True,
+}
+# Options that change nothing of what is learned: a run that goes on may have others.
+_BESIDE = {*QUIET, "output_dir", "run_name", "resume_from_checkpoint", "logging_dir"}
+
+
+class Attempt(NamedTuple):
+    """What came of a trial: its value, more being better, and the scores of the responses that it was judged by."""
+
+    value: float
+    scores: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A configuration that was tried: its number from 0, what it changes, and what came of it."""
+
+    number: int
+    options: Options
+    value: float
+    scores: Sequence[float] = ()
+    seconds: float = 0.0
+
+    @property
+    def changes(self) -> str:
+        """What it changes, in words of a configuration file."""
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+# What is tried --------------------------------------------------------------------------------------------------------
+
+
+def trial_options(args: FractalConfig, *, preferences: bool = False) -> list[Options]:
+    """The list: the plain bag loss, its soft form, the paper's combination and ours, each at two paces.
+
+    The first is the plain bag loss at the configured pace. Labels of the mean and grades have no soft form: the second
+    is the bag loss with priors there.
+
+    Args:
+        args: Says what labels mean, and at which pace training goes. All that trials do not set stays as it is.
+        preferences: Whether the data holds preferences, which have hard pseudo-labels only.
+    """
+    rule = meaning(args.aggregation)
+    hard, soft = {"aggregation": HARD[rule]}, {"aggregation": SOFT[rule]}
+    if args.num_grades is not None:
+        hard = soft = {"aggregation": "max"}
+    priors: Options = {}
+    if args.scorer == "embedding" or args.prior_encoder is not None:
+        priors = {"cosine_prior_weight": _PRIOR_WEIGHT, "correlation_prior_weight": _PRIOR_WEIGHT}
+    elif args.scorer == "likelihood" or args.reference_model is not None:
+        priors = {"likelihood_prior_weight": _PRIOR_WEIGHT}
+    fading = {**priors, "prior_schedule": "linear"} if priors else {}
+    kind = "hard" if preferences or args.num_grades is not None else "soft"
+    going_on = {"pseudo_labels": kind, "pseudo_bag_weight": 1.0, "pseudo_start": "warm"}
+    variants = [
+        hard,
+        soft if soft != hard else {**hard, **priors},
+        {**hard, **priors, "pseudo_labels": "hard"},
+        {**soft, **fading, **going_on},
+    ]
+    rates = {"learning_rate": args.learning_rate, "head_learning_rate": args.head_learning_rate}
+    slower: Options = {name: _SLOWER * rate for name, rate in rates.items() if rate is not None}
+    slower["num_train_epochs"] = _LONGER * args.num_train_epochs
+    if args.max_steps > 0:
+        slower["max_steps"] = _LONGER * args.max_steps
+    found: list[Options] = []
+    for options in ({**variant, **pace} for pace in ({}, slower) for variant in variants):
+        if options not in found:  # without priors the second is the first where there is no soft form
+            found.append(options)
+    return found
+
+
+# What it is judged by -------------------------------------------------------------------------------------------------
+
+
+def response_statistic(scores: Sequence[float], bags: Sequence[Bag], folds: Sequence[int] | None = None) -> Statistic:
+    """What configurations are chosen by: how well scores fit the labels of responses; more is better.
+
+    The AUC of responses, the share of preferences whose chosen response scores higher, or the absolute error of grades,
+    negated; of labels and preferences together the mean of both, weighted by how many there are. Responses without a
+    score or a label are left out. Gold step labels are not read.
+
+    Args:
+        scores: Score of each response (N,).
+        bags: The responses.
+        folds: Which model scored each response: scores are compared within one. None: all are of one model.
+    """
+    found, fold = np.array(scores, dtype=float), np.array([0] * len(bags) if folds is None else folds)
+    labels = np.where(np.isnan(found), np.nan, response_labels(bags))
+    if any(bag.num_grades is not None for bag in bags):
+        error = absolute_error_of(found, labels)
+        return Statistic(len(bags), lambda weights: -error(weights))
+    paired, hits = np.array([bag.pair_id is not None for bag in bags]), np.full(len(bags), np.nan)
+    for better, worse in _pairs(bags):
+        hits[better] = float(found[better] > found[worse])
+    parts = [
+        (auc_of(found, np.where((fold == one) & ~paired, labels, np.nan)), int(((fold == one) & ~paired).sum()))
+        for one in np.unique(fold[~paired])
+    ]
+    if paired.any():
+        parts.append((mean_of(hits), int(paired.sum())))
+    counts = np.array([count for _, count in parts], dtype=float)
+
+    def mean(weights: np.ndarray) -> np.ndarray:
+        values = np.array([part(weights) for part, _ in parts])  # (parts, D)
+        known = ~np.isnan(values) * counts[:, None]
+        total = known.sum(axis=0)
+        return np.divide(np.nansum(values * known, axis=0), total, out=np.full(len(total), np.nan), where=total > 0)
+
+    return Statistic(len(bags), mean)
+
+
+def response_value(scores: Sequence[float], bags: Sequence[Bag]) -> float:
+    """Value of [`response_statistic`].
+
+    Example:
+        >>> bags = [Bag("2+2?", "4", ((0, 1),), label=1.0), Bag("2+2?", "5", ((0, 1),), label=0.0)]
+        >>> response_value([0.9, 0.2], bags), response_value([0.2, 0.2], bags)
+        (1.0, 0.5)
+    """
+    return response_statistic(scores, bags).value
+
+
+def _pairs(bags: Sequence[Bag]) -> list[tuple[int, int]]:
+    """Rows of the chosen and of the rejected response of each preference that has both."""
+    sides: defaultdict[str, dict[float | None, int]] = defaultdict(dict)
+    for row, bag in enumerate(bags):
+        if bag.pair_id is not None:
+            sides[bag.pair_id][bag.label] = row
+    return [(found[1.0], found[0.0]) for found in sides.values() if found.keys() >= {0.0, 1.0}]
+
+
+def _evidence(bags: Sequence[Bag]) -> int:
+    """How many responses judge a configuration: of labels, twice the rarer one."""
+    if any(bag.num_grades is not None for bag in bags):
+        return len(bags)
+    good, bad = _counts(bags)
+    return 2 * min(good, bad) + len(_pairs(bags))
+
+
+def _counts(bags: Sequence[Bag]) -> tuple[int, int]:
+    """Good and bad responses that are labelled by themselves."""
+    labels = [bag.label for bag in bags if bag.pair_id is None and bag.label is not None]
+    good = sum(label >= GOOD for label in labels)
+    return good, len(labels) - good
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The responses that judge a configuration.
+
+    Args:
+        bags: The responses, in the order of their scores.
+        folds: Fold of each, if several models score them; None: one model, trained on `train`.
+        train: What to train on, if there are no folds.
+    """
+
+    bags: list[Bag]
+    folds: list[int] | None
+    train: list[Bag]
+
+    @property
+    def splits(self) -> list[tuple[list[Bag], list[int]]]:
+        """What each model is trained on, and the rows of `bags` that it scores."""
+        if self.folds is None:
+            return [(self.train, list(range(len(self.bags))))]
+        rows = [[row for row, fold in enumerate(self.folds) if fold == one] for one in range(FOLDS)]
+        return [
+            ([bag for bag, fold in zip(self.bags, self.folds, strict=True) if fold != one], held)
+            for one, held in enumerate(rows)
+        ]
+
+    @property
+    def description(self) -> str:
+        """What they are, in words."""
+        if self.folds is None:
+            return f"response labels of {len(self.bags)} responses of the validation data"
+        return f"response labels of {len(self.bags)} responses, {FOLDS}-fold cross-validated by prompt"
+
+
+def make_judge(train: Sequence[Bag], validation: Sequence[Bag] | None, *, seed: int) -> Judge:
+    """Judge by validation data, or, where there is little of it, by folds of all data.
+
+    Raises:
+        ValueError: If all labels are of one kind, or there are too few responses for folds.
+    """
+    held_out = list(validation or [])
+    if _evidence(held_out) >= ENOUGH:
+        return Judge(held_out, None, list(train))
+    bags = [*train, *held_out]
+    good, bad = _counts(bags)
+    graded, pairs = any(bag.num_grades is not None for bag in bags), len(_pairs(bags))
+    if graded and len({bag.label for bag in bags}) == 1:
+        raise ValueError(f"All {len(bags)} responses have one grade: nothing tells configurations apart. Add others.")
+    if not graded and not pairs and not (good and bad):
+        kind = "good" if good else "bad"
+        raise ValueError(
+            f"All {len(bags)} responses are {kind}: nothing tells configurations apart. Add responses with the other "
+            "label, or leave `trials` out."
+        )
+    folds = make_folds(bags, seed=seed)
+    for one in range(FOLDS):
+        part = [bag for bag, fold in zip(bags, folds, strict=True) if fold == one]
+        if _evidence(part) < 2 * _IN_A_FOLD:
+            prompts = len({str(bag.prompt) for bag in bags})
+            raise ValueError(
+                f"Too few labels to choose by: {len(bags)} responses to {prompts} prompts ({good} good, {bad} bad, "
+                f"{pairs} preferences) do not fill {FOLDS} folds with {_IN_A_FOLD} of each label. Give validation data "
+                f"with {ENOUGH // 2} good and {ENOUGH // 2} bad responses, more rows, or leave `trials` out."
+            )
+    return Judge(bags, folds, list(train))
+
+
+def make_folds(bags: Sequence[Bag], *, seed: int) -> list[int]:
+    """Fold of each response: those of a prompt stay together, and every fold gets its share of each label."""
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for row, bag in enumerate(bags):
+        groups[json.dumps(bag.prompt)].append(row)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    order.sort(key=len, reverse=True)  # large groups first, small ones even out
+    kinds = sorted({(bag.pair_id is not None, (bag.label or 0.0) >= GOOD) for bag in bags})
+    filled, folds = np.zeros((FOLDS, len(kinds))), [0] * len(bags)
+    for rows in order:
+        keys = [(bags[row].pair_id is not None, (bags[row].label or 0.0) >= GOOD) for row in rows]
+        counts = np.array([keys.count(kind) for kind in kinds], dtype=float)
+        # The fold that has least of what the group brings.
+        one = min(range(FOLDS), key=lambda fold: (filled[fold] @ counts, filled[fold].sum(), fold))
+        filled[one] += counts
+        for row in rows:
+            folds[row] = one
+    return folds
+
+
+# Trying and choosing --------------------------------------------------------------------------------------------------
+
+
+def run_trials(
+    candidates: Sequence[Options],
+    attempt: Callable[[Options], Attempt],
+    results: ResultsFile,
+    *,
+    benchmark: str,
+    arm: str,
+    dataset: str,
+    seed: int,
+    of: str | None = None,
+    on_trial: Callable[[Trial], None] | None = None,
+) -> list[Trial]:
+    """Try candidates one after the other; those that have their row are not tried again.
+
+    Args:
+        candidates: What each changes of a configuration.
+        attempt: Trains with these options, and judges.
+        results: Where a row is appended for each, with the split `validation`.
+        benchmark: Field of the row.
+        arm: Field of the row.
+        dataset: Field of the row.
+        seed: Field of the row.
+        of: Fingerprint of what candidates have in common; rows of another one are left aside.
+        on_trial: Called after each trial, also after one that had its row.
+    """
+    place: Options = {"benchmark": benchmark, "arm": arm, "dataset": dataset, "split": "validation"}
+    known: dict[Any, Mapping[str, Any]] = {}
+    for row in results.rows():
+        if all(row[name] == value for name, value in place.items()) and row["config"].get("of") == of:
+            known.setdefault(row["config"]["trial"], row)
+    trials = []
+    for number, options in enumerate(candidates):
+        row = known.get(number)
+        if row is None:
+            start = time.monotonic()
+            value, scores = attempt(options)
+            metrics = {"selection": value} | ({"scores": list(scores)} if scores else {})
+            config = {"trial": number, **options} | ({} if of is None else {"of": of})
+            seconds = time.monotonic() - start
+            row = results.append(**place, seed=seed, metrics=metrics, config=config, seconds=seconds)
+        value, scores = row["metrics"]["selection"], row["metrics"].get("scores", [])
+        scores = [math.nan if score is None else score for score in scores]
+        trials.append(Trial(number, options, -math.inf if value is None else value, scores, row["seconds"]))
+        if on_trial is not None:
+            on_trial(trials[-1])
+    return trials
+
+
+def best(trials: Sequence[Trial]) -> Trial:
+    """The trial of the highest value, the first of equals."""
+    return max(trials, key=lambda trial: trial.value)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Configurations that were tried, the chosen one, and the responses that judged them."""
+
+    trials: Sequence[Trial]
+    chosen: Trial
+    judge: Judge
+
+    @property
+    def text(self) -> str:
+        """What a model card says of it."""
+        lines = "\n".join(
+            f"| {trial.number + 1} | {trial.changes} | {trial.value:.4g} | {'yes' if trial is self.chosen else ''} |"
+            for trial in self.trials
+        )
+        return (
+            f"Trial {self.chosen.number + 1} of {len(self.trials)}, by {self.judge.description}. The first is the "
+            "plain bag loss, which another one replaces if it is better by more than a standard error.\n\n"
+            f"| trial | configuration | value | chosen |\n|---:|---|---:|---|\n{lines}\n"
+        )
+
+
+def best_beyond_noise(trials: Sequence[Trial], judge: Judge) -> Choice:
+    """The best trial, if it is more than a standard error better than the first one; else the first one.
+
+    The standard error is that of the difference on the same responses, drawn anew (bootstrap).
+
+    Source:
+        The one-standard-error rule (Breiman, Friedman, Olshen and Stone, "Classification and Regression Trees", 1984).
+    """
+    first, other = trials[0], best(trials)
+    if other is not first:
+        other_one, first_one = (
+            Measurement(len(judge.bags), {"value": response_statistic(trial.scores, judge.bags, judge.folds)})
+            for trial in (other, first)
+        )
+        gain = differences(other_one, first_one)["value"]
+        if gain.value > (gain.high - gain.low) / (2 * _ERRORS):
+            return Choice(trials, other, judge)
+    return Choice(trials, first, judge)
+
+
+def check_trials(count: int, args: FractalConfig, train: Sequence[Bag], validation: Sequence[Bag] | None) -> Judge:
+    """Check what trials need before the first one, and say what judges them.
+
+    Raises:
+        ValueError: If there are no such trials, the configuration sets what they try, or the data cannot judge them.
+    """
+    taken = next((name for name in _SEARCHED if getattr(args, name) not in (0.0, "none")), None)
+    if taken is not None:
+        raise ValueError(
+            f"`{taken}` is {getattr(args, taken)} beside `trials`, which try priors and pseudo-labels. Leave one out."
+        )
+    if args.world_size > 1:
+        raise ValueError(
+            f"`trials` run in one process, and there are {args.world_size}. Choose in one, then train the winner."
+        )
+    listed = _listed(args, train)
+    if not 1 <= count <= len(listed):
+        raise ValueError(f"`trials` is {count}, and there are {len(listed)} configurations. Give 1 to {len(listed)}.")
+    for options in listed[:count]:
+        replace(args, **options)  # raises its own sentence
+    return make_judge(train, validation, seed=args.seed)
+
+
+def _listed(args: FractalConfig, train: Sequence[Bag]) -> list[Options]:
+    return trial_options(args, preferences=any(bag.pair_id is not None for bag in train))
+
+
+def try_configurations(
+    count: int,
+    args: FractalConfig,
+    judge: Judge,
+    score: Callable[[FractalConfig, list[Bag], list[Bag]], list[float]],
+    results: ResultsFile,
+    *,
+    model: str,
+    on_trial: Callable[[Trial], None] | None = None,
+) -> list[Trial]:
+    """Try the first configurations of the list.
+
+    Args:
+        count: How many.
+        args: What they change.
+        judge: From [`check_trials`].
+        score: Trains a model on bags and gives its scores of others.
+        results: Where a row is appended for each.
+        model: Name of what training starts from.
+        on_trial: Called after each.
+    """
+
+    def attempt(options: Options) -> Attempt:
+        config, scores = replace(args, **options), [math.nan] * len(judge.bags)
+        for train, rows in judge.splits:
+            found = score(config, train, [judge.bags[row] for row in rows])
+            for row, value in zip(rows, found, strict=True):
+                scores[row] = value
+        return Attempt(response_statistic(scores, judge.bags, judge.folds).value, scores)
+
+    given = {name: str(value) for name, value in args.to_dict().items() if name not in _BESIDE}
+    same = [given, model, judge.folds, fingerprint(judge.bags), fingerprint(judge.train)]
+    of = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
+    return run_trials(
+        list(itertools.islice(_listed(args, judge.train), count)), attempt, results,
+        benchmark="trials", arm="trials", dataset=fingerprint(judge.train), seed=args.seed, of=of, on_trial=on_trial,
+    )  # fmt: skip
