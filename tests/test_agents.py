@@ -455,7 +455,7 @@ class InProcess(ScoringClient):
     def _ask(self, path: str, body: Any = None) -> Any:
         given = read_request(ScoreRequest.model_validate_json(json.dumps(body)))
         assert all(one.characters for one in given)
-        return {"results": [one.model_dump() for one in write_results(score_responses(self.model, given))]}
+        return {"results": [one.model_dump() for one in write_results(given, score_responses(self.model, given))]}
 
 
 def test_the_whole_pipeline_reads_and_scores_the_same(tool_loop, tmp_path):

@@ -52,8 +52,8 @@ class Conversation(str):
         context: For each turn what stands before it; the first follows the prompt.
 
     Example:
-        >>> told = [{"role": "tool", "content": "4"}]
-        >>> said = Conversation("Look up.\\n4\\nIt is 4.", ((0, 8), (11, 19)), (None, told))
+        >>> told = {"role": "tool", "content": "4"}
+        >>> said = Conversation("Look up.\\n4\\nIt is 4.", ((0, 8), (11, 19)), (None, [told]))
         >>> [said[start:end] for start, end in said.turns]
         ['Look up.', 'It is 4.']
     """
