@@ -5,7 +5,7 @@ A field's `help` is its only description.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -239,6 +239,16 @@ class LoraArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of the layers to adapt; default: PEFT's choice for the architecture."}
     )
+
+    def __post_init__(self) -> None:
+        if self.use_peft:
+            return
+        for one in fields(self):
+            if getattr(self, one.name) != one.default:
+                raise ValueError(
+                    f"`{one.name}` is {getattr(self, one.name)}, but has no effect without `use_peft`. Set `use_peft` "
+                    "to train adapters, or leave it out."
+                )
 
     def config(self) -> Any | None:
         """The `peft` configuration, None without `use_peft`. The trainer sets the task."""

@@ -19,22 +19,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
 from fractal_rm.credit.kl import kl_estimates
 from fractal_rm.credit.placement import completion_text
-from fractal_rm.hf.checkpoints import begin_checkpoint, find_checkpoint, finish_if_complete
+from fractal_rm.hf.checkpoints import named_write_errors
 from fractal_rm.hf.denormals import flush_denormals
-from fractal_rm.hf.finite_logs import log_finite
 from fractal_rm.hf.length_buckets import LengthBuckets, bucketed_log_probs, may_be_sorted
 from fractal_rm.hf.parallelism import is_sharded
 from fractal_rm.hf.processes import share_metrics
+from fractal_rm.hf.runs import Run
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.contract import check_contract
 from fractal_rm.ppo.rollout import RolloutBatch, policy_mask
 from fractal_rm.ppo.sources import StepRewardSource, as_list, check_model_outcomes, finite_outcomes, step_lines
 from fractal_rm.reward_model import StepScores
+from fractal_rm.scorers.checkpoint import check_finite_weights, replaced_folder
 
 # TRL makes a reference model for its own penalty only, and asks no more than whether `beta` is 0.
 _ANY_BETA = 1.0
@@ -106,7 +108,7 @@ class _AsyncSourceFunction(_SourceFunction):
         return self._hand(await found, log_extra)
 
 
-class Engine(GRPOTrainer):
+class Engine(Run, GRPOTrainer):
     """`GRPOTrainer` turned around: `rollout` and `loss` are asked for, the rest is offered.
 
     Args:
@@ -178,8 +180,8 @@ class Engine(GRPOTrainer):
         """What reads the policy's last hidden states (..., H) while log-probabilities are computed; None: nothing."""
         return None
 
-    def save_state(self, folder: Path) -> None:
-        """Write what a checkpoint holds beside policy and optimizer."""
+    def save_state(self, folder: Path, *, resumable: bool) -> None:
+        """Write what a saved policy has beside it; `resumable`: what a checkpoint holds beside policy and optimizer."""
 
     def load_state(self, folder: Path, *, weights: bool) -> None:
         """Go on from what `save_state` wrote; without `weights`, running statistics only."""
@@ -339,7 +341,10 @@ class Engine(GRPOTrainer):
             hand_over.known = inputs.pop(_LOGPROBS), inputs.pop(_ENTROPIES)
         policy_loss = super()._compute_loss(model, inputs)
         self._hand_over = _HandOver()  # states are wide: nobody keeps them longer than needed
-        return self.loss(policy_loss, inputs, hand_over.forwards[-1].read if hand_over.forwards else None)
+        loss = self.loss(policy_loss, inputs, hand_over.forwards[-1].read if hand_over.forwards else None)
+        if self.model.training:
+            self.finite.check_loss(loss, inputs)
+        return loss
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -390,29 +395,40 @@ class Engine(GRPOTrainer):
             share_metrics(metrics)
         for name in [name for name, values in metrics.items() if not math.isfinite(_mean(values))]:
             del metrics[name]  # TRL would log None or infinity
-        log_finite(super().log, logs, start_time, step=self.state.global_step)
+        super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; `resume_from_checkpoint=True` is the last checkpoint that is whole."""
-        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        if checkpoint and self.is_deepspeed_enabled:  # it loads weights its own way, and nothing else
-            self.load_state(Path(checkpoint), weights=False)
+        self.begin(resume_from_checkpoint)
         with flush_denormals(self.accelerator.device):
-            done = finish_if_complete(self, checkpoint)
-            return done or super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            return self.go_on(resume_from_checkpoint, str(self.args.output_dir), **kwargs)
+
+    def restore_sums(self) -> None:
+        super().restore_sums()
+        if self.resumes is not None and self.is_deepspeed_enabled:  # it loads weights its own way, and nothing else
+            self.load_state(self.resumes, weights=False)
+
+    def pending_logs(self) -> dict[str, list[float]]:
+        return dict(self._metrics["train"])
+
+    def restore_pending_logs(self, pending: dict[str, list[float]]) -> None:
+        for name, values in pending.items():
+            self._metrics["train"][name] = list(values)
+
+    def may_stop(self) -> bool:
+        """Whether no rollout waits: TRL does not save one, and would sample it anew."""
+        args = self.args
+        served = args.num_iterations * (args.steps_per_generation or 1)
+        return self.state.global_step * args.gradient_accumulation_steps % served == 0
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
-        if self.args.should_save:
-            begin_checkpoint(folder)
-        super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save:
-            self.save_state(folder)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # `trainer_state.json`, which says that a checkpoint is whole, comes after the files of every process.
-        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return super()._save(output_dir, state_dict=state_dict)
+        check_finite_weights(self.policy, folder)
+        with named_write_errors(f"The policy in {folder}"), replaced_folder(folder) as whole:
+            super()._save(str(whole), state_dict=state_dict)
+            self.save_state(whole, resumable=folder.name.startswith(PREFIX_CHECKPOINT_DIR))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model=model)
