@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from support import fractal, step_ppo
-from support.models import make_model, sums
+from support.models import sums
 from transformers import TrainerCallback
 
 from fractal_rm.cli.main import main
@@ -27,13 +27,13 @@ SAVED = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 3, "max_ste
 
 
 class At(TrainerCallback):
-    """Does something at the end of a step."""
+    """Does something during a step."""
 
     def __init__(self, step: int, act: Any) -> None:
         self.step, self.act = step, act
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
             self.act()
 
 
@@ -116,7 +116,7 @@ def test_a_run_that_is_resumed_as_another_one_is_refused_by_what_differs(whole):
 
 
 def test_what_may_change_when_a_run_goes_on(copied):
-    make, trainer, folder = copied
+    make, _, folder = copied
     changed = {"logging_steps": 1, "save_steps": 5, "run_name": "other", "max_steps": 5, "save_total_limit": 1}
     longer = make(folder, **changed)
     longer.train(resume_from_checkpoint=True)
@@ -154,9 +154,8 @@ def test_a_resumed_run_reports_what_an_uninterrupted_one_does(copied):
     assert found.training_loss == found.metrics["train_loss"] == expected["train_loss"]
     assert found.metrics.keys() - expected.keys() == {TIMED_FROM}
     assert found.metrics[TIMED_FROM] == 2
-    assert found.metrics["train_steps_per_second"] == pytest.approx(
-        2 / found.metrics["train_runtime"], rel=0.1, abs=0.01
-    )
+    speed = 2 / found.metrics["train_runtime"]
+    assert found.metrics["train_steps_per_second"] == pytest.approx(speed, rel=0.1, abs=0.01)
     assert step_ppo.logs(resumed) == step_ppo.logs(trainer)
 
 

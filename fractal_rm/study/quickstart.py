@@ -248,7 +248,6 @@ class Quickstart:
         """
         amounts, folder = self.amounts, self.folder / "ppo" / arm.name
         resume = resume_or_clear(folder)
-        points = self._points_so_far(folder) if resume else []
         with quiet():
             trainer = make_trainer(
                 arm,
@@ -268,6 +267,7 @@ class Quickstart:
                 [problem.prompt for problem in self.problems["train"]],
                 folder,
             )
+            points = self._points_so_far(folder, trainer.num_iterations) if resume else []
             start = time.perf_counter() - (points[-1]["seconds"] if points else 0.0)
             tokenizer = load_policy(self.folder / "policy")[1]
 
@@ -287,11 +287,11 @@ class Quickstart:
                 points[-1] |= at_end(trainer)
         return points
 
-    def _points_so_far(self, folder: Path) -> list[dict[str, float]]:
+    def _points_so_far(self, folder: Path, iterations: int) -> list[dict[str, float]]:
         """What was measured until the checkpoint from which a training goes on."""
         points = json.loads((folder / _POINTS).read_text(encoding="utf-8"))
         step = json.loads((Path(str(last_checkpoint(folder))) / STATE).read_text(encoding="utf-8"))["global_step"]
-        return [point for point in points if point["rollouts"] <= step * self.amounts.rollouts_per_update]
+        return [point for point in points if point["rollouts"] <= step // iterations * self.amounts.rollouts_per_update]
 
     # Pieces -------------------------------------------------------------------------------------------------------
 
