@@ -1,7 +1,9 @@
 """Files and folders that are complete or absent."""
 
+import glob
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +36,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield target
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    here = f".{target.name}.{platform.node()}-"
+    for stale in target.parent.glob(f"{glob.escape(here)}*.tmp"):  # of a process that was killed on this machine
+        if not Path(f"/proc/{stale.name[len(here) : -len('.tmp')]}").exists() and Path("/proc").is_dir():
+            stale.unlink(missing_ok=True)
+    temporary = target.with_name(f"{here}{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:

@@ -16,7 +16,9 @@ from support import fractal, step_ppo
 from support.models import sums
 from transformers import TrainerCallback
 
+from fractal_rm.cli.arguments import read_rows
 from fractal_rm.cli.main import main
+from fractal_rm.data.readers import read_jsonl
 from fractal_rm.files import locked
 from fractal_rm.hf.checkpoints import fault, last_checkpoint
 from fractal_rm.hf.runs import TIMED_FROM
@@ -256,6 +258,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(tmp_path, k
         assert not math.isfinite(trainer.compute_loss(trainer.model, batch))
 
 
+def test_a_reward_that_is_not_finite_keeps_the_rollout(tmp_path):
+    def broken(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [0.0] * (len(completion_ids) - 1) + [math.nan]
+
+    with pytest.raises(ValueError, match=r"the reward nan\..* not_finite-0-0\.jsonl keeps the rollout\."):
+        policy_run(tmp_path, reward_funcs=broken).train()
+    assert len(read_jsonl(tmp_path / "not_finite-0-0.jsonl")) == 8
+
+
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
     trainer = reward_run(tmp_path)
     weight = next(p for p in trainer.model.parameters() if p.requires_grad)
@@ -325,3 +336,15 @@ def test_a_file_that_another_process_writes_is_refused(tmp_path, capsys):
     with locked(tmp_path / ".scores.jsonl.lock", "it"):
         assert main(score) == 2
     assert "writes" in capsys.readouterr().err
+
+
+# Large files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_limit_reads_no_more_than_it_needs(tmp_path, name):
+    lines = ['{"prompt": "a"}'] * 3 if name.endswith("jsonl") else ["prompt,label", "a,1", "a,1", "a,0"]
+    (tmp_path / name).write_text("\n".join([*lines, '{,"', "{,"]))  # the rest cannot be read
+    assert [row["prompt"] for row in read_rows(tmp_path / name, None, 3)] == ["a"] * 3
+    with pytest.raises(ValueError, match="row"):
+        read_rows(tmp_path / name, None, None)

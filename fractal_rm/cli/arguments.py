@@ -319,7 +319,7 @@ def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) 
     """
     table = is_table(path) and not (dataset_format == "fira" and path.suffix == ".tsv")
     if dataset_format is None:
-        return (read_table(path) if table else read_jsonl(path))[:limit]
+        return read_table(path, limit) if table else read_jsonl(path, limit)
     bags = FORMATS[dataset_format].read(read_table(path) if table else path, source=str(path))
     if limit is None or limit >= len(bags):
         return bags

@@ -10,6 +10,7 @@ such things wait, from a call into TRL to the line after it.
 """
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,7 @@ from trl.trainer.utils import use_adapter
 
 from fractal_rm.credit.kl import kl_estimates
 from fractal_rm.credit.placement import completion_text
+from fractal_rm.files import write_atomic
 from fractal_rm.hf.checkpoints import named_write_errors
 from fractal_rm.hf.denormals import flush_denormals
 from fractal_rm.hf.length_buckets import LengthBuckets, bucketed_log_probs, may_be_sorted
@@ -34,7 +36,14 @@ from fractal_rm.hf.runs import Run
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.contract import check_contract
 from fractal_rm.ppo.rollout import RolloutBatch, policy_mask
-from fractal_rm.ppo.sources import StepRewardSource, as_list, check_model_outcomes, finite_outcomes, step_lines
+from fractal_rm.ppo.sources import (
+    NotFiniteReward,
+    StepRewardSource,
+    as_list,
+    check_model_outcomes,
+    finite_outcomes,
+    step_lines,
+)
 from fractal_rm.reward_model import StepScores
 from fractal_rm.scorers.checkpoint import check_finite_weights, replaced_folder
 
@@ -323,7 +332,8 @@ class Engine(Run, GRPOTrainer):
         # Not TRL's texts: placement counts the characters of exactly this decoding.
         tokenizer, endings = self.tokenizer, self.ending_ids
         hand_over.texts = [completion_text(ids, tokenizer, endings) for ids in completion_ids_list]
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with self._keeping_rollout(prompts):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         is_outcome = self.is_outcome.to(rewards.device)
         if is_outcome.any() and not is_outcome.all():
             # TRL leaves out what no function could judge. Step scores must not make that a judged outcome of 0.
@@ -331,9 +341,23 @@ class Engine(Run, GRPOTrainer):
             rewards[unjudged.unsqueeze(1) & ~is_outcome] = torch.nan
         first = self.accelerator.process_index * len(prompts)
         ours = rewards[first : first + len(prompts)]
-        check_model_outcomes(self.reward_funcs, self.reward_func_names, ours, prompts, completions)
+        with self._keeping_rollout(prompts):
+            check_model_outcomes(self.reward_funcs, self.reward_func_names, ours, prompts, completions)
         hand_over.prompts, hand_over.completion_ids, hand_over.function_rewards = prompts, completion_ids_list, ours
         return rewards
+
+    @contextmanager
+    def _keeping_rollout(self, prompts: Any) -> Iterator[None]:
+        """Write prompts and completions into the output folder if one of them has a reward that is not finite."""
+        try:
+            yield
+        except NotFiniteReward as error:
+            name = f"not_finite-{self.state.global_step}-{self.args.process_index}.jsonl"
+            file = Path(str(self.args.output_dir)) / name
+            pairs = zip(prompts, self._hand_over.texts, strict=True)
+            rows = [json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) for prompt, text in pairs]
+            write_atomic(file, "\n".join(rows) + "\n")
+            raise NotFiniteReward(f"{error} {file} keeps the rollout.") from error
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         self._hand_over = hand_over = _HandOver()
