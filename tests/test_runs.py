@@ -93,7 +93,6 @@ CHANGES = {
         ("learning_rate", {"learning_rate": 0.5}),
         ("max_steps", {"max_steps": 3}),
         ("train_data", {"rows": sums(15)}),
-        ("eval_data", {"eval_rows": sums(4)}),
         ("model", {"model_options": {"seed": 5}}),
     ],
     "ppo": [

@@ -184,7 +184,8 @@ class FractalTrainer(Run):
         train: Any = self.train_dataset
         return {
             "train_data": None if train is None else content_fingerprint(train.bags),
-            "eval_data": None if self.eval_bags is None else content_fingerprint(self.eval_bags),
+            # Only where it decides which weights are kept.
+            **({"eval_data": content_fingerprint(self.eval_bags or [])} if self.args.load_best_model_at_end else {}),
             "model": weights_fingerprint(self.scorer),
             "tokenizer": processor_fingerprint(self.processor),
             "adapter": adapter_settings(self.scorer.model),
