@@ -285,12 +285,6 @@ class StepPPOTrainer(Engine):
             self.value_learning.load(folder)
         if weights and self.online_reward is not None:
             self.online_reward.load(folder)
-        file = folder / _STATE_FILE
-        if not file.is_file():
-            raise ValueError(
-                f"{file} is missing, so running statistics cannot be resumed. Resume from a checkpoint that "
-                "StepPPOTrainer wrote, or start again without `resume_from_checkpoint`."
-            )
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
         for name, part in self._statistics().items():
             part.load_state_dict(state[name])
