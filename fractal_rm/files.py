@@ -100,6 +100,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
+    made = not file.parent.exists()
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file)
     try:
@@ -114,8 +115,9 @@ def locked(file: Path, what: str) -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)
         lock.release()
-        with suppress(OSError):  # not empty
-            file.parent.rmdir()
+        if made:
+            with suppress(OSError):  # not empty
+                file.parent.rmdir()
 
 
 def seconds_of(folder: Path) -> float:

@@ -230,7 +230,9 @@ def _key(prompt: Any) -> str:
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Append rows in one write: what is there is complete but for a line that a killed process leaves."""
-    with path.open("ab") as file:
+    from fractal_rm.hf.checkpoints import named_write_errors
+
+    with named_write_errors(f"Responses in {path}"), path.open("ab") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         file.flush()
         os.fsync(file.fileno())

@@ -134,18 +134,23 @@ def whole_or_absent(folder: Path, *, writes: bool) -> Iterator[None]:
         raise
 
 
+class WriteError(OSError):
+    """Something could not be written; the message is for whoever reads the screen."""
+
+
 @contextmanager
 def named_write_errors(what: str, then: str = "") -> Iterator[None]:
     """Turn what torch, safetensors or the system say of a disk that takes no more into one sentence.
 
     Raises:
-        OSError: Names what could not be written, why, what is left, and what to do.
+        WriteError: Names what could not be written, why, what is left, and what to do.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
-        why = getattr(error, "strerror", None) or reason(error)
+        cause: Any = error.__cause__ if isinstance(error, WriteError) else error
+        why = getattr(cause, "strerror", None) or reason(cause)
         sentences = (f"{what} could not be written ({why}).", then, "Free space, and resume.")
-        raise OSError(" ".join(filter(None, sentences))) from error
+        raise WriteError(" ".join(filter(None, sentences))) from cause

@@ -28,6 +28,7 @@ from fractal_rm.hf.divergence import FiniteTraining
 from fractal_rm.hf.finite_logs import log_finite
 from fractal_rm.hf.manifest import MANIFEST, Identity, identity_of, write_manifest
 from fractal_rm.interrupts import Interrupted, handled
+from fractal_rm.scorers.checkpoint import check_finite_weights
 
 # Says of a log that its times, and what it counts a second, are those since this step: of the last part of a run.
 TIMED_FROM = "train_timed_from_step"
@@ -128,6 +129,7 @@ class Run(Trainer):
             result = parent.train(resume_from_checkpoint=checkpoint, **kwargs)
         if self.state.global_step == 0:
             raise ValueError("Not one optimizer step was made: nothing is trained. Give more data, or smaller batches.")
+        check_finite_weights(self.accelerator.unwrap_model(self.model), "the model")
         return TrainOutput(result.global_step, result.metrics.get("train_loss", result.training_loss), result.metrics)
 
     def _finished(self, checkpoint: str | None) -> TrainOutput | None:

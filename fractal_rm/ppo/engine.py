@@ -232,7 +232,16 @@ class Engine(Run, GRPOTrainer):
     def sample(self, inputs: Any) -> RolloutBatch:
         """Let TRL generate completions and judge them, and measure the KL divergence where it is asked for or free."""
         self._hand_over = hand_over = _HandOver()
-        output = super()._generate_and_score_completions(inputs)
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):
+                raise
+            file = self._keep_rollout([row["prompt"] for row in inputs], [None] * len(inputs))
+            raise ValueError(
+                f"The policy cannot sample at step {self.state.global_step}, because its logits are NaN or infinite: the "
+                f"training has diverged. {file} keeps the prompts. Lower `learning_rate`, and go on from a checkpoint."
+            ) from error
         old = output.get("old_per_token_logps")
         batch = RolloutBatch(
             prompts=hand_over.prompts,
@@ -352,12 +361,16 @@ class Engine(Run, GRPOTrainer):
         try:
             yield
         except NotFiniteReward as error:
-            name = f"not_finite-{self.state.global_step}-{self.args.process_index}.jsonl"
-            file = Path(str(self.args.output_dir)) / name
-            pairs = zip(prompts, self._hand_over.texts, strict=True)
-            rows = [json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) for prompt, text in pairs]
-            write_atomic(file, "\n".join(rows) + "\n")
+            file = self._keep_rollout(prompts, self._hand_over.texts)
             raise NotFiniteReward(f"{error} {file} keeps the rollout.") from error
+
+    def _keep_rollout(self, prompts: Sequence[Any], texts: Sequence[str | None]) -> Path:
+        """Write prompts and completions of a rollout that is not learned from; the file."""
+        name = f"not_finite-{self.state.global_step}-{self.args.process_index}.jsonl"
+        pairs = zip(prompts, texts, strict=True)
+        rows = [json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) for prompt, text in pairs]
+        write_atomic(file := Path(str(self.args.output_dir)) / name, "\n".join(rows) + "\n")
+        return file
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         self._hand_over = hand_over = _HandOver()

@@ -487,6 +487,12 @@ class FractalTrainer(Run):
             self.calibrate()
             self.card.forget_evaluation()  # the same data, measured before calibration
         scored = {split: score_bags(self.reward_model(), bags) for split, bags in splits.items()}
+        for split, found in scored.items():
+            if not all(math.isfinite(score) for one in found for score in one.step_scores):
+                raise ValueError(
+                    f"The model gives steps of the {split} data scores that are NaN or infinite: the training has "
+                    "diverged. Lower `learning_rate`."
+                )
         if "eval" in splits:
             threshold = choose_threshold(scored["eval"], splits["eval"], aggregation=self.settings.aggregation)
             if not math.isnan(threshold):

@@ -185,15 +185,13 @@ class Evaluations(TrainerCallback):
         if state.global_step == 0:
             self.evaluate(0)
         elif self.clock is not None:
-            self.clock.resume()
+            self.clock.resume(state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step in self.steps:
             self.evaluate(state.global_step)
-
-    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.clock is not None:
-            self.clock.save()
+        if self.clock is not None and control.should_save:  # before the checkpoint, which may be the last thing
+            self.clock.save(state.global_step)
 
 
 class Clock:
@@ -215,14 +213,17 @@ class Clock:
         yield
         self._since = time.process_time()
 
-    def save(self) -> None:
-        """Keep the seconds so far."""
+    def save(self, step: int) -> None:
+        """Keep the seconds until the end of a step."""
         with self.stopped():
-            write_atomic(self.file, json.dumps(self.seconds))
+            write_atomic(self.file, json.dumps(self._kept() | {str(step): self.seconds}))
 
-    def resume(self) -> None:
-        """Go on from the seconds that were kept."""
-        self.seconds, self._since = json.loads(self.file.read_text(encoding="utf-8")), time.process_time()
+    def resume(self, step: int) -> None:
+        """Go on from the seconds that were kept at the end of a step."""
+        self.seconds, self._since = self._kept()[str(step)], time.process_time()
+
+    def _kept(self) -> dict[str, float]:
+        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
 
 
 # Many runs -----------------------------------------------------------------------------------------------------------
