@@ -239,8 +239,8 @@ class Engine(Run, GRPOTrainer):
                 raise
             file = self._keep_rollout([row["prompt"] for row in inputs], [None] * len(inputs))
             raise ValueError(
-                f"The policy cannot sample at step {self.state.global_step}, because its logits are NaN or infinite: the "
-                f"training has diverged. {file} keeps the prompts. Lower `learning_rate`, and go on from a checkpoint."
+                f"The policy cannot sample at step {self.state.global_step}, because its logits are NaN or infinite. "
+                f"{file} keeps the prompts. Lower `learning_rate`, and go on from a checkpoint."
             ) from error
         old = output.get("old_per_token_logps")
         batch = RolloutBatch(
