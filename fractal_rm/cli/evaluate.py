@@ -98,10 +98,10 @@ def evaluate(argv: Sequence[str]) -> None:
     """Measure one model, or compare two on the same responses; write `metrics.json` and print a table."""
     (arguments,) = parse("evaluate", [EvaluateArguments], argv)
     with writing_files(arguments.output):
-        _evaluate(arguments)
+        _measure_all(arguments)
 
 
-def _evaluate(arguments: EvaluateArguments) -> None:
+def _measure_all(arguments: EvaluateArguments) -> None:
     check_models(arguments.model, arguments.compare_to, arguments.outcome_model)
     rows, source = _rows(arguments)
     names = list(filter(None, (arguments.model, arguments.compare_to)))
