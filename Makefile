@@ -6,7 +6,7 @@
 # Further: `make contract-oldest` (the oldest TRL that we support, in an environment of its own), `make clean`,
 # `make peer-env` (the TRL versions that we are compared with), `make bench-speed` (docs/speed.md),
 # `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md), `make bench-evidence` (docs/evidence.md),
-# `make docs` (the site of the documentation, in build/site), `make words` (recipes/words: a real language model).
+# `make docs` (the site of the documentation, in build/site), `make faults` (docs/runs.md), `make words` (recipes/words: a real language model).
 # Another Python: `make test PYTHON=/path/to/python3.12`.
 
 VENV := .venv
@@ -29,7 +29,7 @@ endif
 # Nothing here needs the network once pip is done, and nothing is to be sent anywhere.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test docs words words-model contract-oldest peer-env bench-disaggregation bench-speed bench-evidence clean
+.PHONY: faults quickstart test docs words words-model contract-oldest peer-env bench-disaggregation bench-speed bench-evidence clean
 .SECONDARY:   # keeps the .created stamps
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -90,6 +90,11 @@ bench-evidence: $(VENV)/.installed-test
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.evidence.dense_vs_outcome_step_scores
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.evidence.dense_vs_outcome_learning_on
 	$(VENV)/bin/python -m benchmarks.tables
+
+# Kills each command 30 times and compares what is left; an hour or so on an idle core. Fewer: KILLS=3.
+KILLS ?= 30
+faults: $(VENV)/.installed-test
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.faults --kills $(KILLS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) $(PPO_VENV) $(PRM_VENV) build dist .hypothesis .pytest_cache .ruff_cache

@@ -1,14 +1,16 @@
 """Files and folders that are complete or absent."""
 
+import glob
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -34,7 +36,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield target
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    here = f".{target.name}.{platform.node()}-"
+    for stale in target.parent.glob(f"{glob.escape(here)}*.tmp"):  # of a process that was killed on this machine
+        if not Path(f"/proc/{stale.name[len(here) : -len('.tmp')]}").exists() and Path("/proc").is_dir():
+            stale.unlink(missing_ok=True)
+    temporary = target.with_name(f"{here}{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -78,6 +84,40 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         write_atomic(partial / "seconds.json", json.dumps({"seconds": time.process_time() - start}))
         partial.rename(folder)
     return folder
+
+
+@contextmanager
+def locked(file: Path, what: str) -> Iterator[None]:
+    """Be the only process that writes something; the system frees it when the process ends, however that ends.
+
+    Args:
+        file: The lock. It holds the number of the process, and is removed at the end with a folder made for it.
+        what: What is written, for the message. Of processes that are launched together the first one holds the lock.
+
+    Raises:
+        OSError: If another process holds it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    made = not file.parent.exists()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        owner = file.read_text(encoding="utf-8") if file.is_file() else ""
+        named = f" {owner}" if owner else ""
+        raise OSError(f"Another process{named} writes {what}. Wait until it ends, or choose another place.") from None
+    try:
+        file.write_text(str(os.getpid()), encoding="utf-8")
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        lock.release()
+        if made:
+            with suppress(OSError):  # not empty
+                file.parent.rmdir()
 
 
 def seconds_of(folder: Path) -> float:

@@ -216,7 +216,7 @@ def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path):
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     model = reward_model("token", "llama")
     model.scorer.base.score.weight.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match=r"weights are not finite; .*rm is not written. Lower the learning rate"):
+    with pytest.raises(ValueError, match=r"1 weights are NaN or infinite .*rm is not written\. Lower `learning_rate`"):
         model.save_pretrained(tmp_path / "rm")
     assert not (tmp_path / "rm").exists()
 

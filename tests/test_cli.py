@@ -128,6 +128,7 @@ def test_train_goes_on_from_its_last_checkpoint(trained, models, tmp_path):
     before = [logs for logs in json.loads((trained / "rm" / "metrics.json").read_text())["history"] if "loss" in logs]
     assert (trained / "rm" / "checkpoint-2").is_dir()
     arguments = ["--model", str(models / "policy"), "--output_dir", str(trained / "rm"), *TINY]
+    arguments += ["--learning_rate", "1e-3"]
     arguments += ["--train_file", str(trained / "data" / "sums" / "train.jsonl.gz")]
     assert main(["train", *arguments, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
     steps = [logs for logs in json.loads((trained / "rm" / "metrics.json").read_text())["history"] if "loss" in logs]

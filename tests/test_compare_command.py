@@ -248,8 +248,11 @@ def test_tables_and_figure_are_written(finished):
 def test_a_finished_study_is_not_run_again_and_half_a_run_is(finished):
     file = finished / "results.jsonl"
     before = rows_of(finished)
+    killed = finished / "running" / "easy-0-outcome_ppo-None"  # by a process that was killed after the last row
+    killed.mkdir(parents=True)
     run_comparison(arguments(finished), Evidence)
     assert rows_of(finished) == before
+    assert not killed.exists()
     lost = [row for row in before if row["arm"] == "outcome_ppo" and row["config"]["last"]]
     text = file.read_text()
     file.write_text("".join(line for line in text.splitlines(keepends=True) if json.loads(line) not in lost))

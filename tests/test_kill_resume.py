@@ -10,7 +10,8 @@ import pytest
 from support.step_ppo import RESUMABLE, logs, make, reward_model, same, weights
 
 from benchmarks.speed import kill_and_resume as benchmark
-from fractal_rm.hf.checkpoints import STATE, begin_checkpoint, find_checkpoint, is_complete, last_checkpoint
+from fractal_rm.hf.checkpoints import STATE, fault, find_checkpoint, last_checkpoint
+from fractal_rm.hf.manifest import MANIFEST, write_manifest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS = 6
@@ -52,53 +53,62 @@ def test_the_comparison_sees_one_bit_in_any_file(tmp_path):
 
 def checkpoint(folder: Path, step: int, content: str | None = None) -> Path:
     path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    content = json.dumps({"global_step": step, "log_history": []}, indent=2) if content is None else content
-    (path / STATE).write_text(content)
+    (path / "value_model").mkdir(parents=True)
+    (path / STATE).write_text(json.dumps({"global_step": step, "log_history": []}) if content is None else content)
+    (path / "value_model" / "model.safetensors").write_bytes(b"0123")
+    write_manifest(path, {"seed": 0}, (path / STATE, path / "value_model" / "model.safetensors"))
     return path
 
 
-def test_the_last_checkpoint_is_the_last_that_is_whole(tmp_path):
+def test_the_last_checkpoint_is_the_last_that_is_whole(tmp_path, caplog):
     assert last_checkpoint(tmp_path / "not there") is None
     checkpoint(tmp_path, 2)
     checkpoint(tmp_path, 10)
-    checkpoint(tmp_path, 12, json.dumps({"global_step": 12})[:-1])  # cut
-    (tmp_path / "checkpoint-14").mkdir()  # no state yet
+    (checkpoint(tmp_path, 12) / STATE).unlink()
+    (tmp_path / "checkpoint-14").mkdir()  # not finished: no manifest yet
     checkpoint(tmp_path, 16, json.dumps({"global_step": 12}))  # of another step
     checkpoint(tmp_path, 18, "")
     (tmp_path / "checkpoint-best").mkdir()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert find_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-10")
-    assert [find_checkpoint(nothing, tmp_path) for nothing in (None, False, "")] == [None] * 3
+    assert find_checkpoint(True, tmp_path, {}) == str(tmp_path / "checkpoint-10")
+    assert [find_checkpoint(nothing, tmp_path, {}) for nothing in (None, False, "")] == [None] * 3
+    named = [record.getMessage() for record in caplog.records[:3]]
+    assert all(f"checkpoint-{step} is damaged" in text for step, text in zip((18, 16, 12), named, strict=True))
 
 
-@pytest.mark.parametrize("cut", range(0, 60, 7))
-def test_a_state_that_is_cut_anywhere_is_not_whole(tmp_path, cut):
+@pytest.mark.parametrize("name", [STATE, "value_model/model.safetensors", MANIFEST])
+@pytest.mark.parametrize("harm", ["cut", "empty", "garbage", "missing"])
+def test_a_file_that_is_not_as_it_was_written_is_named(tmp_path, name, harm):
     path = checkpoint(tmp_path, 3)
-    text = (path / STATE).read_text()
-    assert is_complete(path)
-    (path / STATE).write_text(text[: min(cut, len(text) - 1)])
-    assert not is_complete(path)
+    assert fault(path) is None
+    content = (path / name).read_bytes()
+    changed = {"cut": content[:-2], "empty": b"", "garbage": b"\xff" + content[1:], "missing": b""}[harm]
+    (path / name).write_bytes(changed)
+    if harm == "missing":
+        (path / name).unlink()
+    assert name in str(fault(path))
 
 
 def test_a_part_of_a_checkpoint_is_refused_by_its_name(tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
-    with pytest.raises(ValueError, match=r"checkpoint-4 is no whole checkpoint: its trainer_state\.json, which is"):
-        find_checkpoint(tmp_path / "checkpoint-4", tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint-4 is no whole checkpoint: its manifest\.json is missing"):
+        find_checkpoint(tmp_path / "checkpoint-4", tmp_path, {})
     with pytest.raises(ValueError, match=r"holds no whole checkpoint\. Start without `resume_from_checkpoint`"):
-        find_checkpoint(True, tmp_path)
+        find_checkpoint(True, tmp_path, {})
+    (checkpoint(tmp_path, 4) / STATE).write_text("")
+    with pytest.raises(
+        ValueError, match=r"no whole checkpoint: checkpoint-4 is damaged \(trainer_state\.json has 0 of"
+    ):
+        find_checkpoint(True, tmp_path, {})
 
 
-def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(tmp_path):
-    path, other = checkpoint(tmp_path, 4), tmp_path / STATE
-    other.write_text("{}")
-    begin_checkpoint(path)
-    begin_checkpoint(tmp_path)  # the output folder holds a state of its own
-    assert not is_complete(path)
-    assert other.is_file()
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path):
+    checkpoint(tmp_path, 4)
+    with pytest.raises(ValueError, match=r"checkpoint-4 belongs to another run: `seed` was 0 and is 1\."):
+        find_checkpoint(True, tmp_path, {"seed": 1})
 
 
-def test_the_state_is_written_after_everything_else(tmp_path, monkeypatch):
+def test_state_and_manifest_are_written_after_everything_else(tmp_path, monkeypatch):
     written: list[Any] = []
     trainer = make(tmp_path, reward_model=reward_model(), max_steps=2, **RESUMABLE)
     monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: written.append("everyone is here"))
@@ -112,7 +122,9 @@ def test_the_state_is_written_after_everything_else(tmp_path, monkeypatch):
     trainer.train()
     before = written.index("everyone is here")
     assert {"optimizer.pt", "rng_state.pth", "step_ppo_state.json", "value_model"} <= set(written[before + 1])
-    assert STATE not in written[before + 1]
+    assert not {STATE, MANIFEST} & set(written[before + 1])
+    held = json.loads((tmp_path / "checkpoint-2" / MANIFEST).read_text())["files"]
+    assert {STATE, "value_model/model.safetensors", "pending_logs.json"} <= held.keys()
 
 
 def test_a_run_that_was_killed_after_its_last_checkpoint_makes_no_step_more(tmp_path):
@@ -126,7 +138,7 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_makes_no_step_more(tmp_
     assert again.rollouts == []
     assert same(weights(again.model), weights(whole.model))
     assert same(weights(again.value_model), weights(whole.value_model))
-    assert logs(again) == [row for row in logs(whole) if "train_loss" not in row]
+    assert logs(again) == logs(whole)
     longer = make(tmp_path, **shared | {"max_steps": 6})
     longer.train(resume_from_checkpoint=True)
     assert (longer.state.global_step, len(longer.rollouts)) == (6, 1)

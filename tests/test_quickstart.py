@@ -1,6 +1,7 @@
 """The quickstart with a tiny budget: every stage runs, resumes, and leaves what it promises."""
 
 import json
+import shutil
 
 import datasets
 import pytest
@@ -8,6 +9,7 @@ import transformers
 
 from fractal_rm.evaluation.results import read_results
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.study import quickstart
 from fractal_rm.study.quickstart import ARMS, Amounts, Quickstart, QuickstartArguments
 from fractal_rm.study.study import quiet
 
@@ -75,6 +77,42 @@ def test_a_stage_that_was_stopped_runs_again_without_doubling_its_rows(finished)
     (finished / "done" / "ppo-outcome.json").unlink()
     Quickstart(QuickstartArguments(output_dir=str(finished)), TINY).run()
     assert read_results(finished / "results.jsonl") == before
+
+
+def test_a_policy_that_was_stopped_in_training_goes_on_from_its_last_measurement(finished, tmp_path, monkeypatch):
+    folder, measured = tmp_path / "run", []
+    shutil.copytree(finished, folder)
+    (folder / "done" / "ppo-outcome.json").unlink()
+    shutil.rmtree(folder / "ppo" / "outcome")
+    rows = read_results(folder / "results.jsonl")
+    others = [row for row in rows if row["arm"] != "outcome"]
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    measure = quickstart.measure
+
+    def stopping(*args, **kwargs):
+        measured.append(args)
+        if len(measured) == 3:  # after the second of two updates
+            raise KeyboardInterrupt
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(quickstart, "measure", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        Quickstart(QuickstartArguments(output_dir=str(folder)), TINY).run()
+    Quickstart(QuickstartArguments(output_dir=str(folder)), TINY).run()
+    assert len(measured) == 4  # the start and the first update were not measured again
+    found = [row["metrics"] for row in read_results(folder / "results.jsonl") if row["arm"] == "outcome"]
+    assert found == [row["metrics"] for row in rows if row["arm"] == "outcome"]
+    assert not list(folder.glob("ppo/*/checkpoint-*"))
+
+
+def test_a_folder_that_is_removed_meanwhile_is_named(tmp_path):
+    class Removed(Quickstart):
+        def take_policy(self):
+            shutil.rmtree(self.folder)
+            raise OSError("There is no tokenizer.")
+
+    with pytest.raises(FileNotFoundError, match=r"run was removed while the quickstart ran in it\. Start it again"):
+        Removed(QuickstartArguments(output_dir=str(tmp_path / "run")), TINY).run()
 
 
 def test_a_folder_of_another_seed_is_refused(finished):

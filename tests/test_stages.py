@@ -438,8 +438,10 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(encoder, tmp_p
 
 def test_a_run_from_the_start_takes_nothing_over_from_one_that_was_there_before(encoder, tmp_path, whole):
     train(tmp_path, encoder, **FULL | {"seed": 7})  # another run, to its end
+    with pytest.raises(ValueError, match=r"belongs to another run: .*`seed` was 7 and is"):
+        train(tmp_path, encoder, **FULL)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, encoder, callbacks=[StopAfter(1)], **FULL)
+        train(tmp_path, encoder, callbacks=[StopAfter(1)], overwrite_output_dir=True, **FULL)
     again = make(tmp_path, encoder, **FULL)
     again.train(resume_from_checkpoint=True)
     assert equal(weights(again), whole[0])
@@ -467,7 +469,13 @@ def test_a_run_that_is_stopped_between_stages_goes_on(encoder, tmp_path, whole, 
 def test_a_new_run_does_not_take_up_stages_of_an_older_one(encoder, tmp_path):
     train(tmp_path, encoder, pseudo_labels="hard", seed=1)
     stopped = make(
-        tmp_path, encoder, pseudo_labels="hard", callbacks=[StopAfter(1)], save_strategy="steps", save_steps=1
+        tmp_path,
+        encoder,
+        pseudo_labels="hard",
+        callbacks=[StopAfter(1)],
+        save_strategy="steps",
+        save_steps=1,
+        overwrite_output_dir=True,
     )
     with pytest.raises(KeyboardInterrupt):
         stopped.train()

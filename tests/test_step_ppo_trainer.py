@@ -916,7 +916,7 @@ def test_a_checkpoint_without_its_value_model_is_refused(tmp_path, finished):
     shutil.copytree(Path(finished.args.output_dir) / "checkpoint-2", checkpoint)
     shutil.rmtree(checkpoint / "value_model")
     trainer = make(tmp_path / "new", reward_model=reward_model(), reward_funcs=count_of_a, max_steps=4, **RESUMABLE)
-    with pytest.raises(ValueError, match=r"value_model.* is missing, so the value model cannot be resumed\. Resume"):
+    with pytest.raises(ValueError, match=r"is no whole checkpoint: value_model/.* is missing\. Resume"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -953,7 +953,7 @@ def test_a_checkpoint_without_its_running_statistics_is_refused(tmp_path, finish
     shutil.copytree(Path(finished.args.output_dir) / "checkpoint-2", checkpoint)
     (checkpoint / "step_ppo_state.json").unlink()
     trainer = make(tmp_path / "new", reward_model=reward_model(), reward_funcs=count_of_a, max_steps=4, **RESUMABLE)
-    with pytest.raises(ValueError, match=r"step_ppo_state\.json is missing, so running statistics cannot be resumed"):
+    with pytest.raises(ValueError, match=r"is no whole checkpoint: step_ppo_state\.json is missing\."):
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 from benchmarks.evidence import page as evidence_page
 from benchmarks.evidence import statistics, study_page
@@ -492,12 +492,15 @@ def test_a_resumed_run_goes_on_with_the_seconds_of_its_checkpoint_and_is_not_eva
     file, evaluated = tmp_path / "seconds.json", []
     clock = Clock(file)
     clock.seconds = 40.0
-    Evaluations([2], evaluated.append, clock).on_save(None, TrainerState(), None)
+    saving, going_on = TrainerControl(should_save=True), TrainerControl()
+    Evaluations([2], evaluated.append, clock).on_step_end(None, TrainerState(global_step=1), saving)
+    clock.seconds = 50.0  # of a second step, whose checkpoint was not finished
+    Evaluations([], evaluated.append, clock).on_step_end(None, TrainerState(global_step=2), saving)
     resumed = Clock(file)
     callback = Evaluations([2], evaluated.append, resumed)
     callback.on_train_begin(None, TrainerState(global_step=1), None)
     assert (resumed.seconds, evaluated) == (40.0, [])
-    callback.on_step_end(None, TrainerState(global_step=2), None)
+    callback.on_step_end(None, TrainerState(global_step=2), going_on)
     assert evaluated == [2]
     with resumed.stopped():
         assert resumed.seconds > 40.0  # time that passed since it went on

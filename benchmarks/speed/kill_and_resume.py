@@ -31,7 +31,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.common.places import RESULTS
 from fractal_rm.evaluation.results import ResultsFile
-from fractal_rm.hf.checkpoints import STATE, last_checkpoint
+from fractal_rm.hf.checkpoints import STATE, can_resume, last_checkpoint
+from fractal_rm.hf.manifest import MANIFEST
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_model import StepRewardModel
@@ -43,7 +44,7 @@ from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.arithmetic.problems import Beliefs, make_problems
 
 # What a trainer reads at the start and never changes, or writes for people: names of folders, versions, dates.
-NOT_COMPARED = ("training_args.bin", "README.md", STATE)
+NOT_COMPARED = ("training_args.bin", "README.md", STATE, MANIFEST)
 # Ends of the names of logged numbers that are times.
 TIMES = ("step_time", "runtime", "per_second")
 # What takes long to import.
@@ -160,7 +161,7 @@ def run(kind: str, folder: str, steps: int, held: Any, hold_after: float) -> Non
 
     TrainerState.save_to_json = hold
     with contextlib.redirect_stdout(io.StringIO()):  # the logs are in the checkpoints
-        TRAINERS[kind](Path(folder), steps).train(resume_from_checkpoint=last_checkpoint(folder))
+        TRAINERS[kind](Path(folder), steps).train(resume_from_checkpoint=can_resume(folder))
 
 
 def start(kind: str, folder: Path, steps: int, hold_after: float = float("inf")) -> tuple[Any, Any]:
@@ -188,7 +189,7 @@ def finish(kind: str, folder: Path, steps: int) -> float:
 
 def is_being_saved(folder: Path) -> bool:
     """Whether there is a checkpoint that has begun and has not ended."""
-    return any(path.is_dir() and not (path / STATE).is_file() for path in folder.glob("checkpoint-*"))
+    return any(path.is_dir() and not (path / MANIFEST).is_file() for path in folder.glob("checkpoint-*"))
 
 
 def kill(kind: str, folder: Path, steps: int, *, after: float, in_save: bool) -> dict[str, Any]:
@@ -209,7 +210,7 @@ def kill(kind: str, folder: Path, steps: int, *, after: float, in_save: bool) ->
     process, held = start(kind, folder, steps, time.time() + after if in_save else float("inf"))
     process.join(after)
     while in_save and process.is_alive() and not held.is_set():
-        if any(not (path / STATE).is_file() for path in set(folder.glob("checkpoint-*")) - torn):
+        if any(not (path / MANIFEST).is_file() for path in set(folder.glob("checkpoint-*")) - torn):
             break
         time.sleep(0.0005)
     alive = process.is_alive()

@@ -29,7 +29,7 @@ MARKS = ("<!-- Written by docs/tools/architecture.py -->", "<!-- Until here -->"
 
 # Rooms of the package, top row first: a module imports from its own row or from rows above.
 ROWS = (
-    ("objectives", "credit", "files", "errors", "versions"),
+    ("objectives", "credit", "files", "errors", "interrupts", "versions"),
     ("data",),
     ("scorers", "tasks"),
     ("reward_model",),
@@ -199,6 +199,10 @@ BESIDE: dict[str, dict[str, str]] = {
         "scorers/checkpoint.py": "loads the model",
         "scorers/base.py": "the base class of scorers",
         "hf/checkpoints.py": "checkpoints",
+        "hf/divergence.py": "looks at the loss, changes nothing",
+        "hf/manifest.py": "checkpoints",
+        "hf/runs.py": "stops and resumes",
+        "interrupts.py": "signals",
         "hf/denormals.py": "a flag of the CPU",
         "hf/parallelism.py": "refuses sharded models",
     },
@@ -206,6 +210,7 @@ BESIDE: dict[str, dict[str, str]] = {
         "credit/guards.py": "watches rollouts, changes none",
         "credit/moments.py": "what the guards compare with; shaping uses it with `normalize_step_rewards` only",
         "ppo/alarms.py": "acts on what the guards saw",
+        "hf/divergence.py": "looks at the loss, changes nothing",
         "hf/parallelism.py": "asks how the model is sharded",
     },
     "key": {},

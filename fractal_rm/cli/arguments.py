@@ -5,7 +5,7 @@ A field's `help` is its only description.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -240,6 +240,16 @@ class LoraArguments:
         default=None, metadata={"help": "Names of the layers to adapt; default: PEFT's choice for the architecture."}
     )
 
+    def __post_init__(self) -> None:
+        if self.use_peft:
+            return
+        for one in fields(self):
+            if getattr(self, one.name) != one.default:
+                raise ValueError(
+                    f"`{one.name}` is {getattr(self, one.name)}, but has no effect without `use_peft`. Set `use_peft` "
+                    "to train adapters, or leave it out."
+                )
+
     def config(self) -> Any | None:
         """The `peft` configuration, None without `use_peft`. The trainer sets the task."""
         if not self.use_peft:
@@ -309,7 +319,7 @@ def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) 
     """
     table = is_table(path) and not (dataset_format == "fira" and path.suffix == ".tsv")
     if dataset_format is None:
-        return (read_table(path) if table else read_jsonl(path))[:limit]
+        return read_table(path, limit) if table else read_jsonl(path, limit)
     bags = FORMATS[dataset_format].read(read_table(path) if table else path, source=str(path))
     if limit is None or limit >= len(bags):
         return bags

@@ -10,12 +10,14 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from fractal_rm.files import locked
 
 # Recipes that start from the models of the quickstart say how to get them.
 _MAKE_QUICKSTART = "Run `make quickstart` first: it makes this folder."
@@ -55,6 +57,29 @@ def check_writable_files(*paths: str | None) -> None:
         check_writable_folder(Path(path).parent)
 
 
+@contextlib.contextmanager
+def writing_folder(folder: str | Path) -> Iterator[None]:
+    """Hold a folder that can be written, for as long as a command works: two at once would spoil each other's files.
+
+    Raises:
+        OSError: If it cannot be written, or another process holds it.
+    """
+    check_writable_folder(folder)
+    with locked(Path(folder) / ".lock", f"into {folder}"):
+        yield
+
+
+@contextlib.contextmanager
+def writing_files(*paths: str | None) -> Iterator[None]:
+    """The same for files; None, and what is no ordinary file, is passed over."""
+    check_writable_files(*paths)
+    with contextlib.ExitStack() as stack:
+        for path in map(Path, filter(None, paths)):
+            if path.is_file() or not path.exists():
+                stack.enter_context(locked(path.with_name(f".{path.name}.lock"), str(path)))
+        yield
+
+
 def check_matplotlib() -> None:
     """Raise unless plots can be drawn: worth calling before long work that ends with some.
 
@@ -92,23 +117,22 @@ def _is_hub_id(path: str) -> bool:
     return first not in (".", "..", "~", "runs") and not (len(place.parts) > 1 and Path(first).is_dir())
 
 
-def checkpoint_to_resume(config: Any) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` means: a path, or with `true` the last complete one, if any.
+def checkpoint_to_resume(config: Any) -> str | bool:
+    """What `resume_from_checkpoint` means: a path, or with `true` the last checkpoint, if there is one.
 
     Raises:
         FileNotFoundError: If a path is given and missing.
-        ValueError: If its checkpoint is incomplete.
     """
-    from fractal_rm.hf.checkpoints import find_checkpoint, last_checkpoint
+    from fractal_rm.hf.checkpoints import can_resume
 
     wanted = config.resume_from_checkpoint
     if wanted is None or str(wanted).lower() in ("false", "none", "no"):
-        return None
+        return False
     if str(wanted).lower() in ("true", "yes"):
-        return last_checkpoint(config.output_dir)
+        return can_resume(config.output_dir)
     if not Path(wanted).is_dir():
         raise FileNotFoundError(f"There is no checkpoint {wanted}. Give `resume_from_checkpoint` a folder, or `true`.")
-    return find_checkpoint(wanted, config.output_dir)
+    return wanted
 
 
 def hide_loading_bars() -> None:

@@ -17,11 +17,11 @@ from fractal_rm.cli.arguments import (
 )
 from fractal_rm.cli.checks import (
     check_models,
-    check_writable_files,
     load_reward_model,
     number_cell,
     print_table,
     to_json,
+    writing_files,
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.data.formats.index import check_meaning
@@ -98,7 +98,11 @@ class EvaluateArguments(ScoringArguments):
 def evaluate(argv: Sequence[str]) -> None:
     """Measure one model, or compare two on the same responses; write `metrics.json` and print a table."""
     (arguments,) = parse("evaluate", [EvaluateArguments], argv)
-    check_writable_files(arguments.output)
+    with writing_files(arguments.output):
+        _measure_all(arguments)
+
+
+def _measure_all(arguments: EvaluateArguments) -> None:
     check_models(arguments.model, arguments.compare_to, arguments.outcome_model)
     rows, source = _rows(arguments)
     names = list(filter(None, (arguments.model, arguments.compare_to)))

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fractal_rm import __version__
+from fractal_rm.interrupts import SIGNALS, Interrupted, handled, interrupt
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT = 2
 # Packages whose complaints are about what they were given. An error that is raised elsewhere is a bug.
 _COMPLAINANTS = ("fractal_rm", "transformers", "trl", "peft", "datasets", "huggingface_hub", "accelerate")
 # What `fractal-rm --help` says of each command: the function of that name in the module of that name.
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` begins with, by default that of the process.
 
     Returns:
-        Exit status: 0, 2 for bad input, 130 after an interruption.
+        Exit status: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
@@ -92,16 +93,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             # default of transformers that does nothing without a GPU.
             warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing.* is deprecated", FutureWarning)
             warnings.filterwarnings("ignore", "'pin_memory' argument is set as true", UserWarning)
-            run(name, rest)
+            with handled(interrupt):
+                run(name, rest)
         return 0
     except SystemExit as end:  # argparse, after --help
         return int(end.code or 0)
-    except KeyboardInterrupt:
-        print(
-            "Interrupted. Training goes on from its last checkpoint with --resume_from_checkpoint true.",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
+    except KeyboardInterrupt as end:
+        told = end if isinstance(end, Interrupted) else Interrupted(SIGNALS[0])
+        print(told, file=sys.stderr)
+        return told.status
     except Exception as error:
         if not is_bad_input(error):
             raise

@@ -10,12 +10,12 @@ from datasets import Dataset
 from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.checks import (
     check_models,
-    check_writable_folder,
     checkpoint_to_resume,
     hide_loading_bars,
     load_reward_model,
     print_metrics,
     to_json,
+    writing_folder,
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.cli.tasks import MAKE_PROMPTS, TaskArguments, make_task
@@ -23,6 +23,7 @@ from fractal_rm.data.prompts import check_same_kind, is_chat, read_prompt
 from fractal_rm.data.readers import naming
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.cards import policy_card
+from fractal_rm.hf.manifest import write_manifest
 from fractal_rm.hf.progress import RichProgress
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.trainer import StepPPOTrainer
@@ -108,8 +109,12 @@ class PPOArguments(TaskArguments):
 def ppo(argv: Sequence[str]) -> None:
     """Train a policy with PPO on step rewards, outcome rewards, or both."""
     arguments, data, lora, config = parse("ppo", [PPOArguments, DataArguments, LoraArguments, StepPPOConfig], argv)
-    folder = Path(config.output_dir)
-    check_writable_folder(folder)
+    with writing_folder(config.output_dir):
+        _ppo(arguments, data, lora, config)
+
+
+def _ppo(arguments: PPOArguments, data: DataArguments, lora: LoraArguments, config: StepPPOConfig) -> None:
+    folder = Path(str(config.output_dir))
     checkpoint = checkpoint_to_resume(config)
     reward_models = arguments.reward_model or []
     names = [*reward_models, *([arguments.reward_function] if arguments.reward_function else [])]
@@ -149,6 +154,7 @@ def ppo(argv: Sequence[str]) -> None:
             metrics["eval"] = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
+        write_manifest(folder, trainer.identity, ())  # whose policy this is
         shown = {
             split: {name: value for name, value in values.items() if name.startswith(_SHOWN)}
             for split, values in metrics.items()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal_rm.cli.checks import check_matplotlib, check_writable_files
+from fractal_rm.cli.checks import check_matplotlib, writing_files
 from fractal_rm.cli.parser import parse
 from fractal_rm.evaluation.results import read_results
 from fractal_rm.files import write_atomic
@@ -60,11 +60,11 @@ class ReportArguments:
 def report(argv: Sequence[str]) -> None:
     """Write the page, the picture or the table that the arguments ask for."""
     (arguments,) = parse("report", [ReportArguments], argv)
-    check_writable_files(arguments.output, arguments.figure)
-    if arguments.runs is not None:
-        _report_runs(arguments.runs, arguments.output, arguments.figure, arguments.title or "Training")
-    else:
-        _report_results(arguments.results, arguments.output, arguments.metrics, arguments.title or "Results")
+    with writing_files(arguments.output, arguments.figure):
+        if arguments.runs is not None:
+            _report_runs(arguments.runs, arguments.output, arguments.figure, arguments.title or "Training")
+        else:
+            _report_results(arguments.results, arguments.output, arguments.metrics, arguments.title or "Results")
 
 
 def _report_runs(entries: list[str], output: str | None, figure: str | None, title: str) -> None:

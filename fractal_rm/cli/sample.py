@@ -1,7 +1,8 @@
 """`fractal-rm sample`: prompts in, responses with labels out."""
 
 import json
-import sys
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fractal_rm.cli.arguments import DataArguments
-from fractal_rm.cli.checks import check_models, check_writable_files, hide_loading_bars
+from fractal_rm.cli.checks import check_models, hide_loading_bars, writing_files
 from fractal_rm.cli.parser import parse
 from fractal_rm.cli.tasks import MAKE_PROMPTS, TaskArguments, TaskName, make_task
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.files import write_atomic
+from fractal_rm.interrupts import Interrupted
 from fractal_rm.tasks.answers import read_answer
 from fractal_rm.tasks.equations import step_labels
 from fractal_rm.tasks.task import Split
@@ -94,8 +96,12 @@ class Asked:
 def sample(argv: Sequence[str]) -> None:
     """Sample responses to prompts, label them, and append them to a file."""
     arguments, data = parse("sample", [SampleArguments, DataArguments], argv)
+    with writing_files(arguments.output):
+        _sample(arguments, data)
+
+
+def _sample(arguments: SampleArguments, data: DataArguments) -> None:
     output = Path(arguments.output)
-    check_writable_files(arguments.output)
     check_models(arguments.model)
     asked, max_new_tokens = _read_prompts(arguments, data)
     finished = _rows_so_far(output, arguments)
@@ -136,9 +142,9 @@ def sample(argv: Sequence[str]) -> None:
                 if _key(asked[i].prompt) not in finished:
                     last_number = arguments.answers == "last_number"
                     _append(output, _rows(asked[i], responses, arguments.gold_steps, last_number=last_number))
-    except KeyboardInterrupt:
-        print(f"Interrupted. The same command goes on where {output} ends.", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as end:
+        number = end.number if isinstance(end, Interrupted) else signal.SIGINT
+        raise Interrupted(number, f"Interrupted. The same command goes on where {output} ends.") from None
     prompts = {_key(one.prompt) for one in asked}
     rows = [row for row in read_rows_of(output) if _key(row["prompt"]) in prompts]
     print(f"{summary(rows, arguments.samples)}; {output} holds the responses.")
@@ -224,8 +230,12 @@ def _key(prompt: Any) -> str:
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Append rows in one write: what is there is complete but for a line that a killed process leaves."""
-    with path.open("ab") as file:
+    from fractal_rm.hf.checkpoints import named_write_errors
+
+    with named_write_errors(f"Responses in {path}"), path.open("ab") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_rows_of(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fractal_rm.cli.arguments import ScoringArguments, read_rows
-from fractal_rm.cli.checks import check_models, check_writable_files, load_reward_model
+from fractal_rm.cli.checks import check_models, load_reward_model, writing_files
 from fractal_rm.cli.parser import parse
 from fractal_rm.evaluation.score_rows import add_second_model, score_rows
 from fractal_rm.files import write_atomic
@@ -47,7 +47,11 @@ class ScoreArguments(ScoringArguments):
 def score(argv: Sequence[str]) -> None:
     """Write one line of scores for each response, and a page if one is asked for."""
     (arguments,) = parse("score", [ScoreArguments], argv)
-    check_writable_files(arguments.output, arguments.html)
+    with writing_files(arguments.output, arguments.html):
+        _score(arguments)
+
+
+def _score(arguments: ScoreArguments) -> None:
     check_models(arguments.model, arguments.compare_to)
     rows = read_rows(Path(arguments.input), arguments.dataset_format, arguments.limit)
     reward_model = load_reward_model(arguments.model, arguments.batch_size, arguments.published)

@@ -3,8 +3,9 @@
 import contextlib
 import ipaddress
 import os
+import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fractal_rm.cli.checks import check_models, load_reward_model
@@ -60,12 +61,22 @@ def serve(argv: Sequence[str]) -> None:
     name, host = arguments.model, arguments.host
     reward_model = load_reward_model(name, arguments.batch_size, arguments.published)
     app = make_app(reward_model, name=name, limits=limits, wait=arguments.wait, ends=arguments.ends or ())
-    with contextlib.suppress(KeyboardInterrupt), listen(host, arguments.port) as listening:  # how a server is ended
+    with _until_ctrl_c(), listen(host, arguments.port) as listening:  # how a server is ended
         shown = f"[{host}]" if ":" in host else host
         print(f"{name} scores at http://{shown}:{listening.getsockname()[1]}/score; Ctrl-C ends it.", flush=True)
         if not is_loopback(host):
             print("Whoever can reach this address can use the server: it asks for no password.", flush=True)
         run(app, listening, seconds=limits.seconds)
+
+
+@contextlib.contextmanager
+def _until_ctrl_c() -> Iterator[None]:
+    """Ctrl-C is how a server is ended, and no error; SIGTERM, which ends it too, has its own exit status."""
+    try:
+        yield
+    except KeyboardInterrupt as end:
+        if getattr(end, "number", signal.SIGINT) != signal.SIGINT:
+            raise
 
 
 def listen(host: str, port: int) -> socket.socket:

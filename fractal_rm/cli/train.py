@@ -9,18 +9,19 @@ from typing import Any, Literal
 from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.checks import (
     check_models,
-    check_writable_folder,
     checkpoint_to_resume,
     hide_loading_bars,
     print_metrics,
     print_table,
     to_json,
+    writing_folder,
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.index import check_meaning
 from fractal_rm.data.prompts import is_chat
 from fractal_rm.files import write_atomic
+from fractal_rm.hf.manifest import write_manifest
 from fractal_rm.hf.progress import RichProgress
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.data import to_bags
@@ -58,8 +59,12 @@ class TrainArguments:
 def train(argv: Sequence[str]) -> None:
     """Train a step reward model from response labels."""
     arguments, data, lora, config = parse("train", [TrainArguments, DataArguments, LoraArguments, FractalConfig], argv)
-    folder = Path(config.output_dir)
-    check_writable_folder(folder)
+    with writing_folder(config.output_dir):
+        _train(arguments, data, lora, config)
+
+
+def _train(arguments: TrainArguments, data: DataArguments, lora: LoraArguments, config: FractalConfig) -> None:
+    folder = Path(str(config.output_dir))
     checkpoint = checkpoint_to_resume(config)
     check_models(arguments.model)
     if data.dataset_format is not None:
@@ -89,6 +94,7 @@ def train(argv: Sequence[str]) -> None:
     metrics = trainer.finish(bags.get("test"), data=data.name)
     trainer.save_model()
     if trainer.is_world_process_zero():
+        write_manifest(folder, trainer.identity, ())  # whose model this is
         write_atomic(folder / "metrics.json", to_json(metrics | {"history": trainer.state.log_history}))
         print_metrics(metrics)
         print(f"{folder} holds the reward model, metrics.json and README.md.")

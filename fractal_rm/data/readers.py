@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +26,13 @@ UNKNOWN_LABEL = -100
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> list[dict[str, Any]]:
     """Read the rows of a JSON file.
 
     Args:
         path: A `.jsonl` file with an object on each line, or a `.json` file with one list of objects; either may be
             gzipped (`.gz`).
+        limit: Most rows, the first ones; the lines after them are not read. None: all of them.
 
     Returns:
         The rows. Row `n` of an error message is line `n` of a `.jsonl` file and item `n` of a `.json` file.
@@ -56,7 +58,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     try:
         with opener(path, "rb") as file:
             by_line = path.name.endswith((".jsonl", ".jsonl.gz"))
-            rows = list(_lines(file, path)) if by_line else _items(file, path)
+            rows = list(islice(_lines(file, path), limit)) if by_line else _items(file, path)[:limit]
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise ValueError(f"{path} is not a complete gzip file; write or download it again.") from None
     if not rows:

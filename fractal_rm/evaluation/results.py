@@ -99,9 +99,13 @@ class ResultsFile:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a torn line: end it, so that it cannot swallow this one
                     line = b"\n" + line
-            if file.write(line) != len(line):
+            try:
+                written = file.write(line)
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise OSError(f"{self.path} took no row ({error.strerror}). Free space and run again.") from error
+            if written != len(line):
                 raise OSError(f"{self.path} took only a part of a row: the disk is full. Free space and run again.")
-            os.fsync(file.fileno())
         return json.loads(line)
 
     def rows(self) -> list[dict[str, Any]]:

@@ -1,106 +1,156 @@
-"""Checkpoints that a killed run can be resumed from.
+"""Checkpoints that a killed run can be resumed from: whole ones, of that run.
 
 `transformers.Trainer` writes a checkpoint in place, file after file. A run that is killed meanwhile leaves a folder
-that looks like the last checkpoint and is incomplete. `trainer_state.json` is written last, so a checkpoint is complete
-if that file can be read and states the step that the folder is named for. Three rules keep that true:
-[`begin_checkpoint`] deletes the file of an older run before a folder is written again; `_save_rng_state` of both
-trainers waits until all processes wrote their share before the file appears; every search for a checkpoint goes through
-this module.
+that looks like the last checkpoint and is incomplete. [`fractal_rm.hf.manifest`] says which are whole; every search for
+a checkpoint goes through this module.
 """
 
 import json
-import math
+import logging
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fractal_rm.errors import reason
+from fractal_rm.hf.manifest import MANIFEST, Identity, changes, damage, read_manifest
 
 STATE = "trainer_state.json"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+logger = logging.getLogger(__name__)
 
 
-def is_complete(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint is complete; unless it is named `checkpoint-<step>`, its state may be of any step."""
+def fault(checkpoint: str | Path) -> str | None:
+    """What keeps a checkpoint from being resumed, as a part of a sentence; None if it is whole."""
+    folder = Path(checkpoint)
+    found = damage(folder)
+    if found is not None:
+        return found
     try:
-        state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or cut
-        return False
-    named = _NAME.fullmatch(Path(checkpoint).name)
-    return named is None or state.get("global_step") == int(named[1])
+        step = json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"it holds no {STATE}"
+    named = _NAME.fullmatch(folder.name)
+    return None if named is None or step == int(named[1]) else f"it is of step {step}"
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints of an output folder that were finished, damaged ones among them, the latest first."""
+    named = ((path, _NAME.fullmatch(path.name)) for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    steps = [(int(found[1]), path) for path, found in named if found and (path / MANIFEST).is_file()]
+    return [path for _, path in sorted(steps, reverse=True)]
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The latest complete checkpoint in an output folder; None if there is none."""
-    named = ((path, _NAME.fullmatch(path.name)) for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-    steps = sorted(((int(found[1]), path) for path, found in named if found), reverse=True)
-    return next((str(path) for _, path in steps if is_complete(path)), None)
+    """The latest whole checkpoint in an output folder; damaged ones are named. None if there is none."""
+    for path in checkpoints(folder):
+        found = fault(path)
+        if found is None:
+            return str(path)
+        logger.warning("%s is damaged (%s): the one before is taken.", path, found)
+    return None
 
 
-def begin_checkpoint(folder: str | Path) -> None:
-    """Delete the file that makes a checkpoint look complete, before it is written again; leave other folders alone."""
-    if _NAME.fullmatch(Path(folder).name):
-        (Path(folder) / STATE).unlink(missing_ok=True)
+def can_resume(folder: str | Path) -> bool:
+    """Whether a checkpoint was finished in an output folder. A run that was killed before that starts again."""
+    return bool(checkpoints(folder))
 
 
-def find_checkpoint(wanted: Any, output_dir: str | Path | None) -> str | None:
+def resume_or_clear(folder: Path) -> bool:
+    """Whether a run that is part of a larger one goes on from a checkpoint; else what it left is removed."""
+    if last_checkpoint(folder) is not None:
+        return True
+    if can_resume(folder):
+        logger.warning("%s holds no whole checkpoint: that run starts again.", folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
+def find_checkpoint(wanted: Any, output_dir: str | Path | None, identity: Identity) -> str | None:
     """The checkpoint that `resume_from_checkpoint` of `Trainer.train` means.
 
     Args:
-        wanted: A path; True: the last complete checkpoint; anything false: none.
+        wanted: A path; True: the last whole checkpoint; anything false: none.
         output_dir: Where the run writes its checkpoints.
+        identity: Of the run that is to go on.
 
     Raises:
-        ValueError: If there is no complete checkpoint, or the path holds an incomplete one.
+        ValueError: If there is no whole checkpoint, the path holds a part of one, or it belongs to another run.
     """
     if not wanted:
         return None
     if wanted is True:
         found = last_checkpoint(str(output_dir))
         if found is None:
-            raise ValueError(f"{output_dir} holds no whole checkpoint. Start without `resume_from_checkpoint`.")
-        return found
-    if not is_complete(wanted):
+            damaged = checkpoints(str(output_dir))
+            why = f": {damaged[0].name} is damaged ({fault(damaged[0])})" if damaged else ""
+            raise ValueError(f"{output_dir} holds no whole checkpoint{why}. Start without `resume_from_checkpoint`.")
+    else:
+        found, broken = str(wanted), fault(wanted)
+        if broken is not None:
+            raise ValueError(
+                f"{wanted} is no whole checkpoint: {broken}. Resume from an earlier one, or give "
+                "`resume_from_checkpoint=True` for the last that is whole."
+            )
+    check_same_run(Path(found), identity)
+    return found
+
+
+def check_same_run(folder: Path, identity: Identity) -> None:
+    """Raise ValueError if a folder has the manifest of another run; the sentence names what differs."""
+    manifest = read_manifest(folder)
+    differ = [] if manifest is None else changes(manifest["run"], identity)
+    if differ:
         raise ValueError(
-            f"{wanted} is no whole checkpoint: its {STATE}, which is written last, is missing or cut, or of another "
-            "step. Resume from an earlier one, or give `resume_from_checkpoint=True` for the last that is whole."
+            f"{folder} belongs to another run: {'; '.join(differ)}. Set these as they were to go on with that run, "
+            "give another `output_dir`, or set `overwrite_output_dir` without `resume_from_checkpoint` to remove it."
         )
-    return str(wanted)
 
 
-def finish_if_complete(trainer: Any, checkpoint: str | None) -> TrainOutput | None:
-    """Load a checkpoint that was written after the last step, because `Trainer.train` would make one step more.
+@contextmanager
+def whole_or_absent(folder: Path, *, writes: bool) -> Iterator[None]:
+    """Write a checkpoint in the block, or leave none: what is half written is removed after any error.
 
     Args:
-        trainer: A `transformers.Trainer` whose weights are not sharded.
-        checkpoint: The checkpoint, or None.
+        folder: Of the checkpoint.
+        writes: Whether this process is the one that writes it.
 
-    Returns:
-        What `Trainer.train` would have returned, as far as the log tells; None if steps are left.
+    Raises:
+        OSError: If the disk took no more; the sentence says what is left.
     """
-    if checkpoint is None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return None
-    state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
-    if state.global_step < _last_step(state, trainer.args):
-        return None
-    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    trainer._load_from_checkpoint(best or checkpoint)
-    trainer.state = state
-    return train_output(state)
+    if writes:  # a checkpoint of the same name is not whole while it is written again
+        (folder / MANIFEST).unlink(missing_ok=True)
+    try:
+        with named_write_errors(f"The checkpoint {folder}", "It is removed, the one before it stays."):
+            yield
+    except BaseException:
+        if writes:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
-def _last_step(state: TrainerState, args: TrainingArguments) -> float:
-    """The last step by the present configuration, which may differ from the one that wrote the checkpoint."""
-    if args.max_steps > 0:
-        return args.max_steps
-    # The state rounds `num_train_epochs` up; `epoch` says how far the run came, to a step.
-    came = (state.epoch or 0.0) * (1 + 1 / max(state.global_step, 1))
-    return state.max_steps if args.num_train_epochs <= came or state.global_step < state.max_steps else math.inf
+class WriteError(OSError):
+    """Something could not be written; the message is for whoever reads the screen."""
 
 
-def train_output(state: TrainerState) -> TrainOutput:
-    """What `Trainer.train` returned for a finished run, as far as its log tells."""
-    last = state.log_history[-1] if state.log_history else {}
-    metrics = {name: value for name, value in last.items() if name.startswith("train_")}
-    return TrainOutput(state.global_step, metrics.get("train_loss", math.nan), metrics)
+@contextmanager
+def named_write_errors(what: str, then: str = "") -> Iterator[None]:
+    """Turn what torch, safetensors or the system say of a disk that takes no more into one sentence.
+
+    Raises:
+        WriteError: Names what could not be written, why, what is left, and what to do.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        cause: Any = error.__cause__ if isinstance(error, WriteError) else error
+        why = getattr(cause, "strerror", None) or reason(cause)
+        sentences = (f"{what} could not be written ({why}).", then, "Free space, and resume.")
+        raise WriteError(" ".join(filter(None, sentences))) from cause

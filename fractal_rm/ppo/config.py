@@ -9,6 +9,7 @@ from typing import Any, Literal
 from trl.trainer.grpo_config import GRPOConfig
 
 from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.hf.runs import RunConfig
 
 # Options of earlier versions, and what to use instead.
 _REMOVED = {
@@ -42,7 +43,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 
 
 @dataclass
-class StepPPOConfig(GRPOConfig):
+class StepPPOConfig(RunConfig, GRPOConfig):
     """Configuration of [`StepPPOTrainer`]: only what it adds to [`~trl.GRPOConfig`].
 
     Clipping (`epsilon`), PPO epochs (`num_iterations`), minibatches (`steps_per_generation`) and the KL penalty
@@ -258,6 +259,7 @@ class StepPPOConfig(GRPOConfig):
         return {**given, "tools": tools} if tools else dict(given)
 
     def __post_init__(self) -> None:
+        self.check_amounts()
         one_each = self.num_generations == 1
         if one_each and self.advantage == "group":
             raise ValueError(

@@ -17,7 +17,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 # The versions that the tests ran with, oldest first.
 TESTED_TRL = ("1.14.2", "1.16.0")
 
-# Methods that we override or call, with their parameters after `self`. Some come from `transformers.Trainer`.
+# Methods that we override or call, with their parameters after `self`. Some come from `transformers.Trainer`, and are
+# used by `hf/runs.py`.
 METHODS = {
     "_generate_and_score_completions": ("inputs",),
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
@@ -25,7 +26,9 @@ METHODS = {
     "_prepare_inputs": ("generation_batch",),
     "_compute_loss": ("model", "inputs"),
     "_save": ("output_dir", "state_dict"),
+    "_save_checkpoint": ("model", "trial"),
     "_save_rng_state": ("output_dir",),
+    "_load_rng_state": ("checkpoint",),
     "log": ("logs", "start_time"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
 }
@@ -102,7 +105,12 @@ ATTRIBUTES = {
 }
 
 # Attributes that one of these methods sets, by the version of transformers.
-SET_IN_TRAINING = {"current_gradient_accumulation_steps": ("_run_epoch", "_inner_training_loop")}
+SET_IN_TRAINING = {
+    "current_gradient_accumulation_steps": ("_run_epoch", "_inner_training_loop"),
+    "_globalstep_last_logged": ("_inner_training_loop",),
+    "_total_loss_scalar": ("_inner_training_loop",),
+    "_tr_loss": ("_inner_training_loop",),
+}
 
 # Functions of `trl.trainer.utils`, with their parameters.
 FUNCTIONS = {

@@ -10,6 +10,7 @@ such things wait, from a call into TRL to the line after it.
 """
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,23 +20,33 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
 from fractal_rm.credit.kl import kl_estimates
 from fractal_rm.credit.placement import completion_text, token_end_characters, turn_spans
 from fractal_rm.data.prompts import Conversation, contexts_of, is_chat
-from fractal_rm.hf.checkpoints import begin_checkpoint, find_checkpoint, finish_if_complete
+from fractal_rm.files import write_atomic
+from fractal_rm.hf.checkpoints import named_write_errors
 from fractal_rm.hf.denormals import flush_denormals
-from fractal_rm.hf.finite_logs import log_finite
 from fractal_rm.hf.length_buckets import LengthBuckets, bucketed_log_probs, may_be_sorted
 from fractal_rm.hf.parallelism import is_sharded
 from fractal_rm.hf.processes import share_metrics
+from fractal_rm.hf.runs import Run
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.contract import TOOL_MASK_PLACE, check_contract
 from fractal_rm.ppo.rollout import RolloutBatch, policy_mask
-from fractal_rm.ppo.sources import StepRewardSource, as_list, check_model_outcomes, finite_outcomes, step_lines
+from fractal_rm.ppo.sources import (
+    NotFiniteReward,
+    StepRewardSource,
+    as_list,
+    check_model_outcomes,
+    finite_outcomes,
+    step_lines,
+)
 from fractal_rm.reward_model import StepScores
+from fractal_rm.scorers.checkpoint import check_finite_weights, replaced_folder
 
 # TRL makes a reference model for its own penalty only, and asks no more than whether `beta` is 0.
 _ANY_BETA = 1.0
@@ -109,7 +120,7 @@ class _AsyncSourceFunction(_SourceFunction):
         return self._hand(await found, log_extra)
 
 
-class Engine(GRPOTrainer):
+class Engine(Run, GRPOTrainer):
     """`GRPOTrainer` turned around: `rollout` and `loss` are asked for, the rest is offered.
 
     Args:
@@ -182,8 +193,8 @@ class Engine(GRPOTrainer):
         """What reads the policy's last hidden states (..., H) while log-probabilities are computed; None: nothing."""
         return None
 
-    def save_state(self, folder: Path) -> None:
-        """Write what a checkpoint holds beside policy and optimizer."""
+    def save_state(self, folder: Path, *, resumable: bool) -> None:
+        """Write what a saved policy has beside it; `resumable`: what a checkpoint holds beside policy and optimizer."""
 
     def load_state(self, folder: Path, *, weights: bool) -> None:
         """Go on from what `save_state` wrote; without `weights`, running statistics only."""
@@ -225,7 +236,16 @@ class Engine(GRPOTrainer):
     def sample(self, inputs: Any) -> RolloutBatch:
         """Let TRL generate completions and judge them, and measure the KL divergence where it is asked for or free."""
         self._hand_over = hand_over = _HandOver()
-        output = super()._generate_and_score_completions(inputs)
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):
+                raise
+            file = self._keep_rollout([row["prompt"] for row in inputs], [None] * len(inputs))
+            raise ValueError(
+                f"The policy cannot sample at step {self.state.global_step}, because its logits are NaN or infinite. "
+                f"{file} keeps the prompts. Lower `learning_rate`, and go on from a checkpoint."
+            ) from error
         old = output.get("old_per_token_logps")
         batch = RolloutBatch(
             prompts=hand_over.prompts,
@@ -345,7 +365,8 @@ class Engine(GRPOTrainer):
         written = hand_over.written or [[1] * len(ids) for ids in completion_ids_list]
         rows = zip(completion_ids_list, written, completions, strict=True)
         hand_over.texts = [self._text(ids, mask, completion) for ids, mask, completion in rows]
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with self._keeping_rollout(prompts):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         is_outcome = self.is_outcome.to(rewards.device)
         if is_outcome.any() and not is_outcome.all():
             # TRL leaves out what no function could judge. Step scores must not make that a judged outcome of 0.
@@ -353,9 +374,27 @@ class Engine(GRPOTrainer):
             rewards[unjudged.unsqueeze(1) & ~is_outcome] = torch.nan
         first = self.accelerator.process_index * len(prompts)
         ours = rewards[first : first + len(prompts)]
-        check_model_outcomes(self.reward_funcs, self.reward_func_names, ours, prompts, completions)
+        with self._keeping_rollout(prompts):
+            check_model_outcomes(self.reward_funcs, self.reward_func_names, ours, prompts, completions)
         hand_over.prompts, hand_over.completion_ids, hand_over.function_rewards = prompts, completion_ids_list, ours
         return rewards
+
+    @contextmanager
+    def _keeping_rollout(self, prompts: Any) -> Iterator[None]:
+        """Write prompts and completions into the output folder if one of them has a reward that is not finite."""
+        try:
+            yield
+        except NotFiniteReward as error:
+            file = self._keep_rollout(prompts, self._hand_over.texts)
+            raise NotFiniteReward(f"{error} {file} keeps the rollout.") from error
+
+    def _keep_rollout(self, prompts: Sequence[Any], texts: Sequence[str | None]) -> Path:
+        """Write prompts and completions of a rollout that is not learned from; the file."""
+        name = f"not_finite-{self.state.global_step}-{self.args.process_index}.jsonl"
+        pairs = zip(prompts, texts, strict=True)
+        rows = [json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) for prompt, text in pairs]
+        write_atomic(file := Path(str(self.args.output_dir)) / name, "\n".join(rows) + "\n")
+        return file
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         self._hand_over = hand_over = _HandOver()
@@ -363,7 +402,10 @@ class Engine(GRPOTrainer):
             hand_over.known = inputs.pop(_LOGPROBS), inputs.pop(_ENTROPIES)
         policy_loss = super()._compute_loss(model, inputs)
         self._hand_over = _HandOver()  # states are wide: nobody keeps them longer than needed
-        return self.loss(policy_loss, inputs, hand_over.forwards[-1].read if hand_over.forwards else None)
+        loss = self.loss(policy_loss, inputs, hand_over.forwards[-1].read if hand_over.forwards else None)
+        if self.model.training:
+            self.finite.check_loss(loss, inputs)
+        return loss
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -414,29 +456,40 @@ class Engine(GRPOTrainer):
             share_metrics(metrics)
         for name in [name for name, values in metrics.items() if not math.isfinite(_mean(values))]:
             del metrics[name]  # TRL would log None or infinity
-        log_finite(super().log, logs, start_time, step=self.state.global_step)
+        super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; `resume_from_checkpoint=True` is the last checkpoint that is whole."""
-        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        if checkpoint and self.is_deepspeed_enabled:  # it loads weights its own way, and nothing else
-            self.load_state(Path(checkpoint), weights=False)
+        self.begin(resume_from_checkpoint)
         with flush_denormals(self.accelerator.device):
-            done = finish_if_complete(self, checkpoint)
-            return done or super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            return self.go_on(resume_from_checkpoint, str(self.args.output_dir), **kwargs)
+
+    def restore_sums(self) -> None:
+        super().restore_sums()
+        if self.resumes is not None and self.is_deepspeed_enabled:  # it loads weights its own way, and nothing else
+            self.load_state(self.resumes, weights=False)
+
+    def pending_logs(self) -> dict[str, list[float]]:
+        return dict(self._metrics["train"])
+
+    def restore_pending_logs(self, pending: dict[str, list[float]]) -> None:
+        for name, values in pending.items():
+            self._metrics["train"][name] = list(values)
+
+    def may_stop(self) -> bool:
+        """Whether no rollout waits: TRL does not save one, and would sample it anew."""
+        args = self.args
+        served = args.num_iterations * (args.steps_per_generation or 1)
+        return self.state.global_step * args.gradient_accumulation_steps % served == 0
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
-        if self.args.should_save:
-            begin_checkpoint(folder)
-        super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save:
-            self.save_state(folder)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # `trainer_state.json`, which says that a checkpoint is whole, comes after the files of every process.
-        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return super()._save(output_dir, state_dict=state_dict)
+        check_finite_weights(self.policy, folder)
+        with named_write_errors(f"The policy in {folder}"), replaced_folder(folder) as whole:
+            super()._save(str(whole), state_dict=state_dict)
+            self.save_state(whole, resumable=folder.name.startswith(PREFIX_CHECKPOINT_DIR))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model=model)

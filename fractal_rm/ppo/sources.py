@@ -85,7 +85,7 @@ class ModelSource(StepRewardSource):
         found = self.reward_model.score(prompts, texts, progress=False, **options)
         for row, scored in enumerate(found):
             if not all(map(math.isfinite, scored.step_scores)):
-                raise ValueError(
+                raise NotFiniteReward(
                     f"`{self.name}` scored the steps of {completion_in_words(row, prompts[row], texts[row])} as "
                     f"{scored.step_scores}. Its weights or their precision are broken: check them with "
                     "`StepRewardModel.score` on that text."
@@ -167,7 +167,7 @@ class FunctionSource(StepRewardSource):
                     f"`{self.name}` gave step {number} of {where} a {kind}. Return a number, or None."
                 ) from None
             if not math.isfinite(score):
-                raise ValueError(
+                raise NotFiniteReward(
                     f"`{self.name}` gave step {number} of {where} the score {score}. Return a finite number, or "
                     "None for a step without an opinion."
                 )
@@ -243,6 +243,10 @@ def _checked_list(value: Any, found: str, wanted: str) -> list[Any]:
 # Outcome functions ----------------------------------------------------------------------------------------------------
 
 
+class NotFiniteReward(ValueError):
+    """A reward or score is NaN or infinite: the run stops, and keeps the rollout."""
+
+
 def finite_outcomes(function: Any, name: str) -> Any:
     """A reward function of TRL whose rewards are checked: NaN and infinity would spread to the whole batch.
 
@@ -273,7 +277,7 @@ def check_finite(rewards: Iterable[Any], name: str, prompts: Sequence[Any], comp
     rewards = list(rewards)
     for row, (reward, prompt, completion) in enumerate(zip(rewards, prompts, completions, strict=False)):
         if reward is not None and not math.isfinite(reward):
-            raise ValueError(
+            raise NotFiniteReward(
                 f"The reward function `{name}` gave {completion_in_words(row, prompt, completion)} the reward "
                 f"{float(reward)}. Return a finite number, or None for no opinion."
             )

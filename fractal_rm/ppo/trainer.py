@@ -12,10 +12,10 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_callable_name
 
 from fractal_rm.credit.kl import AdaptiveKL
+from fractal_rm.hf.manifest import adapter_settings, rows_fingerprint, weights_fingerprint
 from fractal_rm.ppo.advantage import ESTIMATORS, Given
 from fractal_rm.ppo.alarms import Alarms, guard_inputs
 from fractal_rm.ppo.checks import check_earning, check_engine, load_checked, warn_of_uncut_completions
@@ -34,6 +34,7 @@ from fractal_rm.ppo.value_model import (
 )
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.data import Records
+from fractal_rm.scorers.settings import tokenizer_fingerprint
 
 _STATE_FILE = "step_ppo_state.json"
 
@@ -253,30 +254,39 @@ class StepPPOTrainer(Engine):
             self.value_learning.add_to(optimizer)
         return optimizer
 
+    def materials(self) -> dict[str, Any]:
+        scored = [source.reward_model for source in self.sources if isinstance(source, ModelSource)]
+        judges = [[weights_fingerprint(model.scorer), repr(model.settings)] for model in scored]
+        if self.args.rm_update_every:  # it learns in place, and a checkpoint holds it
+            judges = judges[1:]
+        return {
+            "train_data": rows_fingerprint(self.train_dataset),
+            "model": weights_fingerprint(self.policy),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "adapter": adapter_settings(self.policy),
+            "rewards": self.reward_func_names,
+            "reward_models": judges,
+            "value_model": None if self.value_learning is None else weights_fingerprint(self.value_model),
+        }
+
     def _statistics(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and optimizer: running statistics, the KL coefficient, the guards."""
         parts = {"step_rewards": self.shaper, "kl_reward": self.kl_coefficient, "alarms": self.alarms}
         return parts if self.online_reward is None else parts | {"online_reward": self.online_reward}
 
-    def save_state(self, folder: Path) -> None:
+    def save_state(self, folder: Path, *, resumable: bool) -> None:
         state = {name: part.state_dict() for name, part in self._statistics().items()}
         (folder / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         if self.value_learning is not None:
             self.value_learning.save(folder)
         if self.online_reward is not None:
-            self.online_reward.save(folder, resumable=folder.name.startswith(PREFIX_CHECKPOINT_DIR))
+            self.online_reward.save(folder, resumable=resumable)
 
     def load_state(self, folder: Path, *, weights: bool) -> None:
         if weights and self.value_learning is not None:
             self.value_learning.load(folder)
         if weights and self.online_reward is not None:
             self.online_reward.load(folder)
-        file = folder / _STATE_FILE
-        if not file.is_file():
-            raise ValueError(
-                f"{file} is missing, so running statistics cannot be resumed. Resume from a checkpoint that "
-                "StepPPOTrainer wrote, or start again without `resume_from_checkpoint`."
-            )
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
         for name, part in self._statistics().items():
             part.load_state_dict(state[name])

@@ -30,7 +30,7 @@ from fractal_rm.ppo.engine import Engine, backbone
 from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.model_setup import add_adapter
-from fractal_rm.scorers.checkpoint import head_module
+from fractal_rm.scorers.checkpoint import check_finite_weights, head_module
 from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.scorers.token import token_classifier
 
@@ -333,6 +333,7 @@ class ValueLearning:
     def save(self, checkpoint: Path) -> None:
         """Write `value_model/`: an ordinary folder of a model, or of its PEFT adapter, or the weights of a head."""
         model, folder = self.engine.accelerator.unwrap_model(self.model), checkpoint / VALUE_FOLDER
+        check_finite_weights(model, "the value model")
         if _is_adapted(model):
             return model.save_pretrained(folder / _ADAPTER_FOLDER, save_embedding_layers=False)
         if not self.shared:

@@ -8,12 +8,13 @@ import torch
 from transformers import TrainingArguments
 
 from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.hf.runs import RunConfig
 from fractal_rm.objectives.aggregation import Aggregation, meaning
 from fractal_rm.scorers.settings import FractalSettings
 
 
 @dataclass
-class FractalConfig(TrainingArguments):
+class FractalConfig(RunConfig, TrainingArguments):
     """Configuration of [`FractalTrainer`]: only what it adds to [`~transformers.TrainingArguments`].
 
     `learning_rate` defaults to 5e-5 as in transformers; small models trained from scratch want about 1e-3.
@@ -208,6 +209,7 @@ class FractalConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self.check_amounts()
         super().__post_init__()
         # Without an accelerator torch warns about every loader that is told to pin memory.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()

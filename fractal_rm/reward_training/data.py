@@ -133,6 +133,14 @@ def fingerprint(bags: Sequence[Bag]) -> str:
     return digest.hexdigest()[:16]
 
 
+def content_fingerprint(bags: Sequence[Bag]) -> str:
+    """A short name for all that is known of the bags, gold step labels and scores of teachers too."""
+    digest = hashlib.blake2b(digest_size=8)
+    for bag in bags:
+        digest.update(repr(bag).encode())
+    return digest.hexdigest()
+
+
 def describe_labels(bags: Sequence[Bag], args: Any) -> str:
     """What there was to learn from, for the model card; `args` says whether gold step labels were read.
 

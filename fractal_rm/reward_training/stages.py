@@ -5,6 +5,7 @@ one leaves in its folder, and what its logits of the training data become: the h
 worth gold labels, or pseudo-labels.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transformers import TrainerState
 
 from fractal_rm.files import replacing
 from fractal_rm.hf.checkpoints import STATE
+from fractal_rm.hf.manifest import MANIFEST, Identity, damage, write_manifest
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.objectives.grades import expected_grades, ordinal_pseudo_labels
 from fractal_rm.objectives.preferences import preference_pseudo_labels
@@ -26,6 +28,7 @@ from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.data import BagDataset
 from fractal_rm.reward_training.objective import StageKind
 
+logger = logging.getLogger(__name__)
 _LOGITS, _WEIGHTS = "step_logits.safetensors", "weights.safetensors"
 # Responses whose posteriors are computed at once: under "mean" they take memory quadratic in the steps.
 _CHUNK = 256
@@ -69,18 +72,23 @@ class Finished(NamedTuple):
     logits: Tensor
 
 
-def write_finished(folder: Path, stage: Finished) -> None:
-    """Write what a stage leaves; the logits come last, because their file says that the stage is finished."""
+def write_finished(folder: Path, stage: Finished, identity: Identity) -> None:
+    """Write what a stage of a run leaves; the manifest comes last, and says that the stage is finished."""
     folder.mkdir(parents=True, exist_ok=True)
     stage.state.save_to_json(str(folder / STATE))
     for name, tensors in ((_WEIGHTS, stage.weights), (_LOGITS, {"logits": stage.logits})):
         with replacing(folder / name) as file:
             save_file(tensors, file)
+    write_manifest(folder, identity, (folder / name for name in (STATE, _WEIGHTS, _LOGITS)))
 
 
 def read_finished(folder: Path) -> Finished | None:
-    """What [`write_finished`] wrote; None if the stage is not finished."""
-    if not (folder / _LOGITS).is_file():
+    """What [`write_finished`] wrote; None if the stage is not finished, or its files are damaged, which is said."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    found = damage(folder)
+    if found is not None:
+        logger.warning("%s is damaged (%s): the stage goes on from its last checkpoint.", folder, found)
         return None
     state = TrainerState.load_from_json(str(folder / STATE))
     return Finished(state, load_file(folder / _WEIGHTS), load_file(folder / _LOGITS)["logits"])

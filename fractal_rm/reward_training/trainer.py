@@ -18,7 +18,6 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
@@ -31,17 +30,12 @@ from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.evaluation.statistics import estimates
 from fractal_rm.files import replacing, write_atomic
 from fractal_rm.hf.cards import RewardModelCard
-from fractal_rm.hf.checkpoints import (
-    begin_checkpoint,
-    find_checkpoint,
-    finish_if_complete,
-    last_checkpoint,
-    train_output,
-)
+from fractal_rm.hf.checkpoints import can_resume, named_write_errors
 from fractal_rm.hf.denormals import flush_denormals
-from fractal_rm.hf.finite_logs import log_finite
 from fractal_rm.hf.length_buckets import bucketed_step_logits
+from fractal_rm.hf.manifest import adapter_settings, weights_fingerprint
 from fractal_rm.hf.parallelism import check_unsharded
+from fractal_rm.hf.runs import Run, train_output
 from fractal_rm.objectives.calibration import fit_temperature
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.config import FractalConfig
@@ -50,6 +44,7 @@ from fractal_rm.reward_training.data import (
     BagDataset,
     Records,
     check_reasoning,
+    content_fingerprint,
     describe_labels,
     fingerprint,
     say_unread_gold,
@@ -83,7 +78,13 @@ from fractal_rm.reward_training.trials import (
     try_configurations,
 )
 from fractal_rm.scorers.base import StepScorer
-from fractal_rm.scorers.checkpoint import head_parameters, load_scorer, make_inputs, save_scorer
+from fractal_rm.scorers.checkpoint import (
+    head_parameters,
+    load_scorer,
+    make_inputs,
+    processor_fingerprint,
+    save_scorer,
+)
 from fractal_rm.scorers.likelihood import LikelihoodScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 
@@ -94,7 +95,7 @@ _TRAINABLE_FILE = "trainable.safetensors"
 _SCALE_RESPONSES = 256
 
 
-class FractalTrainer(Trainer):
+class FractalTrainer(Run):
     """Trains a step reward model from response labels.
 
     Args:
@@ -264,6 +265,17 @@ class FractalTrainer(Trainer):
         trainer.choice, trainer.card.choice = choice, choice.text
         return trainer
 
+    def materials(self) -> dict[str, Any]:
+        train: Any = self.train_dataset
+        return {
+            "train_data": None if train is None else content_fingerprint(train.bags),
+            # Only where it decides which weights are kept.
+            **({"eval_data": content_fingerprint(self.eval_bags or [])} if self.args.load_best_model_at_end else {}),
+            "model": weights_fingerprint(self.scorer),
+            "tokenizer": processor_fingerprint(self.processor),
+            "adapter": adapter_settings(self.scorer.model),
+        }
+
     def _encoded(self, bags: list[Bag], source: str, *, reads_gold: bool = True) -> BagDataset:
         return BagDataset(bags, self.inputs, self.settings, source=source, reads_gold=reads_gold)
 
@@ -302,12 +314,12 @@ class FractalTrainer(Trainer):
                 f"`resume_from_checkpoint` is {resume_from_checkpoint}, and there are {len(stages)} stages, "
                 "each with checkpoints of its own. Give true: it goes on where it was."
             )
+        self.begin(resume_from_checkpoint)
         with flush_denormals(self.accelerator.device):
             if len(stages) > 1:
                 result = self._train_in_stages(stages, resume=bool(resume_from_checkpoint), **kwargs)
             else:
-                checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
-                result = finish_if_complete(self, checkpoint) or self._train_stage(stages[0], checkpoint, **kwargs)
+                result = self._train_stage(stages[0], resume_from_checkpoint, **kwargs)
         if self.train_dataset is not None:
             self.card.metrics["train"] = {"responses": self.data.truncation.total, **result.metrics}
         return result
@@ -336,8 +348,7 @@ class FractalTrainer(Trainer):
             folder = output / stage.name
             finished = read_finished(folder) if resume else None
             if finished is None:
-                checkpoint = last_checkpoint(folder) if resume else None
-                result, logits = self._train_in_folder(stage, folder, checkpoint, **kwargs)
+                result, logits = self._train_in_folder(stage, folder, resume and can_resume(folder), **kwargs)
             else:
                 self.state, weights, logits = finished
                 self.scorer.load_state_dict(weights, strict=False)
@@ -351,19 +362,19 @@ class FractalTrainer(Trainer):
         self.state.log_history = history
         return result
 
-    def _train_in_folder(self, stage: Stage, folder: Path, checkpoint: str | None, **kwargs: Any) -> tuple[Any, Tensor]:
+    def _train_in_folder(self, stage: Stage, folder: Path, resume: bool, **kwargs: Any) -> tuple[Any, Tensor]:
         """Train a stage in its folder; returns what `Trainer.train` does, and the logits to hand on in one row."""
         args = self.args
         output, args.output_dir = args.output_dir, str(folder)
         set_seed(args.seed)  # a stage must not depend on whether the ones before it ran in this process
         self.optimizer = self.lr_scheduler = None
         try:
-            result = finish_if_complete(self, checkpoint) or self._train_stage(stage, checkpoint, **kwargs)
+            result = self._train_stage(stage, resume, **kwargs)
         finally:
             args.output_dir = output
         logits = torch.cat([row.flatten() for row in self.step_logits(self.data)]).cpu()
         if self.is_world_process_zero():
-            write_finished(folder, Finished(self.state, self._trainable(), logits))
+            write_finished(folder, Finished(self.state, self._trainable(), logits), self.identity)
         self.accelerator.wait_for_everyone()
         return result, logits
 
@@ -392,7 +403,7 @@ class FractalTrainer(Trainer):
         try:
             if not goes_on and isinstance(self.scorer, LikelihoodScorer) and everything is not None:
                 self._fit_scale(self.scorer, everything)
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return self.go_on(resume_from_checkpoint, str(self.args.output_dir), **kwargs)
         finally:
             self.train_dataset = everything
 
@@ -453,6 +464,8 @@ class FractalTrainer(Trainer):
             means = {name: term.mean() for name, term in terms.items()}
         # A batch without anything to learn has a gradient all the same, or other processes would wait for it.
         loss = sum(weights[name] * mean for name, mean in means.items()) if means else 0.0 * logits.nan_to_num().sum()
+        if model.training:
+            self.finite.check_loss(loss, inputs)
         for name, term in terms.items():
             self._terms["loss" if model.training else "eval", name].append(term.detach())
         return (loss, logits) if return_outputs else loss
@@ -474,7 +487,7 @@ class FractalTrainer(Trainer):
             wanted = "loss" if total == "loss" else "eval"
             seen = {term: self._terms.pop((kind, term)) for kind, term in list(self._terms) if kind == wanted}
             logs |= {f"{total}/{term}": mean for term, mean in logged_means(seen).items()}
-        log_finite(super().log, logs, start_time, step=self.state.global_step)
+        super().log(logs, start_time)
 
     # Evaluation ---------------------------------------------------------------------------------------------------
 
@@ -559,6 +572,12 @@ class FractalTrainer(Trainer):
             self.calibrate()
             self.card.forget_evaluation()  # the same data, measured before calibration
         scored = {split: score_bags(self.reward_model(), bags) for split, bags in splits.items()}
+        for split, found in scored.items():
+            if not all(math.isfinite(score) for one in found for score in one.step_scores):
+                raise ValueError(
+                    f"The model gives steps of the {split} data scores that are NaN or infinite: the training has "
+                    "diverged. Lower `learning_rate`."
+                )
         if "eval" in splits:
             threshold = choose_threshold(scored["eval"], splits["eval"], aggregation=self.settings.aggregation)
             if not math.isnan(threshold):
@@ -576,12 +595,12 @@ class FractalTrainer(Trainer):
         if not self.args.should_save:
             return  # another process writes
         folder = Path(output_dir or str(self.args.output_dir))
-        begin_checkpoint(folder)
-        saved = save_scorer(folder, self.scorer, self.processor, self.settings)
-        write_atomic(folder / "README.md", self.card.text(saved, self.processor))
-        if self.scorer.is_adapted:
-            with replacing(folder / _TRAINABLE_FILE) as file:
-                save_file(self._trainable(), file)
+        with named_write_errors(f"The reward model in {folder}"):
+            saved = save_scorer(folder, self.scorer, self.processor, self.settings)
+            write_atomic(folder / "README.md", self.card.text(saved, self.processor))
+            if self.scorer.is_adapted:
+                with replacing(folder / _TRAINABLE_FILE) as file:
+                    save_file(self._trainable(), file)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card of the reward model, which tells more than that of `transformers.Trainer`."""
@@ -589,10 +608,12 @@ class FractalTrainer(Trainer):
             text = self.card.text(self.settings, self.processor)
             write_atomic(Path(str(self.args.output_dir)) / "README.md", text)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # `trainer_state.json`, which says that a checkpoint is whole, comes after the files of every process.
-        self.accelerator.wait_for_everyone()
+    def pending_logs(self) -> list[Any]:
+        return [[*key, [part.tolist() for part in parts]] for key, parts in self._terms.items()]
+
+    def restore_pending_logs(self, pending: list[Any]) -> None:
+        for kind, term, parts in pending:
+            self._terms[kind, term] = [torch.tensor(part) for part in parts]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -6,7 +6,6 @@ the `fractal` block of `config.json`.
 
 import copy
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -199,6 +198,8 @@ def _head_sample(model: nn.Module, settings: FractalSettings) -> list[float]:
 def replaced_folder(path: Path) -> Iterator[Path]:
     """A temporary folder inside `path` whose files are moved into `path` once all of them are written."""
     path.mkdir(parents=True, exist_ok=True)
+    for killed in path.glob(".writing-*"):
+        shutil.rmtree(killed, ignore_errors=True)
     temporary = path / f".writing-{os.getpid()}"
     temporary.mkdir(exist_ok=True)
     try:
@@ -214,6 +215,26 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             os.replace(temporary / name, path / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_finite_weights(model: nn.Module, where: str | Path) -> None:
+    """Raise ValueError if a weight is NaN or infinite, before it is written."""
+    broken = [name for name, weight in model.state_dict().items() if not _is_finite(weight)]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} weights are NaN or infinite (first: {broken[0]}), so {where} is not written. Lower "
+            "`learning_rate`, and go on from a checkpoint."
+        )
+
+
+def _is_finite(weight: Any) -> bool:
+    known = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+    return not known or bool(weight.isfinite().all())
+
+
+def processor_fingerprint(processor: Processor) -> str:
+    """A short name for how a tokenizer or sentence encoder reads text."""
+    return processor.fingerprint if isinstance(processor, SentenceEncoder) else tokenizer_fingerprint(processor)
 
 
 def save_scorer(
@@ -238,11 +259,10 @@ def save_scorer(
     if isinstance(scorer, LikelihoodScorer):
         saved.log_weight, saved.bias = scorer.log_weight.item(), scorer.bias.item()
     encodes = isinstance(processor, SentenceEncoder)
-    saved.tokenizer = processor.fingerprint if encodes else tokenizer_fingerprint(processor)
+    saved.tokenizer = processor_fingerprint(processor)
     saved.head = _head_sample(model, settings)
     saved.versions = {name: found for name, found in package_versions().items() if found}
-    if not all(math.isfinite(value) for value in (saved.log_weight, saved.bias, *saved.head)):
-        raise ValueError(f"The scorer's weights are not finite; {path} is not written. Lower the learning rate.")
+    check_finite_weights(scorer, path)
     with replaced_folder(Path(path)) as folder:
         if encodes:
             processor.save(folder)

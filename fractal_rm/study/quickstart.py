@@ -18,6 +18,7 @@ from rich.console import Console
 from fractal_rm.data.readers import read_jsonl
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.files import write_atomic
+from fractal_rm.hf.checkpoints import STATE, last_checkpoint, resume_or_clear
 from fractal_rm.hf.progress import RichProgress
 from fractal_rm.report import plots
 from fractal_rm.report.quickstart_report import summarize, write_report
@@ -30,6 +31,8 @@ from fractal_rm.tasks.arithmetic.conditions import ShippedArithmetic
 from fractal_rm.tasks.task import Split, unseen
 
 console = Console()
+# What a training has measured so far, beside its checkpoints.
+_POINTS = "points.json"
 
 ARMS = (Arm("dense+outcome", steps="fractal", outcome=True), Arm("outcome", outcome=True))
 
@@ -136,7 +139,11 @@ class Quickstart:
                 continue
             console.print(f"[bold]{number}/{len(stages)}[/bold]  {title} ...")
             start = time.perf_counter()
-            stage()
+            self._check_claim()
+            try:
+                stage()
+            finally:
+                self._check_claim()  # whatever a stage says of files that are gone
             seconds = time.perf_counter() - start
             write_atomic(seconds_file, json.dumps({"seconds": seconds}))
             console.print(f"      {seconds:.0f} s")
@@ -152,6 +159,11 @@ class Quickstart:
                 f"{self.folder} holds a run with another seed or budget. Choose another `--output_dir`, or delete it."
             )
         write_atomic(file, json.dumps(mine))
+
+    def _check_claim(self) -> None:
+        """Raise FileNotFoundError if the folder is no longer there."""
+        if not (self.folder / "quickstart.json").is_file():
+            raise FileNotFoundError(f"{self.folder} was removed while the quickstart ran in it. Start it again.")
 
     def take_policy(self) -> None:
         """The base policy, whose mistakes are beliefs; `tasks/arithmetic/base_policy.py` says how it was made."""
@@ -223,16 +235,19 @@ class Quickstart:
             seconds = point["seconds"]
             metrics = {key: value for key, value in point.items() if key != "seconds"}
             self._append(arm.name, "held_out", metrics | self._step_metrics(), seconds)
+        for checkpoint in (self.folder / "ppo" / arm.name).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
 
     def train_policy(
         self, arm: Arm, settings: Options, at_end: Callable[[Any], dict[str, float]] | None = None
     ) -> list[dict[str, float]]:
         """Train a policy, save it, and measure it at fixed numbers of rollouts: the points of its learning curve.
 
+        A training that was stopped goes on from its last checkpoint; one is written with every measurement.
         `settings`, of [`StepPPOConfig`], are the same for all arms; `at_end` adds metrics to the last point.
         """
-        amounts, folder, points = self.amounts, self.folder / "ppo" / arm.name, []
-        shutil.rmtree(folder, ignore_errors=True)  # what a stopped run left
+        amounts, folder = self.amounts, self.folder / "ppo" / arm.name
+        resume = resume_or_clear(folder)
         with quiet():
             trainer = make_trainer(
                 arm,
@@ -242,6 +257,9 @@ class Quickstart:
                     "per_device_train_batch_size": amounts.rollouts_per_update,
                     "max_steps": amounts.updates,
                     "seed": self.arguments.seed,
+                    "save_strategy": "steps",
+                    "save_steps": amounts.evaluate_every,
+                    "save_total_limit": 2,
                 },
                 self.folder / "policy",
                 self.folder / "reward_model" if arm.steps else None,
@@ -249,22 +267,31 @@ class Quickstart:
                 [problem.prompt for problem in self.problems["train"]],
                 folder,
             )
-            start, tokenizer = time.perf_counter(), load_policy(self.folder / "policy")[1]
+            points = self._points_so_far(folder, trainer.num_iterations) if resume else []
+            start = time.perf_counter() - (points[-1]["seconds"] if points else 0.0)
+            tokenizer = load_policy(self.folder / "policy")[1]
 
             def evaluate(step: int) -> None:
                 rollouts = step // trainer.num_iterations * amounts.rollouts_per_update
                 found, _ = measure(trainer.model, tokenizer, self.task, self.held_out)
                 del found["response_tokens"]
                 points.append({"rollouts": rollouts, **found, "seconds": time.perf_counter() - start})
+                write_atomic(folder / _POINTS, json.dumps(points))
 
             every = range(amounts.evaluate_every, amounts.updates + 1, amounts.evaluate_every)
             trainer.add_callback(Evaluations(every, evaluate))
             with RichProgress(trainer, arm.name):
-                trainer.train()
+                trainer.train(resume_from_checkpoint=resume)
             trainer.save_model()
             if at_end is not None:
                 points[-1] |= at_end(trainer)
         return points
+
+    def _points_so_far(self, folder: Path, iterations: int) -> list[dict[str, float]]:
+        """What was measured until the checkpoint from which a training goes on."""
+        points = json.loads((folder / _POINTS).read_text(encoding="utf-8"))
+        step = json.loads((Path(str(last_checkpoint(folder))) / STATE).read_text(encoding="utf-8"))["global_step"]
+        return [point for point in points if point["rollouts"] <= step // iterations * self.amounts.rollouts_per_update]
 
     # Pieces -------------------------------------------------------------------------------------------------------
 

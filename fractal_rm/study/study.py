@@ -21,10 +21,10 @@ import transformers
 import yaml
 from filelock import FileLock
 from transformers import PrinterCallback, TrainerCallback, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 from fractal_rm.evaluation.results import ResultsFile, has_row
 from fractal_rm.files import write_atomic
+from fractal_rm.hf.checkpoints import resume_or_clear
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_model import FractalReward, StepRewardModel
@@ -125,8 +125,7 @@ def run_arm(
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Evaluations(steps, evaluate, clock))
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=resume_or_clear(folder))
     if trainer.args.save_strategy != "no":
         trainer.save_model(str(assets.trained(arm)))
 
@@ -186,15 +185,13 @@ class Evaluations(TrainerCallback):
         if state.global_step == 0:
             self.evaluate(0)
         elif self.clock is not None:
-            self.clock.resume()
+            self.clock.resume(state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step in self.steps:
             self.evaluate(state.global_step)
-
-    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.clock is not None:
-            self.clock.save()
+        if self.clock is not None and control.should_save:  # before the checkpoint, which may be the last thing
+            self.clock.save(state.global_step)
 
 
 class Clock:
@@ -216,14 +213,17 @@ class Clock:
         yield
         self._since = time.process_time()
 
-    def save(self) -> None:
-        """Keep the seconds so far."""
+    def save(self, step: int) -> None:
+        """Keep the seconds until the end of a step."""
         with self.stopped():
-            write_atomic(self.file, json.dumps(self.seconds))
+            write_atomic(self.file, json.dumps(self._kept() | {str(step): self.seconds}))
 
-    def resume(self) -> None:
-        """Go on from the seconds that were kept."""
-        self.seconds, self._since = json.loads(self.file.read_text(encoding="utf-8")), time.process_time()
+    def resume(self, step: int) -> None:
+        """Go on from the seconds that were kept at the end of a step."""
+        self.seconds, self._since = self._kept()[str(step)], time.process_time()
+
+    def _kept(self) -> dict[str, float]:
+        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
 
 
 # Many runs -----------------------------------------------------------------------------------------------------------
@@ -333,12 +333,16 @@ class Study:
             if not self.is_done(unit, self.rows()):
                 self._run(unit)
 
+    def _running(self, unit: Unit) -> Path:
+        """Where a run writes until it is done."""
+        return self.work / "running" / "-".join(map(str, unit))
+
     def _run(self, unit: Unit) -> None:
         start = time.monotonic()
         assets = self.assets(self.work, self.tasks[unit.task], unit.seed, self.reward_model_steps)
         budget, results, config = self._budget(unit), ResultsFile(self.results), self.config(unit)
         final = (budget.updates or 0) * budget.rollouts_per_update
-        folder = self.work / "running" / "-".join(map(str, unit))
+        folder = self._running(unit)
 
         def report(metrics: dict[str, Any]) -> None:
             row = {"arm": unit.arm, "dataset": unit.task, "seed": unit.seed}
@@ -352,7 +356,7 @@ class Study:
 
         with quiet():
             run_arm(self.arms[unit.arm], self._options(unit), assets, budget, report, folder)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         print(f"{unit.task} seed {unit.seed} {unit.arm}: {time.monotonic() - start:.0f} s", flush=True)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -362,7 +366,10 @@ class Study:
     def run_all(self, units: Sequence[Unit], jobs: int) -> None:
         """Do the runs that are not done, in their order, in `jobs` processes with one thread each."""
         rows = self.rows()
-        run_units(self.run, [unit for unit in units if not self.is_done(unit, rows)], jobs)
+        done = {unit for unit in units if self.is_done(unit, rows)}
+        for unit in done:  # killed after its last row, and before it had tidied up
+            shutil.rmtree(self._running(unit), ignore_errors=True)
+        run_units(self.run, [unit for unit in units if unit not in done], jobs)
 
     # Tuning ----------------------------------------------------------------------------------------------------------
 

@@ -198,7 +198,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 0
 
 def logs(trainer: Any) -> list[dict[str, Any]]:
     """What was logged, but for times."""
-    timed = ("step_time", "runtime", "per_second")
+    timed = ("step_time", "runtime", "per_second", "timed_from_step")
     return [{k: v for k, v in row.items() if not k.endswith(timed)} for row in trainer.state.log_history]
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,10 @@ def check_file(path: Path) -> None:
             raise ValueError(f"{path} is a pointer of Git LFS, not the data; fetch the data with `git lfs pull`.")
 
 
-def csv_rows(path: Path, delimiter: str = "\t") -> list[tuple[int, dict[str, str]]]:
+def csv_rows(path: Path, delimiter: str = "\t", limit: int | None = None) -> list[tuple[int, dict[str, str]]]:
     """Rows of a file of separated cells by the names of its header, with their numbers; the header is row 1.
 
-    Cells are text: a response `2` or `NA` is not converted.
+    Cells are text: a response `2` or `NA` is not converted. With a limit, rows after the first ones are not looked at.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -82,7 +83,7 @@ def csv_rows(path: Path, delimiter: str = "\t") -> list[tuple[int, dict[str, str
     kind = "tab-separated" if delimiter == "\t" else "comma-separated"
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter=delimiter))
+            rows = list(islice(csv.DictReader(file, delimiter=delimiter), limit))
     except (UnicodeDecodeError, csv.Error):
         raise ValueError(f"{path} is no {kind} file in UTF-8; write or download it again.") from None
     for number, row in enumerate(rows, 2):

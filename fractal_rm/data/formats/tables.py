@@ -15,8 +15,8 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LISTS = ("steps", "completions", "step_labels", "labels", "teacher_scores")
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file that [`is_table`], or of a folder of `Dataset.save_to_disk`.
+def read_table(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows of a file that [`is_table`], or of a folder of `Dataset.save_to_disk`: all of them, or the first ones.
 
     Cells of CSV files are text; lists and chats are written as JSON.
 
@@ -27,16 +27,16 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     if path.suffix in _DELIMITERS:
         rows: list[Any] = [
             {name: _cell(name, text) for name, text in row.items()}
-            for _, row in csv_rows(path, _DELIMITERS[path.suffix])
+            for _, row in csv_rows(path, _DELIMITERS[path.suffix], limit)
         ]
     else:
-        rows = _from_datasets(path)
+        rows = _from_datasets(path, limit)
     if not rows:
         raise ValueError(f"{path} is empty; give a file with at least one row.")
     return rows
 
 
-def _from_datasets(path: Path) -> list[dict[str, Any]]:
+def _from_datasets(path: Path, limit: int | None) -> list[dict[str, Any]]:
     import datasets
     from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
@@ -47,11 +47,12 @@ def _from_datasets(path: Path) -> list[dict[str, Any]]:
     datasets.disable_progress_bars()
     try:
         if path.is_dir():
-            found = load_from_disk(str(path), keep_in_memory=True)
+            found = load_from_disk(str(path), keep_in_memory=limit is None)
         else:
             with tempfile.TemporaryDirectory() as cache:
+                split = "train" if limit is None else f"train[:{limit}]"
                 found = load_dataset(
-                    _BUILDERS[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+                    _BUILDERS[path.suffix], data_files=str(path), split=split, cache_dir=cache, keep_in_memory=True
                 )
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(f"{path} cannot be read ({_cause(error)}); write or download it again.") from None
@@ -60,7 +61,8 @@ def _from_datasets(path: Path) -> list[dict[str, Any]]:
             datasets.enable_progress_bars()
     if isinstance(found, DatasetDict):
         raise ValueError(f"{path} holds the splits {', '.join(map(str, found))}; give the folder of one of them.")
-    return found.to_list()  # type: ignore[union-attr]
+    rows: Any = found if limit is None or limit >= len(found) else found.select(range(limit))  # type: ignore[union-attr]
+    return rows.to_list()
 
 
 def _cell(name: str, text: str) -> Any:

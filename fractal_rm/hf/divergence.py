@@ -1,0 +1,67 @@
+"""A training that diverges stops: nothing that is not finite is learned from or written."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fractal_rm.files import replacing
+
+
+class FiniteTraining(TrainerCallback):
+    """Stops a training at a loss or gradient that is NaN or infinite, before the optimizer makes its step.
+
+    The batches of that step are kept in the output folder, `not_finite-<step>-<number>.safetensors`: give one to
+    `trainer.compute_loss` to see it again.
+
+    Args:
+        trainer: The trainer. Under a gradient scaler gradients are left alone: it leaves such steps out.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.batches: list[dict[str, Any]] = []
+
+    def check_loss(self, loss: Any, batch: dict[str, Any]) -> None:
+        """Remember a batch until the optimizer's step, and raise if its loss is not finite.
+
+        Raises:
+            ValueError: Names the step, and where its batches are.
+        """
+        self.batches.append(batch)
+        if not loss.isfinite().all():
+            self.stop("loss", loss.detach().float().mean().item())
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = kwargs.get("optimizer")
+        if optimizer is None or getattr(self.trainer.accelerator, "scaler", None) is not None:
+            return
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        if not norm.isfinite():
+            self.stop("gradient norm", norm.item())
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.batches.clear()
+
+    def stop(self, what: str, value: float) -> None:
+        """Keep the batches and raise."""
+        step, folder = self.trainer.state.global_step, Path(str(self.trainer.args.output_dir))
+        name = f"not_finite-{step}"
+        for number, batch in enumerate(self.batches):
+            tensors = {key: x.detach().cpu().contiguous() for key, x in batch.items() if isinstance(x, torch.Tensor)}
+            process = self.trainer.args.process_index
+            with replacing(folder / f"{name}-{process}-{number}.safetensors") as file:
+                save_file({key: x.clone() for key, x in tensors.items()}, file)
+        self.batches.clear()
+        raise ValueError(
+            f"The {what} of step {step} is {value}: the training diverges, and stops before it spoils the weights. "
+            f"{folder} keeps the batch ({name}-*.safetensors). Lower `learning_rate`, and go on from a checkpoint."
+        )

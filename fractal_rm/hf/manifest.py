@@ -1,0 +1,163 @@
+"""What a run is, and what a checkpoint of it holds: `manifest.json`, the last file that is written.
+
+The manifest has the size and the checksum of every other file, and the identity of the run: each setting that its
+result depends on, and fingerprints of data and models. A checkpoint without one was not finished; one whose files are
+not as its manifest says is damaged; one with another identity belongs to another run.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import TrainingArguments
+
+from fractal_rm.files import write_atomic
+
+MANIFEST = "manifest.json"
+Identity = dict[str, Any]
+# Rows that are hashed at a time, and values of a weight at either end that are: models are told apart, not checked.
+_ROWS, _VALUES = 1000, 1024
+# Settings that may change when a run goes on: where things go, what is written or shown and when, which machine it is.
+_FREE_BEGINNINGS = ("eval_", "hub_", "log_", "logging_", "push_to_hub", "save_", "trackio_", "vllm_server_")
+_FREE = {
+    "ddp_timeout",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "disable_tqdm",
+    "do_eval",
+    "do_predict",
+    "do_train",
+    "embedding_cache",
+    "enable_jit_checkpoint",
+    "local_rank",
+    "num_completions_to_print",
+    "num_generations_eval",
+    "num_train_epochs",  # a shorter training makes no step more
+    "output_dir",
+    "overwrite_output_dir",
+    "per_device_eval_batch_size",
+    "project",
+    "report_to",
+    "resume_from_checkpoint",
+    "run_name",
+    "skip_memory_metrics",
+    "vllm_gpu_memory_utilization",
+    "vllm_group_port",
+}
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, identity: Identity, files: Iterable[Path]) -> None:
+    """Say that a folder is finished: sizes and checksums of files in it, and whose it is."""
+    listed = {str(path.relative_to(folder)): _described(path) for path in sorted(files)}
+    write_atomic(folder / MANIFEST, json.dumps({"run": identity, "files": listed}, indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder; None if there is none, or none that can be read."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return found if isinstance(found["run"], dict) and isinstance(found["files"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that has a manifest, as a part of a sentence; None if it is as it was written."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"its {MANIFEST} is missing or cannot be read"
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        found = path.stat().st_size
+        if found != expected["bytes"]:
+            return f"{name} has {found} of {expected['bytes']} bytes"
+        if _described(path) != expected:
+            return f"{name} has other content than was written"
+    return None
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return {"bytes": path.stat().st_size, "blake2b": digest}
+
+
+# Identities -----------------------------------------------------------------------------------------------------------
+
+
+def identity_of(args: TrainingArguments, materials: Mapping[str, Any]) -> Identity:
+    """What makes a run the run that it is.
+
+    Args:
+        args: Its configuration, of which the settings are taken that its result depends on.
+        materials: Names to fingerprints of what it is made of.
+    """
+    settings = {
+        name: value
+        for name, value in args.to_dict().items()
+        if name not in _FREE and not name.startswith(_FREE_BEGINNINGS)
+    }
+    return json.loads(json.dumps({**settings, **materials}, default=str))
+
+
+def changes(before: Identity, now: Identity) -> list[str]:
+    """What differs between two runs, as parts of a sentence; what only one of them knows is passed over.
+
+    `max_steps` may become more.
+
+    Example:
+        >>> changes({"seed": 0, "data": "a1", "max_steps": 4}, {"seed": 1, "data": "a1", "max_steps": 8})
+        ['`seed` was 0 and is 1']
+    """
+    found = []
+    for name in before.keys() & now.keys():
+        old, new = before[name], now[name]
+        grown = name == "max_steps" and new >= old > 0
+        if old != new and not grown:
+            found.append(f"`{name}` was {old!r} and is {new!r}")
+    return sorted(found)
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A short name for the weights of a model, adapters left out: they start at random."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            continue
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        if not weight.is_meta:
+            flat = getattr(weight, "to_local", lambda weight=weight: weight)().detach().flatten()
+            for end in (flat[:_VALUES], flat[-_VALUES:]):
+                digest.update(end.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def adapter_settings(model: Any) -> dict[str, Any] | None:
+    """What the PEFT adapters of a model are made with; None without any."""
+    found = {}
+    for name, config in getattr(model, "peft_config", {}).items():
+        settings = {key: sorted(x) if isinstance(x, set) else x for key, x in config.to_dict().items()}
+        found[name] = {key: x for key, x in settings.items() if key not in ("base_model_name_or_path", "revision")}
+    return found or None
+
+
+def rows_fingerprint(rows: Any) -> str | None:
+    """A short name for the rows of a data set; None for a stream, which is not read twice."""
+    if not isinstance(rows, Dataset):
+        return None
+    digest = hashlib.blake2b(digest_size=8)
+    for batch in rows.with_format("arrow").iter(batch_size=_ROWS):
+        table: Any = batch
+        digest.update(json.dumps(table.to_pylist(), default=repr).encode())
+    return digest.hexdigest()

@@ -1,0 +1,294 @@
+"""What both trainers do so that a run is the run that it says it is: stopped, damaged, resumed or started again.
+
+[`Run`] stands before a `transformers.Trainer` among the base classes. Checkpoints get a manifest
+([`fractal_rm.hf.manifest`]) and what `Trainer` forgets (losses and metrics since the last log); Ctrl-C and SIGTERM end
+a run with a checkpoint; a training that diverges stops ([`fractal_rm.hf.divergence`]).
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+
+from fractal_rm.files import write_atomic
+from fractal_rm.hf.checkpoints import STATE, check_same_run, checkpoints, find_checkpoint, whole_or_absent
+from fractal_rm.hf.divergence import FiniteTraining
+from fractal_rm.hf.finite_logs import log_finite
+from fractal_rm.hf.manifest import MANIFEST, Identity, identity_of, write_manifest
+from fractal_rm.interrupts import Interrupted, handled
+from fractal_rm.scorers.checkpoint import check_finite_weights
+
+# Says of a log that its times, and what it counts a second, are those since this step: of the last part of a run.
+TIMED_FROM = "train_timed_from_step"
+_PENDING = "pending_logs"
+
+
+@dataclass
+class RunConfig:
+    """What configurations of both trainers share; stands before `TrainingArguments` among the base classes."""
+
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Remove the checkpoints of another run from `output_dir`; else such a folder is refused."},
+    )
+
+    def check_amounts(self) -> None:
+        """Raise ValueError for amounts by which nothing would be trained; `Trainer` takes some and reports success."""
+        args: Any = self
+        if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
+            name = "num_train_epochs" if args.max_steps else "max_steps"
+            raise ValueError(
+                f"`{name}` is {getattr(self, name)}: nothing would be trained. Give `max_steps` of 1 or more, or "
+                "`num_train_epochs` above 0."
+            )
+        for name in ("gradient_accumulation_steps", "num_iterations"):
+            if getattr(self, name, 1) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}: nothing would be trained. Give 1 or more.")
+
+
+class Run(Trainer):
+    """Mixin for a trainer whose runs can be stopped and resumed. A trainer defines `materials`."""
+
+    args: Any
+
+    def materials(self) -> Mapping[str, Any]:
+        """Names to fingerprints of what the run is made of, before it has changed anything."""
+        raise NotImplementedError
+
+    def pending_logs(self) -> Any:
+        """What is measured and not yet logged, as JSON holds it."""
+
+    def restore_pending_logs(self, pending: Any) -> None:
+        """Go on from what `pending_logs` gave."""
+
+    def may_stop(self) -> bool:
+        """Whether a run that stops after this step and is resumed equals one that does not stop."""
+        return True
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What makes this run the run that it is; asked for before training."""
+        return identity_of(self.args, {**self.materials(), "processes": self.args.world_size})
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.finite = FiniteTraining(self)
+        self.stopping = _Stopping(self)
+        self.timed_from = 0
+        for callback in (self.finite, self.stopping, _Restoring(self)):
+            self.add_callback(callback)
+        self.resumes: Path | None = None
+
+    # Beginning --------------------------------------------------------------------------------------------------------
+
+    def begin(self, resume_from_checkpoint: Any) -> None:
+        """Look whose run the output folder holds, before anything is trained.
+
+        Raises:
+            ValueError: If it is another run's.
+        """
+        output, identity = Path(str(self.args.output_dir)), self.identity
+        held = [output, *output.glob("stage-*")]
+        if self.args.overwrite_output_dir:
+            if resume_from_checkpoint:
+                raise ValueError(
+                    "`overwrite_output_dir` removes the checkpoints that `resume_from_checkpoint` is to go on from. "
+                    "Leave one of them out."
+                )
+            if self.is_world_process_zero():
+                for folder in (*held[1:], *output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+                    shutil.rmtree(folder, ignore_errors=True)
+                (output / MANIFEST).unlink(missing_ok=True)
+            self.accelerator.wait_for_everyone()
+        else:
+            for folder in held:
+                for path in (folder, *checkpoints(folder)):
+                    check_same_run(path, identity)
+
+    def go_on(self, wanted: Any, folder: str | Path, **kwargs: Any) -> TrainOutput:
+        """Train to the end, from the checkpoint that is wanted, if any; a finished run makes no step more."""
+        checkpoint = find_checkpoint(wanted, folder, self.identity)
+        self.resumes = None if checkpoint is None else Path(checkpoint)
+        done = self._finished(checkpoint)
+        if done is not None:
+            return done
+        parent: Any = super()
+        with self.stopping.listening():
+            result = parent.train(resume_from_checkpoint=checkpoint, **kwargs)
+        if self.state.global_step == 0:
+            raise ValueError("Not one optimizer step was made: nothing is trained. Give more data, or smaller batches.")
+        check_finite_weights(self.accelerator.unwrap_model(self.model), "the model")
+        return TrainOutput(result.global_step, result.metrics.get("train_loss", result.training_loss), result.metrics)
+
+    def _finished(self, checkpoint: str | None) -> TrainOutput | None:
+        """Load a checkpoint from after the last step, because `Trainer.train` would make one step more.
+
+        Returns:
+            What `Trainer.train` would have returned, but for times; None if steps are left.
+        """
+        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+        if state.global_step < self._last_step():
+            return None
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or checkpoint)
+        self._load_rng_state(checkpoint)  # an evaluation that samples draws what it would have drawn
+        self.state, self.timed_from = state, state.global_step
+        sums = self._read_pending(Path(checkpoint))
+        self.restore_pending_logs(sums["metrics"])
+        loss = (sums["logged"] + sums["since"]) / state.global_step
+        metrics = {"total_flos": state.total_flos, "train_loss": loss, TIMED_FROM: state.global_step}
+        self.log(metrics)
+        return TrainOutput(state.global_step, loss, metrics)
+
+    def _last_step(self) -> float:
+        """The last step by the present configuration, which may differ from the one that wrote a checkpoint."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        last = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        return math.inf if last is None else last
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        # Older checkpoints go when this one is whole, and not before.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with whole_or_absent(folder, writes=self.args.should_save):
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    write_manifest(folder, self.identity, (path for path in folder.rglob("*") if path.is_file()))
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(self.args.output_dir),
+                limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        sums = {
+            "logged": self._total_loss_scalar,
+            "since": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "metrics": self.pending_logs(),
+        }
+        write_atomic(self._pending_file(Path(output_dir)), json.dumps(sums))
+        # State and manifest, which say that a checkpoint is whole, come after the files of every process.
+        self.accelerator.wait_for_everyone()
+
+    def _pending_file(self, folder: Path) -> Path:
+        many = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        return folder / f"{_PENDING}{many}.json"
+
+    def _read_pending(self, folder: Path) -> dict[str, Any]:
+        return json.loads(self._pending_file(folder).read_text(encoding="utf-8"))
+
+    def restore_sums(self) -> None:
+        """Put back the losses and metrics since the last log, once `Trainer` has set them to nothing."""
+        self.timed_from = self.state.global_step
+        if self.resumes is None or not self._pending_file(self.resumes).is_file():
+            return  # a checkpoint of the model alone
+        sums = self._read_pending(self.resumes)
+        self._total_loss_scalar, self._globalstep_last_logged = sums["logged"], sums["last_logged"]
+        self._tr_loss = torch.tensor(sums["since"], device=self.args.device)
+        self._initial_global_step = 0  # the mean loss is that of all steps
+        self.restore_pending_logs(sums["metrics"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `transformers.Trainer`, numbers that are finite only; the times of a resumed run say what they are."""
+        norm = logs.get("grad_norm", 0.0)
+        if not math.isfinite(norm) and getattr(self.accelerator, "scaler", None) is None:
+            self.finite.stop("gradient norm", norm)
+        self._mark_times(logs)
+        log_finite(super().log, logs, start_time, step=self.state.global_step)
+
+    def _mark_times(self, logs: dict[str, Any]) -> None:
+        """Correct the speeds of a resumed run, which are of its last part, and say since when."""
+        if self.timed_from and "train_runtime" in logs:
+            share = 1 - self.timed_from / max(self.state.global_step, 1)
+            for name in ("train_samples_per_second", "train_steps_per_second"):
+                if name in logs:
+                    logs[name] = round(logs[name] * share, 3)
+            logs[TIMED_FROM] = self.timed_from
+
+
+def train_output(state: TrainerState) -> TrainOutput:
+    """What `Trainer.train` returned for a finished run, as its log tells."""
+    last = state.log_history[-1] if state.log_history else {}
+    metrics = {name: value for name, value in last.items() if name.startswith("train_")}
+    return TrainOutput(state.global_step, metrics.get("train_loss", math.nan), metrics)
+
+
+class _Restoring(TrainerCallback):
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.run.restore_sums()
+
+
+class _Stopping(TrainerCallback):
+    """Ends a training with a checkpoint after Ctrl-C or SIGTERM; at once, after a second one.
+
+    Without checkpoints (`save_strategy="no"`) signals do what they did before.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.asked, self.process = run, 0, os.getpid()
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if os.getpid() != self.process:  # a loader of data, which its parent ends by SIGTERM
+            if number == signal.SIGTERM:
+                raise Interrupted(number)
+            return
+        if self.asked:
+            raise Interrupted(number, "Interrupted twice: training ended at once, without another checkpoint.")
+        self.asked = number
+        os.write(2, b"Interrupted: a checkpoint is written after this step. Once more ends at once.\n")
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take signals for a while.
+
+        Raises:
+            Interrupted: At the end, if there was one: it says what was saved.
+        """
+        if self.run.args.save_strategy == "no":
+            yield
+            return
+        self.asked = 0
+        with handled(self._ask):
+            yield
+        if self.asked:
+            raise Interrupted(
+                self.asked,
+                f"Interrupted after step {self.run.state.global_step}: {self.run.args.output_dir} holds a checkpoint. "
+                "The same command goes on with --resume_from_checkpoint true.",
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        asked: Any = torch.tensor(float(bool(self.asked)), device=args.device)
+        if args.world_size > 1:  # all of them, or none
+            asked = self.run.accelerator.reduce(asked, reduction="sum")
+        if asked and self.run.may_stop():
+            control.should_save = control.should_training_stop = True

@@ -1,0 +1,46 @@
+"""Signals that end a command: Ctrl-C, and SIGTERM, which clusters send before they take a machine away."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended the work, whose state is as the message says.
+
+    Args:
+        number: The signal.
+        message: A sentence for whoever reads the screen.
+    """
+
+    def __init__(self, number: int, message: str = "Interrupted.") -> None:
+        super().__init__(message)
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """The exit status that a shell expects: 130 after Ctrl-C, 143 after SIGTERM."""
+        return 128 + self.number
+
+
+def interrupt(number: int, frame: Any) -> None:
+    """A handler of signals: raises [`Interrupted`] wherever the program is."""
+    raise Interrupted(number)
+
+
+@contextmanager
+def handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Let a function handle Ctrl-C and SIGTERM for a while; in a thread that is not the main one, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

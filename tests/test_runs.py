@@ -1,0 +1,354 @@
+"""A run is what it says it is: whose checkpoints it takes, what it reports after a pause, and how it is stopped."""
+
+import math
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from support import fractal, step_ppo
+from support.models import sums
+from transformers import TrainerCallback
+
+from fractal_rm.cli.arguments import read_rows
+from fractal_rm.cli.main import main
+from fractal_rm.data.readers import read_jsonl
+from fractal_rm.files import locked
+from fractal_rm.hf.checkpoints import fault, last_checkpoint
+from fractal_rm.hf.runs import TIMED_FROM
+from fractal_rm.interrupts import Interrupted
+
+# Logs after 3 and 6 steps, checkpoints after 2 and 4: one lies between two logs.
+SAVED = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 3, "max_steps": 4}
+
+
+class At(TrainerCallback):
+    """Does something during a step."""
+
+    def __init__(self, step: int, act: Any) -> None:
+        self.step, self.act = step, act
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            self.act()
+
+
+def reward_run(folder: Path, **changed: Any) -> Any:
+    return fractal.make(folder, **SAVED | changed)
+
+
+def policy_run(folder: Path, **changed: Any) -> Any:
+    given = {"reward_model": step_ppo.reward_model(), "num_generations": 2} | SAVED
+    return step_ppo.make(folder, eval_dataset=Dataset.from_dict({"prompt": ["q", "qa"]}), **given | changed)
+
+
+RUNS = {"train": reward_run, "ppo": policy_run}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def whole(request, tmp_path_factory) -> tuple[Any, Any, Path]:
+    """Which run, its trainer at the end, and its folder: a test that changes anything takes a copy."""
+    folder = tmp_path_factory.mktemp(request.param)
+    trainer = RUNS[request.param](folder)
+    trainer.outcome = trainer.train()
+    return RUNS[request.param], trainer, folder
+
+
+@pytest.fixture
+def copied(whole, tmp_path) -> tuple[Any, Any, Path]:
+    folder = tmp_path / "run"
+    shutil.copytree(whole[2], folder)
+    return whole[0], whole[1], folder
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return step_ppo.weights(trainer.accelerator.unwrap_model(trainer.model))
+
+
+# Whose checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_result_is_the_same(copied, caplog):
+    make, trainer, folder = copied
+    file = folder / "checkpoint-4" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    again = make(folder)
+    again.train(resume_from_checkpoint=True)
+    assert "checkpoint-4 is damaged (optimizer.pt has" in caplog.text
+    assert step_ppo.same(weights(again), weights(trainer))
+    assert fault(folder / "checkpoint-4") is None  # written again
+
+
+CHANGES = {
+    "train": [
+        ("aggregation", {"aggregation": "mean"}),
+        ("segmentation", {"segmentation": "sentences"}),
+        ("prompt_template", {"prompt_template": "{prompt}\n"}),
+        ("learning_rate", {"learning_rate": 0.5}),
+        ("max_steps", {"max_steps": 3}),
+        ("train_data", {"rows": sums(15)}),
+        ("model", {"model_options": {"seed": 5}}),
+    ],
+    "ppo": [
+        ("lam", {"lam": 0.5}),
+        ("shaping", {"shaping": "delta"}),
+        ("seed", {"seed": 1}),
+        ("train_data", {"train_dataset": Dataset.from_dict({"prompt": ["qb", "qc"] * 8})}),
+        ("model", {"model": step_ppo.LlamaForCausalLM(step_ppo.config(initializer_range=0.5))}),
+        ("reward_models", {"reward_model": step_ppo.reward_model(aggregation="mean")}),
+        ("rewards", {"reward_funcs": step_ppo.count_of_a}),
+    ],
+}
+
+
+def test_a_run_that_is_resumed_as_another_one_is_refused_by_what_differs(whole):
+    make, _, folder = whole
+    kind = next(name for name, one in RUNS.items() if one is make)
+    ways: list[Any] = [True, False, str(folder / "checkpoint-2")]
+    for number, (key, changed) in enumerate(CHANGES[kind]):
+        with pytest.raises(ValueError, match=rf"checkpoint-\d belongs to another run: .*`{key}` was"):
+            make(folder, **changed).train(resume_from_checkpoint=ways[number % 3])
+
+
+def test_what_may_change_when_a_run_goes_on(copied):
+    make, _, folder = copied
+    changed = {"logging_steps": 1, "save_steps": 5, "run_name": "other", "max_steps": 5, "save_total_limit": 1}
+    longer = make(folder, **changed)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 5
+    assert last_checkpoint(folder) == str(folder / "checkpoint-5")
+    assert not (folder / "checkpoint-4").exists()
+
+
+def test_another_run_takes_the_folder_when_it_is_told_to(copied):
+    make, _, folder = copied
+    other = make(folder, seed=3, max_steps=1, overwrite_output_dir=True)
+    with pytest.raises(ValueError, match="`overwrite_output_dir` removes the checkpoints that"):
+        other.train(resume_from_checkpoint=True)
+    other.train()
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_shorter_training_makes_no_step_more(tmp_path):
+    given = {"max_steps": -1, "save_steps": 3, "rows": sums(16)}  # 4 steps an epoch
+    reward_run(tmp_path, num_train_epochs=2, **given).train()
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    shorter = reward_run(tmp_path, num_train_epochs=1.25, **given)  # 5 steps, and 6 are done
+    assert shorter.train(resume_from_checkpoint=True).global_step == 6
+
+
+# What it reports ------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_reports_what_an_uninterrupted_one_does(copied):
+    make, trainer, folder = copied
+    expected = {**trainer.outcome.metrics}
+    shutil.rmtree(folder / "checkpoint-4")
+    resumed = make(folder)
+    found = resumed.train(resume_from_checkpoint=True)
+    assert found.training_loss == found.metrics["train_loss"] == expected["train_loss"]
+    assert found.metrics.keys() - expected.keys() == {TIMED_FROM}
+    assert found.metrics[TIMED_FROM] == 2
+    speed = 2 / found.metrics["train_runtime"]
+    assert found.metrics["train_steps_per_second"] == pytest.approx(speed, rel=0.1, abs=0.01)
+    assert step_ppo.logs(resumed) == step_ppo.logs(trainer)
+
+
+def test_a_finished_run_that_is_started_again_reports_it_too(copied):
+    make, trainer, folder = copied
+    again = make(folder)
+    found = again.train(resume_from_checkpoint=True)
+    assert found.metrics["train_loss"] == trainer.outcome.metrics["train_loss"]
+    assert found.metrics["total_flos"] == trainer.outcome.metrics["total_flos"]
+    assert step_ppo.logs(again) == step_ppo.logs(trainer)
+
+
+def test_an_evaluation_after_a_finished_run_draws_what_it_would_have_drawn(tmp_path):
+    trainer = policy_run(tmp_path)
+    trainer.train()
+    expected = trainer.evaluate()
+    torch.manual_seed(7)
+    again = policy_run(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    found = again.evaluate()
+    times = ("runtime", "per_second", "step_time")
+    assert {k: v for k, v in found.items() if not k.endswith(times)} == {
+        k: v for k, v in expected.items() if not k.endswith(times)
+    }
+
+
+# How it is stopped ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on(whole, tmp_path, number, status):
+    make, trainer, _ = whole
+    stopped = make(tmp_path, save_steps=100)
+    stopped.add_callback(At(1, lambda: os.kill(os.getpid(), number)))
+    with pytest.raises(Interrupted, match=r"Interrupted after step 1: .* holds a checkpoint\.") as caught:
+        stopped.train()
+    assert caught.value.status == status
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    again = make(tmp_path, save_steps=100)
+    again.train(resume_from_checkpoint=True)
+    assert step_ppo.same(weights(again), weights(trainer))
+    assert signal.getsignal(number) is not stopped.stopping._ask
+
+
+def test_a_policy_stops_between_two_rollouts(tmp_path):
+    trainer = policy_run(tmp_path, num_iterations=2, max_steps=6, save_steps=100)
+    trainer.add_callback(At(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(Interrupted, match="after step 4"):
+        trainer.train()
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    trainer = reward_run(tmp_path, save_steps=100)
+    trainer.add_callback(At(1, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]))
+    with pytest.raises(Interrupted, match="twice"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_is_told_to_end_has_the_status_of_the_signal(monkeypatch, capsys, number, status):
+    monkeypatch.setattr("fractal_rm.cli.report.report", lambda argv: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    assert main(["report"]) == status
+    assert signal.getsignal(number) is before
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# What goes wrong ------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(whole, tmp_path):
+    make, _, _ = whole
+    trainer, (soft, hard) = make(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer.add_callback(At(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint-4 could not be written \(.*\)\. It is removed, the one before"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert fault(tmp_path / "checkpoint-2") is None
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(tmp_path, kind):
+    twice = {"num_iterations": 2} if kind == "ppo" else {}  # the same rollout, with other weights
+    trainer = RUNS[kind](tmp_path, learning_rate=1e30, max_grad_norm=0.0, save_steps=100, **twice)
+    with pytest.raises(ValueError, match=r"The loss of step 1 is nan: the training diverges"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    (file,) = tmp_path.glob("not_finite-1-*.safetensors")
+    batch = load_file(file)
+    assert batch["input_ids" if kind == "train" else "completion_ids"].numel()
+    trainer.model.train()
+    with pytest.raises(ValueError, match=r"The loss of step 1 is nan"):
+        trainer.compute_loss(trainer.model, batch)
+
+
+def test_a_policy_that_can_no_longer_sample_stops_the_run_and_keeps_the_prompts(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot sample at step 1, .*/not_finite-1-0\.jsonl keeps the prompts\."):
+        policy_run(tmp_path, learning_rate=1e30, max_grad_norm=0.0).train()
+    assert len(read_jsonl(tmp_path / "not_finite-1-0.jsonl")) == 8
+
+
+def test_a_reward_that_is_not_finite_keeps_the_rollout(tmp_path):
+    def broken(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [0.0] * (len(completion_ids) - 1) + [math.nan]
+
+    with pytest.raises(ValueError, match=r"the reward nan\..*/not_finite-0-0\.jsonl keeps the rollout\."):
+        policy_run(tmp_path, reward_funcs=broken).train()
+    assert len(read_jsonl(tmp_path / "not_finite-0-0.jsonl")) == 8
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
+    trainer = reward_run(tmp_path)
+    weight = next(trainer.scorer.base.parameters())
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = None
+
+    class Remember(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            nonlocal before
+            before = weights(trainer)
+
+    trainer.add_callback(Remember())
+    with pytest.raises(ValueError, match="The gradient norm of step 0 is nan"):
+        trainer.train()
+    assert step_ppo.same(weights(trainer), before or {})
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_model_with_a_weight_that_is_not_finite_is_not_written(tmp_path, kind):
+    trainer = RUNS[kind](tmp_path)
+    with torch.no_grad():
+        next(trainer.model.parameters()).view(-1)[-1] = float("nan")
+    with pytest.raises(ValueError, match=r"1 weights are NaN or infinite \(first: .*is not written"):
+        trainer.save_model()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_train_epochs": -1, "max_steps": -1}, "`num_train_epochs` is -1: nothing would be trained"),
+        ({"max_steps": 0}, "`max_steps` is 0: nothing would be trained"),
+        ({"gradient_accumulation_steps": -1}, "`gradient_accumulation_steps` is -1: nothing would be trained"),
+        ({"num_iterations": 0}, "`num_iterations` is 0: nothing would be trained"),
+    ],
+)
+def test_amounts_that_train_nothing_are_refused(tmp_path, changed, message):
+    for kind, make in RUNS.items():
+        if kind == "ppo" or "num_iterations" not in changed:
+            with pytest.raises(ValueError, match=message):
+                make(tmp_path, **changed)
+
+
+def test_options_of_adapters_without_adapters_are_refused(tmp_path, capsys):
+    flags = ["--model", "nothing", "--train_file", "none.jsonl", "--output_dir", str(tmp_path), "--lora_r", "4"]
+    assert main(["train", *flags]) == 2
+    assert "`lora_r` is 4, but has no effect without `use_peft`" in capsys.readouterr().err
+
+
+# Two at once ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_another_process_writes_is_refused_and_a_dead_one_holds_none(tmp_path, capsys):
+    train = ["train", "--model", "nowhere/at/all", "--train_file", "none.jsonl", "--output_dir", str(tmp_path / "run")]
+    with locked(tmp_path / "run" / ".lock", "there"):
+        assert main(train) == 2
+    assert f"Another process {os.getpid()} writes into {tmp_path / 'run'}." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("12345")  # of a process that was killed
+    assert main(train) == 2
+    assert "There is no model folder nowhere/at/all" in capsys.readouterr().err
+
+
+def test_a_file_that_another_process_writes_is_refused(tmp_path, capsys):
+    score = ["score", "--model", "nowhere/at/all", "--input", "none.jsonl", "--output", str(tmp_path / "scores.jsonl")]
+    with locked(tmp_path / ".scores.jsonl.lock", "it"):
+        assert main(score) == 2
+    assert "writes" in capsys.readouterr().err
+
+
+# Large files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_limit_reads_no_more_than_it_needs(tmp_path, name):
+    lines = ['{"prompt": "a"}'] * 3 if name.endswith("jsonl") else ["prompt,label", "a,1", "a,1", "a,0"]
+    (tmp_path / name).write_text("\n".join([*lines, "{,1,2", "{,1,2"]))  # the rest cannot be read
+    assert [row["prompt"] for row in read_rows(tmp_path / name, None, 3)] == ["a"] * 3
+    with pytest.raises(ValueError, match="row"):
+        read_rows(tmp_path / name, None, None)
