@@ -3,15 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from fractal_rm.cli.arguments import DataArguments, LoraArguments
+from fractal_rm.cli.arguments import DataArguments, LoraArguments, OutputArguments
 from fractal_rm.cli.checks import (
     check_models,
     check_writable_folder,
     checkpoint_to_resume,
     hide_loading_bars,
+    number_cell,
     print_metrics,
+    refuse_finished_output,
     to_json,
 )
 from fractal_rm.cli.parser import parse
@@ -27,20 +29,20 @@ from fractal_rm.reward_training.trainer import FractalTrainer
 
 
 @dataclass
-class TrainArguments:
-    """What `fractal-rm train` needs beside [`FractalConfig`]."""
+class TrainArguments(OutputArguments):
+    """Arguments of `fractal-rm train` in addition to [`FractalConfig`]."""
 
     _argument_group_name = "model"
 
     model: str = field(
         metadata={
-            "help": "Path or hub id: a causal language model for `scorer=likelihood`, any backbone for `scorer=token`, "
-            "a sentence-transformers model for `scorer=embedding`."
+            "help": "Model to start from: path or hub id. A causal language model for `scorer=likelihood`, any "
+            "backbone for `scorer=token`, a sentence-transformers model for `scorer=embedding`."
         }
     )
     on_bad_row: Literal["stop", "skip"] = field(
         default="stop",
-        metadata={"help": "A row that cannot be read: `stop` before training, or `skip` it; how many is said."},
+        metadata={"help": "If a row cannot be read: `stop` before training, or `skip` it and count it."},
     )
 
 
@@ -50,6 +52,7 @@ def train(argv: Sequence[str]) -> None:
     folder = Path(config.output_dir)
     check_writable_folder(folder)
     checkpoint = checkpoint_to_resume(config) or _is_staged(config)
+    refuse_finished_output(folder, arguments.overwrite_output_dir or bool(checkpoint))
     check_models(arguments.model)
     if data.dataset_format is not None:
         check_meaning(data.dataset_format, config.aggregation)
@@ -82,11 +85,23 @@ def train(argv: Sequence[str]) -> None:
         write_atomic(folder / "metrics.json", to_json(metrics | {"history": trainer.state.log_history}))
         print_metrics(metrics)
         print(f"{folder} holds the reward model, metrics.json and README.md.")
+        print(_closing(folder, metrics, data.eval_file or data.train_file))
     trainer.accelerator.end_training()  # a process that exits within a process group may abort
 
 
+def _closing(folder: Path, metrics: Mapping[str, Mapping[str, Any]], rows: str | None) -> str:
+    """How good the model is on held-out responses, and the command to look at its scores with."""
+    if "eval" in metrics:
+        auc, threshold = (number_cell(metrics["eval"].get(name)) for name in ("bag_auc", "threshold"))
+        found = f"Held-out AUC {auc} (`eval`, `bag_auc`: 0.5 is chance); a step below {threshold} counts as wrong."
+    else:
+        found = "Without held-out rows the model is not measured: give `--eval_file`."
+    output = f"--output {folder}/scores.jsonl --html {folder}/scores.html"
+    return f"{found}\nNext: fractal-rm score --model {folder} --input {rows or 'ROWS.jsonl'} {output}"
+
+
 def _check_kinds(bags: Mapping[str, Sequence[Bag]], sources: Mapping[str, str]) -> None:
-    """Raise if one file asks in texts and another in chats: the model would refuse it, but after the training."""
+    """Raise if one file has text prompts and another chats: the model would refuse it only after training."""
     kinds = {split: "chats" if is_chat(found[0].prompt) else "texts" for split, found in bags.items()}
     for split, kind in kinds.items():
         if kind != kinds["train"]:
@@ -97,5 +112,5 @@ def _check_kinds(bags: Mapping[str, Sequence[Bag]], sources: Mapping[str, str]) 
 
 
 def _is_staged(config: FractalConfig) -> bool:
-    """Whether a run is to go on that keeps its checkpoints in a folder for each stage."""
+    """Whether to resume a run that keeps the checkpoints of each stage in its own folder."""
     return str(config.resume_from_checkpoint).lower() in ("true", "yes") and len(plan(config)) > 1
