@@ -8,6 +8,7 @@ import pytest
 from conftest import REPOSITORY
 from support.documents import script
 
+from fractal_rm.cli import help as help_module
 from fractal_rm.cli.help import ALIASES, COMMON, SCREEN, full_help, options_of, short_help
 from fractal_rm.cli.main import COMMANDS, main
 from fractal_rm.cli.parser import CommandParser
@@ -44,6 +45,7 @@ def test_options_read_from_source_are_those_of_the_dataclasses(live, command):
                 value = action.default
                 default = "" if value is None or action.required else str(value)
                 assert option.default == (default.lower() if isinstance(value, bool) else default), field.name
+    assert options_of(command).complete
     removed = {name for kind in kinds for name in getattr(kind, "REMOVED", {})}
     assert set(options_of(command).removed) == removed
 
@@ -124,6 +126,19 @@ def test_known_names_reach_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr("fractal_rm.cli.main.run", lambda *call: seen.append(call))
     assert main(["ppo", *given]) == 0
     assert seen == [("ppo", given)]
+
+
+def test_a_library_without_its_source_leaves_unknown_names_to_the_parser(monkeypatch):
+    read = help_module._module
+    monkeypatch.setattr(help_module, "_module", lambda name: None if name.startswith("transformers") else read(name))
+    seen = []
+    monkeypatch.setattr("fractal_rm.cli.main.run", lambda *call: seen.append(call))
+    help_module.options_of.cache_clear()
+    try:
+        assert main(["train", "--learning_rate", "1"]) == 0
+        assert seen == [("train", ["--learning_rate", "1"])]
+    finally:
+        help_module.options_of.cache_clear()
 
 
 def test_names_of_trl_mean_ours(live, tmp_path):

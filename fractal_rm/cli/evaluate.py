@@ -168,7 +168,7 @@ def draw(rows: Sequence[Any], limit: int | None, seed: int, *, whole_prompts: bo
 
     Example:
         >>> draw([{"prompt": i} for i in range(100)], 3, seed=0)
-        [{'prompt': 49}, {'prompt': 53}, {'prompt': 97}]
+        [{'prompt': 8}, {'prompt': 11}, {'prompt': 23}]
     """
     if limit is None or limit >= len(rows):
         return list(rows)

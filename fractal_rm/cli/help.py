@@ -95,6 +95,7 @@ class Options(NamedTuple):
 
     options: tuple[Option, ...]
     removed: Mapping[str, str]  # options of earlier versions: what to use instead
+    complete: bool  # False if a library comes without its source
 
     @property
     def names(self) -> list[str]:
@@ -176,6 +177,8 @@ def check_names(command: str, argv: Sequence[str]) -> None:
         ValueError: Names the unknown one, and the nearest that is known.
     """
     known = options_of(command)
+    if not known.complete:
+        return  # the parser says it later
     names = {*known.names, "config"}
     for place, word in enumerate(argv):
         flag, _, value = word.partition("=")
@@ -259,20 +262,17 @@ def options_of(command: str) -> Options:
     )
     found: dict[str, Option] = {}
     removed: dict[str, str] = {}
-    for kind in kinds:
-        _read_class(module, kind, found, removed)
-    return Options(tuple(found.values()), removed)
+    complete = all([_read_class(module, kind, found, removed) for kind in kinds])
+    return Options(tuple(found.values()), removed, complete)
 
 
-def _read_class(module: _Module, name: str, found: dict[str, Option], removed: dict[str, str]) -> None:
-    """Add the fields of a dataclass to `found`, after those of its bases, and what it removed."""
+def _read_class(module: _Module, name: str, found: dict[str, Option], removed: dict[str, str]) -> bool:
+    """Add the fields of a dataclass and its bases to `found`, and what it removed; False if a base has no source."""
     place = _definition(module, name)
     if place is None or not isinstance(node := place[1], ast.ClassDef):
-        return  # `object`, or a base that is no dataclass of ours, TRL or transformers
+        return False
     module = place[0]
-    for base in reversed(node.bases):
-        if isinstance(base, ast.Name):
-            _read_class(module, base.id, found, removed)
+    complete = all([_read_class(module, ast.unparse(base), found, removed) for base in reversed(node.bases)])
     scope = {
         target.id: one.value
         for one in node.body
@@ -287,6 +287,7 @@ def _read_class(module: _Module, name: str, found: dict[str, Option], removed: d
         is_field = isinstance(one, ast.AnnAssign) and "ClassVar" not in ast.unparse(one.annotation)
         if is_field and isinstance(one.target, ast.Name):
             found[one.target.id] = _option(module, one, one.target.id, scope, owner)
+    return complete
 
 
 def _option(module: _Module, node: ast.AnnAssign, name: str, scope: Mapping[str, ast.expr], owner: str) -> Option:
