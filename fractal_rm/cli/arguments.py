@@ -295,7 +295,7 @@ def find_file(name: str, data_dir: str | None) -> Path:
 
 
 def find_split(dataset: str, split: str, data_dir: str | None) -> Path | None:
-    """The file of a split of a data set in the data folder, None if there is none."""
+    """The file of a split of a data set in the data folder; None if it does not exist."""
     folder = data_folder(data_dir)
     if folder is None:
         return None

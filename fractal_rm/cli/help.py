@@ -170,7 +170,7 @@ def _width() -> int:
 
 
 def check_names(command: str, argv: Sequence[str]) -> None:
-    """Raise if a flag, or a key of the configuration file, is none of the command's.
+    """Raise if the command does not know a flag or a key of the configuration file.
 
     Raises:
         OSError: If the configuration file is missing.
@@ -284,9 +284,9 @@ def _read_class(module: _Module, name: str, found: dict[str, Option], removed: d
         removed |= _value(module, scope["REMOVED"], scope)
     owner = f"{module.name.partition('.')[0]}.{node.name}"
     for one in node.body:
-        is_field = isinstance(one, ast.AnnAssign) and "ClassVar" not in ast.unparse(one.annotation)
-        if is_field and isinstance(one.target, ast.Name):
-            found[one.target.id] = _option(module, one, one.target.id, scope, owner)
+        match one:
+            case ast.AnnAssign(target=ast.Name(id=field)) if "ClassVar" not in ast.unparse(one.annotation):
+                found[field] = _option(module, one, field, scope, owner)
     return complete
 
 
@@ -348,13 +348,12 @@ def _value(module: _Module, node: ast.AST, scope: Mapping[str, ast.expr]) -> Any
         case ast.List() | ast.Tuple():
             return [_value(module, item, scope) for item in node.elts]
         case ast.Dict():
-            keys = [_value(module, key, scope) for key in node.keys if key is not None]
-            return {key: _readable(module, value, scope) for key, value in zip(keys, node.values, strict=True)}
-        case ast.Call(func=ast.Attribute(attr="join" | "fromkeys" as method)):
-            values = [_value(module, item, scope) for item in node.args]
-            return (
-                dict.fromkeys(*values) if method == "fromkeys" else _value(module, node.func.value, scope).join(*values)
-            )
+            pairs = zip(node.keys, node.values, strict=True)
+            return {_value(module, k, scope): _readable(module, v, scope) for k, v in pairs if k is not None}
+        case ast.Call(func=ast.Attribute(attr="fromkeys")):
+            return dict.fromkeys(*(_value(module, item, scope) for item in node.args))
+        case ast.Call(func=ast.Attribute(attr="join", value=separator)):
+            return _value(module, separator, scope).join(_value(module, node.args[0], scope))
     raise _Unreadable
 
 

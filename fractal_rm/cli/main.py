@@ -34,9 +34,9 @@ COMMANDS = {
 }
 # What an interrupted command says of the work that is done.
 _GO_ON = dict.fromkeys(
-    ("quickstart", "sample", "score", "evaluate", "compare"), "The same command goes on where this one stopped."
+    ["quickstart", "sample", "score", "evaluate", "compare"], "The same command goes on where this one stopped."
 ) | dict.fromkeys(
-    ("train", "ppo"), "With `--resume_from_checkpoint true` the same command goes on from the last checkpoint."
+    ["train", "ppo"], "With `--resume_from_checkpoint true` the same command goes on from the last checkpoint."
 )
 
 

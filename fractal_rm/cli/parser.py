@@ -61,7 +61,7 @@ class CommandParser(TrlParser):
         self._set_default_output()
 
     def _set_default_output(self) -> None:
-        """Without `--output_dir` a run gets a folder of its own, named for the command and the time."""
+        """Without `--output_dir` a run gets a new folder, named after the command and the time."""
         action = self._option_string_actions.get("--output_dir")
         if action is None or action.default is not None:
             return
@@ -127,7 +127,8 @@ class CommandParser(TrlParser):
             converted = convert(str(value))
         except (ValueError, TypeError, argparse.ArgumentTypeError):
             kind = getattr(convert, "__name__", "value").replace("string_to_", "")
-            raise ValueError(f"{path}: `{action.dest}` is {value!r}, which is no {kind}. {self.advice}") from None
+            what = f"{value!r}, which is not of type {kind}"
+            raise ValueError(f"{path}: `{action.dest}` is {what}. {self.advice}") from None
         if action.choices is not None and converted not in action.choices:
             known = f"Choose one of {', '.join(map(str, action.choices))}."
             advice = self._removed.get(f"{action.dest}={converted}", known)
