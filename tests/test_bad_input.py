@@ -169,14 +169,14 @@ def test_nothing_to_train_on_is_said(commands):
         ("agregation: max", "unknown key 'agregation'. Did you mean `aggregation`?"),
         ("qqqqqq: 1", "unknown key 'qqqqqq'. See `fractal-rm train --help`."),
         ("env: {TOKEN: 1}", "unknown key 'env'."),
-        ("learning_rate: fast", "`learning_rate` is 'fast', which is no float"),
-        ("max_steps: 1.5", "`max_steps` is 1.5, which is no int"),
-        ("max_steps: true", "`max_steps` is True, which is no int"),
-        ("use_peft: perhaps", "`use_peft` is 'perhaps', which is no bool"),
+        ("learning_rate: fast", "`learning_rate` is 'fast', which is not of type float"),
+        ("max_steps: 1.5", "`max_steps` is 1.5, which is not of type int"),
+        ("max_steps: true", "`max_steps` is True, which is not of type int"),
+        ("use_peft: perhaps", "`use_peft` is 'perhaps', which is not of type bool"),
         ("scorer: head", "`scorer` is 'head'. Choose one of likelihood, token, embedding."),
         ("max_steps: [1, 2]", "`max_steps` is [1, 2]; give a single value"),
         ("max_steps:", "`max_steps` is None; give a single value"),
-        ("- max_steps", "holds no mapping"),
+        ("- max_steps", "does not hold a mapping"),
         ("max_steps: [1\nlimit: 2", "line 2 is invalid YAML"),
         ("max_length: 1", "`max_length` is 1 tokens, too few"),
         ("bag_weight: 0", "`bag_weight`, `instance_weight` and `easyllp_weight` are all 0"),
@@ -200,10 +200,10 @@ def test_a_mistake_in_the_configuration_file_is_named(commands, text, sentence):
         (["--scorer", "head"], "invalid choice: 'head'"),
         (["stray"], "'stray' stands alone, without a flag before it"),
         (["--config"], "argument --config: expected one argument"),
-        (["--config", "none.yaml"], "none.yaml is no file"),
+        (["--config", "none.yaml"], "There is no file none.yaml."),
         (["--lora_r"], "expected one argument"),
         (["--resume_from_checkpoint", "nowhere"], "There is no checkpoint nowhere."),
-        (["--data_dir", "nowhere"], "nowhere, from `data_dir`, is no folder"),
+        (["--data_dir", "nowhere"], "nowhere, from `data_dir`, is not a folder"),
     ],
 )
 def test_a_mistake_in_a_flag_is_named(commands, flags, sentence):
@@ -219,8 +219,8 @@ def test_a_mistake_in_a_flag_is_named(commands, flags, sentence):
         ("score", ["--show", "-1"], "`show` is -1. Give a number of responses"),
         ("score", ["--html", "out.jsonl"], "`input`, `output` and `html` name one file twice"),
         ("evaluate", ["--limit", "-1"], "`limit` is -1: no row would be left"),
-        ("evaluate", ["--outcome_model", "rm"], "`outcome_model` has an effect with `benchmark=best_of_n` only"),
-        ("evaluate", ["--answer_pattern", "(.*)"], "`answer_pattern` has an effect with `benchmark=best_of_n` only"),
+        ("evaluate", ["--outcome_model", "rm"], "`outcome_model` has an effect only with `benchmark=best_of_n`"),
+        ("evaluate", ["--answer_pattern", "(.*)"], "`answer_pattern` has an effect only with `benchmark=best_of_n`"),
         (
             "evaluate",
             ["--benchmark", "best_of_n", "--threshold_file", "x"],
@@ -245,7 +245,7 @@ def test_an_unknown_command_is_answered_with_the_nearest(commands):
 
 def test_the_environments_data_folder_that_is_not_there_is_named(commands, monkeypatch):
     monkeypatch.setenv("FRACTAL_RM_DATA", "nowhere")
-    assert "nowhere, from the environment's FRACTAL_RM_DATA, is no folder" in commands.train([GOOD, BAD])
+    assert "nowhere, from the environment variable FRACTAL_RM_DATA, is not a folder" in commands.train([GOOD, BAD])
 
 
 def test_a_data_set_without_the_training_split_is_named(commands):
@@ -513,7 +513,7 @@ def test_a_file_that_holds_no_results_is_refused(commands):
 
 
 def test_results_that_are_not_there_are_named(commands):
-    assert "none.jsonl is no file" in commands.fails("report", "--results", "none.jsonl")
+    assert "There is no file none.jsonl." in commands.fails("report", "--results", "none.jsonl")
 
 
 def test_an_empty_results_file_is_named(commands):

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,6 +237,23 @@ def test_recipes_of_reward_models_are_measured_once_each(tmp_path, monkeypatch):
         benchmark.main()
     wanted = [(s, n, r) for n in (2000, 2001) for s in ("easy", "noise_20") for r in ("fractal", "supervised")]
     assert measured == wanted
+
+
+def test_without_a_file_of_settings_those_of_the_published_study_are_used(tmp_path, monkeypatch, capsys):
+    runs = []
+    monkeypatch.setattr(study.Study, "run_all", lambda self, units, jobs: runs.append((self.chosen, units)))
+    monkeypatch.setattr(command, "draw_curves", lambda *_: None)
+    known = {"settings": ["easy"], "seeds": 2, "arms": None}
+    run_comparison(CompareArguments(output_dir=str(tmp_path), **known))
+    ((chosen, units),) = runs
+    published = yaml.safe_load(Path("benchmarks/evidence/dense_vs_outcome.yaml").read_text(encoding="utf-8"))
+    assert chosen == {arm: published[arm] for arm in study_arms.ARMS}
+    assert f"{len(units)} runs, a minute or more each" in capsys.readouterr().out
+    first = command._FIRST_LOOK.partition("--arms ")[2].partition(" --seeds")[0].split()
+    assert set(first) < set(study_arms.ARMS)
+    write_chosen(tmp_path / "chosen.yaml", {"oracle": {"lam": 0.5}}, "a test")
+    run_comparison(CompareArguments(output_dir=str(tmp_path), **known | {"arms": ["oracle"]}))
+    assert runs[-1][0] == {"oracle": {"lam": 0.5}}
 
 
 def test_tables_and_figure_are_written(finished):

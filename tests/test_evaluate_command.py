@@ -154,7 +154,7 @@ def test_prompts_become_chats_for_a_model_that_was_trained_on_chats(work, tmp_pa
     ("arguments", "sentence"),
     [
         ([], "There is nothing to measure on. Give `data`, or a `benchmark` that the hub has."),
-        (["--benchmark", "best_of_n"], "best_of_n is no data set of the hub."),
+        (["--benchmark", "best_of_n"], "best_of_n is not on the hub."),
         (
             ["--benchmark", "processbench", "--data", "held_out.jsonl"],
             "held_out.jsonl, row 1: unknown subset 'solution'",

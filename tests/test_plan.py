@@ -185,7 +185,7 @@ def test_a_model_folder_is_planned_and_fits(tmp_path, capsys):
     config_of(SMALL).save_pretrained(tmp_path)
     assert main(["plan", "--model", str(tmp_path), "--gpu", "24GB"]) == 0
     shown = capsys.readouterr().out
-    assert "Fits: 0.0 GB of 21.6 that can be planned with." in shown
+    assert "Fits: 0.0 GB of 21.6 GB usable." in shown
     assert all(word in shown for word in ("optimizer", "GB of train", "logits", "sample", "hours"))
 
 
@@ -220,7 +220,7 @@ def test_what_does_not_fit_names_the_largest_part_and_options_that_hold_what_the
         (["--parameters", "many"], "The size 'many' is not a number of parameters. Give one such as 135M or 1.5B."),
         (["--parameters", "0B"], "The size '0B' is not a number of parameters."),
         (["--parameters", "1B", "--gpu", "big"], "`gpu` is 'big'. Give its memory, such as 24GB, or one of T4,"),
-        (["--parameters", "1B", "--gpu", "0GB"], "`gpu` is '0GB': no memory."),
+        (["--parameters", "1B", "--gpu", "0GB"], "`gpu` is '0GB', which has no memory."),
         (["--parameters", "1B", "--model", "x"], "`model` and `parameters` both name the policy's size."),
         (["--model", "runs/nowhere/model"], "There is no model folder runs/nowhere/model."),
         (["--model", "owner/unknown-model"], "The configuration of owner/unknown-model cannot be read"),

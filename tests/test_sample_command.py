@@ -62,7 +62,8 @@ def test_a_file_of_another_run_is_refused(whole, capsys):
     path, _ = whole
     flags = ["sample", "--model", str(SHIPPED_POLICY), "--output", str(path), *SMALL, "--seed", "1"]
     assert main(flags) == 2
-    assert "holds responses of another run (gold_steps True, now False, seed 0, now 1)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "holds responses of a run with other settings (gold_steps True, now False, seed 0, now 1)" in said
 
 
 def test_a_file_of_an_older_version_with_fewer_arguments_is_gone_on_with(tmp_path):

@@ -517,7 +517,7 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path, capsys):
         capsys.readouterr()
         assert main(["serve", "--model", folder, "--port", port]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"fractal-rm: 127.0.0.1:{port} cannot be listened on (")
+    assert said.startswith(f"fractal-rm: Cannot listen on 127.0.0.1:{port} (")
     assert "in use" in said
     assert main(["serve", "--model", folder, "--max_queued", "5"]) == 2
     assert "less than the 1024 responses that one request may hold" in capsys.readouterr().err

@@ -101,7 +101,7 @@ def test_the_command_reads_ratings_by_name_and_skips_bad_rows_on_request(folder,
     with pytest.warns(UserWarning, match="^1 of 11 rows of .* are left out"):
         assert command(tmp_path, folder, {"aggregation": "product"}, rows, *flags, "--on_bad_row", "skip") == 0
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["train"]["responses"] == 10
-    assert command(tmp_path, folder, {"aggregation": "product"}, rated) == 2
+    assert command(tmp_path, folder, {"aggregation": "product", "overwrite_output_dir": True}, rated) == 2
     assert "name the column with --label_column and its lowest" in capsys.readouterr().err
 
 

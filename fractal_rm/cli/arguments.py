@@ -1,5 +1,4 @@
-"""Arguments that several commands take: dataclasses that become flags and keys of a configuration file; and the rows
-that they name.
+"""Arguments that several commands share, as dataclasses that become flags and YAML keys, and the rows they name.
 
 A field's `help` is its only description.
 """
@@ -16,7 +15,7 @@ from fractal_rm.data.readers import naming, read_jsonl
 from fractal_rm.data.shapes import Columns, prompt_row
 from fractal_rm.errors import reason
 
-# The only variable of the environment that commands read.
+# The only environment variable that commands read.
 DATA_DIR_VARIABLE = "FRACTAL_RM_DATA"
 _ENDINGS = (".jsonl.gz", ".jsonl", ".json", ".parquet", ".csv", ".arrow")
 
@@ -27,7 +26,7 @@ def check_limit(limit: int | None) -> None:
         raise ValueError(f"`limit` is {limit}: no row would be left. Give 1 or more, or leave it out.")
 
 
-# Choices of earlier versions, and what to use instead: what the command line says of them.
+# Choices of earlier versions, and what to use instead.
 _REMOVED_FORMATS = dict.fromkeys(
     ("dataset_format=wikicatsum", "dataset_format=aquamuse"),
     "Its files hold good summaries only, and no longer have a reader. Give rows with `prompt`, `response` and `label`.",
@@ -36,7 +35,7 @@ _REMOVED_FORMATS = dict.fromkeys(
 
 @dataclass(kw_only=True)
 class ColumnArguments:
-    """Which columns of the rows are which."""
+    """Names of the columns that rows have."""
 
     prompt_column: str | None = field(default=None, metadata={"help": "Column of the prompt; default: `prompt`."})
     response_column: str | None = field(
@@ -47,7 +46,7 @@ class ColumnArguments:
     )
     label_scale: list[float] | None = field(
         default=None,
-        metadata={"help": "Lowest and highest rating, such as `1 5`: labels are mapped to 0 to 1 in equal parts."},
+        metadata={"help": "Lowest and highest rating, such as `1 5`. Labels are mapped linearly to 0 to 1."},
     )
     chosen_column: str | None = field(
         default=None, metadata={"help": "Column of the better response of a preference; default: `chosen`."}
@@ -66,12 +65,12 @@ class ColumnArguments:
         columns = self.columns  # raises its own sentence
         if columns != Columns() and getattr(self, "dataset_format", None) is not None:
             raise ValueError(
-                "Names of columns have no effect with `dataset_format`, which knows its own. Leave one of them out."
+                "Column names have no effect with `dataset_format`, which fixes them. Leave one of the two out."
             )
 
     @property
     def columns(self) -> Columns:
-        """The names, as readers take them."""
+        """The names in the form that readers take."""
         scale = self.label_scale
         return Columns(
             self.prompt_column,
@@ -87,7 +86,7 @@ class ColumnArguments:
 
 @dataclass(kw_only=True)
 class ScoringArguments(ColumnArguments):
-    """What commands need that score rows with a model."""
+    """Arguments of commands that score rows with a model."""
 
     REMOVED = _REMOVED_FORMATS
 
@@ -95,15 +94,17 @@ class ScoringArguments(ColumnArguments):
     published: str | None = field(
         default=None,
         metadata={
-            "help": "A published process reward model whose files do not tell which it is: `trl` (or `trl:SEPARATOR`), "
+            "help": "Format of a published process reward model, if its files do not tell: `trl` (or `trl:SEPARATOR`), "
             "`qwen-prm`, `skywork-prm`, `math-shepherd` or `rlhflow`."
         },
     )
     dataset_format: FormatName | None = field(
-        default=None, metadata={"help": "Read the rows as their authors published them, docs/datasets.md."}
+        default=None, metadata={"help": "Format in which the authors published the rows, docs/datasets.md."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Responses in a forward pass."})
-    limit: int | None = field(default=None, metadata={"help": "Most rows read of each file: the first ones."})
+    batch_size: int = field(default=32, metadata={"help": "Responses per forward pass."})
+    limit: int | None = field(
+        default=None, metadata={"help": "Read at most this many rows, from the start of the file."}
+    )
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -122,41 +123,47 @@ class DataArguments(ColumnArguments):
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "Rows to train on: .jsonl, .jsonl.gz, .json, .parquet, .csv, .tsv or .arrow, or a folder that "
-            "`datasets` saved. Beats `dataset_name`."
+            "help": "Rows to train on. A file (.jsonl, .jsonl.gz, .json, .parquet, .csv, .tsv or .arrow) or a folder "
+            "that `datasets` saved; overrides `dataset_name`."
         },
     )
     eval_file: str | None = field(
-        default=None, metadata={"help": "Rows for evaluation during training. Beats `dataset_name`."}
+        default=None, metadata={"help": "Rows for evaluation during training. Overrides `dataset_name`."}
     )
-    test_file: str | None = field(default=None, metadata={"help": "Rows for metrics at the end. Beats `dataset_name`."})
+    test_file: str | None = field(
+        default=None, metadata={"help": "Rows for metrics at the end. Overrides `dataset_name`."}
+    )
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "A folder in `data_dir` that holds a file for each split, or else a data set of the hub."},
+        metadata={"help": "Data set: a folder in `data_dir`, or a hub id. The folder holds a file for each split."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub's data set."})
     dataset_format: FormatName | None = field(
         default=None,
         metadata={
-            "help": "Read files or a data set as their authors published them, docs/datasets.md. Without a file or "
-            "`dataset_name` the hub's copy is loaded."
+            "help": "Format in which the authors published the rows, docs/datasets.md. Without a file or "
+            "`dataset_name` the copy on the hub is loaded."
         },
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_eval_split: str = field(default="validation", metadata={"help": "Split for evaluation, if there is one."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split for metrics at the end, if there is one."})
+    dataset_eval_split: str = field(default="validation", metadata={"help": "Split for evaluation, if it exists."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split for metrics at the end, if it exists."})
     data_dir: str | None = field(
         default=None,
-        metadata={"help": f"Folder of data sets by name; default: that of the environment's {DATA_DIR_VARIABLE}."},
+        metadata={
+            "help": f"Folder that holds data sets by name; default: the environment variable {DATA_DIR_VARIABLE}."
+        },
     )
-    limit: int | None = field(default=None, metadata={"help": "Most rows read of each split: the first ones."})
+    limit: int | None = field(
+        default=None, metadata={"help": "Read at most this many rows of each split, from its start."}
+    )
 
     def __post_init__(self) -> None:
         check_limit(self.limit)
         super().__post_init__()
 
     def prompts(self, rows: list[Any], source: str) -> list[Any]:
-        """Rows whose prompt is in the column `prompt`, whatever it is called in the data.
+        """Rows with the prompt moved to the column `prompt`.
 
         Raises:
             ValueError: If the named column is missing, or two columns may be the prompt.
@@ -174,8 +181,8 @@ class DataArguments(ColumnArguments):
             None if nothing is named for the split, or the named data set has no such split (for training: an error).
 
         Raises:
-            OSError: If a file is not there, or the hub cannot be reached.
-            ValueError: If a file is no readable JSON, or the data set has no split to train on.
+            OSError: If a file is missing, or the hub cannot be reached.
+            ValueError: If a file is not readable JSON, or the data set has no split to train on.
         """
         file = getattr(self, f"{split}_file")
         if file is not None:
@@ -228,12 +235,12 @@ class DataArguments(ColumnArguments):
 
 @dataclass
 class LoraArguments:
-    """Low-rank adapters; names and defaults are TRL's."""
+    """Low-rank adapters, with TRL's names and defaults."""
 
     _argument_group_name = "LoRA"
 
-    use_peft: bool = field(default=False, metadata={"help": "Train low-rank adapters instead of all weights."})
-    lora_r: int = field(default=16, metadata={"help": "Rank."})
+    use_peft: bool = field(default=False, metadata={"help": "Train low-rank adapters, not all weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters: alpha / rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
     lora_target_modules: list[str] | None = field(
@@ -268,15 +275,15 @@ class LoraArguments:
 
 
 def data_folder(data_dir: str | None) -> Path | None:
-    """The folder of data sets: as given, or that of the environment, or None.
+    """The folder of data sets: the argument, else the environment variable, else None.
 
     Raises:
-        NotADirectoryError: If it is named and is not there.
+        NotADirectoryError: If the folder does not exist.
     """
     named = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if named and not Path(named).is_dir():
-        origin = "`data_dir`" if data_dir else f"the environment's {DATA_DIR_VARIABLE}"
-        raise NotADirectoryError(f"{named}, from {origin}, is no folder. Give the folder that holds the data sets.")
+        origin = "`data_dir`" if data_dir else f"the environment variable {DATA_DIR_VARIABLE}"
+        raise NotADirectoryError(f"{named}, from {origin}, is not a folder. Give the folder that holds the data sets.")
     return Path(named) if named else None
 
 
@@ -289,7 +296,7 @@ def find_file(name: str, data_dir: str | None) -> Path:
 
 
 def find_split(dataset: str, split: str, data_dir: str | None) -> Path | None:
-    """The file of a split of a data set in the data folder, None if there is none."""
+    """The file of a split of a data set in the data folder; None if it does not exist."""
     folder = data_folder(data_dir)
     if folder is None:
         return None
@@ -297,10 +304,10 @@ def find_split(dataset: str, split: str, data_dir: str | None) -> Path | None:
 
 
 def load_from_hub(name: str, advice: str, /, **arguments: Any) -> Any:
-    """What `datasets.load_dataset` loads from the Hugging Face hub with some arguments.
+    """`datasets.load_dataset` with a clear error.
 
     Raises:
-        ValueError: If it cannot be loaded; the sentence says why and gives the advice.
+        ValueError: If the data set cannot be loaded; the message gives the reason and the advice.
     """
     from datasets import load_dataset
 
@@ -311,10 +318,10 @@ def load_from_hub(name: str, advice: str, /, **arguments: Any) -> Any:
 
 
 def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) -> list[Any]:
-    """The first rows of a file, or its first bags where a format is named.
+    """The first rows of a file, or its first bags if a format is named.
 
     Raises:
-        OSError: If the file is not there.
+        OSError: If the file is missing.
         ValueError: If it cannot be read.
     """
     table = is_table(path) and not (dataset_format == "fira" and path.suffix == ".tsv")
@@ -345,13 +352,13 @@ def read_published(dataset_format: FormatName, split: str, limit: int | None = N
     return FORMATS[dataset_format].read(load_published(dataset_format, split, limit), source=source), source
 
 
-def benchmark_from_hub(benchmark: str, limit: int | None = None) -> list[Any]:
-    """The official rows of a benchmark on the hub: the first `limit` of each of its subsets.
+def benchmark_from_hub(benchmark: str) -> list[list[Any]]:
+    """The official rows of a benchmark on the hub: a list for each of its subsets.
 
     Raises:
         ValueError: If the hub does not have it, or it cannot be loaded.
     """
     known = FORMATS.get(benchmark)  # type: ignore[arg-type]
     if known is None or known.hub is None:
-        raise ValueError(f"{benchmark} is no data set of the hub. Give `data`: a file with rows.")
-    return [row for split in known.hub.splits for row in load_published(benchmark, split, limit)]  # type: ignore[arg-type]
+        raise ValueError(f"{benchmark} is not on the hub. Give `data`: a file with rows.")
+    return [load_published(benchmark, split) for split in known.hub.splits]  # type: ignore[arg-type]

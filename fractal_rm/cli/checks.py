@@ -1,6 +1,6 @@
-"""What commands check before any work starts, and how they write what they found.
+"""Checks before any work starts, and the writing of results.
 
-Libraries that take seconds to import are imported inside functions: `--help` and a wrong path need none of them.
+Libraries that take seconds to import are imported inside functions.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,17 +20,17 @@ from rich.table import Table
 
 from fractal_rm.files import locked
 
-# Recipes that start from the models of the quickstart say how to get them.
+# What to do if a model of the quickstart is missing.
 _MAKE_QUICKSTART = "Run `make quickstart` first: it makes this folder."
-# A row of transformers' table of weights that a folder lacks or has too many of: the weight and what is wrong with it.
+# A row of transformers' load report: the weight and its status.
 _REPORT_ROW = re.compile(r"^(\S.*?) *\| (?:\x1b\[[\d;]*m)?([A-Z]{4,})\b", re.MULTILINE)
 _TOKEN_HEADS = ("classifier.", "score.")
-# A weight of a numbered layer, or of several that are shown in one row: no head has one.
+# A weight of a numbered layer, or several layers shown in one row: heads have neither.
 _OF_A_LAYER = re.compile(r"\.(\d|\{)")
 
 
 def check_writable_folder(folder: str | Path) -> None:
-    """Raise unless files can be written into a folder; folders made for the test are removed again.
+    """Raise unless files can be written to a folder; folders created by the check are removed.
 
     Raises:
         OSError: Names the folder and what to do.
@@ -50,7 +51,7 @@ def check_writable_folder(folder: str | Path) -> None:
 
 
 def check_writable_files(*paths: str | None) -> None:
-    """Raise unless a file can be written at each path; None is passed over."""
+    """Raise unless a file can be written at each path; None is skipped."""
     for path in filter(None, paths):
         if Path(path).is_dir():
             raise IsADirectoryError(f"The output {path} is a folder. Give the name of a file.")
@@ -80,8 +81,20 @@ def writing_files(*paths: str | None) -> Iterator[None]:
         yield
 
 
+def refuse_finished_output(folder: str | Path, overwrite: bool) -> None:
+    """Raise if a folder holds the weights of a finished model, unless they are to be overwritten.
+
+    Raises:
+        FileExistsError: Names the folder and what to do.
+    """
+    if not overwrite and any(Path(folder).glob("*.safetensors")):
+        raise FileExistsError(
+            f"{folder} already holds a finished model. Give another `output_dir`, or `--overwrite_output_dir true`."
+        )
+
+
 def check_matplotlib() -> None:
-    """Raise unless plots can be drawn: worth calling before long work that ends with some.
+    """Raise unless plots can be drawn: call it before long work that ends with plots.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -91,10 +104,10 @@ def check_matplotlib() -> None:
 
 
 def check_models(*paths: str | None) -> None:
-    """Raise if a path means a local folder that holds no model; hub ids pass, None is passed over.
+    """Raise if a path is a local folder without a model; hub ids pass, None is skipped.
 
     Raises:
-        FileNotFoundError: If the folder is missing; for a folder of the quickstart the message says how to make it.
+        FileNotFoundError: If the folder is missing; for a quickstart folder the message says how to make it.
         ValueError: If the folder holds no model.
     """
     for path in paths:
@@ -109,7 +122,7 @@ def check_models(*paths: str | None) -> None:
 
 
 def _is_hub_id(path: str) -> bool:
-    """Whether a path is `name` or `owner/name`, and nothing here."""
+    """Whether a path reads `name` or `owner/name` and does not exist locally."""
     place = Path(path)
     if place.exists() or place.is_absolute() or len(place.parts) != 1 + ("/" in path):
         return False
@@ -121,7 +134,7 @@ def checkpoint_to_resume(config: Any) -> str | bool:
     """What `resume_from_checkpoint` means: a path, or with `true` the last checkpoint, if there is one.
 
     Raises:
-        FileNotFoundError: If a path is given and missing.
+        FileNotFoundError: If the given path is missing.
     """
     from fractal_rm.hf.checkpoints import can_resume
 
@@ -129,17 +142,17 @@ def checkpoint_to_resume(config: Any) -> str | bool:
     if wanted is None or str(wanted).lower() in ("false", "none", "no"):
         return False
     if str(wanted).lower() in ("true", "yes"):
-        return can_resume(config.output_dir)
+        found = can_resume(config.output_dir)
+        if not found and not any(Path(config.output_dir).glob("stage-*")):
+            print(f"{config.output_dir} holds no checkpoint: training starts from the beginning.", file=sys.stderr)
+        return found
     if not Path(wanted).is_dir():
         raise FileNotFoundError(f"There is no checkpoint {wanted}. Give `resume_from_checkpoint` a folder, or `true`.")
     return wanted
 
 
 def hide_loading_bars() -> None:
-    """Hide transformers' bars over weights, and its table of weights where only a new head is missing.
-
-    What remains on standard error matters.
-    """
+    """Hide transformers' progress bars over weights, and its load report if only a new head is missing."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -147,7 +160,7 @@ def hide_loading_bars() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for the table of a token classification model that lacks only its head, which training makes."""
+    """False for the load report of a token classification model that lacks only its head, which training creates."""
     message = record.getMessage()
     if "ForTokenClassification LOAD REPORT" not in message:
         return True
@@ -160,12 +173,21 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (missing and harmless and all(weight.startswith(_TOKEN_HEADS) for weight in missing))
 
 
-def load_reward_model(path: str, batch_size: int = 32, published: str | None = None) -> Any:
-    """A `StepRewardModel`, without bars."""
+def load_reward_model(
+    path: str, batch_size: int = 32, published: str | None = None, *, keep: Path | None = None
+) -> Any:
+    """A `StepRewardModel`, without progress bars; with `keep`, its scores are kept in that file."""
+    from fractal_rm.evaluation.kept_scores import KeptScores
     from fractal_rm.reward_model import StepRewardModel
 
     hide_loading_bars()
-    return StepRewardModel.from_pretrained(path, batch_size=batch_size, published=published)
+    model = StepRewardModel.from_pretrained(path, batch_size=batch_size, published=published)
+    return model if keep is None else KeptScores(model, keep, path)
+
+
+def kept_beside(output: str) -> Path:
+    """The file that holds the scores of a command until its output is written."""
+    return Path(f"{output}.part")
 
 
 def to_json(values: Any) -> str:
@@ -183,18 +205,19 @@ def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def print_table(columns: Iterable[str], rows: Mapping[str, Iterable[str]], *, of: str = "metric") -> None:
-    """Print a table: what the columns are of, the cells by the name of their line, and what the lines are."""
+    """Print a table: names of the columns, cells by line, and what a line is (`of`)."""
     table = Table()
-    table.add_column(of)
+    # Folded, not cut: in a narrow window two names that begin alike stay apart.
+    table.add_column(of, overflow="fold")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for name, cells in rows.items():
         table.add_row(name, *cells)
     Console().print(table, markup=False)
 
 
 def number_cell(value: float | None) -> str:
-    """A number as a table shows it; a dash for one that is not known."""
+    """A number as tables show it; a dash if it is unknown."""
     if value is None or not math.isfinite(value):
         return "—"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -14,12 +14,13 @@ from fractal_rm.study.page import draw_curves, sentences, tables
 from fractal_rm.study.study import Budget, Study, write_chosen
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
-# One of long chains and one of another form: a learning rate that one bears can be too high for the other.
+# Long chains and another form of problem: a learning rate that suits one may be too high for the other.
 TUNING_TASKS = ("medium", "branching")
-# Trials do this share of the updates of a run, and are measured at its middle and its end.
+# Trials do this share of the updates of a run and are measured in its middle and at its end.
 TUNING_SHARE, TUNING_POINTS = 0.6, (0.5, 1.0)
 SMOKE_BUDGET = Budget(rollouts_per_update=16, held_out=8, updates=2, points=(1.0,))
 SMOKE_STEPS = 2
+_FIRST_LOOK = "For a first look: --settings easy --arms outcome_ppo fractal_mix --seeds 2."
 
 
 @dataclass
@@ -27,26 +28,39 @@ class CompareArguments:
     """Arguments of `fractal-rm compare`."""
 
     output_dir: str = field(
-        default="runs/compare", metadata={"help": "Where base policies, reward models and, by default, rows go."}
+        default="runs/compare", metadata={"help": "Folder of base policies, reward models and rows."}
     )
     results: str | None = field(
-        default=None, metadata={"help": "The file of rows; None: `results.jsonl` in `output_dir`."}
+        default=None, metadata={"help": "The file of rows; default: `results.jsonl` in `output_dir`."}
     )
     chosen: str | None = field(
         default=None,
-        metadata={"help": "YAML file with the settings of each arm; None: `chosen.yaml` in `output_dir`."},
+        metadata={
+            "help": "YAML file with the settings of each arm; default: `chosen.yaml` in `output_dir`, which `tune` "
+            "writes, or else the settings that docs/evidence.md uses."
+        },
     )
     settings: list[str] | None = field(
-        default=None, metadata={"help": "Conditions of the task, the most important first; None: all of them."}
+        default=None,
+        metadata={"help": "Settings of the task, such as `easy`, `medium` or `hard`, in this order; default: all."},
     )
-    arms: list[str] | None = field(default=None, metadata={"help": "Arms; None: all of them."})
+    arms: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards to compare, such as `outcome_ppo` (the outcome alone) and `fractal_mix` (with step "
+            "rewards); default: all."
+        },
+    )
     seeds: int = field(default=10, metadata={"help": "Seeds of each arm."})
     jobs: int = field(default=1, metadata={"help": "Processes, each with one thread."})
     tune: bool = field(
         default=False,
-        metadata={"help": "Run the trials of each arm on the tuning seed and write the best to `chosen`; no study."},
+        metadata={
+            "help": "Run the trials of each arm on the tuning seed and write the best to `chosen`, instead "
+            "of the study."
+        },
     )
-    smoke: bool = field(default=False, metadata={"help": "A tiny study that proves nothing but that all of it runs."})
+    smoke: bool = field(default=False, metadata={"help": "A tiny study, to see that everything runs."})
 
     def __post_init__(self) -> None:
         unknown = next((name for name in self.settings or [] if name not in CONDITIONS), None)
@@ -60,13 +74,13 @@ class CompareArguments:
 
 
 def compare(argv: Sequence[str]) -> None:
-    """Compare rewards on the arithmetic settings: the same policies, prompts, rollouts and updates for all."""
+    """Compare rewards on the arithmetic settings, with the same policies, prompts, rollouts and updates for all."""
     (arguments,) = parse("compare", [CompareArguments], argv)
     run_comparison(arguments)
 
 
 def run_comparison(arguments: CompareArguments, kind: type[Study] = Study) -> list[dict[str, Any]]:
-    """Tune, or run what is missing of the study, and write and print what its rows say. Benchmarks bring a `kind`."""
+    """Tune, or run what the study still lacks, and write and print its results. Benchmarks pass another `kind`."""
     folder = Path(arguments.output_dir, *(["smoke"] if arguments.smoke else []))  # never mixed with the real ones
     check_writable_folder(folder)
     results = Path(arguments.results or folder / "results.jsonl")
@@ -88,8 +102,11 @@ def run_comparison(arguments: CompareArguments, kind: type[Study] = Study) -> li
         write_chosen(chosen_file, study.tune(TUNING_TASKS, arms, arguments.jobs), portable_command(sys.argv))
         print(f"{chosen_file} holds the settings of {len(arms)} arms.")
         return study.rows()
-    study = study.with_chosen(chosen_file, arms)
-    study.run_all(study.units(arguments.settings or list(CONDITIONS), arms, arguments.seeds), arguments.jobs)
+    given = arguments.chosen is not None or chosen_file.is_file()
+    study = study.with_chosen(chosen_file, arms) if given else study.with_tuned(arms)
+    units = study.units(arguments.settings or list(CONDITIONS), arms, arguments.seeds)
+    print(f"{len(units)} runs, a minute or more each; a stopped comparison goes on. {_FIRST_LOOK}", flush=True)
+    study.run_all(units, arguments.jobs)
     rows = study.rows()
     made = [f"## {name}\n\n{table}" for name, table in tables(rows, study.arms).items()]
     write_atomic(folder / "report.md", "\n\n".join(["# Dense against outcome-only rewards", *made]) + "\n")

@@ -1,9 +1,11 @@
 """`fractal-rm evaluate`: labelled responses or a benchmark, one model or two."""
 
+import json
 import math
+import random
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fractal_rm.cli.arguments import (
@@ -17,6 +19,7 @@ from fractal_rm.cli.arguments import (
 )
 from fractal_rm.cli.checks import (
     check_models,
+    kept_beside,
     load_reward_model,
     number_cell,
     print_table,
@@ -24,12 +27,13 @@ from fractal_rm.cli.checks import (
     writing_files,
 )
 from fractal_rm.cli.parser import parse
+from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.index import check_meaning
 from fractal_rm.data.segmentation import warn_of_uncut_responses
 from fractal_rm.data.shapes import Columns
-from fractal_rm.evaluation.benchmarks import Benchmark, BenchmarkName, as_learned, measure, read_benchmark
+from fractal_rm.evaluation.benchmarks import SPEED, Benchmark, BenchmarkName, as_learned, measure, read_benchmark
 from fractal_rm.evaluation.responses import choose_threshold, measure_responses, score_bags
-from fractal_rm.evaluation.statistics import as_columns, differences, estimates
+from fractal_rm.evaluation.statistics import Measurement, as_columns, differences, estimates
 from fractal_rm.files import write_atomic
 from fractal_rm.reward_training.data import to_bags
 
@@ -41,56 +45,63 @@ class EvaluateArguments(ScoringArguments):
     data: str | None = field(
         default=None,
         metadata={
-            "help": "Rows with `label` and, where known, `step_labels`: a file, or a data set in `data_dir`; of a "
-            "benchmark its official files, or none to take them from the hub."
+            "help": "Labelled rows: a file, or a data set in `data_dir`. They have `label` and, if known, "
+            "`step_labels`. A benchmark takes its official files, or loads them from the hub."
         },
     )
     benchmark: BenchmarkName | None = field(
         default=None,
         metadata={
-            "help": "Judge by the rule of a benchmark; `best_of_n` takes rows of sampled solutions with `prompt`, "
-            "`response`, `label` (is it right?) and, for majority votes, `answer`."
+            "help": "Benchmark whose rule is used. `best_of_n` takes sampled solutions with `prompt`, `response`, "
+            "`label` (is it right?) and, for majority votes, `answer`."
         },
     )
     compare_to: str | None = field(
-        default=None, metadata={"help": "A second model, judged on the same responses: paired differences."}
+        default=None, metadata={"help": "A second model on the same responses, for paired differences."}
     )
-    split: str = field(default="test", metadata={"help": "Split, where `data` is the name of a data set."})
-    output: str = field(default="metrics.json", metadata={"help": "Where to write the metrics."})
+    split: str = field(default="test", metadata={"help": "Split, if `data` names a data set."})
+    limit: int | None = field(default=None, metadata={"help": "At most this many rows, drawn at random with `seed`."})
+    seed: int = field(default=0, metadata={"help": "Seed of the rows that `limit` draws."})
+    output: str = field(
+        default="metrics.json",
+        metadata={"help": "File of the metrics. A stopped run goes on from OUTPUT.part."},
+    )
     threshold_file: str | None = field(
         default=None,
         metadata={
-            "help": "Other rows with `label`, to choose the threshold on below which a step is called wrong; default: "
-            "the threshold that the checkpoint remembers."
+            "help": "Other labelled rows, to choose the threshold on. A step that scores below it is called wrong; "
+            "default: the threshold stored in the checkpoint."
         },
     )
     tune_on: Literal["gsm8k", "math", "olympiadbench", "omnimath"] = field(
         default="gsm8k",
-        metadata={"help": "processbench: the subset on whose gold labels a second threshold is chosen."},
+        metadata={"help": "processbench: subset whose gold labels choose a second threshold."},
     )
     answer_pattern: str | None = field(
         default=None,
         metadata={
-            "help": "best_of_n: regular expression whose first group is the final answer, where rows have no `answer`."
+            "help": "best_of_n: regular expression for the final answer (its first group), if rows have no `answer`."
         },
     )
     outcome_model: str | None = field(
-        default=None, metadata={"help": "best_of_n: a model that scores each response as one step, as a control."}
+        default=None, metadata={"help": "best_of_n: control that scores responses as one step."}
     )
     data_dir: str | None = field(
         default=None,
-        metadata={"help": f"Folder of data sets by name; default: that of the environment's {DATA_DIR_VARIABLE}."},
+        metadata={
+            "help": f"Folder that holds data sets by name; default: the environment variable {DATA_DIR_VARIABLE}."
+        },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("outcome_model", "answer_pattern"):
             if getattr(self, name) is not None and self.benchmark != "best_of_n":
-                raise ValueError(f"`{name}` has an effect with `benchmark=best_of_n` only. Leave it out.")
+                raise ValueError(f"`{name}` has an effect only with `benchmark=best_of_n`. Leave it out.")
         if self.benchmark is not None and self.columns != Columns():
-            raise ValueError("Names of columns have no effect with `benchmark`, which knows its own. Leave them out.")
+            raise ValueError("Column names have no effect with `benchmark`, which fixes them. Leave them out.")
         if self.dataset_format is not None and self.benchmark is not None:
-            raise ValueError("`dataset_format` has no effect with `benchmark`, which reads its own. Leave one out.")
+            raise ValueError("`dataset_format` has no effect with `benchmark`, which fixes it. Leave one out.")
         if self.threshold_file is not None and self.benchmark == "best_of_n":
             raise ValueError("`threshold_file` has no effect with `benchmark=best_of_n`. Leave it out.")
 
@@ -106,7 +117,10 @@ def _measure_all(arguments: EvaluateArguments) -> None:
     check_models(arguments.model, arguments.compare_to, arguments.outcome_model)
     rows, source = _rows(arguments)
     names = list(filter(None, (arguments.model, arguments.compare_to)))
-    measured = [_measure(name, rows, source, arguments, first=i == 0) for i, name in enumerate(names)]
+    measured, bags = [], []
+    for i, name in enumerate(names):
+        one, bags = _measure(name, rows, source, arguments, first=i == 0)
+        measured.append(one)
     found = [estimates(one) for one in measured]
     written = [{**one.counts, **as_columns(values), **one.curves} for one, values in zip(measured, found, strict=True)]
     record: dict[str, Any] = {"benchmark": arguments.benchmark, "data": source, "model": arguments.model, **written[0]}
@@ -115,33 +129,72 @@ def _measure_all(arguments: EvaluateArguments) -> None:
         record["compare_to"] = {"model": arguments.compare_to, **written[1]}
         record["difference"] = as_columns(gains)
     write_atomic(arguments.output, to_json(record))
+    kept_beside(arguments.output).unlink(missing_ok=True)
     _print(source, measured, found, gains)
+    for sentence in why_absent(found[0], bags) if arguments.benchmark is None else ():
+        print(sentence)
     print(f"{arguments.output} holds these numbers.")
 
 
 def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
     """The rows to measure on, and what to call them."""
+
+    def drawn(rows: Sequence[Any]) -> list[Any]:
+        return draw(rows, arguments.limit, arguments.seed, whole_prompts=arguments.benchmark == "best_of_n")
+
     if arguments.data is None:
         if arguments.dataset_format is not None:
-            return read_published(arguments.dataset_format, arguments.split, arguments.limit)
+            rows, source = read_published(arguments.dataset_format, arguments.split)
+            return drawn(rows), source
         if arguments.benchmark is None:
             raise ValueError("There is nothing to measure on. Give `data`, or a `benchmark` that the hub has.")
-        return benchmark_from_hub(arguments.benchmark, arguments.limit), f"{arguments.benchmark} (hub)"
+        subsets = benchmark_from_hub(arguments.benchmark)
+        return [row for rows in subsets for row in drawn(rows)], f"{arguments.benchmark} (hub)"
     split = find_split(arguments.data, arguments.split, arguments.data_dir)
     path = split or find_file(arguments.data, arguments.data_dir)
     source = f"{arguments.data} ({arguments.split})" if split else path.name
+    files = [path]
     if path.is_dir():  # official files, one a subset
         ends = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
         files = sorted(file for file in path.iterdir() if file.name.endswith(ends))
         if not files:
             raise FileNotFoundError(f"{path} holds no .json or .jsonl file. Give a file, or a folder of the subsets.")
-        return [row for file in files for row in read_rows(file, arguments.dataset_format, arguments.limit)], source
-    return read_rows(path, arguments.dataset_format, arguments.limit), source
+    return [row for file in files for row in drawn(read_rows(file, arguments.dataset_format, None))], source
 
 
-def _measure(name: str, rows: list[Any], source: str, arguments: EvaluateArguments, *, first: bool) -> Any:
-    """What is measured of one model, with the speed of scoring."""
-    model = load_reward_model(name, arguments.batch_size, arguments.published if first else None)
+def draw(rows: Sequence[Any], limit: int | None, seed: int, *, whole_prompts: bool = False) -> list[Any]:
+    """Rows drawn at random, in their order: a sorted file keeps all of its labels.
+
+    Args:
+        rows: Rows or bags; the two bags of a preference stay together.
+        limit: Most rows to take; None: all.
+        seed: Of the draw.
+        whole_prompts: Take all rows of a prompt, or none.
+
+    Example:
+        >>> draw([{"prompt": i} for i in range(100)], 3, seed=0)
+        [{'prompt': 8}, {'prompt': 11}, {'prompt': 23}]
+    """
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    groups: dict[Any, list[int]] = {}
+    for place, row in enumerate(rows):
+        group = getattr(row, "pair_id", None) or (json.dumps(row["prompt"]) if whole_prompts else place)
+        groups.setdefault(group, []).append(place)
+    order, taken = list(groups.values()), []
+    random.Random(seed).shuffle(order)
+    for places in order:
+        if not taken or len(taken) + len(places) <= limit:
+            taken += places
+    return [rows[place] for place in sorted(taken)]
+
+
+def _measure(
+    name: str, rows: list[Any], source: str, arguments: EvaluateArguments, *, first: bool
+) -> tuple[Measurement, list[Bag]]:
+    """What is measured of one model, and on what; without the speed if scores of a stopped run were used."""
+    published, kept = arguments.published if first else None, kept_beside(arguments.output)
+    model = load_reward_model(name, arguments.batch_size, published, keep=kept)
     threshold = _threshold(model, arguments)
     if arguments.dataset_format is not None:
         check_meaning(arguments.dataset_format, model.settings.aggregation)
@@ -149,31 +202,43 @@ def _measure(name: str, rows: list[Any], source: str, arguments: EvaluateArgumen
         bags = to_bags(rows, model.settings, source=source, columns=arguments.columns)
         benchmark = Benchmark(bags, lambda scored, limit: measure_responses(scored, bags, limit))
     else:
-        outcome = None
-        if arguments.outcome_model is not None and first:
-            outcome = load_reward_model(arguments.outcome_model, arguments.batch_size)
-        benchmark = read_benchmark(
-            arguments.benchmark,
-            rows,
-            source=source,
-            segmentation=model.segmentation,
-            tuned_on=arguments.tune_on,
-            answer_pattern=arguments.answer_pattern,
-            outcome_model=outcome,
-        )
+        benchmark = _benchmark(model, rows, source, arguments, first=first)
+    measured = measure(model, benchmark, threshold=threshold)
+    if model.reused:
+        counts = {name: value for name, value in measured.counts.items() if name not in SPEED}
+        measured = replace(measured, counts=counts)
+    return measured, benchmark.bags
+
+
+def _benchmark(model: Any, rows: list[Any], source: str, arguments: EvaluateArguments, *, first: bool) -> Benchmark:
+    """The benchmark that the arguments name, read for a model."""
+    assert arguments.benchmark is not None
+    outcome = None
+    if arguments.outcome_model is not None and first:
+        kept = kept_beside(arguments.output)
+        outcome = load_reward_model(arguments.outcome_model, arguments.batch_size, keep=kept)
+    benchmark = read_benchmark(
+        arguments.benchmark,
+        rows,
+        source=source,
+        segmentation=model.segmentation,
+        tuned_on=arguments.tune_on,
+        answer_pattern=arguments.answer_pattern,
+        outcome_model=outcome,
+    )
     if benchmark.remark and first:
         print(benchmark.remark, file=sys.stderr)
     if first:
         warn_of_uncut_responses([(bag.response, bag.step_spans) for bag in benchmark.bags], model.segmentation)
-    return measure(model, benchmark, threshold=threshold)
+    return benchmark
 
 
 def _threshold(model: Any, arguments: EvaluateArguments) -> float | None:
-    """The threshold chosen on the response labels of another file; None: the one that the model remembers."""
+    """The threshold chosen on the response labels of another file; None: the one stored in the checkpoint."""
     if arguments.threshold_file is None:
         return None
     path = find_file(arguments.threshold_file, arguments.data_dir)
-    rows = read_rows(path, arguments.dataset_format, arguments.limit)
+    rows = draw(read_rows(path, arguments.dataset_format, None), arguments.limit, arguments.seed)
     bags = to_bags(rows, model.settings, source=str(path), columns=arguments.columns)
     scored = score_bags(model, as_learned(model, bags))
     threshold = choose_threshold(scored, bags, aggregation=model.settings.aggregation)
@@ -182,8 +247,26 @@ def _threshold(model: Any, arguments: EvaluateArguments) -> float | None:
     return threshold
 
 
+def why_absent(found: Mapping[str, Any], bags: Sequence[Bag]) -> list[str]:
+    """For metrics without a value, or without a line: what the rows lack."""
+    sentences = []
+    responses = [name for name, one in found.items() if name.startswith("bag_") and math.isnan(one.value)]
+    labels = {bag.label for bag in bags}
+    if responses and len(labels) == 1:
+        label = labels.pop()
+        which = "have no label" if label is None else f"have the label {label:g}"
+        sentences.append(f"Not measured: {', '.join(responses)}. All {len(bags)} responses {which}.")
+    known = [label for bag in bags for label in bag.step_labels or () if label is not None]
+    steps = [name for name, one in found.items() if not name.startswith("bag_") and math.isnan(one.value)]
+    if not known:
+        sentences.append("No metrics of steps: no row has `step_labels`.")
+    elif steps and len(set(known)) == 1:
+        sentences.append(f"Not measured: {', '.join(steps)}. All {len(known)} step labels are {known[0]:g}.")
+    return sentences
+
+
 def _print(source: str, measured: list[Any], found: list[dict[str, Any]], gains: dict[str, Any]) -> None:
-    """Counts, then a line a metric: the value with its interval, of two models also the difference."""
+    """Print counts, then each metric with its interval and, of two models, the difference."""
     columns = [source] if len(found) == 1 else ["model", "compare_to"]
     counts = dict.fromkeys(name for one in measured for name in one.counts)
     rows = {name: [number_cell(one.counts.get(name)) for one in measured] for name in counts}

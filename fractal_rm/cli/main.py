@@ -1,7 +1,7 @@
 """`fractal-rm <command>`: parse, call, print.
 
-Exit status 0; or not 0 and one sentence on standard error: what was wrong, where, what to do. A traceback is for our
-own bugs.
+The exit status is 0, or one sentence on standard error says what was wrong, where, and what to do. Only bugs show a
+traceback.
 """
 
 import difflib
@@ -14,16 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fractal_rm import __version__
+from fractal_rm.cli.help import check_names, full_help, short_help
 from fractal_rm.interrupts import SIGNALS, Interrupted, handled, interrupt
 
 BAD_INPUT = 2
-# Packages whose complaints are about what they were given. An error that is raised elsewhere is a bug.
+# Packages that raise errors about their input. An error raised elsewhere is a bug.
 _COMPLAINANTS = ("fractal_rm", "transformers", "trl", "peft", "datasets", "huggingface_hub", "accelerate")
-# What `fractal-rm --help` says of each command: the function of that name in the module of that name.
+# Each command is the function of that name in the module of that name.
 COMMANDS = {
     "quickstart": "The whole pipeline on arithmetic word problems: CPU, minutes, no network.",
     "plan": "Memory and hours of a run on a GPU, before anything is loaded.",
-    "sample": "Sample responses of a policy to a task's prompts, and label them by their answers.",
+    "sample": "Sample a policy's responses to prompts, and label them by their answers.",
     "train": "Train a step reward model from response labels.",
     "score": "Score the steps of the responses in a file.",
     "evaluate": "Judge a step reward model on labelled responses or a benchmark, or compare two.",
@@ -32,6 +33,10 @@ COMMANDS = {
     "serve": "Answer requests for step scores over HTTP.",
     "report": "Tables from rows of results.jsonl, or curves from runs of PPO.",
 }
+# What an interrupted command says of the work that is done.
+_GO_ON = dict.fromkeys(
+    ["quickstart", "score", "evaluate", "compare"], "The same command goes on where this one stopped."
+)
 
 
 def usage() -> str:
@@ -45,20 +50,20 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`fractal-rm <command> --help` lists the arguments of a command; flags beat the file.",
+            "`fractal-rm <command> --help` shows the options that people change, `--help all` every one.",
         ]
     )
 
 
 def run(command: str, argv: Sequence[str]) -> None:
-    """Import the module of a command, and nothing of the others, and call it with its arguments."""
+    """Import the module of one command and call it with its arguments."""
     getattr(importlib.import_module(f"fractal_rm.cli.{command}"), command)(argv)
 
 
 def is_bad_input(error: BaseException) -> bool:
-    """Whether an error is a complaint about what somebody gave, and not a bug.
+    """Whether an error is about the input, not a bug.
 
-    It is if the operating system says so, or if it stands in a `raise` statement of a package that checks its input.
+    True for errors of the operating system, and for those raised by a package that checks its input.
     """
     if isinstance(error, OSError):
         return True
@@ -71,7 +76,7 @@ def is_bad_input(error: BaseException) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that `argv` begins with, by default that of the process.
+    """Run the command that `argv` starts with; default: the arguments of the process.
 
     Returns:
         Exit status: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
@@ -88,9 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = difflib.get_close_matches(name, COMMANDS, n=1)
             advice = f"Did you mean `{found[0]}`?" if found else f"Choose one of {', '.join(COMMANDS)}."
             raise ValueError(f"{f'Unknown command {name!r}' if name else 'There is no command'}. {advice}")
+        if "--help" in rest or "-h" in rest:
+            page = full_help if "all" in rest else short_help
+            print(page(name, COMMANDS[name]))
+            return 0
+        check_names(name, rest)  # before the seconds that imports take
         with warnings.catch_warnings():
-            # Nothing that whoever runs a command could change: an argument of TRL that transformers has renamed, and a
-            # default of transformers that does nothing without a GPU.
+            # Users can change neither: TRL passes an argument that transformers has renamed, and a default of
+            # transformers has no effect without a GPU.
             warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing.* is deprecated", FutureWarning)
             warnings.filterwarnings("ignore", "'pin_memory' argument is set as true", UserWarning)
             with handled(interrupt):
@@ -100,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(end.code or 0)
     except KeyboardInterrupt as end:
         told = end if isinstance(end, Interrupted) else Interrupted(SIGNALS[0])
-        print(told, file=sys.stderr)
+        print(f"{told} {_GO_ON.get(name, '')}".rstrip(), file=sys.stderr)
         return told.status
     except Exception as error:
         if not is_bad_input(error):

@@ -1,20 +1,18 @@
 """Read the arguments of a command: `fractal-rm <command> --config file.yaml --any_flag value`.
 
-Flags beat the file. `trl.TrlParser` turns dataclasses into flags. This module turns every mistake (in a flag, a key of
-the file, a value) into one sentence that names the place and the nearest known name.
+Flags override the file. `trl.TrlParser` turns dataclasses into flags. This module turns every mistake in a flag, a key
+or a value into one sentence that names the place and the nearest known name.
 """
 
 import argparse
-import difflib
+import os
 from collections.abc import Sequence
-from pathlib import Path
+from datetime import datetime
 from typing import Any, NoReturn, get_args, get_type_hints
 
-import yaml
 from trl.scripts.utils import TrlParser
 
-# Least similarity of a name that is worth suggesting.
-_ALIKE = 0.5
+from fractal_rm.cli.help import ALIASES, hint, read_config, unknown_key, with_aliases
 
 
 def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
@@ -26,7 +24,7 @@ def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tup
         SystemExit: After `--help`, with status 0.
     """
     parser = CommandParser(command, dataclasses)
-    parser.add_argument("--config", help="YAML file with any of these arguments; flags beat the file.")
+    parser.add_argument("--config", help="YAML file with any of these arguments; flags override it.")
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     before.add_argument("--config")
     before.error = parser.error
@@ -44,7 +42,7 @@ def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tup
 
 
 class CommandParser(TrlParser):
-    """A `TrlParser` whose complaints are one sentence each."""
+    """A `TrlParser` whose errors are one sentence each."""
 
     def __init__(self, command: str, dataclasses: Sequence[type]) -> None:
         super().__init__(
@@ -53,24 +51,36 @@ class CommandParser(TrlParser):
             usage=f"fractal-rm {command} [--config file.yaml] [--any_flag value ...]",
             allow_abbrev=False,
         )
-        self.advice = f"See `fractal-rm {command} --help`."
+        self.command, self.advice = command, f"See `fractal-rm {command} --help`."
         self._removed = {name: advice for kind in dataclasses for name, advice in getattr(kind, "REMOVED", {}).items()}
         self._hints = {name: hint for kind in dataclasses for name, hint in get_type_hints(kind).items()}
+        for alias, name in ALIASES.items():
+            action = self._option_string_actions.get(f"--{name}")
+            if action is not None:
+                self._option_string_actions |= dict.fromkeys((f"--{alias}", f"--{alias.replace('_', '-')}"), action)
+        self._set_default_output()
+
+    def _set_default_output(self) -> None:
+        """Without `--output_dir` a run gets a new folder, named after the command and the time."""
+        action = self._option_string_actions.get("--output_dir")
+        if action is None or action.default is not None:
+            return
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            action.required = True  # processes that start in different seconds would choose different folders
+        else:
+            action.default = f"runs/{self.command}-{datetime.now():%Y%m%d-%H%M%S}"
 
     @property
     def names(self) -> list[str]:
-        """Every argument there is."""
+        """Names of all arguments."""
         return [action.dest for action in self._actions if action.dest != "help"]
 
     def hint(self, unknown: str) -> str:
-        """What to do about an unknown name: what replaced it, the nearest known one, or where to look."""
-        if unknown in self._removed:
-            return f" It is no longer an option. {self._removed[unknown]}"
-        found = difflib.get_close_matches(unknown, self.names, n=1, cutoff=_ALIKE)
-        return f" Did you mean `{found[0]}`?" if found else f" {self.advice}"
+        """What to do about an unknown name."""
+        return hint(self.command, unknown, with_aliases(self.names), self._removed)
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print before it exits."""
+        """Raise the message that argparse would print before it exits."""
         raise ValueError(f"{self.prog}: {' '.join(message.split()).rstrip('.')}. {self.advice}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -79,34 +89,23 @@ class CommandParser(TrlParser):
         super()._check_value(action, value)
 
     def read_config(self, path: str) -> None:
-        """Take the values of a YAML file as defaults, after checking them as flags are checked.
+        """Make the values of a YAML file the defaults, checked as flags are.
 
         Raises:
             OSError: If the file is missing.
             ValueError: If the file does not hold a YAML mapping, or a key or value is wrong.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is no file. Give `--config` the path of a YAML file.")
-        try:
-            config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f", line {mark.line + 1}" if mark else ""
-            reason = getattr(error, "problem", None) or "it cannot be parsed"
-            raise ValueError(f"{path}{where} is invalid YAML: {reason}. Mend the line.") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} holds no mapping. Write one `name: value` a line.")
+        config = read_config(path)
         actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
         for key, value in config.items():
+            key = ALIASES.get(key, key)
             if key not in actions:
-                raise ValueError(f"{path}: unknown key {key!r}.{self.hint(str(key))}")
+                raise ValueError(unknown_key(self.command, path, key, with_aliases(self.names), self._removed))
             self.set_defaults(**{key: self._checked(actions[key], value, path)})
             actions[key].required = False
 
     def _checked(self, action: argparse.Action, value: Any, path: str) -> Any:
-        """A value of the file in the type that its flag would give it."""
+        """A value of the file, converted to the type of its flag."""
         hint = self._hints[action.dest]
         kinds = {getattr(kind, "__origin__", kind) for kind in (hint, *get_args(hint))}
         if value is None and (action.default is None or type(None) in kinds):
@@ -128,7 +127,8 @@ class CommandParser(TrlParser):
             converted = convert(str(value))
         except (ValueError, TypeError, argparse.ArgumentTypeError):
             kind = getattr(convert, "__name__", "value").replace("string_to_", "")
-            raise ValueError(f"{path}: `{action.dest}` is {value!r}, which is no {kind}. {self.advice}") from None
+            what = f"{value!r}, which is not of type {kind}"
+            raise ValueError(f"{path}: `{action.dest}` is {what}. {self.advice}") from None
         if action.choices is not None and converted not in action.choices:
             known = f"Choose one of {', '.join(map(str, action.choices))}."
             advice = self._removed.get(f"{action.dest}={converted}", known)

@@ -1,4 +1,4 @@
-"""`fractal-rm plan`: whether a run fits a GPU, and how long it takes, before anything is loaded."""
+"""`fractal-rm plan`: whether a run fits a GPU and how long it takes, before anything is loaded."""
 
 import re
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ GIGABYTE = 1e9
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MB])", re.IGNORECASE)
 _UNITS = {"M": 1e6, "B": 1e9}
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(?:GB|GIB|G)", re.IGNORECASE)
-# Options that may make a run fit, in the order in which they cost least: flag, value, when it is another one.
+# Options that may make a run fit, cheapest first: flag and value.
 _HELP: tuple[tuple[str, Any], ...] = (
     ("gradient_checkpointing", True),
     ("vllm_enable_sleep_mode", True),
@@ -41,56 +41,68 @@ _HELP: tuple[tuple[str, Any], ...] = (
 
 @dataclass
 class PlanArguments:
-    """Arguments of `fractal-rm plan`: those of `fractal-rm ppo` that memory and time depend on, and the GPU."""
+    """Arguments of `fractal-rm plan`: the GPU, and the options of `fractal-rm ppo` that memory and time depend on."""
 
     model: str | None = field(
-        default=None, metadata={"help": "The policy: folder or hub id. Its config.json is read, and no weights."}
+        default=None, metadata={"help": "The policy: folder or hub id. Only its config.json is read."}
     )
     parameters: str | None = field(
         default=None,
-        metadata={"help": "In place of `model`: its size, such as 1.5B. Without both: a table of usual models."},
+        metadata={
+            "help": "Size of the policy, such as 1.5B, instead of `model`. Without both: a table of common models."
+        },
     )
     gpu: str = field(
         default="24GB", metadata={"help": f"Memory such as 24GB, or a card: {', '.join(GPUS)}. Sizes are in 1e9 bytes."}
     )
     reward_model: str = field(
         default="policy",
-        metadata={"help": "Folder, hub id or size; `policy`: as large as the policy; `none`: there is none."},
+        metadata={"help": "Folder, hub id or size; `policy`: the size of the policy; `none`: no reward model."},
     )
     value_model: Literal["own", "shared", "none"] = field(
         default="none",
-        metadata={"help": "`none`: `advantage=group`; `own`: `gae` with a backbone; `shared`: a head on the policy."},
+        metadata={
+            "help": "Value model: `none` for `advantage=group`, `own` for a backbone, `shared` for a head "
+            "on the policy."
+        },
     )
-    reference: bool = field(default=False, metadata={"help": "A reference model: `beta` or `kl_coef` is above 0."})
-    use_peft: bool = field(default=False, metadata={"help": "Train low-rank adapters instead of all weights."})
+    reference: bool = field(
+        default=False, metadata={"help": "Include a reference model, for `beta` or `kl_coef` above 0."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train low-rank adapters, not all weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     dtype: Dtype = field(
         default="float32",
-        metadata={"help": "Of the policy's weights: TRL loads float32 unless `model_init_kwargs` names a `dtype`."},
+        metadata={
+            "help": "Type of the policy's weights. TRL loads float32 unless `model_init_kwargs` names a `dtype`."
+        },
     )
     reward_dtype: Dtype = field(
         default="float32",
-        metadata={"help": "Of the reward model's weights as stored: float32 where all were trained."},
+        metadata={"help": "Type of the reward model's weights. float32 if all were trained."},
     )
     prompt_length: int = field(default=150, metadata={"help": "Tokens of a prompt."})
     max_completion_length: int = field(default=320, metadata={"help": "Tokens of a completion."})
     num_generations: int = field(default=8, metadata={"help": "Completions of a prompt."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Completions that are trained on at once."})
-    gradient_accumulation_steps: int = field(default=16, metadata={"help": "Such batches in an update."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Completions per forward and backward pass."})
+    gradient_accumulation_steps: int = field(default=16, metadata={"help": "Batches per update."})
     gradient_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations to save memory."})
-    use_vllm: bool = field(default=False, metadata={"help": "vLLM on the same GPU generates (`vllm_mode=colocate`)."})
-    vllm_gpu_memory_utilization: float = field(default=0.3, metadata={"help": "Share of the memory that vLLM takes."})
+    use_vllm: bool = field(
+        default=False, metadata={"help": "Generate with vLLM on the same GPU (`vllm_mode=colocate`)."}
+    )
+    vllm_gpu_memory_utilization: float = field(default=0.3, metadata={"help": "Share of the GPU memory for vLLM."})
     vllm_enable_sleep_mode: bool = field(
-        default=False, metadata={"help": "vLLM gives its memory back while the policy trains."}
+        default=False, metadata={"help": "vLLM frees its memory while the policy trains."}
     )
     max_steps: int = field(default=300, metadata={"help": "Updates of PPO."})
-    num_prompts: int = field(default=7473, metadata={"help": "Prompts of `fractal-rm sample`; default: GSM8K's."})
-    samples: int = field(default=4, metadata={"help": "Responses to each of them, on which the reward model trains."})
+    num_prompts: int = field(default=7473, metadata={"help": "Prompts of `fractal-rm sample`; default: GSM8K."})
+    samples: int = field(default=4, metadata={"help": "Responses to each prompt, to train the reward model."})
     teraflops: float | None = field(
-        default=None, metadata={"help": "1e12 operations a second that training reaches; default: .35 of the card's."}
+        default=None,
+        metadata={"help": "Measured 1e12 operations per second of training; default: 0.35 of the card's peak."},
     )
     generated_per_second: float | None = field(
-        default=None, metadata={"help": "Tokens a second of all sequences together; default: from the card."}
+        default=None, metadata={"help": "Measured tokens per second over all sequences; default: from the card."}
     )
 
     def __post_init__(self) -> None:
@@ -114,7 +126,7 @@ class PlanArguments:
 
 
 def plan(argv: Sequence[str]) -> None:
-    """Print memory by part, hours by stage, and what would help where the run does not fit."""
+    """Print memory by part, hours by stage, and what would help if the run does not fit."""
     (arguments,) = parse("plan", [PlanArguments], argv)
     gpu = read_gpu(arguments.gpu, arguments.teraflops)
     if arguments.model is None and arguments.parameters is None:
@@ -128,15 +140,15 @@ def plan(argv: Sequence[str]) -> None:
     print_table(["hours"], {stage: [f"{time:.1f}"] for stage, time in spent.items()}, of="stage")
     print(verdict(arguments, run, gpu))
     if run.reward and stages["train"]["total"] > gpu.usable * gpu.memory:
-        print("Training the reward model does not fit: smaller batches, checkpointing or adapters there.")
+        print("Training the reward model does not fit: use smaller batches, gradient checkpointing or adapters for it.")
     print(
-        "Formulas, checked at 135 M parameters (docs/speed.md): hours within a factor of two at best. "
-        "After ten updates `step_time` in the logs says better."
+        "Formulas, checked at 135 M parameters (docs/speed.md); hours are right within a factor of two at best. "
+        "After ten updates, `step_time` in the logs is more accurate."
     )
 
 
 def read_gpu(name: str, teraflops: float | None) -> GPU:
-    """The card of a name or of a size of memory, with the operations a second that somebody measured.
+    """The card of a name or memory size, with measured operations per second if given.
 
     Raises:
         ValueError: If it is neither.
@@ -148,7 +160,7 @@ def read_gpu(name: str, teraflops: float | None) -> GPU:
     if found is None:
         memory = float(size[1]) * GIGABYTE  # type: ignore[index]
         if memory <= 0:
-            raise ValueError(f"`gpu` is {name!r}: no memory. Give its size, such as 24GB.")
+            raise ValueError(f"`gpu` is {name!r}, which has no memory. Give a size such as 24GB.")
         larger = [gpu for gpu in GPUS.values() if gpu.memory >= memory]
         found = replace(larger[0] if larger else GPUS["H200"], memory=memory)
     return found if teraflops is None else replace(found, operations=teraflops * 1e12, used=1.0)
@@ -171,7 +183,7 @@ def read_run(arguments: PlanArguments) -> Run:
 
 
 def make_run(arguments: PlanArguments, policy: Shape, reward: Shape | None) -> Run:
-    """The run of two models under the options of the command line."""
+    """The run of a policy and a reward model under the options of the command line."""
     rollouts = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return Run(
         policy=policy,
@@ -217,10 +229,10 @@ def read_shape(name: str, *, is_size: bool) -> Shape:
 
 
 def verdict(arguments: PlanArguments, run: Run, gpu: GPU) -> str:
-    """Whether the run fits; if not, the largest part, and what each option would bring."""
+    """Whether the run fits; if not, the largest part and what each option saves."""
     held = memory(run, gpu)
     total, room = held["total"], gpu.usable * gpu.memory
-    of = f"{total / GIGABYTE:.1f} GB of {room / GIGABYTE:.1f} that can be planned with"
+    of = f"{total / GIGABYTE:.1f} GB of {room / GIGABYTE:.1f} GB usable"
     if total <= room:
         return f"Fits: {of}."
     largest = max((part for part in held if part != "total"), key=lambda part: held[part])
@@ -253,7 +265,7 @@ def _hours(arguments: PlanArguments, run: Run, gpu: GPU) -> dict[str, float]:
 
 
 def _print_models(arguments: PlanArguments, gpu: GPU) -> None:
-    """A line for each usual model."""
+    """A line for each common model."""
     rows = {}
     for name, shape in MODELS.items():
         run = make_run(arguments, shape, None if arguments.reward_model == "none" else shape)

@@ -1,6 +1,7 @@
-"""`fractal-rm ppo`: a policy, trained on step rewards, outcome rewards, or both."""
+"""`fractal-rm ppo`: train a policy on step rewards, outcome rewards, or both."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +14,14 @@ from fractal_rm.cli.checks import (
     checkpoint_to_resume,
     hide_loading_bars,
     load_reward_model,
+    number_cell,
     print_metrics,
+    refuse_finished_output,
     to_json,
     writing_folder,
 )
 from fractal_rm.cli.parser import parse
+from fractal_rm.cli.reward_functions import NAMED, check_reward_function, load_reward_function
 from fractal_rm.cli.tasks import MAKE_PROMPTS, TaskArguments, make_task
 from fractal_rm.data.prompts import check_same_kind, is_chat, read_prompt
 from fractal_rm.data.readers import naming
@@ -32,65 +36,68 @@ from fractal_rm.tasks import gsm8k
 from fractal_rm.tasks.arithmetic import problems as arithmetic
 from fractal_rm.tasks.task import Task
 
-# What the screen and the model card show of some thirty numbers; metrics.json holds all of them.
+# Metrics on the screen and the model card; metrics.json holds all of them.
 _SHOWN = ("train_runtime", "train_loss", "eval_rewards/", "eval_completions/mean_length", "eval_kl")
-# Seeds of problem lists, apart from each other and from those that policies are made with.
+_OUTCOME = re.compile(r"rewards/[^/]+/mean")
+# Seeds of problem lists: different from each other and from the seeds that policies are made with.
 _TRAIN_SEED, _EVAL_SEED = 3_000_000, 4_000_000
 
 
 @dataclass(kw_only=True)
 class PPOArguments(TaskArguments):
-    """What `fractal-rm ppo` needs beside [`StepPPOConfig`]."""
+    """Arguments of `fractal-rm ppo` in addition to [`StepPPOConfig`]."""
 
     _argument_group_name = "models and rewards"
 
-    model: str = field(metadata={"help": "The policy: path or hub id of a causal language model."})
+    model: str = field(metadata={"help": "The policy: path or hub id. A causal language model."})
     reward_model: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Step reward models, for dense rewards: folders or hub ids, weighted by `step_reward_weights`; "
-            "`none` takes out those of the file."
+            "help": "Step reward models: folders or hub ids. They give dense rewards, weighted by "
+            "`step_reward_weights`; `none` removes the models that the file names."
         },
     )
     published: str | None = field(
         default=None,
         metadata={
-            "help": "The first of `reward_model` is a published process reward model whose files do not tell which: "
+            "help": "Format of the first `reward_model`, if it is a published one whose files do not tell: "
             "`trl` (or `trl:SEPARATOR`), `qwen-prm`, `skywork-prm`, `math-shepherd` or `rlhflow`."
         },
     )
-    reward_function: Literal["exact_answer", "gsm8k_answer", "verifier"] | None = field(
+    reward_function: str | None = field(
         default=None,
         metadata={
-            "help": "Outcome reward: `exact_answer` (task arithmetic), `gsm8k_answer` (column `answer`, extra `math`), "
-            "`verifier` (tasks reasoning_gym and word_problems: their own check of the answer)."
+            "help": "Outcome reward: a name, or FILE.py:FUNCTION. Names: `exact_answer`, `gsm8k_answer`, `verifier`. "
+            "`exact_answer` is for the task arithmetic; `gsm8k_answer` reads the column `answer` (extra `math`); "
+            "`verifier` is the check of the tasks reasoning_gym and word_problems. A function of your own is named by "
+            "its file (`my_rewards.py:exact`) or by a dotted path (`my_package.rewards.exact`), and takes what TRL's "
+            "reward functions take."
         },
     )
     value_model: str | None = field(
         default=None,
         metadata={
-            "help": "Token classification model with one label, for `advantage=gae`; or `reward_model` for the reward "
-            "model's backbone, `shared` for a head on the policy's own; default: made of the policy."
+            "help": "Value model: a path, `reward_model` or `shared`. For `advantage=gae`: a token classification "
+            "model with one label, the reward model's backbone, or a head on the policy's backbone; default: a copy of "
+            "the policy."
         },
     )
     value_use_peft: bool = field(
         default=True,
-        metadata={"help": "With `use_peft`: low-rank adapters for the value model too, in place of all its weights."},
+        metadata={"help": "With `use_peft`: train adapters of the value model too, not all its weights."},
     )
-    num_problems: int = field(
-        default=4096, metadata={"help": "Tasks that make their own prompts: problems to train on."}
-    )
+    num_problems: int = field(default=4096, metadata={"help": "Problems that a task makes for training."})
     num_eval_problems: int = field(
-        default=256, metadata={"help": "Tasks that make their own prompts: problems of evaluations; 0 for none."}
+        default=256, metadata={"help": "Problems that a task makes for evaluation; 0 for none."}
     )
     chat: bool = field(
-        default=True, metadata={"help": "Task gsm8k: ask in a chat, for models with a chat template; else as text."}
+        default=True,
+        metadata={"help": "Task gsm8k: prompts are chats, for models with a chat template; otherwise texts."},
     )
     page_steps: int = field(
         default=0,
         metadata={
-            "help": "Optimizer steps from one page of completions with their step scores to the next, in "
-            "`output_dir/step_scores`; 0: no pages."
+            "help": "Steps between pages of scored completions. The pages are in `output_dir/step_scores`; 0: no pages."
         },
     )
 
@@ -98,8 +105,11 @@ class PPOArguments(TaskArguments):
         super().__post_init__()
         if self.reward_model == ["none"]:
             self.reward_model = None
+        if self.reward_function is not None:
+            check_reward_function(self.reward_function)
         verifies = self.task in ("reasoning_gym", "word_problems")
-        if (self.reward_function == "verifier") != (verifies and self.reward_function is not None):
+        checked_by_task = verifies and self.reward_function in NAMED
+        if (self.reward_function == "verifier") != checked_by_task:
             raise ValueError(
                 f"`reward_function={self.reward_function}` does not suit `task={self.task}`. Give `verifier` with the "
                 "tasks reasoning_gym and word_problems, and with no other."
@@ -116,20 +126,20 @@ def ppo(argv: Sequence[str]) -> None:
 def _ppo(arguments: PPOArguments, data: DataArguments, lora: LoraArguments, config: StepPPOConfig) -> None:
     folder = Path(str(config.output_dir))
     checkpoint = checkpoint_to_resume(config)
+    refuse_finished_output(folder, config.overwrite_output_dir or bool(checkpoint))
     reward_models = arguments.reward_model or []
     names = [*reward_models, *([arguments.reward_function] if arguments.reward_function else [])]
     if not names:
         raise ValueError("There is no reward. Give `reward_model` (dense), `reward_function` (outcome), or both.")
-    # The value model may also be a word that stands for a backbone that there is already.
+    # Two words stand for a backbone that is loaded anyway.
     given_value = None if arguments.value_model in ("reward_model", "shared") else arguments.value_model
     adapt_value = arguments.value_use_peft and config.advantage == "gae" and arguments.value_model != "shared"
     check_models(arguments.model, *reward_models, given_value)
     task = make_task(arguments, data, arguments.model) if arguments.task in MAKE_PROMPTS else None
-    functions = (
-        [reward_function(arguments.reward_function, task, arguments.answers)] if arguments.reward_function else []
-    )
     rows = read_prompts(arguments, data, "train", config.seed, task)
     held_out = read_prompts(arguments, data, "eval", config.seed, task)
+    name = arguments.reward_function
+    functions = [load_reward_function(name, task, arguments.answers)] if name else []
     loaded = [
         load_reward_model(path, published=None if n else arguments.published) for n, path in enumerate(reward_models)
     ]
@@ -170,8 +180,30 @@ def _ppo(arguments: PPOArguments, data: DataArguments, lora: LoraArguments, conf
         write_atomic(folder / "metrics.json", to_json(metrics | {"history": trainer.state.log_history}))
         write_atomic(folder / "README.md", card)
         print_metrics(shown)
+        print(closing(trainer.state.log_history))
         print(f"{folder} holds the policy, metrics.json and README.md.")
+        print(f"Next: fractal-rm report --runs {folder} --output {folder}/training.html")
     trainer.accelerator.end_training()  # a process that exits within a process group may abort
+
+
+def closing(history: Sequence[Mapping[str, Any]]) -> str:
+    """What a run did to its rewards, from its first log to its last, and the alarms of its guards.
+
+    Example:
+        >>> logs = [{"rewards/exact_answer/mean": 0.25, "steps/score": 0.5}, {"rewards/exact_answer/mean": 0.75}]
+        >>> closing([*logs, {"steps/score": 0.625, "guards/alarm/kl": 1.0}])
+        'Outcome (exact_answer) 0.25 -> 0.75, step score 0.5 -> 0.625. Alarms: kl.'
+    """
+    names = {name: name.split("/")[1] for logs in history for name in logs if _OUTCOME.fullmatch(name)}
+    shown = {name: f"outcome ({short})" for name, short in names.items() if not short.startswith("step_reward_model")}
+    found = []
+    for name, called in (shown | {"steps/score": "step score"}).items():
+        values = [logs[name] for logs in history if isinstance(logs.get(name), int | float)]
+        if values:
+            found.append(f"{called} {number_cell(values[0])} -> {number_cell(values[-1])}")
+    alarms = {name.rpartition("/")[2] for logs in history for name in logs if name.startswith("guards/alarm/")}
+    text = ", ".join(found) or "no reward was logged"
+    return f"{text[0].upper()}{text[1:]}. Alarms: {', '.join(sorted(alarms)) or 'none'}."
 
 
 def read_prompts(
@@ -183,11 +215,11 @@ def read_prompts(
         arguments: Task and reward function.
         data: Files or data set.
         split: Rows to train on, or held-out ones.
-        seed: Seed of made problems.
+        seed: Seed of the problems that a task makes.
         task: Makes the problems; None: rows are read.
 
     Returns:
-        The rows; None if there are none to evaluate on.
+        The rows; None without rows for evaluation.
 
     Raises:
         OSError: If a file cannot be read.
@@ -200,7 +232,7 @@ def read_prompts(
             name, least = ("num_problems", 1) if split == "train" else ("num_eval_problems", 0)
             raise ValueError(f"`{name}` is {count}. Give {least} or more.")
         if arguments.task != "arithmetic":
-            # `held_out` stays unseen until a policy is measured: `fractal-rm sample --split held_out`.
+            # The split `held_out` is for measuring policies: `fractal-rm sample --split held_out`.
             made = task.problems("train" if split == "train" else "validation", count, seed) if count else []
             return [{"prompt": problem.prompt} for problem in made] or None
         problems = arithmetic.make_problems(count, seed=seed + (_TRAIN_SEED if split == "train" else _EVAL_SEED))
@@ -243,23 +275,3 @@ def _check_reward_columns(rows: Sequence[Mapping[str, Any]], source: str, name: 
                 raise ValueError(f"`reward_function={name}` reads the column 'answer', a text; add it.")
             if name == "exact_answer":
                 arithmetic.Problem.from_prompt("" if is_chat(row["prompt"]) else row["prompt"])
-
-
-def reward_function(name: str, task: Task | None = None, answers: str = "marked") -> Callable[..., list[float]]:
-    """The reward function of a name, with what it needs installed.
-
-    Args:
-        name: Its name.
-        task: Checks answers, for `verifier`.
-        answers: What counts as an answer, for `gsm8k_answer`.
-
-    Raises:
-        ImportError: If it needs a package that is missing.
-    """
-    if name == "verifier" and task is not None:
-        return task.outcome
-    if name == "exact_answer":
-        return arithmetic.exact_answer
-    reward = gsm8k.last_number_answer if answers == "last_number" else gsm8k.gsm8k_answer
-    reward([], [], [])  # says now, not after the first rollout, if math-verify is missing
-    return reward

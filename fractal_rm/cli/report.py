@@ -17,26 +17,23 @@ from fractal_rm.report.training_report import save_training_figure, write_traini
 class ReportArguments:
     """Arguments of `fractal-rm report`."""
 
-    results: str | None = field(default=None, metadata={"help": "A `results.jsonl`, for tables. This or `runs`."})
+    results: str | None = field(default=None, metadata={"help": "A `results.jsonl`, for tables. Give this or `runs`."})
     runs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Trainings by PPO, for their curves: each DIR or NAME=DIR, the `output_dir` of `fractal-rm ppo` or "
-            "a checkpoint. Runs of one NAME, such as seeds, are drawn as their mean with an interval."
+            "help": "PPO runs, for their curves: each DIR or NAME=DIR. DIR is the `output_dir` of `fractal-rm ppo` or "
+            "a checkpoint; runs with the same NAME, such as seeds, become a mean with an interval."
         },
     )
     output: str | None = field(
         default=None,
-        metadata={
-            "help": "Where to write: .html for a page, of results also .md for Markdown; default for results: to the "
-            "screen."
-        },
+        metadata={"help": "Output file: .html, or for results also .md. Results without it are printed."},
     )
     figure: str | None = field(
-        default=None, metadata={"help": "Of runs: where to save the curves as a picture, .png or .svg."}
+        default=None, metadata={"help": "With `runs`: save the curves as a picture, .png or .svg."}
     )
     metrics: list[str] | None = field(
-        default=None, metadata={"help": "Of results: metrics to show, in order; default: all."}
+        default=None, metadata={"help": "With `results`: metrics to show, in this order; default: all."}
     )
     title: str | None = field(default=None, metadata={"help": "Heading; default: `Results` or `Training`."})
 
@@ -45,10 +42,10 @@ class ReportArguments:
             raise ValueError("Give either `results`, a results.jsonl for tables, or `runs`, folders for curves.")
         for name, needs in (("figure", "runs"), ("metrics", "results")):
             if getattr(self, name) is not None and getattr(self, needs) is None:
-                raise ValueError(f"`{name}` has an effect with `{needs}` only. Leave it out.")
+                raise ValueError(f"`{name}` has an effect only with `{needs}`. Leave it out.")
         if self.runs is not None and self.output is None and self.figure is None:
             raise ValueError(
-                "`runs` make a page or a picture. Give `output` (.html), `figure` (.png or .svg), or both."
+                "`runs` become a page or a picture. Give `output` (.html), `figure` (.png or .svg), or both."
             )
         endings = (".html",) if self.runs is not None else (".md", ".html")
         if self.output is not None and not self.output.endswith(endings):
@@ -79,7 +76,7 @@ def _report_runs(entries: list[str], output: str | None, figure: str | None, tit
 
 def _report_results(results: str, output: str | None, metrics: list[str] | None, title: str) -> None:
     if not Path(results).is_file():
-        raise FileNotFoundError(f"{results} is no file. Give the path of a results.jsonl.")
+        raise FileNotFoundError(f"There is no file {results}. Give the path of a results.jsonl.")
     rows = read_results(results)
     bad = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("metrics"), dict)), None)
     if bad is not None:

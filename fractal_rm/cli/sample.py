@@ -20,7 +20,7 @@ from fractal_rm.tasks.answers import read_answer
 from fractal_rm.tasks.equations import step_labels
 from fractal_rm.tasks.task import Split
 
-# Arguments that may change when a stopped run goes on.
+# Arguments that may differ when a stopped run goes on.
 _FREE = ("output", "num_prompts")
 
 
@@ -31,37 +31,39 @@ class SampleArguments(TaskArguments):
     model: str = field(metadata={"help": "The policy: path or hub id of a causal language model."})
     output: str = field(
         metadata={
-            "help": "Where to write one line for each response: `prompt`, `completion`, `label` (1: the final answer "
-            "is right), `answer` (what it states), `responses` (lines of this prompt). A stopped run goes on there."
+            "help": "File of responses, one a line. Each has `prompt`, `completion`, `label` (1: the final answer is "
+            "right), `answer` and `responses` (lines of this prompt). A stopped run goes on there."
         }
     )
     split: Split = field(
         default="reward_model",
-        metadata={"help": "Task that makes its own prompts: which of them. Splits share no prompt."},
+        metadata={"help": "Prompts of a task that makes its own. Splits share no prompt."},
     )
-    num_prompts: int = field(
-        default=256, metadata={"help": "Most prompts; a finished run goes on with a higher number."}
-    )
+    num_prompts: int = field(default=256, metadata={"help": "Number of prompts. Raise it to extend a finished run."})
     skip_prompts: int = field(
         default=0,
-        metadata={"help": "Rows of a file or data set to pass over first: kept for another file of responses."},
+        metadata={
+            "help": "Rows to skip at the start of a file or data set. They are left for another file of responses."
+        },
     )
     samples: int = field(default=8, metadata={"help": "Responses to each prompt."})
-    greedy: bool = field(default=False, metadata={"help": "Take the likeliest token instead of sampling."})
+    greedy: bool = field(default=False, metadata={"help": "Decode greedily instead of sampling."})
     chat: bool = field(
-        default=False, metadata={"help": "Ask in a chat, for models with a chat template; else as text."}
+        default=False, metadata={"help": "Prompts are chats, for models with a chat template; otherwise texts."}
     )
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest response; default: that of the task."})
-    batch_size: int = field(default=64, metadata={"help": "Responses sampled at a time."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Most tokens of a response; default: the task's."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Responses per batch."})
     gold_steps: bool = field(
         default=False,
         metadata={
-            "help": "Write `step_labels` too, where the task has a checker of steps: for evaluation, or for a reward "
-            "model that is trained on them as the ceiling. A method under test is not to see them."
+            "help": "Also write `step_labels`, if the task can check steps. They are for evaluation, or for a reward "
+            "model trained on them as an upper bound; a method under test must not see them."
         },
     )
     dtype: Literal["bfloat16", "float32"] = field(
-        default="bfloat16", metadata={"help": "What the policy computes in; `float32` on processors without bfloat16."}
+        default="bfloat16", metadata={"help": "Precision of the policy. Use `float32` on processors without bfloat16."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the problems and of the sampling."})
 
@@ -80,12 +82,12 @@ class SampleArguments(TaskArguments):
 
 @dataclass
 class Asked:
-    """A prompt, and how responses to it are judged.
+    """A prompt, and how its responses are judged.
 
     Args:
         prompt: Text or chat.
         is_right: Whether the final answer of a response is right.
-        check_steps: Whether each line is right; None: the task cannot tell.
+        check_steps: Whether each line is right; it gives None if the task cannot tell.
     """
 
     prompt: Any
@@ -197,7 +199,7 @@ def _prompts_of_rows(arguments: SampleArguments, data: DataArguments) -> list[As
 
 
 def _batches(texts: Sequence[str], size: int) -> Iterator[list[int]]:
-    """Places of prompts of like length."""
+    """Places of prompts of similar length."""
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -206,7 +208,7 @@ def _batches(texts: Sequence[str], size: int) -> Iterator[list[int]]:
 def _rows(
     asked: Asked, responses: Sequence[str], gold_steps: bool, *, last_number: bool = False
 ) -> list[dict[str, Any]]:
-    """The rows of a prompt. Blank responses are left out, because nothing can be learned from them."""
+    """The rows of a prompt. Blank responses are dropped: nothing can be learned from them."""
     written = [response for response in responses if response.strip()]
     rows = []
     for response in written:
@@ -217,7 +219,7 @@ def _rows(
             "answer": read_answer(response, last_number=last_number),
             "responses": len(written),
         }
-        # The steps that a reward model reads, one a line: a step may hold other line ends, or several lines.
+        # One line for each step that a reward model reads: a step may contain other line ends, or several lines.
         lines = [" ".join(response[start:end].splitlines()) for start, end in Segmentation("lines")(response)]
         flags = asked.check_steps("\n".join(lines)) if gold_steps else None
         rows.append(row if flags is None else row | {"step_labels": step_labels(flags)})
@@ -229,7 +231,7 @@ def _key(prompt: Any) -> str:
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Append rows in one write: what is there is complete but for a line that a killed process leaves."""
+    """Append rows in one write: a killed process leaves at most one incomplete line."""
     from fractal_rm.hf.checkpoints import named_write_errors
 
     with named_write_errors(f"Responses in {path}"), path.open("ab") as file:
@@ -245,7 +247,7 @@ def read_rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def _rows_so_far(path: Path, arguments: SampleArguments) -> set[str]:
-    """Prompts that have all their responses; what is left of others is removed.
+    """Prompts that have all their responses; rows of other prompts are removed.
 
     Raises:
         ValueError: If the file is of a run with other settings.
@@ -266,7 +268,7 @@ def _rows_so_far(path: Path, arguments: SampleArguments) -> set[str]:
                     if before.get(name) != value
                 )
             )
-            raise ValueError(f"{path} holds responses of another run ({changed}). Give another `output`.")
+            raise ValueError(f"{path} holds responses of a run with other settings ({changed}). Give another `output`.")
     write_atomic(beside, json.dumps(settings, indent=2) + "\n")
     rows = read_rows_of(path)
     counts = Counter(_key(row["prompt"]) for row in rows)

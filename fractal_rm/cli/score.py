@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fractal_rm.cli.arguments import ScoringArguments, read_rows
-from fractal_rm.cli.checks import check_models, load_reward_model, writing_files
+from fractal_rm.cli.checks import check_models, kept_beside, load_reward_model, writing_files
 from fractal_rm.cli.parser import parse
 from fractal_rm.evaluation.score_rows import add_second_model, score_rows
 from fractal_rm.files import write_atomic
 from fractal_rm.report.terminal import show_steps
 from fractal_rm.report.viewer import write_viewer
 
-# Bad rows that are named on the screen; all of them are in the output.
+# Bad rows named on the screen; the output has all of them.
 _NAMED_ROWS = 10
 
 
@@ -28,11 +28,13 @@ class ScoreArguments(ScoringArguments):
             "`step_labels`: .jsonl, .jsonl.gz or .json."
         }
     )
-    output: str = field(metadata={"help": "Where to write one line of scores for each response."})
-    html: str | None = field(default=None, metadata={"help": "Where to write a page to read the scored responses in."})
-    show: int = field(default=0, metadata={"help": "Responses to print with their steps, in colour: the first ones."})
+    output: str = field(
+        metadata={"help": "File of scores, one line for each response. A stopped run goes on from OUTPUT.part."}
+    )
+    html: str | None = field(default=None, metadata={"help": "Write a page that shows the scored responses."})
+    show: int = field(default=0, metadata={"help": "Print this many responses with coloured steps."})
     compare_to: str | None = field(
-        default=None, metadata={"help": "A second step reward model, whose scores of the same steps stand beside."}
+        default=None, metadata={"help": "A second step reward model, for scores of the same steps."}
     )
 
     def __post_init__(self) -> None:
@@ -41,11 +43,11 @@ class ScoreArguments(ScoringArguments):
             raise ValueError(f"`show` is {self.show}. Give a number of responses, 0 for none.")
         files = [Path(file).resolve() for file in (self.input, self.output, self.html) if file is not None]
         if len(set(files)) < len(files):
-            raise ValueError("`input`, `output` and `html` name one file twice. Give each a file of its own.")
+            raise ValueError("`input`, `output` and `html` name one file twice. Give each its own file.")
 
 
 def score(argv: Sequence[str]) -> None:
-    """Write one line of scores for each response, and a page if one is asked for."""
+    """Write one line of scores for each response, and a page on request."""
     (arguments,) = parse("score", [ScoreArguments], argv)
     with writing_files(arguments.output, arguments.html):
         _score(arguments)
@@ -54,10 +56,11 @@ def score(argv: Sequence[str]) -> None:
 def _score(arguments: ScoreArguments) -> None:
     check_models(arguments.model, arguments.compare_to)
     rows = read_rows(Path(arguments.input), arguments.dataset_format, arguments.limit)
-    reward_model = load_reward_model(arguments.model, arguments.batch_size, arguments.published)
+    kept = kept_beside(arguments.output)
+    reward_model = load_reward_model(arguments.model, arguments.batch_size, arguments.published, keep=kept)
     records = score_rows(reward_model, rows, source=arguments.input, columns=arguments.columns)
     if arguments.compare_to is not None:
-        add_second_model(records, load_reward_model(arguments.compare_to, arguments.batch_size))
+        add_second_model(records, load_reward_model(arguments.compare_to, arguments.batch_size, keep=kept))
     errors = [record["error"] for record in records if record["error"]]
     if len(errors) == len(records):
         raise ValueError(f"None of {len(records)} responses could be scored. First: {errors[0]}")
@@ -66,6 +69,7 @@ def _score(arguments: ScoreArguments) -> None:
     if len(errors) > _NAMED_ROWS:
         print(f"... and {len(errors) - _NAMED_ROWS} more, see {arguments.output}.", file=sys.stderr)
     write_atomic(arguments.output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    reward_model.forget()
     threshold = reward_model.settings.threshold
     if arguments.html is not None:
         names = (arguments.model, arguments.compare_to) if arguments.compare_to is not None else None

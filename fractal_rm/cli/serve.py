@@ -21,30 +21,30 @@ class ServeArguments:
     published: str | None = field(
         default=None,
         metadata={
-            "help": "A published process reward model whose files do not tell which it is: `trl` (or `trl:SEPARATOR`), "
+            "help": "Format of a published process reward model, if its files do not tell: `trl` (or `trl:SEPARATOR`), "
             "`qwen-prm`, `skywork-prm`, `math-shepherd` or `rlhflow`."
         },
     )
     host: str = field(
         default="127.0.0.1",
-        metadata={"help": "Address to listen on; 0.0.0.0 for all, which lets other machines use the server."},
+        metadata={"help": "Address to listen on. 0.0.0.0 lets other machines use the server."},
     )
-    port: int = field(default=8000, metadata={"help": "Port to listen on; 0: any that is free."})
-    batch_size: int = field(default=32, metadata={"help": "Most responses in a forward pass, of any requests."})
+    port: int = field(default=8000, metadata={"help": "Port to listen on; 0: any free port."})
+    batch_size: int = field(default=32, metadata={"help": "Most responses per forward pass, over requests."})
     wait: float = field(
-        default=0.005, metadata={"help": "Seconds that a response waits for others to share a forward pass with."}
+        default=0.005, metadata={"help": "Seconds that a response waits for others to share its forward pass."}
     )
     ends: list[str] | None = field(
         default=None,
         metadata={
-            "help": "OpenRLHF: texts to take off the end of a response, such as the policy's end-of-text token; those "
-            "of the reward model's own tokenizer are taken off anyway."
+            "help": "OpenRLHF: texts to strip from the end of a response, such as the policy's end-of-text token. "
+            "Those of the reward model's tokenizer are always stripped."
         },
     )
 
 
 def serve(argv: Sequence[str]) -> None:
-    """Answer requests until somebody interrupts; those that have begun are answered."""
+    """Answer requests until interrupted, then finish those in progress."""
     arguments, limits = parse("serve", [ServeArguments, Limits], argv)
     if arguments.batch_size < 1 or not 0 <= arguments.wait < limits.seconds:
         raise ValueError(
@@ -65,7 +65,7 @@ def serve(argv: Sequence[str]) -> None:
         shown = f"[{host}]" if ":" in host else host
         print(f"{name} scores at http://{shown}:{listening.getsockname()[1]}/score; Ctrl-C ends it.", flush=True)
         if not is_loopback(host):
-            print("Whoever can reach this address can use the server: it asks for no password.", flush=True)
+            print("Anyone who can reach this address can use the server: there is no password.", flush=True)
         run(app, listening, seconds=limits.seconds)
 
 
@@ -80,10 +80,10 @@ def _until_ctrl_c() -> Iterator[None]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections; port 0: any that is free.
+    """A listening socket; port 0: any free port.
 
     Raises:
-        OSError: If the address or port cannot be had.
+        OSError: If the address or port is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -91,7 +91,7 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         number = getattr(error, "errno", None)  # Python adds the address to what the system says
         reason = (os.strerror(number) if number else str(error)).lower()
-        raise OSError(f"{host}:{port} cannot be listened on ({reason}). Choose another `host` or `port`.") from error
+        raise OSError(f"Cannot listen on {host}:{port} ({reason}). Choose another `host` or `port`.") from error
 
 
 def is_loopback(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""Tasks that `sample` and `ppo` take by name: they make their own prompts and check answers."""
+"""Tasks that `sample` and `ppo` take by name: they make prompts and check answers."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,30 +18,32 @@ class TaskArguments:
     task: TaskName | None = field(
         default=None,
         metadata={
-            "help": "Where prompts come from: `arithmetic` and `reasoning_gym` (extra `gym`) make their own, "
-            "`word_problems` reads its texts from `data_dir`; `gsm8k` reads rows with `question` and `answer`; without "
-            "a task, rows hold `prompt` and what answers are checked with."
+            "help": "Where prompts come from. `arithmetic` and `reasoning_gym` (extra `gym`) make their own, "
+            "`word_problems` reads its texts from `data_dir`, `gsm8k` reads rows with `question` and `answer`; without "
+            "a task, rows have `prompt` and the columns that answers are checked with."
         },
     )
     task_name: str | None = field(
         default=None,
         metadata={
-            "help": "Task reasoning_gym: the data set, such as `gsm_symbolic`, or `gsm_symbolic_unseen` (templates "
-            "that are in no split of the former), `gsm_symbolic_easy`, `gsm_symbolic_hard`."
+            "help": "Data set of reasoning_gym, such as `gsm_symbolic`. Also `gsm_symbolic_unseen` (templates that no "
+            "split of gsm_symbolic has), `gsm_symbolic_easy` and `gsm_symbolic_hard`."
         },
     )
 
     answers: Literal["marked", "last_number"] = field(
         default="marked",
         metadata={
-            "help": "Rows with right answers: what counts as the final answer of a response. `marked`: what follows "
-            "`####` or is boxed, exactly once; `last_number`: where nothing is marked, the last number."
+            "help": "What counts as the final answer of a response. `marked`: what follows `####` or is boxed, exactly "
+            "once; `last_number`: the last number if nothing is marked. For rows with right answers."
         },
     )
 
     def __post_init__(self) -> None:
         if self.answers == "last_number" and self.task in MAKE_PROMPTS:
-            raise ValueError(f"`answers` has no effect with `task={self.task}`, which checks its own. Leave it out.")
+            raise ValueError(
+                f"`answers` has no effect with `task={self.task}`, which checks answers itself. Leave it out."
+            )
         if self.task == "reasoning_gym" and not self.task_name:
             raise ValueError("`task=reasoning_gym` needs `task_name`: a data set of the library, such as gsm_symbolic.")
         if self.task_name and self.task != "reasoning_gym":
@@ -51,7 +53,7 @@ class TaskArguments:
 
 
 def make_task(arguments: TaskArguments, data: DataArguments, model: str) -> Task:
-    """The task of the arguments, one that makes its own prompts.
+    """The task that the arguments name, if it makes its own prompts.
 
     Args:
         arguments: Name it.
@@ -60,7 +62,7 @@ def make_task(arguments: TaskArguments, data: DataArguments, model: str) -> Task
 
     Raises:
         ImportError: If a library is missing.
-        ValueError: If rows are given too, there is no such data set, or its texts are missing.
+        ValueError: If rows are given too, the data set does not exist, or its texts are missing.
     """
     if data.train_file or data.eval_file or data.dataset_name:
         raise ValueError(
@@ -80,6 +82,6 @@ def make_task(arguments: TaskArguments, data: DataArguments, model: str) -> Task
     if folder is None:
         raise ValueError(
             f"`task=word_problems` reads its texts from a folder `word_problems` of `data_dir`: set it, or the "
-            f"environment's {DATA_DIR_VARIABLE}."
+            f"environment variable {DATA_DIR_VARIABLE}."
         )
     return WordProblems(folder / "word_problems", model=model)

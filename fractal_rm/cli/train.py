@@ -1,10 +1,9 @@
 """`fractal-rm train`: a step reward model from response labels."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.checks import (
@@ -13,6 +12,7 @@ from fractal_rm.cli.checks import (
     hide_loading_bars,
     print_metrics,
     print_table,
+    refuse_finished_output,
     to_json,
     writing_folder,
 )
@@ -27,24 +27,23 @@ from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.data import to_bags
 from fractal_rm.reward_training.stages import plan
 from fractal_rm.reward_training.trainer import FractalTrainer
-from fractal_rm.reward_training.trials import TRIALS_FILE, Trial
 
 
 @dataclass
 class TrainArguments:
-    """What `fractal-rm train` needs beside [`FractalConfig`]."""
+    """Arguments of `fractal-rm train` in addition to [`FractalConfig`]."""
 
     _argument_group_name = "model"
 
     model: str = field(
         metadata={
-            "help": "Path or hub id: a causal language model for `scorer=likelihood`, any backbone for `scorer=token`, "
-            "a sentence-transformers model for `scorer=embedding`."
+            "help": "Model to start from: path or hub id. A causal language model for `scorer=likelihood`, any "
+            "backbone for `scorer=token`, a sentence-transformers model for `scorer=embedding`."
         }
     )
     on_bad_row: Literal["stop", "skip"] = field(
         default="stop",
-        metadata={"help": "A row that cannot be read: `stop` before training, or `skip` it; how many is said."},
+        metadata={"help": "If a row cannot be read: `stop` before training, or `skip` it and count it."},
     )
     trials: int | None = field(
         default=None,
@@ -66,6 +65,7 @@ def train(argv: Sequence[str]) -> None:
 def _train(arguments: TrainArguments, data: DataArguments, lora: LoraArguments, config: FractalConfig) -> None:
     folder = Path(str(config.output_dir))
     checkpoint = checkpoint_to_resume(config)
+    refuse_finished_output(folder, config.overwrite_output_dir or bool(checkpoint) or _is_staged(config))
     check_models(arguments.model)
     if data.dataset_format is not None:
         check_meaning(data.dataset_format, config.aggregation)
@@ -98,27 +98,15 @@ def _train(arguments: TrainArguments, data: DataArguments, lora: LoraArguments, 
         write_atomic(folder / "metrics.json", to_json(metrics | {"history": trainer.state.log_history}))
         print_metrics(metrics)
         print(f"{folder} holds the reward model, metrics.json and README.md.")
+        print(_closing(folder, metrics, data.eval_file or data.train_file))
     trainer.accelerator.end_training()  # a process that exits within a process group may abort
 
-
-def _choose(count: int, model: str, config: FractalConfig, given: Mapping[str, Any]) -> FractalTrainer:
-    """The trainer of the best configuration; every trial has its line, and the table comes last."""
-    done = itertools.count(1)
-
-    def tell(trial: Trial) -> None:
-        print(f"Trial {next(done)} of {count}: {trial.value:.4f} ({trial.seconds:.0f} s)", flush=True)
-
-    trainer = FractalTrainer.choose(count, model, config, on_trial=tell, **given)
-    assert trainer.choice is not None
-    chosen = trainer.choice.chosen
-    rows = {f"{one.number + 1}: {one.changes}": [f"{one.value:.4f}"] for one in trainer.choice.trials}
-    print_table(["value"], rows, of="trial")
-    print(f"Chosen by {trainer.choice.judge.description}: trial {chosen.number + 1}. {TRIALS_FILE} holds all.")
-    return trainer
+    (print_table,)
+    (refuse_finished_output,)
 
 
 def _check_kinds(bags: Mapping[str, Sequence[Bag]], sources: Mapping[str, str]) -> None:
-    """Raise if one file asks in texts and another in chats: the model would refuse it, but after the training."""
+    """Raise if one file has text prompts and another chats: the model would refuse it only after training."""
     kinds = {split: "chats" if is_chat(found[0].prompt) else "texts" for split, found in bags.items()}
     for split, kind in kinds.items():
         if kind != kinds["train"]:
@@ -129,5 +117,5 @@ def _check_kinds(bags: Mapping[str, Sequence[Bag]], sources: Mapping[str, str]) 
 
 
 def _is_staged(config: FractalConfig) -> bool:
-    """Whether a run is to go on that keeps its checkpoints in a folder for each stage."""
+    """Whether to resume a run that keeps the checkpoints of each stage in its own folder."""
     return str(config.resume_from_checkpoint).lower() in ("true", "yes") and len(plan(config)) > 1

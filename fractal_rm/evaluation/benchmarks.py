@@ -15,6 +15,8 @@ from fractal_rm.evaluation.responses import score_bags
 from fractal_rm.evaluation.statistics import Measurement
 from fractal_rm.reward_model import StepRewardModel, StepScores
 
+# What [`measure`] counts of the scoring itself.
+SPEED = ("seconds", "responses_per_second")
 BenchmarkName = Literal["processbench", "prmbench", "best_of_n"]
 
 
@@ -85,7 +87,7 @@ def measure(reward_model: StepRewardModel, benchmark: Benchmark, *, threshold: f
     scored = score_bags(reward_model, bags)
     seconds = time.perf_counter() - start
     measured = benchmark.measure(scored, reward_model.settings.threshold if threshold is None else threshold)
-    speed = {"seconds": seconds, "responses_per_second": len(bags) / seconds}
+    speed = dict(zip(SPEED, (seconds, len(bags) / seconds), strict=True))
     return replace(measured, counts={**measured.counts, **speed})
 
 

@@ -1,5 +1,6 @@
 """Progress of a training run on the screen: a bar, and a short line for each log."""
 
+import time
 from typing import Any
 
 from rich.console import Console
@@ -19,10 +20,15 @@ _SHOWN_PREFIXES = (
     "eval_step_",
     "eval_within",
 )
+# A first number is logged after this many steps or seconds, however rare logs are.
+FIRST_STEPS, FIRST_SECONDS = 10, 30.0
 
 
 class RichProgress(TrainerCallback):
     """A bar and one line per log, in place of the bars and dictionaries that `transformers.Trainer` prints.
+
+    The first loss is logged after at most ten steps; in one process also after the first step that ends thirty seconds
+    or more after the start.
 
     Use it in a `with` statement around `trainer.train()`: it restores the screen after an error.
 
@@ -46,6 +52,7 @@ class RichProgress(TrainerCallback):
             disable=bool(trainer.args.disable_tqdm) or not trainer.is_world_process_zero(),
         )
         self.task = self.progress.add_task(description, total=None)
+        self._start, self._silent = time.monotonic(), False
 
     def __enter__(self) -> "RichProgress":
         self.progress.start()
@@ -58,9 +65,17 @@ class RichProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
+        self._start, self._silent = time.monotonic(), state.global_step == 0 and args.logging_strategy != "no"
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         self.progress.update(self.task, completed=state.global_step)
+        # Logging gathers the loss of all processes, and their clocks differ.
+        waited = args.world_size == 1 and time.monotonic() - self._start >= FIRST_SECONDS
+        if self._silent and (state.global_step >= FIRST_STEPS or waited):
+            control.should_log = True
+        return control
 
     def on_log(
         self,
@@ -70,6 +85,7 @@ class RichProgress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        self._silent = self._silent and "loss" not in (logs or {})
         shown = {
             name: float(value)
             for name, value in (logs or {}).items()

@@ -41,7 +41,7 @@ class RunConfig:
 
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Remove the checkpoints of another run from `output_dir`; else such a folder is refused."},
+        metadata={"help": "Replace the finished model or another run in `output_dir`; else such a folder is refused."},
     )
 
     def check_amounts(self) -> None:

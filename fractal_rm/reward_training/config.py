@@ -123,17 +123,17 @@ class FractalConfig(RunConfig, TrainingArguments):
     )
     missed_good: float = field(
         default=0.0,
-        metadata={"help": "Share of good responses whose label wrongly says bad; the bag loss allows for it."},
+        metadata={"help": "Share of good responses labelled bad. The bag loss allows for it."},
     )
     missed_bad: float = field(
         default=0.0,
-        metadata={"help": "Share of bad responses whose label wrongly says good; the bag loss allows for it."},
+        metadata={"help": "Share of bad responses labelled good. The bag loss allows for it."},
     )
     easyllp_weight: float = field(
         default=0.0, metadata={"help": "Weight of the EasyLLP loss, for labels that are shares of good steps."}
     )
     instance_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the instance loss (gold step labels); 0 = gold labels are not read."}
+        default=0.0, metadata={"help": "Weight of the loss on gold step labels. 0: gold labels are not read."}
     )
     gold_fraction: float = field(
         default=1.0, metadata={"help": "Share of the responses whose gold step labels are read, if any are."}

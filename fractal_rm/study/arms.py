@@ -103,6 +103,20 @@ ARMS = {
 }
 
 
+# The trial of each arm that the tuning of docs/evidence.md chose: what a study uses that has no file of settings.
+TUNED = {
+    "outcome_grpo": 2,
+    "outcome_ppo": 3,
+    "fractal": 3,
+    "fractal_mix": 3,
+    "fractal_online": 3,
+    "orm": 2,
+    "supervised": 3,
+    "oracle": 3,
+    "random_steps": 3,
+}
+
+
 # Policies and reward models ------------------------------------------------------------------------------------------
 
 # The same for all arms. The baseline of step scores is that of the rows there are: an arm with the one of

@@ -28,7 +28,7 @@ from fractal_rm.hf.checkpoints import resume_or_clear
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_model import FractalReward, StepRewardModel
-from fractal_rm.study.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY, Arm, Assets, Options
+from fractal_rm.study.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY, TUNED, Arm, Assets, Options
 from fractal_rm.study.held_out import Metrics, mean_score, measure, measure_start, response_logprobs
 from fractal_rm.study.rivals import WholeResponseReward
 from fractal_rm.study.statistics import BENCHMARK, latest
@@ -424,6 +424,17 @@ class Study:
             _, best = max(zip(self.values(tasks, arm, trials), trials, strict=True))
             found[arm] = self.arms[arm].trials[best]
         return found
+
+    def with_tuned(self, arms: Sequence[str]) -> "Study":
+        """The same study with the options that are built in: what the tuning of docs/evidence.md chose.
+
+        Raises:
+            ValueError: If there are none for an arm.
+        """
+        lacking = [arm for arm in arms if arm not in TUNED]
+        if lacking:
+            raise ValueError(f"No settings of {lacking[0]} are built in. Give `chosen`, a file that has them.")
+        return replace(self, chosen={arm: self.arms[arm].trials[TUNED[arm]] for arm in arms})
 
     def with_chosen(self, path: Path, arms: Sequence[str]) -> "Study":
         """The same study with the options that the tuning wrote.

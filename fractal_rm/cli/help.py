@@ -1,0 +1,406 @@
+"""Help and unknown names, answered without importing the libraries that options configure.
+
+Importing torch, transformers and TRL takes seconds. The options of a command are therefore read from the source of the
+dataclasses that it parses, TRL's and transformers' included: names, defaults, choices and help have no second list.
+"""
+
+import ast
+import difflib
+import functools
+import importlib.util
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+# The options that people change, by group: what `fractal-rm <command> --help` shows. Other commands show all options.
+COMMON: dict[str, dict[str, tuple[str, ...]]] = {
+    "train": {
+        "model": ("model", "scorer", "aggregation", "segmentation", "max_length", "use_peft", "lora_r"),
+        "data": ("train_file", "eval_file", "test_file", "dataset_name", "dataset_format", "label_column", "limit"),
+        "labels": ("missed_good", "missed_bad", "instance_weight", "pseudo_labels"),
+        "learning": (
+            "learning_rate", "head_learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+            "gradient_accumulation_steps", "bf16", "seed",
+        ),
+        "output": (
+            "output_dir", "overwrite_output_dir", "logging_steps", "eval_strategy", "save_steps",
+            "resume_from_checkpoint", "report_to",
+        ),
+    },
+    "sample": {
+        "model": ("model", "chat", "max_new_tokens", "dtype", "batch_size"),
+        "data": ("task", "task_name", "split", "train_file", "dataset_name", "num_prompts", "skip_prompts"),
+        "responses": ("samples", "greedy", "answers", "gold_steps", "seed"),
+        "output": ("output",),
+    },
+    "score": {
+        "model": ("model", "published", "compare_to", "batch_size"),
+        "data": ("input", "dataset_format", "prompt_column", "response_column", "label_column", "limit"),
+        "output": ("output", "html", "show"),
+    },
+    "evaluate": {
+        "model": ("model", "published", "compare_to", "outcome_model", "batch_size"),
+        "data": (
+            "data", "benchmark", "dataset_format", "split", "data_dir", "label_column", "limit", "seed",
+        ),
+        "metrics": ("threshold_file", "tune_on", "answer_pattern"),
+        "output": ("output",),
+    },
+    "ppo": {
+        "model": ("model", "value_model", "use_peft", "lora_r"),
+        "data": ("task", "train_file", "eval_file", "dataset_name", "prompt_column", "num_problems"),
+        "rewards": ("reward_model", "reward_function", "step_weight", "outcome_weight", "shaping", "on_alarm"),
+        "learning": (
+            "advantage", "learning_rate", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "num_generations", "max_completion_length", "temperature", "beta", "use_vllm", "bf16", "seed",
+        ),
+        "output": (
+            "output_dir", "overwrite_output_dir", "logging_steps", "save_steps", "page_steps",
+            "resume_from_checkpoint", "report_to",
+        ),
+    },
+}  # fmt: skip
+# Names of TRL's scripts for options that have another one here.
+ALIASES = {
+    "model_name_or_path": "model",
+    "reward_model_name_or_path": "reward_model",
+    "reward_funcs": "reward_function",
+}
+# Least similarity of a name that is worth suggesting.
+_ALIKE = 0.5
+# Narrowest and widest page, the columns of flags, and the lines of a screen.
+_NARROW, _WIDE, _FLAGS, SCREEN = 80, 120, 34, 50
+# Room that choices need behind a sentence, for the first of them to be seen.
+_A_CHOICE = 20
+_OURS = "fractal_rm"
+
+
+class Option(NamedTuple):
+    """One option of a command, as the source of its dataclass has it."""
+
+    name: str
+    help: str
+    default: str  # as shown; empty: none
+    required: bool
+    choices: tuple[str, ...]
+    owner: str  # `package.Class`
+
+
+class Options(NamedTuple):
+    """What a command takes."""
+
+    options: tuple[Option, ...]
+    removed: Mapping[str, str]  # options of earlier versions: what to use instead
+    complete: bool  # False if a library comes without its source
+
+    @property
+    def names(self) -> list[str]:
+        """Every name that a flag or a key may have."""
+        return with_aliases([option.name for option in self.options])
+
+
+# Help -----------------------------------------------------------------------------------------------------------------
+
+
+def short_help(command: str, says: str) -> str:
+    """One screen: what the command does, and the options that people change."""
+    known = {option.name: option for option in options_of(command).options}
+    groups = COMMON.get(command, {"options": tuple(known)})
+    rest = len(known) - sum(map(len, groups.values()))
+    more = f"`fractal-rm {command} --help all` {f'lists {rest} more' if rest else 'explains them in full'}."
+
+    def page(cut: bool) -> list[str]:
+        lines = [_usage(command), "", says]
+        for title, names in groups.items():
+            lines += ["", f"{title}:", *(line for name in names for line in _lines(known[name], cut=cut))]
+        return [*lines, "", f"{more} --config reads a YAML file; flags beat it."]
+
+    whole = page(cut=False)
+    return "\n".join(whole if len(whole) <= SCREEN else page(cut=True))
+
+
+def full_help(command: str, says: str) -> str:
+    """Every option with all that its dataclass says, this package's first."""
+    groups: dict[str, list[Option]] = {}
+    for option in options_of(command).options:
+        groups.setdefault(option.owner, []).append(option)
+    lines = [_usage(command), "", says]
+    for owner in sorted(groups, key=lambda owner: not owner.startswith(_OURS)):
+        lines += ["", f"{owner}:"]
+        for option in groups[owner]:
+            names = ", ".join(f"--{name}" for name in with_aliases([option.name]))
+            choices = f" {{{','.join(option.choices)}}}" if option.choices else ""
+            default = "  (required)" if option.required else f"  [{option.default}]" if option.default else ""
+            lines.append(f"  {names}{choices}{default}")
+            lines += textwrap.wrap(option.help, _width(), initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _usage(command: str) -> str:
+    return f"usage: fractal-rm {command} [--config file.yaml] [--any_flag value ...]"
+
+
+def _lines(option: Option, *, cut: bool) -> list[str]:
+    """An option: its flag, the beginning of its help, its default in brackets; cut to one line, or wrapped."""
+    shown = "" if option.default == "false" else option.default
+    default = " (required)" if option.required else f" [{shown}]" if shown else ""
+    text = option.help.partition(". ")[0].partition("; ")[0].rstrip(".")
+    flag = f"  --{option.name} ".ljust(_FLAGS)
+    room = _width() - len(flag)
+    if option.choices:
+        sentence, choices = text.partition(": ")[0], ", ".join(option.choices)
+        text = f"{sentence}: {choices}"
+        if cut and len(text + default) > room and len(sentence + default) > room - _A_CHOICE:
+            text = choices
+    if cut:
+        return [flag + textwrap.shorten(text, room - len(default), placeholder=" ...") + default]
+    first, *others = textwrap.wrap(text + default, room, break_long_words=False)
+    return [flag + first, *(" " * len(flag) + line for line in others)]
+
+
+def _width() -> int:
+    return min(max(shutil.get_terminal_size((_NARROW, 24)).columns, _NARROW), _WIDE)
+
+
+# Unknown names --------------------------------------------------------------------------------------------------------
+
+
+def check_names(command: str, argv: Sequence[str]) -> None:
+    """Raise if the command does not know a flag or a key of the configuration file.
+
+    Raises:
+        OSError: If the configuration file is missing.
+        ValueError: Names the unknown one, and the nearest that is known.
+    """
+    known = options_of(command)
+    if not known.complete:
+        return  # the parser says it later
+    names = {*known.names, "config"}
+    for place, word in enumerate(argv):
+        flag, _, value = word.partition("=")
+        name = flag[2:].replace("-", "_")
+        if not flag.startswith("--") or not name or " " in flag:
+            continue
+        if name not in names and name.removeprefix("no_") not in names:
+            raise ValueError(
+                f"fractal-rm {command}: unknown flag {flag}.{hint(command, name, known.names, known.removed)}"
+            )
+        if name == "config":
+            for path in [value] if value else argv[place + 1 : place + 2]:
+                for key in read_config(path).keys() - names:
+                    raise ValueError(unknown_key(command, path, key, known.names, known.removed))
+
+
+def with_aliases(names: Sequence[str]) -> list[str]:
+    """Names, and what TRL's scripts call some of them."""
+    return [*names, *(alias for alias, name in ALIASES.items() if name in names)]
+
+
+def unknown_key(command: str, path: str, key: object, names: Iterable[str], removed: Mapping[str, str]) -> str:
+    """The sentence about a key of a configuration file that the command does not have."""
+    return f"{path}: unknown key {key!r}.{hint(command, str(key), names, removed)}"
+
+
+def hint(command: str, unknown: str, names: Iterable[str], removed: Mapping[str, str]) -> str:
+    """What to do about an unknown name: what replaced it, the nearest known one, or where to look."""
+    if unknown in removed:
+        return f" It is no longer an option. {removed[unknown]}"
+    found = difflib.get_close_matches(unknown, list(names), n=1, cutoff=_ALIKE)
+    return f" Did you mean `{found[0]}`?" if found else f" See `fractal-rm {command} --help`."
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The mapping of a YAML file.
+
+    Raises:
+        OSError: If the file is missing.
+        ValueError: If it is not UTF-8, not YAML, or not a mapping.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path}. Give `--config` the path of a YAML file.")
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ValueError(f"{path}{where} is invalid YAML: {reason}. Mend the line.") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} does not hold a mapping. Write one `name: value` a line.")
+    return config
+
+
+# Options, read from source --------------------------------------------------------------------------------------------
+
+
+class _Module(NamedTuple):
+    name: str
+    tree: ast.Module
+    is_package: bool
+
+
+class _Unreadable(Exception):
+    """A value that only running the code would tell."""
+
+
+@functools.cache
+def options_of(command: str) -> Options:
+    """The options of the dataclasses that a command's module gives to `parse`, in their order."""
+    module = _module(f"{_OURS}.cli.{command}")
+    assert module is not None
+    kinds = next(
+        [item.id for item in node.args[1].elts if isinstance(item, ast.Name)]
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "parse"
+        if isinstance(node.args[1], ast.List)
+    )
+    found: dict[str, Option] = {}
+    removed: dict[str, str] = {}
+    complete = all([_read_class(module, kind, found, removed) for kind in kinds])
+    return Options(tuple(found.values()), removed, complete)
+
+
+def _read_class(module: _Module, name: str, found: dict[str, Option], removed: dict[str, str]) -> bool:
+    """Add the fields of a dataclass and its bases to `found`, and what it removed; False if a base has no source."""
+    place = _definition(module, name)
+    if place is None or not isinstance(node := place[1], ast.ClassDef):
+        return False
+    module = place[0]
+    complete = all([_read_class(module, ast.unparse(base), found, removed) for base in reversed(node.bases)])
+    scope = {
+        target.id: one.value
+        for one in node.body
+        if isinstance(one, ast.Assign)
+        for target in one.targets
+        if isinstance(target, ast.Name)
+    }
+    if "REMOVED" in scope:
+        removed |= _value(module, scope["REMOVED"], scope)
+    owner = f"{module.name.partition('.')[0]}.{node.name}"
+    for one in node.body:
+        match one:
+            case ast.AnnAssign(target=ast.Name(id=field)) if "ClassVar" not in ast.unparse(one.annotation):
+                found[field] = _option(module, one, field, scope, owner)
+    return complete
+
+
+def _option(module: _Module, node: ast.AnnAssign, name: str, scope: Mapping[str, ast.expr], owner: str) -> Option:
+    given: dict[str, ast.expr] = {} if node.value is None else {"default": node.value}
+    if isinstance(node.value, ast.Call) and ast.unparse(node.value.func).endswith("field"):
+        given = {keyword.arg or "": keyword.value for keyword in node.value.keywords}
+    metadata = _readable(module, given.get("metadata"), scope) or {}
+    default = _readable(module, given.get("default"), scope)
+    shown = "" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    return Option(
+        name,
+        " ".join(str(metadata.get("help") or "").replace("%%", "%").split()),
+        shown,
+        not given.keys() & {"default", "default_factory"},
+        _choices(module, node.annotation),
+        owner,
+    )
+
+
+def _choices(module: _Module, node: ast.expr) -> tuple[str, ...]:
+    """The choices of an annotation that is a `Literal`, perhaps named elsewhere or with None; () of another one."""
+    if isinstance(node, ast.BinOp):
+        return _choices(module, node.left) or _choices(module, node.right)
+    if isinstance(node, ast.Name):
+        place = _definition(module, node.id)
+        return _choices(place[0], place[1]) if place is not None and isinstance(place[1], ast.Subscript) else ()
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
+        values = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        return tuple(str(_value(module, value, {})) for value in values)
+    return ()
+
+
+def _readable(module: _Module, node: ast.expr | None, scope: Mapping[str, ast.expr]) -> Any:
+    """The value of an expression, None if there is none or only running the code would tell."""
+    try:
+        return None if node is None else _value(module, node, scope)
+    except _Unreadable:
+        return None
+
+
+def _value(module: _Module, node: ast.AST, scope: Mapping[str, ast.expr]) -> Any:
+    """The value of an expression as fields have them: literals, names, text that is put together."""
+    match node:
+        case ast.Constant():
+            return node.value
+        case ast.Name() if node.id in scope:
+            return _value(module, scope[node.id], scope)
+        case ast.Name() if (place := _definition(module, node.id)) is not None:
+            return _value(*place, {})
+        case ast.JoinedStr():
+            return "".join(str(_value(module, part, scope)) for part in node.values)
+        case ast.FormattedValue():
+            return _value(module, node.value, scope)
+        case ast.BinOp(op=ast.Add()):
+            return _value(module, node.left, scope) + _value(module, node.right, scope)
+        case ast.UnaryOp(op=ast.USub()):
+            return -_value(module, node.operand, scope)
+        case ast.List() | ast.Tuple():
+            return [_value(module, item, scope) for item in node.elts]
+        case ast.Dict():
+            pairs = zip(node.keys, node.values, strict=True)
+            return {_value(module, k, scope): _readable(module, v, scope) for k, v in pairs if k is not None}
+        case ast.Call(func=ast.Attribute(attr="fromkeys")):
+            return dict.fromkeys(*(_value(module, item, scope) for item in node.args))
+        case ast.Call(func=ast.Attribute(attr="join", value=separator)):
+            return _value(module, separator, scope).join(_value(module, node.args[0], scope))
+    raise _Unreadable
+
+
+@functools.cache
+def _module(name: str) -> _Module | None:
+    """A module by its dotted name, without importing it or its packages; None if there is no source."""
+    top, *rest = name.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    place = Path(spec.submodule_search_locations[0], *rest)
+    for path in (place.with_suffix(".py"), place / "__init__.py"):
+        if path.is_file():
+            return _Module(name, ast.parse(path.read_bytes()), path.name == "__init__.py")
+    return None
+
+
+def _definition(module: _Module, name: str) -> tuple[_Module, ast.AST] | None:
+    """Where a name of a module is defined, and as what: a class or an expression; through imports."""
+    for node in _statements(module.tree.body):
+        match node:
+            case ast.ClassDef() if node.name == name:
+                return module, node
+            case ast.Assign(targets=[ast.Name(id=target)]) | ast.AnnAssign(target=ast.Name(id=target)) if (
+                target == name
+            ):
+                return None if node.value is None else (module, node.value)
+            case ast.ImportFrom():
+                for alias in node.names:
+                    if (alias.asname or alias.name) == name:
+                        there = _module(_absolute(module, node))
+                        return None if there is None else _definition(there, alias.name)
+    return None
+
+
+def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements of a module, those inside of `if` and `try` included."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If | ast.Try):
+            yield from _statements([*node.body, *node.orelse])
+
+
+def _absolute(module: _Module, node: ast.ImportFrom) -> str:
+    """The module that a `from` statement names."""
+    if not node.level:
+        return node.module or ""
+    parts = module.name.split(".")
+    package = parts[: len(parts) - node.level + module.is_package]
+    return ".".join([*package, *filter(None, [node.module])])

@@ -1,0 +1,192 @@
+"""What commands keep: finished models, scores of a stopped run, a first loss; and what they say at their end."""
+
+import json
+import math
+
+import pytest
+import torch
+from support.stand_ins import save_policy, save_reward_model, solutions, write_jsonl
+
+from fractal_rm.cli.checks import print_table, refuse_finished_output
+from fractal_rm.cli.evaluate import draw, why_absent
+from fractal_rm.cli.main import COMMANDS, main
+from fractal_rm.cli.ppo import closing
+from fractal_rm.data.bag import Bag
+from fractal_rm.evaluation import kept_scores
+from fractal_rm.evaluation.statistics import Estimate
+from fractal_rm.reward_model import StepRewardModel
+
+TINY = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "4", "--save_strategy", "no"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_policy(folder / "policy")
+    save_reward_model(folder / "rm")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(models, tmp_path_factory):
+    """Arguments of a training that is finished."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = write_jsonl(folder / "rows.jsonl", solutions(12))
+    arguments = ["train", "--model_name_or_path", str(models / "policy"), "--output_dir", str(folder / "rm"), *TINY]
+    arguments += ["--train_file", rows, "--eval_file", rows]
+    assert main([*arguments, "--max_steps", "11"]) == 0
+    return folder, arguments
+
+
+def test_a_finished_model_is_overwritten_on_request_only(trained, capsys):
+    folder, arguments = trained
+    before = (folder / "rm" / "model.safetensors").read_bytes()
+    assert main([*arguments, "--max_steps", "1", "--seed", "7"]) == 2
+    said = capsys.readouterr().err
+    assert f"{folder}/rm already holds a finished model. Give another `output_dir`, or `--overwrite_output_dir" in said
+    assert (folder / "rm" / "model.safetensors").read_bytes() == before
+    refuse_finished_output(folder / "rm", overwrite=True)
+    refuse_finished_output(folder, overwrite=False)  # rows, and no model
+
+
+def test_the_first_loss_is_logged_after_ten_steps_however_rare_logs_are(trained):
+    history = json.loads((trained[0] / "rm" / "metrics.json").read_text())["history"]
+    assert [logs["step"] for logs in history if "loss" in logs] == [10]
+
+
+def test_the_end_of_train_says_how_good_the_model_is_and_what_comes_next(trained, capsys):
+    folder, arguments = trained
+    assert main([*arguments, "--max_steps", "1", "--overwrite_output_dir", "--resume_from_checkpoint", "true"]) == 0
+    said = capsys.readouterr()
+    assert f"{folder}/rm holds no checkpoint: training starts from the beginning." in said.err
+    found = json.loads((folder / "rm" / "metrics.json").read_text())["eval"]
+    assert f"Held-out AUC {found['bag_auc']:.4g} (" in said.out
+    assert f"a step below {found['threshold']:.4g} counts as wrong." in said.out
+    assert f"Next: fractal-rm score --model {folder}/rm --input {folder}/rows.jsonl --output" in said.out
+
+
+def test_the_end_of_ppo_names_rewards_and_alarms():
+    history = [
+        {"rewards/exact_answer/mean": 0.1, "rewards/step_reward_model/mean": 9.0, "steps/score": 0.5},
+        {"rewards/exact_answer/mean": 0.4, "steps/score": 0.6, "guards/alarm/length": 1.0},
+        {"train_loss": 1.0},
+    ]
+    assert closing(history) == "Outcome (exact_answer) 0.1 -> 0.4, step score 0.5 -> 0.6. Alarms: length."
+    assert closing([{"train_loss": 1.0}]) == "No reward was logged. Alarms: none."
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_interrupted_command_promises_only_flags_that_it_has(command, monkeypatch, capsys):
+    def interrupted(name, argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fractal_rm.cli.main.run", interrupted)
+    assert main([command]) == 130
+    said = capsys.readouterr().err
+    assert said.startswith("Interrupted.")
+    assert ("--resume_from_checkpoint" in said) == (command in ("train", "ppo"))
+    assert ("goes on" in said) == (command not in ("plan", "serve", "report"))
+
+
+# Scores of a stopped run ----------------------------------------------------------------------------------------------
+
+
+class Stopped(RuntimeError):
+    """As a killed process leaves its files."""
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    """Chunks of two responses, and a reward model that stops when it is asked for the third chunk."""
+    monkeypatch.setattr(kept_scores, "CHUNK", 2)
+    score, asked = StepRewardModel.score, []
+
+    def stop(self, prompts, responses, **options):
+        if len(asked) == stop.chunks:
+            raise Stopped
+        asked.append(len(responses))
+        return score(self, prompts, responses, **options)
+
+    stop.chunks = 2
+    monkeypatch.setattr(StepRewardModel, "score", stop)
+    stop.asked = asked
+    return stop
+
+
+@pytest.mark.parametrize("command", ["score", "evaluate"])
+def test_a_stopped_run_goes_on_with_the_scores_that_it_has(models, tmp_path, stopping, command):
+    rows = write_jsonl(tmp_path / "in.jsonl", solutions(9))
+    data = "--input" if command == "score" else "--data"
+    arguments = [command, "--model", str(models / "rm"), data, rows]
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    stopping.chunks = -1
+    assert main([*arguments, "--output", str(whole)]) == 0
+    assert stopping.asked == [2, 2, 2, 2, 1]
+    stopping.asked.clear()
+    stopping.chunks = 2
+    with pytest.raises(Stopped):
+        main([*arguments, "--output", str(output)])
+    assert not output.exists()
+    with (tmp_path / "out.part").open("a") as file:
+        file.write('["cut by a kill')
+    stopping.asked.clear()
+    stopping.chunks = -1
+    assert main([*arguments, "--output", str(output)]) == 0
+    assert stopping.asked == [2, 2, 1]
+    assert not (tmp_path / "out.part").exists()
+    if command == "score":
+        assert output.read_text() == whole.read_text()
+    else:
+        one, other = (json.loads(path.read_text()) for path in (output, whole))
+        assert {name: value for name, value in other.items() if name in one} == one
+        assert other.keys() - one.keys() == {"seconds", "responses_per_second"}  # not of all responses
+
+
+def test_scores_of_another_model_or_other_steps_are_never_taken(models, tmp_path):
+    model = StepRewardModel.from_pretrained(models / "rm", device="cpu")
+    ask = {"prompts": ["1+1?\n"], "responses": ["2.\n2."]}
+    first = kept_scores.KeptScores(model, tmp_path / "part", "one")
+    first.score(**ask, spans=[[(0, 2), (3, 5)]])
+    for name, spans, reused in (("one", [(0, 2), (3, 5)], 1), ("one", [(0, 5)], 0), ("two", [(0, 2), (3, 5)], 0)):
+        again = kept_scores.KeptScores(model, tmp_path / "part", name)
+        (found,) = again.score(**ask, spans=[spans])
+        assert (again.reused, found.spans) == (reused, spans)
+    assert torch.isfinite(torch.tensor(found.step_scores)).all()
+
+
+# What evaluate says ---------------------------------------------------------------------------------------------------
+
+
+def test_a_limit_draws_from_all_of_a_sorted_file():
+    rows = [{"prompt": str(i // 4), "label": float(i >= 50)} for i in range(100)]
+    taken = draw(rows, 20, 0)
+    assert {row["label"] for row in taken} == {0.0, 1.0}
+    assert taken == [row for row in rows if any(row is one for one in taken)]
+    assert (len(taken), draw(rows, 20, 0) == taken, draw(rows, 20, 1) == taken) == (20, True, False)
+    whole = [row["prompt"] for row in draw(rows, 10, 0, whole_prompts=True)]
+    assert sorted(whole.count(prompt) for prompt in set(whole)) == [4, 4]
+    pairs = [Bag("?", "a", ((0, 1),), label, pair_id=str(i)) for i in range(10) for label in (1.0, 0.0)]
+    assert [bag.label for bag in draw(pairs, 4, 0)] == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_why_a_metric_is_absent_is_said():
+    nothing = Estimate(math.nan, math.nan, math.nan)
+    bags = [Bag("?", "a", ((0, 1),), 1.0)] * 3
+    assert why_absent({"bag_auc": nothing, "bag_ece": Estimate(0.1, 0.0, 0.2)}, bags) == [
+        "Not measured: bag_auc. All 3 responses have the label 1.",
+        "No metrics of steps: no row has `step_labels`.",
+    ]
+    known = [Bag("?", "a", ((0, 1),), label, step_labels=(1.0,)) for label in (1.0, 0.0)]
+    assert why_absent({"step_auc": nothing}, known) == ["Not measured: step_auc. All 2 step labels are 1."]
+    assert why_absent({"bag_auc": Estimate(1.0, 1.0, 1.0)}, [*known, *bags]) == []
+
+
+def test_a_narrow_table_cuts_no_name(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"a_metric_with_a_long_name_that_ends_in_{end}" for end in ("gsm8k", "omnimath")]
+    columns = ["a model with a long name", "another model with a long name", "difference"]
+    print_table(columns, {name: ["0.123 [0.100, 0.150]"] * 3 for name in names})
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    cells = "".join(line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│"))
+    assert cells == "".join(names)
