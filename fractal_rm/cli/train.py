@@ -1,15 +1,17 @@
 """`fractal-rm train`: a step reward model from response labels."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.checks import (
     check_models,
     checkpoint_to_resume,
     hide_loading_bars,
+    number_cell,
     print_metrics,
     print_table,
     refuse_finished_output,
@@ -27,6 +29,7 @@ from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.data import to_bags
 from fractal_rm.reward_training.stages import plan
 from fractal_rm.reward_training.trainer import FractalTrainer
+from fractal_rm.reward_training.trials import TRIALS_FILE, Trial
 
 
 @dataclass
@@ -101,8 +104,32 @@ def _train(arguments: TrainArguments, data: DataArguments, lora: LoraArguments, 
         print(_closing(folder, metrics, data.eval_file or data.train_file))
     trainer.accelerator.end_training()  # a process that exits within a process group may abort
 
-    (print_table,)
-    (refuse_finished_output,)
+
+def _choose(count: int, model: str, config: FractalConfig, given: Mapping[str, Any]) -> FractalTrainer:
+    """The trainer of the best configuration; every trial has its line, and the table comes last."""
+    done = itertools.count(1)
+
+    def tell(trial: Trial) -> None:
+        print(f"Trial {next(done)} of {count}: {trial.value:.4f} ({trial.seconds:.0f} s)", flush=True)
+
+    trainer = FractalTrainer.choose(count, model, config, on_trial=tell, **given)
+    assert trainer.choice is not None
+    chosen = trainer.choice.chosen
+    rows = {f"{one.number + 1}: {one.changes}": [f"{one.value:.4f}"] for one in trainer.choice.trials}
+    print_table(["value"], rows, of="trial")
+    print(f"Chosen by {trainer.choice.judge.description}: trial {chosen.number + 1}. {TRIALS_FILE} holds all.")
+    return trainer
+
+
+def _closing(folder: Path, metrics: Mapping[str, Mapping[str, Any]], rows: str | None) -> str:
+    """How good the model is on held-out responses, and the command to look at its scores with."""
+    if "eval" in metrics:
+        auc, threshold = (number_cell(metrics["eval"].get(name)) for name in ("bag_auc", "threshold"))
+        found = f"Held-out AUC {auc} (`eval`, `bag_auc`: 0.5 is chance); a step below {threshold} counts as wrong."
+    else:
+        found = "Without held-out rows the model is not measured: give `--eval_file`."
+    output = f"--output {folder}/scores.jsonl --html {folder}/scores.html"
+    return f"{found}\nNext: fractal-rm score --model {folder} --input {rows or 'ROWS.jsonl'} {output}"
 
 
 def _check_kinds(bags: Mapping[str, Sequence[Bag]], sources: Mapping[str, str]) -> None:
