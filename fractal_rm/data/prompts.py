@@ -13,8 +13,7 @@ Prompt = str | list[dict[str, Any]]
 class RenderedPrompt(str):
     """A prompt exactly as the policy reads it: no template is applied to it, and it may come from a chat.
 
-    Args:
-        text: The prompt.
+    Attributes:
         cuts: Characters at which it is cut before it is tokenized: inside whatever a person wrote that looks like a
             control token, so that it stays text.
         chat: Whether a chat template wrote it; None: as the prompts that the reward model learned from.
