@@ -185,7 +185,7 @@ def draw_figure(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     means = _means([row for row in rows if row["split"] == "test"], "within_bag_auc")
     names = {dataset for dataset, arm in means if arm == "fractal_gold_10"}
     datasets = [name for name in dict.fromkeys(dataset for dataset, _ in means) if name in names]
-    columns = 4
+    columns = 3
     height = -(-len(datasets) // columns)
     with new_figure(3 * columns, 2.4 * height) as figure:
         for number, dataset in enumerate(datasets, 1):
@@ -202,7 +202,7 @@ def draw_figure(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
                     axes.axhline(means[dataset, arm], linestyle=line, color=PICTURE.series[colour], label=label)
             axes.set_title(dataset, fontsize=9, color=PICTURE.ink)
             if number == 1:
-                axes.legend(fontsize=7, frameon=False)
+                axes.legend(fontsize=8, frameon=False)
         figure.supxlabel("% of responses with gold step labels", fontsize=9, color=PICTURE.muted)
         figure.supylabel("within-bag AUC", fontsize=9, color=PICTURE.muted)
         path.write_bytes(to_bytes(figure, "png"))
