@@ -176,7 +176,7 @@ def test_lines_hold_what_the_trainer_logged(finished):
     assert run.name == "out"
     zero = zero_panels([run])
     assert {*drawn, *zero} == {*itertools.chain(*PANELS.values()), "out"} - {"dense"}  # a panel named like the run
-    assert "Share of repeated steps" in zero
+    assert "Share of repeated 4-grams" in zero
     for title, panel in drawn.items():
         for key, line in zip(panel.keys, panel.lines, strict=True):
             expected = logged(finished, key)
