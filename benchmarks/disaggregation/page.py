@@ -79,12 +79,12 @@ def best_floor(rows: Rows, dataset: str, metric: str = "within_bag_auc") -> str 
     return max(floors, key=lambda arm: floors[arm]) if floors else None
 
 
-def _rivals(gains: Rows, ours: str) -> dict[tuple[str, str], Mapping[str, Any]]:
+def _rivals(gains: Rows, ours: str) -> dict[tuple[str, str | None], Mapping[str, Any]]:
     """What an arm gains over its rivals, by data set and rival; of two rows the later one counts."""
     return {(row["dataset"], row["config"]["rival"]): row["metrics"] for row in gains if row["arm"] == ours}
 
 
-def _plain(dataset: str, known: Collection[tuple[str, str]]) -> str | None:
+def _plain(dataset: str, known: Collection[tuple[str, str | None]]) -> str | None:
     """The arm of the plain bag loss on a data set, if it is among the known pairs of data set and arm."""
     return next((arm for arm in PLAIN if (dataset, arm) in known), None)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
+from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl.trainer.grpo_config import GRPOConfig
 
 from fractal_rm.data.segmentation import Segmentation
