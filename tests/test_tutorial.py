@@ -55,7 +55,7 @@ def test_the_tutorial_runs_as_it_is_copied(tmp_path, monkeypatch, capsys):
             assert main([*words[1:], *shlex.split(LESS_FLAGS.get(words[1], "")), *pages]) == 0
     assert session["RESPONSES"] == LESS["RESPONSES"]
     assert commands == ["train", "score", "ppo", "ppo", "report", "report"]
-    assert "value/explained_variance" in (tmp_path / "tutorial" / "report.html").read_text(encoding="utf-8")  # curves
+    assert "exact_answer, training" in (tmp_path / "tutorial" / "report.html").read_text(encoding="utf-8")  # curves
     rows = read_results("tutorial/results.jsonl")
     assert [row["arm"] for row in rows] == ["policy", "outcome", "dense"]
     assert (
