@@ -3,13 +3,16 @@
 Command: python -m benchmarks.tables
 """
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from benchmarks.common.places import REPOSITORY, RESULTS
-from benchmarks.disaggregation.page import FIGURE, draw_figure, page
+from benchmarks.disaggregation.page import FIGURE, draw_figure
+from benchmarks.disaggregation.page import tables as disaggregation_tables
 from benchmarks.evaluation.page import page as evaluation_page
 from benchmarks.evidence.cutting_finer import CUTS
 from benchmarks.evidence.page import (
@@ -23,16 +26,21 @@ from benchmarks.evidence.page import (
     step_scores_table,
     variants_table,
 )
-from benchmarks.evidence.study_page import tables as evidence_tables
+from benchmarks.evidence.quickstart import EXAMPLES
+from benchmarks.evidence.study_page import tables as study_tables
 from benchmarks.evidence.words_page import page as words_page
 from benchmarks.speed.page import page as speed_page
 from benchmarks.speed.plan_page import recipe_table
 from benchmarks.speed.scale_page import scale_page
+from fractal_rm.data.readers import read_jsonl
 from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.files import write_atomic
+from fractal_rm.report.plots import save_picture
 from fractal_rm.report.tables import markdown_table, replace_table
 from fractal_rm.study.page import NOTHING, draw_curves
 from fractal_rm.study.statistics import BENCHMARK
+
+QUICKSTART_ARMS = ("dense+outcome", "outcome")
 
 
 def last_rows(name: str, arms: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
@@ -41,6 +49,16 @@ def last_rows(name: str, arms: tuple[str, ...] | None = None) -> list[dict[str, 
     last = max(row["metrics"]["rollouts"] for row in rows)
     chosen = [row for row in rows if row["metrics"]["rollouts"] == last and (arms is None or row["arm"] in arms)]
     return sorted(chosen, key=lambda row: (row["arm"], row["seed"]))
+
+
+def draw_quickstart(path: Path) -> None:
+    """README's picture: the curves that its table has the ends of, and scored responses of seed 0."""
+    runs: dict[str, dict[int, list[tuple[float, float]]]] = {arm: defaultdict(list) for arm in QUICKSTART_ARMS}
+    for row in read_results(RESULTS / "quickstart.jsonl"):
+        if row["arm"] in runs and row["split"] == "held_out":
+            runs[row["arm"]][row["seed"]].append((row["metrics"]["rollouts"], row["metrics"]["accuracy"]))
+    curves = {arm: list(seeds.values()) for arm, seeds in runs.items()}
+    save_picture(path, curves, read_jsonl(RESULTS / EXAMPLES), baseline="outcome")
 
 
 def whole_runs(name: str) -> list[dict[str, Any]]:
@@ -88,12 +106,11 @@ def cutting_table() -> str:
     return markdown_table(rows, metrics=shown) if rows else NOTHING
 
 
-def evidence_pages(page: str, history: str, readme: str) -> tuple[str, str, str]:
-    """The page of the evidence, that of its history, and the README, with its tables made anew."""
+def evidence_tables() -> dict[str, str]:
+    """Tables and pictures of the evidence by the names of their marks."""
     chosen = REPOSITORY / "benchmarks" / "evidence" / "dense_vs_outcome.yaml"
     known = yaml.safe_load(chosen.read_text(encoding="utf-8")) if chosen.is_file() else {}
     rows, trials = rows_of(BENCHMARK), read_results(RESULTS / "dense_vs_outcome_development.jsonl")
-    made = evidence_tables(rows)
     pictures = {
         "figure": "![Held-out accuracy against rollouts, by setting and arm](evidence.png)",
         "seconds": "![Held-out accuracy against processor seconds, by setting and arm](evidence_seconds.png)",
@@ -103,27 +120,45 @@ def evidence_pages(page: str, history: str, readme: str) -> tuple[str, str, str]
         "chosen": chosen_table(known),
         "steps": step_scores_table(rows_of(STEP_SCORES)),
         "learning_on": learning_on_table(rows_of(LEARNING_ON)),
+        "development": variants_table(trials),
+        "recipes": recipes_table(trials),
     }
-    for name, table in (made | beside | (pictures if rows else {})).items():
-        page = replace_table(page, f"evidence {name}", table)
-    for name, table in {"development": variants_table(trials), "recipes": recipes_table(trials)}.items():
-        history = replace_table(history, f"evidence {name}", table)
-    return page, history, replace_table(readme, "evidence summary", made["summary"])
+    made = study_tables(rows) | beside | (pictures if rows else {})
+    return {f"evidence {name}": table for name, table in made.items()}
+
+
+def filled(paths: Sequence[Path], tables: Mapping[str, str]) -> dict[Path, str]:
+    """Documents with the tables that they have marks for made anew.
+
+    Raises:
+        ValueError: If no document has the marks of a table.
+    """
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
+    for name, table in tables.items():
+        having = [path for path, text in texts.items() if f"<!-- table: {name} -->" in text]
+        if not having:
+            raise ValueError(f"No page has the marks of the table {name!r}. Add them, or delete the table.")
+        for path in having:
+            texts[path] = replace_table(texts[path], name, table)
+    return texts
 
 
 def documents() -> dict[Path, str]:
     """Each document with its tables made anew."""
     shown = ["accuracy", "accuracy_greedy", "step_accuracy", "step_auc", "within_bag_auc", "rollouts"]
     readme, quickstart = REPOSITORY / "README.md", REPOSITORY / "docs" / "quickstart.md"
-    arms = ("dense+outcome", "outcome")
-    short = markdown_table(last_rows("quickstart.jsonl", arms), metrics=shown)
+    short = markdown_table(last_rows("quickstart.jsonl", QUICKSTART_ARMS), metrics=shown)
     # One line a seed: a mean over a policy that learned and one that did not would describe neither.
-    own = [row | {"arm": f"{row['arm']}, seed {row['seed']}"} for row in last_rows("quickstart_own_policy.jsonl", arms)]
+    own = [
+        row | {"arm": f"{row['arm']}, seed {row['seed']}"}
+        for row in last_rows("quickstart_own_policy.jsonl", QUICKSTART_ARMS)
+    ]
     text = quickstart.read_text(encoding="utf-8")
     text = replace_table(text, "quickstart_arms", markdown_table(last_rows("quickstart.jsonl"), metrics=shown))
     text = replace_table(text, "quickstart_own_policy", markdown_table(own, metrics=shown[:5]))
-    disaggregation = REPOSITORY / "docs" / "disaggregation.md"
-    tables = page(disaggregation.read_text(encoding="utf-8"), read_results(RESULTS / "disaggregation.jsonl"))
+    docs = REPOSITORY / "docs"
+    parts = [docs / f"disaggregation{part}.md" for part in ("", "_tables")]
+    disaggregation = filled(parts, disaggregation_tables(read_results(RESULTS / "disaggregation.jsonl")))
     scale = REPOSITORY / "docs" / "scale.md"
     plan = scale_page(scale.read_text(encoding="utf-8"), read_results(RESULTS / "scale_plan.jsonl"))
     # One line a trainer: shares of the runs, and the mean step of the last whole checkpoint when they were killed.
@@ -135,20 +170,19 @@ def documents() -> dict[Path, str]:
     speed = REPOSITORY / "docs" / "speed.md"
     evaluation = REPOSITORY / "docs" / "evaluation.md"
     judged = (read_results(RESULTS / f"{name}.jsonl") for name in ("processbench", "best_of_n"))
-    evidence, history = (REPOSITORY / "docs" / f"{name}.md" for name in ("evidence", "evidence_history"))
-    pages = evidence_pages(*(path.read_text(encoding="utf-8") for path in (evidence, history, readme)))
+    names = ("evidence", "evidence_arms", "evidence_tables", "evidence_history")
+    pages = filled([*(docs / f"{name}.md" for name in names), readme], evidence_tables())
     words = (REPOSITORY / "docs" / "words.md", REPOSITORY / "recipes" / "words" / "README.md")
     return {
         **{path: words_page(path.read_text(encoding="utf-8"), rows_of("words")) for path in words},
-        evidence: pages[0],
-        history: pages[1],
+        **pages,
         speed: speed_page(speed.read_text(encoding="utf-8"), RESULTS),
-        disaggregation: tables,
+        **disaggregation,
         scale: replace_table(plan, "kill_and_resume", killed),
         recipe: replace_table(recipe.read_text(encoding="utf-8"), "gsm8k_ppo plan", recipe_table()),
         online: replace_table(online.read_text(encoding="utf-8"), "online_reward", online_table()),
         evaluation: evaluation_page(evaluation.read_text(encoding="utf-8"), *judged),
-        readme: replace_table(pages[2], "quickstart", short),
+        readme: replace_table(words_page(pages[readme], rows_of("words")), "quickstart", short),
         shaping: replace_table(shaping.read_text(encoding="utf-8"), "cutting_finer", cutting_table()),
         aggregation: replace_table(
             aggregation.read_text(encoding="utf-8"), "long_responses", markdown_table(rows_of("long_responses"))
@@ -160,6 +194,7 @@ def documents() -> dict[Path, str]:
 if __name__ == "__main__":
     for path, text in documents().items():
         write_atomic(path, text)
+    draw_quickstart(REPOSITORY / "docs" / "quickstart.png")
     draw_figure(REPOSITORY / "docs" / FIGURE, read_results(RESULTS / "disaggregation.jsonl"))
     draw_curves(REPOSITORY / "docs" / "evidence.png", rows_of(BENCHMARK))
     draw_scores(REPOSITORY / "docs" / "evidence_scores.png", rows_of(BENCHMARK))

@@ -179,6 +179,17 @@ def test_the_best_floor_is_the_highest_one():
     assert disaggregation_page.best_floor(rows, "a") == "floor_length"
 
 
+def test_the_summary_has_a_line_a_data_set():
+    gain = {"gain": 0.1, "gain_low": 0.05, "gain_high": 0.15}
+    values = {"floor_copy": 0.5, "floor_length": 0.6, "bag_min": 0.7, "fractal": 0.8, "supervised": 0.9}
+    rows = rows_of({("a", arm): value for arm, value in values.items()})
+    rows += [{"dataset": "a", "arm": "fractal", "split": "gain", "config": {"rival": "bag_min"}, "metrics": gain}]
+    table = disaggregation_page._summary(rows[:-1], rows[-1:], ["a"])
+    assert table.splitlines()[2:] == [
+        "| a | 0.600 (length) | 0.700 | 0.800 | **+0.100** [+0.050, +0.150] | — | 0.900 |"
+    ]
+
+
 def test_gains_are_means_over_seeds_paired_over_responses(tmp_path):
     labels = [np.array([1.0, 0.0]), np.array([1.0, 1.0]), np.array([0.0, 1.0])]
     folder = Path(tmp_path)

@@ -31,6 +31,12 @@ def test_the_first_screen_of_readme_has_a_picture_and_a_python_example():
     assert blocks(first_screen, "python")
 
 
+def test_no_paragraph_of_readme_is_longer_than_four_lines():
+    text = FENCE.sub("", (REPOSITORY / "README.md").read_text(encoding="utf-8"))
+    paragraphs = [part.strip().splitlines() for part in text.split("\n\n")]
+    assert [lines for lines in paragraphs if len(lines) > 4 and not lines[0].startswith(("|", "-", "<!--"))] == []
+
+
 @pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_relative_links_lead_to_files(document):
     assert broken_links(document) == []

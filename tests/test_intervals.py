@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import accuracy_score, brier_score_loss, mean_absolute_error, roc_auc_score
 from support.stand_ins import solutions
@@ -29,6 +30,7 @@ from fractal_rm.evaluation.statistics import (
     expected_calibration_error,
     first_error_statistics,
     harmonic_mean_of,
+    interval_of_share,
     mean_of,
     paired_difference,
     ratio_of,
@@ -275,3 +277,10 @@ def test_a_scripted_oracle_is_perfect_and_a_constant_has_its_known_values():
     assert constant["bag_ece"] == pytest.approx(abs(0.8 - share))
     assert constant["bag_brier"] == pytest.approx(share * 0.04 + (1 - share) * 0.64)
     assert constant["bag_aurc"] == pytest.approx(1 - share)
+
+
+@given(st.integers(1, 400), st.floats(0, 1))
+def test_the_interval_of_a_share_is_the_one_of_scipy(count, share):
+    good = round(share * count)
+    expected = stats.binomtest(good, count).proportion_ci(method="wilson")
+    assert interval_of_share(good / count, count) == pytest.approx((expected.low, expected.high), abs=1e-6)

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForTokenClassification
 
 from fractal_rm import FractalConfig, FractalTrainer
 from fractal_rm.data.bag import Bag
-from fractal_rm.hf.cards import RewardModelCard
+from fractal_rm.hf.cards import RewardModelCard, policy_card
 from fractal_rm.reward_model import StepRewardModel
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -175,3 +175,14 @@ def test_the_copy_for_vllm_has_a_head_without_bias_whose_scores_lack_only_that(t
         hidden = AutoModel.from_pretrained(copy).eval()(batch["input_ids"]).last_hidden_state[0]
     raw = hidden[batch["step_ends"][0]] @ weights["score.weight"][0]
     assert (raw + names["bias"]).sigmoid().tolist() == pytest.approx(scored.step_scores, abs=1e-5)
+
+
+def test_a_card_has_no_count_that_was_not_taken_and_no_link_to_a_registry():
+    metrics = {"train": {"total_flos": 0.0, "train_loss": 0.5}}
+    card = policy_card(base="org/policy", rewards="`rm`", data="prompts", settings={}, metrics=metrics)
+    assert "| train | train_loss | 0.5 |" in card
+    assert "total_flos" not in card
+    model = reward_model("likelihood", "llama", byte_tokenizer())
+    text = RewardModelCard(metrics=metrics | {"more": {"total_flos": 7.0}}).text(model.settings, model.processor)
+    assert [line for line in text.splitlines() if "total_flos" in line] == ["| more | total_flos | 7 |  |"]
+    assert "pypi.org" not in card + text

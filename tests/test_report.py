@@ -22,7 +22,7 @@ from support.pages import Page
 from fractal_rm.cli.checks import check_matplotlib
 from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.report.palette import SCORE_BINS, contrast, ink_on, score_class, score_colour
-from fractal_rm.report.plots import calibration_plot, learning_curves, save_picture
+from fractal_rm.report.plots import FEWEST_IN_BIN, calibration_plot, learning_curves, save_picture
 from fractal_rm.report.quickstart_report import QuickstartReport, compare_curves, rollouts_to_reach, write_report
 from fractal_rm.report.tables import markdown_table, replace_table, tabulate
 from fractal_rm.report.viewer import write_viewer
@@ -31,6 +31,7 @@ CURVES = {
     "dense+outcome": [(0, 0.45), (512, 0.7), (1024, 0.82), (1536, 0.8)],
     "outcome": [(0, 0.45), (512, 0.52), (1024, 0.6), (1536, 0.7)],
 }
+RUNS = {arm: [curve] for arm, curve in CURVES.items()}
 
 
 def example(steps, *, label: float | None = 1.0, gold=None, **more):
@@ -333,6 +334,16 @@ def test_points_of_the_calibration_plot_are_those_of_scikit_learn():
     assert points == [(f"{p:.2f}", f"{o:.2f}") for p, o in zip(predicted, observed, strict=True)]
 
 
+def test_a_nearly_empty_bin_has_no_point_of_calibration():
+    def read(few):
+        svg = calibration_plot([0.05] * FEWEST_IN_BIN + [0.95] * few, [0] * FEWEST_IN_BIN + [1] * few)
+        return ElementTree.fromstring(svg).get("aria-label") or ""
+
+    assert "0.95 predicted" in read(FEWEST_IN_BIN)
+    assert "0.95 predicted" not in read(FEWEST_IN_BIN - 1)
+    assert "no bin has 10 responses" in (ElementTree.fromstring(calibration_plot([0.5], [1])).get("aria-label") or "")
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
@@ -342,8 +353,8 @@ def test_points_of_the_calibration_plot_are_those_of_scikit_learn():
         (lambda: calibration_plot([], []), "0 probabilities"),
         (lambda: calibration_plot([0.5], [1, 0]), "1 probabilities and 2 labels"),
         (lambda: calibration_plot([0.5], [math.nan]), "0 known"),
-        (lambda: save_picture("picture.jpg", CURVES, [example(["a"])]), "must end|end the name in .png or .svg"),
-        (lambda: save_picture("picture.png", CURVES, [{"error": "empty", "steps": []}]), "no scored response"),
+        (lambda: save_picture("picture.jpg", RUNS, [example(["a"])]), "must end|end the name in .png or .svg"),
+        (lambda: save_picture("picture.png", RUNS, [{"error": "empty", "steps": []}]), "no scored response"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(draw, message):
@@ -357,7 +368,7 @@ def test_without_matplotlib_the_extra_to_install_is_named(tmp_path, monkeypatch,
         check_matplotlib,
         lambda: learning_curves(CURVES),
         lambda: calibration_plot([0.5], [1]),
-        lambda: save_picture(tmp_path / "a.png", CURVES, [example(["a"])]),
+        lambda: save_picture(tmp_path / "a.png", RUNS, [example(["a"])]),
         lambda: write_report(tmp_path / "report.html", report),
     ]
     for call in calls:
@@ -369,7 +380,7 @@ def test_without_matplotlib_the_extra_to_install_is_named(tmp_path, monkeypatch,
 
 def test_the_picture_is_white_and_twice_as_wide_as_it_is_shown(tmp_path):
     rows = [example(["a"] * n, gold=[n % 2] * n, label=float(n % 2)) for n in range(1, 30)]
-    save_picture(tmp_path / "new" / "picture.png", CURVES, rows, baseline="outcome")
+    save_picture(tmp_path / "new" / "picture.png", RUNS, rows, baseline="outcome")
     pixels = matplotlib.image.imread(tmp_path / "new" / "picture.png")
     assert pixels.shape[1] == 1800
     assert pixels[[0, 0, -1, -1], [0, -1, 0, -1]] == pytest.approx(1.0)
@@ -377,14 +388,25 @@ def test_the_picture_is_white_and_twice_as_wide_as_it_is_shown(tmp_path):
 
 
 def test_the_picture_can_be_svg(tmp_path):
-    save_picture(tmp_path / "picture.svg", CURVES, [example(["a", "b"], gold=[1, None])])
+    save_picture(tmp_path / "picture.svg", RUNS, [example(["a", "b"], gold=[1, None])])
     assert ElementTree.parse(tmp_path / "picture.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_the_picture_shows_the_mean_over_seeds_and_says_how_many_there_are(tmp_path):
+    def texts(runs):
+        save_picture(tmp_path / "picture.svg", runs, [example(["a"])])
+        return re.findall(r"<!-- (.*?) -->", (tmp_path / "picture.svg").read_text())  # what its paths spell
+
+    assert "one seed" in texts(RUNS)
+    found = texts({"outcome": [[(0, 0.5), (64, 0.7)], [(64, 0.8), (0, 0.5)]]})
+    assert "mean of 2 seeds; thin: single seeds" in found
+    assert "75.0%" in found
 
 
 def test_a_picture_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     (tmp_path / "picture.png").mkdir()
     with pytest.raises(OSError, match=r"picture\.png"):
-        save_picture(tmp_path / "picture.png", CURVES, [example(["a"])])
+        save_picture(tmp_path / "picture.png", RUNS, [example(["a"])])
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
 
 

@@ -50,7 +50,11 @@ def test_the_navigation_names_every_page_of_docs_once():
 def test_the_site_fetches_nothing():
     config = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
     assert config["theme"]["font"] is False
-    assert not {"extra_javascript", "extra_css", "extra"} & config.keys()
+    own = [*config["extra_css"], *config["extra"]["polyfills"]]
+    assert all((REPOSITORY / "docs" / path).is_file() for path in own)
+    assert any("iframe-worker" in path for path in config["extra"]["polyfills"])  # or the plugin fetches one
+    assert "url(" not in (REPOSITORY / "docs" / "assets" / "site.css").read_text(encoding="utf-8")
+    assert not {"extra_javascript"} & config.keys()
     assert all("```mermaid" not in path.read_text(encoding="utf-8") for path in documents())  # it comes from a CDN
 
 
@@ -78,6 +82,15 @@ def test_a_page_that_would_fetch_something_is_refused(html):
 )
 def test_links_of_the_repository_become_links_of_the_site(source, link, turned):
     assert site_hooks.with_site_links(link, source) == turned
+
+
+def test_pages_with_sections_have_a_table_of_contents_and_long_ones_have_sections():
+    assert "[TOC]" not in site_hooks.with_contents("# Page\n\n## One\n\n```\n## no section\n```\n")
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        # A phone shows some 40 characters a line and 30 lines a screen; a line of a table is about one line.
+        lines = sum(1 if line.startswith("|") else 1 + len(line) // 40 for line in text.splitlines())
+        assert lines < 10 * 30 or "[TOC]" in site_hooks.with_contents(text), f"{path.name}: give it sections (##)"
 
 
 def test_every_recipe_and_notebook_becomes_a_page():

@@ -283,6 +283,8 @@ def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
     made = study_page.tables(study(0.3))
     assert "| easy | fractal | outcome_grpo | 10 | 200 | **+30.0** [+30.0, +30.0]" in made["gains"]
     assert "**met**" in made["claims"]
+    assert {line.split(" | ")[0] for line in made["claims_default"].splitlines()[2:]} == {"| fractal_mix"}
+    assert "| easy | **+30.0** [+30.0, +30.0] | **+20.0** [+20.0, +20.0] | — |" in made["costs"]
     # outcome-only's end, ours, the ceiling's; then the gains
     assert "| easy | 10 |" in made["summary"]
     assert "| **+30.0** [+30.0, +30.0] | **+30.0** [+30.0, +30.0] | 25% |" in made["summary"]

@@ -31,8 +31,9 @@ from support.step_ppo import (
 from fractal_rm import StepPPOTrainer
 from fractal_rm.cli.checks import to_json
 from fractal_rm.cli.main import main
+from fractal_rm.credit.guards import LIMITS
 from fractal_rm.evaluation.statistics import interval_of_mean
-from fractal_rm.report.training_curves import MOST_POINTS, Panel, Section, early_ends, make_line, make_sections
+from fractal_rm.report.training_curves import ALARMS, MOST_POINTS, Panel, Section, early_ends, make_line, make_sections
 from fractal_rm.report.training_history import Run, metrics_by_update, read_runs
 from fractal_rm.report.training_report import save_training_figure, write_training_report
 
@@ -63,6 +64,11 @@ PANELS = {
         "KL per token, in nats",
         "KL per response, in nats",
         "Coefficient of KL in the reward",
+    ],
+    "Updates": [
+        "Explained variance of the value model",
+        "Entropy per token, in nats",
+        "Share of tokens with a clipped ratio",
     ],
 }
 
@@ -132,6 +138,11 @@ def panels(sections: list[Section]) -> dict[str, Panel]:
     return {panel.title: panel for section in sections for panel in section.panels}
 
 
+def zero_panels(runs: list[Run]) -> list[str]:
+    """Titles of panels that are 0 throughout."""
+    return [title for section in make_sections(runs) for title in section.zero]
+
+
 def captions(page: Page) -> list[str]:
     return [text.strip() for text in page.inside("figcaption") if text.strip()]
 
@@ -150,7 +161,10 @@ def test_the_page_of_a_run_shows_all_that_it_logged(finished, tmp_path, capsys):
     assert capsys.readouterr().out == f"Wrote {output}.\n"
     page = Page(output)
     assert page.inside("h2") == [*PANELS, "Last values", "Runs"]
-    assert captions(page) == list(itertools.chain(*PANELS.values()))
+    zero = zero_panels(read_runs([finished.args.output_dir]))
+    assert captions(page) == [title for title in itertools.chain(*PANELS.values()) if title not in zero]
+    for title in zero:
+        assert any(title in line for line in page.inside("p") if line.startswith("0 throughout: "))
     assert page.inside("table", "results", "td")[-3:] == ["dense", finished.args.output_dir, "metrics.json"]
     assert page.inside("table", "results", "td", "n")[-1] == str(GUARDED["max_steps"])
     assert [path.name for path in output.parent.iterdir()] == ["page.html"]
@@ -160,7 +174,9 @@ def test_lines_hold_what_the_trainer_logged(finished):
     (run,) = read_runs([finished.args.output_dir])
     drawn = panels(make_sections([run]))
     assert run.name == "out"
-    assert len(drawn) == sum(map(len, PANELS.values()))
+    zero = zero_panels([run])
+    assert {*drawn, *zero} == {*itertools.chain(*PANELS.values()), "out"} - {"dense"}  # a panel named like the run
+    assert "Share of repeated 4-grams" in zero
     for title, panel in drawn.items():
         for key, line in zip(panel.keys, panel.lines, strict=True):
             expected = logged(finished, key)
@@ -185,6 +201,15 @@ def test_an_alarm_is_in_the_log_and_in_its_panel_and_nowhere_else(finished, tmp_
     labels = [a["aria-label"] or "" for tag, a in page.tags if tag == "svg" and a.get("role") == "img"]
     (label,) = [label for label in labels if label.startswith("Share of empty responses")]
     assert label.endswith(f"Alarms at update {alarm_at}.")
+
+
+def test_every_alarm_is_explained_beside_its_curve(tmp_path):
+    assert ALARMS.keys() == LIMITS.keys()
+    run = run_of(guards__empty={1: 0.0, 2: 0.0}, guards__alarm__empty={2: 1.0}, kl={1: 0.0, 2: 0.5})
+    page = page_of(tmp_path, [run])
+    assert page.inside("figure", "p", "alarm") == [f"▼ {ALARMS['empty']}"]
+    assert zero_panels([run]) == []  # an alarm is drawn, whatever was logged
+    assert zero_panels([run_of(guards__empty={1: 0.0, 2: 0.0}, kl={1: 0.0, 2: 0.5})]) == ["Share of empty responses"]
 
 
 def test_an_alarm_that_stops_training_is_in_the_last_log(tmp_path):
@@ -219,14 +244,14 @@ def test_runs_that_lack_something_have_no_panel_of_it(tmp_path):
 
     dense = trained("dense", reward_model=reward_model())
     sections = make_sections([dense])
-    assert [section.name for section in sections] == ["truth", "guards", "length"]
+    assert [section.name for section in sections] == ["truth", "guards", "length", "updates"]
     (truth,) = sections[0].panels
     assert [line.name for line in truth.lines] == ["score"]
     assert "Score minus outcome" not in panels(sections)
 
     outcome = trained("outcome", reward_funcs=[has_a, twice_a], advantage="group")
     sections = make_sections([outcome])
-    assert [section.name for section in sections] == ["outcome", "guards", "length"]
+    assert [section.name for section in sections] == ["outcome", "guards", "length", "updates"]
     assert list(panels(sections))[:3] == ["has_a, training", "twice_a, training", "Weighted sum, training"]
     assert "Steps per response" not in panels(sections)
 
@@ -243,7 +268,7 @@ def test_runs_that_lack_something_have_no_panel_of_it(tmp_path):
 def test_every_plot_is_a_valid_svg_with_a_name_and_identifiers_of_its_own(finished, tmp_path):
     page = page_of(tmp_path, read_runs([finished.args.output_dir]))
     found = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg role=.*?</svg>", page.source, re.DOTALL)]
-    assert len(found) == sum(map(len, PANELS.values()))
+    assert len(found) == len(captions(page))
     assert all(svg.get("role") == "img" and svg.get("aria-label") for svg in found)
     assert not re.search("#0[1-5]0[1-5]0[1-5]", page.source)  # colours follow the page
     names = [attributes["id"] for _, attributes in page.tags if "id" in attributes]

@@ -6,10 +6,11 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import REPOSITORY
-from support.documents import FENCE
+from support.documents import FENCE, blocks
 
 from fractal_rm.cli.main import main
 from fractal_rm.evaluation.results import read_results
@@ -29,6 +30,18 @@ def with_less(code: str) -> str:
     return re.sub(r"^([A-Z_]+) = \d+", lambda found: f"{found[1]} = {LESS[found[1]]}", code, flags=re.MULTILINE)
 
 
+# torch says so on every machine without an accelerator, of TRL's data loader.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_the_python_of_readme_runs_as_it_stands_within_two_minutes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks((REPOSITORY / "README.md").read_text(encoding="utf-8"), "python")
+    start = time.process_time()
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert time.process_time() - start < 120
+    assert re.search(r"0\.\d+ \[\('.*?', 0\.\d+\)", capsys.readouterr().out)  # a score, and steps with theirs
+    assert (tmp_path / "rm" / "README.md").is_file()
+
+
 def test_the_tutorial_runs_as_it_is_copied(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     session = {"__name__": "tutorial"}
@@ -42,6 +55,7 @@ def test_the_tutorial_runs_as_it_is_copied(tmp_path, monkeypatch, capsys):
             assert main([*words[1:], *shlex.split(LESS_FLAGS.get(words[1], "")), *pages]) == 0
     assert session["RESPONSES"] == LESS["RESPONSES"]
     assert commands == ["train", "score", "ppo", "ppo", "report", "report"]
+    assert "exact_answer, training" in (tmp_path / "tutorial" / "report.html").read_text(encoding="utf-8")  # curves
     rows = read_results("tutorial/results.jsonl")
     assert [row["arm"] for row in rows] == ["policy", "outcome", "dense"]
     assert (

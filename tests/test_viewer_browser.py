@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fractal_rm.report.quickstart_report import QuickstartReport, write_report
 from fractal_rm.report.training_history import Run
 from fractal_rm.report.training_report import write_training_report
 from fractal_rm.report.viewer import write_viewer
@@ -205,3 +206,23 @@ def test_the_training_report_is_readable_in_both_modes_and_on_a_phone(browser, t
         page.set_viewport_size({"width": 360, "height": 700})
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         assert plots.first.bounding_box()["width"] > 300
+
+
+def test_the_quickstart_report_is_whole_at_once_and_on_a_phone(browser, tmp_path):
+    numbers = [(f"A number called {name}", "0.500", "0.400 before") for name in "abcde"]
+    metrics = {f"metric_{number}_of_many": number / 20 for number in range(14)}
+    rows = [{"arm": arm, "seed": 0, "metrics": metrics} for arm in ("reward_model", "outcome")]
+    report = QuickstartReport("Quickstart", 0, "small", 1.0, headlines=numbers, examples=ROWS * 4, rows=rows)
+    write_report(tmp_path / "report.html", report)
+    with opened(browser, tmp_path / "report.html", "light") as page:
+        # A capture of the whole page scrolls nowhere: all responses are laid out before anybody does.
+        assert page.locator(".response .text").last.evaluate("text => text.getClientRects().length") == 1
+        assert page.locator(".response").last.evaluate("row => getComputedStyle(row).contentVisibility") == "visible"
+        tops = {box["y"] for box in (number.bounding_box() for number in page.locator(".headlines div").all())}
+        assert len(tops) == 1  # five in one row
+        page.set_viewport_size({"width": 360, "height": 700})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        for cell in page.locator(".results td").all():
+            box = cell.bounding_box()
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 360  # every metric, without scrolling sideways

@@ -1,12 +1,12 @@
-"""Tables and figure of docs/disaggregation.md from the rows of the benchmark."""
+"""Tables and figure of docs/disaggregation.md and docs/disaggregation_tables.md from the rows of the benchmark."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from fractal_rm.report.drawing import PICTURE, new_figure, style_axes, to_bytes
-from fractal_rm.report.tables import format_number, markdown_table, replace_table
+from fractal_rm.report.tables import MISSING, format_number, markdown_table
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -81,13 +81,47 @@ def best_floor(rows: Rows, dataset: str, metric: str = "within_bag_auc") -> str 
     return max(floors, key=lambda arm: floors[arm]) if floors else None
 
 
+def _rivals(gains: Rows, ours: str) -> dict[tuple[str, str | None], Mapping[str, Any]]:
+    """What an arm gains over its rivals, by data set and rival; of two rows the later one counts."""
+    return {(row["dataset"], row["config"]["rival"]): row["metrics"] for row in gains if row["arm"] == ours}
+
+
+def _plain(dataset: str, known: Collection[tuple[str, str | None]]) -> str | None:
+    """The arm of the plain bag loss on a data set, if it is among the known pairs of data set and arm."""
+    return next((arm for arm in PLAIN if (dataset, arm) in known), None)
+
+
+def _gain(found: Mapping[str, Any]) -> str:
+    """A gain with its interval, bold where that is above 0."""
+    mark = "**" if found["gain_low"] > 0 else ""
+    return f"{mark}{found['gain']:+.3f}{mark} [{found['gain_low']:+.3f}, {found['gain_high']:+.3f}]"
+
+
+def _summary(rows: Rows, gains: Rows, datasets: Sequence[str]) -> str:
+    """A line a data set: the within-bag AUC of what a reader compares first."""
+    means, latest = _means(rows, "within_bag_auc"), _rivals(gains, "fractal")
+    arms = {"with 10 % gold labels": "fractal_gold_10", "all gold labels": "supervised"}
+    header = ["data set", "best floor", "plain bag loss", "FRACTAL", "gain over the plain loss", *arms]
+    lines = [f"| {' | '.join(header)} |", f"|---|---|{'---:|' * (len(header) - 2)}"]
+    for dataset in datasets:
+        floor, plain = best_floor(rows, dataset), _plain(dataset, means)
+        cells = [
+            f"{format_number(means[dataset, floor])} ({floor.removeprefix('floor_')})" if floor else MISSING,
+            *(format_number(means.get((dataset, arm))) for arm in (plain or "", "fractal")),
+            _gain(latest[dataset, plain]) if plain and (dataset, plain) in latest else MISSING,
+            *(format_number(means.get((dataset, arm))) for arm in arms.values()),
+        ]
+        lines.append(f"| {dataset} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _gains(rows: Rows, gains: Rows, datasets: Sequence[str], ours: str) -> str:
     """Our gain over plain bag loss, the best floor, LCA and the implicit reward, with intervals."""
-    latest = {(row["dataset"], row["config"]["rival"]): row["metrics"] for row in gains if row["arm"] == ours}
+    latest = _rivals(gains, ours)
     header = ["data set", "plain bag loss", "best floor", "lca", "implicit", "mixed bags"]
     lines = [f"| {' | '.join(header)} |", f"|{'|'.join(['---'] * 5 + ['---:'])}|"]
     for dataset in datasets:
-        plain = next((arm for arm in PLAIN if (dataset, arm) in latest), None)
+        plain = _plain(dataset, latest)
         if plain is None:
             continue
         floor = best_floor(rows, dataset)
@@ -97,9 +131,7 @@ def _gains(rows: Rows, gains: Rows, datasets: Sequence[str], ours: str) -> str:
             if found is None:
                 cells.append("—")
                 continue
-            ends = f"{found['gain_low']:+.3f}, {found['gain_high']:+.3f}"
-            mark = "**" if found["gain_low"] > 0 else ""
-            cells.append(f"{mark}{found['gain']:+.3f}{mark} [{ends}]{label}")
+            cells.append(_gain(found) + label)
         lines.append(f"| {dataset} | {' | '.join(cells)} | {format_number(latest[dataset, plain]['mixed_bags'])} |")
     return "\n".join(lines)
 
@@ -162,8 +194,8 @@ def _errors(rows: Rows) -> str:
     return markdown_table(ordered, metrics=["step_mae", "bag_mae"])
 
 
-def page(document: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    """The page with its tables made anew."""
+def tables(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Tables of the pages by the names of their marks."""
     known = list(rows)
     tests = [row for row in known if row["split"] == "test"]
     gains = [row for row in known if row["split"] == "gain"]
@@ -171,7 +203,8 @@ def page(document: str, rows: Iterable[Mapping[str, Any]]) -> str:
     datasets = list(dict.fromkeys(row["dataset"] for row in tests))
     math = [name for name in datasets if name.startswith(("prm", "processbench", "arithmetic"))]
     timed = [{**row, "metrics": {"seconds": row["seconds"]}} for row in tests if not row["arm"].startswith("floor_")]
-    tables = {
+    made = {
+        "summary": _summary(tests, gains, datasets),
         "seconds": _pivot(timed, "seconds", datasets),
         "within_bag_auc": _pivot(tests, "within_bag_auc", datasets),
         "recovery": _recovery(tests, datasets),
@@ -186,9 +219,7 @@ def page(document: str, rows: Iterable[Mapping[str, Any]]) -> str:
         "ece": _pivot(tests, "ece", datasets),
         "grades": _errors(tests),
     }
-    for name, table in tables.items():
-        document = replace_table(document, f"disaggregation {name}", table)
-    return document
+    return {f"disaggregation {name}": table for name, table in made.items()}
 
 
 def draw_figure(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -196,7 +227,7 @@ def draw_figure(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     means = _means([row for row in rows if row["split"] == "test"], "within_bag_auc")
     names = {dataset for dataset, arm in means if arm == "fractal_gold_10"}
     datasets = [name for name in dict.fromkeys(dataset for dataset, _ in means) if name in names]
-    columns = 4
+    columns = 3
     height = -(-len(datasets) // columns)
     with new_figure(3 * columns, 2.4 * height) as figure:
         for number, dataset in enumerate(datasets, 1):
@@ -206,14 +237,14 @@ def draw_figure(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             shares = [share for share, arm in arms.items() if (dataset, arm) in means]
             values = [means[dataset, arms[share]] for share in shares]
             axes.plot(shares, values, "-o", color=PICTURE.series[0], markersize=4, label="FRACTAL")
-            plain = next((arm for arm in PLAIN if (dataset, arm) in means), None)
+            plain = _plain(dataset, means)
             levels = {"all gold labels": ("supervised", "--", 2), "plain bag loss": (plain, ":", 3)}
             for label, (arm, line, colour) in levels.items():
                 if (dataset, arm) in means:
                     axes.axhline(means[dataset, arm], linestyle=line, color=PICTURE.series[colour], label=label)
             axes.set_title(dataset, fontsize=9, color=PICTURE.ink)
             if number == 1:
-                axes.legend(fontsize=7, frameon=False)
+                axes.legend(fontsize=8, frameon=False)
         figure.supxlabel("% of responses with gold step labels", fontsize=9, color=PICTURE.muted)
         figure.supylabel("within-bag AUC", fontsize=9, color=PICTURE.muted)
         path.write_bytes(to_bytes(figure, "png"))

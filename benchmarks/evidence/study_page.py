@@ -1,4 +1,4 @@
-"""Tables of the study in docs/evidence.md, from its rows."""
+"""Tables of the study in docs/evidence.md and docs/evidence_tables.md, from its rows."""
 
 from collections.abc import Callable, Mapping
 
@@ -28,6 +28,7 @@ def tables(rows: Rows) -> dict[str, str]:
     """Each table of the page by its name; a table without rows says so."""
     runs = finished_runs(rows)
     found = {arm: evidence(runs, arm) for arm in DEFAULT_ARMS}
+    ours = {DEFAULT: found[DEFAULT]}
 
     def shown(cell: Callable[[str, str], str]) -> str:
         return by_setting(runs, ARMS, cell)
@@ -50,6 +51,7 @@ def tables(rows: Rows) -> dict[str, str]:
     return {
         "summary": _summary(runs, found[DEFAULT]),
         "claims": _claims(runs, found),
+        "claims_default": _claims(runs, ours),
         "gains": _gains(found),
         "accuracy": last("accuracy"),
         "progress": shown(lambda setting, arm: _progress(curves(runs, setting, arm))),
@@ -59,6 +61,7 @@ def tables(rows: Rows) -> dict[str, str]:
         "against": against(end_difference),
         "against_area": against(area_difference),
         "equal_cost": _equal_cost(runs, found),
+        "costs": _costs(found[DEFAULT]),
         "cost": shown(lambda setting, arm: _seconds(curves(runs, setting, arm))),
         "length": last("response_tokens", 1),
         "kl": last("kl", 1),
@@ -133,6 +136,15 @@ def _gains(found: Found) -> str:
         "difference at the end", "difference of areas", "P(better)", "share of rollouts to reach its end",
         "to supervised steps", "largest fall of a run",
     ]  # fmt: skip
+    return table_lines(header, body)
+
+
+def _costs(settings: Mapping[str, Evidence]) -> str:
+    """What is left of the default arm's gain as its reward model's rollouts, then all its seconds are counted."""
+    body = [
+        [setting, points(one.end), points(one.longer), points(one.with_seconds)] for setting, one in settings.items()
+    ]
+    header = ["setting", "at equal rollouts", "reward model's rollouts counted", "processor seconds counted"]
     return table_lines(header, body)
 
 

@@ -151,11 +151,26 @@ def on_files(files: "Files", *, config: "MkDocsConfig") -> "Files":
     return files
 
 
-def on_page_markdown(markdown: str, *, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
-    """Turn the links of pages in docs/; those of other pages are turned already."""
-    if page.file.generated_by is not None:
+def with_contents(markdown: str) -> str:
+    """Markdown with its table of contents before its first section, if it has more than one.
+
+    Example:
+        >>> with_contents("# Page\\n\\n## One\\n\\n## Two\\n")
+        '# Page\\n\\n[TOC]\\n\\n## One\\n\\n## Two\\n'
+    """
+    code = [found.span() for found in FENCE.finditer(markdown)]
+    starts = [found.start() for found in re.finditer(r"^##+ ", markdown, re.MULTILINE)]
+    sections = [start for start in starts if not any(first <= start < last for first, last in code)]
+    if len(sections) < 2:
         return markdown
-    return with_site_links(markdown, f"docs/{page.file.src_uri}")
+    return f"{markdown[: sections[0]]}[TOC]\n\n{markdown[sections[0] :]}"
+
+
+def on_page_markdown(markdown: str, *, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
+    """Turn the links of pages in docs/ (those of other pages are turned already), and add a table of contents."""
+    if page.file.generated_by is None:
+        markdown = with_site_links(markdown, f"docs/{page.file.src_uri}")
+    return with_contents(markdown)
 
 
 def on_post_page(output: str, *, page: "Page", config: "MkDocsConfig") -> str:

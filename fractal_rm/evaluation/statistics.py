@@ -586,6 +586,22 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, draws: int = 2 * DRAWS) -> 
     return estimates(Measurement(len(first), {"mean": mean_of(first - second)}), draws=draws)["mean"]
 
 
+def interval_of_share(share: float, count: int) -> tuple[float, float]:
+    """Ends of the 95 % interval of a share of `count` items.
+
+    Source:
+        Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
+
+    Example:
+        >>> [round(end, 3) for end in interval_of_share(0.5, 10)]
+        [0.237, 0.763]
+    """
+    z = 1.959964  # of the normal distribution, 2.5 % lie above
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z * z / count)
+    return middle - half, middle + half
+
+
 def interval_of_mean(values: ArrayLike, *, draws: int = DRAWS) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval of the mean over runs at each point of their curves, when runs are drawn anew.
 

@@ -56,7 +56,7 @@ class RewardModelCard:
         return f"""{_header(self.base, task, ("fractal-rm", "process-reward-model", "reward-model"))}
 # Step reward model
 
-Scores every step of a response, learned with [fractal-rm](https://pypi.org/project/fractal-rm).
+Scores every step of a response, learned with `fractal_rm`.
 
 | | |
 |---|---|
@@ -107,7 +107,7 @@ def policy_card(
     return f"""{_header(base, "text-generation", ("fractal-rm", "step-ppo", "trl"))}
 # Policy trained with step rewards
 
-Trained with `StepPPOTrainer` of [fractal-rm](https://pypi.org/project/fractal-rm).
+Trained with `StepPPOTrainer` of `fractal_rm`.
 
 | | |
 |---|---|
@@ -145,10 +145,14 @@ def _portable(path: str | None) -> str:
 def _metrics(
     metrics: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, Mapping[str, Estimate]] | None = None
 ) -> str:
-    """A table of numbers; those with an interval have it in a column of its own."""
+    """A table of numbers; those with an interval have it in a column of its own.
+
+    A `total_flos` of 0 is left out: it says that the trainer did not count.
+    """
     rows, known = [], intervals or {}
     for split in dict.fromkeys([*metrics, *known]):
-        values = {name: (_number(value), "") for name, value in metrics.get(split, {}).items() if _number(value)}
+        counted = {name: value for name, value in metrics.get(split, {}).items() if name != "total_flos" or value}
+        values = {name: (_number(value), "") for name, value in counted.items() if _number(value)}
         for name, (value, low, high) in known.get(split, {}).items():
             ends = f"[{low:.4g}, {high:.4g}]" if math.isfinite(low) else ""
             values[name] = (_number(value), ends)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl.trainer.grpo_config import GRPOConfig
 
 from fractal_rm.data.segmentation import Segmentation
@@ -268,6 +269,8 @@ class StepPPOConfig(RunConfig, GRPOConfig):
             )
         self._check_ranges()
         self._check_combinations()
+        if self.bf16 is None and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
+            self.bf16 = False  # TRL would choose True, and transformers refuse it: no accelerator here computes in bf16
         if not one_each:
             super().__post_init__()
             return

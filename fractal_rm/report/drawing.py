@@ -92,7 +92,14 @@ def style_axes(axes: Axes, theme: Theme) -> None:
         text.set(color=theme.ink, fontsize=10.5)
 
 
-def draw_curves(axes: Axes, curves: Mapping[str, Curve], theme: Theme, *, baseline: str | None) -> None:
+def draw_curves(
+    axes: Axes,
+    curves: Mapping[str, Curve],
+    theme: Theme,
+    *,
+    baseline: str | None,
+    seeds: Mapping[str, Sequence[Curve]] | None = None,
+) -> None:
     """Draw accuracy against rollouts, one line an arm, its last value written at its end.
 
     Args:
@@ -100,6 +107,7 @@ def draw_curves(axes: Axes, curves: Mapping[str, Curve], theme: Theme, *, baseli
         curves: For each arm its pairs of rollouts and accuracy in [0, 1].
         theme: Colours.
         baseline: An arm whose final accuracy is drawn as a dotted line from where another arm first reaches it.
+        seeds: For each arm the runs that its curve is the mean of, drawn as thin lines.
 
     Raises:
         ValueError: If there is no curve, or one is empty, or `baseline` is none of them.
@@ -110,7 +118,8 @@ def draw_curves(axes: Axes, curves: Mapping[str, Curve], theme: Theme, *, baseli
         raise ValueError(f"The baseline {baseline!r} has no learning curve. Choose from {list(curves)}.")
     style_axes(axes, theme)
     last = max(rollouts for curve in curves.values() for rollouts, _ in curve)
-    values = [accuracy for curve in curves.values() for _, accuracy in curve]
+    thin = [(arm, curve) for arm, runs in (seeds or {}).items() for curve in runs]
+    values = [accuracy for curve in (*curves.values(), *(curve for _, curve in thin)) for _, accuracy in curve]
     low, high = max(0.0, min(values) - 0.04), min(1.0, max(values) + 0.04)
     if baseline is not None:
         final = max(curves[baseline])[1]
@@ -131,6 +140,9 @@ def draw_curves(axes: Axes, curves: Mapping[str, Curve], theme: Theme, *, baseli
             clip_on=False,
             zorder=10 - index,
         )
+    for arm, curve in thin:
+        colour = theme.series[list(curves).index(arm) % len(theme.series)]
+        axes.plot(*zip(*sorted(curve), strict=True), color=colour, linewidth=0.8, alpha=0.45)
     height = -1.0  # of the last text, so that the next one above does not touch it
     for accuracy, index in sorted((max(curve)[1], index) for index, curve in enumerate(curves.values())):
         height = max(accuracy, height + 0.07 * (high - low))

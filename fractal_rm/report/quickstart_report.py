@@ -16,7 +16,7 @@ from fractal_rm.evaluation.score_rows import score_rows
 from fractal_rm.evaluation.statistics import expected_calibration_error
 from fractal_rm.report.drawing import Curve
 from fractal_rm.report.pages import response_view, write_page
-from fractal_rm.report.plots import calibration_plot, learning_curves
+from fractal_rm.report.plots import FEWEST_IN_BIN, calibration_plot, learning_curves
 from fractal_rm.report.tables import tabulate
 from fractal_rm.reward_model import StepRewardModel
 
@@ -35,7 +35,7 @@ class QuickstartReport:
         seed: Seed of the run.
         budget: Its budget, `small` or `full`.
         seconds: How long it took.
-        headlines: The numbers to read first, four at best: what it is, how it reads, what to compare it with.
+        headlines: The numbers to read first, five at most: what it is, how it reads, what to compare it with.
         curves: For each arm its pairs of rollouts and held-out accuracy in [0, 1].
         findings: What the curves say, one sentence each; `compare_curves` writes them.
         examples: Scored responses, as `write_viewer` takes them, with `gold` in their steps.
@@ -167,14 +167,21 @@ def write_report(path: str | Path, report: QuickstartReport) -> None:
         duration=_duration(report.seconds),
         curves=plots.get("curves"),
         calibration=plots.get("calibration"),
+        fewest=FEWEST_IN_BIN,
         calibration_error=expected_calibration_error(report.probs, report.labels) if len(report.probs) else None,
         sides=[(name, side) for name, side in (("right answer", good), ("wrong answer", bad)) if side],
         longest=max((len(response.steps) for response in scored), default=0),
         responses=responses,
         any_gold=any(response.judged for response in responses),
-        table=tabulate(report.rows) if report.rows else None,
+        table=tabulate(report.rows, metrics=_policies_first(report.rows)) if report.rows else None,
         origin=_origin(report.rows[0]) if report.rows else "",
     )
+
+
+def _policies_first(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics of rows, those of policies before those of the reward model: a narrow window cuts the last ones."""
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    return sorted(names, key=lambda name: not name.startswith(("accuracy", "step_accuracy")))
 
 
 def rollouts_to_reach(curve: Curve, accuracy: float) -> float | None:

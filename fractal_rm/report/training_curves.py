@@ -34,11 +34,37 @@ DIVERGENCES = (
     ("Coefficient of KL in the reward", "kl_reward/coef"),
     ("KL per token in the loss, in nats", "kl"),
 )
+UPDATES = (
+    ("Explained variance of the value model", "value/explained_variance"),
+    ("Entropy per token, in nats", "entropy"),
+    ("Share of tokens with a clipped ratio", "clip_ratio/region_mean"),
+)
 # What is shown of a log; a training of something else logs none of it.
 SHOWN = re.compile(
     r"((eval_)?rewards/.+/mean|guards/(?!outcome$|alarm/).+|completions/(mean_length|clipped_ratio)|steps/per_response"
-    r"|kl(_reward/.+)?)$"
+    r"|kl(_reward/.+)?|value/explained_variance|clip_ratio/region_mean)$"
 )
+# What an alarm of a signal says.
+ALARMS = {
+    "score_outcome_correlation": "Scores agree less with checked outcomes than at first, and outcomes are no better: "
+    "the reward model has begun to prefer wrong responses.",
+    "score_outcome_gap": "Scores rose and checked outcomes did not keep up: the policy writes what the reward model "
+    "takes for right and the checker does not. Accuracy may rise all the same; what rises beyond it is not real.",
+    "steps_per_response": "Responses have twice or half as many steps as at first: steps may pay, or cost, by number.",
+    "tokens_per_step": "Steps are twice or half as long as at first: the text is cut in another way.",
+    "repeated_steps": "More steps repeat an earlier one: repeating a good step may pay.",
+    "repeated_ngrams": "More of the text repeats itself: repeating may pay.",
+    "generic_steps": "More steps stand word for word in responses to other prompts: they may be filler.",
+    "confidence_markers": "More steps say `clearly`, `therefore` and the like: sure words may score well.",
+    "step_order": "Words no longer stand where they used to in a response: another order may score well.",
+    "truncated": "More completions are cut at the length limit: they no longer end.",
+    "empty": "More completions are empty: saying nothing may cost least.",
+    "kl_per_token": "The policy is far from where it started.",
+    "ceiling_over_outcome": "More steps score at the ceiling than checked outcomes account for: the reward model has "
+    "nothing left to say.",
+    "unscored": "The reward model cannot judge many completions: give it more room, or the policy less.",
+    "steps_beyond_limit": "Many steps are beyond the reward model's `max_length`: raise it, or shorten completions.",
+}
 # Signals of guards that have no place above; one that is not named here is shown under its own name.
 SIGNALS = {
     "guards/score_outcome_correlation": "Correlation of score and outcome",
@@ -54,6 +80,10 @@ SIGNALS = {
     "guards/unscored": "Share of responses not judged",
     "guards/steps_beyond_limit": "Share of steps beyond the limit",
 }
+
+
+# Sections in which a curve of nothing but zeros is no plot: most shares never leave 0.
+ZERO_AS_TEXT = ("guards", "length", "kl", "updates")
 
 
 class Line(NamedTuple):
@@ -94,12 +124,19 @@ class Panel:
         keys: The names under which it is logged.
         lines: The curves.
         marks: Alarms about what is shown.
+        meaning: What these alarms say, empty if there are none.
     """
 
     title: str
     keys: tuple[str, ...]
     lines: list[Line]
     marks: list[Mark] = field(default_factory=list)
+    meaning: str = ""
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether all that was logged is 0, and nobody was alarmed: a line of text says as much as a plot."""
+        return not self.marks and not any(line.mean.any() for line in self.lines)
 
 
 @dataclass(frozen=True)
@@ -109,12 +146,14 @@ class Section:
     Attributes:
         name: For templates.
         title: Heading.
-        panels: The panels, one at least.
+        panels: The panels to draw.
+        zero: Titles of panels whose curves are 0 throughout; they are not drawn.
     """
 
     name: str
     title: str
     panels: list[Panel]
+    zero: list[str]
 
 
 def by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -163,21 +202,31 @@ def make_sections(runs: Sequence[Run]) -> list[Section]:
                 "Give the output folder of `fractal-rm ppo`."
             )
     groups = by_name(runs)
-    sections = [
-        Section("outcome", "Outcome reward", list(_outcomes(groups))),
-        Section("truth", "Reward model against truth", list(_truths(groups))),
-        Section("guards", "Signs of reward hacking", list(_guards(groups))),
-        Section("length", "Length", list(_titled(groups, LENGTHS))),
-        Section("kl", "Distance from the reference policy", list(_titled(groups, DIVERGENCES))),
-    ]
-    shown = {key for section in sections for panel in section.panels for key in panel.keys}
+    made = {
+        ("outcome", "Outcome reward"): list(_outcomes(groups)),
+        ("truth", "Reward model against truth"): list(_truths(groups)),
+        ("guards", "Signs of reward hacking"): list(_guards(groups)),
+        ("length", "Length"): list(_titled(groups, LENGTHS)),
+        ("kl", "Distance from the reference policy"): list(_titled(groups, DIVERGENCES)),
+        ("updates", "Updates"): list(_titled(groups, UPDATES)),
+    }
+    shown = {key for panels in made.values() for panel in panels for key in panel.keys}
     for name, group in groups.items():
         if not any(common_updates(group, key) for key in shown):
             raise ValueError(
                 f"The {len(group)} runs called {name!r} have logged nothing at the same update. Log them alike "
                 "(`logging_steps`), or give each a name of its own."
             )
-    return [section for section in sections if section.panels]
+    return [
+        Section(
+            name,
+            title,
+            [panel for panel in panels if not (panel.is_zero and name in ZERO_AS_TEXT)],
+            [panel.title for panel in panels if panel.is_zero and name in ZERO_AS_TEXT],
+        )
+        for (name, title), panels in made.items()
+        if panels
+    ]
 
 
 def early_ends(runs: Sequence[Run]) -> list[str]:
@@ -198,14 +247,14 @@ def _panel(groups: Mapping[str, list[Run]], title: str, key: str) -> Iterator[Pa
     made = (make_line(name, slot, runs, key) for slot, (name, runs) in enumerate(groups.items()))
     lines = [line for line in made if line is not None]
     if lines:
-        alarm = ALARM + key.removeprefix(GUARD)
+        signal = key.removeprefix(GUARD)
         marks = {
             Mark(slot, update)
             for slot, runs in enumerate(groups.values())
             for run in runs
-            for update in run.metrics.get(alarm, {})
+            for update in run.metrics.get(ALARM + signal, {})
         }
-        yield Panel(title, (key,), lines, sorted(marks))
+        yield Panel(title, (key,), lines, sorted(marks), ALARMS.get(signal, "") if marks else "")
 
 
 def _titled(groups: Mapping[str, list[Run]], titles: Sequence[tuple[str, ...]]) -> Iterator[Panel]:

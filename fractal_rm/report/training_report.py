@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 COLUMNS = 3  # of a picture
+# Inches of a panel on a page, where two stand side by side; one alone is as wide as both.
+WIDTH, HEIGHT = 4.7, 2.3
 # Markers along a line, by which groups are told apart without colour: dashes would make noise of noisy curves. Of fewer
 # than MARKED points each is marked.
 MARKERS, MARKED = 8, 16
@@ -71,7 +73,7 @@ def write_training_report(path: str | Path, runs: Sequence[Run], *, title: str =
         early=early_ends(runs),
         alarmed=[run for run in runs if run.alarms],
         several=any(line.low is not None for line in lines),
-        window=max(line.window for line in lines),
+        window=max((line.window for line in lines), default=1),
         most_points=MOST_POINTS,
     )
 
@@ -83,7 +85,7 @@ def save_training_figure(path: str | Path, runs: Sequence[Run]) -> None:
         ImportError: If matplotlib is not installed.
         ValueError: As for [`write_training_report`], or if the name ends otherwise.
     """
-    sections, names = make_sections(runs), list(by_name(runs))
+    sections, names = [section for section in make_sections(runs) if section.panels], list(by_name(runs))
     last = max(run.last_update for run in runs)
     rows = [-(-len(section.panels) // COLUMNS) for section in sections]
     with new_figure(9.6, 0.4 + sum(0.35 + 2.15 * count for count in rows)) as figure:
@@ -166,9 +168,10 @@ def describe(panel: Panel) -> str:
 
 def _plots(section: Section, last: int) -> list[tuple[Panel, Markup]]:
     """The panels of a section, each with its `<svg>`."""
+    width = WIDTH if len(section.panels) > 1 else 2 * WIDTH
     plots = []
     for number, panel in enumerate(section.panels, start=1):
-        with new_figure(3.2, 2.15) as figure:
+        with new_figure(width, HEIGHT) as figure:
             draw_panel(figure.add_subplot(), panel, PAGE, last)
             plots.append((panel, Markup(to_svg(figure, f"{section.name}-{number}", describe(panel)))))
     return plots

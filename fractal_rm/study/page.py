@@ -17,6 +17,7 @@ from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 DEFAULT = "fractal_mix"
 DRAWN = (DEFAULT, *OUTCOME_ONLY, CEILING)
 NOTHING = "No rows yet."
+COLUMNS = 2  # of panels: more are too small to read where a page is 700 pixels wide
 
 
 def tables(rows: Rows, arms: Mapping[str, Any] = ARMS) -> dict[str, str]:
@@ -119,7 +120,7 @@ def draw_curves(
     settings = [name for name in CONDITIONS if any(curves(runs, name, arm) is not None for arm in arms)]
     if not settings:
         return False
-    columns = min(3, len(settings))
+    columns = min(COLUMNS, len(settings))
     height = -(-len(settings) // columns)
     with new_figure(3.6 * columns, 2.8 * height) as figure:
         for number, setting in enumerate(settings, 1):
@@ -134,7 +135,7 @@ def draw_curves(
         # An arm may be missing on some settings.
         lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
         named = [lines[arm] for arm in arms if arm in lines]
-        figure.axes[0].legend(handles=named, fontsize=7, frameon=False)
+        figure.axes[0].legend(handles=named, fontsize=8.5, frameon=False)
         figure.supxlabel(along[0], fontsize=9, color=PICTURE.muted)
         figure.supylabel(label, fontsize=9, color=PICTURE.muted)
         save_figure(figure, path)

@@ -320,7 +320,8 @@ class Quickstart:
         """`report.html` and `picture.png` from what the stages left."""
         with quiet():
             report = summarize(self.folder, [arm.name for arm in self.arms], self.arguments.seed, self.arguments.budget)
-        plots.save_picture(self.folder / "picture.png", report.curves, report.examples, baseline="outcome")
+        runs = {arm: [curve] for arm, curve in report.curves.items()}
+        plots.save_picture(self.folder / "picture.png", runs, report.examples, baseline="outcome")
         write_report(self.folder / "report.html", report)
         for name, value, note in report.headlines:
             console.print(f"  {name}: [bold]{value}[/bold] ({note})")

@@ -19,7 +19,7 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
         self.tags.append((tag, attributes))
-        if tag not in ("meta", "br", "input"):
+        if tag not in ("meta", "br", "input", "wbr"):
             self._open.append((tag, tuple((attributes.get("class") or "").split())))
             self.texts.append((self._path(), ""))
 
