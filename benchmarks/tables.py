@@ -157,7 +157,7 @@ def documents() -> dict[Path, str]:
     text = replace_table(text, "quickstart_arms", markdown_table(last_rows("quickstart.jsonl"), metrics=shown))
     text = replace_table(text, "quickstart_own_policy", markdown_table(own, metrics=shown[:5]))
     docs = REPOSITORY / "docs"
-    parts = [docs / f"disaggregation{part}.md" for part in ("", "_tables")]
+    parts = [docs / f"disaggregation{part}.md" for part in ("", "_arms", "_tables")]
     disaggregation = filled(parts, disaggregation_tables(read_results(RESULTS / "disaggregation.jsonl")))
     scale = REPOSITORY / "docs" / "scale.md"
     plan = scale_page(scale.read_text(encoding="utf-8"), read_results(RESULTS / "scale_plan.jsonl"))
