@@ -164,6 +164,8 @@ def documents() -> dict[Path, str]:
     # One line a trainer: shares of the runs, and the mean step of the last whole checkpoint when they were killed.
     moments = read_results(RESULTS / "kill_and_resume.jsonl")
     killed = markdown_table(moments, metrics=["equal", "files_that_differ", "checkpoint_torn", "checkpoint_step"])
+    runs = REPOSITORY / "docs" / "runs.md"
+    faults = markdown_table(rows_of("faults"), metrics=["kills", "equal", "weights", "rows", "left_over"])
     recipe = REPOSITORY / "recipes" / "gsm8k_ppo" / "README.md"
     online = REPOSITORY / "docs" / "online_reward.md"
     shaping, aggregation = (REPOSITORY / "docs" / name for name in ("step_ppo.md", "how_to/choose_aggregation.md"))
@@ -179,6 +181,7 @@ def documents() -> dict[Path, str]:
         speed: speed_page(speed.read_text(encoding="utf-8"), RESULTS),
         **disaggregation,
         scale: replace_table(plan, "kill_and_resume", killed),
+        runs: replace_table(runs.read_text(encoding="utf-8"), "faults", faults),
         recipe: replace_table(recipe.read_text(encoding="utf-8"), "gsm8k_ppo plan", recipe_table()),
         online: replace_table(online.read_text(encoding="utf-8"), "online_reward", online_table()),
         evaluation: evaluation_page(evaluation.read_text(encoding="utf-8"), *judged),
