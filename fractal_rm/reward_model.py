@@ -138,7 +138,7 @@ class StepRewardModel:
         scorer, processor, settings = load_scorer(path, device=device, published=published, **kwargs)
         model = cls(scorer.to(device), processor, settings, batch_size=batch_size)
         if (file := Path(path) / CARD).is_file():
-            model.card = file.read_text(encoding="utf-8")
+            model.card = file.read_text(encoding="utf-8", errors="replace")
         return model
 
     def save_pretrained(self, path: str | Path) -> None:

@@ -178,9 +178,9 @@ def test_nothing_to_train_on_is_said(commands):
         ("max_steps:", "`max_steps` is None; give a single value"),
         ("- max_steps", "holds no mapping"),
         ("max_steps: [1\nlimit: 2", "line 2 is invalid YAML"),
-        ("max_length: 1", "`max_length` is 1 tokens, too few"),
+        ("max_length: 1", "`max_length` is 1. Give a whole number from 2"),
         ("bag_weight: 0", "`bag_weight`, `instance_weight` and `easyllp_weight` are all 0"),
-        ("limit: 0", "`limit` is 0: no row would be left"),
+        ("limit: 0", "`limit` is 0. Give a whole number from 1"),
     ],
 )
 def test_a_mistake_in_the_configuration_file_is_named(commands, text, sentence):
@@ -213,12 +213,12 @@ def test_a_mistake_in_a_flag_is_named(commands, flags, sentence):
 @pytest.mark.parametrize(
     ("command", "flags", "sentence"),
     [
-        ("score", ["--limit", "0"], "`limit` is 0: no row would be left"),
-        ("score", ["--limit", "-1"], "`limit` is -1: no row would be left"),
-        ("score", ["--batch_size", "0"], "`batch_size` is 0. Give 1 or more."),
-        ("score", ["--show", "-1"], "`show` is -1. Give a number of responses"),
+        ("score", ["--limit", "0"], "`limit` is 0. Give a whole number from 1"),
+        ("score", ["--limit", "-1"], "`limit` is -1. Give a whole number from 1"),
+        ("score", ["--batch_size", "0"], "`batch_size` is 0. Give a whole number from 1"),
+        ("score", ["--show", "-1"], "`show` is -1. Give a whole number from 0"),
         ("score", ["--html", "out.jsonl"], "`input`, `output` and `html` name one file twice"),
-        ("evaluate", ["--limit", "-1"], "`limit` is -1: no row would be left"),
+        ("evaluate", ["--limit", "-1"], "`limit` is -1. Give a whole number from 1"),
         ("evaluate", ["--outcome_model", "rm"], "`outcome_model` has an effect with `benchmark=best_of_n` only"),
         ("evaluate", ["--answer_pattern", "(.*)"], "`answer_pattern` has an effect with `benchmark=best_of_n` only"),
         (

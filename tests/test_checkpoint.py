@@ -235,7 +235,7 @@ def test_a_path_that_is_neither_a_folder_nor_reachable_is_named(tmp_path):
 def test_a_config_that_is_no_json_is_named(tmp_path):
     save(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    assert "neither a model folder nor a hub id" in refusal(tmp_path)
+    assert "config.json is invalid JSON (" in refusal(tmp_path)
 
 
 def test_a_model_without_the_block_is_no_step_reward_model(tmp_path):
@@ -364,7 +364,7 @@ def test_grades_that_the_head_does_not_have_are_refused(tmp_path):
     ("settings", "sentence"),
     [
         ({"scorer": "likelihood", "num_grades": 4, "aggregation": "max"}, "`num_grades` is 4 with the likelihood"),
-        ({"scorer": "token", "num_grades": 1, "aggregation": "max"}, "`num_grades` is 1 with the token scorer"),
+        ({"scorer": "token", "num_grades": 1, "aggregation": "max"}, "`num_grades` is 1. Give a whole number from 2"),
         ({"scorer": "token", "num_grades": 4, "aggregation": "mean"}, "Grades are aggregated by their maximum"),
         ({"sharpness": math.nan}, "`sharpness` is nan"),
         ({"head_type": "deep"}, "Unknown head_type 'deep'. Choose one of pair, mlp, set"),

@@ -23,12 +23,14 @@ from support.models import byte_tokenizer, reward_model, sums
 from support.stand_ins import save_reward_model
 
 from fractal_rm.cli.main import main
-from fractal_rm.cli.serve import is_loopback, listen
+from fractal_rm.cli.serve import listen
 from fractal_rm.data.prompts import RenderedPrompt
 from fractal_rm.reward_model import FractalReward, StepRewardModel
 from fractal_rm.scorers.inputs import prompt_text
+from fractal_rm.serving.access import is_loopback
 from fractal_rm.serving.app import make_app
 from fractal_rm.serving.client import ScoringClient
+from fractal_rm.serving.connections import server_config
 from fractal_rm.serving.limits import Limits
 from fractal_rm.serving.protocol import OpenRLHFRequest, PromptedResponse, read_openrlhf
 
@@ -42,7 +44,7 @@ def running(model: StepRewardModel, *, limits: Limits | None = None, **options: 
     """The address of a server in a thread."""
     app = make_app(model, name="rm", limits=limits, **options)
     with listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        server = uvicorn.Server(server_config(app, limits or Limits(seconds=4)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
@@ -231,7 +233,7 @@ def test_a_body_that_does_not_arrive_is_given_up(model):
     with running(model, limits=Limits(seconds=0.3)) as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as connection:
-            connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
             said = connection.makefile("rb").read()
     assert said.startswith(b"HTTP/1.1 408")
     assert b"longer than 0.3 seconds to arrive" in said

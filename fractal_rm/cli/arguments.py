@@ -15,16 +15,11 @@ from fractal_rm.data.formats.tables import is_table, read_table
 from fractal_rm.data.readers import naming, read_jsonl
 from fractal_rm.data.shapes import Columns, prompt_row
 from fractal_rm.errors import reason
+from fractal_rm.ranges import check_ranges
 
 # The only variable of the environment that commands read.
 DATA_DIR_VARIABLE = "FRACTAL_RM_DATA"
 _ENDINGS = (".jsonl.gz", ".jsonl", ".json", ".parquet", ".csv", ".arrow")
-
-
-def check_limit(limit: int | None) -> None:
-    """Raise if no row would be read."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"`limit` is {limit}: no row would be left. Give 1 or more, or leave it out.")
 
 
 # Choices of earlier versions, and what to use instead: what the command line says of them.
@@ -106,9 +101,7 @@ class ScoringArguments(ColumnArguments):
     limit: int | None = field(default=None, metadata={"help": "Most rows read of each file: the first ones."})
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` is {self.batch_size}. Give 1 or more.")
-        check_limit(self.limit)
+        check_ranges(self)
         super().__post_init__()
 
 
@@ -150,9 +143,13 @@ class DataArguments(ColumnArguments):
         metadata={"help": f"Folder of data sets by name; default: that of the environment's {DATA_DIR_VARIABLE}."},
     )
     limit: int | None = field(default=None, metadata={"help": "Most rows read of each split: the first ones."})
+    strict: bool = field(
+        default=False,
+        metadata={"help": "Refuse rows that contradict each other, and prompts both to train and to measure on."},
+    )
 
     def __post_init__(self) -> None:
-        check_limit(self.limit)
+        check_ranges(self)
         super().__post_init__()
 
     def prompts(self, rows: list[Any], source: str) -> list[Any]:
@@ -239,6 +236,9 @@ class LoraArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of the layers to adapt; default: PEFT's choice for the architecture."}
     )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def config(self) -> Any | None:
         """The `peft` configuration, None without `use_peft`. The trainer sets the task."""

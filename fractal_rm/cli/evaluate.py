@@ -21,15 +21,18 @@ from fractal_rm.cli.checks import (
     load_reward_model,
     number_cell,
     print_table,
+    report_contradictions,
     to_json,
 )
 from fractal_rm.cli.parser import parse
+from fractal_rm.data.contradictions import contradictions
 from fractal_rm.data.formats.index import check_meaning
 from fractal_rm.data.shapes import Columns
 from fractal_rm.evaluation.benchmarks import Benchmark, BenchmarkName, as_learned, measure, read_benchmark
 from fractal_rm.evaluation.responses import choose_threshold, measure_responses, score_bags
 from fractal_rm.evaluation.statistics import as_columns, differences, estimates
 from fractal_rm.files import write_atomic
+from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.reward_training.data import to_bags
 
 
@@ -76,6 +79,10 @@ class EvaluateArguments(ScoringArguments):
     outcome_model: str | None = field(
         default=None, metadata={"help": "best_of_n: a model that scores each response as one step, as a control."}
     )
+    strict: bool = field(
+        default=False,
+        metadata={"help": "Refuse rows that contradict each other, and a `threshold_file` with prompts of `data`."},
+    )
     data_dir: str | None = field(
         default=None,
         metadata={"help": f"Folder of data sets by name; default: that of the environment's {DATA_DIR_VARIABLE}."},
@@ -100,6 +107,7 @@ def evaluate(argv: Sequence[str]) -> None:
     check_writable_files(arguments.output)
     check_models(arguments.model, arguments.compare_to, arguments.outcome_model)
     rows, source = _rows(arguments)
+    report_contradictions(_shared_rows(arguments, rows, source), strict=arguments.strict)
     names = list(filter(None, (arguments.model, arguments.compare_to)))
     measured = [_measure(name, rows, source, arguments, first=i == 0) for i, name in enumerate(names)]
     found = [estimates(one) for one in measured]
@@ -112,6 +120,17 @@ def evaluate(argv: Sequence[str]) -> None:
     write_atomic(arguments.output, to_json(record))
     _print(source, measured, found, gains)
     print(f"{arguments.output} holds these numbers.")
+
+
+def _shared_rows(arguments: EvaluateArguments, rows: list[Any], source: str) -> list[str]:
+    """A sentence if rows that are measured on are those that the threshold is chosen on."""
+    if arguments.threshold_file is None:
+        return []
+    path = find_file(arguments.threshold_file, arguments.data_dir)
+    chosen_on = set(map(repr, read_rows(path, arguments.dataset_format, arguments.limit)))
+    both = sum(repr(row) in chosen_on for row in rows)
+    told = f"{source}: {both:,} of {len(rows):,} rows are in {path} too, by which the threshold is chosen."
+    return [told] if both else []
 
 
 def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
@@ -142,6 +161,9 @@ def _measure(name: str, rows: list[Any], source: str, arguments: EvaluateArgumen
         check_meaning(arguments.dataset_format, model.settings.aggregation)
     if arguments.benchmark is None:
         bags = to_bags(rows, model.settings, source=source, columns=arguments.columns)
+        if first:
+            told = contradictions(bags, meaning(model.settings.aggregation), source=source)
+            report_contradictions(told, strict=arguments.strict)
         responses = Benchmark(bags, lambda scored, limit: measure_responses(scored, bags, limit))
         return measure(model, responses, threshold=threshold)
     outcome = None

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
-import yaml
 from trl.scripts.utils import TrlParser
+
+from fractal_rm.files import read_yaml
 
 # Least similarity of a name that is worth suggesting.
 _ALIKE = 0.5
@@ -40,7 +41,12 @@ def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tup
             parser.error(f"{unknown!r} stands alone, without a flag before it")
         hint = parser.hint(unknown.lstrip("-").replace("-", "_"))
         raise ValueError(f"fractal-rm {command}: unknown flag {unknown}.{hint}")
-    return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[: len(dataclasses)]
+    parsed = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[: len(dataclasses)]
+    for name, value in (item for one in parsed for item in vars(one).items()):
+        # A file may hold what no path and no text of a model can.
+        if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"fractal-rm {command}: `{name}` holds a NUL character. Leave it out.")
+    return parsed
 
 
 class CommandParser(TrlParser):
@@ -87,17 +93,7 @@ class CommandParser(TrlParser):
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} is no file. Give `--config` the path of a YAML file.")
-        try:
-            config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f", line {mark.line + 1}" if mark else ""
-            reason = getattr(error, "problem", None) or "it cannot be parsed"
-            raise ValueError(f"{path}{where} is invalid YAML: {reason}. Mend the line.") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} holds no mapping. Write one `name: value` a line.")
+        config = read_yaml(path)
         actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
         for key, value in config.items():
             if key not in actions:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fractal_rm.files import parse_json
 from fractal_rm.versions import package_versions
 
 
@@ -142,10 +143,10 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:  # invalid JSON, or cut inside a character
-            if not line.startswith(b"{"):
-                raise ValueError(f"{path}, line {number} is no result: {error}. Remove the line.") from None
+            row = parse_json(line, f"{path}, line {number}")
+        except ValueError:  # invalid JSON, or cut inside a character
+            if not line.startswith(b"{") or line.rstrip().endswith(b"}"):
+                raise
             warnings.warn(
                 f"{path}, line {number} is torn, by a run that was killed while writing: skipped. "
                 "Run that measurement again and remove the line.",

@@ -18,7 +18,8 @@ from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.scorers.checkpoint import load_tokenizer
+from fractal_rm.scorers.checkpoint import load_tokenizer, longest_input
+from fractal_rm.scorers.inputs import prompt_text
 from fractal_rm.scorers.published import PublishedSettings
 
 # Seconds for one answer of a vLLM server, and between two questions.
@@ -62,6 +63,7 @@ def load_checked(
             "or several of them."
         )
     check_value_arguments(args, value_model, value_peft_config)
+    _check_columns(train_dataset)
     check_setup(args, policy, tokenizer, eval_dataset)
     if any(map(is_chat, _first_prompt(train_dataset))) and (tokenizer or not _is_adapter(_path_of(policy))):
         _check_chat_template("the policy", tokenizer or load_tokenizer(_path_of(policy)))
@@ -82,6 +84,7 @@ def load_checked(
 def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None:
     """Raise ValueError, when TRL's trainer stands, if weights are in pieces that must be whole."""
     args = trainer.args
+    check_prompt_lengths(trainer)
     if args.on_alarm == "rollback" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError("`on_alarm='rollback'` cannot put sharded weights back. Use `on_alarm='stop'`.")
     if args.advantage == "gae":
@@ -90,6 +93,40 @@ def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None
         check_whole_model(trainer, model.scorer, "the reward model")
     if args.rm_update_every:
         check_online_training(trainer)
+
+
+def _check_columns(dataset: Any) -> None:
+    """Raise ValueError if a column has the name of an argument that TRL gives to every reward function."""
+    # `completion_ids` TRL itself leaves out.
+    taken = [name for name in _columns(dataset) if name in _TRL_ARGUMENTS and name != "completion_ids"]
+    if taken:
+        raise ValueError(
+            f"The data set has a column {taken[0]!r}, which is what reward functions get from the rollout. Rename or "
+            "drop the column."
+        )
+
+
+def check_prompt_lengths(trainer: Any) -> None:
+    """Raise ValueError if the longest prompt alone is more than the policy can read; data sets without a length pass."""
+    tokenizer = trainer.tokenizer
+    limit = longest_input(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
+    dataset = trainer.train_dataset
+    if limit is None or not hasattr(dataset, "__len__") or "prompt" not in _columns(dataset):
+        return
+    prompts = list(dataset["prompt"])
+    longest = max(range(len(prompts)), key=lambda row: len(str(prompts[row])), default=None)
+    if longest is None or len(str(prompts[longest])) <= limit:  # a token has a character at least
+        return
+    prompt = prompts[longest]
+    if is_chat(prompt) and not all(isinstance(message.get("content"), str) for message in prompt):  # pictures
+        return
+    text = prompt_text(prompt, tokenizer, "{prompt}")
+    tokens = len(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+    if tokens >= limit:
+        raise ValueError(
+            f"Row {longest + 1} of the prompts has {tokens:,} tokens, but the policy reads {limit:,}, with the "
+            "completion. Drop or shorten such prompts."
+        )
 
 
 def check_value_arguments(args: StepPPOConfig, value_model: Any, value_peft_config: Any) -> None:

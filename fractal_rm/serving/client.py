@@ -40,13 +40,19 @@ class ScoringClient:
         timeout: Seconds to wait for the server to say something.
         retries: How often to try again if it cannot be reached or is busy.
         pause: Seconds before the first new try; each further one waits twice as long.
+        token: What the server's `--token_file` holds.
     """
 
-    def __init__(self, url: str, *, timeout: float = 90.0, retries: int = 4, pause: float = 0.5) -> None:
+    def __init__(
+        self, url: str, *, timeout: float = 90.0, retries: int = 4, pause: float = 0.5, token: str | None = None
+    ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"The server's address is {url!r}. Give one that starts with http:// or https://.")
         self.url, self.timeout, self.retries, self.pause = url.rstrip("/"), timeout, retries, pause
         self.__name__ = "fractal_reward"
+        self._headers = {"Content-Type": "application/json"}
+        if token is not None:
+            self._headers["Authorization"] = f"Bearer {token}"
 
     def health(self) -> dict[str, Any]:
         """Which model answers: `model`, `scorer`, `aggregation`, `threshold`, `version`."""
@@ -118,7 +124,7 @@ class ScoringClient:
     def _ask(self, path: str, body: Any = None) -> Any:
         """The JSON that the server answers."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(self.url + path, data, self._headers)
         reason = ""
         for attempt in range(self.retries + 1):
             if attempt:

@@ -19,6 +19,7 @@ from fractal_rm.data.readers import read_jsonl
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.progress import RichProgress
+from fractal_rm.ranges import check_ranges
 from fractal_rm.report import plots
 from fractal_rm.report.quickstart_report import summarize, write_report
 from fractal_rm.reward_training.config import FractalConfig
@@ -82,6 +83,9 @@ class QuickstartArguments:
     budget: Literal["small", "full"] = field(
         default="small", metadata={"help": "`small`: minutes on two cores. `full`: longer training, smoother curves."}
     )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 class Quickstart:
