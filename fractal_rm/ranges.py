@@ -31,8 +31,9 @@ class Range(NamedTuple):
         return above and (value < self.high if self.open_high else value <= self.high)
 
     def __str__(self) -> str:
-        low = f"above {self.low:,}," if self.open_low else f"from {self.low:,}"
-        high = f"to below {self.high:,}" if self.open_high else f"to {self.high:,}"
+        low, high = (f"{end:,}" if isinstance(end, int) else f"{end:g}" for end in (self.low, self.high))
+        low = f"above {low}," if self.open_low else f"from {low}"
+        high = f"to below {high}" if self.open_high else f"to {high}"
         return f"a {'whole ' if self.whole else ''}number {low} {'up ' if self.open_low else ''}{high}"
 
 
@@ -42,8 +43,12 @@ _MOST, _MANY = 10**6, 2**20
 _TABLE: tuple[tuple[Range, str], ...] = (
     (
         Range(0, 1),
-        "gamma lam step_lam step_gamma score_threshold threshold gold_fraction top_entropy_quantile "
-        "ref_model_mixup_alpha min_p",
+        "gamma lam step_lam step_gamma score_threshold gold_fraction top_entropy_quantile ref_model_mixup_alpha min_p",
+    ),
+    # The next number above the highest score calls every step wrong.
+    (
+        Range(0, math.nextafter(1, 2)),
+        "threshold",
     ),
     (
         Range(0, 1, open_low=True),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.evaluation.responses import separating_threshold
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import load_model, load_scorer, load_tokenizer, make_scorer, save_scorer
 from fractal_rm.scorers.settings import FORMAT_VERSION, FractalSettings
@@ -373,6 +375,12 @@ def test_grades_that_the_head_does_not_have_are_refused(tmp_path):
 def test_settings_that_cannot_be_are_refused(settings, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         FractalSettings(**settings)
+
+
+def test_a_threshold_above_every_score_is_one_that_training_may_choose():
+    assert separating_threshold(np.ones(3), np.zeros(3)) > 1
+    settings = FractalSettings(threshold=separating_threshold(np.ones(3), np.zeros(3)))
+    assert FractalSettings.from_dict(settings.to_dict(), where="rm").threshold == settings.threshold
 
 
 # Models to start from ----------------------------------------------------------------------------------------------

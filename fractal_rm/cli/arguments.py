@@ -295,7 +295,7 @@ def load_from_hub(name: str, advice: str, /, **arguments: Any) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(**arguments)
+        return load_dataset(**arguments, trust_remote_code=False)
     except (OSError, ValueError) as error:  # not found, offline, another configuration
         raise ValueError(f"{name} cannot be loaded from the hub ({reason(error)}). {advice}") from error
 

@@ -10,15 +10,18 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
+from transformers import AutoConfig
 from trl.trainer.utils import get_callable_name
 
 from fractal_rm.data.prompts import is_chat
+from fractal_rm.errors import reason
 from fractal_rm.hf.parallelism import check_online_training, check_separate_value_model, check_whole_model
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.scorers.checkpoint import load_tokenizer, longest_input
+from fractal_rm.scorers.checkpoint import check_finite, load_tokenizer, longest_input
+from fractal_rm.scorers.folder import check_model_folder
 from fractal_rm.scorers.inputs import prompt_text
 from fractal_rm.scorers.published import PublishedSettings
 
@@ -64,6 +67,7 @@ def load_checked(
         )
     check_value_arguments(args, value_model, value_peft_config)
     _check_columns(train_dataset)
+    _check_policy(policy)
     check_setup(args, policy, tokenizer, eval_dataset)
     if any(map(is_chat, _first_prompt(train_dataset))) and (tokenizer or not _is_adapter(_path_of(policy))):
         _check_chat_template("the policy", tokenizer or load_tokenizer(_path_of(policy)))
@@ -84,6 +88,7 @@ def load_checked(
 def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None:
     """Raise ValueError, when TRL's trainer stands, if weights are in pieces that must be whole."""
     args = trainer.args
+    check_finite(_path_of(trainer.policy) or "The policy", trainer.policy)
     check_prompt_lengths(trainer)
     if args.on_alarm == "rollback" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError("`on_alarm='rollback'` cannot put sharded weights back. Use `on_alarm='stop'`.")
@@ -107,7 +112,7 @@ def _check_columns(dataset: Any) -> None:
 
 
 def check_prompt_lengths(trainer: Any) -> None:
-    """Raise ValueError if the longest prompt alone is more than the policy can read; data sets without a length pass."""
+    """Raise ValueError if the longest prompt alone is more than the policy reads; streamed data sets pass."""
     tokenizer = trainer.tokenizer
     limit = longest_input(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
     dataset = trainer.train_dataset
@@ -160,6 +165,20 @@ def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dat
     if args.use_vllm and args.vllm_mode == "server" and args.process_index == 0:  # the process that talks to it
         url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
         wait_for_vllm(url.rstrip("/"), args.vllm_server_timeout)
+
+
+def _check_policy(policy: Any) -> None:
+    """Raise ValueError if a policy that is to be loaded has damaged files, or a configuration that is code."""
+    if not isinstance(policy, str) or _is_adapter(policy):
+        return
+    check_model_folder(policy, "Give the folder or hub id of the policy.")
+    try:
+        AutoConfig.from_pretrained(policy, trust_remote_code=False)
+    except Exception as error:  # whatever strange files make a library raise
+        raise ValueError(
+            f"{policy} cannot be loaded as the policy ({reason(error)}). Give a causal language model that "
+            "transformers has itself: code that comes with a model is never run."
+        ) from error
 
 
 def _path_of(policy: Any) -> str:
