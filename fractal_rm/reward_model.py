@@ -284,7 +284,7 @@ class StepRewardModel:
             if i in errors:
                 text = response if isinstance(response, str) else bags[i].response if i in bags else ""
                 beyond = len(bags[i].step_spans) if i in bags else 0
-                empty = not beyond and spans is None and bool(text) and not self._cut(text)
+                empty = not beyond and spans is None and bool(text) and self._is_without_steps(text)
                 results.append(StepScores(text, truncated_steps=beyond, error=errors[i], empty=empty))
                 continue
             step_probs, bag_prob = probs[i]
@@ -304,8 +304,11 @@ class StepRewardModel:
             )
         return results
 
-    def _cut(self, text: str) -> list[Span]:
-        return [] if self.segmentation.method == "given" else self.segmentation(text)
+    def _is_without_steps(self, text: str) -> bool:
+        try:
+            return self.segmentation.method == "given" or not self.segmentation(text)
+        except ValueError:  # a pattern that ran out of time says nothing of the text
+            return False
 
     def _bag(
         self,

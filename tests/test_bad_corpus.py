@@ -166,7 +166,7 @@ def test_any_bytes_are_yaml_or_get_a_sentence(tmp_path_factory, content):
     taken_or_told(lambda: read_yaml(path))
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(st.lists(st.dictionaries(NAMES, JSON, max_size=5), min_size=1, max_size=3))
 def test_any_rows_are_bags_or_get_a_sentence(rows):
     taken_or_told(lambda: read_bags(rows, Segmentation()))
@@ -213,7 +213,7 @@ class Tags(html.parser.HTMLParser):
         assert not [name for name, _ in attrs if name.startswith("on") or name in ("src", "srcdoc")]
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(text=st.text(max_size=20).map(lambda text: f"</script><script>alert(1)</script><img src=x onerror=1>{text}"))
 def test_any_text_on_a_page_stays_text(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "view.html"

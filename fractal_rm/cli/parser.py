@@ -41,12 +41,7 @@ def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tup
             parser.error(f"{unknown!r} stands alone, without a flag before it")
         hint = parser.hint(unknown.lstrip("-").replace("-", "_"))
         raise ValueError(f"fractal-rm {command}: unknown flag {unknown}.{hint}")
-    parsed = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[: len(dataclasses)]
-    for name, value in (item for one in parsed for item in vars(one).items()):
-        # A file may hold what no path and no text of a model can.
-        if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"fractal-rm {command}: `{name}` holds a NUL character. Leave it out.")
-    return parsed
+    return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[: len(dataclasses)]
 
 
 class CommandParser(TrlParser):
@@ -120,6 +115,8 @@ class CommandParser(TrlParser):
 
     def _converted(self, action: argparse.Action, value: Any, path: str) -> Any:
         convert: Any = action.type or str
+        if "\0" in str(value):  # which no path and no text of a model can hold
+            raise ValueError(f"{path}: `{action.dest}` holds a NUL character. Leave it out.")
         try:
             converted = convert(str(value))
         except (ValueError, TypeError, argparse.ArgumentTypeError):

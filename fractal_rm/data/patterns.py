@@ -15,6 +15,8 @@ SECONDS = 1.0
 _TRIES = 3
 # Longer ones are data, and take long to compile.
 _LONGEST = 2_000
+# Characters of one in a message.
+_SHOWN = 80
 
 
 class Pattern:
@@ -27,12 +29,12 @@ class Pattern:
     def __init__(self, pattern: str) -> None:
         if len(pattern) > _LONGEST:
             raise ValueError(f"The pattern has {len(pattern):,} characters; give {_LONGEST:,} at most.")
+        self._shown = repr(pattern if len(pattern) <= _SHOWN else f"{pattern[:_SHOWN]}...")
         try:
             self._pattern = regex.compile(pattern)
         except (regex.error, RecursionError, OverflowError) as error:
             told = str(error) or type(error).__name__
-            raise ValueError(f"The pattern {pattern!r} is no regular expression: {told}.") from None
-        self._shown = repr(pattern if len(pattern) <= 80 else f"{pattern[:80]}...")
+            raise ValueError(f"The pattern {self._shown} is no regular expression: {told}.") from None
         self._late = 0
 
     @property
