@@ -320,7 +320,7 @@ def test_a_request_without_the_token_is_refused_before_its_body_is_read(model):
         basic = base64.b64encode(f"any:{token}".encode()).decode()
         for right in (f"Bearer {token}", f"bearer {token}", f"Basic {basic}"):
             assert head(url, "Host: localhost", f"Authorization: {right}") == 200
-        assert ScoringClient(url, token=token).rewards(PROMPTS[:1], RESPONSES[:1])
+        assert ScoringClient(url.replace("//", f"//any:{token}@")).rewards(PROMPTS[:1], RESPONSES[:1])
         with pytest.raises(ValueError, match=r"refused the request \(401\): The token is missing or wrong"):
             ScoringClient(url).health()
 
@@ -351,7 +351,7 @@ def test_headers_that_do_not_arrive_are_given_up_and_others_are_served(model):
         again = connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"200" in again.recv(4096)
         again.sendall(b"GET /he")
-        refused = connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        refused = connect(b"")
         assert b"8 connections are open" in refused.makefile("rb").read()
         begun = time.monotonic()
         for connection in (*slow, again):
@@ -380,7 +380,7 @@ def test_all_bodies_together_are_limited(model):
 
 def test_values_are_counted_before_they_are_parsed(model):
     chat = [{"role": "user", "content": "x"}]
-    assert count_values(json.dumps({"prompts": [chat * 5]}).encode(), 10**6) == 1 + 20 + 3 + 13
+    assert count_values(json.dumps({"prompts": [chat * 5]}).encode(), 10**6) == 1 + 20 + 3 + 14
     tricks = [r'"\\"', r'"\\\""', r'"[{,\""', r'"\u0022,"']
     for trick in tricks:
         counted = count_values(f"[{trick},{trick},[],{{}}]".encode(), 10**6)

@@ -20,7 +20,7 @@ from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.scorers.checkpoint import check_finite, load_tokenizer, longest_input
+from fractal_rm.scorers.checkpoint import check_finite, load_tokenizer
 from fractal_rm.scorers.folder import check_model_folder
 from fractal_rm.scorers.inputs import prompt_text
 from fractal_rm.scorers.published import PublishedSettings
@@ -67,10 +67,11 @@ def load_checked(
         )
     check_value_arguments(args, value_model, value_peft_config)
     _check_columns(train_dataset)
-    _check_policy(policy)
+    config = _check_policy(policy)
     check_setup(args, policy, tokenizer, eval_dataset)
     if any(map(is_chat, _first_prompt(train_dataset))) and (tokenizer or not _is_adapter(_path_of(policy))):
         _check_chat_template("the policy", tokenizer or load_tokenizer(_path_of(policy)))
+    check_prompt_lengths(config, lambda: tokenizer or load_tokenizer(_path_of(policy)), train_dataset)
     check_step_functions(step_functions, args, train_dataset)
     models = [
         one if isinstance(one, StepRewardModel) else StepRewardModel.from_pretrained(one) for one in reward_models
@@ -89,7 +90,6 @@ def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None
     """Raise ValueError, when TRL's trainer stands, if weights are in pieces that must be whole."""
     args = trainer.args
     check_finite(_path_of(trainer.policy) or "The policy", trainer.policy)
-    check_prompt_lengths(trainer)
     if args.on_alarm == "rollback" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError("`on_alarm='rollback'` cannot put sharded weights back. Use `on_alarm='stop'`.")
     if args.advantage == "gae":
@@ -111,22 +111,24 @@ def _check_columns(dataset: Any) -> None:
         )
 
 
-def check_prompt_lengths(trainer: Any) -> None:
-    """Raise ValueError if the longest prompt alone is more than the policy reads; streamed data sets pass."""
-    tokenizer = trainer.tokenizer
-    limit = longest_input(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
-    dataset = trainer.train_dataset
-    if limit is None or not hasattr(dataset, "__len__") or "prompt" not in _columns(dataset):
-        return
-    prompts = list(dataset["prompt"])
+def check_prompt_lengths(config: Any, tokenizer: Callable[[], Any], dataset: Any) -> None:
+    """Raise ValueError if the longest prompt alone is more than the policy reads; streamed data sets pass.
+
+    Args:
+        config: The policy's configuration; None: not known.
+        tokenizer: Gives its tokenizer, where a prompt is long enough to be counted.
+        dataset: The prompts.
+    """
+    limit = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    prompts = list(dataset["prompt"]) if "prompt" in _columns(dataset) else []
     longest = max(range(len(prompts)), key=lambda row: len(str(prompts[row])), default=None)
-    if longest is None or len(str(prompts[longest])) <= limit:  # a token has a character at least
+    if limit is None or longest is None or len(str(prompts[longest])) <= limit:  # a token has a character at least
         return
     prompt = prompts[longest]
     if is_chat(prompt) and not all(isinstance(message.get("content"), str) for message in prompt):  # pictures
         return
-    text = prompt_text(prompt, tokenizer, "{prompt}")
-    tokens = len(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+    words = tokenizer()
+    tokens = len(words(str(prompt_text(prompt, words, "{prompt}")), add_special_tokens=False)["input_ids"])
     if tokens >= limit:
         raise ValueError(
             f"Row {longest + 1} of the prompts has {tokens:,} tokens, but the policy reads {limit:,}, with the "
@@ -167,13 +169,19 @@ def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dat
         wait_for_vllm(url.rstrip("/"), args.vllm_server_timeout)
 
 
-def _check_policy(policy: Any) -> None:
-    """Raise ValueError if a policy that is to be loaded has damaged files, or a configuration that is code."""
-    if not isinstance(policy, str) or _is_adapter(policy):
-        return
+def _check_policy(policy: Any) -> Any:
+    """The configuration of a policy; None: that of an adapter's base.
+
+    Raises:
+        ValueError: If it is to be loaded and has damaged files, or a configuration that is code.
+    """
+    if not isinstance(policy, str):
+        return policy.config
+    if _is_adapter(policy):
+        return None
     check_model_folder(policy, "Give the folder or hub id of the policy.")
     try:
-        AutoConfig.from_pretrained(policy, trust_remote_code=False)
+        return AutoConfig.from_pretrained(policy, trust_remote_code=False)
     except Exception as error:  # whatever strange files make a library raise
         raise ValueError(
             f"{policy} cannot be loaded as the policy ({reason(error)}). Give a causal language model that "

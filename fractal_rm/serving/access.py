@@ -4,6 +4,7 @@ import base64
 import binascii
 import hmac
 import ipaddress
+import socket
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,8 @@ class Access:
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         name = name.strip("[]").lower().rstrip(".")
         if name in {"localhost", self.host.lower(), *(one.lower() for one in self.names)}:
+            return True
+        if not is_loopback(self.host) and name == socket.gethostname().lower():
             return True
         try:
             address = ipaddress.ip_address(name)
