@@ -69,7 +69,7 @@ _TABLE: tuple[tuple[Range, str], ...] = (
         "entropy_coef_max entropy_coef_delta router_aux_loss_coef bag_weight easyllp_weight instance_weight "
         "cosine_prior_weight negated_cosine_prior_weight correlation_prior_weight teacher_prior_weight "
         "likelihood_prior_weight hybrid_prior_weight pseudo_bag_weight weight_decay max_grad_norm neftune_noise_alpha "
-        "adam_epsilon off_policy_mask_threshold vllm_importance_sampling_clip_min",
+        "adam_epsilon vllm_server_timeout off_policy_mask_threshold vllm_importance_sampling_clip_min",
     ),
     (
         Range(-_MOST, _MOST),
@@ -86,7 +86,7 @@ _TABLE: tuple[tuple[Range, str], ...] = (
     (
         Range(0, _MOST, open_low=True),
         "step_reward_clip kl_target cliprange_value epsilon epsilon_high delta temperature repetition_penalty "
-        "sharpness vllm_server_timeout vllm_importance_sampling_clip_max vllm_importance_sampling_cap "
+        "sharpness vllm_importance_sampling_clip_max vllm_importance_sampling_cap "
         "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg seconds "
         "header_seconds teraflops generated_per_second",
     ),

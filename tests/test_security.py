@@ -210,6 +210,17 @@ def test_weights_that_the_configuration_does_not_have_are_refused(tmp_path):
     assert re.search("weights are (missing|not of the model)", refusal(tmp_path))
 
 
+def test_a_policy_without_its_head_is_refused(tmp_path, capsys):
+    folder = tmp_path / "policy"
+    save_policy(folder)
+    LlamaForCausalLM.from_pretrained(folder).base_model.save_pretrained(folder)
+    capsys.readouterr()
+    assert main(["sample", "--task", "arithmetic", "--model", str(folder), "--output", str(tmp_path / "o.jsonl")]) == 2
+    assert (
+        "1 weights are missing from the folder and would be random (first: lm_head.weight)" in capsys.readouterr().err
+    )
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 

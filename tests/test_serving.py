@@ -356,7 +356,7 @@ def test_headers_that_do_not_arrive_are_given_up_and_others_are_served(model):
         begun = time.monotonic()
         for connection in (*slow, again):
             with suppress(ConnectionResetError):
-                assert connection.recv(1) in (b"", b"H")
+                connection.makefile("rb").read()  # ends when the server ends the connection
         assert time.monotonic() - begun < 8
         assert ScoringClient(url).health()["status"] == "ok"
 
@@ -375,7 +375,11 @@ def test_all_bodies_together_are_limited(model):
         status, sentence = refusal(url, body)
         assert (status, "Too many bytes of other requests are here" in sentence) == (503, True)
         opened.close()  # and what is given up is free again
-        assert ScoringClient(url).rewards(["a" * 9000], ["1+1=2."])
+        long = b" " * 50_000 + json.dumps({"prompts": PROMPTS[:1], "responses": RESPONSES[:1]}).encode()
+        until = time.monotonic() + 5
+        while (found := post(url, long)[0]) != 200 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert found == 200
 
 
 def test_values_are_counted_before_they_are_parsed(model):

@@ -12,7 +12,7 @@ from fractal_rm.serving.limits import Limits
 try:
     import resource
 except ImportError:  # Windows, which has no such limit
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 # Files that a server needs beside its connections: libraries, weights, logs.
 _SPARE_FILES = 64
