@@ -145,7 +145,7 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         try:
             row = parse_json(line, f"{path}, line {number}")
         except ValueError:  # invalid JSON, or cut inside a character
-            if not line.startswith(b"{") or line.rstrip().endswith(b"}"):
+            if not line.startswith(b"{") or _is_whole(line):
                 raise
             warnings.warn(
                 f"{path}, line {number} is torn, by a run that was killed while writing: skipped. "
@@ -157,6 +157,15 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} is no result but {type(row).__name__}. Remove the line.")
         rows.append(row)
     return rows
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a line is JSON, such as one with a name twice, and no torn one."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def portable_command(argv: Sequence[str]) -> str:
