@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 from filelock import FileLock
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 
 def parse_json(content: bytes, what: str) -> Any:
@@ -88,7 +90,7 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "an alias (`*name`) is not taken", mark)
+            raise ComposerError(None, None, "an alias (`*name`) is not taken", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -97,7 +99,7 @@ class _StrictLoader(yaml.SafeLoader):
             name = str(key.value)
             if name in seen:
                 problem = f"the key {name!r} comes twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                raise ConstructorError(None, None, problem, key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
 

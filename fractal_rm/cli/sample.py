@@ -108,15 +108,15 @@ def sample(argv: Sequence[str]) -> None:
     hide_loading_bars()
     tokenizer = load_tokenizer(arguments.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             arguments.model, dtype=arguments.dtype, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # whatever strange files make a library raise
         raise ValueError(
             f"{arguments.model} cannot be loaded as a causal language model ({reason(error)}). Give another `model`."
         ) from error
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{arguments.model}: {len(missing)} weights are missing from the folder and would be random (first: "
