@@ -6,7 +6,8 @@
 # Further: `make contract-oldest` (the oldest TRL that we support, in an environment of its own), `make clean`,
 # `make peer-env` (the TRL versions that we are compared with), `make bench-speed` (docs/speed.md),
 # `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md), `make bench-evidence` (docs/evidence.md),
-# `make docs` (the site of the documentation, in build/site), `make faults` (docs/runs.md), `make words` (recipes/words: a real language model).
+# `make docs` (the site of the documentation, in build/site), `make faults` (docs/runs.md), `make words` (recipes/words: a
+# real language model), `make audit` (SECURITY.md: bandit's rules, known vulnerabilities, licences, bill of materials).
 # Another Python: `make test PYTHON=/path/to/python3.12`.
 
 VENV := .venv
@@ -29,7 +30,7 @@ endif
 # Nothing here needs the network once pip is done, and nothing is to be sent anywhere.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: faults quickstart test docs words words-model contract-oldest peer-env bench-disaggregation bench-speed bench-evidence clean
+.PHONY: quickstart test audit faults docs words words-model contract-oldest peer-env bench-disaggregation bench-speed bench-evidence clean
 .SECONDARY:   # keeps the .created stamps
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -43,6 +44,17 @@ test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(OFFLINE) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
+
+# Reasons for the rules that are left out stand in SECURITY.md. What is not installed, or not reached, is said.
+comma := ,
+EXPLAINED := 101,105,106,310,311,404,506,603,607,704
+audit: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check --select S --ignore S$(subst $(comma),$(comma)S,$(EXPLAINED)) fractal_rm recipes
+	@if test -x $(VENV)/bin/bandit; then $(VENV)/bin/bandit -q -r fractal_rm -s B$(subst $(comma),$(comma)B,$(EXPLAINED)); \
+	    else echo "bandit is not installed: its rules were checked by ruff."; fi
+	@if test -x $(VENV)/bin/pip-audit; then $(VENV)/bin/pip-audit || echo "pip-audit found something, or its data were not reached."; \
+	    else echo "pip-audit is not installed: known vulnerabilities were not looked up."; fi
+	$(VENV)/bin/python docs/tools/inventory.py --sbom build/sbom.json
 
 # Reads docs/, README.md, docstrings and the help of configurations; warnings are errors, and nothing is fetched.
 docs: $(VENV)/.installed-docs

@@ -9,8 +9,101 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
+
+
+def parse_json(content: bytes, what: str) -> Any:
+    """What JSON in UTF-8 says.
+
+    Args:
+        content: The JSON.
+        what: What to call it in messages, such as the file and the row.
+
+    Raises:
+        ValueError: If it is not UTF-8, no JSON, has a name twice in an object, or is too deep or too large a number.
+
+    Example:
+        >>> parse_json(b'{"a": 1, "a": 2}', "the line")
+        Traceback (most recent call last):
+        ValueError: the line has the name 'a' twice in an object; leave one of them.
+    """
+    try:
+        return json.loads(content.decode("utf-8-sig").strip(), object_pairs_hook=_named_once)
+    except _TwiceError as error:
+        raise ValueError(f"{what} has the name {error.args[0]!r} twice in an object; leave one of them.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} is not UTF-8 (byte {error.start}); save the file as UTF-8.") from None
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at line {error.lineno}" if error.lineno > 1 else f"{error.msg} at column {error.colno}"
+        raise ValueError(f"{what} is invalid JSON ({reason}); mend or delete it.") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, a thousand brackets
+        raise ValueError(f"{what} is JSON that Python cannot hold; mend or delete it.") from None
+
+
+class _TwiceError(Exception):
+    """A name that an object has twice; which of the two values is meant nobody can know."""
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file says; raises as [`parse_json`], and OSError if the file cannot be read."""
+    return parse_json(Path(path).read_bytes(), str(path))
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not UTF-8, no YAML, no mapping, too deep, or has a key twice in a mapping.
+    """
+    try:
+        # Plain Python loads what C loads, and names the line.
+        content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_StrictLoader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ValueError(f"{path}{where} is invalid YAML: {reason}. Mend the line.") from None
+    except (ValueError, RecursionError, TypeError, OverflowError) as error:  # dates, depth, keys that are lists
+        raise ValueError(f"{path} is YAML that cannot be read ({str(error)[:200]}). Mend it.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a mapping. Write one `name: value` a line.")
+    return content
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader without keys that come twice, and without aliases, which can grow without end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise ComposerError(None, None, "an alias (`*name`) is not taken", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                problem = f"the key {name!r} comes twice"
+                raise ConstructorError(None, None, problem, key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 @contextmanager

@@ -147,7 +147,7 @@ class StepRewardModel:
         scorer, processor, settings = load_scorer(path, device=device, published=published, **kwargs)
         model = cls(scorer.to(device), processor, settings, batch_size=batch_size)
         if (file := Path(path) / CARD).is_file():
-            model.card = file.read_text(encoding="utf-8")
+            model.card = file.read_text(encoding="utf-8", errors="replace")
         return model
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -304,7 +304,7 @@ class StepRewardModel:
             if i in errors:
                 text = response if isinstance(response, str) else bags[i].response if i in bags else ""
                 beyond = len(bags[i].step_spans) if i in bags else 0
-                empty = not beyond and spans is None and bool(text) and not self._cut(text)
+                empty = not beyond and spans is None and bool(text) and self._is_without_steps(text)
                 results.append(StepScores(text, truncated_steps=beyond, error=errors[i], empty=empty))
                 continue
             step_probs, bag_prob = probs[i]
@@ -325,8 +325,11 @@ class StepRewardModel:
             )
         return results
 
-    def _cut(self, text: str) -> list[Span]:
-        return [] if self.segmentation.method == "given" else self.segmentation(text)
+    def _is_without_steps(self, text: str) -> bool:
+        try:
+            return self.segmentation.method == "given" or not self.segmentation(text)
+        except ValueError:  # a pattern that ran out of time says nothing of the text
+            return False
 
     def _bag(
         self,

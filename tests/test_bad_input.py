@@ -19,6 +19,7 @@ from support.stand_ins import (
 from transformers import LlamaModel
 
 from fractal_rm.cli.main import main
+from fractal_rm.cli.ppo import make_dataset
 from fractal_rm.ppo.checks import check_reward_models
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.reward_model import StepRewardModel
@@ -178,9 +179,9 @@ def test_nothing_to_train_on_is_said(commands):
         ("max_steps:", "`max_steps` is None; give a single value"),
         ("- max_steps", "does not hold a mapping"),
         ("max_steps: [1\nlimit: 2", "line 2 is invalid YAML"),
-        ("max_length: 1", "`max_length` is 1 tokens, too few"),
+        ("max_length: 1", "`max_length` is 1. Give a whole number from 2"),
         ("bag_weight: 0", "`bag_weight`, `instance_weight` and `easyllp_weight` are all 0"),
-        ("limit: 0", "`limit` is 0: no row would be left"),
+        ("limit: 0", "`limit` is 0. Give a whole number from 1"),
     ],
 )
 def test_a_mistake_in_the_configuration_file_is_named(commands, text, sentence):
@@ -213,12 +214,12 @@ def test_a_mistake_in_a_flag_is_named(commands, flags, sentence):
 @pytest.mark.parametrize(
     ("command", "flags", "sentence"),
     [
-        ("score", ["--limit", "0"], "`limit` is 0: no row would be left"),
-        ("score", ["--limit", "-1"], "`limit` is -1: no row would be left"),
-        ("score", ["--batch_size", "0"], "`batch_size` is 0. Give 1 or more."),
-        ("score", ["--show", "-1"], "`show` is -1. Give a number of responses"),
+        ("score", ["--limit", "0"], "`limit` is 0. Give a whole number from 1"),
+        ("score", ["--limit", "-1"], "`limit` is -1. Give a whole number from 1"),
+        ("score", ["--batch_size", "0"], "`batch_size` is 0. Give a whole number from 1"),
+        ("score", ["--show", "-1"], "`show` is -1. Give a whole number from 0"),
         ("score", ["--html", "out.jsonl"], "`input`, `output` and `html` name one file twice"),
-        ("evaluate", ["--limit", "-1"], "`limit` is -1: no row would be left"),
+        ("evaluate", ["--limit", "-1"], "`limit` is -1. Give a whole number from 1"),
         ("evaluate", ["--outcome_model", "rm"], "`outcome_model` has an effect only with `benchmark=best_of_n`"),
         ("evaluate", ["--answer_pattern", "(.*)"], "`answer_pattern` has an effect only with `benchmark=best_of_n`"),
         (
@@ -503,6 +504,51 @@ def test_a_bad_prompt_is_named_before_ppo(commands, defect):
     said = commands.ppo(*arguments, "--train_file", commands.file(rows))
     assert f"rows.jsonl, row {number}: " in said
     assert sentence in said
+
+
+def test_columns_that_reward_functions_get_from_the_rollout_are_refused(commands):
+    rows = [{"prompt": "1+1?", "answer": "2", "completions": "x"}, {"prompt": "2+2?", "answer": "4"}]
+    said = commands.ppo("--reward_function", "gsm8k_answer", "--train_file", commands.file(rows))
+    assert "The data set has a column 'completions', which is what reward functions get from the rollout." in said
+
+
+def test_columns_of_several_types_are_named(commands):
+    rows = [{"prompt": "1+1?", "answer": "2", "more": 1}, {"prompt": "2+2?", "answer": "4", "more": "one"}]
+    said = commands.ppo("--reward_function", "gsm8k_answer", "--train_file", commands.file(rows))
+    assert "'more' (int, str) holds values of several types" in said
+
+
+def test_a_column_that_the_first_row_lacks_is_kept():
+    found = make_dataset([{"prompt": "a"}, {"prompt": "b", "answer": "4"}])
+    assert found["answer"] == [None, "4"]
+
+
+def test_a_prompt_that_the_policy_cannot_read_is_refused_before_a_rollout(commands):
+    rows = [{"prompt": "1+1?", "answer": "2"}, {"prompt": "1+1?" * 250_000, "answer": "2"}]
+    flags = ["--per_device_train_batch_size", "2", "--num_generations", "1"]
+    said = commands.ppo("--reward_function", "gsm8k_answer", "--train_file", commands.file(rows), *flags)
+    assert "Row 2 of the prompts has 1,000,000 tokens, but the policy reads 1,024" in said
+
+
+def test_rows_that_contradict_each_other_are_refused_where_asked(commands):
+    rows = [GOOD, GOOD | {"label": 0}]
+    said = commands.train(rows, "--strict", "true", "--eval_file", commands.file([GOOD], "eval.jsonl"))
+    assert "rows.jsonl: 1 response has both labels (first: row 2)." in said
+    assert "eval.jsonl: 1 of 1 prompts are in " in said
+
+
+def test_a_threshold_file_that_is_the_data_is_said(commands, capsys):
+    data = commands.file([GOOD, BAD])
+    arguments = ["evaluate", "--model", str(commands.models / "reward_model"), "--data", data]
+    arguments += ["--threshold_file", data, "--output", str(commands.folder / "m.json")]
+    assert "2 of 2 rows are in " in commands.fails(*arguments, "--strict", "true")
+    assert main(arguments) == 0
+    assert "Warning: rows.jsonl: 2 of 2 rows are in " in capsys.readouterr().err
+
+
+def test_a_line_that_no_model_reads_is_refused_before_it_is_parsed(commands):
+    said = commands.train(b'{"prompt": "' + b"a" * 2**24 + b'"}\n')
+    assert "rows.jsonl, row 1: the line has 16,777,231 bytes; give 16,777,216 bytes at most" in said
 
 
 # Reports ----------------------------------------------------------------------------------------------------------

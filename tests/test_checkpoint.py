@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.evaluation.responses import separating_threshold
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import load_model, load_scorer, load_tokenizer, make_scorer, save_scorer
 from fractal_rm.scorers.settings import FORMAT_VERSION, FractalSettings
@@ -235,7 +237,7 @@ def test_a_path_that_is_neither_a_folder_nor_reachable_is_named(tmp_path):
 def test_a_config_that_is_no_json_is_named(tmp_path):
     save(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    assert "neither a model folder nor a hub id" in refusal(tmp_path)
+    assert "config.json is invalid JSON (" in refusal(tmp_path)
 
 
 def test_a_model_without_the_block_is_no_step_reward_model(tmp_path):
@@ -364,7 +366,7 @@ def test_grades_that_the_head_does_not_have_are_refused(tmp_path):
     ("settings", "sentence"),
     [
         ({"scorer": "likelihood", "num_grades": 4, "aggregation": "max"}, "`num_grades` is 4 with the likelihood"),
-        ({"scorer": "token", "num_grades": 1, "aggregation": "max"}, "`num_grades` is 1 with the token scorer"),
+        ({"scorer": "token", "num_grades": 1, "aggregation": "max"}, "`num_grades` is 1. Give a whole number from 2"),
         ({"scorer": "token", "num_grades": 4, "aggregation": "mean"}, "Grades are aggregated by their maximum"),
         ({"sharpness": math.nan}, "`sharpness` is nan"),
         ({"head_type": "deep"}, "Unknown head_type 'deep'. Choose one of pair, mlp, set"),
@@ -373,6 +375,12 @@ def test_grades_that_the_head_does_not_have_are_refused(tmp_path):
 def test_settings_that_cannot_be_are_refused(settings, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         FractalSettings(**settings)
+
+
+def test_a_threshold_above_every_score_is_one_that_training_may_choose():
+    assert separating_threshold(np.ones(3), np.zeros(3)) > 1
+    settings = FractalSettings(threshold=separating_threshold(np.ones(3), np.zeros(3)))
+    assert FractalSettings.from_dict(settings.to_dict(), where="rm").threshold == settings.threshold
 
 
 # Models to start from ----------------------------------------------------------------------------------------------

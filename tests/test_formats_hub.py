@@ -38,6 +38,7 @@ def hub(monkeypatch):
 
     def serve(rows):
         def load_dataset(**options):
+            assert options.pop("trust_remote_code") is False
             calls.append(options)
             if isinstance(rows, Exception):
                 raise rows

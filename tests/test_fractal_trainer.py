@@ -577,7 +577,7 @@ def test_a_saved_folder_remembers_what_it_was_trained_on(tmp_path):
         ({"bag_weight": -1.0}, "`bag_weight` is -1.0"),
         ({"instance_weight": math.nan}, "`instance_weight` is nan"),
         ({"head_learning_rate": -1.0}, "`head_learning_rate` is -1.0"),
-        ({"max_length": 1}, "`max_length` is 1 tokens"),
+        ({"max_length": 1}, "`max_length` is 1\\. Give a whole number from 2"),
         ({"aggregation": "median"}, "Unknown aggregation 'median'"),
         ({"scorer": "window"}, "Unknown scorer 'window'"),
         ({"segmentation": "separator"}, "give separator a text"),

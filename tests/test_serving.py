@@ -1,5 +1,6 @@
 """The scoring server over loopback: a real server, a real client, and requests that nobody should send."""
 
+import base64
 import http.client
 import json
 import re
@@ -10,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ from support.serving import serve_and_ask
 from support.stand_ins import save_reward_model
 
 from fractal_rm.cli.main import main
-from fractal_rm.cli.serve import is_loopback, listen
+from fractal_rm.cli.serve import listen
+from fractal_rm.data import patterns
 from fractal_rm.data.prompts import RenderedPrompt
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import FractalReward, StepRewardModel
 from fractal_rm.scorers.inputs import prompt_text
+from fractal_rm.serving.access import Access, is_loopback
 from fractal_rm.serving.app import make_app
 from fractal_rm.serving.client import ScoringClient
-from fractal_rm.serving.limits import Limits
+from fractal_rm.serving.connections import server_config
+from fractal_rm.serving.limits import Limits, count_values
 from fractal_rm.serving.protocol import OpenRLHFRequest, PromptedResponse, read_openrlhf
 
 PROMPTS = ["2+3*4?\n", "¿Cuánto es 7-4?\n", "3\u00d72 = ?\n"]
@@ -42,7 +46,7 @@ def running(model: StepRewardModel, *, limits: Limits | None = None, **options: 
     """The address of a server in a thread."""
     app = make_app(model, name="rm", limits=limits, **options)
     with listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        server = uvicorn.Server(server_config(app, limits or Limits(seconds=4)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
@@ -252,7 +256,7 @@ def test_a_body_that_does_not_arrive_is_given_up(model):
     with running(model, limits=Limits(seconds=0.3)) as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as connection:
-            connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
             said = connection.makefile("rb").read()
     assert said.startswith(b"HTTP/1.1 408")
     assert b"longer than 0.3 seconds to arrive" in said
@@ -306,6 +310,125 @@ def test_a_request_that_has_begun_is_answered_when_the_server_ends():
         assert 0 < found.result()[0] < 1
     with pytest.raises(ConnectionError, match="gave no answer in 1 tries"):
         ScoringClient(url, retries=0).health()
+
+
+# Strangers --------------------------------------------------------------------------------------------------------
+
+
+def head(url: str, *lines: str) -> int:
+    """Status of a request for /health with these headers."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall("\r\n".join(["GET /health HTTP/1.1", *lines, "Connection: close", "", ""]).encode())
+        return int(connection.makefile("rb").readline().split()[1])
+
+
+def test_a_page_that_calls_the_server_by_its_own_name_is_refused(url):
+    for known in ("localhost", "127.0.0.1:8000", "[::1]:80", "LOCALHOST."):
+        assert head(url, f"Host: {known}") == 200
+    for foreign in ("evil.example", "localhost.evil.example", "10.0.0.1", "127.0.0.1.nip.io:8000", ""):
+        assert head(url, f"Host: {foreign}") == 403
+    assert head(url, "Host: localhost", "Host: evil.example") in (400, 403)
+
+
+def test_a_request_without_the_token_is_refused_before_its_body_is_read(model):
+    token = "0123456789abcdef"
+    with running(model, access=Access(token=token)) as url:
+        assert head(url, "Host: localhost") == 401
+        for wrong in ("Bearer x", f"Bearer {token}x", f"Basic {token}", "Basic !", token, "Bearer"):
+            assert head(url, "Host: localhost", f"Authorization: {wrong}") == 401
+        basic = base64.b64encode(f"any:{token}".encode()).decode()
+        for right in (f"Bearer {token}", f"bearer {token}", f"Basic {basic}"):
+            assert head(url, "Host: localhost", f"Authorization: {right}") == 200
+        assert ScoringClient(url.replace("//", f"//any:{token}@")).rewards(PROMPTS[:1], RESPONSES[:1])
+        with pytest.raises(ValueError, match=r"refused the request \(401\): The token is missing or wrong"):
+            ScoringClient(url).health()
+
+
+def test_other_machines_need_a_token(tmp_path, capsys):
+    assert main(["serve", "--model", str(tmp_path), "--host", "0.0.0.0"]) == 2
+    assert "which other machines reach, without a token. Give `token_file`" in capsys.readouterr().err
+    (tmp_path / "token").write_text("short")
+    assert main(["serve", "--model", str(tmp_path), "--token_file", str(tmp_path / "token")]) == 2
+    assert "holds no token. Write one line of 16 to 1,024 ASCII characters" in capsys.readouterr().err
+    assert Access("0.0.0.0", token="x" * 16).knows("192.168.0.7:8000")
+    assert not Access("0.0.0.0", token="x" * 16).knows("evil.example")
+    assert Access("0.0.0.0", ["gpu-1"], token="x" * 16).knows("GPU-1:8000")
+
+
+def test_headers_that_do_not_arrive_are_given_up_and_others_are_served(model):
+    limits = Limits(header_seconds=0.5, max_connections=8)
+    with running(model, limits=limits) as url, ExitStack() as opened:
+        host, port = url.removeprefix("http://").split(":")
+
+        def connect(sent: bytes) -> socket.socket:
+            connection = opened.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            connection.sendall(sent)
+            return connection
+
+        slow = [connect(b"GET /health HTTP/1.1\r\nHost: ") for _ in range(4)] + [connect(b"") for _ in range(3)]
+        # One that was served and then says no more than a beginning.
+        again = connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"200" in again.recv(4096)
+        again.sendall(b"GET /he")
+        refused = connect(b"")
+        assert b"8 connections are open" in refused.makefile("rb").read()
+        begun = time.monotonic()
+        for connection in (*slow, again):
+            with suppress(ConnectionResetError):
+                connection.makefile("rb").read()  # ends when the server ends the connection
+        assert time.monotonic() - begun < 8
+        assert ScoringClient(url).health()["status"] == "ok"
+
+
+def test_all_bodies_together_are_limited(model):
+    limits = Limits(max_body_bytes=60_000, max_total_bytes=100_000, seconds=5)
+    with running(model, limits=limits) as url, ExitStack() as opened:
+        host, port = url.removeprefix("http://").split(":")
+        for _ in range(2):
+            connection = opened.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            connection.sendall(
+                b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50000\r\n\r\n" + b" " * 49_000
+            )
+        time.sleep(0.3)
+        body = {"prompts": ["a" * 9000], "responses": ["b"]}
+        status, sentence = refusal(url, body)
+        assert (status, "Too many bytes of other requests are here" in sentence) == (503, True)
+        opened.close()  # and what is given up is free again
+        long = b" " * 50_000 + json.dumps({"prompts": PROMPTS[:1], "responses": RESPONSES[:1]}).encode()
+        until = time.monotonic() + 5
+        while (found := post(url, long)[0]) != 200 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert found == 200
+
+
+def test_values_are_counted_before_they_are_parsed(model):
+    chat = [{"role": "user", "content": "x"}]
+    assert count_values(json.dumps({"prompts": [chat * 5]}).encode(), 10**6) == 1 + 20 + 3 + 14
+    tricks = [r'"\\"', r'"\\\""', r'"[{,\""', r'"\u0022,"']
+    for trick in tricks:
+        counted = count_values(f"[{trick},{trick},[],{{}}]".encode(), 10**6)
+        assert counted == 2 + 3 + 3, trick
+    with running(model, limits=Limits(max_values=1000)) as url:
+        status, sentence = refusal(url, {"prompts": [chat * 200], "responses": ["a"]})
+        assert (status, "values are more than 1,000. Send fewer" in sentence) == (413, True)
+        status, sentence = refusal(url, {"prompts": ["a"], "responses": ["a"], "spans": [[[0, 1]] * 600]})
+        assert status == 413
+        status, sentence = refusal(url, json.dumps({"prompts": ["a"], "responses": ["b"]}).encode("utf-16"))
+        assert (status, sentence) == (400, "The body is no JSON in UTF-8.")
+
+
+def test_a_model_whose_pattern_never_ends_leaves_the_server_alive(monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 0.3)
+    patterns.compiled.cache_clear()
+    slow = reward_model("likelihood", "llama", segmentation=Segmentation("pattern", pattern="(a|a)*$"))
+    with running(slow) as url, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(post, url, {"prompts": ["1"], "responses": ["a" * 60 + "!"]})
+        time.sleep(0.1)
+        assert ScoringClient(url, timeout=5).health()["status"] == "ok"
+        status, answer = asked.result()
+    assert status == 200
+    assert "takes longer than 0.3 s" in answer["results"][0]["error"]
 
 
 # The client -------------------------------------------------------------------------------------------------------
@@ -495,7 +618,7 @@ def test_health_and_schema_describe_the_server(url):
     schema = json.loads(connection.getresponse().read())
     connection.close()
     assert {"/score", "/openrlhf", "/health"} == set(schema["paths"])
-    assert {"400", "413", "422", "503", "504"} <= set(schema["paths"]["/score"]["post"]["responses"])
+    assert {"400", "401", "403", "413", "422", "503", "504"} <= set(schema["paths"]["/score"]["post"]["responses"])
     assert {"text", "start", "end", "score"} == set(schema["components"]["schemas"]["ScoredStep"]["properties"])
 
 

@@ -1236,13 +1236,13 @@ def test_fewer_prompts_than_a_rollout_takes_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("gamma", 1.5, r"`gamma` is 1\.5, outside \[0, 1\]"),
-        ("lam", -0.1, r"`lam` is -0\.1, outside \[0, 1\]"),
-        ("step_lam", 1.5, r"`step_lam` is 1\.5, outside \[0, 1\]"),
-        ("step_gamma", math.nan, r"`step_gamma` is nan, outside \[0, 1\]"),
-        ("step_weight", -1.0, r"`step_weight` is -1\.0\. A weight is 0"),
-        ("outcome_weight", math.nan, r"`outcome_weight` is nan\. A weight is 0"),
-        ("vf_coef", -0.5, r"`vf_coef` is -0\.5\. A weight is 0"),
+        ("gamma", 1.5, r"`gamma` is 1\.5\. Give a number from 0 to 1\."),
+        ("lam", -0.1, r"`lam` is -0\.1\. Give a number from 0 to 1\."),
+        ("step_lam", 1.5, r"`step_lam` is 1\.5\. Give a number from 0 to 1\."),
+        ("step_gamma", math.nan, r"`step_gamma` is nan\. Give a number from 0"),
+        ("step_weight", -1.0, r"`step_weight` is -1\.0\. Give a number from 0 to"),
+        ("outcome_weight", math.nan, r"`outcome_weight` is nan\. Give a number from 0 to"),
+        ("vf_coef", -0.5, r"`vf_coef` is -0\.5\. Give a number from 0 to"),
     ],
 )
 def test_settings_out_of_range_are_named(name, value, sentence):
@@ -1253,11 +1253,11 @@ def test_settings_out_of_range_are_named(name, value, sentence):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"missing_eos_penalty": -1.0}, r"`missing_eos_penalty` is -1\.0\. A weight is 0"),
-        ({"kl_coef": -1.0}, r"`kl_coef` is -1\.0\. A weight is 0"),
-        ({"score_threshold": 2.0}, r"`score_threshold` is 2\.0, outside \[0, 1\]"),
+        ({"missing_eos_penalty": -1.0}, r"`missing_eos_penalty` is -1\.0\. Give a number from 0 to"),
+        ({"kl_coef": -1.0}, r"`kl_coef` is -1\.0\. Give a number from 0 to"),
+        ({"score_threshold": 2.0}, r"`score_threshold` is 2\.0\. Give a number from 0 to 1\."),
         ({"step_reward_clip": 0.0}, r"`step_reward_clip` is 0\.0\. Give a number above 0"),
-        ({"guard_patience": 0}, r"`guard_patience` is 0\. Give 1 or more"),
+        ({"guard_patience": 0}, r"`guard_patience` is 0\. Give a whole number from 1"),
         ({"shaping": "min_form", "step_lam": 0.0}, r"but `step_lam` is 0\.0\. Set `step_lam` to 1"),
         ({"shaping": "min_form", "advantage": "group"}, r"but `step_gamma` is 0\.0\. Set `step_gamma` to 1"),
         ({"shaping": "delta", "length_neutral": "mean"}, r"pays a response one score whatever its length"),

@@ -458,7 +458,7 @@ def folders(tmp_path) -> Path:
             "empty holds no metrics.json with a history, no trainer_state.json and no whole checkpoint",
         ),
         (["--runs", "judged"], "judged holds no metrics.json with a history"),
-        (["--runs", "broken"], "broken/metrics.json is no JSON"),
+        (["--runs", "broken"], "broken/metrics.json is invalid JSON"),
         (
             ["--runs", "good", "rm"],
             "metrics.json in rm logs no reward, guard, length or KL, but eval_step_auc, loss: it is",

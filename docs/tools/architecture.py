@@ -29,7 +29,7 @@ MARKS = ("<!-- Written by docs/tools/architecture.py -->", "<!-- Until here -->"
 
 # Rooms of the package, top row first: a module imports from its own row or from rows above.
 ROWS = (
-    ("objectives", "credit", "files", "errors", "interrupts", "versions"),
+    ("objectives", "credit", "files", "errors", "interrupts", "ranges", "versions"),
     ("data",),
     ("scorers", "tasks"),
     ("reward_model",),

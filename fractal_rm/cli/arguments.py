@@ -14,16 +14,11 @@ from fractal_rm.data.formats.tables import is_table, read_table
 from fractal_rm.data.readers import naming, read_jsonl
 from fractal_rm.data.shapes import Columns, prompt_row
 from fractal_rm.errors import reason
+from fractal_rm.ranges import check_ranges
 
 # The only environment variable that commands read.
 DATA_DIR_VARIABLE = "FRACTAL_RM_DATA"
 _ENDINGS = (".jsonl.gz", ".jsonl", ".json", ".parquet", ".csv", ".arrow")
-
-
-def check_limit(limit: int | None) -> None:
-    """Raise if no row would be read."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"`limit` is {limit}: no row would be left. Give 1 or more, or leave it out.")
 
 
 # Choices of earlier versions, and what to use instead.
@@ -107,9 +102,7 @@ class ScoringArguments(ColumnArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` is {self.batch_size}. Give 1 or more.")
-        check_limit(self.limit)
+        check_ranges(self)
         super().__post_init__()
 
 
@@ -157,9 +150,13 @@ class DataArguments(ColumnArguments):
     limit: int | None = field(
         default=None, metadata={"help": "Read at most this many rows of each split, from its start."}
     )
+    strict: bool = field(
+        default=False,
+        metadata={"help": "Refuse rows that contradict each other, and prompts both to train and to measure on."},
+    )
 
     def __post_init__(self) -> None:
-        check_limit(self.limit)
+        check_ranges(self)
         super().__post_init__()
 
     def prompts(self, rows: list[Any], source: str) -> list[Any]:
@@ -249,6 +246,7 @@ class LoraArguments:
 
     def __post_init__(self) -> None:
         if self.use_peft:
+            check_ranges(self)
             return
         for one in fields(self):
             if getattr(self, one.name) != one.default:
@@ -312,7 +310,7 @@ def load_from_hub(name: str, advice: str, /, **arguments: Any) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(**arguments)
+        return load_dataset(**arguments, trust_remote_code=False)
     except (OSError, ValueError) as error:  # not found, offline, another configuration
         raise ValueError(f"{name} cannot be loaded from the hub ({reason(error)}). {advice}") from error
 

@@ -11,7 +11,7 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fractal_rm.files import locked
+from fractal_rm.scorers.folder import check_model_folder
 
 # What to do if a model of the quickstart is missing.
 _MAKE_QUICKSTART = "Run `make quickstart` first: it makes this folder."
@@ -117,8 +118,7 @@ def check_models(*paths: str | None) -> None:
         if not folder.is_dir():
             advice = _MAKE_QUICKSTART if "quickstart" in folder.parts else "Check the path, or give a hub id."
             raise FileNotFoundError(f"There is no model folder {path}. {advice}")
-        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "modules.json")):
-            raise ValueError(f"{path} is not a model folder: it holds no config.json. Give a model's folder or hub id.")
+        check_model_folder(path, "Give a model's folder or hub id.")
 
 
 def _is_hub_id(path: str) -> bool:
@@ -149,6 +149,18 @@ def checkpoint_to_resume(config: Any) -> str | bool:
     if not Path(wanted).is_dir():
         raise FileNotFoundError(f"There is no checkpoint {wanted}. Give `resume_from_checkpoint` a folder, or `true`.")
     return wanted
+
+
+def report_contradictions(sentences: Sequence[str], *, strict: bool) -> None:
+    """Print what rows say against each other as warnings.
+
+    Raises:
+        ValueError: With `strict`, if there is anything.
+    """
+    if strict and sentences:
+        raise ValueError(f"{' '.join(sentences)} Mend the rows, or leave `strict` out.")
+    for sentence in sentences:
+        print(f"Warning: {sentence} `--strict true` refuses such rows.", file=sys.stderr)
 
 
 def hide_loading_bars() -> None:

@@ -10,6 +10,7 @@ from fractal_rm.cli.checks import check_matplotlib, check_writable_folder
 from fractal_rm.cli.parser import parse
 from fractal_rm.evaluation.results import portable_command
 from fractal_rm.files import write_atomic
+from fractal_rm.ranges import check_ranges
 from fractal_rm.study.page import draw_curves, sentences, tables
 from fractal_rm.study.study import Budget, Study, write_chosen
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
@@ -66,9 +67,7 @@ class CompareArguments:
         unknown = next((name for name in self.settings or [] if name not in CONDITIONS), None)
         if unknown is not None:
             raise ValueError(f"There is no setting {unknown!r}. Choose from {', '.join(CONDITIONS)}.")
-        for name in ("seeds", "jobs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
+        check_ranges(self)
         if self.tune and self.settings is not None:
             raise ValueError(f"Trials run on {' and '.join(TUNING_TASKS)}. Leave `settings` out with `tune`.")
 

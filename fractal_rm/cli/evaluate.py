@@ -23,11 +23,13 @@ from fractal_rm.cli.checks import (
     load_reward_model,
     number_cell,
     print_table,
+    report_contradictions,
     to_json,
     writing_files,
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.contradictions import contradictions
 from fractal_rm.data.formats.index import check_meaning
 from fractal_rm.data.segmentation import warn_of_uncut_responses
 from fractal_rm.data.shapes import Columns
@@ -35,6 +37,7 @@ from fractal_rm.evaluation.benchmarks import SPEED, Benchmark, BenchmarkName, as
 from fractal_rm.evaluation.responses import choose_threshold, measure_responses, score_bags
 from fractal_rm.evaluation.statistics import Measurement, as_columns, differences, estimates
 from fractal_rm.files import write_atomic
+from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.reward_training.data import to_bags
 
 
@@ -86,6 +89,10 @@ class EvaluateArguments(ScoringArguments):
     outcome_model: str | None = field(
         default=None, metadata={"help": "best_of_n: control that scores responses as one step."}
     )
+    strict: bool = field(
+        default=False,
+        metadata={"help": "Refuse rows that contradict each other, and a `threshold_file` with prompts of `data`."},
+    )
     data_dir: str | None = field(
         default=None,
         metadata={
@@ -116,6 +123,7 @@ def evaluate(argv: Sequence[str]) -> None:
 def _measure_all(arguments: EvaluateArguments) -> None:
     check_models(arguments.model, arguments.compare_to, arguments.outcome_model)
     rows, source = _rows(arguments)
+    report_contradictions(_shared_rows(arguments, rows, source), strict=arguments.strict)
     names = list(filter(None, (arguments.model, arguments.compare_to)))
     measured, bags = [], []
     for i, name in enumerate(names):
@@ -134,6 +142,17 @@ def _measure_all(arguments: EvaluateArguments) -> None:
     for sentence in why_absent(found[0], bags) if arguments.benchmark is None else ():
         print(sentence)
     print(f"{arguments.output} holds these numbers.")
+
+
+def _shared_rows(arguments: EvaluateArguments, rows: list[Any], source: str) -> list[str]:
+    """A sentence if rows that are measured on are those that the threshold is chosen on."""
+    if arguments.threshold_file is None:
+        return []
+    path = find_file(arguments.threshold_file, arguments.data_dir)
+    chosen_on = set(map(repr, read_rows(path, arguments.dataset_format, arguments.limit)))
+    both = sum(repr(row) in chosen_on for row in rows)
+    told = f"{source}: {both:,} of {len(rows):,} rows are in {path} too, by which the threshold is chosen."
+    return [told] if both else []
 
 
 def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
@@ -200,6 +219,9 @@ def _measure(
         check_meaning(arguments.dataset_format, model.settings.aggregation)
     if arguments.benchmark is None:
         bags = to_bags(rows, model.settings, source=source, columns=arguments.columns)
+        if first:
+            told = contradictions(bags, meaning(model.settings.aggregation), source=source)
+            report_contradictions(told, strict=arguments.strict)
         benchmark = Benchmark(bags, lambda scored, limit: measure_responses(scored, bags, limit))
     else:
         benchmark = _benchmark(model, rows, source, arguments, first=first)

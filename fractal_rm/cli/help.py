@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+from fractal_rm.files import read_yaml
 
 # The options that people change, by group: what `fractal-rm <command> --help` shows. Other commands show all options.
 COMMON: dict[str, dict[str, tuple[str, ...]]] = {
@@ -222,18 +222,7 @@ def read_config(path: str) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}. Give `--config` the path of a YAML file.")
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "it cannot be parsed"
-        raise ValueError(f"{path}{where} is invalid YAML: {reason}. Mend the line.") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} does not hold a mapping. Write one `name: value` a line.")
-    return config
+    return read_yaml(path)
 
 
 # Options, read from source --------------------------------------------------------------------------------------------

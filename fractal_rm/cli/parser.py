@@ -123,6 +123,8 @@ class CommandParser(TrlParser):
 
     def _converted(self, action: argparse.Action, value: Any, path: str) -> Any:
         convert: Any = action.type or str
+        if "\0" in str(value):  # which no path and no text of a model can hold
+            raise ValueError(f"{path}: `{action.dest}` holds a NUL character. Leave it out.")
         try:
             converted = convert(str(value))
         except (ValueError, TypeError, argparse.ArgumentTypeError):

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fractal_rm.cli.checks import check_models, number_cell, print_table
@@ -21,6 +21,7 @@ from fractal_rm.ppo.plan import (
     reward_training_memory,
     shape_of,
 )
+from fractal_rm.ranges import check_ranges
 
 GIGABYTE = 1e9
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MB])", re.IGNORECASE)
@@ -108,15 +109,9 @@ class PlanArguments:
     def __post_init__(self) -> None:
         if self.model and self.parameters:
             raise ValueError("`model` and `parameters` both name the policy's size. Give one of them.")
-        counts = [one.name for one in fields(self) if one.type in (int, "int")]
-        for name in (*counts, "teraflops", "generated_per_second"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{name}` is {value}. Give a number above 0.")
-        if not 0 < self.vllm_gpu_memory_utilization <= 1:
-            raise ValueError(
-                f"`vllm_gpu_memory_utilization` is {self.vllm_gpu_memory_utilization}. Give a share in (0, 1]."
-            )
+        check_ranges(self)
+        if self.max_steps < 1:
+            raise ValueError(f"`max_steps` is {self.max_steps}. Give 1 or more.")
         rollouts = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if rollouts % self.num_generations:
             raise ValueError(
@@ -220,8 +215,8 @@ def read_shape(name: str, *, is_size: bool) -> Shape:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever strange files make a library raise
         raise ValueError(
             f"The configuration of {name} cannot be read ({reason(error)}). Check the name, or give `parameters`."
         ) from error

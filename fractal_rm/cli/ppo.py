@@ -17,14 +17,17 @@ from fractal_rm.cli.checks import (
     number_cell,
     print_metrics,
     refuse_finished_output,
+    report_contradictions,
     to_json,
     writing_folder,
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.cli.reward_functions import NAMED, check_reward_function, load_reward_function
 from fractal_rm.cli.tasks import MAKE_PROMPTS, TaskArguments, make_task
+from fractal_rm.data.contradictions import shared_prompts
 from fractal_rm.data.prompts import check_same_kind, is_chat, read_prompt
 from fractal_rm.data.readers import naming
+from fractal_rm.errors import reason
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.cards import policy_card
 from fractal_rm.hf.manifest import write_manifest
@@ -140,6 +143,11 @@ def _ppo(arguments: PPOArguments, data: DataArguments, lora: LoraArguments, conf
     held_out = read_prompts(arguments, data, "eval", config.seed, task)
     name = arguments.reward_function
     functions = [load_reward_function(name, task, arguments.answers)] if name else []
+    if held_out and task is None:
+        names = ("the prompts to train on", "the prompts to evaluate on")
+        told = shared_prompts([row["prompt"] for row in rows or ()], [row["prompt"] for row in held_out], names=names)
+        report_contradictions(told, strict=data.strict)
+    sets = [make_dataset(given) if given else None for given in (rows, held_out)]
     loaded = [
         load_reward_model(path, published=None if n else arguments.published) for n, path in enumerate(reward_models)
     ]
@@ -149,8 +157,8 @@ def _ppo(arguments: PPOArguments, data: DataArguments, lora: LoraArguments, conf
         reward_model=loaded,
         reward_funcs=functions,
         args=config,
-        train_dataset=Dataset.from_list(rows),  # type: ignore[arg-type]
-        eval_dataset=Dataset.from_list(held_out) if held_out else None,
+        train_dataset=sets[0],
+        eval_dataset=sets[1],
         value_model=arguments.value_model,
         peft_config=lora.config(),
         value_peft_config=lora.config() if adapt_value else None,
@@ -228,9 +236,6 @@ def read_prompts(
     """
     if task is not None:
         count = arguments.num_problems if split == "train" else arguments.num_eval_problems
-        if count < (split == "train"):
-            name, least = ("num_problems", 1) if split == "train" else ("num_eval_problems", 0)
-            raise ValueError(f"`{name}` is {count}. Give {least} or more.")
         if arguments.task != "arithmetic":
             # The split `held_out` is for measuring policies: `fractal-rm sample --split held_out`.
             made = task.problems("train" if split == "train" else "validation", count, seed) if count else []
@@ -266,6 +271,26 @@ def check_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> None:
             check_same_kind(row["prompt"], rows[0]["prompt"])
             if not (is_chat(row["prompt"]) or row["prompt"].strip()):
                 raise ValueError("the prompt is empty; drop the row or write the prompt.")
+
+
+def make_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """Rows as a data set with all their columns, null where a row has none.
+
+    Raises:
+        ValueError: If a column holds values of several types.
+    """
+    names = dict.fromkeys(name for row in rows for name in row)
+    try:
+        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+    except (ValueError, TypeError, NotImplementedError, OverflowError) as error:  # of Arrow
+        kinds = {name: sorted({type(row.get(name)).__name__ for row in rows} - {"NoneType"}) for name in names}
+        mixed = next(
+            (f"{name!r} ({', '.join(found)})" for name, found in kinds.items() if len(found) > 1), "one column"
+        )
+        raise ValueError(
+            f"The rows cannot be one table: {mixed} holds values of several types ({reason(error)}). Make all values "
+            "of a column alike, or drop the column."
+        ) from None
 
 
 def _check_reward_columns(rows: Sequence[Mapping[str, Any]], source: str, name: str) -> None:

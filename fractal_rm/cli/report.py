@@ -1,5 +1,7 @@
 """`fractal-rm report`: tables from rows of results.jsonl, or curves from runs of PPO."""
 
+import reprlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,9 +80,14 @@ def _report_results(results: str, output: str | None, metrics: list[str] | None,
     if not Path(results).is_file():
         raise FileNotFoundError(f"There is no file {results}. Give the path of a results.jsonl.")
     rows = read_results(results)
-    bad = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("metrics"), dict)), None)
-    if bad is not None:
-        raise ValueError(f"{results}, row {bad} holds no metrics. Give rows that this package wrote.")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("metrics"), dict):
+            raise ValueError(f"{results}, row {number} holds no metrics. Give rows that this package wrote.")
+        for name, value in row["metrics"].items():
+            # Others become floats, which hold no integer of hundreds of digits.
+            if not (value is None or (isinstance(value, int | float) and abs(value) <= sys.float_info.max)):
+                shown = reprlib.repr(value)
+                raise ValueError(f"{results}, row {number}: the metric {name!r} is {shown}. Give a number, or null.")
     table = markdown_table(rows, metrics=metrics)
     if output is None:
         print(table)

@@ -14,6 +14,7 @@ from fractal_rm.cli.checks import check_models, hide_loading_bars, writing_files
 from fractal_rm.cli.parser import parse
 from fractal_rm.cli.tasks import MAKE_PROMPTS, TaskArguments, TaskName, make_task
 from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.errors import reason
 from fractal_rm.files import write_atomic
 from fractal_rm.interrupts import Interrupted
 from fractal_rm.tasks.answers import read_answer
@@ -68,11 +69,6 @@ class SampleArguments(TaskArguments):
     seed: int = field(default=0, metadata={"help": "Seed of the problems and of the sampling."})
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_prompts", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
-        if self.skip_prompts < 0:
-            raise ValueError(f"`skip_prompts` is {self.skip_prompts}. Give a number of rows, 0 for none.")
         if self.skip_prompts and self.task not in (None, "gsm8k"):
             raise ValueError(
                 f"`task={self.task}` makes its own prompts: choose other ones by `split`, not `skip_prompts`."
@@ -113,14 +109,28 @@ def _sample(arguments: SampleArguments, data: DataArguments) -> None:
     from rich.progress import track
     from transformers import AutoModelForCausalLM
 
-    from fractal_rm.scorers.checkpoint import load_tokenizer
+    from fractal_rm.scorers.checkpoint import check_finite, load_tokenizer
     from fractal_rm.scorers.inputs import prompt_text
     from fractal_rm.tasks.group_sampling import sample_groups
 
     hide_loading_bars()
     tokenizer = load_tokenizer(arguments.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            arguments.model, dtype=arguments.dtype, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # whatever strange files make a library raise
+        raise ValueError(
+            f"{arguments.model} cannot be loaded as a causal language model ({reason(error)}). Give another `model`."
+        ) from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{arguments.model}: {len(missing)} weights are missing from the folder and would be random (first: "
+            f"{missing[0]}). Give a folder with all weights of a causal language model."
+        )
+    check_finite(arguments.model, model)
     model.to(device)
     texts = [prompt_text(one.prompt, tokenizer, "{prompt}") for one in asked]
     size = max(1, arguments.batch_size // arguments.samples)

@@ -1,6 +1,7 @@
 """`fractal-rm score`: the steps of the responses in a file, each with its score."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,9 +40,7 @@ class ScoreArguments(ScoringArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.show < 0:
-            raise ValueError(f"`show` is {self.show}. Give a number of responses, 0 for none.")
-        files = [Path(file).resolve() for file in (self.input, self.output, self.html) if file is not None]
+        files = [os.path.realpath(file) for file in (self.input, self.output, self.html) if file is not None]
         if len(set(files)) < len(files):
             raise ValueError("`input`, `output` and `html` name one file twice. Give each its own file.")
 

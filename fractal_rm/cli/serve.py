@@ -1,7 +1,6 @@
 """`fractal-rm serve`: step scores over HTTP."""
 
 import contextlib
-import ipaddress
 import os
 import signal
 import socket
@@ -10,6 +9,8 @@ from dataclasses import dataclass, field
 
 from fractal_rm.cli.checks import check_models, load_reward_model
 from fractal_rm.cli.parser import parse
+from fractal_rm.ranges import check_ranges
+from fractal_rm.serving.access import Access, read_token
 from fractal_rm.serving.limits import Limits
 
 
@@ -34,6 +35,17 @@ class ServeArguments:
     wait: float = field(
         default=0.005, metadata={"help": "Seconds that a response waits for others to share its forward pass."}
     )
+    token_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "File whose only line is the token that requests must bring (`Authorization: Bearer TOKEN`); "
+            "required where `host` is no address of this machine alone."
+        },
+    )
+    names: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further names of the server that requests may use in `Host`, such as that of a proxy."},
+    )
     ends: list[str] | None = field(
         default=None,
         metadata={
@@ -42,15 +54,17 @@ class ServeArguments:
         },
     )
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 def serve(argv: Sequence[str]) -> None:
     """Answer requests until interrupted, then finish those in progress."""
     arguments, limits = parse("serve", [ServeArguments, Limits], argv)
-    if arguments.batch_size < 1 or not 0 <= arguments.wait < limits.seconds:
-        raise ValueError(
-            f"`batch_size` is {arguments.batch_size} and `wait` is {arguments.wait}. "
-            "Give a batch size of 1 or more and a wait from 0 to less than `seconds`."
-        )
+    if not arguments.wait < limits.seconds:
+        raise ValueError(f"`wait` is {arguments.wait}. Give less than the {limits.seconds:g} `seconds` of a request.")
+    token = None if arguments.token_file is None else read_token(arguments.token_file)
+    access = Access(arguments.host, arguments.names or (), token)
     check_models(arguments.model)
     try:
         from fractal_rm.serving.app import make_app, run
@@ -60,13 +74,13 @@ def serve(argv: Sequence[str]) -> None:
         raise ImportError(f"The server needs {error.name}. Install it: `pip install 'fractal-rm[serve]'`.") from error
     name, host = arguments.model, arguments.host
     reward_model = load_reward_model(name, arguments.batch_size, arguments.published)
-    app = make_app(reward_model, name=name, limits=limits, wait=arguments.wait, ends=arguments.ends or ())
+    app = make_app(
+        reward_model, name=name, limits=limits, wait=arguments.wait, ends=arguments.ends or (), access=access
+    )
     with _until_ctrl_c(), listen(host, arguments.port) as listening:  # how a server is ended
         shown = f"[{host}]" if ":" in host else host
         print(f"{name} scores at http://{shown}:{listening.getsockname()[1]}/score; Ctrl-C ends it.", flush=True)
-        if not is_loopback(host):
-            print("Anyone who can reach this address can use the server: there is no password.", flush=True)
-        run(app, listening, seconds=limits.seconds)
+        run(app, listening, limits)
 
 
 @contextlib.contextmanager
@@ -92,16 +106,3 @@ def listen(host: str, port: int) -> socket.socket:
         number = getattr(error, "errno", None)  # Python adds the address to what the system says
         reason = (os.strerror(number) if number else str(error)).lower()
         raise OSError(f"Cannot listen on {host}:{port} ({reason}). Choose another `host` or `port`.") from error
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address.
-
-    Example:
-        >>> is_loopback("127.0.0.1"), is_loopback("0.0.0.0")
-        (True, False)
-    """
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False

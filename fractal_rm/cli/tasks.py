@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fractal_rm.cli.arguments import DATA_DIR_VARIABLE, DataArguments, data_folder
+from fractal_rm.ranges import check_ranges
 from fractal_rm.tasks.task import Task
 
 TaskName = Literal["arithmetic", "gsm8k", "reasoning_gym", "word_problems"]
@@ -40,6 +41,7 @@ class TaskArguments:
     )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.answers == "last_number" and self.task in MAKE_PROMPTS:
             raise ValueError(
                 f"`answers` has no effect with `task={self.task}`, which checks answers itself. Leave it out."

@@ -15,16 +15,19 @@ from fractal_rm.cli.checks import (
     print_metrics,
     print_table,
     refuse_finished_output,
+    report_contradictions,
     to_json,
     writing_folder,
 )
 from fractal_rm.cli.parser import parse
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.contradictions import contradictions, shared_prompts
 from fractal_rm.data.formats.index import check_meaning
 from fractal_rm.data.prompts import is_chat
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.manifest import write_manifest
 from fractal_rm.hf.progress import RichProgress
+from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.data import to_bags
 from fractal_rm.reward_training.stages import plan
@@ -85,6 +88,7 @@ def _train(arguments: TrainArguments, data: DataArguments, lora: LoraArguments, 
     if "train" not in bags:
         raise ValueError("There is nothing to train on. Give `train_file` or `dataset_name`.")
     _check_kinds(bags, sources)
+    report_contradictions(_contradictions(bags, sources, meaning(config.aggregation)), strict=data.strict)
     hide_loading_bars()
     given = {"train_dataset": bags["train"], "eval_dataset": bags.get("eval"), "peft_config": lora.config()}
     if arguments.trials is None:
@@ -141,6 +145,16 @@ def _check_kinds(bags: Mapping[str, Sequence[Bag]], sources: Mapping[str, str]) 
                 f"{sources[split]}: the prompts are {kind}, but those of {sources['train']} are {kinds['train']}. "
                 "Make the prompts of all files texts, or all chats."
             )
+
+
+def _contradictions(bags: Mapping[str, Sequence[Bag]], sources: Mapping[str, str], meaning: str) -> list[str]:
+    """What the rows say against each other, and what splits share."""
+    told = [sentence for split in bags for sentence in contradictions(bags[split], meaning, source=sources[split])]
+    train = [bag.prompt for bag in bags["train"]]
+    for split in bags.keys() - {"train"}:
+        names = (sources["train"], sources[split])
+        told += shared_prompts(train, [bag.prompt for bag in bags[split]], names=names)
+    return told
 
 
 def _is_staged(config: FractalConfig) -> bool:

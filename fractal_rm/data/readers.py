@@ -4,7 +4,6 @@ A defect is one sentence that names the source and the row (counted from 1) and 
 """
 
 import gzip
-import json
 import os
 import warnings
 import zlib
@@ -19,9 +18,13 @@ from fractal_rm.data.bag import Bag, Span
 from fractal_rm.data.prompts import REASONING_KEYS, check_same_kind, check_text, is_messages, read_completion
 from fractal_rm.data.segmentation import Segmentation, join_steps, locate_steps
 from fractal_rm.data.shapes import Columns, ratings_of, standard_row
+from fractal_rm.files import parse_json
 
 # TRL and transformers mark a label that is not known with this number.
 UNKNOWN_LABEL = -100
+
+# No model reads a row of this length; to tokenize it takes minutes and gigabytes.
+_LONGEST_LINE = 2**24
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 
@@ -72,32 +75,23 @@ def read_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> list[d
 def _lines(file: Iterable[bytes], path: Path) -> Iterator[Any]:
     blank = None
     for row, line in enumerate(file, 1):
+        if len(line) > _LONGEST_LINE:
+            most = f"{_LONGEST_LINE:,} bytes at most"
+            raise ValueError(f"{path}, row {row}: the line has {len(line):,} bytes; give {most}, or drop the row.")
         if not line.strip():
             blank = blank or row  # an error only if another row follows
         elif blank:
             raise ValueError(f"{path}, row {blank}: the line is blank; delete it.")
         else:
-            yield _parse(line, f"{path}, row {row}: the line")
+            yield parse_json(line, f"{path}, row {row}: the line")
 
 
 def _items(file: Iterable[bytes], path: Path) -> list[Any]:
     content = b"".join(file)
-    rows = _parse(content, f"{path}: the file") if content.strip() else []
+    rows = parse_json(content, f"{path}: the file") if content.strip() else []
     if not isinstance(rows, list):
         raise TypeError(f"{path} holds no list; make it a list of objects, or name it .jsonl if each line is one.")
     return rows
-
-
-def _parse(content: bytes, what: str) -> Any:
-    try:
-        return json.loads(content.decode("utf-8-sig").strip())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{what} is not UTF-8 (byte {error.start}); save the file as UTF-8.") from None
-    except json.JSONDecodeError as error:
-        reason = f"{error.msg} at line {error.lineno}" if error.lineno > 1 else f"{error.msg} at column {error.colno}"
-        raise ValueError(f"{what} is invalid JSON ({reason}); mend or delete it.") from None
-    except (ValueError, RecursionError):  # a number of thousands of digits, a thousand brackets
-        raise ValueError(f"{what} is JSON that Python cannot hold; mend or delete it.") from None
 
 
 @contextmanager

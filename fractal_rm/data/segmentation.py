@@ -10,9 +10,10 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from fractal_rm.data.bag import Span, trim
+from fractal_rm.data.patterns import compiled
 from fractal_rm.data.prompts import Conversation, turns_of
 from fractal_rm.data.sentences import NEWLINE, sentences
 
@@ -82,10 +83,10 @@ class Segmentation:
             if (self.method == name) != (value is not None) or value == "":
                 found = f"method={self.method!r} with {name}={value!r}"
                 raise ValueError(f"Segmentation has {found}; give {name} a text if and only if method={name!r}.")
-        try:
-            re.compile(self.pattern or "")
-        except re.error as error:
-            raise ValueError(f"Segmentation pattern {self.pattern!r} is no regular expression: {error}.") from None
+        if self.pattern is not None:
+            compiled(self.pattern)  # raises its own sentence
+        if self.version not in range(1, VERSION + 1):
+            raise ValueError(f"Segmentation has version={self.version!r}; this package knows 1 to {VERSION}.")
         if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)*", self.language):
             raise ValueError(f"Segmentation language {self.language!r} is no language code; give one such as 'en'.")
 
@@ -96,7 +97,7 @@ class Segmentation:
             Spans in order, apart, not empty and without white space at their ends; `[]` for a blank text.
 
         Raises:
-            ValueError: If the method is `"given"`, which cannot cut a text.
+            ValueError: If the method is `"given"`, which cannot cut a text, or the pattern runs out of time.
         """
         if self.method == "given":
             raise ValueError(
@@ -124,8 +125,11 @@ class Segmentation:
         if self.method == "sentences":
             spans = sentences(text, self.language, old_rules=self.version == 1)
             return _join_calls(text, spans) if self.version > 1 else spans
-        between = re.escape(self.separator) if self.separator is not None else self.pattern or NEWLINE.pattern
-        edges = [0, *(edge for match in re.finditer(between, text) for edge in match.span()), len(text)]
+        if self.pattern is not None:
+            matches: Iterable[Any] = compiled(self.pattern).finditer(text)
+        else:
+            matches = re.finditer(re.escape(self.separator) if self.separator is not None else NEWLINE.pattern, text)
+        edges = [0, *(edge for match in matches for edge in match.span()), len(text)]
         spans = trim(text, zip(edges[::2], edges[1::2], strict=True))
         return _join_calls(text, _join_frames(text, spans)) if self.method == "lines" and self.version > 1 else spans
 

@@ -7,7 +7,6 @@ equally good solutions each is taken equally often, so a score that says nothing
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.patterns import compiled
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.statistics import Measurement, Statistic, mean_of
@@ -85,9 +85,9 @@ def _answers(rows: Sequence[Mapping[str, Any]], bags: Sequence[Bag], pattern: st
             return stated if any(stated) else None
         return [None if row.get("answer") is None else str(row["answer"]).strip() for row in rows]
     try:
-        search = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"`answer_pattern` is no regular expression ({error}). Mend it.") from None
+        search = compiled(pattern)
+    except ValueError as error:
+        raise ValueError(f"`answer_pattern`: {error}") from None
     if search.groups < 1:
         raise ValueError(f"`answer_pattern` {pattern!r} has no group. Put the answer into brackets: `Answer: (.*)`.")
     found = [[match[1] for match in search.finditer(completion_text(bag.response))] for bag in bags]

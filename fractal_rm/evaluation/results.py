@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fractal_rm.files import parse_json
 from fractal_rm.versions import package_versions
 
 
@@ -146,10 +147,10 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:  # invalid JSON, or cut inside a character
-            if not line.startswith(b"{"):
-                raise ValueError(f"{path}, line {number} is no result: {error}. Remove the line.") from None
+            row = parse_json(line, f"{path}, line {number}")
+        except ValueError:  # invalid JSON, or cut inside a character
+            if not line.startswith(b"{") or _is_whole(line):
+                raise
             warnings.warn(
                 f"{path}, line {number} is torn, by a run that was killed while writing: skipped. "
                 "Run that measurement again and remove the line.",
@@ -160,6 +161,15 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} is no result but {type(row).__name__}. Remove the line.")
         rows.append(row)
     return rows
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a line is JSON, such as one with a name twice, and no torn one."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def portable_command(argv: Sequence[str]) -> str:

@@ -10,17 +10,21 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
+from transformers import AutoConfig
 from trl.trainer.utils import get_callable_name
 
 from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.segmentation import warn_of_uncut_responses
+from fractal_rm.errors import reason
 from fractal_rm.hf.parallelism import check_online_training, check_separate_value_model, check_whole_model
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.ppo.sources import StepRewardSource
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.scorers.checkpoint import load_tokenizer
+from fractal_rm.scorers.checkpoint import check_finite, load_tokenizer
+from fractal_rm.scorers.folder import check_model_folder
+from fractal_rm.scorers.inputs import prompt_text
 from fractal_rm.scorers.published import PublishedSettings
 
 # Seconds for one answer of a vLLM server, and between two questions.
@@ -64,9 +68,12 @@ def load_checked(
             "or several of them."
         )
     check_value_arguments(args, value_model, value_peft_config)
+    _check_columns(train_dataset)
+    config = _check_policy(policy)
     check_setup(args, policy, tokenizer, eval_dataset)
     if any(map(is_chat, _first_prompt(train_dataset))) and (tokenizer or not _is_adapter(_path_of(policy))):
         _check_chat_template("the policy", tokenizer or load_tokenizer(_path_of(policy)))
+    check_prompt_lengths(config, lambda: tokenizer or load_tokenizer(_path_of(policy)), train_dataset)
     check_step_functions(step_functions, args, train_dataset)
     models = [
         one if isinstance(one, StepRewardModel) else StepRewardModel.from_pretrained(one) for one in reward_models
@@ -84,6 +91,7 @@ def load_checked(
 def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None:
     """Raise ValueError, when TRL's trainer stands, if weights are in pieces that must be whole."""
     args = trainer.args
+    check_finite(_path_of(trainer.policy) or "The policy", trainer.policy)
     if args.on_alarm == "rollback" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError("`on_alarm='rollback'` cannot put sharded weights back. Use `on_alarm='stop'`.")
     if args.advantage == "gae":
@@ -92,6 +100,42 @@ def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None
         check_whole_model(trainer, model.scorer, "the reward model")
     if args.rm_update_every:
         check_online_training(trainer)
+
+
+def _check_columns(dataset: Any) -> None:
+    """Raise ValueError if a column has the name of an argument that TRL gives to every reward function."""
+    # `completion_ids` TRL itself leaves out.
+    taken = [name for name in _columns(dataset) if name in _TRL_ARGUMENTS and name != "completion_ids"]
+    if taken:
+        raise ValueError(
+            f"The data set has a column {taken[0]!r}, which is what reward functions get from the rollout. Rename or "
+            "drop the column."
+        )
+
+
+def check_prompt_lengths(config: Any, tokenizer: Callable[[], Any], dataset: Any) -> None:
+    """Raise ValueError if the longest prompt alone is more than the policy reads; streamed data sets pass.
+
+    Args:
+        config: The policy's configuration; None: not known.
+        tokenizer: Gives its tokenizer, where a prompt is long enough to be counted.
+        dataset: The prompts.
+    """
+    limit = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    prompts = list(dataset["prompt"]) if "prompt" in _columns(dataset) else []
+    longest = max(range(len(prompts)), key=lambda row: len(str(prompts[row])), default=None)
+    if limit is None or longest is None or len(str(prompts[longest])) <= limit:  # a token has a character at least
+        return
+    prompt = prompts[longest]
+    if is_chat(prompt) and not all(isinstance(message.get("content"), str) for message in prompt):  # pictures
+        return
+    words = tokenizer()
+    tokens = len(words(str(prompt_text(prompt, words, "{prompt}")), add_special_tokens=False)["input_ids"])
+    if tokens >= limit:
+        raise ValueError(
+            f"Row {longest + 1} of the prompts has {tokens:,} tokens, but the policy reads {limit:,}, with the "
+            "completion. Drop or shorten such prompts."
+        )
 
 
 def check_value_arguments(args: StepPPOConfig, value_model: Any, value_peft_config: Any) -> None:
@@ -125,6 +169,26 @@ def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dat
     if args.use_vllm and args.vllm_mode == "server" and args.process_index == 0:  # the process that talks to it
         url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
         wait_for_vllm(url.rstrip("/"), args.vllm_server_timeout)
+
+
+def _check_policy(policy: Any) -> Any:
+    """The configuration of a policy; None: that of an adapter's base.
+
+    Raises:
+        ValueError: If it is to be loaded and has damaged files, or a configuration that is code.
+    """
+    if not isinstance(policy, str):
+        return policy.config
+    if _is_adapter(policy):
+        return None
+    check_model_folder(policy, "Give the folder or hub id of the policy.")
+    try:
+        return AutoConfig.from_pretrained(policy, trust_remote_code=False)
+    except Exception as error:  # whatever strange files make a library raise
+        raise ValueError(
+            f"{policy} cannot be loaded as the policy ({reason(error)}). Give a causal language model that "
+            "transformers has itself: code that comes with a model is never run."
+        ) from error
 
 
 def _path_of(policy: Any) -> str:

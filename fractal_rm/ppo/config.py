@@ -1,8 +1,6 @@
 """Configuration of [`StepPPOTrainer`]."""
 
-import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +9,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.hf.runs import RunConfig
+from fractal_rm.ranges import check_ranges
 
 # Options of earlier versions, and what to use instead.
 _REMOVED = {
@@ -20,27 +19,6 @@ _REMOVED = {
     "aggregation": "The reward model's own aggregation is used.",
     "value_gradients_to_policy": "A shared head learns alone; `value_model=None` learns in all its layers.",
 }
-
-# Options, the values that they may have, and what a message says behind another one. NaN is in no range.
-_RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (("gamma", "lam", "step_lam", "step_gamma", "score_threshold"), lambda x: 0 <= x <= 1, ", outside [0, 1]."),
-    (
-        ("step_weight", "outcome_weight", "vf_coef", "missing_eos_penalty", "kl_coef"),
-        lambda x: 0 <= x < math.inf,
-        ". A weight is 0 (off) or more, and finite.",
-    ),
-    (("value_warmup_steps",), lambda x: x >= 0, ". Give a number of steps, 0 for none."),
-    (("step_reward_clip", "kl_target"), lambda x: x > 0, ". Give a number above 0, or leave it out."),
-    (
-        ("guard_reference_batches", "guard_patience", "rm_update_steps", "rm_batch_size"),
-        lambda x: x >= 1,
-        ". Give 1 or more.",
-    ),
-    (("rm_update_every",), lambda x: x >= 0, ". Give a number of rollout batches, 0 for never."),
-    (("rm_learning_rate",), lambda x: 0 < x < math.inf, ". Give a number above 0."),
-    (("rm_holdout_share",), lambda x: 0 < x < 1, ". Give a share above 0 (to judge by) and below 1 (to learn from)."),
-    (("rm_original_share",), lambda x: 0 <= x < 1, ". Give a share from 0 to below 1."),
-)
 
 
 @dataclass
@@ -261,13 +239,13 @@ class StepPPOConfig(RunConfig, GRPOConfig):
 
     def __post_init__(self) -> None:
         self.check_amounts()
+        check_ranges(self)
         one_each = self.num_generations == 1
         if one_each and self.advantage == "group":
             raise ValueError(
                 "`advantage='group'` compares completions of one prompt, but `num_generations` is 1. "
                 "Set `num_generations` to 2 or more, or use `advantage='gae'`."
             )
-        self._check_ranges()
         self._check_combinations()
         if self.bf16 is None and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
             self.bf16 = False  # TRL would choose True, and transformers refuse it: no accelerator here computes in bf16
@@ -287,23 +265,17 @@ class StepPPOConfig(RunConfig, GRPOConfig):
         super().__post_init__()
         self.num_generations, self.num_generations_eval = 1, evaluated
 
-    def _check_ranges(self) -> None:
-        for names, holds, advice in _RANGES:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise ValueError(f"`{name}` is {value}{advice}")
-        for number, weight in enumerate(self.step_reward_weights or (), 1):
-            if not math.isfinite(weight):
-                raise ValueError(f"Number {number} of `step_reward_weights` is {weight}. Give finite numbers.")
+    def _check_combinations(self) -> None:
+        """Refuse options that would have no effect, or not the one they are named for."""
+        if getattr(self, "trust_remote_code", False) or "trust_remote_code" in str(self.model_init_kwargs):
+            raise ValueError(
+                "`trust_remote_code` would run code of a model's folder, which is never done. Leave it out."
+            )
         if not 1 <= round(self.rm_replay_size * self.rm_holdout_share) < self.rm_replay_size:
             raise ValueError(
                 f"`rm_replay_size` is {self.rm_replay_size}: no room for rollouts to learn from and to judge by "
                 f"(`rm_holdout_share` {self.rm_holdout_share}). Raise it."
             )
-
-    def _check_combinations(self) -> None:
-        """Refuse options that would have no effect, or not the one they are named for."""
         for name in ("separator", "pattern"):
             if (self.step_segmentation == name) != (getattr(self, f"step_{name}") is not None):
                 raise ValueError(

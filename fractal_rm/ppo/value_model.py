@@ -13,7 +13,6 @@ from safetensors.torch import load_model as load_weights
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     PreTrainedModel,
     TrainerCallback,
     TrainerControl,
@@ -30,7 +29,7 @@ from fractal_rm.ppo.engine import Engine, backbone
 from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.model_setup import add_adapter
-from fractal_rm.scorers.checkpoint import check_finite_weights, head_module
+from fractal_rm.scorers.checkpoint import check_finite_weights, head_module, load_model
 from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.scorers.token import token_classifier
 
@@ -84,8 +83,7 @@ def make_value_model(
         copied_from = policy.get_base_model() if hasattr(policy, "peft_config") else policy
         value_model = _with_new_head(copied_from)
     elif isinstance(value_model, str | Path):
-        found = token_classifier(AutoConfig.from_pretrained(value_model))
-        value_model = found.from_pretrained(value_model, num_labels=1)
+        value_model, _ = load_model(value_model, FractalSettings(scorer="token"))
     if value_model.config.num_labels != 1:
         labels = value_model.config.num_labels
         raise ValueError(f"The value model has {labels} labels. Give one with `num_labels=1`.")

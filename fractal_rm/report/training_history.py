@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fractal_rm.files import read_json
 from fractal_rm.hf.checkpoints import STATE, last_checkpoint
 
 METRICS_FILE = "metrics.json"
@@ -61,8 +62,8 @@ def read_runs(entries: Sequence[str]) -> list[Run]:
         ValueError: If a folder holds no log, or is given twice, or names leave open what belongs together.
     """
     named = [_name_and_folder(entry) for entry in entries]
-    places = Counter(Path(folder).resolve() for _, folder, _ in named)
-    twice = next((folder for _, folder, _ in named if places[Path(folder).resolve()] > 1), None)
+    places = Counter(Path(os.path.realpath(folder)) for _, folder, _ in named)
+    twice = next((folder for _, folder, _ in named if places[Path(os.path.realpath(folder))] > 1), None)
     if twice is not None:
         raise ValueError(f"`runs` names the folder {twice} twice. Give each run once.")
     names = Counter(name for name, _, _ in named)
@@ -107,14 +108,14 @@ def _name_and_folder(entry: str) -> tuple[str, str, bool]:
     folder = folder if is_given else entry
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Give `runs` the output folders of `fractal-rm ppo`.")
-    return (name if is_given else Path(folder).resolve().name), folder, is_given
+    return (name if is_given else Path(os.path.realpath(folder)).name), folder, is_given
 
 
 def _find_history(folder: Path) -> tuple[Path, list[Any]]:
     """The log of a finished run, of a checkpoint, or of the last checkpoint of a run that is not finished."""
     for file, key in ((folder / METRICS_FILE, "history"), (folder / STATE, "log_history")):
         if file.is_file():
-            content = _read_json(file)
+            content = read_json(file)
             history = content.get(key) if isinstance(content, dict) else None
             if isinstance(history, list):
                 return file, history
@@ -125,11 +126,8 @@ def _find_history(folder: Path) -> tuple[Path, list[Any]]:
             "folder of a PPO run that has ended or written a checkpoint (`save_steps`)."
         )
     file = Path(checkpoint) / STATE
-    return file, _read_json(file).get("log_history") or []
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{file} is no JSON ({error}). Take it away, or give another folder.") from None
+    state = read_json(file)
+    history = state.get("log_history") if isinstance(state, dict) else None
+    if not isinstance(history, list):
+        raise ValueError(f"{file} holds no log. Give another folder.")
+    return file, history

@@ -1,7 +1,6 @@
 """Configuration of [`FractalTrainer`]."""
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,6 +9,7 @@ from transformers import TrainingArguments
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.hf.runs import RunConfig
 from fractal_rm.objectives.aggregation import Aggregation, meaning
+from fractal_rm.ranges import check_ranges
 from fractal_rm.scorers.settings import FractalSettings
 
 
@@ -210,15 +210,11 @@ class FractalConfig(RunConfig, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.check_amounts()
+        check_ranges(self)
         super().__post_init__()
         # Without an accelerator torch warns about every loader that is told to pin memory.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         self.remove_unused_columns = False
-        for name in (one.name for one in fields(self) if one.name.endswith("_weight")):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. A loss weight is 0 (off) or more.")
-        if not 0 <= self.gold_fraction <= 1:
-            raise ValueError(f"`gold_fraction` is {self.gold_fraction}. Give a share from 0 to 1.")
         if self.bag_weight == self.instance_weight == self.easyllp_weight == 0:
             raise ValueError(
                 "`bag_weight`, `instance_weight` and `easyllp_weight` are all 0: nothing would be learned. Set one."
@@ -243,12 +239,6 @@ class FractalConfig(RunConfig, TrainingArguments):
                 f"`aggregation={self.aggregation}`, where a label is a share of good steps and neither right nor "
                 "wrong. Set it to 0, or choose another aggregation."
             )
-        if self.pseudo_rounds < 1:
-            raise ValueError(f"`pseudo_rounds` is {self.pseudo_rounds}. Give 1 or more, or `pseudo_labels=none`.")
-        if self.head_learning_rate is not None and not 0 <= self.head_learning_rate < math.inf:
-            raise ValueError(f"`head_learning_rate` is {self.head_learning_rate}. Give 0 or more, or leave it out.")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"`max_length` is {self.max_length} tokens, too few for a prompt and a step. Raise it.")
         self.settings()  # raises its own sentences
 
     def settings(self) -> FractalSettings:

@@ -29,11 +29,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from fractal_rm.errors import reason
+from fractal_rm.files import read_json
 from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.embedding import EmbeddingInputs, EmbeddingScorer, make_head
+from fractal_rm.scorers.folder import check_model_folder, vocabulary_fingerprint, weights_fingerprint
 from fractal_rm.scorers.inputs import BagInputs, Processor, TokenInputs
 from fractal_rm.scorers.likelihood import LikelihoodScorer
 from fractal_rm.scorers.published import (
@@ -75,8 +78,8 @@ def load_tokenizer(path: str | Path, kind: Any = AutoTokenizer, **hub: Any) -> P
         ValueError: If the folder or hub id has no tokenizer, or it has neither of the two tokens.
     """
     try:
-        tokenizer = kind.from_pretrained(path, **hub)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = kind.from_pretrained(path, trust_remote_code=False, **hub)
+    except Exception as error:  # whatever strange files make a library raise
         raise ValueError(
             f"{path} has no tokenizer that can be loaded ({reason(error)}). Save one there, or give `processing_class`."
         ) from error
@@ -99,8 +102,12 @@ def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(path: str | Path, settings: FractalSettings, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
+def load_model(
+    path: str | Path, settings: FractalSettings, *, whole: bool = False, **kwargs: Any
+) -> tuple[PreTrainedModel, list[str]]:
     """The backbone that the scorer needs; `kwargs`, such as `dtype`, are passed to `from_pretrained`.
+
+    With `whole`, folder and model must hold the same weights, the head included: none missing, none left over.
 
     Returns:
         The model, and the names of weights that the folder did not hold: at most those of a classification head.
@@ -113,14 +120,14 @@ def load_model(path: str | Path, settings: FractalSettings, **kwargs: Any) -> tu
     if is_token:
         kwargs["num_labels"] = settings.num_grades or 1
     wanted = (AutoModelForTokenClassification if is_token else AutoModelForCausalLM).__name__
-    _check_folder(path, "Give a folder or hub id of a model.")
+    check_model_folder(path, "Give a folder or hub id of a model.")
     try:
-        config = AutoConfig.from_pretrained(path, **_of_hub(kwargs))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **_of_hub(kwargs))
         if not is_token and not _is_causal(config):
             raise ValueError("it is no causal language model")
         kind: Any = token_classifier(config) if is_token else AutoModelForCausalLM
-        model, info = kind.from_pretrained(path, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model, info = kind.from_pretrained(path, output_loading_info=True, trust_remote_code=False, **kwargs)
+    except Exception as error:  # whatever strange files make a library raise
         raise ValueError(
             f"{path} cannot be loaded as an {wanted} for the {settings.scorer} scorer ({reason(error)}). "
             "Give the path or hub id of such a model, or choose the other scorer."
@@ -133,7 +140,25 @@ def load_model(path: str | Path, settings: FractalSettings, **kwargs: Any) -> tu
             f"{path}: {len(lost)} weights are missing from the folder and would be random (first: {lost[0]}). "
             f"Give a folder with all weights of an {wanted}."
         )
+    if whole and (missing or info["unexpected_keys"]):
+        names, fault = (missing, "missing from the folder and would be random")
+        if not missing:
+            names, fault = sorted(info["unexpected_keys"]), "not of the model that config.json describes"
+        raise ValueError(
+            f"{path}: {len(names)} weights are {fault} (first: {names[0]}). Restore the safetensors file and the "
+            "config.json that FractalTrainer saved."
+        )
+    check_finite(path, model)
     return model, missing
+
+
+def check_finite(path: str | Path, model: nn.Module) -> None:
+    """Raise ValueError if a weight of a model that was loaded is NaN or infinite."""
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(
+                f"{path}: the weight {name} holds numbers that are not finite. Restore its file, or train it again."
+            )
 
 
 def _is_causal(config: Any) -> bool:
@@ -260,6 +285,7 @@ def save_scorer(
         saved.log_weight, saved.bias = scorer.log_weight.item(), scorer.bias.item()
     encodes = isinstance(processor, SentenceEncoder)
     saved.tokenizer = processor_fingerprint(processor)
+    saved.vocabulary = _vocabulary(processor)
     saved.head = _head_sample(model, settings)
     saved.versions = {name: found for name, found in package_versions().items() if found}
     check_finite_weights(scorer, path)
@@ -272,6 +298,7 @@ def save_scorer(
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
         file = folder / "config.json"  # which an encoder without a transformer, such as static embeddings, has not
+        saved.weights = weights_fingerprint([folder / HEAD_FILE] if encodes else _weight_files(folder))
         config = json.loads(file.read_text()) if file.is_file() else {}
         file.write_text(json.dumps(config | {"fractal": saved.to_dict()}, indent=2) + "\n")
     return saved
@@ -297,7 +324,7 @@ def load_scorer(
         ValueError: If the folder is no step reward model, its format version is unknown, its tokenizer is another one,
             or its head is missing or not the one that was trained.
     """
-    _check_folder(path, "Give a folder that FractalTrainer saved.")
+    check_model_folder(path, "Give a folder that FractalTrainer saved.")
     hub = _of_hub(kwargs)
     try:
         config = PreTrainedConfig.get_config_dict(path, **hub)[0]
@@ -319,6 +346,7 @@ def load_scorer(
         named = get_tokenizer_config(path, **hub).get("tokenizer_class")
         tokenizer = load_tokenizer(path, PreTrainedTokenizerFast if named in _GENERIC else AutoTokenizer, **hub)
         scorer, settings = load_published(path, reading, tokenizer, **kwargs)
+        check_finite(path, scorer)
         return scorer, tokenizer, settings
     if published is not None:
         raise ValueError(
@@ -328,7 +356,7 @@ def load_scorer(
     if settings.scorer == "embedding":
         return *_load_embedding_scorer(path, settings, device, hub), settings
     tokenizer = load_tokenizer(path, **hub)
-    if tokenizer_fingerprint(tokenizer) != settings.tokenizer:
+    if tokenizer_fingerprint(tokenizer) != settings.tokenizer or _is_other(tokenizer, settings):
         # For some architectures AutoTokenizer knows better than the files; the files say how training had it.
         tokenizer = load_tokenizer(path, PreTrainedTokenizerFast, **hub)
     found = tokenizer_fingerprint(tokenizer)
@@ -337,13 +365,10 @@ def load_scorer(
             f"{path}: the tokenizer or its chat template is not the one the model was trained with (fingerprint "
             f"{found}, expected {settings.tokenizer}). Restore the tokenizer files that were saved with it."
         )
-    model, missing = load_model(path, settings, use_safetensors=True, **kwargs)
-    if missing:
-        raise ValueError(
-            f"{path}: {len(missing)} weights are missing from the folder and would be random (first: {missing[0]}). "
-            "Restore the safetensors file that FractalTrainer saved."
-        )
+    _check_vocabulary(path, tokenizer, settings)
+    model, _ = load_model(path, settings, whole=True, use_safetensors=True, **kwargs)
     _check_head(path, model, settings)
+    _check_weights(path, _weight_files(path, **hub), settings)
     return make_scorer(model, settings).eval(), tokenizer, settings
 
 
@@ -358,15 +383,19 @@ def _load_embedding_scorer(
             f"{path}: the sentence encoder is not the one the head was trained on (fingerprint {encoder.fingerprint}, "
             f"expected {settings.tokenizer}). Restore the files that were saved with it."
         )
+    _check_vocabulary(path, encoder, settings)
     scorer = make_head(settings.head_type, encoder.size, settings.num_grades or 1)
     try:
-        scorer.model.load_state_dict(load_file(str(cached_file(str(path), HEAD_FILE, **hub))))
+        file = str(cached_file(str(path), HEAD_FILE, **hub))
+        scorer.model.load_state_dict(load_file(file))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{path}: the head in {HEAD_FILE} is missing or is another one ({reason(error)}). "
             "Restore the file that FractalTrainer saved."
         ) from error
+    check_finite(path, scorer.model)
     _check_head(path, scorer.model, settings)
+    _check_weights(path, [Path(file)], settings)
     return scorer.eval(), encoder
 
 
@@ -388,6 +417,38 @@ def _check_head(path: str | Path, model: nn.Module, settings: FractalSettings) -
         )
 
 
-def _check_folder(path: str | Path, advice: str) -> None:
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{path} is not a model folder: it holds no config.json. {advice}")
+def _weight_files(path: str | Path, **hub: Any) -> list[Path]:
+    """The safetensors files of a folder or hub id, in the order of their names."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, **hub}
+    if single := cached_file(str(path), SAFE_WEIGHTS_NAME, **quiet):
+        return [Path(single)]
+    index: Any = read_json(str(cached_file(str(path), SAFE_WEIGHTS_INDEX_NAME, **hub)))
+    return [Path(str(cached_file(str(path), name, **hub))) for name in sorted(set(index["weight_map"].values()))]
+
+
+def _check_weights(path: str | Path, files: list[Path], settings: FractalSettings) -> None:
+    """Raise ValueError unless the files of the weights are those that were saved, bit by bit."""
+    if settings.weights is not None and (found := weights_fingerprint(files)) != settings.weights:
+        raise ValueError(
+            f"{path}: the weights are not those that were saved (fingerprint {found}, expected {settings.weights}). "
+            "Restore their files; if you changed them on purpose, remove `weights` from the `fractal` block of "
+            "config.json."
+        )
+
+
+def _vocabulary(processor: Processor) -> str | None:
+    """Fingerprint of the tokens of a tokenizer, or of a sentence encoder's."""
+    tokenizer: Any = processor.model.tokenizer if isinstance(processor, SentenceEncoder) else processor
+    return vocabulary_fingerprint(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+
+
+def _is_other(processor: Processor, settings: FractalSettings) -> bool:
+    return settings.vocabulary is not None and _vocabulary(processor) != settings.vocabulary
+
+
+def _check_vocabulary(path: str | Path, processor: Processor, settings: FractalSettings) -> None:
+    if _is_other(processor, settings):
+        raise ValueError(
+            f"{path}: the tokens or merges of the tokenizer are not those that the model was trained with. Restore the "
+            "tokenizer files that were saved with it."
+        )

@@ -209,7 +209,7 @@ def load_published(
         model, info = kind.from_pretrained(
             path, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **options, **kwargs
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # whatever strange files make a library raise
         raise ValueError(
             f"{path} cannot be loaded as the published model {reading.name} ({reason(error)}). Give a folder with its "
             "configuration and safetensors weights (weights in .bin files are not read: convert them once with "

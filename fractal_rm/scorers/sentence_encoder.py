@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fractal_rm.errors import reason
 from fractal_rm.files import replacing
+from fractal_rm.scorers.folder import check_model_folder
 from fractal_rm.scorers.settings import tokenizer_fingerprint
 
 # Names the folder of the cache; an empty value switches it off.
@@ -62,10 +63,13 @@ class SentenceEncoder:
             raise ImportError(
                 'sentence-transformers is not installed. Run `pip install "fractal-rm[encoder]"`.'
             ) from error
+        check_model_folder(path, "Give the folder or hub id of a sentence-transformers model.")
         try:
             renamed = {"cache_folder" if name == "cache_dir" else name: value for name, value in (hub or {}).items()}
-            self.model = SentenceTransformer(str(path), device=device, model_kwargs={"dtype": dtype}, **renamed)
-        except (OSError, ValueError, KeyError) as error:
+            self.model = SentenceTransformer(
+                str(path), device=device, trust_remote_code=False, model_kwargs={"dtype": dtype}, **renamed
+            )
+        except Exception as error:  # whatever strange files make a library raise
             raise ValueError(
                 f"{path} cannot be loaded as a sentence-transformers model ({reason(error)}). "
                 "Give the folder or hub id of one."

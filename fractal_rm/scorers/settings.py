@@ -1,16 +1,18 @@
 """What a checkpoint must remember beside its weights: the `fractal` block of `config.json`."""
 
 import hashlib
-import math
+import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, field, is_dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.objectives.aggregation import Aggregation, meaning
 from fractal_rm.objectives.bag_loss import check_label_noise
+from fractal_rm.ranges import check_ranges
 
 ScorerKind = Literal["likelihood", "token", "embedding"]
 Reduction = Literal["sum", "mean"]
@@ -35,6 +37,42 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{len(tokenizer)} {ids} {tokenizer.chat_template}".encode()).hexdigest()[:16]
 
 
+def _check_types(kind: type, values: Mapping[str, Any], *, within: str = "") -> None:
+    """Raise ValueError unless values have the types that a dataclass annotates; names it does not know pass."""
+    for name, hint in get_type_hints(kind).items():
+        if name in values and not _fits(values[name], hint):
+            raise ValueError(f"`{within}{name}` is {reprlib.repr(values[name])}. Give {_wanted(hint)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON has an annotated type; which texts a `Literal` allows is checked elsewhere."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if kind is Literal:
+        return isinstance(value, str)
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(one, parts[0]) for one in value)
+    if kind is dict or is_dataclass(hint):
+        return isinstance(value, dict) and (is_dataclass(hint) or all(_fits(one, parts[1]) for one in value.values()))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _wanted(hint: Any) -> str:
+    """An annotated type in words."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(map(_wanted, parts))
+    if kind is list:
+        return "a list"
+    simple = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    return "a text" if kind is Literal else simple.get(hint, "an object")
+
+
 @dataclass
 class FractalSettings:
     """The `fractal` block: how text becomes tokens, and how logits become scores.
@@ -57,6 +95,8 @@ class FractalSettings:
         temperature: Divides the step logits before the sigmoid; 1 until calibrated.
         threshold: A step scoring below it is called wrong; chosen on validation.
         tokenizer: Fingerprint of the tokenizer, or of the sentence encoder, that the scores belong to.
+        vocabulary: Fingerprint of its tokens and merges; None in checkpoints of earlier versions.
+        weights: Fingerprint of the files of the weights; None in checkpoints of earlier versions.
         head: Some of the scoring head's weights, to tell a lost or random head at load.
         chat: Whether the prompts of the training data were chats; None: not known, or some were and some were texts.
         chat_template_kwargs: What the chat template gets beside the messages, such as `enable_thinking`.
@@ -84,6 +124,8 @@ class FractalSettings:
     temperature: float = 1.0
     threshold: float = 0.5
     tokenizer: str | None = None
+    vocabulary: str | None = None
+    weights: str | None = None
     head: list[float] | None = None
     chat: bool | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -98,13 +140,13 @@ class FractalSettings:
             if getattr(self, name) not in values:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}. Choose one of {', '.join(values)}.")
         meaning(self.aggregation)  # names an unknown or a removed one
-        if not 0 < self.sharpness < math.inf:
-            raise ValueError(f"`sharpness` is {self.sharpness}. Give a finite number above 0.")
+        check_ranges(self)
+        if self.reading not in range(1, READING + 1):
+            raise ValueError(f"`reading` is {self.reading}. This package knows 1 to {READING}.")
         check_label_noise((self.missed_good, self.missed_bad))
-        if self.num_grades is not None and (self.num_grades < 2 or self.scorer == "likelihood"):
+        if self.num_grades is not None and self.scorer == "likelihood":
             raise ValueError(
-                f"`num_grades` is {self.num_grades} with the {self.scorer} scorer. "
-                "Give 2 or more, and the token or the embedding scorer."
+                f"`num_grades` is {self.num_grades} with the {self.scorer} scorer. Use the token or the embedding one."
             )
         if self.num_grades is not None and self.aggregation != "max":
             raise ValueError(
@@ -130,7 +172,7 @@ class FractalSettings:
         """
         file = f"{where}/config.json"
         version = block.get("format_version") if isinstance(block, Mapping) else None
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise ValueError(
                 f"{file}: the `fractal` block has format version {version!r}; this package reads version "
                 f"{FORMAT_VERSION}. Install the fractal-rm version that wrote it, or train the model again."
@@ -143,7 +185,10 @@ class FractalSettings:
             )
         try:
             values: dict[str, Any] = {"reading": 1, **block}
-            values["segmentation"] = Segmentation(**{"version": 1} | values.get("segmentation", {}))
+            _check_types(cls, values)
+            segmentation = {"version": 1} | values.get("segmentation", {})
+            _check_types(Segmentation, segmentation, within="segmentation.")
+            values["segmentation"] = Segmentation(**segmentation)
             return cls(**values)
         except (TypeError, ValueError) as error:
             reason = str(error).rstrip(".")

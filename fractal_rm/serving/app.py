@@ -17,7 +17,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from fractal_rm import __version__
 from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.serving.access import Access, Gate
 from fractal_rm.serving.batching import Batcher
+from fractal_rm.serving.connections import server_config
 from fractal_rm.serving.limits import BodyLimit, Limits
 from fractal_rm.serving.protocol import (
     Health,
@@ -37,13 +39,23 @@ from fractal_rm.serving.protocol import (
 logger = logging.getLogger(__name__)
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Refusal, "description": "The body is no JSON"},
+    400: {"model": Refusal, "description": "The body is no JSON in UTF-8"},
+    401: {"model": Refusal, "description": "The token is missing or wrong"},
+    403: {"model": Refusal, "description": "The `Host` header names another server"},
     408: {"model": Refusal, "description": "The body took too long to arrive"},
-    413: {"model": Refusal, "description": "Too long a body, too many responses or characters"},
+    413: {"model": Refusal, "description": "Too long a body, too many responses, characters or values"},
     422: {"model": Refusal, "description": "The JSON does not follow the schema"},
-    503: {"model": Refusal, "description": "Too many responses are waiting"},
+    503: {"model": Refusal, "description": "Too many responses are waiting, or too many bytes or connections are here"},
     504: {"model": Refusal, "description": "Scoring took too long"},
 }
+
+
+# What a JSON schema cannot say.
+_RULES = (
+    "Rules beside the schema. `/score`: give exactly one of `responses` and `steps`; `prompts`, `responses`, `steps` "
+    "and `spans` have one entry for each response; `spans` belong to `responses`. `/openrlhf`: as many `query` as "
+    "`prompts`, and each query begins with its prompt. Bodies are JSON objects in UTF-8, within the server's limits."
+)
 
 
 def make_app(
@@ -53,6 +65,7 @@ def make_app(
     limits: Limits | None = None,
     wait: float = 0.005,
     ends: Sequence[str] = (),
+    access: Access | None = None,
 ) -> FastAPI:
     """A server for a step reward model.
 
@@ -61,6 +74,7 @@ def make_app(
         name: What `/health` calls it: a path by its last name.
         limits: What a request may ask for.
         wait: Seconds that a response waits for others to share a forward pass with.
+        access: Which requests are answered; None: those that call the server by a name of this machine.
         ends: Texts to take off the end of OpenRLHF's responses, beside the special tokens of the model's tokenizer.
     """
     limits = limits or Limits()
@@ -81,8 +95,11 @@ def make_app(
         await asyncio.to_thread(batcher.close)
 
     # The pages that show the schema would load their scripts from elsewhere.
-    app = FastAPI(title="fractal-rm", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="fractal-rm", description=_RULES, version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
+    )
     app.add_middleware(BodyLimit, limits=limits)
+    app.add_middleware(Gate, access=access or Access())  # the outermost: before a body is read
     app.add_exception_handler(RequestValidationError, _refuse_invalid)
     app.add_exception_handler(StarletteHTTPException, _refuse)
 
@@ -120,10 +137,9 @@ def make_app(
     return app
 
 
-def run(app: FastAPI, listening: socket.socket, *, seconds: float) -> None:
-    """Answer requests until the process is told to end; those that have begun get this many seconds."""
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(seconds) + 1)
-    uvicorn.Server(config).run(sockets=[listening])
+def run(app: FastAPI, listening: socket.socket, limits: Limits) -> None:
+    """Answer requests until the process is told to end; those that have begun get `limits.seconds`."""
+    uvicorn.Server(server_config(app, limits)).run(sockets=[listening])
 
 
 def _check_size(given: Sequence[PromptedResponse], limits: Limits) -> None:

@@ -7,6 +7,7 @@ import http.client
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,8 @@ class ScoringClient:
         GRPOTrainer(..., reward_funcs=[ScoringClient("http://localhost:8000")])
 
     Args:
-        url: Where the server is, without `/score`.
+        url: Where the server is, without `/score`. A server with a token takes it as the password of the address:
+            `http://any:TOKEN@host:8000`.
         timeout: Seconds to wait for the server to say something.
         retries: How often to try again if it cannot be reached or is busy.
         pause: Seconds before the first new try; each further one waits twice as long.
@@ -45,8 +47,14 @@ class ScoringClient:
     def __init__(self, url: str, *, timeout: float = 90.0, retries: int = 4, pause: float = 0.5) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"The server's address is {url!r}. Give one that starts with http:// or https://.")
-        self.url, self.timeout, self.retries, self.pause = url.rstrip("/"), timeout, retries, pause
+        scheme, _, rest = url.rstrip("/").partition("://")
+        given, _, place = rest.rpartition("@")  # the token is sent, and no message shows it
+        token = urllib.parse.unquote(given.partition(":")[2])
+        self.url, self.timeout, self.retries, self.pause = f"{scheme}://{place}", timeout, retries, pause
         self.__name__ = "fractal_reward"
+        self._headers = {"Content-Type": "application/json"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
 
     def health(self) -> dict[str, Any]:
         """Which model answers: `model`, `scorer`, `aggregation`, `threshold`, `version`."""
@@ -122,7 +130,7 @@ class ScoringClient:
     def _ask(self, path: str, body: Any = None) -> Any:
         """The JSON that the server answers."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(self.url + path, data, self._headers)
         reason = ""
         for attempt in range(self.retries + 1):
             if attempt:

@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fractal_rm.ranges import check_ranges
+
 # A body that is too long is read to its end, without being kept, up to this many times the limit: a client that still
 # sends when the connection closes never sees why.
 _DRAINED = 8
@@ -13,6 +15,7 @@ _DRAINED = 8
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,27 @@ class Limits:
     max_queued: int = field(
         default=16_384, metadata={"help": "Most responses that wait for their turn; requests beyond are refused."}
     )
+    max_values: int = field(
+        default=200_000,
+        metadata={"help": "Most values (texts, numbers, lists, objects) in a request, counted before it is parsed."},
+    )
+    max_total_bytes: int = field(
+        default=128_000_000, metadata={"help": "Most bytes of all requests that arrive or are answered at one time."}
+    )
+    max_connections: int = field(
+        default=256, metadata={"help": "Most connections at one time; fewer where the system allows fewer open files."}
+    )
+    header_seconds: float = field(
+        default=10.0, metadata={"help": "Longest time until the headers of a request have arrived."}
+    )
 
     def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: nothing could be scored. Give more than 0.")
+        check_ranges(self)
+        if self.max_total_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"`max_total_bytes` is {self.max_total_bytes}, less than the {self.max_body_bytes} bytes that one "
+                "request may have. Give more, or lower `max_body_bytes`."
+            )
         if self.max_queued < self.max_responses:
             raise ValueError(
                 f"`max_queued` is {self.max_queued}, less than the {self.max_responses} responses that one request may "
@@ -43,29 +62,49 @@ class Limits:
 
 
 class BodyLimit:
-    """ASGI middleware that reads a body before anybody else does, and refuses one that is too long or too slow.
+    """ASGI middleware that reads a body before anybody else does, and refuses what is too long, too slow or too much.
 
     Args:
         app: The application behind it.
-        limits: Gives the longest body and the longest time for it to arrive.
+        limits: Gives the longest body, the longest time for it to arrive, the most values in it, and the most bytes
+            of all bodies.
     """
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], limits: Limits) -> None:
+    def __init__(self, app: Application, limits: Limits) -> None:
         self.app, self.limits = app, limits
+        self._held = 0  # bytes of the bodies of all requests that have begun
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with its body in one piece."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        parts: list[bytes] = []
+        try:
+            return await self._pass_on(scope, receive, send, parts)
+        finally:
+            self._held -= sum(map(len, parts))
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, parts: list[bytes]) -> None:
+        """Read the body into `parts`, check it, and pass it on."""
         try:
             async with asyncio.timeout(self.limits.seconds):
-                body = await self._read(scope, receive)
+                whole = await self._read(scope, receive, parts)
         except TimeoutError:
             sentence = f"The body took longer than {self.limits.seconds:g} seconds to arrive. Send it faster."
-            return await _refuse(send, 408, sentence)
-        if body is None:
+            return await refuse(send, 408, sentence)
+        except _FullError:
+            sentence = "Too many bytes of other requests are here. Try again in a second, or send fewer at a time."
+            return await refuse(send, 503, sentence, (b"retry-after", b"1"))
+        if not whole:
             most = self.limits.max_body_bytes
-            return await _refuse(send, 413, f"The body is longer than {most:,} bytes. Send fewer responses at a time.")
+            return await refuse(send, 413, f"The body is longer than {most:,} bytes. Send fewer responses at a time.")
+        body = b"".join(parts)
+        if b"\0" in body:  # UTF-16, or binary
+            return await refuse(send, 400, "The body is no JSON in UTF-8.")
+        values = count_values(body, self.limits.max_values)
+        if values > self.limits.max_values:
+            sentence = f"{values:,} values are more than {self.limits.max_values:,}. Send fewer responses at a time."
+            return await refuse(send, 413, sentence)
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> MutableMapping[str, Any]:
@@ -73,26 +112,54 @@ class BodyLimit:
 
         return await self.app(scope, replay, send)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body; None if it is too long."""
-        most, parts, length, more = self.limits.max_body_bytes, [], 0, True
+    async def _read(self, scope: Scope, receive: Receive, parts: list[bytes]) -> bool:
+        """Read the body into `parts`; False if it is too long."""
+        most, length, more = self.limits.max_body_bytes, 0, True
         stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         length_stated = int(stated) if stated.isdigit() else 0
         while more and max(length, length_stated) <= _DRAINED * most:
             message = await receive()
             if message["type"] == "http.disconnect":
                 break
-            length += len(message.get("body", b""))
+            part = message.get("body", b"")
+            length += len(part)
             more = message.get("more_body", False)
-            if length <= most:
-                parts.append(message.get("body", b""))
-        return b"".join(parts) if max(length, length_stated) <= most else None
+            if max(length, length_stated) <= most:
+                if self._held + len(part) > self.limits.max_total_bytes:
+                    raise _FullError
+                self._held += len(part)
+                parts.append(part)
+        return max(length, length_stated) <= most
 
 
-async def _refuse(send: Send, status: int, sentence: str) -> None:
+class _FullError(Exception):
+    """All bodies together are as many bytes as there may be."""
+
+
+def count_values(body: bytes, most: int) -> int:
+    """How many values JSON holds: texts (names too), commas, lists and objects, without parsing it.
+
+    Args:
+        body: The JSON, in UTF-8.
+        most: Where there are more texts, the others need not be counted.
+
+    Example:
+        >>> count_values(b'{"a": [1, "x, [y"], "b": {}}', 100)
+        8
+    """
+    bare = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of quotes begins and ends texts
+    strings = bare.count(b'"') // 2
+    if strings > most:
+        return strings
+    outside = b"".join(bare.split(b'"')[::2])
+    return strings + sum(map(outside.count, (b",", b"[", b"{")))
+
+
+async def refuse(send: Send, status: int, sentence: str, *more: tuple[bytes, bytes]) -> None:
+    """Answer a request with one sentence in JSON, and further headers; the connection ends."""
     body = json.dumps({"detail": sentence}).encode()
     # What is left of the body is not read: the connection cannot be used again.
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *more]
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -41,7 +41,10 @@ class Message(BaseModel):
 
 
 class ScoreRequest(BaseModel):
-    """Responses to score: texts (optionally with the characters of their steps), or lists of steps."""
+    """Responses to score: texts (optionally with the characters of their steps), or lists of steps.
+
+    Exactly one of `responses` and `steps` is given; every list has one entry for each response.
+    """
 
     model_config = ConfigDict(extra="forbid")
 

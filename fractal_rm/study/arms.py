@@ -179,7 +179,8 @@ def label_responses(
 
 def load_policy(folder: Path) -> tuple[Any, Any]:
     """A policy and its tokenizer."""
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 class Assets:

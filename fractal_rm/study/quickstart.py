@@ -20,6 +20,7 @@ from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.checkpoints import STATE, last_checkpoint, resume_or_clear
 from fractal_rm.hf.progress import RichProgress
+from fractal_rm.ranges import check_ranges
 from fractal_rm.report import plots
 from fractal_rm.report.quickstart_report import summarize, write_report
 from fractal_rm.reward_training.config import FractalConfig
@@ -85,6 +86,9 @@ class QuickstartArguments:
     budget: Literal["small", "full"] = field(
         default="small", metadata={"help": "`small`: minutes on two cores. `full`: longer training, smoother curves."}
     )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 class Quickstart:

@@ -4,13 +4,14 @@ A policy is measured at fixed numbers of rollouts, and each measurement is a row
 """
 
 import json
+import math
 import multiprocessing
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
@@ -23,10 +24,11 @@ from filelock import FileLock
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 
 from fractal_rm.evaluation.results import ResultsFile, has_row
-from fractal_rm.files import write_atomic
+from fractal_rm.files import read_yaml, write_atomic
 from fractal_rm.hf.checkpoints import resume_or_clear
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.trainer import StepPPOTrainer
+from fractal_rm.ranges import RANGES
 from fractal_rm.reward_model import FractalReward, StepRewardModel
 from fractal_rm.study.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY, TUNED, Arm, Assets, Options
 from fractal_rm.study.held_out import Metrics, mean_score, measure, measure_start, response_logprobs
@@ -447,7 +449,7 @@ class Study:
             raise FileNotFoundError(
                 f"{path} is no file. Give `chosen` the file of settings, or run with `--tune true`."
             )
-        chosen = yaml.safe_load(path.read_text(encoding="utf-8"))
+        chosen = read_chosen(path)
         tuned = {arm: self.tuned_as(arm) for arm in arms}
         lacking = [arm for arm in tuned.values() if arm not in chosen]
         if lacking:
@@ -458,10 +460,33 @@ class Study:
         return replace(self, chosen={arm: chosen[like] | own[arm] for arm, like in tuned.items()})
 
 
+def read_chosen(path: Path) -> dict[str, Options]:
+    """The options of arms in a file that [`write_chosen`] wrote.
+
+    Raises:
+        ValueError: If it holds no options, or some that the trainer does not know or a value of another type.
+    """
+    found = read_yaml(path)
+    known = {one.name: one for one in fields(StepPPOConfig)}
+    for arm, options in found.items():
+        if not isinstance(arm, str) or not isinstance(options, dict):
+            raise ValueError(f"{path}: {arm!r} has {type(options).__name__} in place of options. Write `name: value`.")
+        for name, value in options.items():
+            if name not in known:
+                raise ValueError(f"{path}: {arm} has the option {name!r}, which StepPPOConfig does not know. Mend it.")
+            default = known[name].default
+            number = isinstance(default, int | float) and not isinstance(default, bool)
+            if number and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{path}: `{name}` of {arm} is {value!r}. Give a number.")
+            if number and not (value in RANGES[name] if name in RANGES else math.isfinite(value)):
+                raise ValueError(f"{path}: `{name}` of {arm} is {value!r}. Give {RANGES.get(name, 'a finite number')}.")
+    return found
+
+
 def write_chosen(path: Path, chosen: Mapping[str, Options], command: str) -> None:
     """Write the options of arms; other arms in the file stay."""
-    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    known = {name: dict(options) for name, options in {**(before or {}), **chosen}.items()}
+    before = read_chosen(path) if path.is_file() and path.stat().st_size else {}
+    known = {name: dict(options) for name, options in {**before, **chosen}.items()}
     write_atomic(path, f"# Written by: {command}\n{yaml.safe_dump(known, sort_keys=False)}")
 
 

@@ -12,7 +12,7 @@ from fractal_rm.data.prompts import RenderedPrompt
 
 @functools.cache
 def _tokenizer(path: str) -> Any:
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def step_advantages(args: Any, rollout_data: dict[str, Any]) -> None:

@@ -68,9 +68,11 @@ def write_model(folder: Path) -> None:
         ValueError: If the model does not give the known text its log-likelihood.
     """
     path = find_weights()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     tokenizer.pad_token = PAD
-    quantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+    )
     # `save_pretrained` refuses a model that was read from GGUF: the weights move into a fresh one.
     config = quantized.config
     config.pad_token_id = tokenizer.pad_token_id

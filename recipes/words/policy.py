@@ -134,7 +134,7 @@ def train(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Fine-tune, from the last checkpoint if there is one, and write the adapter; returns what was measured."""
     torch.manual_seed(arguments.seed)
     device = torch.device(arguments.device)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
     chosen = TaskArguments(task=arguments.task, task_name=arguments.task_name or None)
     task = make_task(chosen, DataArguments(data_dir=arguments.data_dir), arguments.model)
     # Drills are made of further solutions, about two calculations each that are written plainly.
@@ -143,7 +143,7 @@ def train(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     drilled = drills([solution for _, solution in texts[arguments.solutions :]], arguments.drills, arguments.seed)
     rows = tokenize([*texts[: arguments.solutions], *drilled], tokenizer)
     model = adapt(
-        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).to(device),
+        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16, trust_remote_code=False).to(device),
         arguments.layers,
         arguments.lora_r,
     )
@@ -233,10 +233,12 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def merge(base: str, adapter: Path, folder: Path) -> None:
     """Write an ordinary model folder with the adapter merged into the weights, in bfloat16."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)  # merged in float32, rounded once
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, trust_remote_code=False
+    )  # merged in float32, rounded once
     merged: Any = PeftModel.from_pretrained(model, adapter).merge_and_unload()  # type: ignore[operator]
     merged.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base, trust_remote_code=False).save_pretrained(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

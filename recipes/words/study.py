@@ -94,8 +94,8 @@ class WordsAssets(Assets):
     def load_policy(self) -> tuple[Any, Any]:
         """The policy in bfloat16, and its tokenizer."""
         folder = self.policy()
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        return model.to(self.device), AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
+        return model.to(self.device), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     def reward_model_folder(self, kind: str) -> Path:
         """Folder of the reward model that an earlier step trained."""
@@ -110,7 +110,7 @@ class WordsAssets(Assets):
 
     def trainer_arguments(self, options: Options) -> dict[str, Any]:
         """Adapters, a value head on the policy's own states, and on a CPU a sampler that is made for it."""
-        depth = AutoConfig.from_pretrained(self.policy()).num_hidden_layers
+        depth = AutoConfig.from_pretrained(self.policy(), trust_remote_code=False).num_hidden_layers
         adapters = LoraConfig(
             r=RANK,
             lora_alpha=RANK,

@@ -6,9 +6,9 @@ TypeError.
 
 import csv
 import gzip
-import json
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import naming, read_jsonl
 from fractal_rm.data.sentences import Span
+from fractal_rm.files import parse_json
 
 PathLike = str | os.PathLike[str]
 Data = PathLike | Iterable[Mapping[str, Any]]
@@ -95,9 +96,9 @@ def csv_rows(path: Path, delimiter: str = "\t", limit: int | None = None) -> lis
 def _wrapped_rows(path: Path, key: str | None) -> list[Mapping[str, Any]]:
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        found = json.loads(content)
-    except (ValueError, OSError, EOFError):  # not UTF-8, not JSON, not gzip
-        raise ValueError(f"{path} is not a complete JSON file; download it again.") from None
+    except (OSError, EOFError, zlib.error):
+        raise ValueError(f"{path} is not a complete gzip file; download it again.") from None
+    found = parse_json(content, str(path))
     rows = found.get(key) if isinstance(found, dict) else found
     if not isinstance(rows, list):
         raise TypeError(f"{path} holds no list under {key!r}; give the official file.")

@@ -1,12 +1,12 @@
 """Parquet, CSV and Arrow files, and folders that `datasets` saved: rows as from a JSON file."""
 
-import json
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fractal_rm.data.formats.reading import check_file, csv_rows
+from fractal_rm.files import parse_json
 
 # The builder of `datasets.load_dataset` for an ending, and what stands between cells.
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -52,7 +52,12 @@ def _from_datasets(path: Path, limit: int | None) -> list[dict[str, Any]]:
             with tempfile.TemporaryDirectory() as cache:
                 split = "train" if limit is None else f"train[:{limit}]"
                 found = load_dataset(
-                    _BUILDERS[path.suffix], data_files=str(path), split=split, cache_dir=cache, keep_in_memory=True
+                    _BUILDERS[path.suffix],
+                    data_files=str(path),
+                    split=split,
+                    cache_dir=cache,
+                    keep_in_memory=True,
+                    trust_remote_code=False,
                 )
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(f"{path} cannot be read ({_cause(error)}); write or download it again.") from None
@@ -71,7 +76,7 @@ def _cell(name: str, text: str) -> Any:
         return None
     if text.startswith("["):
         with suppress(ValueError):
-            found = json.loads(text)
+            found = parse_json(text.encode(), "the cell")
             if name in _LISTS or all(isinstance(one, dict) for one in found):
                 return found
     return text

@@ -165,7 +165,10 @@ def train_on_texts(
         eos_token_id=_id(tokenizer, "eos"),
         bos_token_id=None,
     )
-    model = LlamaForCausalLM(config) if start is None else LlamaForCausalLM.from_pretrained(start)
+    if start is None:
+        model = LlamaForCausalLM(config)
+    else:
+        model = LlamaForCausalLM.from_pretrained(start, trust_remote_code=False)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(

@@ -141,7 +141,7 @@ class Condition(Task):
             train_on_texts(
                 folder,
                 self.texts(number, self.policy_texts),
-                AutoTokenizer.from_pretrained(start),
+                AutoTokenizer.from_pretrained(start, trust_remote_code=False),
                 seed=number,
                 in_order=True,
                 start=start,

@@ -1,0 +1,71 @@
+"""Regular expressions of users and of downloaded models, with a limit of time.
+
+A pattern with nested repeats can take longer than the universe is old. Python's `re` cannot be stopped and holds the
+interpreter's lock; the engine of `regex` releases it and ends in time.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import regex
+
+# Longest time on one text: a pattern without nested repeats reads a million characters in less.
+SECONDS = 1.0
+# Texts that may run out of time before the pattern is given up: a file has many rows.
+_TRIES = 3
+# Longer ones are data, and take long to compile.
+_LONGEST = 2_000
+# Characters of one in a message.
+_SHOWN = 80
+
+
+class Pattern:
+    """A regular expression whose search ends. Made by [`compiled`].
+
+    Raises:
+        ValueError: If it is none, or too long.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        if len(pattern) > _LONGEST:
+            raise ValueError(f"The pattern has {len(pattern):,} characters; give {_LONGEST:,} at most.")
+        self._shown = repr(pattern if len(pattern) <= _SHOWN else f"{pattern[:_SHOWN]}...")
+        try:
+            self._pattern = regex.compile(pattern)
+        except (regex.error, RecursionError, OverflowError) as error:
+            told = str(error) or type(error).__name__
+            raise ValueError(f"The pattern {self._shown} is no regular expression: {told}.") from None
+        self._late = 0
+
+    @property
+    def groups(self) -> int:
+        """How many groups it has."""
+        return self._pattern.groups
+
+    def finditer(self, text: str) -> Iterator["regex.Match[str]"]:
+        """Its matches in a text, as `re.finditer` has them.
+
+        Raises:
+            ValueError: If the search takes longer than [`SECONDS`], or did for several texts before.
+        """
+        try:
+            if self._late < _TRIES:
+                yield from self._pattern.finditer(text, timeout=SECONDS)
+                return
+        except TimeoutError:
+            self._late += 1
+        raise ValueError(
+            f"the pattern {self._shown} takes longer than {SECONDS:g} s on a text of {len(text):,} characters; write "
+            "it without repeats inside repeats."
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def compiled(pattern: str) -> Pattern:
+    """The pattern of a text, the same one each time.
+
+    Example:
+        >>> [match.span() for match in compiled(r"\\n+").finditer("a\\n\\nb")]
+        [(1, 3)]
+    """
+    return Pattern(pattern)

@@ -1,0 +1,185 @@
+"""Which numbers options may have: one table for commands, trainers and the `fractal` block.
+
+Each configuration checks itself when it is made, before anything is loaded.
+"""
+
+import math
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to `high`; an open end is not among them itself.
+
+    Example:
+        >>> str(Range(0, 1, open_low=True)), str(Range(1, 4096, whole=True))
+        ('a number above 0, up to 1', 'a whole number from 1 to 4,096')
+        >>> 0.0 in Range(0, 1, open_low=True), float("nan") in Range(0, 1)
+        (False, False)
+    """
+
+    low: float
+    high: float
+    whole: bool = False
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int | float) or isinstance(value, bool) or (self.whole and value != value // 1):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        low, high = (f"{end:,}" if isinstance(end, int) else f"{end:g}" for end in (self.low, self.high))
+        low = f"above {low}," if self.open_low else f"from {low}"
+        high = f"to below {high}" if self.open_high else f"to {high}"
+        return f"a {'whole ' if self.whole else ''}number {low} {'up ' if self.open_low else ''}{high}"
+
+
+# Beyond these nothing useful is known, and float32 or memory would end first.
+_MOST, _MANY = 10**6, 2**20
+
+_TABLE: tuple[tuple[Range, str], ...] = (
+    (
+        Range(0, 1),
+        "gamma lam step_lam step_gamma score_threshold gold_fraction top_entropy_quantile ref_model_mixup_alpha min_p",
+    ),
+    # The next number above the highest score calls every step wrong.
+    (
+        Range(0, math.nextafter(1, 2)),
+        "threshold",
+    ),
+    (
+        Range(0, 1, open_low=True),
+        "top_p vllm_gpu_memory_utilization",
+    ),
+    (
+        Range(0, 1, open_high=True),
+        "adam_beta1 adam_beta2 lora_dropout rm_original_share missed_good missed_bad",
+    ),
+    (
+        Range(0, 1, open_low=True, open_high=True),
+        "rm_holdout_share",
+    ),
+    # Weights and penalties: 0 is off.
+    (
+        Range(0, _MOST),
+        "step_weight outcome_weight vf_coef kl_coef missing_eos_penalty beta entropy_coef entropy_coef_min "
+        "entropy_coef_max entropy_coef_delta router_aux_loss_coef bag_weight easyllp_weight instance_weight "
+        "cosine_prior_weight negated_cosine_prior_weight correlation_prior_weight teacher_prior_weight "
+        "likelihood_prior_weight hybrid_prior_weight pseudo_bag_weight weight_decay max_grad_norm neftune_noise_alpha "
+        "adam_epsilon vllm_server_timeout off_policy_mask_threshold vllm_importance_sampling_clip_min",
+    ),
+    (
+        Range(-_MOST, _MOST),
+        "step_reward_weights reward_weights label_scale bias",
+    ),
+    (
+        Range(0, 1000),
+        "learning_rate value_learning_rate head_learning_rate",
+    ),
+    (
+        Range(0, 1000, open_low=True),
+        "rm_learning_rate",
+    ),
+    (
+        Range(0, _MOST, open_low=True),
+        "step_reward_clip kl_target cliprange_value epsilon epsilon_high delta temperature repetition_penalty "
+        "sharpness vllm_importance_sampling_clip_max vllm_importance_sampling_cap "
+        "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg seconds "
+        "header_seconds teraflops generated_per_second",
+    ),
+    # The factor of log-likelihoods is its exponential, which float32 cannot hold beyond.
+    (
+        Range(-80, 80),
+        "log_weight",
+    ),
+    # Counts.
+    (
+        Range(0, _MOST, whole=True),
+        "top_k value_warmup_steps rm_update_every page_steps",
+    ),
+    (
+        Range(0, 1024, whole=True),
+        "dataloader_num_workers",
+    ),
+    (
+        Range(0, 10**9, whole=True),
+        "save_total_limit num_eval_problems skip_prompts show num_completions_to_print vllm_max_model_length",
+    ),
+    (
+        Range(1, _MANY, whole=True),
+        "per_device_train_batch_size per_device_eval_batch_size batch_size reward_model_batch_size rm_batch_size "
+        "num_generations num_generations_eval generation_batch_size steps_per_generation max_completion_length "
+        "eval_accumulation_steps torch_empty_cache_steps guard_reference_batches guard_patience rm_update_steps "
+        "rm_replay_size ref_model_sync_steps lora_r lora_alpha max_new_tokens samples prompt_length max_queued "
+        "max_responses vllm_tensor_parallel_size dataloader_prefetch_factor ddp_bucket_cap_mb "
+        "max_tool_calling_iterations",
+    ),
+    (
+        Range(1, 1000, whole=True),
+        "pseudo_rounds jobs seeds",
+    ),
+    (
+        Range(1, 10**9, whole=True),
+        "limit num_prompts num_problems ddp_timeout max_characters max_body_bytes max_total_bytes max_values",
+    ),
+    (
+        Range(1, 65_536, whole=True),
+        "max_connections",
+    ),
+    (
+        Range(2, 1024, whole=True),
+        "num_grades",
+    ),
+    (
+        Range(2, 10**8, whole=True),
+        "max_length",
+    ),
+    # NumPy takes 32 bits, and processes add their number.
+    (
+        Range(0, 2**31 - 1, whole=True),
+        "seed data_seed",
+    ),
+    (
+        Range(0, 65_535, whole=True),
+        "port vllm_server_port vllm_group_port",
+    ),
+    (
+        Range(-1, 10**9, whole=True),
+        "max_steps local_rank",
+    ),
+    (
+        Range(0, 10**9),
+        "warmup_steps logging_steps eval_steps eval_delay save_steps",
+    ),
+    (
+        Range(0, 60),
+        "wait",
+    ),
+    # Labels here are of responses and no classes to smooth: `missed_good` and `missed_bad` allow for wrong ones.
+    (
+        Range(0, 0),
+        "label_smoothing_factor",
+    ),
+)
+RANGES = {name: allowed for allowed, names in _TABLE for name in names.split()}
+
+
+def check_ranges(config: Any) -> None:
+    """Raise unless every number of a configuration, a dataclass, is in its range; others need only be finite.
+
+    Raises:
+        ValueError: Names the option, its value and the allowed range.
+    """
+    for one in fields(config):
+        given = getattr(config, one.name, None)
+        numbers = given if isinstance(given, list | tuple) else [given]
+        for place, value in enumerate(numbers, 1):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            allowed = RANGES.get(one.name)
+            if not (math.isfinite(value) if allowed is None else value in allowed):
+                what = f"`{one.name}`" if numbers is not given else f"Number {place} of `{one.name}`"
+                raise ValueError(f"{what} is {value}. Give {allowed or 'a finite number'}.")

@@ -1,0 +1,164 @@
+"""Whether a model folder is whole, judged by its files before anything is loaded.
+
+Reads JSON and the headers of safetensors files: milliseconds, whatever the size of the model.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fractal_rm.files import parse_json, read_json
+
+# How configurations call the number of layers.
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# Deeper models are built for minutes, even without weights.
+_DEEPEST = 2_000
+# A weight of a numbered layer: the stack that it belongs to, and its number.
+_OF_A_LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers?|h|blocks?))\.(\d+)\.")
+# Longest header that the safetensors format allows.
+_LONGEST_HEADER = 100_000_000
+# Modules of sentence encoders: others would be code of the folder.
+_TRUSTED_MODULES = "sentence_transformers."
+
+
+def check_model_folder(path: str | Path, advice: str) -> None:
+    """Raise unless the files of a local model folder are whole and fit each other; hub ids pass.
+
+    Args:
+        path: Folder, or hub id.
+        advice: What to do where there is no model.
+
+    Raises:
+        ValueError: Names the file and what is wrong with it: no configuration, one that is no object or has impossible
+            sizes, weights that are cut or missing, another number of layers than the weights have, or modules that are
+            code of the folder.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    files = {name: folder / name for name in ("config.json", "adapter_config.json", "modules.json")}
+    if not any(file.is_file() for file in files.values()):
+        raise ValueError(f"{path} is not a model folder: it holds no config.json. {advice}")
+    if files["modules.json"].is_file():
+        _check_modules(files["modules.json"])
+    config: Any = read_json(files["config.json"]) if files["config.json"].is_file() else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{files['config.json']} is {type(config).__name__}, no object. Restore the model's file.")
+    depth = _depth(config, files["config.json"])
+    names = _weight_names(folder)
+    stacks: dict[str, set[str]] = {}
+    for name in names:
+        if found := _OF_A_LAYER.match(name):
+            stacks.setdefault(found[1], set()).add(found[2])
+    counts = sorted({len(numbers) for numbers in stacks.values()})
+    extra = config.get("num_nextn_predict_layers")  # layers that predict further tokens stand behind the others
+    allowed = {depth, depth + extra} if depth is not None and isinstance(extra, int) else {depth}
+    if depth is not None and counts and not allowed & set(counts):
+        raise ValueError(
+            f"{files['config.json']} says {depth:,} layers, but the weights beside it have {counts[-1]:,}. Restore the "
+            "file that belongs to the weights."
+        )
+
+
+def _check_modules(file: Path) -> None:
+    modules = read_json(file)
+    if not isinstance(modules, list) or not all(isinstance(one, dict) for one in modules):
+        raise ValueError(f"{file} is no list of modules. Restore the sentence encoder's file.")
+    foreign = next((one for one in modules if not str(one.get("type")).startswith(_TRUSTED_MODULES)), None)
+    if foreign is not None:
+        raise ValueError(
+            f"{file} names the module {foreign.get('type')!r}, which is code of the folder and is not run. Give an "
+            "encoder that is made of modules of sentence-transformers."
+        )
+
+
+def _depth(config: Mapping[str, Any], file: Path) -> int | None:
+    """The number of layers by a configuration, of its text part where it has several; None: it does not say."""
+    text = config.get("text_config")
+    for part in (text if isinstance(text, dict) else {}, config):
+        for name in _DEPTHS:
+            value = part.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _DEEPEST:
+                raise ValueError(
+                    f"{file}: `{name}` is {str(value)[:40]}. Give a whole number from 1 to {_DEEPEST:,}, that of the "
+                    "weights."
+                )
+            return value
+    return None
+
+
+def _weight_names(folder: Path) -> list[str]:
+    """Names of all tensors in the safetensors files that transformers would read, each file checked."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return safetensors_names(single)
+    if not index.is_file():
+        return []
+    content = read_json(index)
+    placed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+        raise ValueError(f"{index} holds no `weight_map` of names. Restore the file.")
+    found: list[str] = []
+    for name in sorted(set(placed.values())):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{index} names {name!r}, which is not in the folder. Restore the file.")
+        found += safetensors_names(folder / name)
+    if lost := sorted(set(placed) - set(found)):
+        raise ValueError(
+            f"{folder}: {len(lost)} weights of {index.name} are in no file (first: {lost[0]}). Restore it."
+        )
+    return found
+
+
+def safetensors_names(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file, after its header and its length were checked.
+
+    Raises:
+        ValueError: If it is empty, cut, longer than its header says, or no such file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
+            raise ValueError(f"{file} is cut or no safetensors file ({size:,} bytes). Copy or download it again.")
+        header = parse_json(opened.read(length), f"{file}: the header")
+    if not isinstance(header, dict):
+        raise ValueError(f"{file} is no safetensors file: its header is no object. Copy or download it again.")
+    header.pop("__metadata__", None)
+    try:
+        end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
+    except (TypeError, KeyError, IndexError, ValueError):
+        raise ValueError(f"{file}: its header does not say where tensors are. Copy or download it again.") from None
+    if size != 8 + length + end:
+        raise ValueError(
+            f"{file} has {size:,} bytes, but its header says {8 + length + end:,}: it is cut or damaged. Copy or "
+            "download it again."
+        )
+    if not header:
+        raise ValueError(f"{file} holds no weights. Copy or download it again.")
+    return list(header)
+
+
+def weights_fingerprint(files: Iterable[Path]) -> str:
+    """A short name for the bytes of weight files: a changed bit changes it."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def vocabulary_fingerprint(tokenizer: Any) -> str:
+    """A short name for which token has which number and how tokens are merged: two swapped ones change it."""
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    merges = json.loads(backend.to_str())["model"].get("merges") if backend is not None else None
+    # Versions of `tokenizers` write a merge as a text or as a pair.
+    pairs = [one.split(" ", 1) if isinstance(one, str) else one for one in merges or []]
+    return hashlib.sha256(json.dumps([tokens, pairs]).encode()).hexdigest()[:16]

@@ -1,0 +1,124 @@
+"""Who may ask a scoring server: by the token, and by the name that the request calls the server."""
+
+import base64
+import binascii
+import hmac
+import ipaddress
+import socket
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fractal_rm.serving.limits import Application, Receive, Scope, Send, refuse
+
+# A shorter token is guessed, and a longer one is no token but another file.
+_TOKEN_LENGTHS = range(16, 1025)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address.
+
+    Example:
+        >>> is_loopback("127.0.0.1"), is_loopback("0.0.0.0")
+        (True, False)
+    """
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
+
+
+def read_token(file: str) -> str:
+    """The token in a file: its only line.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it holds no token.
+    """
+    token = Path(file).read_bytes().strip()
+    if len(token) not in _TOKEN_LENGTHS or not token.isascii() or len(token.split()) > 1:
+        raise ValueError(
+            f"{file} holds no token. Write one line of {_TOKEN_LENGTHS[0]} to {_TOKEN_LENGTHS[-1]:,} ASCII characters "
+            "without spaces, such as `openssl rand -hex 32` prints."
+        )
+    return token.decode()
+
+
+@dataclass(frozen=True)
+class Access:
+    """What a request must bring.
+
+    Args:
+        host: Address that the server listens on.
+        names: Further names that requests may call the server, such as that of a machine or of a proxy.
+        token: What requests must bring as `Authorization: Bearer TOKEN`, or as the password of a Basic authorization;
+            None: nothing.
+
+    Raises:
+        ValueError: If other machines reach the address and there is no token.
+    """
+
+    host: str = "127.0.0.1"
+    names: Collection[str] = ()
+    token: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.token is None and not is_loopback(self.host):
+            raise ValueError(
+                f"`host` is {self.host}, which other machines reach, without a token. Give `token_file`, a file with "
+                "a secret of your own, or listen on 127.0.0.1."
+            )
+
+    def knows(self, host: str) -> bool:
+        """Whether a `Host` header names this server.
+
+        A page of somebody else reaches a server on this machine by a name that it lets point here: names must be known.
+        Where other machines reach the server, any address is one.
+        """
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        name = name.strip("[]").lower().rstrip(".")
+        if name in {"localhost", self.host.lower(), *(one.lower() for one in self.names)}:
+            return True
+        if not is_loopback(self.host) and name == socket.gethostname().lower():
+            return True
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:  # a name
+            return False
+        return address.is_loopback or not is_loopback(self.host)
+
+    def allows(self, authorization: bytes) -> bool:
+        """Whether an `Authorization` header brings the token; the comparison takes as long for any wrong one."""
+        if self.token is None:
+            return True
+        kind, _, given = authorization.partition(b" ")
+        if kind.lower() == b"basic":
+            try:
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except binascii.Error:
+                given = b""
+        elif kind.lower() != b"bearer":
+            given = b""
+        return hmac.compare_digest(given.strip(), self.token.encode())
+
+
+class Gate:
+    """ASGI middleware that refuses requests without access before their body is read."""
+
+    def __init__(self, app: Application, access: Access) -> None:
+        self.app, self.access = app, access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = scope["headers"]
+        hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
+        if len(hosts) != 1 or not self.access.knows(hosts[0]):
+            sentence = "The request calls the server by a name that it does not know. Name it by `--names`."
+            return await refuse(send, 403, sentence)
+        given = [value for name, value in headers if name == b"authorization"]
+        if not self.access.allows(given[0] if len(given) == 1 else b""):
+            sentence = "The token is missing or wrong. Send it as `Authorization: Bearer TOKEN`."
+            return await refuse(send, 401, sentence, (b"www-authenticate", b"Bearer"))
+        return await self.app(scope, receive, send)

@@ -1,0 +1,68 @@
+"""Connections of the scoring server: how many at once, and how long one may take to say what it wants."""
+
+import asyncio
+import json
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fractal_rm.serving.limits import Limits
+
+try:
+    import resource
+except ImportError:  # Windows, which has no such limit
+    resource = None  # type: ignore[assignment]
+
+# Files that a server needs beside its connections: libraries, weights, logs.
+_SPARE_FILES = 64
+
+
+def server_config(app: Any, limits: Limits) -> uvicorn.Config:
+    """Settings of uvicorn under which a connection that asks for nothing is closed, and one too many is refused."""
+    most = limits.max_connections
+    if resource is not None:
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        most = most if files == resource.RLIM_INFINITY else max(min(most, files - _SPARE_FILES), 1)
+    answer = json.dumps({"detail": f"{most} connections are open, as many as there may be. Try again later."}).encode()
+    refusal = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
+    refusal += b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(answer), answer)
+
+    class Timed(H11Protocol):
+        """A connection whose request must begin in time."""
+
+        timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > most:
+                transport.write(refusal)
+                transport.close()
+            else:
+                self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop()
+            super().connection_lost(exc)
+
+        def _watch(self) -> None:
+            """Let the time run while no request is at work, from the first byte or from the end of the last one."""
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._stop()
+            elif self.timer is None and not self.transport.is_closing():
+                self.timer = self.loop.call_later(limits.header_seconds, self.transport.abort)
+
+        def _stop(self) -> None:
+            if self.timer is not None:
+                self.timer.cancel()
+                self.timer = None
+
+    return uvicorn.Config(app, http=Timed, log_level="warning", timeout_graceful_shutdown=int(limits.seconds) + 1)

@@ -1,0 +1,319 @@
+"""The corpus of bad input, each case with a part of its sentence. Writes `tests/corpus/bad_input.jsonl`:
+
+    python tests/support/bad_inputs.py
+
+Cases are made of tables: the options of every configuration with numbers outside their ranges, and small files of each
+kind. What reads a case is in `tests/test_bad_corpus.py`.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+CORPUS = Path(__file__).resolve().parent.parent / "corpus" / "bad_input.jsonl"
+Case = dict[str, Any]
+
+
+def configurations() -> dict[str, tuple[type, dict[str, Any]]]:
+    """Every configuration with ranges, by name, and what it needs to be made."""
+    from fractal_rm.cli.arguments import DataArguments, LoraArguments
+    from fractal_rm.cli.compare import CompareArguments
+    from fractal_rm.cli.evaluate import EvaluateArguments
+    from fractal_rm.cli.plan import PlanArguments
+    from fractal_rm.cli.ppo import PPOArguments
+    from fractal_rm.cli.sample import SampleArguments
+    from fractal_rm.cli.score import ScoreArguments
+    from fractal_rm.cli.serve import ServeArguments
+    from fractal_rm.ppo.config import StepPPOConfig
+    from fractal_rm.reward_training.config import FractalConfig
+    from fractal_rm.scorers.settings import FractalSettings
+    from fractal_rm.serving.limits import Limits
+    from fractal_rm.study.quickstart import QuickstartArguments
+
+    trainer = {"output_dir": "out", "use_cpu": True, "bf16": False}
+    made: list[tuple[type, dict[str, Any]]] = [
+        (StepPPOConfig, trainer),
+        (FractalConfig, trainer),
+        (FractalSettings, {"scorer": "token", "aggregation": "max"}),
+        (LoraArguments, {}),
+        (DataArguments, {}),
+        (SampleArguments, {"model": "m", "output": "o"}),
+        (PPOArguments, {"model": "m"}),
+        (PlanArguments, {}),
+        (ScoreArguments, {"model": "m", "input": "i", "output": "o"}),
+        (EvaluateArguments, {"model": "m"}),
+        (ServeArguments, {"model": "m"}),
+        (Limits, {}),
+        (QuickstartArguments, {}),
+        (CompareArguments, {}),
+    ]
+    return {kind.__name__: (kind, needed) for kind, needed in made}
+
+
+def options() -> Iterator[Case]:
+    """Numbers outside the range of an option: NaN, infinite, below, above, not whole."""
+    from fractal_rm.ranges import RANGES
+
+    told: set[tuple[str, str]] = set()
+    for kind, (cls, _) in configurations().items():
+        for one in fields(cls):
+            allowed = RANGES.get(one.name)
+            # A base class's options are the same in both trainers.
+            if allowed is None or (one.name, "Config" * kind.endswith("Config")) in told:
+                continue
+            told.add((one.name, "Config" * kind.endswith("Config")))
+            below = allowed.low if allowed.open_low else allowed.low - 1
+            above = allowed.high if allowed.open_high else allowed.high * 2 + 1
+            values = [below, above] if allowed.whole else [math.nan, math.inf, below, above]
+            lists = one.name in ("step_reward_weights", "reward_weights", "label_scale")
+            for value in values:
+                place = "Number 1 of " if lists else ""
+                says = f"{place}`{one.name}` is {value}. Give a "
+                if not lists and allowed.whole:
+                    says = f"`{one.name}` is {int(value)}. Give a "
+                    value = int(value)
+                yield case("option", {"of": kind, one.name: [value] if lists else value}, says)
+
+
+def blocks() -> Iterator[Case]:
+    """`fractal` blocks with a value of another type, outside its range, or unknown."""
+    wrong: dict[str, list[Any]] = {
+        "scorer": [3, None, "head", ["token"]],
+        "aggregation": [1, "median", None],
+        "segmentation": [3, "lines", [], {"method": 3}, {"method": "words"}, {"pattern": "(", "method": "pattern"}],
+        "prompt_template": [None, 5, "no place"],
+        "max_length": ["512", 0, -5, 1.5, True, 10**12],
+        "sharpness": [0, -1, math.nan, math.inf, "1"],
+        "missed_good": [-0.1, 1.0, "0", math.nan],
+        "missed_bad": [2, None],
+        "num_grades": [1, "4", 4, 1.0],
+        "head_type": ["deep", 1],
+        "reduction": ["max", None],
+        "log_weight": [math.nan, 1e9, -1e9, "0", math.inf, None],
+        "bias": ["3", math.inf, -math.inf, math.nan, None, [0], True],
+        "temperature": [-1, 0, math.nan, math.inf, "1", None, True, 1e30],
+        "threshold": [5, -0.1, math.nan, "0.5", None],
+        "tokenizer": [5, []],
+        "vocabulary": [1],
+        "weights": [["a"]],
+        "head": ["abc", [1, "2"], [math.nan], {"a": 1}],
+        "chat": [1, "yes"],
+        "chat_template_kwargs": [[], None, "x"],
+        "joint": [1],
+        "reading": [0, 3, "2", True],
+        "data": [1],
+        "versions": [[], {"torch": 2}],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            if name == "segmentation":  # the sentence names its key
+                yield case("block", {name: value}, "rm/config.json: the `fractal` block cannot be used (")
+                continue
+            unknown = isinstance(value, str) and name in ("scorer", "aggregation", "head_type", "reduction")
+            says = f"nknown {name} {value!r}" if unknown else name
+            yield case("block", {name: value}, f"rm/config.json: the `fractal` block cannot be used (|{says}")
+    for version in (True, 1.0, "1", None, 0, 99, [1]):
+        yield case("block", {"format_version": version}, f"has format version {version!r}")
+    for more in ({"segmentation": {"cut": 1}}, {"segmentation": {"version": 7}}, {"segmentation": {"language": "?"}}):
+        yield case("block", more, "the `fractal` block cannot be used (")
+    yield case("block", {"ordinal": 4}, "holds unknown keys ['ordinal']")
+
+
+def files() -> Iterator[Case]:
+    """Files of rows, and of settings in YAML, as bytes in Latin-1."""
+    row = '{"prompt": "1+1?", "completion": "2", "label": 1}\n'
+    rows = {
+        "": "is empty",
+        "\n\n": "is empty",
+        "{": "row 1: the line is invalid JSON",
+        row + "{'a': 1}\n": "row 2: the line is invalid JSON",
+        row + "\n" + row: "row 2: the line is blank",
+        "[1, 2]\n": "row 1: the row is list",
+        "3\n": "row 1: the row is int",
+        "null\n": "row 1: the row is NoneType",
+        '"text"\n': "row 1: the row is str",
+        "\xff\xfe{\x00}\x00\n\x00": "row 1: the line is not UTF-8 (byte 0)",
+        '{"prompt": "caf\xe9"}\n': "row 1: the line is not UTF-8",
+        '{"label": 1, "label": 0}\n': "row 1: the line has the name 'label' twice",
+        '{"prompt": [{"role": "user", "role": "system"}]}\n': "has the name 'role' twice",
+        "[" * 3000 + "]" * 3000 + "\n": "row 1: the line is JSON that Python cannot hold",
+        '{"a": ' * 2000 + "1" + "}" * 2000 + "\n": "row 1: the line is JSON that Python cannot hold",
+        '{"label": ' + "9" * 5000 + "}\n": "row 1: the line is JSON that Python cannot hold",
+        '{"prompt": "a' + "\x00" + '"}\n': "row 1: the line is invalid JSON",
+        row[:-2]: "row 1: the line is invalid JSON",
+        row * 2 + "}" + row: "row 3: the line is invalid JSON",
+        "PAR1": "row 1: the line is invalid JSON",
+        "prompt,label\n1,2\n": "row 1: the line is invalid JSON",
+    }
+    for content, says in rows.items():
+        yield case("rows", content, f"rows.jsonl|{says}")
+    for content, says in {
+        "{}": "holds no list",
+        "3": "holds no list",
+        "[1]": "row 1: the row is int",
+        "[{}, 2]": "row 2: the row is int",
+        "[": "the file is invalid JSON",
+        '{"a": 1, "a": 2}': "the file has the name 'a' twice",
+        "": "is empty",
+        "[]": "is empty",
+    }.items():
+        yield case("list", content, f"rows.json|{says}")
+    for name in ("rows.txt", "rows", "rows.jsonl.bz2", "rows.pkl"):
+        yield case("name", name, f"{name} has an unknown ending")
+    yield case("gzip", "not gzip", "is not a complete gzip file")
+    yield case("gzip", "\x1f\x8b\x08\x00", "is not a complete gzip file")
+    for content, says in {
+        "": "holds no mapping",
+        "- a": "holds no mapping",
+        "3": "holds no mapping",
+        "a: 1\na: 2\n": "line 2 is invalid YAML: the key 'a' comes twice",
+        "a: {b: 1, b: 2}": "the key 'b' comes twice",
+        "a: &x [1]\nb: *x\n": "an alias (`*name`) is not taken",
+        "a: &a [x,x]\nb: &b [*a,*a]\nc: [*b,*b]\n": "an alias (`*name`) is not taken",
+        "a: [1\nb: 2": "is invalid YAML",
+        "a: !!python/object/apply:os.system ['true']": "could not determine a constructor",
+        "a: !!python/name:os.system": "could not determine a constructor",
+        "\ta: 1": "is invalid YAML",
+        "a: 1\n b: 2": "is invalid YAML",
+        "\xff\xfea\x00": "is not UTF-8 (byte 0)",
+        "a: caf\xe9": "is not UTF-8",
+        "a: 2026-13-45": "cannot be read",
+        "[" * 600: "cannot be read",
+        "? [a]\n: 1": "a.yaml",
+        "a: \x01": "invalid YAML",
+        "%FOO\n---\n---\n": "a.yaml",
+        "a: 'b": "is invalid YAML",
+    }.items():
+        yield case("yaml", content, f"a.yaml|{says}")
+    for content, says in {
+        "step": "holds no mapping",
+        "step: 3": "'step' has int in place of options",
+        "step: [1]": "'step' has list in place of options",
+        "step: {gama: 1}": "the option 'gama', which StepPPOConfig does not know",
+        "step: {gamma: high}": "`gamma` of step is 'high'. Give a number",
+        "step: {gamma: 2}": "`gamma` of step is 2. Give a number from 0 to 1",
+        "step: {learning_rate: .nan}": "`learning_rate` of step is nan",
+        "step: {learning_rate: true}": "`learning_rate` of step is True",
+        "3: {gamma: 1}": "3 has dict in place of options",
+        "step: {gamma: 1}\nstep: {gamma: 0}": "the key 'step' comes twice",
+    }.items():
+        yield case("chosen", content, f"a.yaml|{says}")
+
+
+def folders() -> Iterator[Case]:
+    """Model folders by their `config.json` and the layers of their weights."""
+    weights = [f"model.layers.{number}.mlp.weight" for number in range(2)]
+    for config, says in {
+        "[]": "is list, no object",
+        "3": "is int, no object",
+        "null": "is NoneType, no object",
+        "{": "is invalid JSON",
+        "": "is invalid JSON",
+        '{"a": 1, "a": 2}': "has the name 'a' twice",
+        "[" * 5000: "JSON that Python cannot hold",
+        "\xff\xfe{\x00": "is not UTF-8",
+        '{"num_hidden_layers": 1}': "says 1 layers, but the weights beside it have 2",
+        '{"n_layer": 3}': "says 3 layers, but the weights beside it have 2",
+        '{"num_hidden_layers": 10000000}': "`num_hidden_layers` is 10000000. Give a whole number from 1 to 2,000",
+        '{"num_hidden_layers": 0}': "`num_hidden_layers` is 0",
+        '{"num_hidden_layers": -1}': "`num_hidden_layers` is -1",
+        '{"num_hidden_layers": "2"}': "`num_hidden_layers` is 2. Give a whole number",
+        '{"num_hidden_layers": 2.0}': "`num_hidden_layers` is 2.0",
+        '{"num_hidden_layers": true}': "`num_hidden_layers` is True",
+        '{"num_hidden_layers": [2]}': "`num_hidden_layers` is [2]",
+        '{"text_config": {"num_hidden_layers": 7}}': "says 7 layers",
+        '{"n_layers": 1e9}': "`n_layers` is 1000000000.0",
+    }.items():
+        yield case("folder", {"config": config, "weights": weights}, f"config.json|{says}")
+    for content, says in {
+        "": "is cut or no safetensors file (0 bytes)",
+        "abc": "is cut or no safetensors file",
+        "PK\x03\x04" + "x" * 60: "is cut or no safetensors file",
+        "\xff" * 16: "is cut or no safetensors file",
+        "\x02" + "\x00" * 7 + "[]": "its header is no object",
+        "\x02" + "\x00" * 7 + "{}": "holds no weights",
+        "\x02" + "\x00" * 7 + "{x": "the header is invalid JSON",
+        "\x09" + "\x00" * 7 + '{"a": {}}': "does not say where tensors are",
+        "\x08" + "\x00" * 7 + '{"a": 1}': "does not say where tensors are",
+        "\x1d" + "\x00" * 7 + '{"a": {"data_offsets":[0,4]}}': "it is cut or damaged",
+        "\x1d" + "\x00" * 7 + '{"a": {"data_offsets":[0,4]}}' + "\x00" * 9: "it is cut or damaged",
+        "\x1f" + "\x00" * 7 + '{"a": {"data_offsets":["x",4]}}'[:31]: "it is cut or damaged",
+    }.items():
+        yield case("safetensors", content, f"model.safetensors|{says}")
+    for content, says in {
+        "[]": "holds no `weight_map`",
+        "{}": "holds no `weight_map`",
+        '{"weight_map": {"a": 1}}': "holds no `weight_map`",
+        '{"weight_map": {"a": "b.safetensors"}}': "names 'b.safetensors', which is not in the folder",
+        '{"weight_map": {"a": "../other"}}': "names '../other', which is not in the folder",
+        "{": "is invalid JSON",
+    }.items():
+        yield case("index", content, f"model.safetensors.index.json|{says}")
+    for content, says in {
+        "{}": "is no list of modules",
+        "[3]": "is no list of modules",
+        '[{"type": "evil.Module"}]': "'evil.Module', which is code of the folder",
+        '[{"type": "sentence_transformersX.evil"}]': "which is code of the folder",
+        "[{}]": "which is code of the folder",
+    }.items():
+        yield case("modules", content, f"modules.json|{says}")
+
+
+def patterns() -> Iterator[Case]:
+    """Patterns that are none, or take too long: what downloaded models bring."""
+    for pattern, says in {
+        "(": "is no regular expression",
+        "[a": "is no regular expression",
+        "*": "is no regular expression",
+        "(?P<1>a)": "is no regular expression",
+        "a{2,1}": "is no regular expression",
+        "(?<=a+": "is no regular expression",
+        "\\": "is no regular expression",
+        "(" * 900: "is no regular expression",
+        "a" * 3000: "The pattern has 3,000 characters",
+        "(a|a)*$": "takes longer than",
+        "(a|aa)+$": "takes longer than",
+        "(.*a){20}$": "takes longer than",
+    }.items():
+        yield case("pattern", pattern, says)
+
+
+def results() -> Iterator[Case]:
+    """Rows of results with metrics that are none."""
+    for row, says in {
+        "[1]": "line 1 is no result but list",
+        "3": "line 1 is no result but int",
+        "null": "line 1 is no result but NoneType",
+        "x": "line 1 is invalid JSON",
+        "{}": "row 1 holds no metrics",
+        '{"metrics": 3}': "row 1 holds no metrics",
+        '{"metrics": [1]}': "row 1 holds no metrics",
+        '{"metrics": null}': "row 1 holds no metrics",
+        '{"metrics": {"a": "b"}}': "the metric 'a' is 'b'. Give a number, or null",
+        '{"metrics": {"a": [1]}}': "the metric 'a' is [1]",
+        '{"metrics": {"a": {"b": 1}}}': "the metric 'a' is {'b': 1}",
+        '{"metrics": {"a": ' + "9" * 400 + "}}": "the metric 'a' is 9999",
+        '{"metrics": {"a": 1}, "metrics": {}}': "has the name 'metrics' twice",
+        '{"metrics": {"a": 1, "a": 2}}': "has the name 'a' twice",
+        "\xff\xfe{\x00": "is not UTF-8",
+        "[" * 3000 + "]" * 3000: "JSON that Python cannot hold",
+        '{"metrics": {}}\n[2]': "line 2 is no result but list",
+    }.items():
+        yield case("results", row, f"results.jsonl|{says}")
+
+
+def case(reader: str, given: Any, says: str) -> Case:
+    """One line of the corpus; parts of the sentence stand between bars."""
+    return {"reader": reader, "given": given, "says": says.split("|")}
+
+
+def cases() -> list[Case]:
+    """All of them."""
+    return [one for made in (options, blocks, files, folders, patterns, results) for one in made()]
+
+
+if __name__ == "__main__":
+    CORPUS.write_text("".join(json.dumps(one) + "\n" for one in cases()), encoding="utf-8")
