@@ -184,7 +184,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
     """Be the only process that writes something; the system frees it when the process ends, however that ends.
 
     Args:
-        file: The lock. It holds the number of the process, and is removed at the end with a folder made for it.
+        file: The lock. It holds the number of the process, and is removed at the end with folders made for it.
         what: What is written, for the message. Of processes that are launched together the first one holds the lock.
 
     Raises:
@@ -193,7 +193,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    made = not file.parent.exists()
+    made = [folder for folder in file.parents if not folder.exists()]
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file)
     try:
@@ -208,9 +208,9 @@ def locked(file: Path, what: str) -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)
         lock.release()
-        if made:
+        for folder in made:
             with suppress(OSError):  # not empty
-                file.parent.rmdir()
+                folder.rmdir()
 
 
 def seconds_of(folder: Path) -> float:

@@ -117,9 +117,12 @@ def test_the_table_of_a_configuration_holds_the_help_of_each_of_its_fields(name)
     kind = getattr(fractal_rm, name)
     table = site_reference.config_page().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
     rows = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
-    inherited = kind.__mro__[1].__dataclass_fields__
+    ours = [base for base in kind.__mro__ if base.__module__.startswith("fractal_rm")]
+    inherited = kind.__mro__[len(ours)].__dataclass_fields__
     added = {field.name for field in dataclasses.fields(kind) if field.name not in inherited}
-    own = {field.name for field in dataclasses.fields(kind)} & set(kind.__annotations__)  # not those of the class
+    own = {field.name for field in dataclasses.fields(kind)} & {
+        field for base in ours for field in base.__annotations__
+    }
     assert added <= rows.keys() == own
     for field, line in rows.items():
         assert kind.__dataclass_fields__[field].metadata["help"] in line.replace("\\|", "|").replace("\\*", "*")

@@ -243,7 +243,7 @@ def test_tokens_of_an_environment_have_no_advantage_and_are_skipped_over(tmp_pat
     values = masked["values"]
     # The first row's second token is followed by its fifth; the step in between was not the policy's.
     assert masked["advantages"][0, 1].item() == pytest.approx((values[0, 4] - values[0, 1]).item(), abs=1e-5)
-    assert measured(masked["trainer"])["placement/unplaced_steps"] == [1.0]
+    assert measured(masked["trainer"])["placement/unplaced_steps"] == [0.0]  # what an environment writes is no step
 
 
 def test_truncated_completions_that_trl_masks_lose_no_step_in_the_audit(tmp_path):

@@ -470,8 +470,8 @@ def folders(tmp_path) -> Path:
         (["--runs", "a=good", "a=other"], "The 2 runs called 'a' have logged nothing at the same update."),
         (["--runs", "good", "--results", "r.jsonl"], "Give either `results`"),
         ([], "Give either `results`"),
-        (["--runs", "good", "--metrics", "kl"], "`metrics` has an effect with `results` only"),
-        (["--results", "r.jsonl", "--figure", "f.png"], "`figure` has an effect with `runs` only"),
+        (["--runs", "good", "--metrics", "kl"], "`metrics` has an effect only with `results`"),
+        (["--results", "r.jsonl", "--figure", "f.png"], "`figure` has an effect only with `runs`"),
         (["--runs", "good", "--output", "page.md"], "`output` is page.md. Give a name that ends in .html."),
         (["--runs", "good", "--figure", "f.pdf"], "`figure` is f.pdf. Give a name that ends in .png or .svg."),
     ],
@@ -492,7 +492,7 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(folders, monkeypatch, 
 def test_runs_without_a_place_to_write_are_refused(folders, monkeypatch, capsys):
     monkeypatch.chdir(folders)
     assert main(["report", "--runs", "good"]) == 2
-    assert "`runs` make a page or a picture. Give `output`" in capsys.readouterr().err
+    assert "`runs` become a page or a picture. Give `output`" in capsys.readouterr().err
 
 
 def test_without_matplotlib_the_extra_is_named_before_anything_is_read(folders, monkeypatch, capsys):

@@ -58,8 +58,9 @@ def config_page() -> str:
     for name in PUBLIC:
         kind = getattr(fractal_rm, name)
         if is_configuration(kind):
-            base = kind.__mro__[1]
-            parts += [f"## {name}", f"Extends `{base.__module__.split('.')[0]}.{base.__name__}`.", field_table(kind)]
+            ours = [base for base in reversed(kind.__mro__) if base.__module__.startswith("fractal_rm")]
+            base = next(base for base in kind.__mro__ if base not in ours)
+            parts += [f"## {name}", f"Extends `{base.__module__.split('.')[0]}.{base.__name__}`.", field_table(*ours)]
     return "\n\n".join([*parts, ""])
 
 

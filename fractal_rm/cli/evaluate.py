@@ -225,6 +225,8 @@ def _measure(
         benchmark = Benchmark(bags, lambda scored, limit: measure_responses(scored, bags, limit))
     else:
         benchmark = _benchmark(model, rows, source, arguments, first=first)
+    if first:
+        warn_of_uncut_responses([(bag.response, bag.step_spans) for bag in benchmark.bags], model.segmentation)
     measured = measure(model, benchmark, threshold=threshold)
     if model.reused:
         counts = {name: value for name, value in measured.counts.items() if name not in SPEED}
@@ -250,8 +252,6 @@ def _benchmark(model: Any, rows: list[Any], source: str, arguments: EvaluateArgu
     )
     if benchmark.remark and first:
         print(benchmark.remark, file=sys.stderr)
-    if first:
-        warn_of_uncut_responses([(bag.response, bag.step_spans) for bag in benchmark.bags], model.segmentation)
     return benchmark
 
 
