@@ -51,10 +51,9 @@ def test_a_model_folder_takes_the_place_of_the_sizes(tmp_path):
     shared = ["--smoke", "--model", folder, "--split", "tiny", "--dtype", "bfloat16", "--results", str(results)]
     scoring_speed.main([*shared, "--arms", "bare_forward", "--longest", "3"])
     rm_speed.main([*shared, "--arms", "length_grouping", "--longest", "3"])
-    ppo_speed.main([*shared, "--arms", "dense_over_rule", "--response-length", "6", "--no-stages"])
     rows = read_results(results)
-    assert [row["split"] for row in rows] == ["tiny, cpu, bfloat16"] * 3
-    assert [row["config"]["dtype"] for row in rows] == ["bfloat16", "float32", "bfloat16"]  # autocast in training
+    assert [row["split"] for row in rows] == ["tiny, cpu, bfloat16"] * 2
+    assert [row["config"]["dtype"] for row in rows] == ["bfloat16", "float32"]  # autocast in training
     assert rows[1]["config"]["autocast"] == "bfloat16"
     expected = LlamaForCausalLM.from_pretrained(folder).num_parameters()
     assert {row["config"]["parameters"] for row in rows} == {expected}
