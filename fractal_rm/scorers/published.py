@@ -147,7 +147,7 @@ PUBLISHED = {
 class PublishedSettings(FractalSettings):
     """Settings of somebody else's model: they hold its reading, and are never written to a folder."""
 
-    reading: Published = field(default_factory=lambda: PUBLISHED["trl"])
+    published: Published = field(default_factory=lambda: PUBLISHED["trl"])
 
 
 def find_reading(path: str | Path, config: dict[str, Any], published: str | Published | None) -> Published | None:
@@ -245,7 +245,7 @@ def load_published(
         aggregation=reading.aggregation,
         segmentation=reading.segmentation,
         max_length=positions,
-        reading=reading,
+        published=reading,
     )
     return PublishedScorer(model, ids).eval(), settings
 
@@ -336,7 +336,7 @@ class PublishedInputs(TokenInputs):
     def reading(self) -> Published:
         """The description."""
         assert isinstance(self.settings, PublishedSettings)
-        return self.settings.reading
+        return self.settings.published
 
     def encode(self, bags: Sequence[Bag]) -> list[EncodedBag]:
         """As [`TokenInputs.encode`]; a step's end is the token at which its score is read.
