@@ -16,6 +16,7 @@ from support import fractal, step_ppo
 from support.models import sums
 from transformers import TrainerCallback
 
+from fractal_rm import ranges
 from fractal_rm.cli.arguments import read_rows
 from fractal_rm.cli.main import main
 from fractal_rm.data.readers import read_jsonl
@@ -241,8 +242,14 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(whole, tmp
     assert fault(tmp_path / "checkpoint-2") is None
 
 
+@pytest.fixture
+def any_rate(monkeypatch):
+    """Rates that options refuse, for the quickest way to weights that are not finite."""
+    monkeypatch.delitem(ranges.RANGES, "learning_rate")
+
+
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(tmp_path, kind):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(tmp_path, kind, any_rate):
     twice = {"num_iterations": 2} if kind == "ppo" else {}  # the same rollout, with other weights
     trainer = RUNS[kind](tmp_path, learning_rate=1e30, max_grad_norm=0.0, save_steps=100, **twice)
     with pytest.raises(ValueError, match=r"The loss of step 1 is nan: the training diverges"):
@@ -256,7 +263,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(tmp_path, k
         trainer.compute_loss(trainer.model, batch)
 
 
-def test_a_policy_that_can_no_longer_sample_stops_the_run_and_keeps_the_prompts(tmp_path):
+def test_a_policy_that_can_no_longer_sample_stops_the_run_and_keeps_the_prompts(tmp_path, any_rate):
     with pytest.raises(ValueError, match=r"cannot sample at step 1, .*/not_finite-1-0\.jsonl keeps the prompts\."):
         policy_run(tmp_path, learning_rate=1e30, max_grad_norm=0.0).train()
     assert len(read_jsonl(tmp_path / "not_finite-1-0.jsonl")) == 8

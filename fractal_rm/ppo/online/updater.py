@@ -50,7 +50,7 @@ class RewardModelUpdater:
         if isinstance(self.settings, PublishedSettings):
             raise ValueError(
                 f"`rm_update_every` trains the reward model, and this is the published model "
-                f"{self.settings.reading.name}. Set `rm_update_every=0`, or train a model of your own."
+                f"{self.settings.published.name}. Set `rm_update_every=0`, or train a model of your own."
             )
         if self.scorer.is_adapted:
             raise ValueError(
