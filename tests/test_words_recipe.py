@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.documents import REPOSITORY, script
 from support.stand_ins import save_policy, save_reward_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -222,12 +222,15 @@ def test_the_study_tunes_and_runs_every_arm(work):
         moved = any(weight.abs().sum() > 0 for name, weight in load_file(adapter).items() if "lora_B" in name)
         assert moved == (study.ARMS[arm].steps is not None)  # the stand-in answers nothing: all outcomes are equal
     assert not any((work / "running").iterdir())
+    adapter = work / "ppo" / "gsm_symbolic" / "seed-0" / "trained" / "dense_outcome" / "adapter_model.safetensors"
+    save_file({name: torch.randn_like(weight) for name, weight in load_file(adapter).items()}, adapter)
     words_pictures.main(
         ["--work", str(work), "--held_out", "3", "--count", "2", "--results", str(work), "--pictures", str(work)]
     )
     answers = [json.loads(line) for line in (work / "words_answers.jsonl").read_text().splitlines()]
     assert [row["when"] for row in answers] == ["before"] * 2 + ["after"] * 2
     assert [row["prompt"] for row in answers[:2]] == [row["prompt"] for row in answers[2:]]
+    assert [row["steps"] for row in answers[:2]] != [row["steps"] for row in answers[2:]]  # with adapters at random
     assert all(0 <= step["score"] <= 1 for row in answers for step in row["steps"])
     for name in ("words_answers.png", "words_curves.png"):
         assert (work / name).read_bytes()[1:4] == b"PNG"

@@ -55,10 +55,10 @@ def collect(work: Path, arm: str, seed: int, task_name: str, count: int, held_ou
     tokenizer = AutoTokenizer.from_pretrained(base)
     policy: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     judge = StepRewardModel.from_pretrained(work / "reward_model", dtype=torch.bfloat16)
-    found: list[Answer] = []
-    for when, model in ((BEFORE, policy), (AFTER, PeftModel.from_pretrained(policy, adapter))):
-        found += answers(model.eval(), tokenizer, judge, problems, task.max_new_tokens, {"when": when, "arm": arm})
-    return found
+    asked = (tokenizer, judge, problems, task.max_new_tokens)
+    before = answers(policy.eval(), *asked, {"when": BEFORE, "arm": arm})
+    trained = PeftModel.from_pretrained(policy, adapter)  # which changes `policy` itself
+    return before + answers(trained.eval(), *asked, {"when": AFTER, "arm": arm})
 
 
 def answers(
@@ -146,9 +146,16 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 def _boxes(row: Answer) -> list[tuple[list[str], float | None]]:
     """Lines and score of each step."""
-    plain = ("".join(c if c.isprintable() else "?" for c in step["text"]) for step in row["steps"])
+    plain = ("".join(c if _is_drawn(c) else "?" for c in step["text"]) for step in row["steps"])
     lines = [textwrap.wrap(text, _CHARACTERS) or [""] for text in plain]
     return [(one, step["score"]) for one, step in zip(lines, row["steps"], strict=True)]
+
+
+def _is_drawn(character: str) -> bool:
+    """Whether the font of the pictures has a character: Latin, currencies, signs of mathematics."""
+    return character.isprintable() and (
+        character < "\u0250" or "\u20a0" <= character < "\u20b0" or character in "\u2212\u2264"
+    )
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], dataset: str, path: Path) -> None:
