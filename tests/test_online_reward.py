@@ -15,6 +15,7 @@ from support.models import reward_model
 from support.stand_ins import preferences, save_encoder, save_policy, save_reward_model
 from transformers import AutoModelForTokenClassification
 
+from fractal_rm import ranges
 from fractal_rm.data.bag import Bag
 from fractal_rm.objectives.bag_loss import bag_loss
 from fractal_rm.ppo.config import StepPPOConfig
@@ -226,7 +227,8 @@ def test_an_update_with_wrong_outcomes_is_taken_back_to_the_last_bit(tmp_path):
     assert (online.counters.kept, online.counters.rolled_back) == (1, 1)
 
 
-def test_an_update_that_diverges_is_taken_back(tmp_path):
+def test_an_update_that_diverges_is_taken_back(tmp_path, monkeypatch):
+    monkeypatch.delitem(ranges.RANGES, "rm_learning_rate")  # which refuses such a rate
     online, logged = make(token_model(), tmp_path, rm_learning_rate=1e30)
     before = bits(online)
     feed(online, responses(160))

@@ -223,7 +223,7 @@ def test_rows_can_be_passed_over_and_not_beyond_the_end(stand_ins, tmp_path, cap
     for more, sentence in (
         (["--task", "gsm8k", "--train_file", problems, "--skip_prompts", "3"], "but there are 3 prompts"),
         (["--task", "arithmetic", "--skip_prompts", "1"], "`task=arithmetic` makes its own prompts"),
-        (["--task", "gsm8k", "--train_file", problems, "--skip_prompts", "-1"], "Give a number of rows, 0 for none."),
+        (["--task", "gsm8k", "--train_file", problems, "--skip_prompts", "-1"], "Give a whole number from 0"),
     ):
         assert main([*flags, *more]) == 2
         assert sentence in capsys.readouterr().err

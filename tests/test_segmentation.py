@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fractal_rm.data.segmentation import (
@@ -130,6 +130,7 @@ def test_a_separator_is_taken_literally(text, mark):
 
 @given(text=texts, expression=st.sampled_from([r"\n+", r"[.!?]\s", r"(?=\d)", r"a*", r"(?:x|\s)+"]))
 def test_a_pattern_cuts_as_re_split_does(text, expression):
+    assume(not set(text) & set("\x1c\x1d\x1e\x1f"))  # white space to `re`, and not to `regex` or Unicode
     expected = [piece.strip() for piece in re.split(expression, text) if piece.strip()]
     assert [text[start:end] for start, end in Segmentation("pattern", pattern=expression)(text)] == expected
 

@@ -173,13 +173,23 @@ def test_chunks_change_no_number(folder, tmp_path, monkeypatch):
     assert len(shards(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("content", [None, {}, {"config.json": "{}"}, {"modules.json": "[", "config.json": "{}"}])
-def test_what_is_no_model_is_refused_in_one_sentence(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, ""),
+        ({}, "it holds no config.json"),
+        ({"config.json": "{}"}, ""),
+        ({"modules.json": "[", "config.json": "{}"}, "modules.json is invalid JSON"),
+    ],
+)
+def test_what_is_no_model_is_refused_in_one_sentence(tmp_path, content, reason):
     path = tmp_path / "model"
     if content is not None:
         path.mkdir()
         for name, text in content.items():
             (path / name).write_text(text)
-    sentence = rf"\A{re.escape(str(path))} cannot be loaded as a sentence-transformers model \([^\n]+\)\. Give [^\n]+\Z"
+    cannot = r" cannot be loaded as a sentence-transformers model \([^\n]+\)\. Give "
+    said = r"[^\n]*" + reason if reason else cannot
+    sentence = rf"\A{re.escape(str(path))}{said}[^\n]+\Z"
     with pytest.raises(ValueError, match=sentence):
         SentenceEncoder(path, cache_dir="")

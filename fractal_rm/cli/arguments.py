@@ -245,8 +245,8 @@ class LoraArguments:
     )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.use_peft:
-            check_ranges(self)
             return
         for one in fields(self):
             if getattr(self, one.name) != one.default:

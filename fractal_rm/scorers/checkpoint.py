@@ -277,7 +277,8 @@ def save_scorer(
     """
     if isinstance(settings, PublishedSettings):
         raise ValueError(
-            f"This is the published model {settings.published.name}, which is not written to {path}: keep its own folder."
+            f"This is the published model {settings.published.name}, which is not written to {path}: "
+            "keep its own folder."
         )
     model = copy.deepcopy(scorer.model).merge_and_unload() if scorer.is_adapted else scorer.base
     saved = copy.deepcopy(settings)

@@ -474,6 +474,8 @@ def read_chosen(path: Path) -> dict[str, Options]:
         for name, value in options.items():
             if name not in known:
                 raise ValueError(f"{path}: {arm} has the option {name!r}, which StepPPOConfig does not know. Mend it.")
+            if value is None and "None" in str(known[name].type):
+                continue
             default = known[name].default
             number = isinstance(default, int | float) and not isinstance(default, bool)
             if number and (isinstance(value, bool) or not isinstance(value, int | float)):

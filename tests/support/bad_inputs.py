@@ -166,9 +166,9 @@ def files() -> Iterator[Case]:
     yield case("gzip", "not gzip", "is not a complete gzip file")
     yield case("gzip", "\x1f\x8b\x08\x00", "is not a complete gzip file")
     for content, says in {
-        "": "holds no mapping",
-        "- a": "holds no mapping",
-        "3": "holds no mapping",
+        "": "does not hold a mapping",
+        "- a": "does not hold a mapping",
+        "3": "does not hold a mapping",
         "a: 1\na: 2\n": "line 2 is invalid YAML: the key 'a' comes twice",
         "a: {b: 1, b: 2}": "the key 'b' comes twice",
         "a: &x [1]\nb: *x\n": "an alias (`*name`) is not taken",
@@ -189,7 +189,7 @@ def files() -> Iterator[Case]:
     }.items():
         yield case("yaml", content, f"a.yaml|{says}")
     for content, says in {
-        "step": "holds no mapping",
+        "step": "does not hold a mapping",
         "step: 3": "'step' has int in place of options",
         "step: [1]": "'step' has list in place of options",
         "step: {gama: 1}": "the option 'gama', which StepPPOConfig does not know",
