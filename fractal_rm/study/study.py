@@ -471,6 +471,7 @@ def read_chosen(path: Path) -> dict[str, Options]:
     for arm, options in found.items():
         if not isinstance(arm, str) or not isinstance(options, dict):
             raise ValueError(f"{path}: {arm!r} has {type(options).__name__} in place of options. Write `name: value`.")
+        value: Any
         for name, value in options.items():
             if name not in known:
                 raise ValueError(f"{path}: {arm} has the option {name!r}, which StepPPOConfig does not know. Mend it.")
