@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import datasets
 import torch
@@ -471,7 +471,6 @@ def read_chosen(path: Path) -> dict[str, Options]:
     for arm, options in found.items():
         if not isinstance(arm, str) or not isinstance(options, dict):
             raise ValueError(f"{path}: {arm!r} has {type(options).__name__} in place of options. Write `name: value`.")
-        value: Any
         for name, value in options.items():
             if name not in known:
                 raise ValueError(f"{path}: {arm} has the option {name!r}, which StepPPOConfig does not know. Mend it.")
@@ -481,7 +480,7 @@ def read_chosen(path: Path) -> dict[str, Options]:
             number = isinstance(default, int | float) and not isinstance(default, bool)
             if number and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{path}: `{name}` of {arm} is {value!r}. Give a number.")
-            if number and not (value in RANGES[name] if name in RANGES else math.isfinite(value)):
+            if number and not (value in RANGES[name] if name in RANGES else math.isfinite(cast(float, value))):
                 raise ValueError(f"{path}: `{name}` of {arm} is {value!r}. Give {RANGES.get(name, 'a finite number')}.")
     return found
 
