@@ -288,6 +288,7 @@ def test_the_whole_recipe_runs_on_a_stand_in_and_finds_what_is_finished(stand_in
     study_flags = "--updates 1 --rollouts 8 --held_out 2 --draws 2 --seeds 1 --learning_rate 1e-3 --arms dense_outcome"
     monkeypatch.setitem(run.BUDGETS, "small", run.Amounts(prompts=4, judged=2, study=study_flags))
     monkeypatch.setattr(run, "run_step", in_this_process)
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda process: {0}, raising=False)  # no processes beside this one
     command = ["--model", stand_in, "--work", str(tmp_path / "work")]
     run.main(command)
     said = capfd.readouterr().out

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast, get_args, get_type_hints
 
 import datasets
 import torch
@@ -468,13 +468,14 @@ def read_chosen(path: Path) -> dict[str, Options]:
     """
     found = read_yaml(path)
     known = {one.name: one for one in fields(StepPPOConfig)}
+    hints = get_type_hints(StepPPOConfig)  # parsers of arguments change `type` of fields
     for arm, options in found.items():
         if not isinstance(arm, str) or not isinstance(options, dict):
             raise ValueError(f"{path}: {arm!r} has {type(options).__name__} in place of options. Write `name: value`.")
         for name, value in options.items():
             if name not in known:
                 raise ValueError(f"{path}: {arm} has the option {name!r}, which StepPPOConfig does not know. Mend it.")
-            if value is None and "None" in str(known[name].type):
+            if value is None and type(None) in get_args(hints[name]):
                 continue
             default = known[name].default
             number = isinstance(default, int | float) and not isinstance(default, bool)
