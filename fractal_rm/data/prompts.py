@@ -46,11 +46,6 @@ class Conversation(str):
     Steps lie in its turns. What stands between them (outputs of tools, messages of a user) is context: it is read, and
     is never cut, scored or paid.
 
-    Args:
-        text: Everything that was said, in order.
-        turns: Characters `start, end` of what the policy wrote, in order.
-        context: For each turn what stands before it; the first follows the prompt.
-
     Example:
         >>> told = {"role": "tool", "content": "4"}
         >>> said = Conversation("Look up.\\n4\\nIt is 4.", ((0, 8), (11, 19)), (None, [told]))
@@ -63,6 +58,13 @@ class Conversation(str):
     def __new__(
         cls, text: str, turns: Sequence[tuple[int, int]] = (), context: Sequence[Context] = ()
     ) -> "Conversation":
+        """Make one.
+
+        Args:
+            text: Everything that was said, in order.
+            turns: Characters `start, end` of what the policy wrote, in order.
+            context: For each turn what stands before it; the first follows the prompt.
+        """
         made = super().__new__(cls, text)
         made.turns, made.context = tuple((start, end) for start, end in turns), tuple(context)
         return made
