@@ -7,8 +7,8 @@ import datasets
 import pytest
 from support.stand_ins import save_encoder, save_reward_model, write_jsonl
 
-from fractal_rm.cli.arguments import DataArguments, benchmark_from_hub, load_published, read_rows
 from fractal_rm.cli.main import main
+from fractal_rm.cli.options.arguments import DataArguments, benchmark_from_hub, load_published, read_rows
 from fractal_rm.data.formats.index import FORMATS, FormatName
 from fractal_rm.data.formats.multispanqa import read_multispanqa
 from fractal_rm.data.formats.processbench import read_processbench

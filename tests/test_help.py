@@ -8,10 +8,10 @@ import pytest
 from conftest import REPOSITORY
 from support.documents import script
 
-from fractal_rm.cli import help as help_module
-from fractal_rm.cli.help import ALIASES, COMMON, SCREEN, full_help, options_of, short_help
 from fractal_rm.cli.main import COMMANDS, main
-from fractal_rm.cli.parser import CommandParser
+from fractal_rm.cli.options import help as help_module
+from fractal_rm.cli.options.help import ALIASES, COMMON, SCREEN, full_help, options_of, short_help
+from fractal_rm.cli.options.parser import CommandParser
 
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft")
 

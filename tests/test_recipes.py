@@ -18,9 +18,9 @@ from support.stand_ins import (
 )
 from transformers import AutoModelForCausalLM
 
-from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.main import main
-from fractal_rm.cli.parser import parse
+from fractal_rm.cli.options.arguments import DataArguments, LoraArguments
+from fractal_rm.cli.options.parser import parse
 from fractal_rm.cli.ppo import PPOArguments
 from fractal_rm.ppo.config import StepPPOConfig
 

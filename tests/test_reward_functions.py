@@ -3,7 +3,7 @@
 import pytest
 
 from fractal_rm.cli.main import main
-from fractal_rm.cli.reward_functions import check_reward_function, load_reward_function
+from fractal_rm.cli.options.reward_functions import check_reward_function, load_reward_function
 
 SOURCE = """
 from pathlib import Path

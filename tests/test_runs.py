@@ -17,8 +17,8 @@ from support.models import sums
 from transformers import TrainerCallback
 
 from fractal_rm import ranges
-from fractal_rm.cli.arguments import read_rows
 from fractal_rm.cli.main import main
+from fractal_rm.cli.options.arguments import read_rows
 from fractal_rm.data.readers import read_jsonl
 from fractal_rm.files import locked
 from fractal_rm.hf.checkpoints import fault, last_checkpoint

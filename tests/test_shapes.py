@@ -110,7 +110,7 @@ def test_a_scale_that_is_none_is_refused(scale):
 def test_tables_are_read_like_json(tmp_path, ending):
     from datasets import Dataset, DatasetDict
 
-    from fractal_rm.cli.arguments import DataArguments
+    from fractal_rm.cli.options.arguments import DataArguments
 
     data = Dataset.from_list([GOOD, BAD])
     path = tmp_path / f"rows.{ending}"
@@ -166,7 +166,7 @@ def test_thoughts_beside_the_content_of_a_prompt_need_a_template_that_reads_them
 
 
 def test_ppo_finds_its_prompts_by_the_name_of_their_column():
-    from fractal_rm.cli.arguments import DataArguments
+    from fractal_rm.cli.options.arguments import DataArguments
 
     rows = [{"q": "1+1?", "answer": "2"}]
     assert DataArguments(prompt_column="q").prompts(rows, "rows") == [{"prompt": "1+1?", "answer": "2"}]

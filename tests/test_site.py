@@ -15,7 +15,7 @@ from support.documents import documents
 
 import fractal_rm
 from fractal_rm.cli.main import COMMANDS
-from fractal_rm.cli.parser import CommandParser
+from fractal_rm.cli.options.parser import CommandParser
 
 TOOLS = REPOSITORY / "docs" / "tools"
 

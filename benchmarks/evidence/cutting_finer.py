@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.common.places import RESULTS
-from fractal_rm.cli.arguments import read_rows
+from fractal_rm.cli.options.arguments import read_rows
 from fractal_rm.data.prompts import read_completion
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.ppo.config import StepPPOConfig

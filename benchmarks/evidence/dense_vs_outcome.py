@@ -22,7 +22,7 @@ from benchmarks.evidence.arms import ARMS, Evidence
 from benchmarks.evidence.claims import verdicts
 from benchmarks.evidence.study_page import DEFAULT_ARMS
 from fractal_rm.cli.compare import CompareArguments, run_comparison
-from fractal_rm.cli.parser import parse
+from fractal_rm.cli.options.parser import parse
 from fractal_rm.study.study import write_chosen
 
 CHOSEN = Path(__file__).with_name("dense_vs_outcome.yaml")

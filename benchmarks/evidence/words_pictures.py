@@ -19,8 +19,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common.places import REPOSITORY, RESULTS
-from fractal_rm.cli.arguments import DataArguments
-from fractal_rm.cli.tasks import TaskArguments, make_task
+from fractal_rm.cli.options.arguments import DataArguments
+from fractal_rm.cli.options.tasks import TaskArguments, make_task
 from fractal_rm.evaluation.results import read_results
 from fractal_rm.files import write_atomic
 from fractal_rm.report.drawing import LINES, PICTURE, new_figure, save_figure, style_axes

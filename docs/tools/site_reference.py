@@ -89,7 +89,7 @@ class _Recorded(Exception):
 
 def arguments_of(command: str) -> list[type]:
     """The dataclasses that a command reads its arguments into."""
-    from fractal_rm.cli.parser import CommandParser
+    from fractal_rm.cli.options.parser import CommandParser
 
     kinds: list[type] = []
 

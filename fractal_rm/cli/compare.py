@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fractal_rm.cli.checks import check_matplotlib, check_writable_folder
-from fractal_rm.cli.parser import parse
+from fractal_rm.cli.options.parser import parse
 from fractal_rm.evaluation.results import portable_command
 from fractal_rm.files import write_atomic
 from fractal_rm.ranges import check_ranges

@@ -8,15 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from fractal_rm.cli.arguments import (
-    DATA_DIR_VARIABLE,
-    ScoringArguments,
-    benchmark_from_hub,
-    find_file,
-    find_split,
-    read_published,
-    read_rows,
-)
 from fractal_rm.cli.checks import (
     check_models,
     kept_beside,
@@ -27,7 +18,16 @@ from fractal_rm.cli.checks import (
     to_json,
     writing_files,
 )
-from fractal_rm.cli.parser import parse
+from fractal_rm.cli.options.arguments import (
+    DATA_DIR_VARIABLE,
+    ScoringArguments,
+    benchmark_from_hub,
+    find_file,
+    find_split,
+    read_published,
+    read_rows,
+)
+from fractal_rm.cli.options.parser import parse
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.contradictions import contradictions
 from fractal_rm.data.formats.index import check_meaning

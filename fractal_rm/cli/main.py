@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fractal_rm import __version__
-from fractal_rm.cli.help import check_names, full_help, short_help
+from fractal_rm.cli.options.help import check_names, full_help, short_help
 from fractal_rm.interrupts import SIGNALS, Interrupted, handled, interrupt
 
 BAD_INPUT = 2

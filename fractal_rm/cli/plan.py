@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fractal_rm.cli.checks import check_models, number_cell, print_table
-from fractal_rm.cli.parser import parse
+from fractal_rm.cli.options.parser import parse
 from fractal_rm.errors import reason
 from fractal_rm.ppo.plan import (
     GPU,

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.checks import (
     check_models,
     checkpoint_to_resume,
@@ -21,9 +20,10 @@ from fractal_rm.cli.checks import (
     to_json,
     writing_folder,
 )
-from fractal_rm.cli.parser import parse
-from fractal_rm.cli.reward_functions import NAMED, check_reward_function, load_reward_function
-from fractal_rm.cli.tasks import MAKE_PROMPTS, TaskArguments, make_task
+from fractal_rm.cli.options.arguments import DataArguments, LoraArguments
+from fractal_rm.cli.options.parser import parse
+from fractal_rm.cli.options.reward_functions import NAMED, check_reward_function, load_reward_function
+from fractal_rm.cli.options.tasks import MAKE_PROMPTS, TaskArguments, make_task
 from fractal_rm.data.contradictions import shared_prompts
 from fractal_rm.data.prompts import check_same_kind, is_chat, read_prompt
 from fractal_rm.data.readers import naming

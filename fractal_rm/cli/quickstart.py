@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fractal_rm.cli.checks import check_matplotlib, writing_folder
-from fractal_rm.cli.parser import parse
+from fractal_rm.cli.options.parser import parse
 from fractal_rm.study.quickstart import Quickstart, QuickstartArguments
 
 

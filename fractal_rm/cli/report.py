@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fractal_rm.cli.checks import check_matplotlib, writing_files
-from fractal_rm.cli.parser import parse
+from fractal_rm.cli.options.parser import parse
 from fractal_rm.evaluation.results import read_results
 from fractal_rm.files import write_atomic
 from fractal_rm.report.tables import markdown_table, write_results_page

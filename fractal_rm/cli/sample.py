@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fractal_rm.cli.arguments import DataArguments
 from fractal_rm.cli.checks import check_models, hide_loading_bars, writing_files
-from fractal_rm.cli.parser import parse
-from fractal_rm.cli.tasks import MAKE_PROMPTS, TaskArguments, TaskName, make_task
+from fractal_rm.cli.options.arguments import DataArguments
+from fractal_rm.cli.options.parser import parse
+from fractal_rm.cli.options.tasks import MAKE_PROMPTS, TaskArguments, TaskName, make_task
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.errors import reason
 from fractal_rm.files import write_atomic

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal_rm.cli.arguments import ScoringArguments, read_rows
 from fractal_rm.cli.checks import check_models, kept_beside, load_reward_model, writing_files
-from fractal_rm.cli.parser import parse
+from fractal_rm.cli.options.arguments import ScoringArguments, read_rows
+from fractal_rm.cli.options.parser import parse
 from fractal_rm.evaluation.score_rows import add_second_model, score_rows
 from fractal_rm.files import write_atomic
 from fractal_rm.report.terminal import show_steps

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fractal_rm.cli.checks import check_models, load_reward_model
-from fractal_rm.cli.parser import parse
+from fractal_rm.cli.options.parser import parse
 from fractal_rm.ranges import check_ranges
 from fractal_rm.serving.access import Access, read_token
 from fractal_rm.serving.limits import Limits

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fractal_rm.cli.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.checks import (
     check_models,
     checkpoint_to_resume,
@@ -19,7 +18,8 @@ from fractal_rm.cli.checks import (
     to_json,
     writing_folder,
 )
-from fractal_rm.cli.parser import parse
+from fractal_rm.cli.options.arguments import DataArguments, LoraArguments
+from fractal_rm.cli.options.parser import parse
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.contradictions import contradictions, shared_prompts
 from fractal_rm.data.formats.index import check_meaning

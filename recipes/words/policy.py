@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from fractal_rm.cli.arguments import DataArguments
-from fractal_rm.cli.tasks import TaskArguments, make_task
+from fractal_rm.cli.options.arguments import DataArguments
+from fractal_rm.cli.options.tasks import TaskArguments, make_task
 from fractal_rm.files import made_once, replacing
 from fractal_rm.tasks.gym import demonstrations
 

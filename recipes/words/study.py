@@ -19,8 +19,8 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fractal_rm.cli.arguments import DataArguments
-from fractal_rm.cli.tasks import TaskArguments, make_task
+from fractal_rm.cli.options.arguments import DataArguments
+from fractal_rm.cli.options.tasks import TaskArguments, make_task
 from fractal_rm.evaluation.results import portable_command
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.study.arms import PPO_SETTINGS, Arm, Assets, Options, Recipe

@@ -19,9 +19,9 @@ Case = dict[str, Any]
 
 def configurations() -> dict[str, tuple[type, dict[str, Any]]]:
     """Every configuration with ranges, by name, and what it needs to be made."""
-    from fractal_rm.cli.arguments import DataArguments, LoraArguments
     from fractal_rm.cli.compare import CompareArguments
     from fractal_rm.cli.evaluate import EvaluateArguments
+    from fractal_rm.cli.options.arguments import DataArguments, LoraArguments
     from fractal_rm.cli.plan import PlanArguments
     from fractal_rm.cli.ppo import PPOArguments
     from fractal_rm.cli.sample import SampleArguments

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fractal_rm.cli.arguments import DATA_DIR_VARIABLE, DataArguments, data_folder
+from fractal_rm.cli.options.arguments import DATA_DIR_VARIABLE, DataArguments, data_folder
 from fractal_rm.ranges import check_ranges
 from fractal_rm.tasks.task import Task
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from trl.scripts.utils import TrlParser
 
-from fractal_rm.cli.help import ALIASES, hint, read_config, unknown_key, with_aliases
+from fractal_rm.cli.options.help import ALIASES, hint, read_config, unknown_key, with_aliases
 
 
 def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
