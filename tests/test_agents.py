@@ -158,7 +158,7 @@ TOLD = [
     ([*QUESTION, assistant("a")], "the completion begins with a message of 'user'"),
     ([assistant("a"), {"role": "robot", "content": "5"}], "message 2 of the completion has the role 'robot'"),
     ([{"role": "asistant", "content": "a"}], "message 1 of the completion has the role 'asistant'"),
-    ([assistant("a"), {"content": "5"}], "message 2 of the completion is no message"),
+    ([assistant("a"), {"content": "5"}], "message 2 of the completion is not a message"),
     ([assistant("a"), tool(None)], "the content of message 2 of the completion is None"),
     ([assistant("a"), tool([{"type": "image"}])], "image"),
     ([assistant("a", (None, {}))], "a tool call of message 1 of the completion has no name"),

@@ -259,6 +259,6 @@ def test_prompts_of_two_files_are_compared_whether_they_are_texts_or_chats():
     chat = [{"role": "user", "content": "1+1?"}]
     names = ("train.jsonl", "test.jsonl")
     assert shared_prompts([chat, "a"], [list(reversed(chat)), "b"], names=names) == [
-        "test.jsonl: 1 of 2 prompts are in train.jsonl too: what is measured on them is no proof."
+        "test.jsonl: 1 of 2 prompts are in train.jsonl too: measurements on them prove nothing."
     ]
     assert shared_prompts(["a"], ["b"], names=names) == []

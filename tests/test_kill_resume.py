@@ -91,13 +91,13 @@ def test_a_file_that_is_not_as_it_was_written_is_named(tmp_path, name, harm):
 
 def test_a_part_of_a_checkpoint_is_refused_by_its_name(tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
-    with pytest.raises(ValueError, match=r"checkpoint-4 is no whole checkpoint: its manifest\.json is missing"):
+    with pytest.raises(ValueError, match=r"checkpoint-4 is not a complete checkpoint: its manifest\.json is missing"):
         find_checkpoint(tmp_path / "checkpoint-4", tmp_path, {})
-    with pytest.raises(ValueError, match=r"holds no whole checkpoint\. Start without `resume_from_checkpoint`"):
+    with pytest.raises(ValueError, match=r"holds no complete checkpoint\. Start without `resume_from_checkpoint`"):
         find_checkpoint(True, tmp_path, {})
     (checkpoint(tmp_path, 4) / STATE).write_text("")
     with pytest.raises(
-        ValueError, match=r"no whole checkpoint: checkpoint-4 is damaged \(trainer_state\.json has 0 of"
+        ValueError, match=r"no complete checkpoint: checkpoint-4 is damaged \(trainer_state\.json has 0 of"
     ):
         find_checkpoint(True, tmp_path, {})
 

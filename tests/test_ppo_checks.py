@@ -83,7 +83,7 @@ def test_a_trainer_is_not_made(tmp_path, monkeypatch, options, error, sentence):
         ({"step_reward_weights": [1.0, math.nan]}, r"Number 2 of `step_reward_weights` is nan\. Give a number from"),
         ({"step_separator": "##"}, r"`step_separator` is '##' with `step_segmentation=None`\. Give it if and only if"),
         ({"step_segmentation": "pattern"}, r"`step_pattern` is None with `step_segmentation='pattern'`\. Give it"),
-        ({"step_segmentation": "pattern", "step_pattern": "("}, r"is no regular expression"),
+        ({"step_segmentation": "pattern", "step_pattern": "("}, r"is not a regular expression"),
     ],
     ids=str,
 )

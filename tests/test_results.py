@@ -121,7 +121,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line):
     append(tmp_path / "r.jsonl")
     with (tmp_path / "r.jsonl").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(ValueError, match=r"r\.jsonl, line 2 is (no result|invalid JSON)"):
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 2 is (not a result|invalid JSON)"):
         read_results(tmp_path / "r.jsonl")
 
 

@@ -461,7 +461,7 @@ def test_given_steps_cannot_be_cut_from_a_text():
         ({"method": "separator", "separator": ""}, "give separator a text"),
         ({"method": "lines", "separator": "##"}, "give separator a text"),
         ({"method": "pattern"}, "give pattern a text"),
-        ({"method": "pattern", "pattern": "("}, "is no regular expression: missing"),
+        ({"method": "pattern", "pattern": "("}, "is not a regular expression: missing"),
         ({"method": "sentences", "language": "english"}, "give one such as 'en'"),
     ],
 )

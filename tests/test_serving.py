@@ -415,7 +415,7 @@ def test_values_are_counted_before_they_are_parsed(model):
         status, sentence = refusal(url, {"prompts": ["a"], "responses": ["a"], "spans": [[[0, 1]] * 600]})
         assert status == 413
         status, sentence = refusal(url, json.dumps({"prompts": ["a"], "responses": ["b"]}).encode("utf-16"))
-        assert (status, sentence) == (400, "The body is no JSON in UTF-8.")
+        assert (status, sentence) == (400, "The body is not JSON in UTF-8.")
 
 
 def test_a_model_whose_pattern_never_ends_leaves_the_server_alive(monkeypatch):

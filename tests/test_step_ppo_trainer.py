@@ -243,7 +243,7 @@ def test_tokens_of_an_environment_have_no_advantage_and_are_skipped_over(tmp_pat
     values = masked["values"]
     # The first row's second token is followed by its fifth; the step in between was not the policy's.
     assert masked["advantages"][0, 1].item() == pytest.approx((values[0, 4] - values[0, 1]).item(), abs=1e-5)
-    assert measured(masked["trainer"])["placement/unplaced_steps"] == [0.0]  # what an environment writes is no step
+    assert measured(masked["trainer"])["placement/unplaced_steps"] == [0.0]  # text of an environment is not a step
 
 
 def test_truncated_completions_that_trl_masks_lose_no_step_in_the_audit(tmp_path):
@@ -916,7 +916,7 @@ def test_a_checkpoint_without_its_value_model_is_refused(tmp_path, finished):
     shutil.copytree(Path(finished.args.output_dir) / "checkpoint-2", checkpoint)
     shutil.rmtree(checkpoint / "value_model")
     trainer = make(tmp_path / "new", reward_model=reward_model(), reward_funcs=count_of_a, max_steps=4, **RESUMABLE)
-    with pytest.raises(ValueError, match=r"is no whole checkpoint: value_model/.* is missing\. Resume"):
+    with pytest.raises(ValueError, match=r"is not a complete checkpoint: value_model/.* is missing\. Resume"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -953,7 +953,7 @@ def test_a_checkpoint_without_its_running_statistics_is_refused(tmp_path, finish
     shutil.copytree(Path(finished.args.output_dir) / "checkpoint-2", checkpoint)
     (checkpoint / "step_ppo_state.json").unlink()
     trainer = make(tmp_path / "new", reward_model=reward_model(), reward_funcs=count_of_a, max_steps=4, **RESUMABLE)
-    with pytest.raises(ValueError, match=r"is no whole checkpoint: step_ppo_state\.json is missing\."):
+    with pytest.raises(ValueError, match=r"is not a complete checkpoint: step_ppo_state\.json is missing\."):
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 

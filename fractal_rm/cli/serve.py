@@ -39,7 +39,7 @@ class ServeArguments:
         default=None,
         metadata={
             "help": "File whose only line is the token that requests must bring (`Authorization: Bearer TOKEN`); "
-            "required where `host` is no address of this machine alone."
+            "required if other machines can reach `host`."
         },
     )
     names: list[str] | None = field(
@@ -50,7 +50,7 @@ class ServeArguments:
         default=None,
         metadata={
             "help": "OpenRLHF: texts to strip from the end of a response, such as the policy's end-of-text token. "
-            "Those of the reward model's tokenizer are always stripped."
+            "Special tokens of the reward model's tokenizer are always stripped."
         },
     )
 

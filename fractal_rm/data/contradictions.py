@@ -98,7 +98,7 @@ def shared_prompts(first: Sequence[Any], second: Sequence[Any], *, names: tuple[
 
     Example:
         >>> shared_prompts(["1+1?"], ["1+1?", "2+2?"], names=("train.jsonl", "test.jsonl"))
-        ['test.jsonl: 1 of 2 prompts are in train.jsonl too: what is measured on them is no proof.']
+        ['test.jsonl: 1 of 2 prompts are in train.jsonl too: measurements on them prove nothing.']
     """
     known = set(map(prompt_key, first))
     asked = set(map(prompt_key, second))
@@ -106,5 +106,5 @@ def shared_prompts(first: Sequence[Any], second: Sequence[Any], *, names: tuple[
     if not both:
         return []
     return [
-        f"{names[1]}: {both:,} of {len(asked):,} prompts are in {names[0]} too: what is measured on them is no proof."
+        f"{names[1]}: {both:,} of {len(asked):,} prompts are in {names[0]} too: measurements on them prove nothing."
     ]

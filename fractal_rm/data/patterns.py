@@ -34,7 +34,7 @@ class Pattern:
             self._pattern = regex.compile(pattern)
         except (regex.error, RecursionError, OverflowError) as error:
             told = str(error) or type(error).__name__
-            raise ValueError(f"The pattern {self._shown} is no regular expression: {told}.") from None
+            raise ValueError(f"The pattern {self._shown} is not a regular expression: {told}.") from None
         self._late = 0
 
     @property

@@ -246,7 +246,9 @@ def read_completion(completion: Any) -> str:
     for number, message in enumerate(completion, 1):
         role = message.get("role") if isinstance(message, Mapping) else None
         if role is None:
-            raise TypeError(f"message {number} of the completion is no message; give it the keys 'role' and 'content'.")
+            raise TypeError(
+                f"message {number} of the completion is not a message; give it the keys 'role' and 'content'."
+            )
         if role != "assistant" and (number == 1 or role not in CONTEXT_ROLES):
             raise ValueError(
                 f"the completion begins with a message of {role!r}; move what comes before the assistant to the prompt."

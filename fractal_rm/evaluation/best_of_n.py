@@ -65,7 +65,7 @@ def read_questions(
             ([`~fractal_rm.tasks.answers.read_answer`]), if one does.
 
     Raises:
-        ValueError: If a label is missing, or a row is wrong, or the pattern is no regular expression with a group.
+        ValueError: If a label is missing, or a row is wrong, or the pattern is not a regular expression with a group.
     """
     given = list(rows)
     bags = read_bags(given, segmentation, source=source)

@@ -158,7 +158,7 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             )
             continue
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} is no result but {type(row).__name__}. Remove the line.")
+            raise ValueError(f"{path}, line {number} is not a result but {type(row).__name__}. Remove the line.")
         rows.append(row)
     return rows
 

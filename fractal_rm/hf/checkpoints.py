@@ -66,7 +66,7 @@ def resume_or_clear(folder: Path) -> bool:
     if last_checkpoint(folder) is not None:
         return True
     if can_resume(folder):
-        logger.warning("%s holds no whole checkpoint: that run starts again.", folder)
+        logger.warning("%s holds no complete checkpoint: that run starts again.", folder)
     shutil.rmtree(folder, ignore_errors=True)
     return False
 
@@ -80,7 +80,7 @@ def find_checkpoint(wanted: Any, output_dir: str | Path | None, identity: Identi
         identity: Of the run that is to go on.
 
     Raises:
-        ValueError: If there is no whole checkpoint, the path holds a part of one, or it belongs to another run.
+        ValueError: If there is not a complete checkpoint, the path holds a part of one, or it belongs to another run.
     """
     if not wanted:
         return None
@@ -89,12 +89,12 @@ def find_checkpoint(wanted: Any, output_dir: str | Path | None, identity: Identi
         if found is None:
             damaged = checkpoints(str(output_dir))
             why = f": {damaged[0].name} is damaged ({fault(damaged[0])})" if damaged else ""
-            raise ValueError(f"{output_dir} holds no whole checkpoint{why}. Start without `resume_from_checkpoint`.")
+            raise ValueError(f"{output_dir} holds no complete checkpoint{why}. Start without `resume_from_checkpoint`.")
     else:
         found, broken = str(wanted), fault(wanted)
         if broken is not None:
             raise ValueError(
-                f"{wanted} is no whole checkpoint: {broken}. Resume from an earlier one, or give "
+                f"{wanted} is not a complete checkpoint: {broken}. Resume from an earlier one, or give "
                 "`resume_from_checkpoint=True` for the last that is whole."
             )
     check_same_run(Path(found), identity)

@@ -118,7 +118,7 @@ class RolloutBatch:
 
     @property
     def policy_ids(self) -> list[list[int]]:
-        """Token ids that the policy sampled: those of `completion_ids` without outputs of tools."""
+        """Token ids that the policy sampled: `completion_ids` without outputs of tools."""
         if self.written is None:
             return self.completion_ids
         rows = zip(self.completion_ids, self.written, strict=True)

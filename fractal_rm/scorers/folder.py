@@ -29,7 +29,7 @@ def check_model_folder(path: str | Path, advice: str) -> None:
 
     Args:
         path: Folder, or hub id.
-        advice: What to do where there is no model.
+        advice: What to do if there is no model.
 
     Raises:
         ValueError: Names the file and what is wrong with it: no configuration, one that is no object or has impossible
@@ -46,7 +46,7 @@ def check_model_folder(path: str | Path, advice: str) -> None:
         _check_modules(files["modules.json"])
     config: Any = read_json(files["config.json"]) if files["config.json"].is_file() else {}
     if not isinstance(config, dict):
-        raise ValueError(f"{files['config.json']} is {type(config).__name__}, no object. Restore the model's file.")
+        raise ValueError(f"{files['config.json']} is {type(config).__name__}, not an object. Restore the model's file.")
     depth = _depth(config, files["config.json"])
     names = _weight_names(folder)
     stacks: dict[str, set[str]] = {}
@@ -66,7 +66,7 @@ def check_model_folder(path: str | Path, advice: str) -> None:
 def _check_modules(file: Path) -> None:
     modules = read_json(file)
     if not isinstance(modules, list) or not all(isinstance(one, dict) for one in modules):
-        raise ValueError(f"{file} is no list of modules. Restore the sentence encoder's file.")
+        raise ValueError(f"{file} is not a list of modules. Restore the sentence encoder's file.")
     foreign = next((one for one in modules if not str(one.get("type")).startswith(_TRUSTED_MODULES)), None)
     if foreign is not None:
         raise ValueError(
@@ -126,10 +126,10 @@ def safetensors_names(file: Path) -> list[str]:
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise ValueError(f"{file} is cut or no safetensors file ({size:,} bytes). Copy or download it again.")
+            raise ValueError(f"{file} is cut or not a safetensors file ({size:,} bytes). Copy or download it again.")
         header = parse_json(opened.read(length), f"{file}: the header")
     if not isinstance(header, dict):
-        raise ValueError(f"{file} is no safetensors file: its header is no object. Copy or download it again.")
+        raise ValueError(f"{file} is not a safetensors file: its header is not an object. Copy or download it again.")
     header.pop("__metadata__", None)
     try:
         end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)

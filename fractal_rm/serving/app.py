@@ -39,7 +39,7 @@ from fractal_rm.serving.protocol import (
 logger = logging.getLogger(__name__)
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Refusal, "description": "The body is no JSON in UTF-8"},
+    400: {"model": Refusal, "description": "The body is not JSON in UTF-8"},
     401: {"model": Refusal, "description": "The token is missing or wrong"},
     403: {"model": Refusal, "description": "The `Host` header names another server"},
     408: {"model": Refusal, "description": "The body took too long to arrive"},

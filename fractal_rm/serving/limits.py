@@ -100,7 +100,7 @@ class BodyLimit:
             return await refuse(send, 413, f"The body is longer than {most:,} bytes. Send fewer responses at a time.")
         body = b"".join(parts)
         if b"\0" in body:  # UTF-16, or binary
-            return await refuse(send, 400, "The body is no JSON in UTF-8.")
+            return await refuse(send, 400, "The body is not JSON in UTF-8.")
         values = count_values(body, self.limits.max_values)
         if values > self.limits.max_values:
             sentence = f"{values:,} values are more than {self.limits.max_values:,}. Send fewer responses at a time."

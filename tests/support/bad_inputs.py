@@ -207,9 +207,9 @@ def folders() -> Iterator[Case]:
     """Model folders by their `config.json` and the layers of their weights."""
     weights = [f"model.layers.{number}.mlp.weight" for number in range(2)]
     for config, says in {
-        "[]": "is list, no object",
-        "3": "is int, no object",
-        "null": "is NoneType, no object",
+        "[]": "is list, not an object",
+        "3": "is int, not an object",
+        "null": "is NoneType, not an object",
         "{": "is invalid JSON",
         "": "is invalid JSON",
         '{"a": 1, "a": 2}': "has the name 'a' twice",
@@ -229,11 +229,11 @@ def folders() -> Iterator[Case]:
     }.items():
         yield case("folder", {"config": config, "weights": weights}, f"config.json|{says}")
     for content, says in {
-        "": "is cut or no safetensors file (0 bytes)",
-        "abc": "is cut or no safetensors file",
-        "PK\x03\x04" + "x" * 60: "is cut or no safetensors file",
-        "\xff" * 16: "is cut or no safetensors file",
-        "\x02" + "\x00" * 7 + "[]": "its header is no object",
+        "": "is cut or not a safetensors file (0 bytes)",
+        "abc": "is cut or not a safetensors file",
+        "PK\x03\x04" + "x" * 60: "is cut or not a safetensors file",
+        "\xff" * 16: "is cut or not a safetensors file",
+        "\x02" + "\x00" * 7 + "[]": "its header is not an object",
         "\x02" + "\x00" * 7 + "{}": "holds no weights",
         "\x02" + "\x00" * 7 + "{x": "the header is invalid JSON",
         "\x09" + "\x00" * 7 + '{"a": {}}': "does not say where tensors are",
@@ -253,8 +253,8 @@ def folders() -> Iterator[Case]:
     }.items():
         yield case("index", content, f"model.safetensors.index.json|{says}")
     for content, says in {
-        "{}": "is no list of modules",
-        "[3]": "is no list of modules",
+        "{}": "is not a list of modules",
+        "[3]": "is not a list of modules",
         '[{"type": "evil.Module"}]': "'evil.Module', which is code of the folder",
         '[{"type": "sentence_transformersX.evil"}]': "which is code of the folder",
         "[{}]": "which is code of the folder",
@@ -265,14 +265,14 @@ def folders() -> Iterator[Case]:
 def patterns() -> Iterator[Case]:
     """Patterns that are none, or take too long: what downloaded models bring."""
     for pattern, says in {
-        "(": "is no regular expression",
-        "[a": "is no regular expression",
-        "*": "is no regular expression",
-        "(?P<1>a)": "is no regular expression",
-        "a{2,1}": "is no regular expression",
-        "(?<=a+": "is no regular expression",
-        "\\": "is no regular expression",
-        "(" * 900: "is no regular expression",
+        "(": "is not a regular expression",
+        "[a": "is not a regular expression",
+        "*": "is not a regular expression",
+        "(?P<1>a)": "is not a regular expression",
+        "a{2,1}": "is not a regular expression",
+        "(?<=a+": "is not a regular expression",
+        "\\": "is not a regular expression",
+        "(" * 900: "is not a regular expression",
         "a" * 3000: "The pattern has 3,000 characters",
         "(a|a)*$": "takes longer than",
         "(a|aa)+$": "takes longer than",
@@ -284,9 +284,9 @@ def patterns() -> Iterator[Case]:
 def results() -> Iterator[Case]:
     """Rows of results with metrics that are none."""
     for row, says in {
-        "[1]": "line 1 is no result but list",
-        "3": "line 1 is no result but int",
-        "null": "line 1 is no result but NoneType",
+        "[1]": "line 1 is not a result but list",
+        "3": "line 1 is not a result but int",
+        "null": "line 1 is not a result but NoneType",
         "x": "line 1 is invalid JSON",
         "{}": "row 1 holds no metrics",
         '{"metrics": 3}': "row 1 holds no metrics",
@@ -300,7 +300,7 @@ def results() -> Iterator[Case]:
         '{"metrics": {"a": 1, "a": 2}}': "has the name 'a' twice",
         "\xff\xfe{\x00": "is not UTF-8",
         "[" * 3000 + "]" * 3000: "JSON that Python cannot hold",
-        '{"metrics": {}}\n[2]': "line 2 is no result but list",
+        '{"metrics": {}}\n[2]': "line 2 is not a result but list",
     }.items():
         yield case("results", row, f"results.jsonl|{says}")
 
