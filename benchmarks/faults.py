@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -29,6 +28,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import killable
 from benchmarks.common.places import RESULTS, default_encoder
 from fractal_rm.cli.main import main as fractal_rm
 from fractal_rm.evaluation.results import ResultsFile, read_results
@@ -156,21 +156,13 @@ def work(name: str, folder: str) -> None:
 
 
 def start(name: str, folder: Path) -> Any:
-    """A process of a command, made by a server that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    process = context.Process(target=work, args=(name, str(folder)))
-    process.start()
-    return process
+    """A process of a command."""
+    return killable.start(work, name, str(folder), imported=IMPORTED)
 
 
 def finish(name: str, folder: Path) -> float:
     """Let a command come to its end; its seconds."""
-    began, process = time.perf_counter(), start(name, folder)
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"`{name}` in {folder} ended with status {process.exitcode}: see what it said above.")
-    return time.perf_counter() - began
+    return killable.finish(start(name, folder), f"`{name}` in {folder}")
 
 
 def seen(folder: Path, patterns: tuple[str, ...]) -> set[tuple[str, int]]:

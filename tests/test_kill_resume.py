@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.stand_ins import write_jsonl
 from support.step_ppo import RESUMABLE, logs, make, reward_model, same, weights
 
+from benchmarks import faults
 from benchmarks.speed import kill_and_resume as benchmark
 from fractal_rm.hf.checkpoints import STATE, fault, find_checkpoint, last_checkpoint
 from fractal_rm.hf.manifest import MANIFEST, write_manifest
@@ -153,3 +155,21 @@ def test_the_checkpoints_to_go_back_to_are_resumed(tmp_path):
     resumed = make(tmp_path, **shared)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.alarms.checkpoints == whole.alarms.checkpoints
+
+
+def test_the_benchmark_of_commands_sees_other_weights_doubled_rows_and_what_is_left_over(tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    row = {"metrics": {"accuracy": 0.5}, "seconds": 1.0, "arm": "a"}
+    for folder in (killed, whole):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        write_jsonl(folder / "responses.jsonl", [row | {"seconds": float(folder == killed)}])
+    nothing = {"weights": [], "rows": [], "left_over": []}
+    assert faults.differences("sample", killed, whole) == nothing
+    (killed / "model.safetensors").write_bytes(b"weighty")
+    write_jsonl(killed / "responses.jsonl", [row, row])
+    (killed / "a.partial").touch()
+    found = faults.differences("sample", killed, whole)
+    assert found["weights"] == ["model.safetensors"]
+    assert len(found["rows"]) == 1
+    assert found["left_over"] == ["a.partial"]

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import io
 import json
-import multiprocessing
 import random
 import shutil
 import tempfile
@@ -29,6 +28,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification, TrainerState
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.common import killable
 from benchmarks.common.places import RESULTS
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.hf.checkpoints import STATE, can_resume, last_checkpoint
@@ -165,26 +165,16 @@ def run(kind: str, folder: str, steps: int, held: Any, hold_after: float) -> Non
 
 
 def start(kind: str, folder: Path, steps: int, hold_after: float = float("inf")) -> tuple[Any, Any]:
-    """A process that trains, and the event that tells that it waits.
-
-    A server that has imported everything makes it, so that it starts at once.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    held = context.Event()
-    process = context.Process(target=run, args=(kind, str(folder), steps, held, hold_after))
-    process.start()
+    """A process that trains, and the event that tells that it waits."""
+    held = killable.CONTEXT.Event()
+    process = killable.start(run, kind, str(folder), steps, held, hold_after, imported=IMPORTED)
     return process, held
 
 
 def finish(kind: str, folder: Path, steps: int) -> float:
     """Let a run come to its end; its seconds."""
-    began = time.perf_counter()
-    process, _ = start(kind, folder, steps)
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"The run in {folder} ended with status {process.exitcode}: see its traceback above.")
-    return time.perf_counter() - began
+    process, _held = start(kind, folder, steps)  # an event lives as long as somebody holds it
+    return killable.finish(process, f"The run in {folder}")
 
 
 def is_being_saved(folder: Path) -> bool:

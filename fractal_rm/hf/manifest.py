@@ -129,7 +129,7 @@ def changes(before: Identity, now: Identity) -> list[str]:
     return sorted(found)
 
 
-def weights_fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: nn.Module) -> str:
     """A short name for the weights of a model, adapters left out: they start at random."""
     digest = hashlib.blake2b(digest_size=8)
     for name, weight in model.named_parameters():

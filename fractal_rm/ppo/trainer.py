@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl.trainer.utils import get_callable_name
 
 from fractal_rm.credit.kl import AdaptiveKL
-from fractal_rm.hf.manifest import adapter_settings, rows_fingerprint, weights_fingerprint
+from fractal_rm.hf.manifest import adapter_settings, model_fingerprint, rows_fingerprint
 from fractal_rm.ppo.advantage import ESTIMATORS, Given
 from fractal_rm.ppo.alarms import Alarms, guard_inputs
 from fractal_rm.ppo.checks import check_earning, check_engine, load_checked, warn_of_uncut_completions
@@ -256,17 +256,17 @@ class StepPPOTrainer(Engine):
 
     def materials(self) -> dict[str, Any]:
         scored = [source.reward_model for source in self.sources if isinstance(source, ModelSource)]
-        judges = [[weights_fingerprint(model.scorer), repr(model.settings)] for model in scored]
+        judges = [[model_fingerprint(model.scorer), repr(model.settings)] for model in scored]
         if self.args.rm_update_every:  # it learns in place, and a checkpoint holds it
             judges = judges[1:]
         return {
             "train_data": rows_fingerprint(self.train_dataset),
-            "model": weights_fingerprint(self.policy),
+            "model": model_fingerprint(self.policy),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "adapter": adapter_settings(self.policy),
             "rewards": self.reward_func_names,
             "reward_models": judges,
-            "value_model": None if self.value_learning is None else weights_fingerprint(self.value_model),
+            "value_model": None if self.value_learning is None else model_fingerprint(self.value_model),
         }
 
     def _statistics(self) -> dict[str, Any]:

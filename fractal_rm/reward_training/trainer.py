@@ -33,7 +33,7 @@ from fractal_rm.hf.cards import RewardModelCard
 from fractal_rm.hf.checkpoints import can_resume, named_write_errors
 from fractal_rm.hf.denormals import flush_denormals
 from fractal_rm.hf.length_buckets import bucketed_step_logits
-from fractal_rm.hf.manifest import adapter_settings, weights_fingerprint
+from fractal_rm.hf.manifest import adapter_settings, model_fingerprint
 from fractal_rm.hf.parallelism import check_unsharded
 from fractal_rm.hf.runs import Run, train_output
 from fractal_rm.objectives.calibration import fit_temperature
@@ -271,7 +271,7 @@ class FractalTrainer(Run):
             "train_data": None if train is None else content_fingerprint(train.bags),
             # Only where it decides which weights are kept.
             **({"eval_data": content_fingerprint(self.eval_bags or [])} if self.args.load_best_model_at_end else {}),
-            "model": weights_fingerprint(self.scorer),
+            "model": model_fingerprint(self.scorer),
             "tokenizer": processor_fingerprint(self.processor),
             "adapter": adapter_settings(self.scorer.model),
         }
