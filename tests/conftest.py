@@ -40,6 +40,7 @@ PURE_MODULES = (
     "credit.moments",
     "credit.placement",
     "credit.shaping",
+    "evaluation.intervals",
     "evaluation.statistics",
 )
 install_import_hook([f"fractal_rm.{module}" for module in PURE_MODULES], "beartype.beartype")

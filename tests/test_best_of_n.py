@@ -20,7 +20,7 @@ from fractal_rm.evaluation.best_of_n import (
     sizes_of,
     solution_scores,
 )
-from fractal_rm.evaluation.statistics import estimates
+from fractal_rm.evaluation.intervals import estimates
 from fractal_rm.reward_model import Step, StepScores
 
 samples = st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=7)

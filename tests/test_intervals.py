@@ -14,25 +14,27 @@ from support.stand_ins import solutions
 
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.evaluation.intervals import (
+    Measurement,
+    as_columns,
+    differences,
+    estimates,
+    interval_of_share,
+    paired_difference,
+)
 from fractal_rm.evaluation.responses import evaluate_scores, measure_responses
 from fractal_rm.evaluation.statistics import (
-    Measurement,
     absolute_error_of,
-    as_columns,
     as_points,
     auc_of,
     aurc_of,
     bag_aucs,
     brier_of,
-    differences,
     ece_of,
-    estimates,
     expected_calibration_error,
     first_error_statistics,
     harmonic_mean_of,
-    interval_of_share,
     mean_of,
-    paired_difference,
     ratio_of,
     reliability_curve,
     risk_coverage_curve,

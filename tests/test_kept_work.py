@@ -13,7 +13,7 @@ from fractal_rm.cli.main import COMMANDS, main
 from fractal_rm.cli.ppo import closing
 from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation import kept_scores
-from fractal_rm.evaluation.statistics import Estimate
+from fractal_rm.evaluation.intervals import Estimate
 from fractal_rm.reward_model import StepRewardModel
 
 TINY = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "4", "--save_strategy", "no"]

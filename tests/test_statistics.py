@@ -11,14 +11,13 @@ from sklearn.metrics import accuracy_score, roc_auc_score, roc_curve
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation import responses as responses_module
+from fractal_rm.evaluation.intervals import Estimate, paired_difference
 from fractal_rm.evaluation.statistics import (
-    Estimate,
     absolute_error_of,
     bag_aucs,
     bag_metrics,
     expected_calibration_error,
     first_error_statistics,
-    paired_difference,
     same_position_auc,
     step_auc,
     values_of,

@@ -32,7 +32,7 @@ from fractal_rm import StepPPOTrainer
 from fractal_rm.cli.checks import to_json
 from fractal_rm.cli.main import main
 from fractal_rm.credit.guards import LIMITS
-from fractal_rm.evaluation.statistics import interval_of_mean
+from fractal_rm.evaluation.intervals import interval_of_mean
 from fractal_rm.report.training_curves import ALARMS, MOST_POINTS, Panel, Section, early_ends, make_line, make_sections
 from fractal_rm.report.training_history import Run, metrics_by_update, read_runs
 from fractal_rm.report.training_report import save_training_figure, write_training_report

@@ -8,6 +8,7 @@ import numpy as np
 
 from benchmarks.disaggregation.data import Data
 from fractal_rm.evaluation import statistics as metrics
+from fractal_rm.evaluation.intervals import paired_difference
 from fractal_rm.evaluation.responses import gold_labels as gold
 from fractal_rm.evaluation.results import ResultsFile
 
@@ -37,7 +38,7 @@ def gains(data: Data, folder: Path, arms: Sequence[str]) -> Iterator[tuple[str, 
         for rival, theirs in aucs.items():
             mine = aucs.get(ours)
             if rival != ours and mine is not None and theirs is not None:
-                found = metrics.paired_difference(mine, theirs, draws=DRAWS)
+                found = paired_difference(mine, theirs, draws=DRAWS)
                 yield ours, rival, {
                     "gain": found.value, "gain_low": found.low, "gain_high": found.high, "mixed_bags": len(mine),
                 }  # fmt: skip

@@ -44,6 +44,7 @@ from benchmarks.disaggregation.gains import write_gains
 from benchmarks.disaggregation.implicit import implicit_scores
 from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation import statistics as metrics
+from fractal_rm.evaluation.intervals import Measurement, estimates
 from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, score_bags
 from fractal_rm.evaluation.responses import gold_labels as gold
 from fractal_rm.evaluation.results import ResultsFile
@@ -275,8 +276,8 @@ def measure(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float)
     found["same_position_auc"] = metrics.same_position_auc(steps, labels)
     aucs = metrics.bag_aucs(steps, labels)
     aucs = aucs[~np.isnan(aucs)]
-    mean = metrics.Measurement(len(aucs), {"auc": metrics.mean_of(aucs)})
-    interval = metrics.estimates(mean, draws=DRAWS)["auc"]
+    mean = Measurement(len(aucs), {"auc": metrics.mean_of(aucs)})
+    interval = estimates(mean, draws=DRAWS)["auc"]
     return found | {
         "mixed_bags": len(aucs),
         "within_bag_auc_low": interval.low,

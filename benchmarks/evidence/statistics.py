@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evidence.arms import AS_LONG, LONGER
-from fractal_rm.evaluation.statistics import Estimate
+from fractal_rm.evaluation.intervals import Estimate
 from fractal_rm.study.arms import CEILING
 from fractal_rm.study.statistics import (
     FEWEST_SEEDS,

@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.claims import claims
 from benchmarks.evidence.statistics import Evidence, area, area_difference, end_difference, evidence, largest_fall
-from fractal_rm.evaluation.statistics import Estimate
+from fractal_rm.evaluation.intervals import Estimate
 from fractal_rm.report.tables import MISSING, format_number
 from fractal_rm.study.arms import CEILING
 from fractal_rm.study.page import DEFAULT, by_setting, end, iqm, points, table_lines

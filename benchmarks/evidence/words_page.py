@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fractal_rm.evaluation.statistics import as_columns, paired_difference
+from fractal_rm.evaluation.intervals import as_columns, paired_difference
 from fractal_rm.report.tables import replace_table
 from fractal_rm.study.statistics import finished_runs
 

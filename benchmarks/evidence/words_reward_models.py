@@ -29,20 +29,10 @@ from fractal_rm.cli.sample import read_rows_of
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.best_of_n import Questions, measure_best_of_n, read_questions
+from fractal_rm.evaluation.intervals import Measurement, as_columns, differences, estimates
 from fractal_rm.evaluation.responses import choose_threshold, known_steps, score_bags
 from fractal_rm.evaluation.results import ResultsFile
-from fractal_rm.evaluation.statistics import (
-    Measurement,
-    Statistic,
-    as_columns,
-    auc_of,
-    bag_aucs,
-    differences,
-    estimates,
-    first_error_hits,
-    ratio_of,
-    same_position_auc,
-)
+from fractal_rm.evaluation.statistics import Statistic, auc_of, bag_aucs, first_error_hits, ratio_of, same_position_auc
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.scorers.checkpoint import load_model, load_tokenizer, make_scorer
 from fractal_rm.scorers.settings import FractalSettings

@@ -34,8 +34,8 @@ from fractal_rm.data.formats.index import check_meaning
 from fractal_rm.data.segmentation import warn_of_uncut_responses
 from fractal_rm.data.shapes import Columns
 from fractal_rm.evaluation.benchmarks import SPEED, Benchmark, BenchmarkName, as_learned, measure, read_benchmark
+from fractal_rm.evaluation.intervals import Measurement, as_columns, differences, estimates
 from fractal_rm.evaluation.responses import choose_threshold, measure_responses, score_bags
-from fractal_rm.evaluation.statistics import Measurement, as_columns, differences, estimates
 from fractal_rm.files import write_atomic
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.reward_training.data import to_bags

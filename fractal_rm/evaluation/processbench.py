@@ -15,16 +15,9 @@ from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.processbench import read_processbench
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.evaluation.intervals import Measurement
 from fractal_rm.evaluation.responses import gold_labels, measure_responses, ranking_of
-from fractal_rm.evaluation.statistics import (
-    Measurement,
-    Statistic,
-    as_points,
-    average_of,
-    first_wrong,
-    hit_range,
-    hit_rates,
-)
+from fractal_rm.evaluation.statistics import Statistic, as_points, average_of, first_wrong, hit_range, hit_rates
 from fractal_rm.reward_model import StepScores
 
 # Cases of the official subsets: with a wrong step, without one.

@@ -7,7 +7,8 @@ import numpy as np
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation import statistics
-from fractal_rm.evaluation.statistics import Measurement, Statistic, as_points, reliability_curve
+from fractal_rm.evaluation.intervals import Measurement
+from fractal_rm.evaluation.statistics import Statistic, as_points, reliability_curve
 from fractal_rm.objectives.aggregation import GOOD, Aggregation, meaning
 from fractal_rm.reward_model import StepRewardModel, StepScores
 

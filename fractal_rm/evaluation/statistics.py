@@ -1,4 +1,4 @@
-"""Metrics of scores against labels, with bootstrap intervals.
+"""Metrics of scores against labels.
 
 A metric is a [`Statistic`]: a function of weights (D, N) that say how often each of N items (responses, or questions)
 counts in each of D draws. With weights of one it gives the value on the items as they are, with the weights of drawn
@@ -10,7 +10,7 @@ an unknown label and is left out. A metric that is undefined, such as an AUC ove
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,10 +22,6 @@ from fractal_rm.objectives.aggregation import GOOD
 Rows = Sequence[Any] | np.ndarray
 
 BINS = 10
-DRAWS = 1000
-CONFIDENCE = 0.95
-# Draws that are computed at a time: a matrix of draws and steps takes a few tens of megabytes.
-_CHUNK = 50
 
 
 @dataclass(frozen=True)
@@ -466,150 +462,3 @@ def step_statistics(scores: Rows, labels: Rows) -> dict[str, Statistic]:
 def values_of(statistics: Mapping[str, Statistic]) -> dict[str, float]:
     """The value of each statistic on the items as they are."""
     return {name: statistic.value for name, statistic in statistics.items()}
-
-
-# Intervals ------------------------------------------------------------------------------------------------------------
-
-
-class Estimate(NamedTuple):
-    """A value on the items as they are, and its interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What was measured of one model on one set of items.
-
-    Args:
-        items: How many items there are: what draws are made of.
-        statistics: Metrics by name.
-        counts: Numbers that have no interval: how many responses there were, were not scored, the threshold.
-        curves: Points of curves by name, ready for JSON.
-    """
-
-    items: int
-    statistics: Mapping[str, Statistic]
-    counts: Mapping[str, int | float] = field(default_factory=dict)
-    curves: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def values(self) -> dict[str, int | float]:
-        """Counts, then the value of each metric."""
-        return {**self.counts, **values_of(self.statistics)}
-
-
-def estimates(measured: Measurement, *, draws: int = DRAWS, seed: int = 0) -> dict[str, Estimate]:
-    """Every metric with its 95 % percentile interval over drawn items.
-
-    Draws in which a metric is undefined are left out.
-
-    Source:
-        Percentile bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993).
-
-    Example:
-        >>> estimates(Measurement(4, {"accuracy": mean_of([1, 1, 0, 1])}))["accuracy"]
-        Estimate(value=0.75, low=0.25, high=1.0)
-    """
-    return {name: _estimate(drawn) for name, drawn in _drawn(measured, draws, seed).items()}
-
-
-def differences(first: Measurement, second: Measurement, *, draws: int = DRAWS, seed: int = 0) -> dict[str, Estimate]:
-    """First minus second in every metric that both have, with the interval over the same drawn items.
-
-    Raises:
-        ValueError: If the numbers of items differ. The items must be the same, in the same order.
-
-    Example:
-        >>> one, other = (Measurement(2, {"accuracy": mean_of(hits)}) for hits in ([1, 1], [1, 0]))
-        >>> differences(one, other)["accuracy"]
-        Estimate(value=0.5, low=0.0, high=1.0)
-    """
-    if first.items != second.items:
-        raise ValueError(f"{first.items} items against {second.items}. Measure both models on the same data.")
-    values, others = (_drawn(measured, draws, seed) for measured in (first, second))
-    return {name: _estimate(values[name] - others[name]) for name in values if name in others}
-
-
-def as_columns(found: Mapping[str, Estimate]) -> dict[str, float]:
-    """Estimates as one number a name: `name`, `name_low`, `name_high`.
-
-    Example:
-        >>> as_columns({"f1": Estimate(0.5, 0.4, 0.6)})
-        {'f1': 0.5, 'f1_low': 0.4, 'f1_high': 0.6}
-    """
-    ends = ("", "_low", "_high")
-    return {name + end: value for name, estimate in found.items() for end, value in zip(ends, estimate, strict=True)}
-
-
-def _drawn(measured: Measurement, draws: int, seed: int) -> dict[str, np.ndarray]:
-    """Each metric on the items as they are, then in each draw: (1 + draws,)."""
-    count = measured.items
-    parts: dict[str, list[Any]] = {name: [[statistic.value]] for name, statistic in measured.statistics.items()}
-    generator = np.random.default_rng(seed)
-    for start in range(0, draws if count else 0, _CHUNK):
-        size = min(_CHUNK, draws - start)
-        drawn = generator.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count).astype(float)
-        for name, statistic in measured.statistics.items():
-            parts[name].append(statistic(weights))
-    return {name: np.concatenate(found) for name, found in parts.items()}
-
-
-def _estimate(values: np.ndarray) -> Estimate:
-    drawn = values[1:][~np.isnan(values[1:])]
-    if np.isnan(values[0]) or not len(drawn):
-        return Estimate(float(values[0]), math.nan, math.nan)
-    return Estimate(float(values[0]), *map(float, _ends(drawn)))
-
-
-def _ends(drawn: np.ndarray) -> np.ndarray:
-    """Ends of the 95 % percentile interval of draws, the first axis."""
-    return np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-
-
-def paired_difference(a: ArrayLike, b: ArrayLike, *, draws: int = 2 * DRAWS) -> Estimate:
-    """Mean of one system minus the mean of another on the same items (N,), with the interval over drawn items.
-
-    Raises:
-        ValueError: If the systems have different numbers of items.
-
-    Example:
-        >>> paired_difference([1, 1, 0, 1], [1, 0, 0, 0])
-        Estimate(value=0.5, low=0.0, high=1.0)
-    """
-    first, second = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if len(first) != len(second):
-        raise ValueError(f"{len(first)} items against {len(second)}. Measure both systems on the same items.")
-    return estimates(Measurement(len(first), {"mean": mean_of(first - second)}), draws=draws)["mean"]
-
-
-def interval_of_share(share: float, count: int) -> tuple[float, float]:
-    """Ends of the 95 % interval of a share of `count` items.
-
-    Source:
-        Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
-
-    Example:
-        >>> [round(end, 3) for end in interval_of_share(0.5, 10)]
-        [0.237, 0.763]
-    """
-    z = 1.959964  # of the normal distribution, 2.5 % lie above
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z * z / count)
-    return middle - half, middle + half
-
-
-def interval_of_mean(values: ArrayLike, *, draws: int = DRAWS) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of the mean over runs at each point of their curves, when runs are drawn anew.
-
-    Args:
-        values: One curve per run (runs, P). Of fewer than five runs the interval is too narrow.
-        draws: Number of draws, the same runs for all points.
-    """
-    curves = np.asarray(values, dtype=float)
-    points = {str(point): mean_of(column) for point, column in enumerate(curves.T)}
-    _, low, high = np.array(list(estimates(Measurement(len(curves), points), draws=draws).values())).T
-    return low, high

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fractal_rm.evaluation.statistics import Estimate, Measurement, estimates
+from fractal_rm.evaluation.intervals import Estimate, Measurement, estimates
 from fractal_rm.scorers.inputs import Processor, spaces_texts, special_affixes
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings

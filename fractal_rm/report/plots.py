@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fractal_rm.evaluation.statistics import BINS, interval_of_share, reliability_curve
+from fractal_rm.evaluation.intervals import interval_of_share
+from fractal_rm.evaluation.statistics import BINS, reliability_curve
 from fractal_rm.report.drawing import (
     PAGE,
     PICTURE,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fractal_rm.evaluation.statistics import interval_of_mean
+from fractal_rm.evaluation.intervals import interval_of_mean
 from fractal_rm.report.training_history import ALARM, Run
 
 GUARD = "guards/"

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from fractal_rm.evaluation.statistics import Measurement, bag_statistics, step_statistics
+from fractal_rm.evaluation.intervals import Measurement
+from fractal_rm.evaluation.statistics import bag_statistics, step_statistics
 from fractal_rm.reward_model import probabilities
 from fractal_rm.scorers.settings import FractalSettings
 

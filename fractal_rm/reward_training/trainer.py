@@ -25,9 +25,9 @@ from transformers import (
 from fractal_rm.data.bag import Bag, warn_of_equal_labels
 from fractal_rm.data.prompts import check_learned_kind, is_chat
 from fractal_rm.data.segmentation import common_gap, warn_of_uncut_responses
+from fractal_rm.evaluation.intervals import estimates
 from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, measure_responses, score_bags
 from fractal_rm.evaluation.results import ResultsFile
-from fractal_rm.evaluation.statistics import estimates
 from fractal_rm.files import replacing, write_atomic
 from fractal_rm.hf.cards import RewardModelCard
 from fractal_rm.hf.checkpoints import can_resume, named_write_errors

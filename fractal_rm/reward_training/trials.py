@@ -17,16 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fractal_rm.data.bag import Bag
+from fractal_rm.evaluation.intervals import Measurement, differences
 from fractal_rm.evaluation.responses import response_labels
 from fractal_rm.evaluation.results import ResultsFile
-from fractal_rm.evaluation.statistics import (
-    Measurement,
-    Statistic,
-    absolute_error_of,
-    auc_of,
-    differences,
-    mean_of,
-)
+from fractal_rm.evaluation.statistics import Statistic, absolute_error_of, auc_of, mean_of
 from fractal_rm.objectives.aggregation import GOOD, Aggregation, Meaning, meaning
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.data import fingerprint

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fractal_rm.evaluation.statistics import Estimate, interval_of_mean
+from fractal_rm.evaluation.intervals import Estimate, interval_of_mean
 from fractal_rm.report.drawing import PICTURE, new_figure, save_figure, style_axes
 from fractal_rm.report.tables import MISSING, format_number
 from fractal_rm.study.arms import ARMS, CEILING, OUTCOME_ONLY

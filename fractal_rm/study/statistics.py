@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fractal_rm.evaluation.statistics import Estimate, paired_difference
+from fractal_rm.evaluation.intervals import Estimate, paired_difference
 from fractal_rm.study.arms import OUTCOME_ONLY
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 

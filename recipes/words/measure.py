@@ -18,8 +18,9 @@ import numpy as np
 
 from fractal_rm.cli.sample import read_rows_of
 from fractal_rm.evaluation.best_of_n import majority_of, pass_at
+from fractal_rm.evaluation.intervals import Measurement, as_columns, estimates
 from fractal_rm.evaluation.results import ResultsFile
-from fractal_rm.evaluation.statistics import Measurement, as_columns, estimates, mean_of, ratio_of
+from fractal_rm.evaluation.statistics import mean_of, ratio_of
 
 
 def measure(rows: Sequence[dict[str, Any]], samples: int) -> Measurement:
