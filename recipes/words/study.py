@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     work: Path = arguments.work
     needed = [
         work / "policy" / "model",
-        *([work / "reward_model"] if {"dense", "dense_outcome"} & {*arguments.arms} else []),
+        *([work / "reward_model"] if any(ARMS[arm].steps == "fractal" for arm in arguments.arms) else []),
     ]
     missing = next((folder for folder in needed if not (folder / "config.json").is_file()), None)
     if missing is not None:
