@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.evidence import words_pictures
 from fractal_rm.cli import main as cli_main
+from fractal_rm.cli.options.tasks import make_task
 from fractal_rm.study.study import Evaluations, write_chosen
 
 pytest.importorskip("reasoning_gym", reason="needs the extra `gym`")
@@ -190,6 +191,12 @@ def test_drills_are_calculations_of_solutions():
         policy.drills(texts, 3, seed=1)
 
 
+def make_short_task(*arguments):
+    task = make_task(*arguments)
+    task.max_new_tokens = 24
+    return task
+
+
 SMALL = ["--updates", "2", "--rollouts", "8", "--held_out", "3", "--draws", "2"]
 
 
@@ -199,6 +206,7 @@ def work(tmp_path, monkeypatch):
     save_policy(tmp_path / "work" / "policy" / "model")
     save_reward_model(tmp_path / "work" / "reward_model")
     monkeypatch.setattr(study.WordsAssets, "micro_batch", 4)
+    monkeypatch.setattr(study, "make_task", make_short_task)  # the stand-in never ends by itself
     monkeypatch.setattr(study.WordsAssets, "ppo", study.WordsAssets.ppo | {"save_steps": 1})
     return tmp_path / "work"
 
