@@ -4,13 +4,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from support.stand_ins import save_policy, save_reward_model
+from transformers import AutoTokenizer
 
 from benchmarks.common.floors import position, score_by
+from benchmarks.evidence import words_heads
 from benchmarks.evidence import words_reward_models as benchmark
 from fractal_rm.cli.main import main
+from fractal_rm.data.bag import Bag
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.best_of_n import read_questions
+from fractal_rm.evaluation.statistics import auc_of
 
 
 def questions(labels, step_labels, answers=None):
@@ -33,6 +38,7 @@ def test_numbers_of_a_case_that_is_worked_out_by_hand():
     measured = benchmark.judge(oracle, asked, 0.5).values
     assert measured["within_bag_auc"] == measured["first_error_accuracy"] == measured["bag_auc"] == 1.0
     assert measured["best_of_8"] == measured["best_of_8_min"] == 0.5
+    assert measured["within_prompt_auc"] == 1.0
     assert measured["mixed_bags"] == 7
     backwards = score_by(lambda bag: [1.0 if gold == 0 else 0.0 for gold in bag.step_labels], asked.bags)
     measured = benchmark.judge(backwards, asked, 0.5).values
@@ -40,6 +46,40 @@ def test_numbers_of_a_case_that_is_worked_out_by_hand():
     # Early is good: right about every bag whose labels end at the first wrong line, by nothing that it knows.
     measured = benchmark.judge(score_by(position, asked.bags), asked, 0.6).values
     assert (measured["within_bag_auc"], measured["same_position_auc"]) == (1.0, 0.5)
+    # To know which prompts are easy is something across prompts, and nothing within them.
+    easy = questions([[*[1] * 7, 0], [1, *[0] * 7]], [[LATE] * 8] * 2)
+    measured = benchmark.judge(
+        score_by(lambda bag: [0.1 + 0.8 * (bag.prompt == "p0")] * 2, easy.bags), easy, 0.5
+    ).values
+    assert measured["bag_auc"] > 0.8
+    assert measured["within_prompt_auc"] == 0.5
+
+
+def test_heads_read_what_answers_tell_of_steps():
+    # Of four steps a response, the second number of each says whether it is good; a response is right if all are.
+    generator = np.random.default_rng(0)
+    good = generator.random((200, 4)) < 0.8
+    states = np.stack([generator.normal(size=good.size), good.ravel() + 0.1 * generator.normal(size=good.size)], axis=1)
+    features = words_heads.Features(np.zeros((800, 1)), {7: states}, np.full(200, 4))
+    right = good.all(axis=1).astype(float)
+    prompts = [str(i // 4) for i in range(200)]
+    pairs = words_heads.pairs_of(right, prompts)
+    assert all(prompts[i] == prompts[j] and right[i] > right[j] for i, j in pairs.tolist())
+    for learned_from in (None, pairs):
+        head = words_heads.Head(7, 1e-3, [0]).fit(features, torch.tensor(right, dtype=torch.float32), learned_from)
+        whole, steps = head.scores(features)
+        assert auc_of(steps, list(good.astype(float))).value > 0.99
+        assert words_heads.within_prompts(whole, right, prompts) > 0.99
+    assert words_heads.within_prompts(-whole, right, prompts) < 0.01
+
+
+def test_tokens_belong_to_the_step_they_stand_in(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(save_policy(tmp_path / "policy"))
+    bag = Bag("ab", "c\n---\nde", ((0, 5), (6, 8)), None)
+    ids, steps = words_heads.tokenize(tokenizer, bag)
+    assert len(ids) == len(steps)
+    assert steps.tolist()[-8:] == [0] * 6 + [1] * 2  # the line break belongs to what it ends
+    assert set(steps.tolist()[:-8]) == {-1}
 
 
 def test_a_vote_and_its_difference():
@@ -69,6 +109,16 @@ def test_the_benchmark_runs_on_what_sample_writes(tmp_path):
     assert [row["arm"] for row in rows] == [benchmark.LIKELIHOOD, *benchmark.FLOORS, "fractal"]
     assert all(np.isfinite(row["metrics"]["best_of_8"]) and row["metrics"]["prompts"] == 3 for row in rows)
     assert "within_bag_auc_over_likelihood" in rows[-1]["metrics"]
+    files |= {"train": tmp_path / "train.jsonl"}
+    labelled = [json.loads(line) for line in files["validation"].read_text().splitlines()]
+    right = [{**row, "label": float(i % 2)} for i, row in enumerate(labelled)]  # the stand-in is never right
+    files["train"].write_text("".join(json.dumps(row) + "\n" for row in right))
+    flags = ["--validation", str(files["train"]), "--data", f"gsm_symbolic={files['held_out']}", "--policy", policy]
+    flags += ["--train", str(files["train"]), "--features", str(tmp_path / "features"), "--results", str(results)]
+    for _ in range(2):  # once with forward passes, once with what was kept of them
+        words_heads.main(flags)
+    rows = [json.loads(line)["metrics"] for line in results.read_text().splitlines()][-8:]
+    assert [row["first_error_accuracy"] for row in rows[:4]] == [row["first_error_accuracy"] for row in rows[4:]]
     unlabelled = tmp_path / "unlabelled.jsonl"
     unlabelled.write_text(json.dumps({"prompt": "p", "completion": "a", "label": 1.0}) + "\n")
     with pytest.raises(ValueError, match="has no step labels"):

@@ -81,11 +81,21 @@ def reward_models(rows: Sequence[Row]) -> str:
     for row in last(rows, lambda row: "within_bag_auc" in row["metrics"]):
         metrics = row["metrics"]
         of_steps = [score(metrics, "within_bag_auc"), score(metrics, "same_position_auc")]
-        of_steps += [percent(metrics, "first_error_accuracy"), score(metrics, "bag_auc")]
+        of_steps += [percent(metrics, "first_error_accuracy")]
+        of_steps += [score(metrics, "bag_auc"), score(metrics, "within_prompt_auc")]
+        gain = _shown(metrics, "within_bag_auc_over_likelihood", "+.3f", 1)
         best = [percent(metrics, "best_of_8"), percent(metrics, "best_of_8_over_majority", signed=True)]
-        lines.append([f"`{row['dataset']}`", f"`{row['arm']}`", *of_steps, *best])
-    header = ["problems", "arm", "within-bag AUC", "same-position AUC", "first error found, %", "response AUC"]
-    return table([*header, "best of 8, %", "over the majority, points"], lines)
+        lines.append([f"`{row['dataset']}`", f"`{row['arm']}`", of_steps[0], gain, *of_steps[1:], *best])
+    header = [
+        "problems",
+        "arm",
+        "within-bag AUC",
+        "over the likelihood",
+        "same-position AUC",
+        "first error found, %",
+        "response AUC",
+    ]
+    return table([*header, "the same, within prompts", "best of 8, %", "over the majority, points"], lines)
 
 
 def study(rows: Sequence[Row]) -> str:

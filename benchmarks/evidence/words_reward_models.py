@@ -32,7 +32,15 @@ from fractal_rm.evaluation.best_of_n import Questions, measure_best_of_n, read_q
 from fractal_rm.evaluation.intervals import Measurement, as_columns, differences, estimates
 from fractal_rm.evaluation.responses import choose_threshold, known_steps, score_bags
 from fractal_rm.evaluation.results import ResultsFile
-from fractal_rm.evaluation.statistics import Statistic, auc_of, bag_aucs, first_error_hits, ratio_of, same_position_auc
+from fractal_rm.evaluation.statistics import (
+    Statistic,
+    auc_of,
+    bag_aucs,
+    first_error_hits,
+    mean_of,
+    ratio_of,
+    same_position_auc,
+)
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.scorers.checkpoint import load_model, load_tokenizer, make_scorer
 from fractal_rm.scorers.settings import FractalSettings
@@ -65,7 +73,8 @@ def judge(scored: Sequence[StepScores], questions: Questions, threshold: float) 
         threshold: A step that scores below it is called wrong.
 
     Returns:
-        `within_bag_auc`, `step_auc`, `bag_auc`, `first_error_accuracy`, and `best_of_8` by the model's own aggregation;
+        `within_bag_auc`, `step_auc`, `bag_auc`, `within_prompt_auc` (the same among responses to one prompt: knowing
+        which prompts are easy does not help), `first_error_accuracy`, and `best_of_8` by the model's own aggregation;
         `best_of_8_min`, `_product`, `_mean`, `_last` by other readings of the steps. In the counts
         `same_position_auc`, which has no interval over prompts.
     """
@@ -78,6 +87,9 @@ def judge(scored: Sequence[StepScores], questions: Questions, threshold: float) 
         "within_bag_auc": _mean_over_bags(bag_aucs(steps, gold), groups),
         "step_auc": auc_of(_joined(steps, groups), _joined(gold, groups)),
         "bag_auc": auc_of([responses[group] for group in groups], [right[group] for group in groups]),
+        "within_prompt_auc": mean_of(
+            bag_aucs([responses[group] for group in groups], [right[group] for group in groups])
+        ),
         "first_error_accuracy": _mean_over_bags(np.where(wrong, hits, np.nan), groups),
         "best_of_8": best[f"own@{SAMPLES}"],
         **{f"best_of_8_{name}": best[f"{name}@{SAMPLES}"] for name in ("min", "product", "mean", "last")},
@@ -117,7 +129,7 @@ def comparisons(measured: Measurement, policy: Measurement, rival: Measurement |
     best = Measurement(measured.items, {"gain": measured.statistics["best_of_8"]})
     found = {"best_of_8_over_majority": differences(best, vote)["gain"]}
     if rival is not None:
-        compared = ("within_bag_auc", "bag_auc", "first_error_accuracy", "best_of_8")
+        compared = ("within_bag_auc", "bag_auc", "within_prompt_auc", "first_error_accuracy", "best_of_8")
         found |= {f"{name}_over_likelihood": differences(measured, rival)[name] for name in compared}
     return as_columns(found)
 
