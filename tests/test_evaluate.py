@@ -12,7 +12,7 @@ from support.stand_ins import save_policy, save_reward_model, solutions
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, score_bags
+from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, measure_responses, score_bags
 from fractal_rm.evaluation.score_rows import score_rows
 from fractal_rm.objectives.aggregation import AGGREGATIONS, meaning
 from fractal_rm.report.terminal import show_steps
@@ -169,3 +169,19 @@ def test_preferences_are_compared_pair_by_pair():
     found = evaluate_scores([scores(bag, *row) for bag, row in zip(bags, values, strict=True)], bags, 0.5)
     assert found["pair_accuracy"] == 1 / 4  # right; wrong; a tie; and one that was not scored
     assert "pair_accuracy" not in evaluate_scores([scores(TWO, 0.5, 0.5)], [TWO], 0.5)
+
+
+def test_knowing_which_prompts_are_easy_is_worth_nothing_within_prompts():
+    # Three of four answers to the first prompt are good, one of four to the second. Prompts are a text and a chat.
+    prompts = ["1+1?", [{"role": "user", "content": "1234*4321?"}]]
+    labels = [[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    bags = [Bag(prompt, "2.", ((0, 2),), one) for prompt, row in zip(prompts, labels, strict=True) for one in row]
+    easy = [scores(bag, 0.9 if bag.prompt == "1+1?" else 0.1) for bag in bags]
+    assert measure_responses(easy, bags, 0.5).values["bag_auc"] == 0.75
+    assert measure_responses(easy, bags, 0.5).values["within_prompt_auc"] == 0.5
+    right = [scores(bag, 0.8 + 0.1 * bag.label if bag.prompt == "1+1?" else 0.1 * bag.label) for bag in bags]
+    assert measure_responses(right, bags, 0.5).values["within_prompt_auc"] == 1.0
+    unscored = [
+        StepScores(bag.response, error="too long") if bag.label else one for bag, one in zip(bags, right, strict=True)
+    ]
+    assert "within_prompt_auc" not in measure_responses(unscored, bags, 0.5).values

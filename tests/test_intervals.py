@@ -245,7 +245,7 @@ def test_the_values_of_labelled_responses_are_those_of_scikit_learn(cut, grades)
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     first_errors = ["first_error_accuracy", "all_correct_accuracy", "f1"]
     assert found.keys() - expected.keys() == {"bag_ece", "bag_aurc", "step_ece", "within_bag_auc", *first_errors}
-    without = {"bag_brier", "bag_aurc", "step_brier", "step_ece"}
+    without = {"bag_brier", "bag_aurc", "step_brier", "step_ece", "within_prompt_auc"}
     assert evaluate_scores(scored, bags, 0.4) == {name: found[name] for name in found if name not in without}
 
 

@@ -5,7 +5,6 @@ equally good solutions each is taken equally often, so a score that says nothing
 """
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.contradictions import prompt_key
 from fractal_rm.data.patterns import compiled
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
@@ -75,7 +75,7 @@ def read_questions(
             raise ValueError(f"{source}, row {number}: preferences are no sampled solutions; give one response a row.")
     groups: dict[str, list[int]] = {}
     for place, bag in enumerate(bags):
-        groups.setdefault(json.dumps(bag.prompt, sort_keys=True), []).append(place)
+        groups.setdefault(prompt_key(bag.prompt), []).append(place)
     return Questions(bags, list(groups.values()), _answers(given, bags, answer_pattern))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.contradictions import prompt_key
 from fractal_rm.evaluation import statistics
 from fractal_rm.evaluation.intervals import Measurement
 from fractal_rm.evaluation.statistics import Statistic, as_points, reliability_curve
@@ -13,7 +14,7 @@ from fractal_rm.objectives.aggregation import GOOD, Aggregation, meaning
 from fractal_rm.reward_model import StepRewardModel, StepScores
 
 # What `measure_responses` adds to `evaluate_scores`.
-_ADDED = ("bag_brier", "bag_aurc", "step_brier", "step_ece")
+_ADDED = ("bag_brier", "bag_aurc", "step_brier", "step_ece", "within_prompt_auc")
 
 
 def score_bags(reward_model: StepRewardModel, bags: Sequence[Bag]) -> list[StepScores]:
@@ -63,7 +64,7 @@ def separating_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float) -> dict[str, float]:
-    """Values of [`measure_responses`], without Brier scores, `step_ece` and `bag_aurc`; the arguments are the same."""
+    """Values of [`measure_responses`], without those that it adds; the arguments are the same."""
     values = measure_responses(scored, bags, threshold).values
     return {name: value for name, value in values.items() if name not in _ADDED}
 
@@ -87,6 +88,7 @@ def measure_responses(scored: Sequence[StepScores], bags: Sequence[Bag], thresho
         [`~fractal_rm.evaluation.statistics.step_statistics`] and
         [`~fractal_rm.evaluation.statistics.first_error_statistics`], `step_brier`, `step_ece` and, of grades,
         `step_mae`. The two absolute errors are in grades. Counts: `responses`, `unscored`, `truncated`, `threshold`,
+        `within_prompt_auc` (AUC of responses to the same prompt, averaged over the prompts that have good and bad ones)
         and `pair_accuracy` of preferences (the share whose chosen response scores higher). Curves: `reliability`,
         `risk_coverage` and, of steps, `step_reliability`.
     """
@@ -113,6 +115,9 @@ def measure_responses(scored: Sequence[StepScores], bags: Sequence[Bag], thresho
     pairs = _pairs(scored, bags)
     if pairs:
         counts["pair_accuracy"] = sum(better > worse for better, worse in pairs) / len(pairs)
+    within = _within_prompts(probs, labels, bags)
+    if within is not None and not pairs:
+        counts["within_prompt_auc"] = within
     gold = [gold_labels(bag) for bag in bags]
     if any(not np.isnan(row).all() for row in gold):
         counts["threshold"] = threshold
@@ -156,6 +161,17 @@ def gold_labels(bag: Bag) -> np.ndarray:
 def _share(label: float | None, bag: Bag) -> float:
     """A label on the scale of scores: NaN where it is not known, a grade as its share of the highest."""
     return math.nan if label is None else label / ((bag.num_grades or 2) - 1)
+
+
+def _within_prompts(probs: np.ndarray, labels: np.ndarray, bags: Sequence[Bag]) -> float | None:
+    """AUC of the responses to a prompt, averaged; None if no prompt has good and bad responses."""
+    groups: dict[str, list[int]] = {}
+    for place, bag in enumerate(bags):
+        groups.setdefault(prompt_key(bag.prompt), []).append(place)
+    several = [group for group in groups.values() if len(group) > 1]
+    areas = statistics.bag_aucs([probs[group] for group in several], [labels[group] for group in several])
+    known = areas[~np.isnan(areas)]
+    return float(known.mean()) if len(known) else None
 
 
 def _pairs(scored: Sequence[StepScores], bags: Sequence[Bag]) -> list[tuple[float, float]]:
