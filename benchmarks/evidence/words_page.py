@@ -98,6 +98,18 @@ def reward_models(rows: Sequence[Row]) -> str:
     return table([*header, "the same, within prompts", "best of 8, %", "over the majority, points"], lines)
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """The reward model beside the policy's own likelihood, for README."""
+    lines = []
+    for row in last(rows, lambda row: row["arm"] in ("fractal", "untrained_likelihood")):
+        metrics = row["metrics"]
+        shown = [score(metrics, "within_bag_auc"), percent(metrics, "first_error_accuracy")]
+        shown += [percent(metrics, "best_of_8"), percent(metrics, "best_of_8_over_majority", signed=True)]
+        lines.append([f"`{row['dataset']}`", f"`{row['arm']}`", *shown])
+    header = ["problems", "step scores", "within-bag AUC", "first error found, %", "best of 8, %"]
+    return table([*header, "over the majority, points"], lines)
+
+
 def study(rows: Sequence[Row]) -> str:
     """Accuracy of each arm of the study at its start, its middle and its end: the mean over seeds."""
     runs, lines = finished_runs(rows, benchmark="words"), []
@@ -141,6 +153,7 @@ TABLES = {
     "words step_checker": step_checker,
     "words policies": policies,
     "words reward_models": reward_models,
+    "words summary": summary,
     "words study": study,
     "words differences": differences,
 }
