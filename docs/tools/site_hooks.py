@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^(?P<indent> *)(?P<marks>```+)[^\n]*\n.*?^(?P=indent)(?P=marks)[ ]*$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?P<mark>!?)\[(?P<label>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 
-# An interval or a deviation in a cell of a table: a line breaks before it, not in it.
+# An interval or a deviation in a cell of a table: on phones a line breaks before it, not in it.
 INTERVAL = re.compile(r"(?<=[\s>])(\[[^\[\]<>,]+, [^\[\]<>,]+\]|[\d.,]+ ± [\d.,]+)(?=\s*</td>)")
 
 # What a browser would fetch by itself from somewhere else.
@@ -177,7 +177,7 @@ def on_page_markdown(markdown: str, *, page: "Page", config: "MkDocsConfig", fil
 
 
 def with_whole_intervals(html: str) -> str:
-    """HTML whose tables break no line within an interval.
+    """HTML whose style sheet can keep the intervals of tables in one piece.
 
     Example:
         >>> with_whole_intervals("<td>0.5 [0.4, 0.6]</td>")
@@ -187,7 +187,7 @@ def with_whole_intervals(html: str) -> str:
 
 
 def on_page_content(html: str, *, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
-    """Keep intervals in one piece."""
+    """Mark intervals in tables."""
     return with_whole_intervals(html)
 
 
