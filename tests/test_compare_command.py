@@ -306,13 +306,12 @@ def test_tuning_finds_the_rate_with_the_outcome_only_arms_and_runs_an_arms_trial
     folder = tmp_path / "smoke"
     folder.mkdir()
     (folder / "policies").symlink_to(finished / "policies")
-    monkeypatch.setattr(command, "TUNING_TASKS", ("easy",))
     for module in (study, evidence_arms):
         monkeypatch.setattr(module, "LEARNING_RATES", LEARNING_RATES[:2])
     own = "fractal_mix_own_rate"  # has as many trials as they have; a longer arm has none
-    run_comparison(arguments(folder, tune=True, settings=None, arms=["oracle", own, *LONGER]), Evidence)
+    run_comparison(arguments(folder, tune=True, settings=["easy"], arms=["oracle", own, *LONGER]), Evidence)
     rows = rows_of(folder)
-    assert {row["split"] for row in rows} == {"tuning"}
+    assert {(row["split"], row["dataset"]) for row in rows} == {("tuning", "easy")}
     rates = {
         arm: {row["config"]["learning_rate"] for row in rows if row["arm"] == arm}
         for arm in (*OUTCOME_ONLY, own, "oracle")
@@ -359,12 +358,12 @@ def test_a_run_that_two_processes_come_to_is_done_once(tmp_path, monkeypatch):
 
 
 def test_bad_arguments_are_named(tmp_path):
-    with pytest.raises(ValueError, match="There is no setting 'hell'"):
-        arguments(tmp_path / "smoke", settings=["hell"])
+    with pytest.raises(ValueError, match=r"There is no setting 'eazy'\. Did you mean `easy`\?"):
+        arguments(tmp_path / "smoke", settings=["eazy"])
+    with pytest.raises(ValueError, match=r"There is no arm 'fractal_mx'\. Did you mean `fractal_mix`\?"):
+        run_comparison(arguments(tmp_path / "smoke", arms=["fractal_mx"]))
     with pytest.raises(ValueError, match=r"There is no arm 'implicit'.*-m benchmarks\.evidence\."):
         run_comparison(arguments(tmp_path / "smoke", arms=["implicit"]))
-    with pytest.raises(ValueError, match="Trials run on medium and branching"):
-        arguments(tmp_path / "smoke", tune=True)
     with pytest.raises(ValueError, match="`jobs` is 0"):
         arguments(tmp_path / "smoke", jobs=0)
     with pytest.raises(FileNotFoundError, match=r"chosen\.yaml is no file"):

@@ -109,7 +109,7 @@ def test_the_reference_has_every_public_name_and_every_module():
     public = {name for name in fractal_rm.__all__ if not name.startswith("__")}
     assert set(re.findall(r"^::: fractal_rm\.(\w+)$", pages["reference/index.md"], re.MULTILINE)) == public
     for module in ("objectives/bag_loss", "objectives/priors", "credit/placement", "credit/advantages", "data/readers"):
-        assert f"::: fractal_rm.{module.replace('/', '.')}\n" in pages[f"reference/{module}.md"]
+        assert f"\n\n[TOC]\n\n::: fractal_rm.{module.replace('/', '.')}\n" in pages[f"reference/{module}.md"]
 
 
 @pytest.mark.parametrize("name", ["FractalConfig", "StepPPOConfig"])

@@ -24,6 +24,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^(?P<indent> *)(?P<marks>```+)[^\n]*\n.*?^(?P=indent)(?P=marks)[ ]*$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?P<mark>!?)\[(?P<label>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 
+# An interval or a deviation in a cell of a table: on phones a line breaks before it, not in it.
+INTERVAL = re.compile(r"(?<=[\s>])(\[[^\[\]<>,]+, [^\[\]<>,]+\]|[\d.,]+ ± [\d.,]+)(?=\s*</td>)")
+
 # What a browser would fetch by itself from somewhere else.
 FETCHED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"(?:https?:)?//[^\"]*")
 
@@ -171,6 +174,21 @@ def on_page_markdown(markdown: str, *, page: "Page", config: "MkDocsConfig", fil
     if page.file.generated_by is None:
         markdown = with_site_links(markdown, f"docs/{page.file.src_uri}")
     return with_contents(markdown)
+
+
+def with_whole_intervals(html: str) -> str:
+    """HTML whose style sheet can keep the intervals of tables in one piece.
+
+    Example:
+        >>> with_whole_intervals("<td>0.5 [0.4, 0.6]</td>")
+        '<td>0.5 <span class="interval">[0.4, 0.6]</span></td>'
+    """
+    return INTERVAL.sub(r'<span class="interval">\1</span>', html)
+
+
+def on_page_content(html: str, *, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
+    """Mark intervals in tables."""
+    return with_whole_intervals(html)
 
 
 def on_post_page(output: str, *, page: "Page", config: "MkDocsConfig") -> str:

@@ -34,14 +34,15 @@ def pages() -> dict[str, str]:
         place = path.relative_to(PACKAGE).with_suffix("").as_posix()
         module = f"fractal_rm.{place.replace('/', '.')}"
         found[f"reference/{place}.md"] = (
-            f"# {path.stem}\n\n::: {module}\n    options:\n      show_root_heading: false\n"
+            f"# {path.stem}\n\n[TOC]\n\n::: {module}\n    options:\n      show_root_heading: false\n"
         )
     return found
 
 
 def public_page() -> str:
     """The names of `import fractal_rm`, from their docstrings; fields of configurations have tables elsewhere."""
-    parts = ["# Public names", "What `import fractal_rm` offers. Every other module is usable by its own name."]
+    says = "What `import fractal_rm` offers. Every other module is usable by its own name."
+    parts = ["# Public names", says, "[TOC]"]
     for name, identifier in PUBLIC.items():
         kind = getattr(fractal_rm, name)
         is_config = is_configuration(kind)

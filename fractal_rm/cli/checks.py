@@ -211,7 +211,11 @@ def to_json(values: Any) -> str:
 
 def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a table with a column for each split."""
-    numbers = [{name: x for name, x in values.items() if isinstance(x, int | float)} for values in metrics.values()]
+    from fractal_rm.hf.cards import counted
+
+    numbers = [
+        {name: x for name, x in counted(values).items() if isinstance(x, int | float)} for values in metrics.values()
+    ]
     names = dict.fromkeys(name for values in numbers for name in values)
     print_table(metrics, {name: [number_cell(values.get(name)) for values in numbers] for name in names})
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fractal_rm.cli.checks import check_matplotlib, check_writable_folder
 from fractal_rm.cli.options.parser import parse
+from fractal_rm.errors import did_you_mean
 from fractal_rm.evaluation.results import portable_command
 from fractal_rm.files import write_atomic
 from fractal_rm.ranges import check_ranges
@@ -43,7 +44,10 @@ class CompareArguments:
     )
     settings: list[str] | None = field(
         default=None,
-        metadata={"help": "Settings of the task, such as `easy`, `medium` or `hard`, in this order; default: all."},
+        metadata={
+            "help": "Settings of the task, such as `easy`, `medium` or `hard`, in this order; default: all, and for "
+            "`tune` medium and branching."
+        },
     )
     arms: list[str] | None = field(
         default=None,
@@ -66,10 +70,9 @@ class CompareArguments:
     def __post_init__(self) -> None:
         unknown = next((name for name in self.settings or [] if name not in CONDITIONS), None)
         if unknown is not None:
-            raise ValueError(f"There is no setting {unknown!r}. Choose from {', '.join(CONDITIONS)}.")
+            near = did_you_mean(unknown, CONDITIONS)
+            raise ValueError(f"There is no setting {unknown!r}.{near} Choose from {', '.join(CONDITIONS)}.")
         check_ranges(self)
-        if self.tune and self.settings is not None:
-            raise ValueError(f"Trials run on {' and '.join(TUNING_TASKS)}. Leave `settings` out with `tune`.")
 
 
 def compare(argv: Sequence[str]) -> None:
@@ -85,11 +88,12 @@ def run_comparison(arguments: CompareArguments, kind: type[Study] = Study) -> li
     results = Path(arguments.results or folder / "results.jsonl")
     chosen_file = Path(arguments.chosen or folder / "chosen.yaml")
     check_matplotlib()  # before the work, not after
+    tuned_on = arguments.settings or TUNING_TASKS
     budget = Budget()
     if arguments.smoke:
         budget = SMOKE_BUDGET
     elif arguments.tune:
-        budget = Budget(updates=round(TUNING_SHARE * CONDITIONS[TUNING_TASKS[0]].updates), points=TUNING_POINTS)
+        budget = Budget(updates=round(TUNING_SHARE * CONDITIONS[tuned_on[0]].updates), points=TUNING_POINTS)
     study = kind(results, folder, budget, {})
     if arguments.smoke:
         tasks = {name: one.small() for name, one in CONDITIONS.items()}
@@ -98,13 +102,14 @@ def run_comparison(arguments: CompareArguments, kind: type[Study] = Study) -> li
     study.check_arms(arms)
     if arguments.tune:
         arms = [name for name in arms if study.tuned_as(name) == name]
-        write_chosen(chosen_file, study.tune(TUNING_TASKS, arms, arguments.jobs), portable_command(sys.argv))
+        write_chosen(chosen_file, study.tune(tuned_on, arms, arguments.jobs), portable_command(sys.argv))
         print(f"{chosen_file} holds the settings of {len(arms)} arms.")
         return study.rows()
     given = arguments.chosen is not None or chosen_file.is_file()
     study = study.with_chosen(chosen_file, arms) if given else study.with_tuned(arms)
     units = study.units(arguments.settings or list(CONDITIONS), arms, arguments.seeds)
-    print(f"{len(units)} runs, a minute or more each; a stopped comparison goes on. {_FIRST_LOOK}", flush=True)
+    hint = "" if arguments.settings or arguments.arms else f" {_FIRST_LOOK}"
+    print(f"{len(units)} runs, a minute or more each; a stopped comparison goes on.{hint}", flush=True)
     study.run_all(units, arguments.jobs)
     rows = study.rows()
     made = [f"## {name}\n\n{table}" for name, table in tables(rows, study.arms).items()]

@@ -4,7 +4,6 @@ The exit status is 0, or one sentence on standard error says what was wrong, whe
 traceback.
 """
 
-import difflib
 import importlib
 import linecache
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from fractal_rm import __version__
 from fractal_rm.cli.options.help import check_names, full_help, short_help
+from fractal_rm.errors import did_you_mean
 from fractal_rm.interrupts import SIGNALS, Interrupted, handled, interrupt
 
 BAD_INPUT = 2
@@ -90,9 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *where, **line: f"Warning: {message}\n"
     try:
         if name not in COMMANDS:
-            found = difflib.get_close_matches(name, COMMANDS, n=1)
-            advice = f"Did you mean `{found[0]}`?" if found else f"Choose one of {', '.join(COMMANDS)}."
-            raise ValueError(f"{f'Unknown command {name!r}' if name else 'There is no command'}. {advice}")
+            advice = did_you_mean(name, COMMANDS, f" Choose one of {', '.join(COMMANDS)}.")
+            raise ValueError(f"{f'Unknown command {name!r}' if name else 'There is no command'}.{advice}")
         if "--help" in rest or "-h" in rest:
             page = full_help if "all" in rest else short_help
             print(page(name, COMMANDS[name]))
@@ -115,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not is_bad_input(error):
             raise
-        print(f"fractal-rm: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fractal-rm: {' '.join(str(error).split()).removeprefix('fractal-rm ')}", file=sys.stderr)
         return BAD_INPUT
     finally:
         warnings.formatwarning = formatwarning

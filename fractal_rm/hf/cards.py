@@ -142,17 +142,24 @@ def _portable(path: str | None) -> str:
     return Path(path).name if Path(path).exists() else path
 
 
+def counted(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as tables show them: without a `total_flos` of 0, which says that the trainer did not count.
+
+    Example:
+        >>> counted({"total_flos": 0.0, "train_loss": 0.0})
+        {'train_loss': 0.0}
+    """
+    return {name: value for name, value in metrics.items() if name != "total_flos" or value}
+
+
 def _metrics(
     metrics: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, Mapping[str, Estimate]] | None = None
 ) -> str:
-    """A table of numbers; those with an interval have it in a column of its own.
-
-    A `total_flos` of 0 is left out: it says that the trainer did not count.
-    """
+    """A table of numbers; those with an interval have it in a column of its own."""
     rows, known = [], intervals or {}
     for split in dict.fromkeys([*metrics, *known]):
-        counted = {name: value for name, value in metrics.get(split, {}).items() if name != "total_flos" or value}
-        values = {name: (_number(value), "") for name, value in counted.items() if _number(value)}
+        shown = counted(metrics.get(split, {}))
+        values = {name: (_number(value), "") for name, value in shown.items() if _number(value)}
         for name, (value, low, high) in known.get(split, {}).items():
             ends = f"[{low:.4g}, {high:.4g}]" if math.isfinite(low) else ""
             values[name] = (_number(value), ends)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 COLUMNS = 3  # of a picture
-# Inches of a panel on a page, where two stand side by side; one alone is as wide as both.
+# Inches of a panel on a page, where two stand side by side; one alone is as wide as both, but on a phone, where it is
+# drawn as others are.
 WIDTH, HEIGHT = 4.7, 2.3
 # Markers along a line, by which groups are told apart without colour: dashes would make noise of noisy curves. Of fewer
 # than MARKED points each is marked.
@@ -167,14 +168,20 @@ def describe(panel: Panel) -> str:
 
 
 def _plots(section: Section, last: int) -> list[tuple[Panel, Markup]]:
-    """The panels of a section, each with its `<svg>`."""
-    width = WIDTH if len(section.panels) > 1 else 2 * WIDTH
-    plots = []
-    for number, panel in enumerate(section.panels, start=1):
-        with new_figure(width, HEIGHT) as figure:
-            draw_panel(figure.add_subplot(), panel, PAGE, last)
-            plots.append((panel, Markup(to_svg(figure, f"{section.name}-{number}", describe(panel)))))
-    return plots
+    """The panels of a section, each with its `<svg>`; one alone has one for wide pages and one for phones."""
+    if len(section.panels) == 1:
+        wide, phone = (_plot(section, 0, last, width, css) for width, css in ((2 * WIDTH, "wide"), (WIDTH, "phone")))
+        return [(section.panels[0], wide + phone)]
+    return [(panel, _plot(section, number, last)) for number, panel in enumerate(section.panels)]
+
+
+def _plot(section: Section, number: int, last: int, width: float = WIDTH, css: str = "any") -> Markup:
+    """A panel as an `<svg>` in an element of a class of the style sheet."""
+    panel = section.panels[number]
+    with new_figure(width, HEIGHT) as figure:
+        draw_panel(figure.add_subplot(), panel, PAGE, last)
+        svg = Markup(to_svg(figure, f"{section.name}-{number + 1}-{css}", describe(panel)))
+    return Markup('<div class="{}">{}</div>').format(css, svg)
 
 
 def _look(slot: int | None, theme: Theme) -> tuple[str, Literal["-", "--"], str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.segmentation import Segmentation, Span
@@ -269,7 +269,9 @@ class Assets:
         """Train a reward model of a kind into an empty folder; `options` go beside its recipe."""
         options = {**self.recipes(self.task)[kind], "max_steps": self.max_steps, "seed": self.seed, **options}
         config = FractalConfig(output_dir=str(folder), **options)
+        print(f"Making the reward model `{kind}` of {self.task.name}, seed {self.seed}.", flush=True)
         trainer = FractalTrainer(self.policy(), config, train_dataset=self.bags(kind))
+        trainer.remove_callback(PrinterCallback)  # `Study` prints a line for each run
         trainer.train()
         trainer.save_model()
 

@@ -23,6 +23,7 @@ import yaml
 from filelock import FileLock
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 
+from fractal_rm.errors import did_you_mean
 from fractal_rm.evaluation.results import ResultsFile, has_row
 from fractal_rm.files import read_yaml, write_atomic
 from fractal_rm.hf.checkpoints import resume_or_clear
@@ -296,7 +297,8 @@ class Study:
         unknown = next((name for name in names if name not in self.arms), None)
         if unknown is not None:
             raise ValueError(
-                f"There is no arm {unknown!r}. Choose from {', '.join(self.arms)}. The further rivals of "
+                f"There is no arm {unknown!r}.{did_you_mean(unknown, self.arms)} Choose from "
+                f"{', '.join(self.arms)}. The further rivals of "
                 "docs/evidence.md are run by `python -m benchmarks.evidence.dense_vs_outcome` in a clone."
             )
 

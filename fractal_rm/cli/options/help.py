@@ -5,7 +5,6 @@ dataclasses that it parses, TRL's and transformers' included: names, defaults, c
 """
 
 import ast
-import difflib
 import functools
 import importlib.util
 import shutil
@@ -14,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fractal_rm.errors import did_you_mean
 from fractal_rm.files import read_yaml
 
 # The options that people change, by group: what `fractal-rm <command> --help` shows. Other commands show all options.
@@ -70,8 +70,6 @@ ALIASES = {
     "reward_model_name_or_path": "reward_model",
     "reward_funcs": "reward_function",
 }
-# Least similarity of a name that is worth suggesting.
-_ALIKE = 0.5
 # Narrowest and widest page, the columns of flags, and the lines of a screen.
 _NARROW, _WIDE, _FLAGS, SCREEN = 80, 120, 34, 50
 # Room that choices need behind a sentence, for the first of them to be seen.
@@ -209,8 +207,7 @@ def hint(command: str, unknown: str, names: Iterable[str], removed: Mapping[str,
     """What to do about an unknown name: what replaced it, the nearest known one, or where to look."""
     if unknown in removed:
         return f" It is no longer an option. {removed[unknown]}"
-    found = difflib.get_close_matches(unknown, list(names), n=1, cutoff=_ALIKE)
-    return f" Did you mean `{found[0]}`?" if found else f" See `fractal-rm {command} --help`."
+    return did_you_mean(unknown, names, f" See `fractal-rm {command} --help`.")
 
 
 def read_config(path: str) -> dict[str, Any]:

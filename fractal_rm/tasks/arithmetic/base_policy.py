@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -191,6 +192,7 @@ def train_on_texts(
         train_dataset=data,
         data_collator=data.collate,
     )
+    trainer.remove_callback(PrinterCallback)  # dictionaries of numbers that nobody asked for
     trainer.train()
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

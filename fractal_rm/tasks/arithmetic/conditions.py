@@ -133,11 +133,13 @@ class Condition(Task):
         """A base policy: the model of the forms, fine-tuned on responses with wrong beliefs."""
 
         def make_forms(folder: Path) -> None:
+            print("Making the model that all base policies start from: minutes, once.", flush=True)
             texts = form_texts(self.form_texts)
             train_on_texts(folder, texts, form_tokenizer(), hidden_size=self.hidden_size, in_order=True)
 
         def make(folder: Path) -> None:
             start = made_once(work / "forms", make_forms)
+            print(f"Making base policy {number} of {self.name}.", flush=True)
             train_on_texts(
                 folder,
                 self.texts(number, self.policy_texts),
