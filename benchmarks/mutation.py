@@ -73,8 +73,8 @@ ARITHMETIC = {"Add", "Sub", "Mul", "Div", "FloorDiv", "Mod", "Pow"}
 BITWISE = {"BitAnd", "BitOr", "BitXor"}
 IDENTITY = {"Is", "IsNot"}
 
-# A mutant may compute for ever, wait for ever, or ask for all of the memory.
-PROCESSOR_SECONDS, WALL_SECONDS, MEMORY = 60, 900, 8 * 2**30
+# A mutant may compute for ever, wait for ever, or ask for all of the memory. A busy machine makes many seconds of one.
+PROCESSOR_SECONDS, WALL_SECONDS, MEMORY = 60, 3600, 8 * 2**30
 
 
 class Change(NamedTuple):

@@ -109,6 +109,8 @@ def cutting_table() -> str:
 
 def mutation_tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Mutants by draw and room, with the share that was killed, and those of the last draw that survived."""
+    if not rows:
+        return dict.fromkeys(("mutation", "survivors"), NOTHING)
     draws: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         for room in (row["arm"].split("/")[0], "all"):

@@ -57,9 +57,8 @@ def test_a_process_imports_the_mutant_in_place_of_the_file_and_of_its_cache(tmp_
 
     assert mutated_once.VALUE == 1
     assert list((tmp_path / "__pycache__").iterdir())
-    monkeypatch.setattr(
-        mutation.SourceFileLoader, "get_data", mutation.SourceFileLoader.get_data
-    )  # put back after this
+    loader = mutation.SourceFileLoader
+    monkeypatch.setattr(loader, "get_data", loader.get_data)  # put back at the end
     mutation.read_instead(file, "VALUE = 2\n")
     del sys.modules["mutated_once"]
     import mutated_once  # type: ignore[import-not-found]
