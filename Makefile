@@ -7,7 +7,8 @@
 # `make peer-env` (the TRL versions that we are compared with), `make bench-speed` (docs/speed.md),
 # `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md), `make bench-evidence` (docs/evidence.md),
 # `make docs` (the site of the documentation, in build/site), `make faults` (docs/runs.md), `make words` (recipes/words: a
-# real language model), `make audit` (SECURITY.md: bandit's rules, known vulnerabilities, licences, bill of materials).
+# real language model), `make audit` (SECURITY.md: bandit's rules, known vulnerabilities, licences, bill of materials),
+# `make mutation` (docs/testing.md).
 # Another Python: `make test PYTHON=/path/to/python3.12`.
 
 VENV := .venv
@@ -30,7 +31,7 @@ endif
 # Nothing here needs the network once pip is done, and nothing is to be sent anywhere.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test audit faults docs words words-model contract-oldest peer-env bench-disaggregation bench-speed bench-evidence clean
+.PHONY: quickstart test audit faults docs words words-model contract-oldest peer-env bench-disaggregation bench-speed bench-evidence mutation clean
 .SECONDARY:   # keeps the .created stamps
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -107,6 +108,13 @@ bench-evidence: $(VENV)/.installed-test
 KILLS ?= 30
 faults: $(VENV)/.installed-test
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.faults --kills $(KILLS)
+
+# Wrong lines planted at random places of the pure rooms: about two processor seconds each. All of them: SHARE=1.
+SHARE ?= 0.05
+SEED ?= 0
+mutation: $(VENV)/.installed-mutation
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.mutation --share $(SHARE) --seed $(SEED)
+	$(VENV)/bin/python -m benchmarks.tables
 
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) $(PPO_VENV) $(PRM_VENV) build dist .hypothesis .pytest_cache .ruff_cache

@@ -3,7 +3,7 @@
 Command: python -m benchmarks.tables
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from benchmarks.speed.page import page as speed_page
 from benchmarks.speed.plan_page import recipe_table
 from benchmarks.speed.scale_page import scale_page
 from fractal_rm.data.readers import read_jsonl
+from fractal_rm.evaluation.intervals import interval_of_share
 from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.files import write_atomic
 from fractal_rm.report.plots import save_picture
@@ -106,6 +107,29 @@ def cutting_table() -> str:
     return markdown_table(rows, metrics=shown) if rows else NOTHING
 
 
+def mutation_tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Mutants by draw and room, with the share that was killed, and those of the last draw that survived."""
+    if not rows:
+        return dict.fromkeys(("mutation", "survivors"), NOTHING)
+    draws: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        for room in (row["arm"].split("/")[0], "all"):
+            draws[f"draw {row['seed']}, {room}"].update(row["metrics"])
+    lines: list[dict[str, Any]] = []
+    for name, counts in sorted(draws.items()):
+        low, high = interval_of_share(counts["killed"] / counts["mutants"], counts["mutants"])
+        shares = {"share": counts["killed"] / counts["mutants"], "low": low, "high": high}
+        lines.append({"arm": name, "metrics": {**counts, **shares}})
+    last = max(row["seed"] for row in rows)
+    survivors = [
+        f"- `{row['arm']}`, {said}" for row in rows if row["seed"] == last for said in row["config"]["survivors"]
+    ]
+    return {
+        "mutation": markdown_table(lines, metrics=["mutants", "killed", "too_long", "share", "low", "high"]),
+        "survivors": "\n".join(survivors) or "None.",
+    }
+
+
 def evidence_tables() -> dict[str, str]:
     """Tables and pictures of the evidence by the names of their marks."""
     chosen = REPOSITORY / "benchmarks" / "evidence" / "dense_vs_outcome.yaml"
@@ -175,7 +199,9 @@ def documents() -> dict[Path, str]:
     names = ("evidence", "evidence_arms", "evidence_tables", "evidence_history")
     pages = filled([*(docs / f"{name}.md" for name in names), readme], evidence_tables())
     words = (REPOSITORY / "docs" / "words.md", REPOSITORY / "recipes" / "words" / "README.md")
+    testing = docs / "testing.md"
     return {
+        **filled([testing], mutation_tables(rows_of("mutation"))),
         **{path: words_page(path.read_text(encoding="utf-8"), rows_of("words")) for path in words},
         **pages,
         speed: speed_page(speed.read_text(encoding="utf-8"), RESULTS),

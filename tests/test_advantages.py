@@ -9,7 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.credit.advantages import gae, global_advantages, group_step_advantages, step_lambdas, whiten
+from fractal_rm.credit.advantages import (
+    GROUP_EPSILON,
+    gae,
+    global_advantages,
+    group_step_advantages,
+    step_lambdas,
+    whiten,
+)
 from fractal_rm.credit.placement import place_outcome
 
 unit = st.sampled_from([0.0, 0.5, 0.95, 1.0])
@@ -295,6 +302,16 @@ def test_shifting_all_rewards_of_a_group_changes_nothing_and_other_groups_do_not
     result = group_step_advantages([[1.0, 0.0], [0.5], [2.0], [1.0]], ends, mask, 2, gamma=1.0, scale=True)
     shifted = group_step_advantages([[4.0, 3.0], [3.5], [-9.0], [5.0]], ends, mask, 2, gamma=1.0, scale=True)
     torch.testing.assert_close(result[:2], shifted[:2])
+
+
+@pytest.mark.parametrize("baseline", ["step", "token"])
+def test_a_group_is_divided_by_the_deviation_of_its_rewards_not_of_what_the_baseline_leaves(baseline):
+    rewards, ends, mask = [[1.0, 0.0], [0.5]], [[0, 3], [2]], torch.ones(2, 4, dtype=torch.bool)
+    plain, scaled = (
+        group_step_advantages(rewards, ends, mask, 2, gamma=1.0, scale=scale, baseline=baseline)
+        for scale in (False, True)
+    )
+    torch.testing.assert_close(scaled, plain / (statistics.stdev([1.0, 0.0, 0.5]) + GROUP_EPSILON))
 
 
 def test_rows_that_are_not_whole_groups_are_named():

@@ -93,6 +93,12 @@ def test_sure_steps_keep_the_digits_of_their_doubt():
     assert bad.exp().item() == pytest.approx(doubt, rel=1e-4)
 
 
+def test_a_product_of_sure_steps_keeps_the_digits_of_its_doubt():
+    logits = torch.full((1, 3), 40.0)  # 1 - p is below what a float32 keeps beside 1
+    _, bad = bag_log_probs(logits, torch.ones(1, 3, dtype=torch.bool), aggregation="product")
+    assert bad.item() == pytest.approx(math.log(3) - 40, rel=1e-6)
+
+
 def test_each_aggregation_has_a_meaning():
     assert tuple(MEANINGS) == AGGREGATIONS
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -31,7 +32,14 @@ from transformers import (
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.responses import separating_threshold
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.scorers.checkpoint import load_model, load_scorer, load_tokenizer, make_scorer, save_scorer
+from fractal_rm.scorers.checkpoint import (
+    load_model,
+    load_scorer,
+    load_tokenizer,
+    make_scorer,
+    replaced_folder,
+    save_scorer,
+)
 from fractal_rm.scorers.settings import FORMAT_VERSION, FractalSettings
 
 PROMPT = "What is 3+4?\n"
@@ -199,6 +207,21 @@ def test_saving_over_a_folder_leaves_no_file_of_the_model_before(tmp_path):
     assert "notes.txt" in names
     assert not {"model-00001-of-00002.safetensors", "model.safetensors.index.json"} & names
     assert StepRewardModel.from_pretrained(tmp_path).score([PROMPT], [RESPONSE]) == model.score([PROMPT], [RESPONSE])
+
+
+def test_a_save_moves_the_configuration_last(tmp_path, monkeypatch):
+    moved, replace = [], os.replace
+
+    def watch(source, target):
+        moved.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    with replaced_folder(tmp_path / "model") as folder:
+        for name in ("config.json", *(f"model-{number:02}.safetensors" for number in range(30))):
+            (folder / name).write_text("{}")
+    assert len(moved) == 31
+    assert moved[-1] == "config.json"
 
 
 def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path):

@@ -131,6 +131,13 @@ def test_the_seed_decides_a_new_head_and_new_adapters(tmp_path):
     }
 
 
+def test_the_scale_is_fitted_with_the_label_noise_of_the_configuration(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(LikelihoodScorer, "fit_scale", lambda *_, **options: asked.append(options["label_noise"]))
+    train(tmp_path, scorer="likelihood", max_steps=1, missed_good=0.3, missed_bad=0.05)
+    assert asked == [(0.3, 0.05)]
+
+
 @pytest.mark.parametrize("scorer", ["likelihood", "token"])
 def test_accumulated_gradients_equal_one_big_batch(tmp_path, scorer):
     # Without Adam, which makes whole steps of rounding errors, and without dropout.

@@ -192,6 +192,14 @@ def test_a_step_at_one_half_counts_as_good_unless_the_label_forbids_it():
     assert pseudo_labels(logits, torch.zeros(1), mask, aggregation="max").tolist() == [[0.0, 0.0]]
 
 
+def test_of_equal_steps_the_first_one_is_called():
+    steps, mask = torch.ones(1, 20), torch.ones(1, 20, dtype=torch.bool)
+    first = [[1.0] + [0.0] * 19]
+    assert (1.0 - pseudo_labels(steps, torch.zeros(1), mask, aggregation="min")).tolist() == first
+    assert pseudo_labels(-steps, torch.ones(1), mask, aggregation="max").tolist() == first
+    assert pseudo_labels(steps, torch.tensor([1 / 20]), mask, aggregation="mean").tolist() == first
+
+
 def test_half_a_step_is_rounded_up():
     logits, mask = torch.tensor([[0.0, 2.0, 1.0, -1.0, -2.0]]), torch.ones(1, 5, dtype=torch.bool)
     assert pseudo_labels(logits, torch.tensor([0.5]), mask, aggregation="mean").tolist() == [[1.0, 1.0, 1.0, 0.0, 0.0]]

@@ -21,6 +21,7 @@ from support.pages import Page
 
 from fractal_rm.cli.checks import check_matplotlib
 from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.report.pages import response_view
 from fractal_rm.report.palette import SCORE_BINS, contrast, ink_on, score_class, score_colour
 from fractal_rm.report.plots import FEWEST_IN_BIN, calibration_plot, learning_curves, save_picture
 from fractal_rm.report.quickstart_report import QuickstartReport, compare_curves, rollouts_to_reach, write_report
@@ -138,6 +139,11 @@ def test_scores_and_gold_labels_are_shown(tmp_path):
     steps = [(a["class"] or "").split() for tag, a in page.tags if tag == "li" and a.get("class")]
     assert steps == [["step", "s9"], ["step", "s4"], ["step", "s3"], ["step", "s2"]]
     assert page.source.index(">b</span>") < page.source.index("first wrong step") < page.source.index(">c</span>")
+
+
+def test_a_score_at_the_threshold_calls_its_step_right():
+    steps = [{"text": "a", "score": 0.4, "gold": gold} for gold in (1, 0)]
+    assert [step.mistake for step in response_view({"steps": steps}, 1, threshold=0.4).steps] == ["", "missed error"]
 
 
 def test_without_gold_labels_no_step_is_judged(tmp_path):

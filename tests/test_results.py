@@ -19,6 +19,7 @@ from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fractal_rm.cli.sample import _append
 from fractal_rm.evaluation import results
 from fractal_rm.evaluation.results import ResultsFile, portable_command, read_results
 from fractal_rm.files import write_atomic
@@ -49,6 +50,20 @@ def test_a_row_holds_what_is_needed_to_get_it_again(tmp_path):
     finished = datetime.fromisoformat(row["finished_at"])
     assert finished.utcoffset() == timedelta(0)
     assert abs(datetime.now(finished.tzinfo) - finished) < timedelta(minutes=5)
+
+
+@pytest.mark.parametrize(
+    "write", [append, lambda path: _append(path, [{"prompt": "1+1?"}]), lambda path: write_atomic(path, "whole")]
+)
+def test_what_is_written_is_on_disk_before_the_run_goes_on(tmp_path, monkeypatch, write):
+    path, synced = tmp_path / "results.jsonl", []
+
+    def watch(file):
+        synced.append((os.fstat(file).st_ino, os.fstat(file).st_size))
+
+    monkeypatch.setattr(os, "fsync", watch)
+    write(path)
+    assert synced == [(path.stat().st_ino, path.stat().st_size)]
 
 
 def test_rows_are_added_in_order_one_a_line(tmp_path):

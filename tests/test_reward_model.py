@@ -50,6 +50,14 @@ def test_temperature_divides_the_logits():
         assert math.log(b / (1 - b)) == pytest.approx(math.log(a / (1 - a)) / 2, abs=1e-4)
 
 
+@pytest.mark.parametrize("aggregation", ["min", "product"])
+def test_the_response_score_aggregates_the_divided_logits(aggregation):
+    logits, mask = torch.tensor([[-1.0, 2.0, 0.5]]), torch.ones(1, 3, dtype=torch.bool)
+    settings = [FractalSettings(scorer="token", aggregation=aggregation, temperature=t) for t in (2.0, 1.0)]
+    (_, warm), (_, divided) = (probabilities(x, mask, s) for x, s in zip((logits, logits / 2), settings, strict=True))
+    assert warm.item() == pytest.approx(divided.item(), abs=1e-6)
+
+
 def test_grades_are_scored_as_shares_of_the_highest():
     """By enumeration of the grades of two steps."""
     settings = FractalSettings(scorer="token", num_grades=3, aggregation="max", temperature=2.0)

@@ -173,6 +173,23 @@ def test_weight_and_bias_are_fitted_from_wherever_they_stand():
     assert loss(*fitted[0]) <= min(loss(w, b) for w, b in grid) + 1e-4
 
 
+def test_weight_and_bias_are_fitted_to_labels_that_are_wrong_as_often_as_is_said():
+    torch.manual_seed(0)
+    likelihoods, mask = -10 * torch.rand(64, 3), torch.ones(64, 3, dtype=torch.bool)
+    labels = (likelihoods.amin(dim=1) > -7).float()
+    scorer, noise = LikelihoodScorer(make_model("likelihood", "llama")), (0.3, 0.05)
+    logits = (scorer.log_weight.exp() * likelihoods + scorer.bias).detach()
+    scorer.fit_scale([logits], [labels], [mask], aggregation="min", label_noise=noise)
+
+    def slope(label_noise: tuple[float, float]) -> float:
+        steps = scorer.log_weight.exp() * likelihoods + scorer.bias
+        fit = bag_loss(steps, labels, mask, label_noise=label_noise).mean()
+        loss = fit + 1e-3 * scorer.log_weight**2 + 1e-4 * scorer.bias**2
+        return max(abs(x.item()) for x in torch.autograd.grad(loss, [scorer.log_weight, scorer.bias]))
+
+    assert slope(noise) < 1e-3 < 1e-2 < slope(noise[::-1])
+
+
 # Batches -----------------------------------------------------------------------------------------------------------
 
 

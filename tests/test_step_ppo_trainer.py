@@ -463,6 +463,13 @@ def test_a_completion_without_eos_is_penalised_at_its_last_token(tmp_path):
     torch.testing.assert_close(penalised - plain, expected, atol=1e-5, rtol=0.0)
 
 
+@pytest.mark.parametrize(("eos", "endings"), [([EOS, C], {EOS, C, PAD}), (C, {EOS, C, PAD}), (None, {EOS, PAD})])
+def test_a_completion_ends_with_any_ending_of_model_and_tokenizer_or_with_padding(tmp_path, eos, endings):
+    model = policy()
+    model.generation_config.eos_token_id = eos
+    assert make(tmp_path, model=model, reward_funcs=count_of_a).ending_ids == endings
+
+
 def test_a_group_compares_missing_ends_as_it_compares_rewards(tmp_path):
     shared = {"reward_model": reward_model(), "rollout_func": replay(RAGGED), "advantage": "group"}
     plain = rollout(tmp_path, **shared)["advantages"]

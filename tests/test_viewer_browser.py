@@ -34,6 +34,7 @@ ROWS = [
     response("alarm", [0.9, 0.1], [1, 1], 1.0),
     response("missed", [0.7, 0.95], [1, 0], 0.0),
     response("found", [0.6, 0.2, 0.3], [1, 0, None], 0.0),
+    response("half", [0.5], [None], 0.5),
     response(ATTACK, [0.5], [None], 0.0),
 ]
 
@@ -80,7 +81,7 @@ def test_filters_show_what_they_name(page):
     for choice, names in (
         ("alarm", ["alarm"]),
         ("missed", ["missed"]),
-        ("good", ["fine", "alarm"]),
+        ("good", ["fine", "alarm", "half"]),
         ("disagrees", ["alarm", "missed", ATTACK]),
     ):
         page.select_option("#show", choice)
