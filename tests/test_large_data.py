@@ -86,7 +86,8 @@ def test_rows_that_stay_on_disk_are_those_of_the_file(tmp_path, limit, end):
     path.write_text("\n".join(map(json.dumps, ROWS)) + end)
     rows = open_jsonl(path, limit)
     assert list(rows) == ROWS[:limit] == read_jsonl(path, limit)
-    assert rows[-1] == ROWS[:limit][-1] and rows[3:1:-1] == ROWS[:limit][3:1:-1]
+    assert rows[-1] == ROWS[:limit][-1]
+    assert rows[3:1:-1] == ROWS[:limit][3:1:-1]
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -95,14 +96,13 @@ def test_rows_that_stay_on_disk_are_those_of_the_file(tmp_path, limit, end):
 def test_memory_does_not_hold_the_texts(tmp_path, monkeypatch):
     monkeypatch.setattr(large_data, "FIRST_ROWS", 100)
     path, count = tmp_path / "rows.jsonl", 5000
-    path.write_text(
-        "".join(f'{{"prompt": "{n}?", "completion": "{"x" * 1000}", "label": {n % 2}}}\n' for n in range(count))
-    )
+    write_jsonl(path, [{"prompt": f"{n}?", "completion": "x" * 1000, "label": n % 2} for n in range(count)])
     tracemalloc.start()
     rows = read(path)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert rows.later is not None and len(rows.later) == count - 100
+    assert rows.later is not None
+    assert len(rows.later) == count - 100
     assert peak < 3e6 < path.stat().st_size  # a byte of memory for two of the file would be too much
     assert held < 1e6
 
@@ -116,7 +116,8 @@ def test_a_drawn_row_is_what_it_would_have_been(tmp_path, monkeypatch, rows):
     expected = dataset(read(path))
     monkeypatch.setattr(large_data, "FIRST_ROWS", 4)
     found = dataset(read(path))
-    assert found.later is not None and len(found.later) == 16
+    assert found.later is not None
+    assert len(found.later) == 16
     assert len(found) == len(expected) == 20
     assert [plain(found[i]) for i in range(20)] == [plain(expected[i]) for i in range(20)]
 
@@ -126,7 +127,7 @@ def test_bags_are_tokenized_when_they_are_drawn(first_four):
     bags = to_bags(pairs(20), args.settings(), source="rows")
     expected = dataset(TrainingRows(bags))
     found = dataset(training_rows(bags, args, args.settings(), source="rows"))
-    assert len(found.encoded) == 8 and len(found) == 20
+    assert (len(found.encoded), len(found)) == (8, 20)
     assert [plain(found[i]) for i in range(20)] == [plain(expected[i]) for i in range(20)]
 
 
@@ -161,7 +162,8 @@ def test_a_later_row_of_another_shape_is_named_before_training(tmp_path, first_f
         read(path)
     with pytest.warns(UserWarning, match="1 later rows of rows.jsonl are left out. First: rows.jsonl, row 18"):
         rows = read(path, skip=True)
-    assert rows.later is not None and [place for place in rows.later.places] == [*range(4, 17), 18, 19]
+    assert rows.later is not None
+    assert list(rows.later.places) == [*range(4, 17), 18, 19]
 
 
 def test_a_later_row_that_is_bad_inside_is_named_when_it_is_drawn(tmp_path, first_four):

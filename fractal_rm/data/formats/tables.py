@@ -1,7 +1,9 @@
 """Parquet, CSV and Arrow files, and folders that `datasets` saved: rows as from a JSON file."""
 
 import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -45,8 +47,10 @@ class MappedRows(Sequence[dict[str, Any]]):
         folder: A temporary folder of its files, which goes when the rows do.
     """
 
-    def __init__(self, dataset: Any, folder: Any = None) -> None:
-        self.dataset, self._folder = dataset, folder
+    def __init__(self, dataset: Any, folder: str | None = None) -> None:
+        self.dataset = dataset
+        if folder is not None:
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -66,24 +70,20 @@ def _from_datasets(path: Path, limit: int | None) -> Sequence[dict[str, Any]]:
 
     if not path.is_dir():
         check_file(path)
-    hidden = datasets.are_progress_bars_disabled()
+    hidden, cache = datasets.are_progress_bars_disabled(), None
     datasets.disable_progress_bars()
     try:
         if path.is_dir():
-            found, cache = load_from_disk(str(path)), None
+            found = load_from_disk(str(path))
         else:
-            cache = tempfile.TemporaryDirectory()
-            found = load_dataset(
-                _BUILDERS[path.suffix],
-                data_files=str(path),
-                split="train",
-                cache_dir=cache.name,
-                trust_remote_code=False,
-                streaming=limit is not None,
-            )
+            options: Any = {"data_files": str(path), "split": "train", "trust_remote_code": False}
             if limit is not None:  # no more is read
-                return list(found.take(limit))
+                return list(load_dataset(_BUILDERS[path.suffix], streaming=True, **options).take(limit))
+            cache = tempfile.mkdtemp()
+            found = load_dataset(_BUILDERS[path.suffix], cache_dir=cache, **options)
     except (OSError, ValueError, DatasetsError) as error:
+        if cache is not None:
+            shutil.rmtree(cache, ignore_errors=True)
         raise ValueError(f"{path} cannot be read ({_cause(error)}); write or download it again.") from None
     finally:
         if not hidden:
