@@ -27,21 +27,25 @@ from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
 ARMS = {"whole": [], "limit": ["--limit", "1000"]}
 REPOSITORY = RESULTS.parent.parent
+SOLUTIONS = 1000
 
 
 def write_rows(path: Path, megabytes: float) -> int:
-    """Fill a file with sums in steps, every row another one, and return how many rows it has."""
-    rng, count, written = random.Random(0), 0, 0
+    """Fill a file with sums in steps, every prompt another one, and return how many rows it has."""
+    rng, solved = random.Random(0), []
+    for _ in range(SOLUTIONS):
+        value, steps = rng.randrange(100), []
+        prompt = f"Problem %d: start at {value} and add the numbers one by one.\n"
+        for _ in range(rng.randint(2, 8)):
+            change = rng.randrange(1, 50)
+            steps.append(f"{value} + {change} = {value + change}, so far.")
+            value += change
+        row = {"prompt": prompt, "completion": "\n".join(steps), "label": bool(rng.randrange(2))}
+        solved.append(json.dumps(row) + "\n")
+    count, written = 0, 0
     with path.open("w", encoding="utf-8") as file:
         while written < megabytes * 1e6:
-            value, steps = rng.randrange(100), []
-            prompt = f"Problem {count}: start at {value} and add the numbers one by one.\n"
-            for _ in range(rng.randint(2, 8)):
-                change = rng.randrange(1, 50)
-                steps.append(f"{value} + {change} = {value + change}, so far.")
-                value += change
-            row = {"prompt": prompt, "completion": "\n".join(steps), "label": bool(rng.randrange(2))}
-            written += file.write(json.dumps(row) + "\n")
+            written += file.write(solved[count % SOLUTIONS] % count)
             count += 1
     return count
 
