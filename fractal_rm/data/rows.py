@@ -144,8 +144,12 @@ def complete_gzip(path: Path) -> Iterator[None]:
 def spooled(lines: Iterable[bytes]) -> IO[bytes]:
     """A temporary file with these lines, gone when it is closed."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the rows
-    file.writelines(lines)
-    file.flush()
+    try:
+        file.writelines(lines)
+        file.flush()
+    except BaseException:
+        file.close()
+        raise
     return file
 
 
