@@ -247,6 +247,8 @@ class BagDataset(torch.utils.data.Dataset):
         return len(self.items) + len(self.later or ())
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= len(self):
+            raise IndexError(index)  # ends an iteration
         if index >= len(self.items):
             return self._later_item(index - len(self.items))
         rows = self.items[index]
