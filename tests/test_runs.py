@@ -358,4 +358,4 @@ def test_a_limit_reads_no_more_than_it_needs(tmp_path, name):
     (tmp_path / name).write_text("\n".join([*lines, "{,1,2", "{,1,2"]))  # the rest cannot be read
     assert [row["prompt"] for row in read_rows(tmp_path / name, None, 3)] == ["a"] * 3
     with pytest.raises(ValueError, match="row"):
-        read_rows(tmp_path / name, None, None)
+        list(read_rows(tmp_path / name, None, None))

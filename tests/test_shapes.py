@@ -65,20 +65,20 @@ def test_a_preference_that_holds_its_prompt_is_cut_as_trl_cuts_it_but_for_three_
 
 
 def test_cells_of_csv_files_stay_text(tmp_path):
-    from fractal_rm.data.formats.tables import read_table
+    from fractal_rm.data.formats.tables import open_table
 
     path = tmp_path / "rows.csv"
     chat = json.dumps([{"role": "user", "content": "1+1?"}]).replace('"', '""')
     path.write_text(
         f'prompt,response,label\n"{chat}",NA,0.25\n"{chat}",007,TRUE\n"{chat}","[1, 2]\n",\n', encoding="utf-8"
     )
-    bags = read_bags(read_table(path), LINES, require_label=False)
+    bags = read_bags(open_table(path), LINES, require_label=False)
     assert [bag.response for bag in bags] == ["NA", "007", "[1, 2]\n"]
     assert [bag.label for bag in bags] == [0.25, 1.0, None]
     assert bags[0].prompt == [{"role": "user", "content": "1+1?"}]
     path.write_text("prompt,response\n1+1?,2,3\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"rows.csv, row 2: the row has other cells than the header"):
-        read_table(path)
+        open_table(path)
 
 
 GOOD = {"prompt": "1+1?", "response": "2", "label": 1}
@@ -134,12 +134,12 @@ def test_tables_are_read_like_json(tmp_path, ending):
 
 
 def test_a_broken_table_is_one_sentence(tmp_path):
-    from fractal_rm.data.formats.tables import read_table
+    from fractal_rm.data.formats.tables import open_table
 
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"no parquet")
     with pytest.raises(ValueError, match=r"rows.parquet cannot be read \(.*\); write or download it again\.$"):
-        read_table(path)
+        open_table(path)
 
 
 def test_gold_step_labels_that_training_does_not_read_are_said_once(caplog):

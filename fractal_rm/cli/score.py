@@ -54,7 +54,7 @@ def score(argv: Sequence[str]) -> None:
 
 def _score(arguments: ScoreArguments) -> None:
     check_models(arguments.model, arguments.compare_to)
-    rows = read_rows(Path(arguments.input), arguments.dataset_format, arguments.limit)
+    rows = list(read_rows(Path(arguments.input), arguments.dataset_format, arguments.limit))
     kept = kept_beside(arguments.output)
     reward_model = load_reward_model(arguments.model, arguments.batch_size, arguments.published, keep=kept)
     records = score_rows(reward_model, rows, source=arguments.input, columns=arguments.columns)

@@ -30,6 +30,7 @@ from fractal_rm.hf.progress import RichProgress
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.data import to_bags
+from fractal_rm.reward_training.large_data import training_rows
 from fractal_rm.reward_training.stages import plan
 from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.reward_training.trials import TRIALS_FILE, Trial
@@ -77,24 +78,28 @@ def _train(arguments: TrainArguments, data: DataArguments, lora: LoraArguments, 
         check_meaning(data.dataset_format, config.aggregation)
         if arguments.on_bad_row == "skip":
             raise ValueError("`on_bad_row=skip` has no effect with `dataset_format`: official files are complete.")
-    bags, sources = {}, {}
+    bags, sources, train = {}, {}, None
     for split in ("train", "eval", "test"):
         found = data.read(split)
-        if found is not None:
-            rows, sources[split] = found
-            bags[split] = to_bags(
-                rows, config.settings(), source=sources[split], columns=data.columns, on_bad_row=arguments.on_bad_row
-            )
+        if found is None:
+            continue
+        rows, sources[split] = found
+        options: Any = {"source": sources[split], "columns": data.columns, "on_bad_row": arguments.on_bad_row}
+        if split == "train" and arguments.trials is None:
+            train = training_rows(rows, config, config.settings(), **options)
+            bags[split] = train.first
+        else:
+            bags[split] = to_bags(rows, config.settings(), **options)
     if "train" not in bags:
         raise ValueError("There is nothing to train on. Give `train_file` or `dataset_name`.")
     _check_kinds(bags, sources)
     report_contradictions(_contradictions(bags, sources, meaning(config.aggregation)), strict=data.strict)
     hide_loading_bars()
-    given = {"train_dataset": bags["train"], "eval_dataset": bags.get("eval"), "peft_config": lora.config()}
+    given = {"eval_dataset": bags.get("eval"), "peft_config": lora.config()}
     if arguments.trials is None:
-        trainer = FractalTrainer(arguments.model, args=config, **given)
+        trainer = FractalTrainer(arguments.model, args=config, train_dataset=train, **given)
     else:
-        trainer = _choose(arguments.trials, arguments.model, config, given)
+        trainer = _choose(arguments.trials, arguments.model, config, {"train_dataset": bags["train"], **given})
     checkpoint = checkpoint or _is_staged(trainer.args)
     with RichProgress(trainer, "Training"):
         trainer.train(resume_from_checkpoint=checkpoint)

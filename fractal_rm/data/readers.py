@@ -6,16 +6,15 @@ A defect is one sentence that names the source and the row (counted from 1) and 
 import gzip
 import os
 import warnings
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from fractal_rm.data.bag import Bag, Span
 from fractal_rm.data.prompts import REASONING_KEYS, check_same_kind, check_text, is_messages, read_completion
+from fractal_rm.data.rows import check_object, check_rows, complete_gzip, open_json_lines
 from fractal_rm.data.segmentation import Segmentation, join_steps, locate_steps
 from fractal_rm.data.shapes import Columns, ratings_of, standard_row
 from fractal_rm.files import parse_json
@@ -23,10 +22,33 @@ from fractal_rm.files import parse_json
 # TRL and transformers mark a label that is not known with this number.
 UNKNOWN_LABEL = -100
 
-# No model reads a row of this length; to tokenize it takes minutes and gigabytes.
-_LONGEST_LINE = 2**24
-
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+
+
+def open_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> Sequence[dict[str, Any]]:
+    """Rows of a JSON file, as [`read_jsonl`]; those of a `.jsonl` file are parsed when they are asked for.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        TypeError: If a row is no object; of a `.jsonl` file, when the row is asked for.
+        ValueError: If the file is empty, is not UTF-8, is not JSON, or has another ending; likewise.
+    """
+    path = Path(path)
+    if not path.name.endswith(_SUFFIXES):
+        raise ValueError(f"{path} has an unknown ending; give a file that ends in {', '.join(_SUFFIXES)}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; check the path.")
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        return open_json_lines(path, limit)
+    with complete_gzip(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        content = file.read()
+    rows = parse_json(content, f"{path}: the file") if content.strip() else []
+    if not isinstance(rows, list):
+        raise TypeError(f"{path} holds no list; make it a list of objects, or name it .jsonl if each line is one.")
+    check_rows(rows, path)
+    for row, record in enumerate(rows[:limit], 1):
+        check_object(record, path, row)
+    return rows[:limit]
 
 
 def read_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> list[dict[str, Any]]:
@@ -52,46 +74,7 @@ def read_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> list[d
         >>> read_jsonl(path)
         [{'prompt': '1+1?', 'completion': '2', 'label': True}]
     """
-    path = Path(path)
-    if not path.name.endswith(_SUFFIXES):
-        raise ValueError(f"{path} has an unknown ending; give a file that ends in {', '.join(_SUFFIXES)}.")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; check the path.")
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as file:
-            by_line = path.name.endswith((".jsonl", ".jsonl.gz"))
-            rows = list(islice(_lines(file, path), limit)) if by_line else _items(file, path)[:limit]
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise ValueError(f"{path} is not a complete gzip file; write or download it again.") from None
-    if not rows:
-        raise ValueError(f"{path} is empty; give a file with at least one row.")
-    for row, record in enumerate(rows, 1):
-        if not isinstance(record, dict):
-            raise TypeError(f"{path}, row {row}: the row is {type(record).__name__}; make it a JSON object.")
-    return rows
-
-
-def _lines(file: Iterable[bytes], path: Path) -> Iterator[Any]:
-    blank = None
-    for row, line in enumerate(file, 1):
-        if len(line) > _LONGEST_LINE:
-            most = f"{_LONGEST_LINE:,} bytes at most"
-            raise ValueError(f"{path}, row {row}: the line has {len(line):,} bytes; give {most}, or drop the row.")
-        if not line.strip():
-            blank = blank or row  # an error only if another row follows
-        elif blank:
-            raise ValueError(f"{path}, row {blank}: the line is blank; delete it.")
-        else:
-            yield parse_json(line, f"{path}, row {row}: the line")
-
-
-def _items(file: Iterable[bytes], path: Path) -> list[Any]:
-    content = b"".join(file)
-    rows = parse_json(content, f"{path}: the file") if content.strip() else []
-    if not isinstance(rows, list):
-        raise TypeError(f"{path} holds no list; make it a list of objects, or name it .jsonl if each line is one.")
-    return rows
+    return list(open_jsonl(path, limit))
 
 
 @contextmanager

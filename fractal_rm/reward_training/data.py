@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -52,19 +52,8 @@ def to_bags(
                 "the highest to 1, and leave `num_grades` out of both."
             )
         return rows
-    mine = meaning(settings.aggregation)
     for number, row in enumerate(rows, 1):
-        stated = row.get("aggregation") if isinstance(row, Mapping) else None
-        if stated in ("min", "max", "mean") and stated != mine:
-            raise ValueError(
-                f"{source}, row {number}: the label is the {stated} of its steps, but `aggregation` is "
-                f"{settings.aggregation!r}. Set `aggregation={stated}`, or use other data."
-            )
-        if mine != "min" and isinstance(row, Mapping) and "completions" in row and row.get("label") is None:
-            raise ValueError(
-                f"{source}, row {number}: without `label` the response's label would be the minimum of its steps', "
-                f"but `aggregation` is {settings.aggregation!r}. Add a column `label`."
-            )
+        check_stated(row, settings, f"{source}, row {number}")
     bags = read_bags(
         rows,
         settings.segmentation,
@@ -76,6 +65,22 @@ def to_bags(
     if len(bags) == len(rows):
         _check_joints(rows, bags, settings, source)
     return bags
+
+
+def check_stated(row: Any, settings: FractalSettings, where: str) -> None:
+    """Raise ValueError if a row states another aggregation than the settings, or its label would have another one."""
+    mine = meaning(settings.aggregation)
+    stated = row.get("aggregation") if isinstance(row, Mapping) else None
+    if stated in ("min", "max", "mean") and stated != mine:
+        raise ValueError(
+            f"{where}: the label is the {stated} of its steps, but `aggregation` is {settings.aggregation!r}. Set "
+            f"`aggregation={stated}`, or use other data."
+        )
+    if mine != "min" and isinstance(row, Mapping) and "completions" in row and row.get("label") is None:
+        raise ValueError(
+            f"{where}: without `label` the response's label would be the minimum of its steps', but `aggregation` is "
+            f"{settings.aggregation!r}. Add a column `label`."
+        )
 
 
 def _check_joints(rows: Sequence[Any], bags: Sequence[Bag], settings: FractalSettings, source: str) -> None:
@@ -141,8 +146,10 @@ def content_fingerprint(bags: Sequence[Bag]) -> str:
     return digest.hexdigest()
 
 
-def describe_labels(bags: Sequence[Bag], args: Any) -> str:
+def describe_labels(bags: Sequence[Bag], args: Any, *, later: int = 0) -> str:
     """What there was to learn from, for the model card; `args` says whether gold step labels were read.
+
+    Of later rows, which are not bags yet, only their number is told.
 
     Example:
         >>> from types import SimpleNamespace
@@ -160,7 +167,7 @@ def describe_labels(bags: Sequence[Bag], args: Any) -> str:
         good = sum(bag.label is not None and bag.label >= GOOD for bag in bags)
         told = f"{len(bags):,} responses in {steps:,} steps with one label each, {good:,} of them good"
     gold = f"gold step labels of {args.gold_fraction:.3g} of them" if args.instance_weight else "no gold step labels"
-    return f"{told}; {gold}"
+    return f"{told}; {gold}" + (f"; and {later:,} rows like them" if later else "")
 
 
 def warn_of_joined_text(bags: Sequence[Bag], settings: FractalSettings) -> None:
@@ -176,10 +183,21 @@ def warn_of_joined_text(bags: Sequence[Bag], settings: FractalSettings) -> None:
         )
 
 
+class Later(Protocol):
+    """Rows that become bags when they are drawn."""
+
+    def __len__(self) -> int: ...
+
+    def bags(self, index: int, /) -> list[Bag]:
+        """The bag of a row, or the two of a preference, the chosen response first; none if the row is left out."""
+        ...
+
+
 class BagDataset(torch.utils.data.Dataset):
     """Encoded bags with their labels; bags that do not fit are cut or dropped by the rule of `truncate_bags`.
 
-    An item is a response, or the two of a preference, so that a batch holds both or none.
+    An item is a response, or the two of a preference, so that a batch holds both or none. Later rows follow as further
+    items, encoded when they are drawn; in place of one that does not fit, the next one that does is drawn.
 
     Args:
         bags: Labelled bags.
@@ -187,9 +205,10 @@ class BagDataset(torch.utils.data.Dataset):
         settings: Gives maximal length and aggregation.
         source: Name of the data in log and error messages.
         reads_gold: Whether gold step labels may tell which long responses keep their label when they are cut.
+        later: Later rows, if any.
 
     Attributes:
-        bags: The bags that are left.
+        bags: The bags that are left, of those given.
         encoded: Their input.
         targets: What their steps are taught, by name: a tensor for each bag, (S,) or (S, S), NaN where unknown.
         items: The bags of each item.
@@ -199,10 +218,17 @@ class BagDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, bags: Sequence[Bag], inputs: BagInputs, settings: FractalSettings, *, source: str, reads_gold: bool = True
+        self,
+        bags: Sequence[Bag],
+        inputs: BagInputs,
+        settings: FractalSettings,
+        *,
+        source: str,
+        reads_gold: bool = True,
+        later: Later | None = None,
     ) -> None:
-        if settings.num_grades is not None and any(bag.pair_id for bag in bags):
-            raise ValueError(f"{source}: preferences say nothing about grades. Leave `num_grades` out, or drop them.")
+        self._inputs, self._settings, self._source, self.later = inputs, settings, source, later
+        self._check_grades(bags)
         encoded = inputs.encode(bags)
         fitting = [bag.kept_steps for bag in encoded]
         kept, count = truncate_bags(bags, fitting, settings.aggregation, reads_gold=reads_gold)
@@ -215,24 +241,62 @@ class BagDataset(torch.utils.data.Dataset):
             encoded = inputs.encode(kept)
         self.bags, self.encoded, self.truncation = kept, encoded, count
         self.targets: dict[str, list[Tensor]] = {"step_labels": [gold_labels(bag) for bag in kept]}
-        pairs: dict[str, list[int]] = {}
-        for row, bag in enumerate(kept):
-            pairs.setdefault(bag.pair_id or f"row {row}", []).append(row)
-        # The chosen response first.
-        self.items = [sorted(rows, key=lambda row: -float(kept[row].label or 0.0)) for rows in pairs.values()]
+        self.items = items_of(kept)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.items) + len(self.later or ())
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= len(self):
+            raise IndexError(index)  # ends an iteration
+        if index >= len(self.items):
+            return self._later_item(index - len(self.items))
         rows = self.items[index]
-        # `input_ids` is named for transformers' length-grouped sampler, which takes its length.
-        return {
-            "input_ids": range(max(self.encoded[row].length for row in rows)),
-            "encoded": [self.encoded[row] for row in rows],
-            "labels": [self.bags[row].label for row in rows],
-            "targets": {name: [values[row] for row in rows] for name, values in self.targets.items()},
-        }
+        targets = {name: [values[row] for row in rows] for name, values in self.targets.items()}
+        return _item([self.bags[row] for row in rows], [self.encoded[row] for row in rows], targets)
+
+    def _later_item(self, index: int) -> dict[str, Any]:
+        assert self.later is not None
+        for place in (*range(index, len(self.later)), *range(index)):
+            bags = self.later.bags(place)
+            if not bags:
+                continue
+            self._check_grades(bags)
+            encoded = self._inputs.encode(bags)
+            kept, count = truncate_bags(bags, [bag.kept_steps for bag in encoded], self._settings.aggregation)
+            if count.truncated + count.dropped:
+                logger.debug("%s: %s", self._source, count)
+                encoded = self._inputs.encode(kept)
+            if kept:
+                return _item(kept, encoded, {"step_labels": [gold_labels(bag) for bag in kept]})
+        raise ValueError(
+            f"{self._source}: no later row fits into `max_length={self._settings.max_length}` tokens with its label. "
+            "Raise it."
+        )
+
+    def _check_grades(self, bags: Sequence[Bag]) -> None:
+        if self._settings.num_grades is not None and any(bag.pair_id for bag in bags):
+            raise ValueError(
+                f"{self._source}: preferences say nothing about grades. Leave `num_grades` out, or drop them."
+            )
+
+
+def _item(bags: Sequence[Bag], encoded: Sequence[Any], targets: dict[str, list[Tensor]]) -> dict[str, Any]:
+    # `input_ids` is named for transformers' length-grouped sampler, which takes its length.
+    return {
+        "input_ids": range(max(bag.length for bag in encoded)),
+        "encoded": encoded,
+        "labels": [bag.label for bag in bags],
+        "targets": targets,
+    }
+
+
+def items_of(bags: Sequence[Bag]) -> list[list[int]]:
+    """Rows of the bags of each item: one, or the two of a preference, the chosen response first."""
+    pairs: dict[str, list[int]] = {}
+    for row, bag in enumerate(bags):
+        pairs.setdefault(bag.pair_id or f"row {row}", []).append(row)
+    return [sorted(rows, key=lambda row: -float(bags[row].label or 0.0)) for rows in pairs.values()]
 
 
 def gold_labels(bag: Bag) -> Tensor:

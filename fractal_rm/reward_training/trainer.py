@@ -51,6 +51,7 @@ from fractal_rm.reward_training.data import (
     to_bags,
     warn_of_joined_text,
 )
+from fractal_rm.reward_training.large_data import TrainingRows, training_rows
 from fractal_rm.reward_training.logit_metrics import by_item, collected_bags, measure_logits
 from fractal_rm.reward_training.model_setup import make_trainable, model_name, move_to_group
 from fractal_rm.reward_training.objective import StageKind, logged_means, loss_terms, mean_terms, term_weights
@@ -104,7 +105,9 @@ class FractalTrainer(Run):
             or a [`~fractal_rm.scorers.sentence_encoder.SentenceEncoder`] (`scorer="embedding"`).
         args: The configuration.
         train_dataset: Rows in one of TRL's formats (prompt + completion + label, prompt + chosen + rejected, stepwise
-            supervision) or in this package's schema, or [`Bag`] objects.
+            supervision) or in this package's schema, or [`Bag`] objects; or [`TrainingRows`]. Behind the first 20,000
+            rows, a row is read and tokenized when it is drawn, unless the configuration
+            [`~fractal_rm.reward_training.large_data.reads_everything`].
         eval_dataset: The same; gold step labels in it are used for metrics.
         processing_class: The tokenizer; default: the model's own.
         peft_config: A `peft` configuration; the saved folder holds the merged model.
@@ -126,7 +129,7 @@ class FractalTrainer(Run):
         self,
         model: str | Path | PreTrainedModel | SentenceEncoder,
         args: FractalConfig,
-        train_dataset: Records | None = None,
+        train_dataset: Records | TrainingRows | None = None,
         eval_dataset: Records | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any | None = None,
@@ -144,14 +147,16 @@ class FractalTrainer(Run):
                 f"`optimizers` came with a training in {len(plan(args))} stages, each of which needs its own. "
                 "Leave it out, or configure a training in one stage."
             )
-        bags = {
-            name: to_bags(records, self.settings, source=f"{name} data")
-            for name, records in (("train", train_dataset), ("eval", eval_dataset))
-            if records is not None
-        }
+        bags: dict[str, list[Bag]] = {}
+        later = None
+        if train_dataset is not None:
+            self._rows = training_rows(train_dataset, args, self.settings, source="train data")
+            bags["train"], later = self._rows.first, self._rows.later
+        if eval_dataset is not None:
+            bags["eval"] = to_bags(eval_dataset, self.settings, source="eval data")
         self.eval_bags = bags.get("eval")
         if "train" in bags:
-            warn_of_equal_labels(bags["train"])
+            warn_of_equal_labels([*bags["train"], *(later.sample() if later else ())])
             cut = [(bag.response, bag.step_spans) for bag in bags["train"]]
             warn_of_uncut_responses(cut, self.settings.segmentation)
             self.settings.joint = common_gap(cut)
@@ -164,16 +169,20 @@ class FractalTrainer(Run):
         template = getattr(self.processor, "chat_template", None)
         for name, found in bags.items():
             check_reasoning(found, str(template or ""), source=f"{name} data")
+        later = later and replace(later, template=str(template or ""))
         self.inputs = make_inputs(self.processor, self.settings)
         self._base_rate = 0.5
         self.card = RewardModelCard(base=model_name(model))
         # Of long responses gold labels tell which to keep; where only some may be read, none do.
-        datasets = {
-            name: self._encoded(found, f"{name} data", reads_gold=name != "train" or args.gold_fraction == 1)
-            for name, found in bags.items()
-        }
+        datasets = {}
         if "train" in bags:
-            self.settings.data, self.card.labels = fingerprint(bags["train"]), describe_labels(bags["train"], args)
+            reads_gold = args.gold_fraction == 1
+            datasets["train"] = self._encoded(bags["train"], "train data", reads_gold=reads_gold, later=later)
+        if "eval" in bags:
+            datasets["eval"] = self._encoded(bags["eval"], "eval data")
+        if "train" in bags:
+            self.settings.data = self._rows.name(fingerprint(bags["train"]))
+            self.card.labels = describe_labels(bags["train"], args, later=len(later or ()))
             kinds = {is_chat(bag.prompt) for bag in bags["train"]}
             self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it takes both
             check_learned_kind((bag.prompt for bag in bags.get("eval", [])), self.settings.chat, where="eval data, ")
@@ -268,7 +277,7 @@ class FractalTrainer(Run):
     def materials(self) -> dict[str, Any]:
         train: Any = self.train_dataset
         return {
-            "train_data": None if train is None else content_fingerprint(train.bags),
+            "train_data": None if train is None else self._rows.name(content_fingerprint(train.bags)),
             # Only where it decides which weights are kept.
             **({"eval_data": content_fingerprint(self.eval_bags or [])} if self.args.load_best_model_at_end else {}),
             "model": model_fingerprint(self.scorer),
@@ -276,8 +285,8 @@ class FractalTrainer(Run):
             "adapter": adapter_settings(self.scorer.model),
         }
 
-    def _encoded(self, bags: list[Bag], source: str, *, reads_gold: bool = True) -> BagDataset:
-        return BagDataset(bags, self.inputs, self.settings, source=source, reads_gold=reads_gold)
+    def _encoded(self, bags: list[Bag], source: str, **options: Any) -> BagDataset:
+        return BagDataset(bags, self.inputs, self.settings, source=source, **options)
 
     def _prepare(self, data: BagDataset, model: Any, args: FractalConfig) -> None:
         """Targets of the steps of the training data: what priors say, and the gold labels that may be read."""
@@ -321,7 +330,8 @@ class FractalTrainer(Run):
             else:
                 result = self._train_stage(stages[0], resume_from_checkpoint, **kwargs)
         if self.train_dataset is not None:
-            self.card.metrics["train"] = {"responses": self.data.truncation.total, **result.metrics}
+            responses = self.data.truncation.total + len(self.data.later or ())
+            self.card.metrics["train"] = {"responses": responses, **result.metrics}
         return result
 
     def _train_in_stages(self, stages: Sequence[Stage], *, resume: bool, **kwargs: Any) -> Any:

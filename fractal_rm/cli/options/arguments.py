@@ -4,14 +4,16 @@ A field's `help` is its only description.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.index import FORMATS, FormatName
-from fractal_rm.data.formats.tables import is_table, read_table
-from fractal_rm.data.readers import naming, read_jsonl
+from fractal_rm.data.formats.tables import is_table, open_table
+from fractal_rm.data.readers import naming, open_jsonl
 from fractal_rm.data.shapes import Columns, prompt_row
 from fractal_rm.errors import reason
 from fractal_rm.ranges import check_ranges
@@ -159,7 +161,7 @@ class DataArguments(ColumnArguments):
         check_ranges(self)
         super().__post_init__()
 
-    def prompts(self, rows: list[Any], source: str) -> list[Any]:
+    def prompts(self, rows: Sequence[Any], source: str) -> list[Any]:
         """Rows with the prompt moved to the column `prompt`.
 
         Raises:
@@ -171,8 +173,10 @@ class DataArguments(ColumnArguments):
                 found.append(prompt_row(row, self.prompt_column))
         return found
 
-    def read(self, split: Literal["train", "eval", "test"]) -> tuple[list[Any], str] | None:
+    def read(self, split: Literal["train", "eval", "test"]) -> tuple[Sequence[Any], str] | None:
         """Rows of a split (bags with `dataset_format`), and the name of their source for messages.
+
+        Rows may be read from disk when they are asked for.
 
         Returns:
             None if nothing is named for the split, or the named data set has no such split (for training: an error).
@@ -196,7 +200,7 @@ class DataArguments(ColumnArguments):
             inner = saved / name
             if split != "train" and not inner.is_dir():
                 return None
-            rows, places = read_table(inner if inner.is_dir() else saved), "folders"
+            rows, places = open_table(inner if inner.is_dir() else saved, self.limit), "folders"
         elif folder is not None and (folder / self.dataset_name).is_dir():
             rows, places = None, f"files in {folder}/{self.dataset_name}"
         else:
@@ -210,10 +214,11 @@ class DataArguments(ColumnArguments):
             raise ValueError(
                 f"{self.dataset_name} has no split {name!r} among its {places}. Set `dataset_train_split`."
             )
-        rows, source = list(rows)[: self.limit], f"{self.dataset_name} ({name})"
+        source = f"{self.dataset_name} ({name})"
+        rows = rows if self.limit is None else list(islice(rows, self.limit))
         return (FORMATS[self.dataset_format].read(rows, source=source) if self.dataset_format else rows), source
 
-    def _published(self, name: str, split: str) -> tuple[list[Any], str] | None:
+    def _published(self, name: str, split: str) -> tuple[Sequence[Any], str] | None:
         """The hub's copy of the data of a format, if no file is named; a split to evaluate on need not be there."""
         if self.dataset_format is None or self.train_file or self.eval_file or self.test_file:
             return None
@@ -315,8 +320,10 @@ def load_from_hub(name: str, advice: str, /, **arguments: Any) -> Any:
         raise ValueError(f"{name} cannot be loaded from the hub ({reason(error)}). {advice}") from error
 
 
-def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) -> list[Any]:
-    """The first rows of a file, or its first bags if a format is named.
+def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) -> Sequence[Any]:
+    """The first rows of a file, or its first bags if a format is named; what follows them is not read.
+
+    Rows may be read from disk when they are asked for.
 
     Raises:
         OSError: If the file is missing.
@@ -324,12 +331,8 @@ def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) 
     """
     table = is_table(path) and not (dataset_format == "fira" and path.suffix == ".tsv")
     if dataset_format is None:
-        return read_table(path, limit) if table else read_jsonl(path, limit)
-    bags = FORMATS[dataset_format].read(read_table(path) if table else path, source=str(path))
-    if limit is None or limit >= len(bags):
-        return bags
-    pair = bags[limit].pair_id
-    return bags[: limit - (pair is not None and pair == bags[limit - 1].pair_id)]  # both of a preference, or none
+        return open_table(path, limit) if table else open_jsonl(path, limit)
+    return FORMATS[dataset_format].read(open_table(path) if table else path, source=str(path), limit=limit)
 
 
 def load_published(dataset_format: FormatName, split: str, limit: int | None = None) -> list[Any]:
@@ -341,7 +344,7 @@ def load_published(dataset_format: FormatName, split: str, limit: int | None = N
     hub = FORMATS[dataset_format].hub
     if hub is None:
         raise ValueError(f"{dataset_format} is not on the hub. Download its files, and give them.")
-    return list(load_from_hub(hub.path, "Download its files, and give them.", **hub.arguments(split)))[:limit]
+    return list(islice(load_from_hub(hub.path, "Download its files, and give them.", **hub.arguments(split)), limit))
 
 
 def read_published(dataset_format: FormatName, split: str, limit: int | None = None) -> tuple[list[Bag], str]:

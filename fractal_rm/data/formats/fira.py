@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ _RANGE = re.compile(r"(\d+)-(\d+)")
 _NO_RANGES = "<no ranges selected>"
 
 
-def read_fira(data: PathLike, *, source: str | None = None) -> list[Bag]:
+def read_fira(data: PathLike, *, source: str | None = None, limit: int | None = None) -> list[Bag]:
     """Bags of FiRA: snippets of web documents, in which several people graded and marked what answers a query.
 
     Official files, tab-separated with a header: `fira-trec19-raw-judgements.tsv` (`relevanceLevel` such as
@@ -33,6 +34,7 @@ def read_fira(data: PathLike, *, source: str | None = None) -> list[Bag]:
     Args:
         data: File of the judgements, with `documents.tsv` and `queries.tsv` beside it.
         source: Name of the judgements in error messages.
+        limit: Most bags, the first ones.
 
     Returns:
         One bag, with `num_grades` 4, for each snippet and query that was judged, in the order of the judgements.
@@ -67,7 +69,8 @@ def read_fira(data: PathLike, *, source: str | None = None) -> list[Bag]:
     if not graded:
         raise ValueError(f"{source} has no rows; give at least one.")
     bags = []
-    for (query, document), judged in graded.items():
+    # Judges of one snippet may stand anywhere in the file, so that all rows are read.
+    for (query, document), judged in islice(graded.items(), limit):
         with naming(source, first_row[query, document]):
             text = texts[document]
             steps = sentences(text)

@@ -61,7 +61,7 @@ class Format:
     """A format of official files.
 
     Args:
-        read: Makes bags of a file, or of rows: `read(data, source=...)`.
+        read: Makes bags of a file, or of rows: `read(data, source=..., limit=...)`.
         meaning: How a response's label follows from the labels of its steps.
         hub: Where the Hub has the data; None if it comes from elsewhere.
     """

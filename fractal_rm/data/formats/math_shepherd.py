@@ -13,7 +13,7 @@ _MARK = "ки"
 _FIRST_STEP = re.compile(r"\bStep 1\s*:")
 
 
-def read_math_shepherd(data: Data, *, source: str | None = None) -> list[Bag]:
+def read_math_shepherd(data: Data, *, source: str | None = None, limit: int | None = None) -> list[Bag]:
     """Bags of Math-Shepherd: solutions of GSM8K and MATH, labelled by how often sampling goes on to the right answer.
 
     Official file: `math-shepherd.jsonl`. A row has `input` (the problem, then steps that each end with "ки"), `label`
@@ -53,7 +53,7 @@ def read_math_shepherd(data: Data, *, source: str | None = None) -> list[Bag]:
         response, spans = join_steps([piece.strip() for piece in pieces])
         return [Bag(problem, response, tuple(spans), min(gold), tuple(gold))]
 
-    return read_each(data, source, make, left_out="have no problem before a 'Step 1:'")
+    return read_each(data, source, make, left_out="have no problem before a 'Step 1:'", limit=limit)
 
 
 def _signed_pieces(text: str, signed: str) -> tuple[list[str], list[float]]:

@@ -5,11 +5,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fractal_rm.data.bag import Bag, Span
-from fractal_rm.data.formats.reading import Data, column, load_rows, read_each, texts, touches
+from fractal_rm.data.formats.reading import Data, column, read_each, stream_rows, texts, touches
 from fractal_rm.data.sentences import sentences
 
 
-def read_multispanqa(data: Data, *, source: str | None = None, negative_share: float = 0.5, seed: int = 0) -> list[Bag]:
+def read_multispanqa(
+    data: Data,
+    *,
+    source: str | None = None,
+    negative_share: float = 0.5,
+    seed: int = 0,
+    limit: int | None = None,
+) -> list[Bag]:
     """Bags of MultiSpanQA: paragraphs in which the spans that answer a question are marked, some cut to hold none.
 
     Official files: `train.json` and `valid.json`, an object with the list `data`. A row has `id`, `question` and
@@ -23,6 +30,7 @@ def read_multispanqa(data: Data, *, source: str | None = None, negative_share: f
     Args:
         negative_share: Share of the rows to cut; 0.5 as in FRACTAL.
         seed: Draws these rows.
+        limit: As in [`read_each`].
 
     Raises:
         ValueError: If a column is missing, or labels and tokens do not match.
@@ -39,7 +47,8 @@ def read_multispanqa(data: Data, *, source: str | None = None, negative_share: f
     """
     if not 0 <= negative_share <= 1:
         raise ValueError(f"negative_share is {negative_share}; give a share from 0 to 1.")
-    rows, source = load_rows(data, source, key="data")
+    found, source = stream_rows(data, source, key="data")
+    rows = list(found)  # the file is one object, and the draw is from all of its rows
     cut = set(random.Random(seed).sample(range(1, len(rows) + 1), round(negative_share * len(rows))))
 
     def make(row: Mapping[str, Any], number: int) -> list[Bag]:
@@ -54,7 +63,7 @@ def read_multispanqa(data: Data, *, source: str | None = None, negative_share: f
             steps = [(left - offset, right - offset) for left, right in steps[start:end]]
         return [Bag(question, text, tuple(steps), max(gold, default=0), tuple(gold), id=column(row, "id", str))]
 
-    return read_each(rows, source, make)
+    return read_each(rows, source, make, limit=limit)
 
 
 def _answer_tokens(tokens: Sequence[str], labels: Sequence[str]) -> tuple[str, list[Span]]:

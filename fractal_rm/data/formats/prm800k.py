@@ -8,7 +8,9 @@ from fractal_rm.data.formats.reading import Data, column, read_each
 from fractal_rm.data.segmentation import join_steps
 
 
-def read_prm800k(data: Data, *, source: str | None = None, full_solutions: bool = False) -> list[Bag]:
+def read_prm800k(
+    data: Data, *, source: str | None = None, full_solutions: bool = False, limit: int | None = None
+) -> list[Bag]:
     """Bags of PRM800K: solutions of problems of MATH, rated step by step by people.
 
     Official files: `phase1_train.jsonl`, `phase1_test.jsonl`, `phase2_train.jsonl`, `phase2_test.jsonl`. A row has
@@ -26,6 +28,7 @@ def read_prm800k(data: Data, *, source: str | None = None, full_solutions: bool 
     Args:
         full_solutions: Continue the rows of phase 2 that end at an error to the end of the solution; the labels of
             these steps are not known. The response's label stays what it is.
+        limit: As in [`read_each`].
 
     Returns:
         One bag a row. Its id is the labeler and the time.
@@ -62,7 +65,7 @@ def read_prm800k(data: Data, *, source: str | None = None, full_solutions: bool 
         response, spans = join_steps(steps)
         return [Bag(problem, response, tuple(spans), min(labels), gold, id=name or None)]
 
-    return read_each(data, source, make, left_out="have no rated step")
+    return read_each(data, source, make, left_out="have no rated step", limit=limit)
 
 
 def _rated_steps(given: list[Any]) -> tuple[list[str], list[float]]:

@@ -8,7 +8,7 @@ from fractal_rm.data.formats.reading import Data, column, read_each, texts
 from fractal_rm.data.segmentation import join_steps
 
 
-def read_prmbench(data: Data, *, source: str | None = None) -> list[Bag]:
+def read_prmbench(data: Data, *, source: str | None = None, limit: int | None = None) -> list[Bag]:
     """Bags of PRMBench: solutions from PRM800K into which a model wrote errors of nine kinds.
 
     Official file: `prmbench_preview.jsonl`. A row has `idx`, `classification` (the kind of error), `modified_question`,
@@ -50,7 +50,7 @@ def read_prmbench(data: Data, *, source: str | None = None) -> list[Bag]:
             bags.insert(0, _prmbench_bag(column(row, "original_question", str), solution, [], f"correct_{name}"))
         return bags
 
-    return read_each(data, source, make, left_out="name an error step that their solution does not have")
+    return read_each(data, source, make, left_out="name an error step that their solution does not have", limit=limit)
 
 
 def _prmbench_bag(prompt: str, steps: list[Any], errors: list[int], name: str) -> Bag:

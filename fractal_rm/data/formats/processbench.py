@@ -8,7 +8,9 @@ from fractal_rm.data.formats.reading import Data, column, read_each, texts
 from fractal_rm.data.segmentation import join_steps
 
 
-def read_processbench(data: Data, *, source: str | None = None, answer_labels: bool = False) -> list[Bag]:
+def read_processbench(
+    data: Data, *, source: str | None = None, answer_labels: bool = False, limit: int | None = None
+) -> list[Bag]:
     """Bags of ProcessBench: model solutions in which people looked for the first wrong step.
 
     Official files: `gsm8k.json`, `math.json`, `olympiadbench.json`, `omnimath.json`. A row has `id`, `generator`,
@@ -20,6 +22,7 @@ def read_processbench(data: Data, *, source: str | None = None, answer_labels: b
 
     Args:
         answer_labels: Take `final_answer_correct` as the response's label.
+        limit: As in [`read_each`].
 
     Raises:
         ValueError: If a column is missing, or the label is no step.
@@ -43,4 +46,4 @@ def read_processbench(data: Data, *, source: str | None = None, answer_labels: b
         name = str(column(row, "id", (str, int)))
         return [Bag(column(row, "problem", str), response, tuple(spans), label, tuple(gold), id=name)]
 
-    return read_each(data, source, make)
+    return read_each(data, source, make, limit=limit)

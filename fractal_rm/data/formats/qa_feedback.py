@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.formats.reading import Data, column, load_rows, read_each, touches
+from fractal_rm.data.formats.reading import Data, column, read_each, stream_rows, touches
 from fractal_rm.data.sentences import sentences
 
 _ERROR_TYPE = "Irrelevant"
@@ -12,7 +12,7 @@ _ERROR_TYPE = "Irrelevant"
 _PAIRS = ((1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4))
 
 
-def read_qa_feedback(data: Data, *, source: str | None = None) -> list[Bag]:
+def read_qa_feedback(data: Data, *, source: str | None = None, limit: int | None = None) -> list[Bag]:
     """Bags of QA-Feedback, fine-grained: long answers in which people marked spans with errors.
 
     Official files: `train_feedback.json` and `dev_feedback.json`. A row has `question`, `passages` (each a title, then
@@ -49,7 +49,7 @@ def read_qa_feedback(data: Data, *, source: str | None = None) -> list[Bag]:
         label = sum(gold) / len(gold) if gold else None  # a bag refuses an answer without steps
         return [Bag(_prompt(row), response, tuple(steps), label, tuple(gold), id=str(number))]
 
-    return read_each(data, source, make)
+    return read_each(data, source, make, limit=limit)
 
 
 def _span(error: Mapping[str, Any], response: str) -> tuple[str, int, int]:
@@ -71,7 +71,7 @@ def _prompt(row: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def read_qa_preferences(data: Data, *, source: str | None = None) -> list[Bag]:
+def read_qa_preferences(data: Data, *, source: str | None = None, limit: int | None = None) -> list[Bag]:
     """Bags of QA-Feedback, preferences: which of two answers to a question people like better.
 
     Official files and columns: those of [`read_qa_feedback`], `prediction 1` to `prediction 4`, and `preference`: for
@@ -95,7 +95,7 @@ def read_qa_preferences(data: Data, *, source: str | None = None) -> list[Bag]:
         >>> [(bag.response, bag.label) for bag in read_qa_preferences([row])]
         [('Answer 2.', 1.0), ('Answer 1.', 0.0)]
     """
-    rows, source = load_rows(data, source)
+    rows, source = stream_rows(data, source)
 
     def make(row: Mapping[str, Any], number: int) -> list[Bag]:
         preferences = column(row, "preference", list)
@@ -112,4 +112,4 @@ def read_qa_preferences(data: Data, *, source: str | None = None) -> list[Bag]:
                 bags.append(Bag(prompt, response, steps, label, id=f"{number}-{answer}", pair_id=pair_id))
         return bags
 
-    return read_each(rows, source, make)
+    return read_each(rows, source, make, limit=limit)

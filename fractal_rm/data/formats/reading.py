@@ -8,14 +8,14 @@ import csv
 import gzip
 import os
 import warnings
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.data.readers import naming, read_jsonl
+from fractal_rm.data.readers import naming, open_jsonl
+from fractal_rm.data.rows import complete_gzip, stream_json_lines
 from fractal_rm.data.sentences import Span
 from fractal_rm.files import parse_json
 
@@ -25,8 +25,8 @@ Data = PathLike | Iterable[Mapping[str, Any]]
 _LFS_POINTER = b"version https://git-lfs.github.com/"
 
 
-def load_rows(data: Data, source: str | None, *, key: str | None = None) -> tuple[list[Mapping[str, Any]], str]:
-    """Rows of a data set, and its name in error messages.
+def stream_rows(data: Data, source: str | None, *, key: str | None = None) -> tuple[Iterable[Mapping[str, Any]], str]:
+    """Rows of a data set, read when they are asked for, and its name in error messages.
 
     Args:
         data: A `.jsonl` or `.json` file (gzipped or not), or the rows themselves.
@@ -36,24 +36,20 @@ def load_rows(data: Data, source: str | None, *, key: str | None = None) -> tupl
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If a file does not hold rows.
-        ValueError: If a file cannot be read, or there are no rows.
+        ValueError: If a file cannot be read.
 
     Example:
-        >>> load_rows([{"question": "1+1?"}], None)
+        >>> stream_rows([{"question": "1+1?"}], None)
         ([{'question': '1+1?'}], 'data')
     """
-    if isinstance(data, str | os.PathLike):
-        path = Path(data)
-        source = source or str(path)
-        check_file(path)
-        wrapped = key is not None and path.name.endswith((".json", ".json.gz"))
-        rows: list[Mapping[str, Any]] = _wrapped_rows(path, key) if wrapped else [*read_jsonl(path)]
-    else:
-        source = source or "data"
-        rows = list(data)
-    if not rows:
-        raise ValueError(f"{source} has no rows; give at least one.")
-    return rows, source
+    if not isinstance(data, str | os.PathLike):
+        return data, source or "data"
+    path = Path(data)
+    source = source or str(path)
+    check_file(path)
+    if key is not None and path.name.endswith((".json", ".json.gz")):
+        return _wrapped_rows(path, key), source
+    return stream_json_lines(path) if path.name.endswith((".jsonl", ".jsonl.gz")) else open_jsonl(path), source
 
 
 def check_file(path: Path) -> None:
@@ -70,10 +66,11 @@ def check_file(path: Path) -> None:
             raise ValueError(f"{path} is a pointer of Git LFS, not the data; fetch the data with `git lfs pull`.")
 
 
-def csv_rows(path: Path, delimiter: str = "\t", limit: int | None = None) -> list[tuple[int, dict[str, str]]]:
+def csv_rows(path: Path, delimiter: str = "\t", limit: int | None = None) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows of a file of separated cells by the names of its header, with their numbers; the header is row 1.
 
-    Cells are text: a response `2` or `NA` is not converted. With a limit, rows after the first ones are not looked at.
+    Cells are text: a response `2` or `NA` is not converted. A row is read when it is asked for; with a limit, rows
+    after the first ones are not looked at.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -84,20 +81,18 @@ def csv_rows(path: Path, delimiter: str = "\t", limit: int | None = None) -> lis
     kind = "tab-separated" if delimiter == "\t" else "comma-separated"
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(islice(csv.DictReader(file, delimiter=delimiter), limit))
+            for number, row in enumerate(islice(csv.DictReader(file, delimiter=delimiter), limit), 2):
+                if None in row or None in row.values():
+                    told = "the row has other cells than the header; quote cells, or mend it."
+                    raise ValueError(f"{path}, row {number}: {told}")
+                yield number, row
     except (UnicodeDecodeError, csv.Error):
         raise ValueError(f"{path} is no {kind} file in UTF-8; write or download it again.") from None
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise ValueError(f"{path}, row {number}: the row has other cells than the header; quote cells, or mend it.")
-    return list(enumerate(rows, 2))
 
 
 def _wrapped_rows(path: Path, key: str | None) -> list[Mapping[str, Any]]:
-    try:
+    with complete_gzip(path):
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error):
-        raise ValueError(f"{path} is not a complete gzip file; download it again.") from None
     found = parse_json(content, str(path))
     rows = found.get(key) if isinstance(found, dict) else found
     if not isinstance(rows, list):
@@ -111,26 +106,28 @@ def read_each(
     make: Callable[[Mapping[str, Any], int], list[Bag]],
     *,
     left_out: str | None = None,
+    limit: int | None = None,
 ) -> list[Bag]:
     """Bags of all rows, in their order: what every reader of official files ends with.
 
     Args:
-        data: A file, or rows, as in [`load_rows`].
+        data: A file, or rows, as in [`stream_rows`].
         source: Name of the data in error messages, as there.
         make: Bags of a row and its number, from 1. An empty list leaves the row out.
         left_out: What rows without a bag have in common, for a warning; None if leaving out is the rule.
+        limit: Most bags; the rows after them are not read. Of a preference, both bags or none.
 
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If a value has the wrong type.
-        ValueError: If a value is missing or wrong, or no row gives a bag.
+        ValueError: If a value is missing or wrong, or there is no row, or none gives a bag.
 
     Warns:
         UserWarning: If rows are left out that should not be there.
     """
-    rows, source = load_rows(data, source)
+    rows, source = stream_rows(data, source)
     bags: list[Bag] = []
-    missing = []
+    missing, number = [], 0
     for number, row in enumerate(rows, 1):
         with naming(source, number):
             if not isinstance(row, Mapping):
@@ -138,14 +135,26 @@ def read_each(
             new = make(row, number)
         bags += new
         missing += [] if new else [number]
+        if limit is not None and len(bags) > limit:  # one more tells whether a preference is cut
+            break
+    if number == 0:
+        raise ValueError(f"{source} has no rows; give at least one.")
     if not bags:
-        raise ValueError(f"None of the {len(rows)} rows of {source} gives a bag; check that it is the official file.")
+        raise ValueError(f"None of the {number} rows of {source} gives a bag; check that it is the official file.")
     if missing and left_out:
         warnings.warn(
-            f"{source}: {len(missing)} of {len(rows)} rows {left_out} (first: row {missing[0]}); they are left out.",
+            f"{source}: {len(missing)} of {number} rows {left_out} (first: row {missing[0]}); they are left out.",
             stacklevel=3,
         )
-    return bags
+    return first_bags(bags, limit)
+
+
+def first_bags(bags: list[Bag], limit: int | None) -> list[Bag]:
+    """The first bags; of a preference, both or none."""
+    if limit is None or limit >= len(bags):
+        return bags
+    pair = bags[limit].pair_id
+    return bags[: limit - (pair is not None and pair == bags[limit - 1].pair_id)]
 
 
 def column(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...], *, within: str = "") -> Any:

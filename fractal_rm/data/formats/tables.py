@@ -1,11 +1,16 @@
 """Parquet, CSV and Arrow files, and folders that `datasets` saved: rows as from a JSON file."""
 
+import json
+import shutil
 import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fractal_rm.data.formats.reading import check_file, csv_rows
+from fractal_rm.data.rows import JsonLines, check_rows, spooled
 from fractal_rm.files import parse_json
 
 # The builder of `datasets.load_dataset` for an ending, and what stands between cells.
@@ -15,51 +20,70 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LISTS = ("steps", "completions", "step_labels", "labels", "teacher_scores")
 
 
-def read_table(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
+def open_table(path: Path, limit: int | None = None) -> Sequence[dict[str, Any]]:
     """Rows of a file that [`is_table`], or of a folder of `Dataset.save_to_disk`: all of them, or the first ones.
 
-    Cells of CSV files are text; lists and chats are written as JSON.
+    Cells of CSV files are text; lists and chats are written as JSON. Rows stay on disk: memory-mapped by `datasets`;
+    those of a CSV file in a temporary file.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
         ValueError: If it cannot be read, has no rows, or a folder holds several splits.
     """
-    if path.suffix in _DELIMITERS:
-        rows: list[Any] = [
-            {name: _cell(name, text) for name, text in row.items()}
-            for _, row in csv_rows(path, _DELIMITERS[path.suffix], limit)
-        ]
-    else:
+    if path.suffix not in _DELIMITERS:
         rows = _from_datasets(path, limit)
-    if not rows:
-        raise ValueError(f"{path} is empty; give a file with at least one row.")
-    return rows
+        check_rows(rows, path)
+        return rows
+    cells = csv_rows(path, _DELIMITERS[path.suffix], limit)
+    found = ({name: _cell(name, text) for name, text in row.items()} for _, row in cells)
+    return JsonLines(spooled(json.dumps(row).encode() + b"\n" for row in found), path)
 
 
-def _from_datasets(path: Path, limit: int | None) -> list[dict[str, Any]]:
+class MappedRows(Sequence[dict[str, Any]]):
+    """Rows of a memory-mapped data set.
+
+    Args:
+        dataset: The data set.
+        folder: A temporary folder of its files, which goes when the rows do.
+    """
+
+    def __init__(self, dataset: Any, folder: str | None = None) -> None:
+        self.dataset = dataset
+        if folder is not None:
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        places = range(len(self))[index]
+        return self.dataset.select(places).to_list() if isinstance(places, range) else self.dataset[places]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.dataset)
+
+
+def _from_datasets(path: Path, limit: int | None) -> Sequence[dict[str, Any]]:
     import datasets
     from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
     if not path.is_dir():
         check_file(path)
-    hidden = datasets.are_progress_bars_disabled()
+    hidden, cache = datasets.are_progress_bars_disabled(), None
     datasets.disable_progress_bars()
     try:
         if path.is_dir():
-            found = load_from_disk(str(path), keep_in_memory=limit is None)
+            found = load_from_disk(str(path))
         else:
-            with tempfile.TemporaryDirectory() as cache:
-                split = "train" if limit is None else f"train[:{limit}]"
-                found = load_dataset(
-                    _BUILDERS[path.suffix],
-                    data_files=str(path),
-                    split=split,
-                    cache_dir=cache,
-                    keep_in_memory=True,
-                    trust_remote_code=False,
-                )
+            options: Any = {"data_files": str(path), "split": "train", "trust_remote_code": False}
+            if limit is not None:  # no more is read
+                return list(load_dataset(_BUILDERS[path.suffix], streaming=True, **options).take(limit))
+            cache = tempfile.mkdtemp()
+            found = load_dataset(_BUILDERS[path.suffix], cache_dir=cache, **options)
     except (OSError, ValueError, DatasetsError) as error:
+        if cache is not None:
+            shutil.rmtree(cache, ignore_errors=True)
         raise ValueError(f"{path} cannot be read ({_cause(error)}); write or download it again.") from None
     finally:
         if not hidden:
@@ -67,7 +91,7 @@ def _from_datasets(path: Path, limit: int | None) -> list[dict[str, Any]]:
     if isinstance(found, DatasetDict):
         raise ValueError(f"{path} holds the splits {', '.join(map(str, found))}; give the folder of one of them.")
     rows: Any = found if limit is None or limit >= len(found) else found.select(range(limit))  # type: ignore[union-attr]
-    return rows.to_list()
+    return MappedRows(rows, cache)
 
 
 def _cell(name: str, text: str) -> Any:
@@ -83,7 +107,7 @@ def _cell(name: str, text: str) -> Any:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a path is read by [`read_table`]: by its ending, or because `datasets` saved it."""
+    """Whether a path is read by [`open_table`]: by its ending, or because `datasets` saved it."""
     return (
         path.suffix in _BUILDERS | _DELIMITERS
         or (path / "state.json").is_file()

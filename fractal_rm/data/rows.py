@@ -1,0 +1,165 @@
+"""Rows of JSON files, of which memory holds only where each line begins.
+
+A row is parsed when it is asked for, so that a file larger than memory can be trained on, and a limit never looks at
+the rows behind it.
+"""
+
+import gzip
+import hashlib
+import os
+import tempfile
+import weakref
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count, islice
+from pathlib import Path
+from typing import IO, Any, overload
+
+import numpy as np
+
+from fractal_rm.files import parse_json
+
+# No model reads a row of this length; to tokenize it takes minutes and gigabytes.
+_LONGEST_LINE = 2**24
+# Bytes that are searched for line ends at a time.
+_CHUNK = 2**20
+
+
+class JsonLines(Sequence[dict[str, Any]]):
+    """Rows of a file with a JSON object on each line.
+
+    Args:
+        file: The lines; they must not change while the rows are in use.
+        path: Name of the file in messages.
+        limit: Most rows, the first ones. None: all of them.
+
+    Raises:
+        TypeError: When a row is asked for that is no object.
+        ValueError: If there are no rows; when a row is asked for that is blank, too long, or no JSON in UTF-8.
+    """
+
+    def __init__(self, file: IO[bytes], path: Path, limit: int | None = None) -> None:
+        self._file, self._path = file, path
+        weakref.finalize(self, file.close)
+        self._starts = _line_starts(file, limit)
+        while len(self) and not self._line(len(self) - 1).strip():
+            self._starts = self._starts[:-1]  # blank lines at the end
+        check_rows(self, path)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        places = range(len(self))[index]  # raises IndexError
+        return [self[place] for place in places] if isinstance(places, range) else self._parsed(places)
+
+    def _parsed(self, place: int) -> dict[str, Any]:
+        return parse_line(self._line(place), self._path, place + 1)
+
+    def _line(self, place: int) -> bytes:
+        start, end = self._starts[place : place + 2].tolist()
+        return os.pread(self._file.fileno(), end - start, start)  # no position: processes share the open file
+
+    def fingerprint(self) -> str:
+        """A short name for the content."""
+        digest, end = hashlib.blake2b(digest_size=8), int(self._starts[-1])
+        for start in range(0, end, _CHUNK):
+            digest.update(os.pread(self._file.fileno(), min(_CHUNK, end - start), start))
+        return digest.hexdigest()
+
+
+def open_json_lines(path: Path, limit: int | None = None) -> JsonLines:
+    """Rows of a `.jsonl` file; of a gzipped one as many lines are unpacked to a temporary file as are needed.
+
+    Raises:
+        ValueError: If a gzipped file is damaged, or for a reason of [`JsonLines`].
+    """
+    if path.suffix != ".gz":
+        return JsonLines(path.open("rb"), path, limit)
+    with complete_gzip(path), gzip.open(path, "rb") as packed:
+        return JsonLines(spooled(islice(packed, limit)), path, limit)
+
+
+def stream_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a `.jsonl` file, gzipped or not, one after the other: what is not asked for is not read.
+
+    Raises:
+        TypeError: If a row is no object.
+        ValueError: If a line cannot be read, or is blank and not at the end.
+    """
+    with complete_gzip(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        blank = None
+        for row, line in zip(count(1), file):
+            if not line.strip():
+                blank = blank or (line, row)  # an error only if another row follows
+            elif blank:
+                parse_line(blank[0], path, blank[1])
+            else:
+                yield parse_line(line, path, row)
+
+
+def parse_line(line: bytes, path: Path, row: int) -> dict[str, Any]:
+    """The object that a line of a file holds.
+
+    Raises:
+        TypeError: If it is no object.
+        ValueError: If it is blank, too long, or no JSON in UTF-8.
+    """
+    if len(line) > _LONGEST_LINE:
+        most = f"{_LONGEST_LINE:,} bytes at most"
+        raise ValueError(f"{path}, row {row}: the line has {len(line):,} bytes; give {most}, or drop the row.")
+    if not line.strip():
+        raise ValueError(f"{path}, row {row}: the line is blank; delete it.")
+    record = parse_json(line, f"{path}, row {row}: the line")
+    check_object(record, path, row)
+    return record
+
+
+def check_object(record: Any, path: Path, row: int) -> None:
+    """Raise TypeError unless a row is an object."""
+    if not isinstance(record, dict):
+        raise TypeError(f"{path}, row {row}: the row is {type(record).__name__}; make it a JSON object.")
+
+
+def check_rows(rows: Sequence[Any], path: Path) -> None:
+    """Raise ValueError if a file has no rows."""
+    if not len(rows):
+        raise ValueError(f"{path} is empty; give a file with at least one row.")
+
+
+@contextmanager
+def complete_gzip(path: Path) -> Iterator[None]:
+    """Turn the errors of a damaged gzip file into a sentence."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise ValueError(f"{path} is not a complete gzip file; write or download it again.") from None
+
+
+def spooled(lines: Iterable[bytes]) -> IO[bytes]:
+    """A temporary file with these lines, gone when it is closed."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the rows
+    try:
+        file.writelines(lines)
+        file.flush()
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _line_starts(file: IO[bytes], limit: int | None) -> np.ndarray:
+    """Where lines start, and where the last one ends (rows + 1,); with a limit, those of the first lines."""
+    parts, found, position = [np.zeros(1, dtype=np.int64)], 0, 0
+    while (limit is None or found < limit) and (chunk := os.pread(file.fileno(), _CHUNK, position)):
+        ends = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + (position + 1)
+        parts.append(ends[: None if limit is None else limit - found])
+        found, position = found + len(ends), position + len(chunk)
+    starts = np.concatenate(parts)
+    unfinished = position > starts[-1] and (limit is None or found < limit)
+    return np.append(starts, position) if unfinished else starts
