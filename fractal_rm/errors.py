@@ -1,8 +1,8 @@
-"""What errors of other libraries say, for sentences of our own."""
+"""Shortens other libraries' error messages for use in this package's messages."""
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error's message, as a part of a sentence; the error's name where there is no message.
+    """The first line of an error's message, as part of a sentence; the error's name if it has no message.
 
     Example:
         >>> reason(OSError("No such file.\\nTry another one."))

@@ -120,7 +120,7 @@ def _sample(arguments: SampleArguments, data: DataArguments) -> None:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             arguments.model, dtype=arguments.dtype, trust_remote_code=False, output_loading_info=True
         )
-    except Exception as error:  # whatever strange files make a library raise
+    except Exception as error:  # damaged files make libraries raise anything
         raise ValueError(
             f"{arguments.model} cannot be loaded as a causal language model ({reason(error)}). Give another `model`."
         ) from error
