@@ -470,7 +470,12 @@ PROMPTS = {
     "a missing prompt": ([{"answer": "2"}], [], 1, "column 'prompt' is missing (found: 'answer')"),
     "a prompt that is a number": ([{"prompt": 1}], [], 1, "the prompt is int"),
     "an empty prompt": ([{"prompt": " "}], [], 1, "the prompt is empty"),
-    "a message without its role": ([{"prompt": [{"content": "1+1?"}]}], [], 1, "message 1 of the prompt is no message"),
+    "a message without its role": (
+        [{"prompt": [{"content": "1+1?"}]}],
+        [],
+        1,
+        "message 1 of the prompt is not a message",
+    ),
     "prompts of two types": ([{"prompt": "1?"}, {"prompt": CHAT}], [], 2, "a chat but that of row 1 is text"),
     "a missing question": ([{"answer": "#### 2"}], ["--task", "gsm8k"], 1, "column 'question' is missing"),
     "a missing answer": ([{"question": "1+1?"}], ["--task", "gsm8k"], 1, "column 'answer' is missing"),
@@ -518,7 +523,7 @@ def test_columns_that_reward_functions_get_from_the_rollout_are_refused(commands
 def test_columns_of_several_types_are_named(commands):
     rows = [{"prompt": "1+1?", "answer": "2", "more": 1}, {"prompt": "2+2?", "answer": "4", "more": "one"}]
     said = commands.ppo("--reward_function", "gsm8k_answer", "--train_file", commands.file(rows))
-    assert "'more' (int, str) holds values of several types" in said
+    assert "'more' (int, str) has values of several types" in said
 
 
 def test_a_column_that_the_first_row_lacks_is_kept():

@@ -106,7 +106,7 @@ BAD = [
     ("fine.", None, "the prompt is NoneType"),
     ("fine.", "half \ud83d", "the prompt holds half of a surrogate pair"),
     ("fine.", [], "the prompt is a chat without messages"),
-    ("fine.", [{"role": "user"}], "message 1 of the prompt is no message"),
+    ("fine.", [{"role": "user"}], "message 1 of the prompt is not a message"),
 ]
 
 

@@ -41,7 +41,7 @@ Context = Sequence[Mapping[str, Any]] | RenderedPrompt | None
 
 
 class Conversation(str):
-    """A response of several turns as one text, of which the policy wrote only some.
+    """A response of several turns as one text; the policy wrote only parts of it.
 
     Steps lie in its turns. What stands between them (outputs of tools, messages of a user) is context: it is read, and
     is never cut, scored or paid.
@@ -171,7 +171,7 @@ def read_prompt(prompt: Any) -> Prompt:
                 "'tool_calls' may have none)."
             )
         if not {"role", "content"} <= set(known):
-            raise TypeError(f"message {number} of the prompt is no message; give it the keys 'role' and 'content'.")
+            raise TypeError(f"message {number} of the prompt is not a message; give it the keys 'role' and 'content'.")
         check_text(known["role"], f"the role of message {number} of the prompt")
         content = content_text(known["content"], f"the content of message {number} of the prompt")
         messages.append(known | {"content": content})
@@ -227,10 +227,10 @@ def read_completion(completion: Any) -> str:
     `<tool_call>{"name": ..., "arguments": ...}</tool_call>` on lines of their own; thoughts as `<think>`.
 
     Args:
-        completion: A text, or messages of which the first is the assistant's. No messages: an empty text.
+        completion: A text, or messages that begin with the assistant's. No messages: an empty text.
 
     Raises:
-        TypeError: If a message is none, or its content is no text.
+        TypeError: If a message is none, or its content is not a text.
         ValueError: If the assistant does not begin, or a role is unknown.
 
     Example:

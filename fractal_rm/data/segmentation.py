@@ -88,7 +88,7 @@ class Segmentation:
         if self.version not in range(1, VERSION + 1):
             raise ValueError(f"Segmentation has version={self.version!r}; this package knows 1 to {VERSION}.")
         if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)*", self.language):
-            raise ValueError(f"Segmentation language {self.language!r} is no language code; give one such as 'en'.")
+            raise ValueError(f"Segmentation language {self.language!r} is not a language code; give one such as 'en'.")
 
     def __call__(self, text: str) -> list[Span]:
         """Cut one response.
@@ -195,7 +195,7 @@ def join_steps(steps: Sequence[str], joint: str = "\n") -> tuple[str, list[Span]
         The response, and the spans of the steps in it, without the white space at a step's ends.
 
     Raises:
-        TypeError: If a step is no text.
+        TypeError: If a step is not a text.
         ValueError: If there is no step, or a step is blank.
 
     Example:
@@ -217,7 +217,7 @@ def locate_steps(text: str, steps: Sequence[str]) -> list[Span]:
     Of a conversation, only what the policy wrote is looked at.
 
     Raises:
-        TypeError: If a step is no text.
+        TypeError: If a step is not a text.
         ValueError: If there is no step, or a step is blank or does not follow the one before it in the response.
 
     Example:

@@ -71,7 +71,7 @@ _WIDE_END = re.compile(r"[。！？][”’」』）]*(?=[ \t]*\d)")
 _ANSWER_NO = re.compile(
     r"(?:\b(?:is|are|was|were|be|says?|said)|[?:])[ \t]+no[.0](?=[ \t]+\d+[ \t]+[a-z])", re.IGNORECASE
 )
-# A variable before the full stop ("so x. Then") is no initial: it is shown as a digit.
+# A variable before the full stop ("so x. Then") is not an initial: it is replaced by a digit.
 _VARIABLE = re.compile(r"(?<![\w.'’\\-])[a-z](?=\.\s+[A-Z0$\\])")
 # What sentencex cannot read: half of a surrogate pair, and a space of several bytes after a capital (1.0.32 panics).
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -132,7 +132,7 @@ def _fences(text: str) -> list[Span]:
     fences: list[Span] = []
     opener: re.Match[str] | None = None
     runs = list(_TICKS.finditer(text))
-    paired = False  # with the run before, on one line: inline code, which is no fence
+    paired = False  # with the run before, on one line: inline code, not a fence
     for run, after in zip_longest(runs, runs[1:]):
         rest = text[run.end() : after.start() if after else len(text)]
         last_of_line = after is None or "\n" in rest

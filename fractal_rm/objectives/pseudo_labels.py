@@ -121,8 +121,8 @@ def pseudo_labels(
         Labels, 0 or 1 but for soft gold ones; NaN at padding.
 
     Raises:
-        ValueError: If a bag has no real step, the aggregation is unknown, or the label noise is no two shares whose sum
-            is less than 1, or is none of a share of good steps.
+        ValueError: If a bag has no real step, the aggregation is unknown, or the label noise is not two shares whose
+            sum is less than 1, or is above 0 for a share of good steps.
 
     Source:
         Maximum-likelihood pseudo-labels of FRACTAL (Makhija et al., ACL 2025); the share of good steps and gold labels
@@ -248,8 +248,8 @@ def posteriors(
         Probabilities in [0, 1], gold labels where known; NaN at padding.
 
     Raises:
-        ValueError: If a bag has no real step, the aggregation is unknown, or the label noise is no two shares whose sum
-            is less than 1, or is none of a share of good steps.
+        ValueError: If a bag has no real step, the aggregation is unknown, or the label noise is not two shares whose
+            sum is less than 1, or is above 0 for a share of good steps.
 
     Source:
         This package's derivation: the expectation step, which hard pseudo-labels replace by the mode.

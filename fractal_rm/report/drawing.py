@@ -56,7 +56,7 @@ PAGE_CSS = {
 LINES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))  # told apart without colour too
 SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
-    "text.parse_math": False,  # a name with dollar signs is no formula
+    "text.parse_math": False,  # a name with dollar signs is not a formula
     "svg.fonttype": "path",
     "svg.hashsalt": "fractal_rm",  # the same plot gives the same bytes
     "figure.constrained_layout.use": True,

@@ -82,7 +82,7 @@ SIGNALS = {
 }
 
 
-# Sections in which a curve of nothing but zeros is no plot: most shares never leave 0.
+# Sections in which a curve of zeros gets no plot: most shares never leave 0.
 ZERO_AS_TEXT = ("guards", "length", "kl", "updates")
 
 

@@ -78,7 +78,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str, size
     """A pattern that matches the empty string before each control token in a text; None without any. Other arguments
     are for the cache.
 
-    Control tokens are the special tokens, and the tokens with which the chat template opens and closes a user's turn.
+    Control tokens are the special tokens, and the tokens that the chat template puts around a user's turn.
     The unknown token is excluded, and so are single characters, which cannot be spelled in another way.
     """
     turn = ""
