@@ -54,7 +54,7 @@ def half(steps: list[list[str]], **_: Any) -> list[list[float]]:
         ({"step_reward_weights": [1.0]}, ValueError, r"has 1 numbers for 1 reward models and 1 `step_reward_funcs`\."),
         ({"step_reward_funcs": ["a"]}, TypeError, r"`step_reward_funcs` contains a str\. Give functions"),
         ({"processing_class": None}, ValueError, r"policy was built in code, .* Give it as `processing_class`"),
-        ({"eval_dataset": PROMPTS, "per_device_eval_batch_size": 3}, ValueError, r"holds 3 completions .* groups of 2"),
+        ({"eval_dataset": PROMPTS, "per_device_eval_batch_size": 3}, ValueError, r"has 3 completions .* multiple of 2"),
         ({"train_dataset": CHATS}, ValueError, r"tokenizer of the policy has no chat template\. Set its"),
         (
             {"train_dataset": CHATS, "processing_class": byte_tokenizer(chat=True)},
@@ -119,7 +119,7 @@ def test_a_policy_folder_without_a_tokenizer_is_refused_and_one_with_an_adapter_
 def test_a_reward_model_that_does_not_suit_the_shaping_is_refused_by_number():
     one, other = reward_model(), reward_model(aggregation="max")
     check_reward_models([one, other], settings(), PROMPTS)
-    with pytest.raises(ValueError, match=r"2 of 2 was trained with aggregation 'max': one good step .* pays for the"):
+    with pytest.raises(ValueError, match=r"2 of 2 was trained with aggregation 'max': one good step .* rewards the worst"):
         check_reward_models([one, other], settings(shaping="min_form", step_lam=1.0), PROMPTS)
     check_reward_models([one, reward_model(aggregation="mean")], settings(shaping="min_form", step_lam=1.0), PROMPTS)
 

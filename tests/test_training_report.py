@@ -457,7 +457,7 @@ def folders(tmp_path) -> Path:
             ["--runs", "empty"],
             "empty has no metrics.json with a history, no trainer_state.json and no complete checkpoint",
         ),
-        (["--runs", "judged"], "judged holds no metrics.json with a history"),
+        (["--runs", "judged"], "judged has no metrics.json with a history"),
         (["--runs", "broken"], "broken/metrics.json is invalid JSON"),
         (
             ["--runs", "good", "rm"],
