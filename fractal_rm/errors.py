@@ -1,14 +1,14 @@
-"""Parts of the sentences of errors: what another library says, and which known name is nearest."""
+"""Parts of error messages: what another library says, and the known name closest to an unknown one."""
 
 import difflib
 from collections.abc import Iterable
 
-# Least similarity of a name that is worth suggesting.
+# Minimum similarity of a name worth suggesting.
 _ALIKE = 0.5
 
 
 def did_you_mean(unknown: str, names: Iterable[str], otherwise: str = "") -> str:
-    """A question with the known name that is nearest, after a space; `otherwise` if none is near.
+    """A question that suggests the closest known name, after a space; `otherwise` if no name is close.
 
     Example:
         >>> did_you_mean("fractal_mx", ["outcome_ppo", "fractal_mix"])
@@ -21,7 +21,7 @@ def did_you_mean(unknown: str, names: Iterable[str], otherwise: str = "") -> str
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error's message, as a part of a sentence; the error's name where there is no message.
+    """The first line of an error's message, as part of a sentence; the error's name if it has no message.
 
     Example:
         >>> reason(OSError("No such file.\\nTry another one."))

@@ -1,4 +1,4 @@
-"""Signals that end a command: Ctrl-C, and SIGTERM, which clusters send before they take a machine away."""
+"""Signals that end a command: Ctrl-C, and SIGTERM, which clusters send before they reclaim a machine."""
 
 import signal
 import threading
@@ -10,11 +10,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has ended the work, whose state is as the message says.
+    """A signal ended the work; the message says what was saved.
 
     Args:
         number: The signal.
-        message: A sentence for whoever reads the screen.
+        message: A sentence for the user.
     """
 
     def __init__(self, number: int, message: str = "Interrupted.") -> None:
@@ -28,13 +28,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interrupt(number: int, frame: Any) -> None:
-    """A handler of signals: raises [`Interrupted`] wherever the program is."""
+    """A signal handler that raises [`Interrupted`]."""
     raise Interrupted(number)
 
 
 @contextmanager
 def handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
-    """Let a function handle Ctrl-C and SIGTERM for a while; in a thread that is not the main one, nothing changes."""
+    """Within the context, let a function handle Ctrl-C and SIGTERM; outside the main thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

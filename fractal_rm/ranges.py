@@ -1,4 +1,4 @@
-"""Which numbers options may have: one table for commands, trainers and the `fractal` block.
+"""Valid ranges of numeric options: one table for commands, trainers and the `fractal` block.
 
 Each configuration checks itself when it is made, before anything is loaded.
 """
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Range(NamedTuple):
-    """Numbers from `low` to `high`; an open end is not among them itself.
+    """Numbers from `low` to `high`; an open end is excluded.
 
     Example:
         >>> str(Range(0, 1, open_low=True)), str(Range(1, 4096, whole=True))
@@ -37,7 +37,7 @@ class Range(NamedTuple):
         return f"a {'whole ' if self.whole else ''}number {low} {'up ' if self.open_low else ''}{high}"
 
 
-# Beyond these nothing useful is known, and float32 or memory would end first.
+# Values beyond these are never useful, and float32 or memory would run out first.
 _MOST, _MANY = 10**6, 2**20
 
 _TABLE: tuple[tuple[Range, str], ...] = (
@@ -45,7 +45,7 @@ _TABLE: tuple[tuple[Range, str], ...] = (
         Range(0, 1),
         "gamma lam step_lam step_gamma score_threshold gold_fraction top_entropy_quantile ref_model_mixup_alpha min_p",
     ),
-    # The next number above the highest score calls every step wrong.
+    # The next float above the highest score counts every step as wrong.
     (
         Range(0, math.nextafter(1, 2)),
         "threshold",
@@ -90,7 +90,7 @@ _TABLE: tuple[tuple[Range, str], ...] = (
         "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg seconds "
         "header_seconds teraflops generated_per_second",
     ),
-    # The factor of log-likelihoods is its exponential, which float32 cannot hold beyond.
+    # The factor of log-likelihoods is its exponential, which overflows float32 beyond this.
     (
         Range(-80, 80),
         "log_weight",
@@ -137,7 +137,7 @@ _TABLE: tuple[tuple[Range, str], ...] = (
         Range(2, 10**8, whole=True),
         "max_length",
     ),
-    # NumPy takes 32 bits, and processes add their number.
+    # NumPy takes 32-bit seeds, and processes add their index.
     (
         Range(0, 2**31 - 1, whole=True),
         "seed data_seed",
@@ -158,7 +158,7 @@ _TABLE: tuple[tuple[Range, str], ...] = (
         Range(0, 60),
         "wait",
     ),
-    # Labels here are of responses and no classes to smooth: `missed_good` and `missed_bad` allow for wrong ones.
+    # Response labels are not classes to smooth: use `missed_good` and `missed_bad` for wrong labels.
     (
         Range(0, 0),
         "label_smoothing_factor",
@@ -168,7 +168,7 @@ RANGES = {name: allowed for allowed, names in _TABLE for name in names.split()}
 
 
 def check_ranges(config: Any) -> None:
-    """Raise unless every number of a configuration, a dataclass, is in its range; others need only be finite.
+    """Raise unless every number of a configuration dataclass is in its range; numbers without a range must be finite.
 
     Raises:
         ValueError: Names the option, its value and the allowed range.

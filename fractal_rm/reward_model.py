@@ -44,14 +44,14 @@ from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
 
 logger = logging.getLogger(__name__)
-# The model card of a folder: what the hub shows first.
+# The model card of a folder, which the hub shows first.
 CARD = "README.md"
-# The product of usual steps below which a reward is said to come to nothing: ten times what GRPO adds to the standard
-# deviation of a group. (`python -m benchmarks.evidence.long_responses`)
+# Warn if the product of typical step scores falls below this: ten times the epsilon that GRPO adds to a group's
+# standard deviation. (`python -m benchmarks.evidence.long_responses`)
 _SMALL_PRODUCT = 10 * GROUP_EPSILON
-# Probabilities below the least float32 have been rounded to 0, whose logarithm is not finite.
+# Probabilities below the smallest float32 are rounded to 0, whose logarithm is infinite.
 _LEAST_PROBABILITY = torch.finfo(torch.float32).tiny
-# A progress bar for fewer batches would flicker by.
+# For fewer batches a progress bar would only flicker.
 _BATCHES_WORTH_A_BAR = 20
 
 
@@ -75,7 +75,7 @@ class StepScores:
         score: Aggregated P(response is good); NaN if the response could not be scored.
         truncated_steps: Steps beyond `max_length`, left out of `steps` and `score`.
         error: Why the response could not be scored, else None.
-        empty: Whether the response holds no step, so that there was nothing to score.
+        empty: Whether the response has no step, so there was nothing to score.
     """
 
     response: str
@@ -87,7 +87,7 @@ class StepScores:
 
     @property
     def judged(self) -> bool:
-        """Whether every step has a score. Of a response that was cut, nobody knows what the rest is worth."""
+        """Whether every step has a score. The unscored rest of a truncated response is of unknown quality."""
         if self.empty or not self.response.strip():
             return True
         return self.error is None and not self.truncated_steps
@@ -110,7 +110,7 @@ class StepRewardModel:
         scorer: A likelihood, token or embedding scorer.
         processor: The tokenizer it was trained with, or the sentence encoder of an embedding scorer.
         settings: How text becomes tokens and logits become scores.
-        batch_size: Responses in a forward.
+        batch_size: Responses per forward pass.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class StepRewardModel:
     ) -> None:
         self.scorer, self.processor, self.settings, self.batch_size = scorer, processor, settings, batch_size
         self._inputs = make_inputs(processor, settings)
-        self.card: str | None = None  # the model card of the folder that this model comes from
+        self.card: str | None = None  # the model card of the source folder
 
     @classmethod
     def from_pretrained(
@@ -134,14 +134,15 @@ class StepRewardModel:
 
         Args:
             path: Folder or hub id.
-            device: Where to score; default: a GPU if there is one.
-            batch_size: Responses in a forward.
-            published: How a published model is read, where its configuration and name do not tell: one of the names in
+            device: Device to score on; default: a GPU if there is one.
+            batch_size: Responses per forward pass.
+            published: How a published model is read, if its configuration and name do not identify it: a name in
                 [`~fractal_rm.scorers.published.PUBLISHED`], `trl:SEPARATOR`, or a description.
             kwargs: Passed to `from_pretrained` of the model, such as `dtype`.
 
         Raises:
-            ValueError: If the checkpoint is not whole: another tokenizer, a missing or random head, an unknown version.
+            ValueError: If the checkpoint is invalid: a different tokenizer, a missing or random head, an unknown
+                version.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         scorer, processor, settings = load_scorer(path, device=device, published=published, **kwargs)
@@ -151,7 +152,7 @@ class StepRewardModel:
         return model
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write an ordinary Hugging Face folder with the `fractal` block, and the model card where there is one."""
+        """Write an ordinary Hugging Face folder with the `fractal` block, and the model card if there is one."""
         save_scorer(path, self.scorer, self.processor, self.settings)
         if self.card is not None:
             write_atomic(Path(path) / CARD, self.card)
@@ -160,19 +161,19 @@ class StepRewardModel:
         """Upload the folder that `save_pretrained` writes to the Hugging Face hub.
 
         Args:
-            repo_id: Where to: `name` or `organization/name`; it is made if it is not there.
-            private: Make it private; default: that of the organization.
-            token: Access token; default: that of `hf auth login`.
+            repo_id: Target: `name` or `organization/name`; created if it does not exist.
+            private: Make it private; default: the organization's setting.
+            token: Access token; default: the one from `hf auth login`.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
-            ConnectionError: If the hub cannot be reached or refuses, and what to do.
+            ConnectionError: If the hub cannot be reached or refuses; the message says what to do.
         """
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError(
-                f"{repo_id} was not uploaded: HF_HUB_OFFLINE is set. Unset it where there is a network, or save the "
+                f"{repo_id} was not uploaded: HF_HUB_OFFLINE is set. Unset it when you have a network, or save the "
                 "model and upload its folder later with `hf upload`."
             )
         api = huggingface_hub.HfApi(token=token)
@@ -181,7 +182,7 @@ class StepRewardModel:
             try:
                 made = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
                 done = api.upload_folder(repo_id=made, folder_path=folder, commit_message="Upload a reward model")
-            except Exception as error:  # of the HTTP library, which is another one in older versions of huggingface_hub
+            except Exception as error:  # of the HTTP library, which differs in older versions of huggingface_hub
                 raise ConnectionError(
                     f"{repo_id} was not uploaded ({reason(error)}). Check the name, the network and `hf auth login`, "
                     "or save the model and upload its folder later with `hf upload`."
@@ -190,7 +191,7 @@ class StepRewardModel:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer; None for an embedding scorer, which reads no tokens."""
+        """The tokenizer; None for an embedding scorer, which has none."""
         return None if isinstance(self.processor, SentenceEncoder) else self.processor
 
     @property
@@ -199,25 +200,26 @@ class StepRewardModel:
         return self.settings.segmentation
 
     def check_prompts(self, prompts: Iterable[Prompt]) -> None:
-        """Raise ValueError if a prompt is a chat and the model learned from texts, or the other way round.
+        """Raise ValueError if a prompt is a chat and the model was trained on texts, or vice versa.
 
-        A model that was made in code, or saved by an older version, does not know what it learned from and takes both.
+        A model that was built in code, or saved by an older version, does not know its training prompts and accepts
+        both.
         """
         check_learned_kind(prompts, self.settings.chat)
 
     def check_readable(
         self, prompts: Sequence[Prompt], *, chat_template_kwargs: Mapping[str, Any] | None = None, which: str
     ) -> None:
-        """Render and encode prompts as scoring will, and refuse those that no response could be scored for.
+        """Render and encode prompts as scoring does, and refuse prompts for which no response could be scored.
 
         Args:
             prompts: Texts or chats.
             chat_template_kwargs: As for `score`.
-            which: Name of this model in the sentence.
+            which: Name of this model in messages.
 
         Raises:
-            ValueError: Says how many cannot be read, and of the first one which it is and why: in the words of the
-                chat template where that refuses it.
+            ValueError: Gives the number of unreadable prompts, and the row and reason of the first; if the chat
+                template refuses it, in the template's words.
         """
         self.check_prompts(prompts)
         refused = []
@@ -229,8 +231,8 @@ class StepRewardModel:
                 continue
             if self.tokenizer is not None and not (encoded := self._inputs.encode([bag])[0]).kept_steps:
                 refused.append(
-                    f"row {row}: the prompt has {encoded.length} tokens, and `max_length` of the reward model is "
-                    f"{self.settings.max_length}. Drop it, or train a reward model with more."
+                    f"row {row}: the prompt has {encoded.length} tokens, but `max_length` of the reward model is "
+                    f"{self.settings.max_length}. Drop it, or train a reward model with a larger `max_length`."
                 )
         if refused:
             raise ValueError(f"{which} cannot read {len(refused)} of the first {len(prompts)} prompts. {refused[0]}")
@@ -247,31 +249,31 @@ class StepRewardModel:
     ) -> list[StepScores]:
         """Score every step of every response.
 
-        A response that cannot be scored (empty, no text, or its first step does not fit) does not stop the others: its
-        result holds the reason in `error`, and a warning is logged.
+        A response that cannot be scored (empty, not text, or its first step does not fit) does not stop the others: its
+        result has the reason in `error`, and a warning is logged.
 
         Args:
             prompts: Texts or chats, one for each response.
             responses: Texts, cut into steps as in training; lists of steps that are already cut; or chats that begin
-                with the assistant, whose turns are cut: what tools and users say in between is context.
-            spans: Steps of responses that are texts, where they are already known, as those of a `Bag` are; None for a
-                response that is to be cut.
-            batch_size: Responses in a forward; default: that of the model.
-            progress: Show a bar; default: only on long work.
-            chat_template_kwargs: What the chat template gets beside the messages, over what it got in training.
+                with the assistant, whose turns are cut: tool and user messages in between are context.
+            spans: Known steps of text responses, such as those of a `Bag`; None for a response that is to be segmented.
+            batch_size: Responses per forward pass; default: the model's setting.
+            progress: Show a progress bar; default: only for many responses.
+            chat_template_kwargs: Arguments of the chat template in addition to the messages; they override those of
+                training.
 
         Returns:
             One [`StepScores`] for each response, in order.
 
         Raises:
-            ValueError: If the numbers of prompts and responses differ, the prompts are chats and the model was trained
-                on texts (or the other way round) or its tokenizer has no chat template, or the model was trained on
-                given steps and gets a text.
+            ValueError: If the numbers of prompts and responses differ; the prompts are chats and the model was trained
+                on texts (or vice versa) or its tokenizer has no chat template; or the model was trained on given steps
+                and gets a text.
         """
         if len(prompts) != len(responses) or len(prompts) != len(responses if spans is None else spans):
             given = f"{len(prompts)} prompts came with {len(responses)} responses"
             also = "" if spans is None else f" and {len(spans)} lists of spans"
-            raise ValueError(f"{given}{also}. Give one prompt a response.")
+            raise ValueError(f"{given}{also}. Give one prompt per response.")
         self.check_prompts(prompts)
         bags: dict[int, Bag] = {}
         errors: dict[int, str] = {}
@@ -284,7 +286,7 @@ class StepRewardModel:
                     texts[i], errors[i] = "", f"row {i}: {error}"
         responses = texts
         if spans is None and self.segmentation.method == "given" and any(isinstance(text, str) for text in responses):
-            self.segmentation("")  # no text can be cut: one sentence, not one for each row
+            self.segmentation("")  # no text can be cut: one error instead of one per row
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             if i in errors:
                 continue
@@ -321,14 +323,16 @@ class StepRewardModel:
         truncated = sum(bool(result.steps) and result.truncated_steps > 0 for result in results)
         if truncated:
             logger.warning(
-                "%d of %d responses are longer than `max_length`: last steps unscored.", truncated, len(results)
+                "%d of %d responses are longer than `max_length`: their last steps are unscored.",
+                truncated,
+                len(results),
             )
         return results
 
     def _is_without_steps(self, text: str) -> bool:
         try:
             return self.segmentation.method == "given" or not self.segmentation(text)
-        except ValueError:  # a pattern that ran out of time says nothing of the text
+        except ValueError:  # a pattern that timed out says nothing about the text
             return False
 
     def _bag(
@@ -338,7 +342,7 @@ class StepRewardModel:
         spans: Sequence[Span] | None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Bag:
-        """A response cut into steps and checked, its chat as the template writes it."""
+        """A response cut into steps and checked, with a chat as the template writes it."""
         if isinstance(response, str):
             if spans is None:
                 check_text(response, "the response")
@@ -346,9 +350,9 @@ class StepRewardModel:
         elif isinstance(response, Sequence):
             response, spans = join_steps(response, self.settings.joint or self.segmentation.joint)
         bag, tokenizer = Bag(prompt, cast(str, response), tuple(spans or ()), label=None), self.tokenizer
-        if isinstance(self.settings, PublishedSettings):  # its description says how messages are read
+        if isinstance(self.settings, PublishedSettings):  # its description defines how messages are read
             if isinstance(bag.response, Conversation):
-                raise ValueError("the response has several turns, and published reward models read one; give one turn.")
+                raise ValueError("the response has several turns, but published reward models read one; give one turn.")
             return bag
         if not is_chat(bag.prompt) or tokenizer is None or not tokenizer.chat_template:
             return bag
@@ -362,7 +366,7 @@ class StepRewardModel:
     def _forward(
         self, bags: dict[int, Any], batch_size: int, progress: bool | None
     ) -> dict[int, tuple[list[float], float]]:
-        """Step probabilities and response probability of each bag; batches hold bags of like length."""
+        """Step probabilities and response probability of each bag; batches group bags of similar length."""
         order = sorted(bags, key=lambda i: bags[i].length)
         batches: Iterable[list[int]] = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         count = -(-len(order) // batch_size)
@@ -397,14 +401,16 @@ def probabilities(logits: Tensor, mask: Tensor, settings: FractalSettings) -> tu
     logits = logits / settings.temperature
     if settings.num_grades is not None:
         highest = settings.num_grades - 1
-        bag_logits = ordinal_max_log_probs(logits, mask).unsqueeze(1)  # the logs of a distribution are logits too
+        bag_logits = ordinal_max_log_probs(logits, mask).unsqueeze(
+            1
+        )  # log-probabilities of a distribution are also logits
         return expected_grades(logits) / highest, expected_grades(bag_logits).squeeze(1) / highest
     bag_logits = aggregate(logits, mask, aggregation=settings.aggregation, sharpness=settings.sharpness)
     return logits.sigmoid(), bag_logits.sigmoid()
 
 
 def _plain(completion: Any) -> str | None:
-    """The text of a completion that is a text, or one message of the assistant; None of conversations and calls."""
+    """The text of a completion that is text or one assistant message; None for conversations and tool calls."""
     if isinstance(completion, str):
         return completion
     content = completion[0].get("content") if len(completion) == 1 and not completion[0].get("tool_calls") else None
@@ -416,17 +422,17 @@ class FractalReward:
 
         GRPOTrainer(..., reward_funcs=[FractalReward("rm")])
 
-    Completions that are empty, that cannot be scored, or not to their end, get None, which TRL leaves out. What is
-    scored is what the assistant wrote, in all of its turns; messages of tools and users are context.
+    Completions that are empty or cannot be scored to their end get None, which TRL leaves out. Only the assistant's
+    text is scored, in all of its turns; tool and user messages are context.
 
-    TRL's texts lack special tokens. What the policy wrote is read from the token ids that TRL passes, special tokens
-    among it, less padding and the ending, as `StepPPOTrainer` reads it. That takes the policy's tokenizer: the one that
-    is given, or the reward model's own where it reads the ids as TRL does. A conversation of several messages is read
-    as TRL gives it.
+    TRL's texts lack special tokens, so the completion is decoded from the token ids that TRL passes, with special
+    tokens but without padding and ending, as in `StepPPOTrainer`. This needs the policy's tokenizer: the given one, or
+    the reward model's own if it decodes the ids as TRL does. A conversation of several messages is read as TRL gives
+    it.
 
     With `aggregation="product"` that probability shrinks with every step: 150 steps that are good with .88 each leave
-    5e-9, and the small number that GRPO adds to the standard deviation of a group is larger than all differences.
-    `scale="log"` gives the logarithm, which orders responses alike and keeps its differences at any length.
+    5e-9, and the epsilon that GRPO adds to a group's standard deviation is larger than all differences. `scale="log"`
+    returns the logarithm, which ranks responses the same way and keeps differences visible at any length.
 
     Args:
         reward_model: A [`StepRewardModel`], or the path of one.
@@ -435,7 +441,7 @@ class FractalReward:
         endings: Ids that a finished completion may end with; None: the tokenizer's EOS and padding.
 
     Raises:
-        ValueError: If `scale` is unknown, or `"log"` is asked of a model of grades.
+        ValueError: If `scale` is unknown, or `"log"` is used with a model of grades.
     """
 
     def __init__(
@@ -452,7 +458,7 @@ class FractalReward:
             reward_model = StepRewardModel.from_pretrained(reward_model)
         if scale == "log" and reward_model.settings.num_grades is not None:
             raise ValueError(
-                "The reward model scores grades, and `scale='log'` is for probabilities. Leave `scale` out."
+                "The reward model scores grades, but `scale='log'` needs probabilities. Leave `scale` out."
             )
         self.reward_model, self.scale, self.tokenizer, self.endings = reward_model, scale, tokenizer, endings
         self._has_warned = self._has_told = False
@@ -466,7 +472,7 @@ class FractalReward:
         return [self._reward(one) if one.judged and not math.isnan(one.score) else None for one in scored]
 
     def _as_written(self, completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] | None) -> list[Any]:
-        """Completions, plain ones with their special tokens where there is a tokenizer that can read the ids."""
+        """Completions; plain ones with their special tokens, if a tokenizer can decode the ids."""
         given = [one or "" for one in completions]
         texts = [_plain(completion) for completion in given]
         if completion_ids is None or all(text is None for text in texts):
@@ -489,20 +495,20 @@ class FractalReward:
         if not self._has_told:
             self._has_told = True
             logger.warning(
-                "Special tokens that the policy writes do not reach the reward model: its own tokenizer does not read "
-                "the policy's token ids. Give `FractalReward(..., tokenizer=...)` the policy's."
+                "Special tokens that the policy writes do not reach the reward model, because its tokenizer cannot "
+                "decode the policy's token ids. Give the policy's tokenizer: `FractalReward(..., tokenizer=...)`."
             )
 
     def _reward(self, scored: StepScores) -> float:
         if self.scale == "probability":
             return scored.score
-        # A product of hundreds of steps underflows to 0; the sum of its logarithms is.
+        # A product of hundreds of steps underflows to 0; the sum of logarithms does not.
         is_product = self.reward_model.settings.aggregation == "product"
         factors = scored.step_scores if is_product else [scored.score]
         return math.fsum(math.log(max(factor, _LEAST_PROBABILITY)) for factor in factors)
 
     def _check_product(self, scored: Sequence[StepScores]) -> None:
-        """Say once if responses have so many steps that the product of usual scores comes to nothing."""
+        """Warn once if responses have so many steps that the product of typical scores vanishes."""
         if self._has_warned or self.scale == "log" or self.reward_model.settings.aggregation != "product" or not scored:
             return
         steps = median(len(one.steps) for one in scored)
@@ -511,7 +517,7 @@ class FractalReward:
             self._has_warned = True
             logger.warning(
                 "Half of the responses have %g or more steps, and half of the steps a score of %.2f or more: their "
-                "product, the reward, comes to %.1e, so small that group advantages lose its differences. Use "
+                "product, the reward, is about %.1e, too small for group advantages to show differences. Use "
                 "`FractalReward(..., scale='log')`, or a reward model with `aggregation='min'`.",
                 steps,
                 usual,

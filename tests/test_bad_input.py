@@ -267,7 +267,7 @@ def test_a_data_set_that_the_hub_does_not_have_is_named(commands):
 def test_a_folder_that_is_no_model_is_named(commands):
     (commands.folder / "empty").mkdir()
     said = commands.train([GOOD, BAD], "--model", str(commands.folder / "empty"))
-    assert "empty is not a model folder: it holds no config.json" in said
+    assert "empty is not a model folder: it has no config.json" in said
 
 
 def test_a_model_of_the_wrong_kind_is_named(commands):
@@ -369,7 +369,7 @@ def test_a_response_that_does_not_fit_is_reported_with_its_row(commands, capsys)
 
 
 def test_a_model_that_is_no_reward_model_is_refused(commands):
-    assert "is a model but no step reward model" in commands.score([GOOD], model="policy")
+    assert "is a model but not a step reward model" in commands.score([GOOD], model="policy")
 
 
 def test_a_reward_model_with_another_tokenizer_is_refused(commands):
@@ -470,7 +470,12 @@ PROMPTS = {
     "a missing prompt": ([{"answer": "2"}], [], 1, "column 'prompt' is missing (found: 'answer')"),
     "a prompt that is a number": ([{"prompt": 1}], [], 1, "the prompt is int"),
     "an empty prompt": ([{"prompt": " "}], [], 1, "the prompt is empty"),
-    "a message without its role": ([{"prompt": [{"content": "1+1?"}]}], [], 1, "message 1 of the prompt is no message"),
+    "a message without its role": (
+        [{"prompt": [{"content": "1+1?"}]}],
+        [],
+        1,
+        "message 1 of the prompt is not a message",
+    ),
     "prompts of two types": ([{"prompt": "1?"}, {"prompt": CHAT}], [], 2, "a chat but that of row 1 is text"),
     "a missing question": ([{"answer": "#### 2"}], ["--task", "gsm8k"], 1, "column 'question' is missing"),
     "a missing answer": ([{"question": "1+1?"}], ["--task", "gsm8k"], 1, "column 'answer' is missing"),
@@ -509,13 +514,16 @@ def test_a_bad_prompt_is_named_before_ppo(commands, defect):
 def test_columns_that_reward_functions_get_from_the_rollout_are_refused(commands):
     rows = [{"prompt": "1+1?", "answer": "2", "completions": "x"}, {"prompt": "2+2?", "answer": "4"}]
     said = commands.ppo("--reward_function", "gsm8k_answer", "--train_file", commands.file(rows))
-    assert "The data set has a column 'completions', which is what reward functions get from the rollout." in said
+    assert (
+        "The data set has a column 'completions', but reward functions get an argument of that name from the rollout."
+        in said
+    )
 
 
 def test_columns_of_several_types_are_named(commands):
     rows = [{"prompt": "1+1?", "answer": "2", "more": 1}, {"prompt": "2+2?", "answer": "4", "more": "one"}]
     said = commands.ppo("--reward_function", "gsm8k_answer", "--train_file", commands.file(rows))
-    assert "'more' (int, str) holds values of several types" in said
+    assert "'more' (int, str) has values of several types" in said
 
 
 def test_a_column_that_the_first_row_lacks_is_kept():

@@ -27,7 +27,7 @@ def make(label: Any = 1.0, steps=("3*4=12.", "2+12=14."), **options: Any) -> Bag
     [
         ({"prompt": 3}, TypeError, "the prompt is int; make it a text or a list of messages"),
         ({"prompt": []}, ValueError, "the prompt is a chat without messages"),
-        ({"prompt": [{"role": "user"}]}, TypeError, "message 1 of the prompt is no message"),
+        ({"prompt": [{"role": "user"}]}, TypeError, "message 1 of the prompt is not a message"),
         (
             {"prompt": [*CHAT, {"role": "user", "content": None}]},
             TypeError,
@@ -44,8 +44,8 @@ def make(label: Any = 1.0, steps=("3*4=12.", "2+12=14."), **options: Any) -> Bag
         ({"step_spans": ((0, 8),)}, ValueError, "leave the response of 7 characters"),
         ({"step_spans": ((-1, 3),)}, ValueError, "leave the response"),
         ({"step_spans": ((3, 3),)}, ValueError, "are empty"),
-        ({"step_spans": ((0.0, 3.0),)}, TypeError, "no pair of integers"),
-        ({"step_spans": ((0, 3, 5),)}, TypeError, "no pair of integers"),
+        ({"step_spans": ((0.0, 3.0),)}, TypeError, "not a pair of integers"),
+        ({"step_spans": ((0, 3, 5),)}, TypeError, "not a pair of integers"),
         (
             {"label": 1.5},
             ValueError,

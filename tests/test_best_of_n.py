@@ -148,7 +148,7 @@ def test_answers_come_from_a_pattern_or_a_column_or_are_not_known():
     ("row", "options", "sentence"),
     [
         ({"label": None}, {}, "data, row 1: column 'label' is null; fill it in or drop the row."),
-        ({"chosen": "7", "rejected": "8"}, {}, "data, row 1: preferences are no sampled solutions; give one response"),
+        ({"chosen": "7", "rejected": "8"}, {}, "data, row 1: preferences are not sampled solutions; give one response"),
         ({}, {"answer_pattern": "("}, "`answer_pattern`: The pattern '(' is not a regular expression: "),
         ({}, {"answer_pattern": "A"}, "`answer_pattern` 'A' has no group. Put the answer into brackets"),
     ],

@@ -250,7 +250,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_a_folder_without_config_is_no_model_folder(tmp_path):
-    assert "is not a model folder: it holds no config.json. Give a folder" in refusal(tmp_path)
+    assert "is not a model folder: it has no config.json. Give a folder" in refusal(tmp_path)
 
 
 def test_a_path_that_is_neither_a_folder_nor_reachable_is_named(tmp_path):
@@ -265,7 +265,7 @@ def test_a_config_that_is_no_json_is_named(tmp_path):
 
 def test_a_model_without_the_block_is_no_step_reward_model(tmp_path):
     make_model("likelihood", "llama").save_pretrained(tmp_path)
-    assert "is a model but no step reward model" in refusal(tmp_path)
+    assert "is a model but not a step reward model" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, None, "1"])
@@ -278,7 +278,7 @@ def test_an_unknown_format_version_is_refused(tmp_path, version):
 def test_an_unknown_key_is_refused(tmp_path):
     save(tmp_path)
     edit_config(tmp_path, lambda config: config["fractal"].update(ordinal=4, graded=1))
-    assert "the `fractal` block holds unknown keys ['graded', 'ordinal']. Install" in refusal(tmp_path)
+    assert "the `fractal` block has unknown keys ['graded', 'ordinal']. Install" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_a_random_head_is_refused_however_its_size(tmp_path, scorer, head, scale
     save(tmp_path, scorer, model_options=options)
     StepRewardModel.from_pretrained(tmp_path)
     edit_weights(tmp_path, lambda weights: weights.update({head: scale * torch.randn_like(weights[head])}))
-    assert "the scoring head is not the one that was trained. Restore" in refusal(tmp_path)
+    assert "the scoring head is not the trained one. Restore" in refusal(tmp_path)
 
 
 def test_missing_weights_of_the_backbone_are_refused(tmp_path):

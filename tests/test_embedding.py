@@ -301,10 +301,10 @@ def other_pooling(path: Path, other: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (remove_head, "the head in head.safetensors is missing or is another one"),
-        (damage_head, "the head in head.safetensors is missing or is another one"),
-        (reshape_head, "the head in head.safetensors is missing or is another one"),
-        (randomise_head, "the scoring head is not the one that was trained"),
+        (remove_head, "the head in head.safetensors is missing or different"),
+        (damage_head, "the head in head.safetensors is missing or different"),
+        (reshape_head, "the head in head.safetensors is missing or different"),
+        (randomise_head, "the scoring head is not the trained one"),
         (other_encoder, "the sentence encoder is not the one the head was trained on"),
         (other_pooling, "the sentence encoder is not the one the head was trained on"),
     ],

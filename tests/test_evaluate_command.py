@@ -153,14 +153,14 @@ def test_prompts_become_chats_for_a_model_that_was_trained_on_chats(work, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "There is nothing to measure on. Give `data`, or a `benchmark` that the hub has."),
+        ([], "There is no data to evaluate on. Give `data`, or a `benchmark` that the hub has."),
         (["--benchmark", "best_of_n"], "best_of_n is not on the hub."),
         (
             ["--benchmark", "processbench", "--data", "held_out.jsonl"],
             "held_out.jsonl, row 1: unknown subset 'solution'",
         ),
         (["--data", "held_out.jsonl", "--compare_to", "none/here/x"], "There is no model folder none/here/x."),
-        (["--data", "empty"], "empty holds no .json or .jsonl file."),
+        (["--data", "empty"], "empty has no .json or .jsonl file."),
     ],
 )
 def test_what_is_wrong_is_one_sentence(work, monkeypatch, capsys, arguments, sentence):

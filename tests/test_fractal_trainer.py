@@ -102,7 +102,7 @@ def test_adapters_learn_and_what_is_saved_scores_alike(tmp_path, scorer, targets
 
 
 def test_adapters_that_are_tokens_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="`peft_config` is a PromptTuningConfig, which puts tokens before the text"):
+    with pytest.raises(ValueError, match="`peft_config` is a PromptTuningConfig, which adds tokens before the text"):
         make(tmp_path, peft_config=PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
 
 

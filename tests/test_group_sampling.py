@@ -105,7 +105,7 @@ def test_a_rollout_has_the_completions_of_each_prompt_in_order(policy):
 @pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.1}])
 def test_a_rollout_refuses_what_it_cannot_do(policy, options):
     model, tokenizer = policy
-    with pytest.raises(ValueError, match="knows a temperature only"):
+    with pytest.raises(ValueError, match="supports only a temperature"):
         rollout_in_groups(["1+1"], trainer_of(model, tokenizer, **options))
     with pytest.raises(ValueError, match="Leave it out for chats"):
         rollout_in_groups([[{"role": "user", "content": "1+1"}]], trainer_of(model, tokenizer))

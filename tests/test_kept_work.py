@@ -58,7 +58,7 @@ def test_the_end_of_train_says_how_good_the_model_is_and_what_comes_next(trained
     folder, arguments = trained
     assert main([*arguments, "--max_steps", "1", "--overwrite_output_dir", "--resume_from_checkpoint", "true"]) == 0
     said = capsys.readouterr()
-    assert f"{folder}/rm holds no checkpoint: training starts from the beginning." in said.err
+    assert f"{folder}/rm has no checkpoint: training starts from the beginning." in said.err
     found = json.loads((folder / "rm" / "metrics.json").read_text())["eval"]
     assert f"Held-out AUC {found['bag_auc']:.4g} (" in said.out
     assert f"a step below {found['threshold']:.4g} counts as wrong." in said.out
@@ -174,7 +174,7 @@ def test_why_a_metric_is_absent_is_said():
     bags = [Bag("?", "a", ((0, 1),), 1.0)] * 3
     assert why_absent({"bag_auc": nothing, "bag_ece": Estimate(0.1, 0.0, 0.2)}, bags) == [
         "Not measured: bag_auc. All 3 responses have the label 1.",
-        "No metrics of steps: no row has `step_labels`.",
+        "No step metrics: no row has `step_labels`.",
     ]
     known = [Bag("?", "a", ((0, 1),), label, step_labels=(1.0,)) for label in (1.0, 0.0)]
     assert why_absent({"step_auc": nothing}, known) == ["Not measured: step_auc. All 2 step labels are 1."]

@@ -222,7 +222,7 @@ def test_a_loss_that_is_no_number_is_left_out_with_a_warning(run, caplog):
     assert "loss" not in run.trainer.state.log_history[-1]
     assert run.trainer.state.log_history[-1]["grad_norm"] == 1.0
     assert [record.getMessage() for record in caplog.records] == [
-        "`loss` is nan at step 5: the training diverges. Lower `learning_rate`, or go back to a checkpoint."
+        "`loss` is nan at step 5: training diverges. Lower `learning_rate`, or go back to a checkpoint."
     ]
 
 

@@ -52,9 +52,9 @@ def half(steps: list[list[str]], **_: Any) -> list[list[float]]:
     ("options", "error", "sentence"),
     [
         ({"step_reward_weights": [1.0]}, ValueError, r"has 1 numbers for 1 reward models and 1 `step_reward_funcs`\."),
-        ({"step_reward_funcs": ["a"]}, TypeError, r"`step_reward_funcs` holds a str\. Give functions"),
-        ({"processing_class": None}, ValueError, r"policy was made in code, .* Give it as `processing_class`"),
-        ({"eval_dataset": PROMPTS, "per_device_eval_batch_size": 3}, ValueError, r"holds 3 completions .* groups of 2"),
+        ({"step_reward_funcs": ["a"]}, TypeError, r"`step_reward_funcs` contains a str\. Give functions"),
+        ({"processing_class": None}, ValueError, r"policy was built in code, .* Give it as `processing_class`"),
+        ({"eval_dataset": PROMPTS, "per_device_eval_batch_size": 3}, ValueError, r"has 3 completions .* multiple of 2"),
         ({"train_dataset": CHATS}, ValueError, r"tokenizer of the policy has no chat template\. Set its"),
         (
             {"train_dataset": CHATS, "processing_class": byte_tokenizer(chat=True)},
@@ -102,7 +102,7 @@ def test_batches_of_evaluation_hold_whole_groups():
 def test_a_policy_folder_without_a_tokenizer_is_refused_and_one_with_an_adapter_is_not(tmp_path):
     policy().save_pretrained(tmp_path)
     for model in (str(tmp_path), policy().from_pretrained(tmp_path)):
-        with pytest.raises(ValueError, match=rf"{tmp_path} holds a policy without a tokenizer\. Save its tokenizer"):
+        with pytest.raises(ValueError, match=rf"{tmp_path} has a policy without a tokenizer\. Save its tokenizer"):
             check_setup(settings(), model, None, None)
         check_setup(settings(), model, policy_tokenizer(), None)
     policy_tokenizer().save_pretrained(tmp_path)
@@ -119,14 +119,14 @@ def test_a_policy_folder_without_a_tokenizer_is_refused_and_one_with_an_adapter_
 def test_a_reward_model_that_does_not_suit_the_shaping_is_refused_by_number():
     one, other = reward_model(), reward_model(aggregation="max")
     check_reward_models([one, other], settings(), PROMPTS)
-    with pytest.raises(ValueError, match=r"2 of 2 was trained with aggregation 'max': one good step .* pays for the"):
+    with pytest.raises(ValueError, match=r"2 of 2 was trained with aggregation 'max': one good .* rewards the worst"):
         check_reward_models([one, other], settings(shaping="min_form", step_lam=1.0), PROMPTS)
     check_reward_models([one, reward_model(aggregation="mean")], settings(shaping="min_form", step_lam=1.0), PROMPTS)
 
 
 def test_a_reward_model_that_cannot_cut_or_write_a_chat_is_refused():
     given = reward_model(segmentation=Segmentation("given"))
-    with pytest.raises(ValueError, match=r"was trained on steps that were given, so it cannot cut completions"):
+    with pytest.raises(ValueError, match=r"was trained on data with given steps, so it cannot cut completions"):
         check_reward_models([given], settings(), PROMPTS)
     with pytest.raises(ValueError, match=r"tokenizer of reward model 2 of 2 has no chat template"):
         check_reward_models([reward_model(chat=True), reward_model()], settings(), CHATS)
@@ -136,7 +136,7 @@ def test_a_reward_model_that_cannot_cut_or_write_a_chat_is_refused():
     ("function", "column", "error", "sentence"),
     [
         (lambda steps, answer, **_: steps, "level", TypeError, r"called with .*level.*: missing a required .*'answer'"),
-        (lambda steps, **_: steps, "steps", ValueError, r"has a column `steps`, which is .* Rename it: `dataset"),
+        (lambda steps, **_: steps, "steps", ValueError, r"has a column `steps`, but .* Rename it: `dataset"),
         (lambda prompts, steps: steps, "level", TypeError, r"unexpected keyword argument .* others as `\*\*kwargs`"),
     ],
 )
@@ -149,7 +149,7 @@ def test_a_function_that_cannot_be_called_is_refused(function, column, error, se
 
 
 def test_steps_of_functions_need_functions():
-    with pytest.raises(ValueError, match=r"`step_segmentation` is for `step_reward_funcs`, and there are none"):
+    with pytest.raises(ValueError, match=r"`step_segmentation` needs `step_reward_funcs`, and there are none"):
         check_step_functions([], settings(step_segmentation="lines"), PROMPTS)
 
 

@@ -93,7 +93,7 @@ def test_the_encoder_of_the_priors_may_be_another_one(encoder, tmp_path):
 
 def test_a_scorer_without_an_encoder_needs_one_for_the_priors():
     for weight in ("cosine_prior_weight", "negated_cosine_prior_weight", "correlation_prior_weight"):
-        with pytest.raises(ValueError, match=r"need a sentence encoder, and the scorer has none\. Set `prior_encoder`"):
+        with pytest.raises(ValueError, match=r"need a sentence encoder, but the scorer has none\. Set `prior_encoder`"):
             targets(BAGS, byte_tokenizer(), **{weight: 0.1})
 
 
@@ -103,7 +103,7 @@ def test_teacher_scores_are_taken_as_they_are_and_unknown_ones_are_left_out():
     assert found[0][0] == 0.25
     assert found[0][1].isnan()
     assert found[1].isnan().all()
-    with pytest.raises(ValueError, match=r"The teacher prior finds no scores .* Add a column `teacher_scores`"):
+    with pytest.raises(ValueError, match=r"The teacher prior found no step scores .* Add a column `teacher_scores`"):
         targets(rows[1:], teacher_prior_weight=0.1)
 
 
@@ -146,7 +146,7 @@ def test_steps_that_the_reference_cannot_read_have_no_target(policy):
 
 def test_the_likelihood_prior_needs_a_model_to_ask():
     for scorer, model in (("likelihood", make_model("likelihood", "llama")), ("token", "a-path")):
-        with pytest.raises(ValueError, match=r"needs a causal language model to ask\. Set `reference_model`"):
+        with pytest.raises(ValueError, match=r"needs a causal language model\. Set `reference_model`"):
             targets(BAGS, byte_tokenizer(), model=model, scorer=scorer, likelihood_prior_weight=0.1)
 
 

@@ -146,7 +146,7 @@ def test_a_part_of_the_cases_is_said_to_be_a_part():
     said = missing_cases(cases)
     assert said == (
         "This is not all of ProcessBench: gsm8k 2 of 400, math 0 of 1000, olympiadbench 0 of 1000, omnimath 0 of 1000. "
-        "Averages are over the subsets there are."
+        "Averages are over the subsets present."
     )
     found = values_of(scores(cases, lambda bag: [0.9, 0.1, 0.5]), cases)
     assert found["responses_gsm8k"] == 2

@@ -137,7 +137,7 @@ def test_label_noise_that_cannot_be_is_refused(infer):
     logits, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"sum to less than 1"):
         infer(logits, torch.ones(1), mask, label_noise=(0.5, 0.5))
-    with pytest.raises(ValueError, match=r"a share of good steps and neither right nor wrong"):
+    with pytest.raises(ValueError, match=r"a share of good steps, not right or wrong"):
         infer(logits, torch.ones(1), mask, aggregation="mean", label_noise=(0.0, 0.1))
 
 

@@ -307,11 +307,11 @@ def test_what_is_no_such_model_is_told(tmp_path):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(tiny()).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no step reward model.* give `published` \(trl, qwen-prm, .*rlhflow\)"):
+    with pytest.raises(ValueError, match=r"not a step reward model.* give `published` \(trl, qwen-prm, .*rlhflow\)"):
         StepRewardModel.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"Unknown reading 'qwen'. `published` is one of trl, "):
         StepRewardModel.from_pretrained(tmp_path, published="qwen")
-    with pytest.raises(ValueError, match="has no chat template, in which rlhflow reads"):
+    with pytest.raises(ValueError, match="has no chat template, but rlhflow needs one"):
         StepRewardModel.from_pretrained(tmp_path, published="rlhflow")
     with pytest.raises(ValueError, match=r"weights of the published model qwen-prm are missing"):
         StepRewardModel.from_pretrained(tmp_path, published="qwen-prm")
@@ -329,11 +329,11 @@ def test_the_reading_is_told_once_and_other_prompts_are_refused(tmp_path, caplog
             model.score([prompt], ["4"])
     asked, told = [{"role": "user", "content": "2?"}], [{"role": "assistant", "content": "2"}]
     (found,) = model.score([asked], [[*told, {"role": "tool", "content": "2"}, *told]])
-    assert "the response has several turns, and published reward models read one" in str(found.error)
+    assert "the response has several turns, but published reward models read one" in str(found.error)
     options = {"processing_class": policy_tokenizer(chat=True), "train_dataset": Dataset.from_list([{"prompt": asked}])}
-    with pytest.raises(ValueError, match=r"a published one, which reads one turn, and with `tools` completions have"):
+    with pytest.raises(ValueError, match=r"a published model that reads one turn, but with `tools` completions have"):
         make(tmp_path, reward_model=model, tools=[len], **options)
-    with pytest.raises(ValueError, match="published model qwen-prm, which is not written to"):
+    with pytest.raises(ValueError, match="published model qwen-prm, which cannot be saved to"):
         model.save_pretrained(tmp_path / "copy")
 
 

@@ -210,7 +210,7 @@ def test_numpy_columns_are_read_as_lists():
         ({"prompt": "p", "completions": STEPS}, ValueError, "column 'labels' is missing"),
         ("a text", TypeError, "the row is str; make it an object with named columns"),
         (unpaired(prompt=3), TypeError, "the prompt is int; make it a text or a list of messages"),
-        (unpaired(prompt=["hi"]), TypeError, "message 1 of the prompt is no message"),
+        (unpaired(prompt=["hi"]), TypeError, "message 1 of the prompt is not a message"),
         (unpaired(completion=3), TypeError, "'completion' is 3 (int), not text"),
         (unpaired(completion={"a": 1}), TypeError, "'completion' is {'a': 1} (dict), not text"),
         (unpaired(completion=["a", 3]), TypeError, "step 2 is int, not text"),

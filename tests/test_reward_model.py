@@ -114,7 +114,7 @@ BAD = [
     ("fine.", None, "the prompt is NoneType"),
     ("fine.", "half \ud83d", "the prompt holds half of a surrogate pair"),
     ("fine.", [], "the prompt is a chat without messages"),
-    ("fine.", [{"role": "user"}], "message 1 of the prompt is no message"),
+    ("fine.", [{"role": "user"}], "message 1 of the prompt is not a message"),
 ]
 
 
@@ -142,7 +142,7 @@ def test_a_batch_of_bad_responses_only_is_reported_whole(model):
     [(["?"], [], None), ([], ["a"], None), (["?"], ["a"], []), (["?"], ["a"], [[], []])],
 )
 def test_prompts_responses_and_spans_must_be_as_many(model, prompts, responses, spans):
-    with pytest.raises(ValueError, match="Give one prompt a response"):
+    with pytest.raises(ValueError, match="Give one prompt per response"):
         model.score(prompts, responses, spans=spans)
 
 
@@ -164,7 +164,7 @@ def test_steps_beyond_max_length_are_counted_and_logged(caplog):
     assert (cut.truncated_steps, fits.truncated_steps) == (1, 0)
     assert hopeless.error == "row 2: the prompt and the first step exceed `max_length` (22 tokens)."
     messages = [record.getMessage() for record in caplog.records]
-    assert "1 of 4 responses are longer than `max_length`: last steps unscored." in messages
+    assert "1 of 4 responses are longer than `max_length`: their last steps are unscored." in messages
 
 
 def test_chats_go_through_the_chat_template():

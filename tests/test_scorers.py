@@ -344,5 +344,5 @@ def test_a_setting_that_does_not_exist_is_named(name, value):
 
 
 def test_a_prompt_template_without_the_prompt_is_named():
-    with pytest.raises(ValueError, match=r"without the place for the prompt. Write `{prompt}` in it"):
+    with pytest.raises(ValueError, match=r"without a place for the prompt. Write `{prompt}` in it"):
         FractalSettings(prompt_template="Q:")

@@ -141,7 +141,7 @@ def test_modules_of_a_sentence_encoder_that_are_code_are_refused(planted, tmp_pa
     rows = write_jsonl(tmp_path / "rows.jsonl", solutions(4))
     arguments = ["--train_file", rows, "--output_dir", str(tmp_path / "out"), "--scorer", "embedding"]
     assert main(["train", "--model", str(folder), *arguments, "--use_cpu", "true"]) == 2
-    assert "names the module 'planted.Model', which is code of the folder" in capsys.readouterr().err
+    assert "names the module 'planted.Model', which is code from the folder" in capsys.readouterr().err
     assert not marker.exists()
 
 
@@ -180,7 +180,7 @@ def test_two_tokens_that_changed_places_are_found(tmp_path):
     vocabulary = content["model"]["vocab"]
     vocabulary["q"], vocabulary["z"] = vocabulary["z"], vocabulary["q"]  # letters that no probe text holds
     file.write_text(json.dumps(content))
-    assert "the tokens or merges of the tokenizer are not those that the model was trained with" in refusal(tmp_path)
+    assert "the tokenizer's tokens or merges differ from the ones the model was trained with" in refusal(tmp_path)
 
 
 def test_one_changed_bit_of_the_weights_is_found(tmp_path):
@@ -189,7 +189,7 @@ def test_one_changed_bit_of_the_weights_is_found(tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    assert "the weights are not those that were saved (fingerprint " in refusal(tmp_path)
+    assert "the weights are not the saved ones (fingerprint " in refusal(tmp_path)
 
 
 def test_weights_of_more_layers_than_the_configuration_has_are_refused(tmp_path):
@@ -228,7 +228,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.norm.weight"][3] = float("nan")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert "the weight model.norm.weight holds numbers that are not finite" in refusal(tmp_path)
+    assert "the weight model.norm.weight has NaN or infinite values" in refusal(tmp_path)
 
 
 def test_a_folder_of_an_earlier_version_has_no_fingerprints_and_loads(tmp_path):

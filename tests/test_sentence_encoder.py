@@ -177,7 +177,7 @@ def test_chunks_change_no_number(folder, tmp_path, monkeypatch):
     ("content", "reason"),
     [
         (None, ""),
-        ({}, "it holds no config.json"),
+        ({}, "it has no config.json"),
         ({"config.json": "{}"}, ""),
         ({"modules.json": "[", "config.json": "{}"}, "modules.json is invalid JSON"),
     ],

@@ -124,7 +124,7 @@ def test_an_optimizer_of_the_callers_is_used_in_one_stage_and_refused_in_several
     optimizer.param_groups[0]["params"] = list(still.scorer.parameters())
     still.train()
     assert equal(before, weights(still))
-    with pytest.raises(ValueError, match="`optimizers` came with a training in 2 stages"):
+    with pytest.raises(ValueError, match="`optimizers` was given, but training has 2 stages"):
         FractalTrainer(encoder, args=config(tmp_path, pseudo_labels="hard"), **options)
 
 
@@ -242,7 +242,7 @@ def test_rounds_end_when_no_label_changes(encoder, tmp_path, caplog):
             tmp_path, encoder, pseudo_labels="hard", pseudo_rounds=5, learning_rate=0.0, head_learning_rate=0.0
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stage-joint", "stage-pseudo-1"]
-    assert "Pseudo-labels did not change: stage-pseudo-2 and later rounds are left out" in caplog.text
+    assert "Pseudo-labels did not change: stage-pseudo-2 and later rounds are skipped" in caplog.text
     assert {entry["stage"] for entry in trainer.state.log_history} == {"stage-joint", "stage-pseudo-1"}
 
 
@@ -381,7 +381,7 @@ def test_gold_labels_override_pseudo_labels_and_steer_the_others(encoder, tmp_pa
 
 def test_gold_labels_that_are_not_there_are_asked_for(encoder, tmp_path):
     rows = [{name: row[name] for name in ("prompt", "steps", "label")} for row in ROWS]
-    with pytest.raises(ValueError, match="ask for gold step labels, and the training data has none"):
+    with pytest.raises(ValueError, match="ask for gold step labels, but the training data has none"):
         make(tmp_path, encoder, rows, instance_weight=1.0)
 
 
@@ -449,7 +449,7 @@ def test_a_run_from_the_start_takes_nothing_over_from_one_that_was_there_before(
 
 def test_a_single_checkpoint_is_refused_where_there_are_several_stages(encoder, tmp_path):
     trainer = make(tmp_path, encoder, **FULL)
-    with pytest.raises(ValueError, match=r"and there are 5 stages, each with checkpoints of its own\. Give true"):
+    with pytest.raises(ValueError, match=r"but there are 5 stages, each with its own checkpoints\. Give true"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "stage-joint" / "checkpoint-1"))
 
 

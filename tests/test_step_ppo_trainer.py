@@ -396,7 +396,7 @@ def test_completions_of_one_step_earn_nothing_against_themselves_which_is_said_o
 def test_steps_that_say_nothing_of_the_whole_without_an_outcome_are_named_once(tmp_path, caplog, outcome_weight):
     given = {"rollout_func": replay(RAGGED), "reward_model": reward_model(), "reward_funcs": count_of_a}
     train(tmp_path, **given, outcome_weight=outcome_weight, num_generations=1)
-    said = [text for text in caplog.messages if "No outcome is a reward" in text]
+    said = [text for text in caplog.messages if "There is no outcome reward" in text]
     assert len(said) == (outcome_weight == 0.0)
 
 
@@ -795,7 +795,7 @@ def test_a_value_model_made_from_the_reward_model_has_its_backbone_and_starts_at
 
 
 def test_a_reward_model_with_other_tokens_makes_no_value_model(tmp_path):
-    with pytest.raises(ValueError, match=r"needs a reward model that reads the tokens the policy writes"):
+    with pytest.raises(ValueError, match=r"needs a reward model with the policy's tokenizer"):
         make(tmp_path, reward_model=reward_model(), value_model="reward_model")
     with pytest.raises(ValueError, match=r"`value_model='reward_model'` needs a `reward_model`"):
         make(tmp_path, reward_funcs=count_of_a, value_model="reward_model")
@@ -1112,7 +1112,7 @@ def test_evaluation_logs_rewards_and_leaves_the_value_model_alone(tmp_path, gene
 @pytest.mark.parametrize("options", [{}, {"kl_coef": 0.5}])  # a penalty alone earns nothing either
 def test_a_first_batch_without_steps_is_refused(tmp_path, policy_folder, options):
     options |= {"model": policy_folder, "rollout_func": replay([(EOS,)]), "num_generations": 1}
-    with pytest.raises(ValueError, match="Nothing in the rollout of step 0 earned anything"):
+    with pytest.raises(ValueError, match="The rollout of step 0 has no reward"):
         train(tmp_path, reward_model=reward_model(), **options)
 
 
@@ -1213,7 +1213,7 @@ def test_one_generation_is_refused_for_groups():
 
 
 def test_one_generation_of_one_completion_is_refused():
-    with pytest.raises(ValueError, match=r"holds one completion\. Raise `per_device_train_batch_size`"):
+    with pytest.raises(ValueError, match=r"has only one completion\. Raise `per_device_train_batch_size`"):
         StepPPOConfig("out", num_generations=1, per_device_train_batch_size=1, use_cpu=True, bf16=False)
 
 
@@ -1267,16 +1267,19 @@ def test_settings_out_of_range_are_named(name, value, sentence):
         ({"guard_patience": 0}, r"`guard_patience` is 0\. Give a whole number from 1"),
         ({"shaping": "min_form", "step_lam": 0.0}, r"but `step_lam` is 0\.0\. Set `step_lam` to 1"),
         ({"shaping": "min_form", "advantage": "group"}, r"but `step_gamma` is 0\.0\. Set `step_gamma` to 1"),
-        ({"shaping": "delta", "length_neutral": "mean"}, r"pays a response one score whatever its length"),
-        ({"length_neutral": "cap"}, r"`center='response'` pays the steps of a completion 0 in all, .* set `center` to"),
-        ({"kl_coef": 0.1, "advantage": "group"}, r"`advantage='group'` has not\. Use `beta` instead"),
+        ({"shaping": "delta", "length_neutral": "mean"}, r"pays a response one score at any length"),
+        (
+            {"length_neutral": "cap"},
+            r"`center='response'` makes the step rewards of a completion sum to 0 .* set `center` to",
+        ),
+        ({"kl_coef": 0.1, "advantage": "group"}, r"`advantage='group'` has none\. Use `beta` instead"),
         ({"kl_target": 6.0}, r"`kl_target` adapts `kl_coef`, which is 0\. Give `kl_coef` a value"),
         ({"value_warmup_steps": 5, "advantage": "global"}, r"`value_warmup_steps` needs a value model\. Leave it out"),
         ({"on_alarm": "rollback", "save_strategy": "no"}, r"`on_alarm='rollback'` needs checkpoints\. Set"),
-        ({"whiten_rewards": True, "advantage": "group"}, r"which `advantage='group'` has not\. Use `scale_rewards`"),
+        ({"whiten_rewards": True, "advantage": "group"}, r"and `advantage='group'` has none\. Use `scale_rewards`"),
         (
             {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
-            r"`load_best_model_at_end` would put back the policy and leave the value model",
+            r"`load_best_model_at_end` would restore the policy, but not the value model",
         ),
     ],
     ids=str,

@@ -107,7 +107,7 @@ def test_the_command_reads_ratings_by_name_and_skips_bad_rows_on_request(folder,
 
 def test_the_command_says_what_a_prior_lacks(folder, tmp_path, capsys):
     assert command(tmp_path, folder, {"likelihood_prior_weight": 0.1}) == 2
-    assert "The likelihood prior needs a causal language model to ask. Set `reference_model`" in capsys.readouterr().err
+    assert "The likelihood prior needs a causal language model. Set `reference_model`" in capsys.readouterr().err
 
 
 # The page that describes it -----------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ PANELS = {
         "Score minus outcome",
         "Share of repeated steps",
         "Share of repeated 4-grams",
-        "Share of steps that other prompts' responses hold",
+        "Share of steps that also occur for other prompts",
         "Share of steps with a confidence marker",
         "Agreement with the usual order of words",
         "Share of empty responses",
@@ -457,9 +457,9 @@ def folders(tmp_path) -> Path:
         (["--runs", "=good"], "`runs` holds '=good'. Give NAME=DIR"),
         (
             ["--runs", "empty"],
-            "empty holds no metrics.json with a history, no trainer_state.json and no whole checkpoint",
+            "empty has no metrics.json with a history, no trainer_state.json and no complete checkpoint",
         ),
-        (["--runs", "judged"], "judged holds no metrics.json with a history"),
+        (["--runs", "judged"], "judged has no metrics.json with a history"),
         (["--runs", "broken"], "broken/metrics.json is invalid JSON"),
         (
             ["--runs", "good", "rm"],

@@ -174,11 +174,11 @@ def test_the_plain_bag_loss_stays_unless_another_is_better_beyond_noise():
 @pytest.mark.parametrize(
     ("count", "options", "train", "validation", "told"),
     [
-        (0, {}, ROWS, None, "`trials` is 0, and there are 8 configurations. Give 1 to 8."),
-        (9, {}, ROWS, None, "`trials` is 9, and there are 8 configurations"),
-        (2, {"pseudo_labels": "hard"}, ROWS, None, "`pseudo_labels` is hard beside `trials`"),
-        (2, {"cosine_prior_weight": 0.1}, ROWS, None, "`cosine_prior_weight` is 0.1 beside `trials`"),
-        (2, {}, ROWS[::2], ROWS[:2:2], "All 21 responses are good: nothing tells configurations apart"),
+        (0, {}, ROWS, None, "`trials` is 0, but there are 8 configurations. Give 1 to 8."),
+        (9, {}, ROWS, None, "`trials` is 9, but there are 8 configurations"),
+        (2, {"pseudo_labels": "hard"}, ROWS, None, "`pseudo_labels` is hard, but `trials` vary"),
+        (2, {"cosine_prior_weight": 0.1}, ROWS, None, "`cosine_prior_weight` is 0.1, but `trials` vary"),
+        (2, {}, ROWS[::2], ROWS[:2:2], "All 21 responses are good, so configurations cannot be compared"),
         (2, {}, ROWS[1::2], None, "All 20 responses are bad"),
         (2, {}, ROWS[:10], None, r"Too few labels to choose by: 10 responses to 10 prompts \(5 good, 5 bad, 0 pref"),
         (2, {}, [row | {"prompt": "?"} for row in ROWS], None, "Too few labels .* 40 responses to 1 prompts"),
@@ -265,7 +265,7 @@ def test_the_command_chooses_trains_the_winner_and_names_it(encoder, tmp_path, c
     flags += ["--report_to", "none", "--use_cpu", "true", "--save_strategy", "no", "--max_steps", "1"]
     flags += ["--embedding_cache", str(tmp_path / "cache"), "--disable_tqdm", "true"]
     assert main(["train", *flags, "--trials", "0"]) == 2
-    assert "`trials` is 0, and there are 8 configurations. Give 1 to 8." in capsys.readouterr().err
+    assert "`trials` is 0, but there are 8 configurations. Give 1 to 8." in capsys.readouterr().err
     assert main(["train", *flags, "--trials", "2"]) == 0
     out = capsys.readouterr().out
     assert "Trial 2 of 2: 0." in out

@@ -289,13 +289,13 @@ def test_options_of_a_value_model_that_would_do_nothing_are_refused(tmp_path, op
 def test_a_whole_value_model_beside_an_adapter_says_what_it_costs(tmp_path, caplog):
     made = make(tmp_path, reward_funcs=count_of_a, peft_config=adapter())
     weights = sum(parameter.numel() for parameter in made.value_model.parameters())
-    assert f"the value model all its {weights:,} weights" in caplog.text
+    assert f"the value model trains all its {weights:,} weights" in caplog.text
     assert "Give `value_peft_config`" in caplog.text
     caplog.clear()
     make(tmp_path, reward_funcs=count_of_a, peft_config=adapter(), value_peft_config=adapter())
     make(tmp_path, reward_funcs=count_of_a, peft_config=adapter(), value_model="shared")
     make(tmp_path, reward_funcs=count_of_a)
-    assert "the value model all its" not in caplog.text
+    assert "the value model trains all its" not in caplog.text
 
 
 def test_two_forwards_of_a_value_model_with_dropout_are_equal(tmp_path):

@@ -161,7 +161,7 @@ LONG = [(A, B, A, B, A, B, A)]
 @pytest.mark.parametrize("functions", [None, [undecided]])
 def test_a_rollout_in_which_nothing_earns_anything_stops_the_run(tmp_path, functions):
     options = {"train_dataset": ONE_PROMPT, "rollout_func": replay(LONG), "reward_funcs": functions}
-    sentence = r"Nothing in the rollout of step 0 earned anything, .*: of 8 completions 0 are empty, 8 could not be"
+    sentence = r"The rollout of step 0 has no reward, .*: of 8 completions 0 are empty, 8 could not be"
     with pytest.raises(ValueError, match=sentence) as caught:
         train(tmp_path, reward_model=letters_model(max_length=4), **options)
     assert "the prompt and the first step exceed `max_length`" in str(caught.value)
@@ -214,7 +214,7 @@ def test_grpo_reads_what_ppo_and_scoring_read(tmp_path, caplog, given):
     trainer.train()
     offline = model.score(["q"], ["a<step>b<step>a"])[0]
     (grpo,) = {row["rewards/fractal_reward/mean"] for row in trainer.state.log_history if "reward" in row}
-    assert ("Give `FractalReward(..., tokenizer=...)` the policy's" in caplog.text) != given
+    assert ("Give the policy's tokenizer: `FractalReward(..., tokenizer=...)`" in caplog.text) != given
     assert grpo == pytest.approx(offline.score if given else 0.9, abs=1e-5)
     ppo = rollout(tmp_path / "ppo", reward_model=model, **options, **TOKEN_REWARDS)["trainer"].last_rollout
     assert ppo.watched[0].step_scores == pytest.approx(offline.step_scores, abs=1e-5)

@@ -1,4 +1,4 @@
-"""Processes that a benchmark starts, kills, and lets end."""
+"""Processes that a benchmark starts, kills, or lets finish."""
 
 import multiprocessing
 import time

@@ -1,4 +1,4 @@
-"""Where benchmarks find and leave their files."""
+"""Paths that benchmarks read from and write to."""
 
 import importlib.util
 from pathlib import Path

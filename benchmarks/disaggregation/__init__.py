@@ -1,1 +1,1 @@
-"""How much of what step labels teach is recovered from response labels?"""
+"""How much of the benefit of step labels can be recovered from response labels?"""

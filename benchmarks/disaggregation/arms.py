@@ -1,10 +1,10 @@
 """Arms of the benchmark `disaggregation`: for each, the configurations that compete on validation bag labels.
 
-Every arm has the same number of trials, so that none wins by trying more often: two paces of training, times two
-variants of the arm. All arms of the embedding scorer use the head `pair`, which scores each step by itself. The head
-whose steps see each other (`set`) fits response labels better and tells steps apart worse, since nothing says which
-step shall carry what all of them know, so that bag labels would choose it for the wrong reason; it and the paper's
-head (`mlp`) have arms of their own.
+Every arm has the same number of trials, so that none wins by more trials: two sets of learning rates and epochs, times
+two variants of the arm. All arms of the embedding scorer use the head `pair`, which scores each step separately. The
+head whose steps see each other (`set`) fits response labels better but ranks steps worse, because any step can carry
+the information of all; bag labels would choose it for the wrong reason. It and the paper's head (`mlp`) have separate
+arms.
 """
 
 from benchmarks.disaggregation.data import Data

@@ -1,4 +1,4 @@
-"""Data sets of the benchmark `disaggregation`: bags of each split, and what their labels mean."""
+"""Data sets of the benchmark `disaggregation`: bags of each split, and the meaning of their labels."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Question: from labels on whole responses, which method recovers how much of what step labels would teach?
+"""Question: how much of the benefit of step labels does each method recover from labels on whole responses?
 
 Rivals of FRACTAL: scores that need no learning, a response-level model applied to steps, plain bag losses, LCA pooling,
 the implicit process reward, EasyLLP; ceilings: gold fractions and full supervision. Data: ten real sets in this
@@ -7,10 +7,10 @@ package's schema (one of them twice, with the noisy labels that people have) and
     python -m benchmarks.disaggregation.run --data-dir DATA --jobs 2
 
 Each arm has the same number of trials, chosen on response labels of the validation split (the supervised ceiling: on
-its step labels); then five seeds of the chosen configuration, whose test scores are read once. The arm `chosen` is what
-`fractal-rm train --trials 8` makes of the data: its own list, judge and rule. Rows go to
-`benchmarks/results/disaggregation.jsonl` as they are made; a run that was killed goes on where it was. Step scores of
-the test splits stay in the work folder, from which `--gains` compares arms, paired over responses.
+its step labels); then five seeds of the chosen configuration, whose test scores are read once. The arm `chosen` is the
+result of `fractal-rm train --trials 8`: its own list, evaluation and rule. Rows go to
+`benchmarks/results/disaggregation.jsonl` as they are made; a killed run continues where it was. Step scores of the test
+splits stay in the work folder, from which `--gains` compares arms, paired over responses.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""Does a reward model that saw outcome labels only choose better among n sampled solutions than a vote does?
+"""Does a reward model trained on outcome labels only choose better among n sampled solutions than a vote?
 
-Data: `gsm8k_solutions` (four solutions a question, test split) and the embedded arithmetic task (64 solutions a
-problem, sampled from the shipped policy, whose mistakes are beliefs: a majority shares them). Arms: step reward models
-(an embedding scorer, a likelihood scorer, models at hand by `--models NAME=FOLDER`), an outcome model (the same scorer,
-trained on the same labels, every response one step), scores that learn nothing, the majority, and the ceiling.
+Data: `gsm8k_solutions` (four solutions per question, test split) and the embedded arithmetic task (64 solutions per
+problem, sampled from the shipped policy, whose mistakes are beliefs that the majority shares). Arms: step reward models
+(an embedding scorer, a likelihood scorer, existing models by `--models NAME=FOLDER`), an outcome model (the same
+scorer, trained on the same labels, every response one step), scores without learning, the majority, and the ceiling.
 
     python -m benchmarks.evaluation.best_of_n --data-dir DATA --models likelihood=runs/gsm8k_solutions/likelihood-0
 
-One row an arm, data set and seed goes to `benchmarks/results/best_of_n.jsonl`: `accuracy@n` by the model's own
-aggregation, `min@n`, `product@n`, `mean@n`, `last@n` by other readings of the step scores. Intervals are bootstraps
+One row per arm, data set and seed goes to `benchmarks/results/best_of_n.jsonl`: `accuracy@n` by the model's own
+aggregation, `min@n`, `product@n`, `mean@n`, `last@n` by other aggregations of the step scores. Intervals are bootstraps
 over questions; `gain@n` is over the majority, paired.
 """
 

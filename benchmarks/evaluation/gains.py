@@ -1,4 +1,4 @@
-"""What a scorer gains over a rival and over chance on the same responses, with intervals."""
+"""Gains of a scorer over a rival and over chance on the same responses, with intervals."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,18 +1,18 @@
 """How well do outcome labels alone teach step scores on real solutions?
 
 Two step reward models, `recipes/gsm8k_solutions/{token,likelihood}.yaml`, learn from 3,718 solutions of GSM8K
-questions, each with one label: was the final answer right. They are judged on the responses of the test split, and on
-the steps of the GSM8K part of ProcessBench, where people marked the first wrong one. Rivals: scores that need no
+questions, each with one label: was the final answer right. They are evaluated on the responses of the test split, and
+on the steps of the GSM8K part of ProcessBench, where people marked the first wrong step. Rivals: scores that need no
 learning (random, position, length, word overlap with the prompt, the response's own outcome) and the language model
 before it saw a label.
 
     python -m benchmarks.evaluation.gsm8k_solutions --data-dir DATA --runs-dir runs/gsm8k_solutions --seeds 0 1 2
 
-Trains what is not in the runs folder yet (40 minutes a configuration on two cores) and appends one row for each arm,
+Trains models missing from the runs folder (40 minutes per configuration on two cores) and appends one row for each arm,
 data set and seed to `benchmarks/results/gsm8k_solutions.jsonl`. `processbench_gsm8k` holds questions that the training
-split has with other solutions; `processbench_gsm8k_unseen` holds its rows whose question is in neither the training
-nor the validation split. Thresholds are chosen on response labels of the validation split; gold steps serve evaluation
-only.
+split has with other solutions; `processbench_gsm8k_unseen` holds its rows whose question is in neither the training nor
+the validation split. Thresholds are chosen on response labels of the validation split; gold steps are used for
+evaluation only.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Reward models that `processbench.py` and `best_of_n.py` judge: trained here in seconds to minutes, or at hand."""
+"""Reward models that `processbench.py` and `best_of_n.py` evaluate: trained here in seconds to minutes, or existing."""
 
 import os
 import tempfile

@@ -1,16 +1,16 @@
-"""How far do response labels alone carry on ProcessBench, by its official rule, on all of its 3,400 cases?
+"""How well do response labels alone work on ProcessBench, by its official rule, on all of its 3,400 cases?
 
 Arms: an embedding scorer (22 M parameters, frozen, with a small head) trained here on the outcome labels of
-`gsm8k_solutions` in seconds; reward models at hand (`--models NAME=FOLDER`); rivals that learn nothing: random scores,
+`gsm8k_solutions` in seconds; existing reward models (`--models NAME=FOLDER`); rivals without learning: random scores,
 position, length, word overlap with the prompt, "no step is ever wrong" and "the first step is always wrong".
 
     python -m benchmarks.evaluation.processbench --data-dir DATA --models likelihood=runs/gsm8k_solutions/likelihood-0
 
-One row an arm and seed goes to `benchmarks/results/processjudge.jsonl`. `f1` uses a threshold chosen on response labels
-of the validation split of `gsm8k_solutions`; `tuned_f1` the one that is best on the gold labels of the subset gsm8k, as
-in the official evaluation of reward models; `best_f1` reads all gold labels. Speed is
-measured on every 20th case, on one thread, with embeddings computed anew: `responses_per_second` of wall time,
-`responses_per_cpu_second` of processor time, and from there `cpu_minutes_of_all` cases.
+One row per arm and seed goes to `benchmarks/results/processjudge.jsonl`. `f1` uses a threshold chosen on response
+labels of the validation split of `gsm8k_solutions`; `tuned_f1` the one that is best on the gold labels of the subset
+gsm8k, as in the official evaluation of reward models; `best_f1` reads all gold labels. Speed is measured on every 20th
+case, on one thread, with embeddings computed again: `responses_per_second` of wall time, `responses_per_cpu_second` of
+CPU time, and `cpu_minutes_of_all` cases extrapolated from it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The arms of the evidence: those of `fractal-rm compare`, and what varies them, rivals them, or runs for longer."""
+"""The arms of the evidence: the arms of `fractal-rm compare`, with variations, rivals and longer runs."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

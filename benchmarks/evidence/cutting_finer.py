@@ -1,9 +1,9 @@
-"""Question: does a completion earn more in step rewards for being cut finer, padded, repeated or reordered?
+"""Question: does a completion earn more step reward if it is split, padded, repeated or reordered?
 
-Rival: each other form of step rewards beside the default. A reward model scores sampled responses as they are, and cut
-anew: every line in two at a space, a line of filler after each, the first line twice, all lines in reverse. In a batch
-in which one response is cut anew and the others are as they were, the sum of its step rewards is compared with what it
-was; the same for each form, so nothing is sampled or trained.
+Rivals: every form of step rewards other than the default. A reward model scores sampled responses unchanged and
+changed: every line split at a space, a line of filler after each line, the first line twice, all lines in reverse. In a
+batch where one response is changed and the others are not, the sum of its step rewards is compared with the sum before
+the change, for each form. Nothing is sampled or trained.
 
     fractal-rm sample --model policy --task arithmetic --split held_out --output samples.jsonl
     python -m benchmarks.evidence.cutting_finer --reward_model rm --samples samples.jsonl --dataset arithmetic

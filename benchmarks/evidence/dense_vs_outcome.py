@@ -8,8 +8,8 @@ response label at every step. Same base policies, prompts, rollouts and updates 
     python -m benchmarks.evidence.dense_vs_outcome --jobs 2      # the study
     python -m benchmarks.evidence.dense_vs_outcome --smoke true  # minutes; rows and models in a temporary folder
 
-These are `fractal-rm compare` with further arms and the files of this repository. Rows go to
-`benchmarks/results/dense_vs_outcome.jsonl` as they are made; a run that was killed goes on where it was.
+This is `fractal-rm compare` with further arms and the files of this repository. Rows go to
+`benchmarks/results/dense_vs_outcome.jsonl` as they are made; a killed run continues where it was.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Question: which recipe should the default be? Variations of the arms on development seeds, none of which is reported.
+"""Question: which recipe should the default be? Variations of the arms on development seeds, which are never reported.
 
-What won here went through the trials and the study of `dense_vs_outcome.py`; `docs/evidence.md` says what came of each.
+The winners here went through the trials and the study of `dense_vs_outcome.py`; `docs/evidence.md` has the results.
 
     python -m benchmarks.evidence.dense_vs_outcome_development --settings easy medium --variants mix supervised
 

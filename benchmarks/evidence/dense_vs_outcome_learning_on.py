@@ -1,9 +1,9 @@
-"""Question: what becomes of a reward model that learns on, where that does harm (`fractal_online` on `hard`)?
+"""Question: how does a reward model change that keeps learning, where that does harm (`fractal_online` on `hard`)?
 
-Runs of the study are made again, and at each evaluation their reward model is asked about the policy's own responses to
-the held-out problems: how well its scores order them (bag AUC, which also decides whether an update of it is kept), how
-well they fit their labels (negative log-likelihood), and what it gives right and wrong steps. The checker's step labels
-are only read. `frozen` is `fractal_mix`, whose model stays as it is.
+Runs of the study are repeated. At each evaluation their reward model scores the policy's responses to the held-out
+problems: how well its scores rank them (bag AUC, which also decides whether an update is kept), how well they fit the
+labels (negative log-likelihood), and the scores of right and wrong steps. The checker's step labels are used for
+evaluation only. `frozen` is `fractal_mix`, whose model does not change.
 
     python -m benchmarks.evidence.dense_vs_outcome_learning_on --settings hard --seeds 0 6 8
 

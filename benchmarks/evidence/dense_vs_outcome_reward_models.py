@@ -1,7 +1,7 @@
 """Question: how should the reward models of `dense_vs_outcome.py` be trained? Recipes on development seeds.
 
-What decides is the likelihood of *response* labels that no model has learned from: it needs no gold step labels. The
-shares of wrong and of right steps that a model has on the wrong side of a half stand beside it.
+The criterion is the likelihood of held-out *response* labels, which needs no gold step labels. The shares of wrong and
+of right steps on the wrong side of one half are reported too.
 
     python -m benchmarks.evidence.dense_vs_outcome_reward_models --settings easy medium branching hard --seeds 2000 2001
 

@@ -1,7 +1,7 @@
-"""Question: what do the reward models of `dense_vs_outcome.py` know of single steps, which they were never told about?
+"""Question: what do the reward models of `dense_vs_outcome.py` know about single steps, without step labels?
 
 Each reward model of a finished run scores the steps of the base policy's responses to held-out problems, and the
-checker says which are right. (`supervised` was told.)
+checker says which are right. (`supervised` was trained on step labels.)
 
     python -m benchmarks.evidence.dense_vs_outcome_step_scores
 

@@ -1,4 +1,4 @@
-"""What the trials on development seeds share: their arguments, and where their rows go."""
+"""Shared by the trials on development seeds: their arguments, and the file of their rows."""
 
 import argparse
 from collections.abc import Iterable

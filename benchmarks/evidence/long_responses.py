@@ -1,9 +1,9 @@
-"""Question: which reward of a response still tells responses apart when they have many steps?
+"""Question: which response reward still separates responses with many steps?
 
 Simulated: every step is good with a probability around .88, which varies from step to step; a reward model that knows
-it gives the responses of a group of 8 a reward each, and GRPO turns them into advantages. Rewards: the product of the
+it rewards the responses of a group of 8, and GRPO turns these rewards into advantages. Rewards: the product of the
 steps (what `FractalReward` gives with `aggregation="product"`), its logarithm (`scale="log"`), their minimum, their
-mean. What counts is the mean size of an advantage: about .77 where the scale of the rewards does not matter.
+mean. The result is the mean size of an advantage: about .77 if the scale of the rewards does not matter.
 
     python -m benchmarks.evidence.long_responses
 

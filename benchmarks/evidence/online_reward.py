@@ -2,10 +2,10 @@
 
 Rival: the arm `frozen`. For every seed a small reward model is trained on few responses of the base policy, and the
 policy is trained on its step scores (no outcome in the policy's reward) from the same start, on the same prompts. The
-learning rate stays up and sampling is warm, so that a policy that exploits its reward model does so within a short
-run. The arm `online` differs in `rm_update_every` and its options only: the reward model goes on learning from the
-outcomes of the rollouts. Each evaluation appends a row; the last one of a run says what the reward model makes of the
-final policy's responses to held-out problems (gold step labels are read there only).
+learning rate is constant and the sampling temperature high, so that a policy that exploits its reward model does so
+within a short run. The arm `online` differs in `rm_update_every` and its options only: the reward model keeps learning
+from the outcomes of the rollouts. Each evaluation appends a row; a run's last row has the reward model's scores of the
+final policy's responses to held-out problems (gold step labels are read only there).
 
 Command: python -m benchmarks.evidence.online_reward --seeds 1 2 3 4 5
 Resumable: a finished run is not run again.

@@ -1,4 +1,4 @@
-"""Tables of what stands beside the study: trials on development seeds, and what its reward models know."""
+"""Tables beside the study: trials on development seeds, and evaluations of its reward models."""
 
 from collections import defaultdict
 from collections.abc import Mapping

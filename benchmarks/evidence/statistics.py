@@ -1,4 +1,5 @@
-"""What the evidence says beyond `fractal-rm compare`: areas, rollouts to reach the rival's end, costs counted in."""
+"""Statistics of the evidence beyond `fractal-rm compare`: areas, rollouts to reach the rival's final accuracy, costs
+included."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

@@ -1,10 +1,10 @@
-"""Is a run that was killed and resumed the run that was never killed?
+"""Does a killed and resumed run equal a run that was never killed?
 
-For each trainer, one run goes through undisturbed. Then, for each moment, a run of the same configuration is killed
-with SIGKILL, half of them at a random moment and half while a checkpoint is being written, and is resumed until it is
-done. The rival is the undisturbed run: every file of the last checkpoint (weights of policy and value model, optimizer,
-schedule, random states, running statistics, whatever else a trainer keeps) is compared byte by byte, and the logs
-without their times.
+For each trainer, one run is undisturbed. Then, for each moment, a run of the same configuration is killed with SIGKILL,
+half of them at a random moment and half while a checkpoint is being written, and is resumed until it is done. The rival
+is the undisturbed run: every file of the last checkpoint (weights of policy and value model, optimizer, schedule,
+random states, running statistics, whatever else a trainer keeps) is compared byte by byte, and so are the logs, without
+their times.
 
     python -m benchmarks.speed.kill_and_resume --moments 10
 

@@ -1,4 +1,4 @@
-"""What the comparisons with TRL's older trainers share: where these are, how a side runs, and common options."""
+"""Shared by comparisons with TRL's older trainers: their environments, how a side runs, and common options."""
 
 import argparse
 import json

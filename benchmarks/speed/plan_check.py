@@ -1,9 +1,9 @@
 """Question: do the formulas of `fractal-rm plan` hold for a model of 135 M parameters, where they can be measured?
 
-Each arm is a process of its own on a CPU. It trains `StepPPOTrainer` with a reward model of the same size for some
-updates: the growth of the resident memory to its peak, and the processor seconds of an update without generation,
-against the formulas. A bare forward pass says how many operations a second the processor does, as `--teraflops` says of
-a GPU. Without checkpointing, the bytes that a forward pass keeps for the backward pass are counted tensor by tensor.
+Each arm is a separate process on a CPU. It trains `StepPPOTrainer` with a reward model of the same size for some
+updates: the growth of resident memory to its peak, and the CPU seconds of an update without generation, are compared
+with the formulas. A bare forward pass gives the CPU's operations per second, as `--teraflops` does for a GPU. Without
+checkpointing, the bytes that a forward pass stores for the backward pass are counted tensor by tensor.
 
     python -m benchmarks.speed.plan_check --model FOLDER --split 135M
     python -m benchmarks.tables      # the table of docs/speed.md

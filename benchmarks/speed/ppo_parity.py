@@ -1,13 +1,13 @@
-"""Question: does StepPPOTrainer learn as TRL 1.12's PPOTrainer does, where both can do the same?
+"""Question: does StepPPOTrainer learn as well as TRL 1.12's PPOTrainer in the same setting?
 
 The arithmetic task with the outcome as the only reward: the same policy, value model, prompts, lengths, learning rate,
 epochs and minibatches, no KL divergence, no clipping of gradients (PPOTrainer has none).
 
     python -m benchmarks.speed.ppo_parity --seeds 0 1 2 3 4
 
-TRL's side runs in the environment of `make peer-env`. Rows, one a point of a learning curve, go to
-`benchmarks/results/ppo_parity.jsonl`; runs whose rows are there already are not made again. The row `difference` holds
-that of the last points, ours less TRL's, with a 95 % interval over seeds (Welch).
+TRL's side runs in the environment of `make peer-env`. Rows, one per point of a learning curve, go to
+`benchmarks/results/ppo_parity.jsonl`; runs that already have rows are not repeated. The row `difference` is the
+difference of the last points, ours minus TRL's, with a 95 % interval over seeds (Welch).
 """
 
 import argparse

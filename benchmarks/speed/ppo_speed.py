@@ -1,13 +1,13 @@
 """Question: how many episodes a second does StepPPOTrainer do, and what do dense rewards cost?
 
 Rivals: TRL 1.12's PPOTrainer, the last one, with the same four models (`make peer-env`); the same trainer with one
-number a response from the same reward model; the same trainer with a rule in place of a reward model.
+number per response from the same reward model; the same trainer with a rule instead of a reward model.
 
     python -m benchmarks.speed.ppo_speed
 
-Both sides of a comparison are processes that work in turns, a block of updates each. All sides have the same policy
+Both sides of a comparison are processes that alternate, a block of updates each. All sides have the same policy
 (the shipped one inside a larger network, so that responses and their lengths are the same at every size), prompts,
-sampling, epochs, minibatches and precision. A row holds the medians in episodes a second, and the median of the ratios
+sampling, epochs, minibatches and precision. A row has the medians in episodes a second, and the median of the ratios
 of neighbouring blocks with a bootstrap interval. Rows go to `benchmarks/results/ppo_speed.jsonl`.
 """
 

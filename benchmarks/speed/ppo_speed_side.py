@@ -1,8 +1,8 @@
 """One side of `ppo_speed.py`: a PPO training in blocks. The arm `trl_ppo` needs TRL 1.12 (`make peer-env`).
 
-The settings are the same on all sides: every prompt once, one epoch, one minibatch, GAE, a value model of its own, KL
-divergence from a reference model in the reward. The learning rate is so small that the policy stays what it is, so
-every update samples from the same distribution.
+The settings are the same on all sides: every prompt once, one epoch, one minibatch, GAE, a separate value model, KL
+divergence from a reference model in the reward. The learning rate is so small that the policy hardly changes, so every
+update samples from the same distribution.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 """Question: does FractalTrainer with gold step labels only learn what TRL 1.13's PRMTrainer learns?
 
 The arithmetic task: the same responses, step labels, backbone, epochs, batches and learning rate. Ours reads a step's
-score at its last token, TRL's at the separator that it puts behind the step.
+score at its last token, TRL's at the separator after the step.
 
     python -m benchmarks.speed.prm_parity --seeds 0 1 2
 
-TRL's side runs in the environment of `make peer-env`. Rows go to `benchmarks/results/prm_parity.jsonl`; runs whose rows
-are there already are not made again.
+TRL's side runs in the environment of `make peer-env`. Rows go to `benchmarks/results/prm_parity.jsonl`; runs that
+already have rows are not repeated.
 """
 
 import argparse

@@ -5,7 +5,7 @@ our own training without grouping.
 
     python -m benchmarks.speed.rm_speed
 
-Both sides of a comparison are processes that work in turns, a block of optimizer steps each, with the same texts,
+Both sides of a comparison are processes that alternate, a block of optimizer steps each, with the same texts,
 backbone, batch size, optimizer and precision. Against the rivals every padded token counts, since each side pads to the
 same widths; grouping by length is measured in real tokens, since padding is what it saves. Rows go to
 `benchmarks/results/rm_speed.jsonl`.

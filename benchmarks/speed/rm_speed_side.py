@@ -1,7 +1,7 @@
 """One side of `rm_speed.py`: a reward model's training in blocks. The arm `prm` needs TRL 1.13 (`make peer-env`).
 
 Texts, backbone, batch sizes, optimizer and precision are the same on all sides; each side reads the labels that it
-learns from. Nothing is measured but speed, so the labels of steps go to the rival that cannot do without.
+needs. Only speed is measured, so the rival that needs step labels gets them.
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """Memory and time of PPO with step rewards on many GPUs: formulas, each with its source. `scale_plan.py` uses them.
 
-Bytes and seconds are those of one GPU. Models are of Llama's kind. Plans for one
-GPU alone: `fractal_rm.ppo.plan`.
+Bytes and seconds are per GPU. Models are Llama-like. For a single GPU see `fractal_rm.ppo.plan`.
 """
 
 import math

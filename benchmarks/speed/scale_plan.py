@@ -1,9 +1,9 @@
-"""What do 7B and 70B policies take on 8 and 64 GPUs, and do the formulas hold where they can be measured?
+"""What do 7B and 70B policies need on 8 and 64 GPUs, and do the formulas hold where they can be measured?
 
-The plan is computed by `scale_formulas.py`: nothing of that size has been run. What can be checked here is: a small
-policy and value model are trained by `StepPPOTrainer` for a step, and the bytes of weights, gradients and optimizer are
-counted against the formulas; a larger one is trained in a process of its own, and the growth of its resident memory is
-compared; the processor time of a training step is compared with that of a forward pass (3, without checkpointing).
+The plan is computed by `scale_formulas.py`: nothing of that size has been run. Three things are checked here:
+`StepPPOTrainer` trains a small policy and value model for a step, and the bytes of weights, gradients and optimizer are
+compared with the formulas; a larger model is trained in a separate process, and the growth of its resident memory is
+compared; the CPU time of a training step is compared with that of a forward pass (3, without checkpointing).
 
     python -m benchmarks.speed.scale_plan
     python -m benchmarks.tables      # the tables of docs/scale.md

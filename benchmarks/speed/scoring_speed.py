@@ -1,7 +1,7 @@
-"""Question: what does StepRewardModel.score cost beside the forward pass, and what does one pass a response save?
+"""Question: what does StepRewardModel.score cost beyond the forward pass, and what does one pass per response save?
 
 Rivals: a bare forward pass over the same tokens in the same batches, tokenized beforehand; scoring every prefix of a
-response by itself, as most step reward models are used.
+response separately, as most step reward models are used.
 
     python -m benchmarks.speed.scoring_speed
 

@@ -1,8 +1,8 @@
-"""One side of a speed comparison: a training that stops after every block of updates and waits for the word to go on.
+"""One side of a speed comparison: training that stops after every block of updates and waits for a signal to continue.
 
-Both sides of a comparison run in processes of their own, in the environments that they need, and only one works at a
-time. A side speaks JSON lines: one when it is ready, one after each block. It must run under old versions of TRL, so it
-imports nothing of this package.
+Both sides of a comparison run in separate processes and environments, and only one works at a time. A side writes JSON
+lines: one when it is ready, one after each block. It must run under old versions of TRL, so it imports nothing of this
+package.
 """
 
 import contextlib

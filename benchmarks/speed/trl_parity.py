@@ -1,10 +1,10 @@
-"""Writes down what TRL 1.12's own PPOTrainer computes on one set of rollouts, for `tests/test_trl_parity.py`.
+"""Records what TRL 1.12's PPOTrainer computes on one set of rollouts, for `tests/test_trl_parity.py`.
 
 In the environment of `make peer-env`: .venv-peer/bin/python -m benchmarks.speed.trl_parity tests/data/trl_ppo_1.12.json
 
-The numbers are local variables of `PPOTrainer.train`, read while it runs and as it runs: nothing of it is copied. The
-second update is kept, where the policy has left the reference, and of it the last minibatch of the second epoch, where
-ratios are clipped.
+The numbers are local variables of `PPOTrainer.train`, read while it runs; none of its code is copied. The second update
+is kept, where the policy differs from the reference, and in it the last minibatch of the second epoch, where ratios are
+clipped.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Shows that TRL 1.12's PPOTrainer takes a token scorer's checkpoint as it is, as `reward_model` and as `value_model`.
+"""Shows that TRL 1.12's PPOTrainer accepts a token scorer's checkpoint unchanged, as `reward_model` and `value_model`.
 
 In the environment of `make peer-env`: .venv-peer/bin/python -m benchmarks.speed.trl_ppo_reads_our_checkpoint [FOLDER]
 
 The folder is one that FractalTrainer saved with `scorer="token"`; without it, one with a random head is made.
-PPOTrainer reads one number a response: that of the last token before the first padding token. Where the padding token
+PPOTrainer reads one number per response: at the last token before the first padding token. Where the padding token
 is the end token (as with many tokenizers that have no padding token of their own), that is the last token of the text,
 where our last step ends; with another padding token it is the end token, where no step ends.
 """

@@ -61,7 +61,7 @@ def check_writable_files(*paths: str | None) -> None:
 
 @contextlib.contextmanager
 def writing_folder(folder: str | Path) -> Iterator[None]:
-    """Hold a folder that can be written, for as long as a command works: two at once would spoil each other's files.
+    """Lock a writable folder while a command works: two commands at once would corrupt each other's files.
 
     Raises:
         OSError: If it cannot be written, or another process holds it.
@@ -73,7 +73,7 @@ def writing_folder(folder: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing_files(*paths: str | None) -> Iterator[None]:
-    """The same for files; None, and what is no ordinary file, is passed over."""
+    """The same for files; None and special files are skipped."""
     check_writable_files(*paths)
     with contextlib.ExitStack() as stack:
         for path in map(Path, filter(None, paths)):
@@ -83,7 +83,7 @@ def writing_files(*paths: str | None) -> Iterator[None]:
 
 
 def refuse_finished_output(folder: str | Path, overwrite: bool) -> None:
-    """Raise if a folder holds the weights of a finished model, unless they are to be overwritten.
+    """Raise if a folder has the weights of a finished model, unless they may be overwritten.
 
     Raises:
         FileExistsError: Names the folder and what to do.
@@ -144,7 +144,7 @@ def checkpoint_to_resume(config: Any) -> str | bool:
     if str(wanted).lower() in ("true", "yes"):
         found = can_resume(config.output_dir)
         if not found and not any(Path(config.output_dir).glob("stage-*")):
-            print(f"{config.output_dir} holds no checkpoint: training starts from the beginning.", file=sys.stderr)
+            print(f"{config.output_dir} has no checkpoint: training starts from the beginning.", file=sys.stderr)
         return found
     if not Path(wanted).is_dir():
         raise FileNotFoundError(f"There is no checkpoint {wanted}. Give `resume_from_checkpoint` a folder, or `true`.")
@@ -152,13 +152,13 @@ def checkpoint_to_resume(config: Any) -> str | bool:
 
 
 def report_contradictions(sentences: Sequence[str], *, strict: bool) -> None:
-    """Print what rows say against each other as warnings.
+    """Print contradictions between rows as warnings.
 
     Raises:
-        ValueError: With `strict`, if there is anything.
+        ValueError: With `strict`, if there is any contradiction.
     """
     if strict and sentences:
-        raise ValueError(f"{' '.join(sentences)} Mend the rows, or leave `strict` out.")
+        raise ValueError(f"{' '.join(sentences)} Fix the rows, or leave `strict` out.")
     for sentence in sentences:
         print(f"Warning: {sentence} `--strict true` refuses such rows.", file=sys.stderr)
 
@@ -178,7 +178,7 @@ def _is_news(record: logging.LogRecord) -> bool:
         return True
     rows = _REPORT_ROW.findall(message)
     missing = [weight for weight, status in rows if status == "MISSING"]
-    # Weights of another head may be left over too; left-over layers mean that the body was cut short.
+    # Weights of another head may also be left over; left-over layers mean that the body was truncated.
     harmless = all(
         status == "MISSING" or (status == "UNEXPECTED" and not _OF_A_LAYER.search(weight)) for weight, status in rows
     )
@@ -198,7 +198,7 @@ def load_reward_model(
 
 
 def kept_beside(output: str) -> Path:
-    """The file that holds the scores of a command until its output is written."""
+    """The file with a command's scores until its output is written."""
     return Path(f"{output}.part")
 
 
@@ -223,7 +223,7 @@ def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
 def print_table(columns: Iterable[str], rows: Mapping[str, Iterable[str]], *, of: str = "metric") -> None:
     """Print a table: names of the columns, cells by line, and what a line is (`of`)."""
     table = Table()
-    # Folded, not cut: in a narrow window two names that begin alike stay apart.
+    # Folded, not cut, so that names with the same beginning stay distinguishable in a narrow window.
     table.add_column(of, overflow="fold")
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")

@@ -145,13 +145,13 @@ def _measure_all(arguments: EvaluateArguments) -> None:
 
 
 def _shared_rows(arguments: EvaluateArguments, rows: list[Any], source: str) -> list[str]:
-    """A sentence if rows that are measured on are those that the threshold is chosen on."""
+    """A sentence if evaluation rows are also used to choose the threshold."""
     if arguments.threshold_file is None:
         return []
     path = find_file(arguments.threshold_file, arguments.data_dir)
     chosen_on = set(map(repr, read_rows(path, arguments.dataset_format, arguments.limit)))
     both = sum(repr(row) in chosen_on for row in rows)
-    told = f"{source}: {both:,} of {len(rows):,} rows are in {path} too, by which the threshold is chosen."
+    told = f"{source}: {both:,} of {len(rows):,} rows are also in {path}, on which the threshold is chosen."
     return [told] if both else []
 
 
@@ -166,7 +166,7 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
             rows, source = read_published(arguments.dataset_format, arguments.split)
             return drawn(rows), source
         if arguments.benchmark is None:
-            raise ValueError("There is nothing to measure on. Give `data`, or a `benchmark` that the hub has.")
+            raise ValueError("There is no data to evaluate on. Give `data`, or a `benchmark` that the hub has.")
         subsets = benchmark_from_hub(arguments.benchmark)
         return [row for rows in subsets for row in drawn(rows)], f"{arguments.benchmark} (hub)"
     split = find_split(arguments.data, arguments.split, arguments.data_dir)
@@ -177,7 +177,7 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
         ends = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
         files = sorted(file for file in path.iterdir() if file.name.endswith(ends))
         if not files:
-            raise FileNotFoundError(f"{path} holds no .json or .jsonl file. Give a file, or a folder of the subsets.")
+            raise FileNotFoundError(f"{path} has no .json or .jsonl file. Give a file, or a folder of the subsets.")
     return [row for file in files for row in drawn(read_rows(file, arguments.dataset_format, None))], source
 
 
@@ -211,7 +211,7 @@ def draw(rows: Sequence[Any], limit: int | None, seed: int, *, whole_prompts: bo
 def _measure(
     name: str, rows: list[Any], source: str, arguments: EvaluateArguments, *, first: bool
 ) -> tuple[Measurement, list[Bag]]:
-    """What is measured of one model, and on what; without the speed if scores of a stopped run were used."""
+    """The measurement of one model; without the speed if scores of a stopped run were reused."""
     published, kept = arguments.published if first else None, kept_beside(arguments.output)
     model = load_reward_model(name, arguments.batch_size, published, keep=kept)
     threshold = _threshold(model, arguments)
@@ -270,7 +270,7 @@ def _threshold(model: Any, arguments: EvaluateArguments) -> float | None:
 
 
 def why_absent(found: Mapping[str, Any], bags: Sequence[Bag]) -> list[str]:
-    """For metrics without a value, or without a line: what the rows lack."""
+    """For undefined or missing metrics: what the rows lack."""
     sentences = []
     responses = [name for name, one in found.items() if name.startswith("bag_") and math.isnan(one.value)]
     labels = {bag.label for bag in bags}
@@ -281,14 +281,14 @@ def why_absent(found: Mapping[str, Any], bags: Sequence[Bag]) -> list[str]:
     known = [label for bag in bags for label in bag.step_labels or () if label is not None]
     steps = [name for name, one in found.items() if not name.startswith("bag_") and math.isnan(one.value)]
     if not known:
-        sentences.append("No metrics of steps: no row has `step_labels`.")
+        sentences.append("No step metrics: no row has `step_labels`.")
     elif steps and len(set(known)) == 1:
         sentences.append(f"Not measured: {', '.join(steps)}. All {len(known)} step labels are {known[0]:g}.")
     return sentences
 
 
 def _print(source: str, measured: list[Any], found: list[dict[str, Any]], gains: dict[str, Any]) -> None:
-    """Print counts, then each metric with its interval and, of two models, the difference."""
+    """Print counts, then each metric with its interval and, for two models, the difference."""
     columns = [source] if len(found) == 1 else ["model", "compare_to"]
     counts = dict.fromkeys(name for one in measured for name in one.counts)
     rows = {name: [number_cell(one.counts.get(name)) for one in measured] for name in counts}

@@ -27,15 +27,15 @@ COMMANDS = {
     "sample": "Sample a policy's responses to prompts, and label them by their answers.",
     "train": "Train a step reward model from response labels.",
     "score": "Score the steps of the responses in a file.",
-    "evaluate": "Judge a step reward model on labelled responses or a benchmark, or compare two.",
+    "evaluate": "Evaluate a step reward model on labelled responses or a benchmark, or compare two.",
     "ppo": "Train a policy with PPO on step rewards, outcome rewards, or both.",
     "compare": "Dense against outcome-only rewards on arithmetic settings, over paired seeds.",
     "serve": "Answer requests for step scores over HTTP.",
     "report": "Tables from rows of results.jsonl, or curves from runs of PPO.",
 }
-# What an interrupted command says of the work that is done.
+# Message of an interrupted command about the finished work.
 _GO_ON = dict.fromkeys(
-    ["quickstart", "score", "evaluate", "compare"], "The same command goes on where this one stopped."
+    ["quickstart", "score", "evaluate", "compare"], "The same command continues where this one stopped."
 )
 
 

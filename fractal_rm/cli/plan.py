@@ -216,7 +216,7 @@ def read_shape(name: str, *, is_size: bool) -> Shape:
 
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # whatever strange files make a library raise
+    except Exception as error:  # damaged files make libraries raise anything
         raise ValueError(
             f"The configuration of {name} cannot be read ({reason(error)}). Check the name, or give `parameters`."
         ) from error

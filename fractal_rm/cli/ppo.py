@@ -42,7 +42,7 @@ from fractal_rm.tasks.task import Task
 # Metrics on the screen and the model card; metrics.json holds all of them.
 _SHOWN = ("train_runtime", "train_loss", "eval_rewards/", "eval_completions/mean_length", "eval_kl")
 _OUTCOME = re.compile(r"rewards/[^/]+/mean")
-# Seeds of problem lists: different from each other and from the seeds that policies are made with.
+# Seeds of problem lists: different from each other and from the seeds of policies.
 _TRAIN_SEED, _EVAL_SEED = 3_000_000, 4_000_000
 
 
@@ -195,7 +195,7 @@ def _ppo(arguments: PPOArguments, data: DataArguments, lora: LoraArguments, conf
 
 
 def closing(history: Sequence[Mapping[str, Any]]) -> str:
-    """What a run did to its rewards, from its first log to its last, and the alarms of its guards.
+    """How a run changed its rewards, from its first log to its last, and the alarms of its guards.
 
     Example:
         >>> logs = [{"rewards/exact_answer/mean": 0.25, "steps/score": 0.5}, {"rewards/exact_answer/mean": 0.75}]
@@ -232,7 +232,7 @@ def read_prompts(
     Raises:
         OSError: If a file cannot be read.
         TypeError: If a prompt is neither text nor a chat.
-        ValueError: If there is nothing to train on, or rows do not suit the task or the reward function.
+        ValueError: If there is no training data, or rows do not suit the task or the reward function.
     """
     if task is not None:
         count = arguments.num_problems if split == "train" else arguments.num_eval_problems
@@ -277,7 +277,7 @@ def make_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     """Rows as a data set with all their columns, null where a row has none.
 
     Raises:
-        ValueError: If a column holds values of several types.
+        ValueError: If a column has values of several types.
     """
     names = dict.fromkeys(name for row in rows for name in row)
     try:
@@ -288,8 +288,8 @@ def make_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
             (f"{name!r} ({', '.join(found)})" for name, found in kinds.items() if len(found) > 1), "one column"
         )
         raise ValueError(
-            f"The rows cannot be one table: {mixed} holds values of several types ({reason(error)}). Make all values "
-            "of a column alike, or drop the column."
+            f"The rows cannot be one table: {mixed} has values of several types ({reason(error)}). Give all values of "
+            "a column the same type, or drop the column."
         ) from None
 
 

@@ -78,7 +78,7 @@ class SampleArguments(TaskArguments):
 
 @dataclass
 class Asked:
-    """A prompt, and how its responses are judged.
+    """A prompt, and how its responses are checked.
 
     Args:
         prompt: Text or chat.
@@ -120,7 +120,7 @@ def _sample(arguments: SampleArguments, data: DataArguments) -> None:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             arguments.model, dtype=arguments.dtype, trust_remote_code=False, output_loading_info=True
         )
-    except Exception as error:  # whatever strange files make a library raise
+    except Exception as error:  # damaged files make libraries raise anything
         raise ValueError(
             f"{arguments.model} cannot be loaded as a causal language model ({reason(error)}). Give another `model`."
         ) from error
@@ -209,7 +209,7 @@ def _prompts_of_rows(arguments: SampleArguments, data: DataArguments) -> list[As
 
 
 def _batches(texts: Sequence[str], size: int) -> Iterator[list[int]]:
-    """Places of prompts of similar length."""
+    """Indices of prompts of similar length."""
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -301,7 +301,7 @@ def summary(rows: Sequence[dict[str, Any]], samples: int) -> str:
     for row in rows:
         right[_key(row["prompt"])] = max(right.get(_key(row["prompt"]), 0.0), row["label"])
     if not right:
-        return "no response that is not blank"
+        return "no non-blank response"
     share = 100 * sum(row["label"] for row in rows) / (len(right) * samples)
     silent = 100 * sum(row["answer"] is None for row in rows) / len(rows)
     passed = 100 * sum(right.values()) / len(right)

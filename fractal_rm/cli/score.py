@@ -15,7 +15,7 @@ from fractal_rm.files import write_atomic
 from fractal_rm.report.terminal import show_steps
 from fractal_rm.report.viewer import write_viewer
 
-# Bad rows named on the screen; the output has all of them.
+# Maximum number of bad rows shown on the screen; the output has all of them.
 _NAMED_ROWS = 10
 
 

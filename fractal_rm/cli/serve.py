@@ -77,7 +77,7 @@ def serve(argv: Sequence[str]) -> None:
     app = make_app(
         reward_model, name=name, limits=limits, wait=arguments.wait, ends=arguments.ends or (), access=access
     )
-    with _until_ctrl_c(), listen(host, arguments.port) as listening:  # how a server is ended
+    with _until_ctrl_c(), listen(host, arguments.port) as listening:  # the usual way to stop a server
         shown = f"[{host}]" if ":" in host else host
         print(f"{name} scores at http://{shown}:{listening.getsockname()[1]}/score; Ctrl-C ends it.", flush=True)
         run(app, listening, limits)
@@ -85,7 +85,7 @@ def serve(argv: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _until_ctrl_c() -> Iterator[None]:
-    """Ctrl-C is how a server is ended, and no error; SIGTERM, which ends it too, has its own exit status."""
+    """Ctrl-C is the usual way to stop a server and not an error; SIGTERM also stops it, with its own exit status."""
     try:
         yield
     except KeyboardInterrupt as end:
@@ -103,6 +103,6 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        number = getattr(error, "errno", None)  # Python adds the address to what the system says
+        number = getattr(error, "errno", None)  # Python adds the address to the system's message
         reason = (os.strerror(number) if number else str(error)).lower()
         raise OSError(f"Cannot listen on {host}:{port} ({reason}). Choose another `host` or `port`.") from error

@@ -55,9 +55,9 @@ class TrainArguments:
     trials: int | None = field(
         default=None,
         metadata={
-            "help": "Choose among the first N configurations of a small list (aggregation, priors, pseudo-labels, "
-            "pace; 8 at most) by response labels of the evaluation data, cross-validated where there are few, and "
-            "train the best. None: train the configuration as it is."
+            "help": "Choose among the first N configurations of a short list (aggregation, priors, pseudo-labels, "
+            "learning rates and epochs; 8 at most) by response labels of the evaluation data, cross-validated if "
+            "there are few, and train the best. None: train the given configuration."
         },
     )
 
@@ -91,7 +91,7 @@ def _train(arguments: TrainArguments, data: DataArguments, lora: LoraArguments, 
         else:
             bags[split] = to_bags(rows, config.settings(), **options)
     if "train" not in bags:
-        raise ValueError("There is nothing to train on. Give `train_file` or `dataset_name`.")
+        raise ValueError("There is no training data. Give `train_file` or `dataset_name`.")
     _check_kinds(bags, sources)
     report_contradictions(_contradictions(bags, sources, meaning(config.aggregation)), strict=data.strict)
     hide_loading_bars()
@@ -115,7 +115,7 @@ def _train(arguments: TrainArguments, data: DataArguments, lora: LoraArguments, 
 
 
 def _choose(count: int, model: str, config: FractalConfig, given: Mapping[str, Any]) -> FractalTrainer:
-    """The trainer of the best configuration; every trial has its line, and the table comes last."""
+    """The trainer of the best configuration; prints a line per trial, and the table last."""
     done = itertools.count(1)
 
     def tell(trial: Trial) -> None:
@@ -131,12 +131,12 @@ def _choose(count: int, model: str, config: FractalConfig, given: Mapping[str, A
 
 
 def _closing(folder: Path, metrics: Mapping[str, Mapping[str, Any]], rows: str | None) -> str:
-    """How good the model is on held-out responses, and the command to look at its scores with."""
+    """The model's held-out metrics, and the command to view its scores."""
     if "eval" in metrics:
         auc, threshold = (number_cell(metrics["eval"].get(name)) for name in ("bag_auc", "threshold"))
         found = f"Held-out AUC {auc} (`eval`, `bag_auc`: 0.5 is chance); a step below {threshold} counts as wrong."
     else:
-        found = "Without held-out rows the model is not measured: give `--eval_file`."
+        found = "Without held-out rows the model is not evaluated: give `--eval_file`."
     output = f"--output {folder}/scores.jsonl --html {folder}/scores.html"
     return f"{found}\nNext: fractal-rm score --model {folder} --input {rows or 'ROWS.jsonl'} {output}"
 
@@ -153,7 +153,7 @@ def _check_kinds(bags: Mapping[str, Sequence[Bag]], sources: Mapping[str, str]) 
 
 
 def _contradictions(bags: Mapping[str, Sequence[Bag]], sources: Mapping[str, str], meaning: str) -> list[str]:
-    """What the rows say against each other, and what splits share."""
+    """Contradictions between rows, and rows shared by splits."""
     told = [sentence for split in bags for sentence in contradictions(bags[split], meaning, source=sources[split])]
     train = [bag.prompt for bag in bags["train"]]
     for split in bags.keys() - {"train"}:

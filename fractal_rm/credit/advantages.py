@@ -1,7 +1,7 @@
 """Rewards and values -> advantages: plain functions on (B, T) tensors, True in a mask = a token of the policy.
 
-Interior masked tokens (the output of a tool) are no decisions of the policy. They count for nothing: rewards and values
-there are ignored, and what follows them is carried over as if they were not there.
+Interior masked tokens (the output of a tool) are not decisions of the policy. Rewards and values there are ignored, and
+credit from later tokens passes over them as if they were not there.
 """
 
 from collections import defaultdict
@@ -17,8 +17,8 @@ from fractal_rm.credit.placement import check_step_rewards, placeable_ends
 
 Baseline = Literal["step", "token"]
 
-# Keeps a division by a standard deviation finite: the values TRL uses for whitening (1e-8 in the root) and for
-# group advantages (1e-4 beside it), so that numbers can be compared.
+# Keep a division by a standard deviation finite. The values are TRL's, for whitening (1e-8 inside the root) and for
+# group advantages (1e-4 outside it), so that numbers can be compared.
 WHITEN_EPSILON = 1e-8
 GROUP_EPSILON = 1e-4
 
@@ -36,8 +36,8 @@ def _discounted_sums(x: Float[Tensor, "B T"], decay: Float[Tensor, "B T"]) -> Fl
     """`y[t] = x[t] + decay[t] * y[t + 1]` for every t at once, in log2(T) rounds.
 
     After a round with `reach` k, `x[t]` holds the sum over the next 2k positions and `decay[t]` the product of their
-    decays. Nothing is ever divided by a power of the decay, so it is as safe for decay 1 and for long rows as the loop,
-    with a few kernels per doubling instead of a few per token.
+    decays. It never divides by a power of the decay, so it is as safe as the loop for decay 1 and long rows, with a few
+    kernels per doubling instead of a few per token.
     """
     reach, width = 1, x.shape[1]
     while reach < width:
@@ -65,8 +65,7 @@ def gae(
         values: Value of the state before each token, as the value model predicts it. Ignored at masked positions.
         mask: True where the policy wrote the token. Masked tokens in the middle are skipped over.
         gamma: Discount per real token.
-        lam: Mixes one-step errors (0) and full returns (1); one number, or how much of what follows each token counts
-            for it, as [`step_lambdas`] has it.
+        lam: From one-step errors (0) to full returns (1): one number, or one per token as from [`step_lambdas`].
 
     Returns:
         Advantages and returns (advantages + values), both 0 at masked positions, in float32 or wider.
@@ -86,7 +85,7 @@ def gae(
     dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
     values = values.to(dtype).masked_fill(~mask, 0.0)
     errors = (rewards.to(dtype) + gamma * _next_real(values, mask) - values).masked_fill(~mask, 0.0)
-    # Decay 1 over a masked token hands on what comes after it unchanged.
+    # Decay 1 at a masked token passes later credit on unchanged.
     decay = (gamma * lam * torch.ones_like(errors)).masked_fill(~mask, 1.0)
     advantages = _discounted_sums(errors, decay).masked_fill(~mask, 0.0)
     return advantages, advantages + values
@@ -95,15 +94,15 @@ def gae(
 def step_lambdas(
     step_ends: Sequence[Sequence[int | None]], mask: Bool[Tensor, "B T"], lam: float
 ) -> Float[Tensor, "B T"]:
-    """`lam` of [`gae`] for credit that fades from step to step, and not from token to token.
+    """`lam` of [`gae`] for credit that decays from step to step instead of from token to token.
 
-    All tokens of a step share what it earns in full, however long it is, and `lam` of what the next step is credited
-    with: the recursion over tokens is then that over steps.
+    All tokens of a step, however long, are credited with all that it earns and with `lam` of the next step's credit:
+    the recursion over tokens becomes one over steps.
 
     Args:
         step_ends: Token at which each step of each row ends, or None where a step has none.
         mask: True where the policy wrote the token.
-        lam: What a step is credited with of the steps after it: 0 its own reward and the next state's value, 1 all.
+        lam: Share of later steps' credit: with 0 only the step's own reward and the next state's value, with 1 all.
 
     Returns:
         `lam` where a step ends, 1 elsewhere.
@@ -119,7 +118,7 @@ def step_lambdas(
 
 
 def _here(total: Tensor) -> Tensor:
-    """The sum over the only process there is."""
+    """The sum over a single process."""
     return total
 
 
@@ -136,11 +135,11 @@ def whiten(
         x: What to whiten. Values at masked positions are ignored.
         mask: True where a token is real.
         shift_mean: Remove the mean. False keeps it, as is usual for rewards.
-        all_reduce: Turns a sum over this process's rows into that over the rows of all, where several share a batch.
+        all_reduce: Turns a sum over this process's rows into the sum over all processes' rows.
 
     Returns:
-        Whitened values, 0 at masked positions, in float32 or wider. A single real token has no spread: it becomes 0,
-        or stays as it is without `shift_mean`.
+        Whitened values, 0 at masked positions, in float32 or wider. A single real token has no variance: it becomes 0,
+        or stays unchanged without `shift_mean`.
 
     Example:
         >>> whiten(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]]))
@@ -163,13 +162,13 @@ def global_advantages(
     scale: bool = True,
     all_reduce: Callable[[Tensor], Tensor] = _here,
 ) -> Float[Tensor, "B T"]:
-    """Discounted rewards to go against their mean over all tokens of the batch: no value model, no groups.
+    """Discounted rewards to go minus their mean over all tokens of the batch: no value model, no groups.
 
     Args:
         rewards: Reward of each token. Values at masked positions are ignored.
         mask: True where the policy wrote the token.
         gamma: Discount per real token.
-        scale: Divide by the standard deviation over the batch as well.
+        scale: Also divide by the standard deviation over the batch.
         all_reduce: As for [`whiten`].
 
     Returns:
@@ -202,7 +201,7 @@ class _Step(NamedTuple):
 def _placed_steps(
     row: int, rewards: Sequence[float], ends: Sequence[int | None], real_before: Sequence[int]
 ) -> list[_Step]:
-    """The placed steps of a row in order; `real_before[t]` real tokens stand before token t."""
+    """The placed steps of a row in order; `real_before[t]` is the number of real tokens before token t."""
     steps: list[_Step] = []
     for reward, end in zip(rewards, ends, strict=True):
         if end is None:
@@ -215,7 +214,7 @@ def _placed_steps(
 
 
 def _centred(steps: Sequence[_Step], baseline: str, *, scale: bool) -> list[float]:
-    """Rewards of a group's steps less their baselines: the group's rate, times the step's size."""
+    """Rewards of a group's steps minus their baselines: the group's mean rate times the step's size."""
     reward = torch.tensor([step.reward for step in steps], dtype=torch.float64)
     size = torch.tensor([step.tokens if baseline == "token" else 1 for step in steps], dtype=torch.float64)
     centred = reward - size * reward.sum() / size.sum()
@@ -225,7 +224,7 @@ def _centred(steps: Sequence[_Step], baseline: str, *, scale: bool) -> list[floa
 
 
 def _by_row_and_end(steps: Sequence[_Step], rewards: Sequence[float]) -> dict[int, dict[int, float]]:
-    """Rewards of each row by the token they lie on; what lies on one token adds up."""
+    """Rewards of each row by token; rewards on the same token add up."""
     rewards_at: defaultdict[int, dict[int, float]] = defaultdict(dict)
     for step, reward in zip(steps, rewards, strict=True):
         rewards_at[step.row][step.end] = rewards_at[step.row].get(step.end, 0.0) + reward
@@ -233,7 +232,7 @@ def _by_row_and_end(steps: Sequence[_Step], rewards: Sequence[float]) -> dict[in
 
 
 def _fill_to_go(advantages: Float[Tensor, " T"], rewards_at: dict[int, float], gamma: float) -> None:
-    """Write the discounted sum of the rewards from a step on, at the step's tokens; steps in order, by their ends."""
+    """Write the discounted sum of the rewards from a step on to the step's tokens; steps in order of their ends."""
     ends = list(rewards_at)
     starts = [0, *(end + 1 for end in ends[:-1])]
     to_go = 0.0
@@ -252,15 +251,15 @@ def group_step_advantages(
     scale: bool,
     baseline: Baseline = "step",
 ) -> Float[Tensor, "B T"]:
-    """Advantages of steps against the other steps of the same prompt's completions, without a value model.
+    """Advantages of steps relative to the other steps of the same prompt's completions, without a value model.
 
-    Each step's reward is centred by a baseline from the group (and divided by the standard deviation of the group's
-    rewards if `scale`):
+    A baseline from the group is subtracted from each step's reward (and with `scale` the result is divided by the
+    standard deviation of the group's rewards):
 
     | baseline | of a step |
     |---|---|
-    | `"step"` | mean reward of a step: a completion is charged per step, so those below the mean gain by having few |
-    | `"token"` | mean reward of a token, times the step's tokens: how finely a text is cut changes nothing in total |
+    | `"step"` | mean reward per step, subtracted per step: if steps are below the mean, fewer steps help |
+    | `"token"` | mean reward per token, times the step's tokens: splitting steps does not change the total |
 
     A step's advantage is the discounted sum of these from itself to the response's end, and every token from
     after the previous step's end to this step's end gets it. Steps that end on one token count as one step there, whose
@@ -273,7 +272,7 @@ def group_step_advantages(
         group_size: Completions per prompt. Rows of a group are consecutive, and groups must be whole.
         gamma: Discount per step: 0 gives a step its own reward only, 1 everything that follows.
         scale: Divide by the group's standard deviation + 1e-4; a group with one step is not divided.
-        baseline: What a step is compared with.
+        baseline: The baseline that is subtracted.
 
     Returns:
         Advantages, float32; 0 at masked positions and on tokens after the last step.
@@ -293,8 +292,8 @@ def group_step_advantages(
     """
     if group_size < 1 or len(mask) % group_size:
         raise ValueError(
-            f"{len(mask)} completions are not whole groups of {group_size}. "
-            "Pass all completions of each prompt together, `num_generations` consecutive rows a prompt."
+            f"{len(mask)} completions are not whole groups of {group_size}. Pass all completions of each prompt "
+            "together, `num_generations` consecutive rows per prompt."
         )
     check_step_rewards(step_rewards, step_ends)
     placed = placeable_ends(step_ends, mask)

@@ -1,8 +1,8 @@
-"""Signs of reward hacking: measured on every rollout batch, compared with the first batches of the run.
+"""Signs of reward hacking, measured on every rollout batch and compared with the first batches of the run.
 
 A policy that games its reward model leaves traces: scores rise while checked outcomes do not, responses grow by steps
-that say nothing new, or stop saying anything. No threshold fits every task, so a run is its own reference: its first
-batches, before there was time to learn a trick. An alarm is a reason to look at completions, not a proof.
+that say nothing new, or become empty. No threshold fits every task, so a run is its own reference: its first batches,
+before there was time to learn a trick. An alarm is a reason to look at completions, not a proof.
 """
 
 import math
@@ -16,33 +16,33 @@ import torch
 
 from fractal_rm.credit.moments import RunningMoments
 
-# Steps that score this much are at the ceiling: the reward model has nothing left to say about them.
+# Steps with at least this score are at the ceiling: the reward model cannot rank them any further.
 CEILING = 0.99
-# Four tokens are the usual length for measuring repetition: shorter ones repeat in any text.
+# Four tokens are the usual n-gram length for measuring repetition: shorter n-grams repeat in any text.
 NGRAM = 4
-# Standard deviations of the first batches that a signal may stray, where its own margin is narrower than that.
+# Minimum width of a signal's limit, in standard deviations of the first batches.
 SPREAD = 4.0
-# Words that sound sure and say nothing. They are English; in another language the signal stays at 0.
+# Words that sound confident without content. They are English; in another language the signal stays at 0.
 CONFIDENCE = re.compile(
     r"\b(clearly|obviously|certainly|definitely|undoubtedly|surely|evidently|indeed|therefore|thus|hence|of course"
     r"|without (a )?doubt|no doubt)\b",
     re.IGNORECASE,
 )
-# Words whose usual places in a response are remembered: the most frequent ones.
+# Number of most frequent words whose usual position in a response is stored.
 REMEMBERED_WORDS = 1000
-# Variances of places below this one are rounding.
+# Variances of positions below this are rounding errors.
 ROUNDING = 1e-9
 
 
 class Place(NamedTuple):
-    """Where a word stands, from 0 (first step) to 1 (last step): how often, the sum of its places, that of squares."""
+    """Positions of a word, from 0 (first step) to 1 (last step): count, sum and sum of squares."""
 
     count: int
     total: float
     squares: float
 
     def plus(self, other: "Place") -> "Place":
-        """The sums of both."""
+        """The sum of both counts and sums."""
         return Place(self.count + other.count, self.total + other.total, self.squares + other.squares)
 
 
@@ -59,12 +59,12 @@ class GuardInputs:
         ended: Whether the response ended by itself; False: it was cut at the length limit.
         steps: Text of each step; no steps at all without a reward model.
         step_scores: P(step is good) of each step.
-        scores: P(response is good), as the reward model says; NaN where it could not.
+        scores: P(response is good) by the reward model; NaN where it could not score.
         outcomes: Checked outcome; NaN where there is none.
-        kl: KL divergence from the reference over the response, in nats; NaN where it is not known.
-        prompts: The prompt; equal ones are one prompt.
-        unscored: Whether a reward model could not judge the response; nothing where this is not known.
-        steps_beyond_limit: Steps that it did not read, as likewise.
+        kl: KL divergence from the reference over the response, in nats; NaN where unknown.
+        prompts: The prompt.
+        unscored: Whether a reward model could not judge the response; empty if unknown.
+        steps_beyond_limit: Number of steps that it did not read; empty if unknown.
     """
 
     token_ids: Sequence[Sequence[int]]
@@ -79,16 +79,16 @@ class GuardInputs:
     steps_beyond_limit: Sequence[int] = ()
 
 
-# A rise of the mean outcome by this much is progress: what would be suspicious otherwise may be its price.
+# A rise of the mean outcome by this much is progress, which excuses some otherwise suspicious signals.
 PROGRESS = 0.1
 
 
 class Limit(NamedTuple):
-    """How far a signal may stray from the first batches, up or down: by `margin`, or by the share `factor`.
+    """How far a signal may deviate from the first batches, up or down: by `margin`, or by the share `factor`.
 
-    A factor of 1 allows for doubling, and for halving. Where progress `excuses`, a batch whose outcomes are better than
-    those of the first batches is not beyond the limit. What is `absolute` is at most `margin` in any batch, the first
-    ones included: a run that is wrong from its start is not a reference.
+    A factor of 1 allows doubling and halving. With `excuses`, a batch with better outcomes than the first batches is
+    not beyond the limit. An `absolute` limit is `margin` in every batch, including the first ones: a run that is wrong
+    from its start is not a reference.
     """
 
     up: bool
@@ -99,9 +99,10 @@ class Limit(NamedTuple):
     absolute: bool = False
 
 
-# What is watched. The margins are our own, wide enough for the scripted honest policies of the tests. Correlation falls
-# in honest runs too: mistakes that the reward model sees go first, and those that it does not see stay. In a quickstart
-# run (seed 0, 60 updates) it fell from .86 to .45 while held-out accuracy rose from .35 to .68; so progress excuses it.
+# The watched signals. The margins are this package's choice, wide enough for the tests' scripted honest policies.
+# Correlation falls in honest runs too: mistakes that the reward model sees go first, and those that it does not see
+# stay. In a quickstart run (seed 0, 60 updates) it fell from .86 to .45 while held-out accuracy rose from .35 to .68;
+# so progress excuses it.
 LIMITS = {
     "score_outcome_correlation": Limit(up=False, down=True, margin=0.4, factor=0.0, excuses=True),
     "score_outcome_gap": Limit(up=True, down=False, margin=0.2, factor=0.0),
@@ -122,7 +123,7 @@ LIMITS = {
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Mean of the values that are known; NaN if none is."""
+    """Mean of the known values; NaN if none is known."""
     known = [value for value in values if not math.isnan(value)]
     return math.fsum(known) / len(known) if known else math.nan
 
@@ -154,7 +155,7 @@ def agreement(scores: Sequence[float], outcomes: Sequence[float]) -> tuple[float
 
 
 def repeated(items: Sequence[Any]) -> float:
-    """Share of the items that stood there before; NaN of no items.
+    """Share of the items that occurred earlier in the list; NaN without items.
 
     Example:
         >>> repeated(["a", "b", "a", "a"])
@@ -164,9 +165,9 @@ def repeated(items: Sequence[Any]) -> float:
 
 
 def generic(steps: Sequence[Sequence[str]], prompts: Sequence[str]) -> float:
-    """Share of the steps that stand, word for word, in a response to another prompt too; NaN with a single prompt.
+    """Share of the steps that also occur, word for word, in a response to another prompt; NaN with a single prompt.
 
-    Filler is what can be said whatever the question, and so are the pieces of a step that was cut finely.
+    Filler fits any question, and so do the pieces of a finely split step.
 
     Example:
         >>> generic([["2+2=4.", "Let me think."], ["Let me think.", "1+6=7."]], ["2+2?", "1+6?"])
@@ -182,13 +183,13 @@ def generic(steps: Sequence[Sequence[str]], prompts: Sequence[str]) -> float:
 
 
 def word_places(steps: Sequence[Sequence[str]]) -> dict[str, Place]:
-    """Where in responses of two or more steps each word stands; numbers count as one word.
+    """Positions of each word in responses of two or more steps; all numbers count as one word.
 
     Args:
         steps: Text of each step of each response.
 
     Returns:
-        Places of each word: 0 in a first step, 1 in a last one.
+        Positions of each word: 0 in the first step, 1 in the last.
 
     Example:
         >>> word_places([["First 12", "so 17"]])
@@ -204,29 +205,28 @@ def word_places(steps: Sequence[Sequence[str]]) -> dict[str, Place]:
 
 
 def most_frequent(several: Iterable[Places]) -> dict[str, Place]:
-    """Places of the most frequent words in several batches, or in those of several processes."""
+    """Positions of the most frequent words in several batches, or on several processes."""
     sums: dict[str, Place] = {}
     for places in several:
         for word, place in places.items():
             sums[word] = sums.get(word, NOWHERE).plus(place)
-    # Words of one count in the order of the alphabet: the same ones on every process and after resuming.
+    # Ties are broken alphabetically, so the words are the same on every process and after resuming.
     kept = sorted(sums, key=lambda word: (-sums[word].count, word))[:REMEMBERED_WORDS]
     return {word: sums[word] for word in kept}
 
 
 def order_agreement(places: Places, usual: Places) -> float:
-    """Correlation, over the words of a batch, of where they stand with where the same words usually stand.
+    """Correlation, over the words of a batch, of their positions with the usual positions of the same words.
 
-    A response that says the same in another order moves its words: the correlation falls to 0, and below it where
-    the order is reversed.
+    If a response says the same in another order, its words move: the correlation falls to 0, or below 0 if the order is
+    reversed.
 
     Args:
         places: Words of a batch.
         usual: Words of the first batches.
 
     Returns:
-        A number in [-1, 1]; NaN of fewer than two different words that are known, or of words that all stand in one
-        place.
+        A number in [-1, 1]; NaN with fewer than two known words, or if all words have the same position.
 
     Example:
         >>> usual = word_places([["first 1", "then 2", "so 3"]])
@@ -247,19 +247,19 @@ def order_agreement(places: Places, usual: Places) -> float:
 
 
 def measure_rollouts(rollouts: GuardInputs) -> dict[str, float]:
-    """Measure what [`LIMITS`] watches, the mean outcome, and the plain share of steps at the ceiling.
+    """Measure the signals of [`LIMITS`], the mean outcome, and the plain share of steps at the ceiling.
 
-    `step_order` is not among them: it takes the first batches of the run ([`Guards.order`]).
+    `step_order` is not among them, because it needs the first batches of the run ([`Guards.order`]).
 
     Args:
         rollouts: The batch.
 
     Returns:
-        One number per signal, NaN where the batch cannot say. `outcome` is known where outcomes are in [0, 1];
+        One number per signal, NaN if the batch cannot measure it. `outcome` is known if outcomes are in [0, 1];
         `repeated_steps` and `repeated_ngrams` are shares within a response, averaged over responses; `empty` counts
         responses without any token; `unscored` and `steps_beyond_limit` are shares of the responses and of the steps;
-        `ceiling_over_outcome` is the share of steps at the ceiling that checked outcomes
-        do not account for: a policy that is right all the time has a right to be there.
+        `ceiling_over_outcome` is the share of steps at the ceiling that checked outcomes do not account for: a policy
+        that is always right belongs there.
     """
     steps = [[text.strip() for text in row] for row in rollouts.steps]
     ngrams = [[tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)] for ids in rollouts.token_ids]
@@ -294,9 +294,9 @@ class Alarm(NamedTuple):
 
     Attributes:
         signal: Its name in [`LIMITS`].
-        value: What was measured last.
-        usual: Its mean over the first batches; NaN where these are not a reference.
-        limit: The limit it is beyond.
+        value: The last measured value.
+        usual: Its mean over the first batches; NaN if these are not a reference.
+        limit: The limit that was passed.
         since: Training step of the first batch beyond it.
     """
 
@@ -310,8 +310,8 @@ class Alarm(NamedTuple):
         if math.isnan(self.usual):
             return (
                 f"`{self.signal}` is {self.value:.3g}, beyond {self.limit:.3g} since step {self.since}: the reward "
-                "model cannot read what the policy writes, and says why in the log. Give it more room (`max_length`) "
-                "or the policy less (`max_completion_length`)."
+                "model cannot read what the policy writes; the log says why. Raise the reward model's `max_length`, "
+                "or lower `max_completion_length`."
             )
         return (
             f"`{self.signal}` is {self.value:.3g}, beyond {self.limit:.3g} since step {self.since} (in the first "
@@ -332,14 +332,15 @@ def _beyond(value: float, limit: Limit, usual: RunningMoments) -> float | None:
 
 
 class Guards:
-    """Compares each batch with the first ones, and raises an alarm where a signal stays beyond its limit.
+    """Compares each batch with the first ones, and raises an alarm if a signal stays beyond its limit.
 
     Args:
-        reference_batches: Batches that say what is usual. They raise no alarm, but for a limit that is absolute.
-        patience: Batches in a row beyond a limit that make an alarm. One alarm each time, not one a batch.
+        reference_batches: First batches, which define the normal range. They raise no alarm, except for absolute
+        limits.
+        patience: Consecutive batches beyond a limit before an alarm. Each such streak raises one alarm.
 
     Attributes:
-        raised: How many alarms this object has raised.
+        raised: Number of alarms raised by this object.
 
     Example:
         >>> guards = Guards(reference_batches=1, patience=2)
@@ -353,15 +354,15 @@ class Guards:
         self.reference_batches, self.patience = reference_batches, patience
         self._batches = self.raised = 0
         self._usual = {signal: RunningMoments() for signal in ("outcome", *LIMITS)}
-        self._places: Places = {}  # where words stood in the first batches
-        self._since: dict[str, int] = {}  # step of the first of the batches in a row beyond the limit
-        self._strikes: dict[str, int] = {}  # and how many there are
+        self._places: Places = {}  # word positions in the first batches
+        self._since: dict[str, int] = {}  # first step of the current streak beyond the limit
+        self._strikes: dict[str, int] = {}  # length of the streak
 
     def order(self, places: Places) -> float:
-        """`step_order` of a batch: [`order_agreement`] with the first batches, of which it may be one itself.
+        """`step_order` of a batch: [`order_agreement`] with the first batches, which may include it.
 
         Args:
-            places: Where words stand in the batch that [`Guards.update`] takes next.
+            places: Word positions in the batch that [`Guards.update`] gets next.
         """
         found = order_agreement(places, self._places)
         if self._batches < self.reference_batches:
@@ -369,10 +370,10 @@ class Guards:
         return found
 
     def update(self, measured: Mapping[str, float], *, step: int) -> list[Alarm]:
-        """Take in a batch and say what has gone wrong.
+        """Add a batch and return its alarms.
 
         Args:
-            measured: What [`measure_rollouts`] gave.
+            measured: The result of [`measure_rollouts`].
             step: The training step, for the alarm.
 
         Returns:
@@ -404,11 +405,11 @@ class Guards:
         return alarms
 
     def forgive(self) -> None:
-        """Forget how long signals have been beyond their limits: the policy is no longer the one that strayed."""
+        """Reset all streaks beyond limits, because the policy was rolled back."""
         self._strikes = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything there is to save, for JSON."""
+        """The state to save, for JSON."""
         usual = {signal: moments.state_dict() for signal, moments in self._usual.items()}
         places = {word: list(found) for word, found in self._places.items()}
         return {
@@ -420,7 +421,7 @@ class Guards:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state. A signal that it does not know has no reference and raises no alarm."""
+        """Restore a saved state. A signal that the state lacks has no reference and raises no alarm."""
         self._batches, self._since, self._strikes = state["batches"], dict(state["since"]), dict(state["strikes"])
         self._places = {word: Place(*found) for word, found in state.get("places", {}).items()}
         for signal, usual in self._usual.items():

@@ -1,4 +1,4 @@
-"""The KL divergence from a reference as a penalty: its estimates, and a coefficient that follows a target."""
+"""The KL divergence from a reference as a penalty: estimators, and a coefficient that follows a target."""
 
 from typing import Literal
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 KLEstimator = Literal["k1", "k3"]
 
-# A log-ratio of 20 nats is a ratio of 5e8: beyond it, k3's exponential would drown every other token of a batch.
+# A log-ratio of 20 nats is a ratio of 5e8: beyond it, k3's exponential would dominate every other token of a batch.
 MAX_LOG_RATIO = 20.0
-# How fast the coefficient of the KL penalty follows, and the largest relative error it answers (Ziegler et al., 2019).
+# Adaptation rate of the KL penalty's coefficient, and the largest relative error it reacts to (Ziegler et al., 2019).
 ADAPTIVE_KL_GAIN = 0.1
 ADAPTIVE_KL_CLIP = 0.2
 
@@ -24,8 +24,8 @@ def kl_estimates(
 ) -> Float[Tensor, "B T"]:
     """KL divergence of the policy from the reference, estimated at each sampled token.
 
-    `"k1"` is the log-ratio, which is negative where the reference likes the token better; `"k3"` is never negative and
-    varies less. Both have the KL divergence as their mean over tokens that the policy sampled.
+    `"k1"` is the log-ratio, which is negative if the reference finds the token likelier; `"k3"` is never negative and
+    has lower variance. Both have the KL divergence as their mean over tokens that the policy sampled.
 
     Args:
         logprobs: The policy's log-probability of each sampled token. Values at masked positions are ignored.
@@ -34,7 +34,7 @@ def kl_estimates(
         estimator: `"k1"` or `"k3"`.
 
     Returns:
-        Nats per token, 0 at masked positions. Log-ratios are kept in [-20, 20].
+        Nats per token, 0 at masked positions. Log-ratios are clamped to [-20, 20].
 
     Source:
         Schulman, "Approximating KL divergence", 2020.
@@ -53,7 +53,7 @@ class AdaptiveKL:
 
     Args:
         coef: The coefficient at the start.
-        target: KL per response that it steers to, in nats; None: the coefficient stays as it is.
+        target: Target KL per response, in nats; None: the coefficient is constant.
 
     Source:
         Ziegler et al., "Fine-tuning language models from human preferences", 2019, section 2.2.
@@ -69,15 +69,15 @@ class AdaptiveKL:
         self.coef, self.target = coef, target
 
     def update(self, kl: float) -> None:
-        """Follow the mean KL per response of a rollout batch, in nats."""
+        """Adapt to the mean KL per response of a rollout batch, in nats."""
         if self.target is not None:
             error = min(max(kl / self.target - 1.0, -ADAPTIVE_KL_CLIP), ADAPTIVE_KL_CLIP)
             self.coef *= 1.0 + ADAPTIVE_KL_GAIN * error
 
     def state_dict(self) -> dict[str, float]:
-        """Everything there is to save."""
+        """The state to save."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a saved state."""
+        """Restore a saved state."""
         self.coef = state["coef"]

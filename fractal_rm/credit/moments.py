@@ -5,12 +5,12 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
-# Below this variance, rewards are the same number with rounding errors: there is no spread to divide by.
+# Below this variance, rewards are equal up to rounding errors, and must not be divided by their deviation.
 MIN_VARIANCE = 1e-8
 
 
 class RunningMoments:
-    """Mean and variance of everything seen so far, batch by batch, as if it had come at once.
+    """Mean and variance of all values so far, updated batch by batch, equal to those of all values at once.
 
     Source:
         Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
@@ -40,18 +40,18 @@ class RunningMoments:
 
     @property
     def variance(self) -> float:
-        """Sample variance; 0 of less than two values."""
+        """Sample variance; 0 with fewer than two values."""
         return self._squares / max(self.count - 1, 1)
 
     @property
     def std(self) -> float:
-        """Sample standard deviation; 1 where there is no spread, so that it can be divided by."""
+        """Sample standard deviation; 1 if the variance is negligible, so that dividing by it is safe."""
         return math.sqrt(self.variance) if self.variance > MIN_VARIANCE else 1.0
 
     def state_dict(self) -> dict[str, int | float]:
-        """Everything there is to save, as numbers that JSON keeps to the last bit."""
+        """The state to save, as numbers that JSON stores exactly."""
         return {"count": self.count, "mean": self.mean, "squares": self._squares}
 
     def load_state_dict(self, state: dict[str, int | float]) -> None:
-        """Go on from a saved state."""
+        """Restore a saved state."""
         self.count, self.mean, self._squares = int(state["count"]), state["mean"], state["squares"]

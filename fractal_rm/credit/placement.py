@@ -1,8 +1,8 @@
 """Step rewards on the policy's own tokens: (B, T) tensors with a reward where each step ends.
 
-Characters join tokenizers. Steps are character spans of the completion text, so a reward model with another tokenizer
-can score them; here the token ids that the policy sampled are mapped to the same characters. The ids are decoded, the
-text is never encoded again: a policy may spell a word by single letters, which no tokenizer would give back.
+Characters connect the tokenizers. Steps are character spans of the completion text, so a reward model with another
+tokenizer can score them; here the sampled token ids are mapped to the same characters. The ids are decoded, and the
+text is never encoded again: a policy may spell a word letter by letter, which no tokenizer would reproduce.
 """
 
 import math
@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# What decoders write for bytes that are not, or not yet, a character.
+# What decoders write for invalid or incomplete UTF-8 bytes.
 REPLACEMENT = "\ufffd"
-# Tokens that are decoded afresh with each new one, plus as many of context: enough that most windows end between
-# characters, few enough that a decode costs microseconds.
+# Tokens per decoding window, with as many of context: enough that most windows end between characters, few enough that
+# decoding costs microseconds.
 WINDOW = 8
-# Tokens after which a character should have ended: valid ones take four at most, behind a full window.
+# Tokens within which a character must end: valid characters take at most four, after a full window.
 _STALLED = 4 * WINDOW
-# How tokenizers with byte fallback name a byte.
+# A byte's token name in tokenizers with byte fallback.
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -46,7 +46,7 @@ def _decode(token_ids: Sequence[int], tokenizer: Decoder) -> str:
 
 
 def _which_are_text(token_ids: Sequence[int], tokenizer: Decoder, endings: Collection[int] | None) -> list[bool]:
-    """False for the ending, which may be several tokens, and for padding that is not an ending as well."""
+    """False for the ending (possibly several tokens) and for padding, True for text."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     ends = {eos, pad} if endings is None else set(endings)
     stop = len(token_ids)
@@ -56,9 +56,9 @@ def _which_are_text(token_ids: Sequence[int], tokenizer: Decoder, endings: Colle
 
 
 def completion_text(token_ids: Sequence[int], tokenizer: Decoder, endings: Collection[int] | None = None) -> str:
-    """The text that sampled ids stand for, exactly as [`token_end_characters`] counts its characters.
+    """The text of sampled ids, exactly as [`token_end_characters`] counts its characters.
 
-    Segment and score this text, not another decoding of the same ids, or the offsets do not fit.
+    Segment and score this text, not another decoding of the same ids, or the offsets will not match.
 
     Args:
         token_ids: Sampled ids of one completion; EOS and padding may be among them.
@@ -66,8 +66,8 @@ def completion_text(token_ids: Sequence[int], tokenizer: Decoder, endings: Colle
         endings: Ids that a finished completion may end with; None: the tokenizer's EOS and padding.
 
     Returns:
-        The text as the policy wrote it, special tokens among it, less padding and the ending, and without cleaning up
-        of spaces.
+        The text as the policy wrote it, including special tokens, without padding and ending, and without clean-up of
+        spaces.
     """
     is_text = _which_are_text(token_ids, tokenizer, endings)
     return _decode([token for token, keep in zip(token_ids, is_text, strict=True) if keep], tokenizer)
@@ -79,23 +79,23 @@ def token_end_characters(
     pieces: dict[int, str] | None = None,
     endings: Collection[int] | None = None,
 ) -> list[int]:
-    """Number of characters of the completion text that are complete once each token is there.
+    """For each token, the number of characters of the completion text that are complete with it.
 
     A character whose bytes are split over tokens is complete with the last of them. Padding and the ending add nothing.
     A token ends where decoding up to it (without trailing U+FFFD, which marks an unfinished character) stops agreeing
     with the whole text; ends never decrease, and the last token that is text ends with the text, even inside a
     character.
 
-    Where the texts of single ids add up to the whole text, their lengths say it all. Otherwise (a character in several
-    tokens, a decoder that looks at neighbours, invalid bytes) ids are decoded in windows of a few tokens, so the cost
-    still grows linearly with length; a long run of invalid bytes is one piece, complete with its last token. Only where
-    these do not add up either (a decoder that looks back further) every prefix is decoded, in quadratic time.
+    If the texts of single ids add up to the whole text, their lengths give the result. Otherwise (a character in
+    several tokens, a decoder that looks at neighbours, invalid bytes) ids are decoded in windows of a few tokens, so
+    the cost is still linear in the length; a long run of invalid bytes is one piece, complete with its last token. If
+    the windows do not add up either (a decoder that looks back further), every prefix is decoded, in quadratic time.
 
     Args:
         token_ids: Sampled ids of one completion; EOS and padding may be among them.
         tokenizer: The policy's tokenizer.
-        pieces: Texts of single ids; those that are missing are added. Keep one dictionary for all completions of a
-            tokenizer and each id is decoded once.
+        pieces: Texts of single ids; missing ones are added. Use one dictionary for all completions of a tokenizer, so
+        that each id is decoded once.
         endings: As for [`completion_text`].
 
     Returns:
@@ -130,7 +130,7 @@ def token_end_characters(
 
 
 def _broken(token_ids: Sequence[int], texts: Sequence[str], tokenizer: Any) -> list[bool]:
-    """Which tokens may be a part of a character: those that decode to none by themselves, and tokens of one byte."""
+    """Which tokens may be part of a character: tokens that decode to no character by themselves, and byte tokens."""
     names = getattr(tokenizer, "convert_ids_to_tokens", lambda ids: [None] * len(ids))(list(token_ids))
     return [
         not text or REPLACEMENT in text or bool(_BYTE_TOKEN.fullmatch(name or ""))
@@ -139,10 +139,10 @@ def _broken(token_ids: Sequence[int], texts: Sequence[str], tokenizer: Any) -> l
 
 
 def _complete_by_runs(broken: Sequence[bool], text: str, decode: Callable[[int, int], str]) -> list[int] | None:
-    """Characters that are complete after 0, 1, ... tokens, or None where the runs do not add up to `text`.
+    """Characters that are complete after 0, 1, ... tokens, or None if the runs do not add up to `text`.
 
-    Between a token that is broken and one that is whole no character is cut, so runs of both kinds are looked at one by
-    one, each behind a few tokens of context.
+    No character spans the border between a broken token and a whole one, so runs of each kind are decoded separately,
+    each after a few tokens of context.
     """
     complete, begin, counted = [0], 0, 0
     for _, tokens in groupby(broken):
@@ -169,11 +169,11 @@ def _complete_by_windows(
 ) -> list[int] | None:
     """Characters that are complete after each of the tokens `begin:end`, before which there are `counted`.
 
-    A window is context, tokens whose characters are counted already, and the tokens after it, decoded together: a
-    decoder may treat the first token of what it is given in its own way, such as to strip a leading space.
+    A window is some context (tokens whose characters are already counted) and the tokens after it, decoded together: a
+    decoder may treat its first token specially, for example strip a leading space.
 
     Returns:
-        One number a token; None where the windows do not add up to `text`, or no character ends for many tokens.
+        One number per token; None if the windows do not add up to `text`, or no character ends for many tokens.
     """
     complete = []
     start, context_stop = max(begin - WINDOW, 0), begin
@@ -185,7 +185,7 @@ def _complete_by_windows(
         finished = window.rstrip(REPLACEMENT)
         new = finished[len(context) :]
         continues = finished.startswith(context) and text.startswith(new, counted)
-        # An unfinished byte token may hide the whole characters before it (byte fallback): a shorter window, no other.
+        # An unfinished byte token may hide the complete characters before it (byte fallback), so try a shorter window.
         is_hidden = context.startswith(finished)
         if not (continues or is_hidden):
             return None
@@ -214,10 +214,10 @@ def _shared(prefix: str, text: str) -> int:
 def turn_spans(
     token_ids: Sequence[int], token_ends: Sequence[int], written: Sequence[bool], endings: Collection[int]
 ) -> list[tuple[int, int]]:
-    """Characters of each turn that the policy wrote, without the tokens that end it.
+    """Character span of each turn that the policy wrote, without the tokens that end it.
 
     Args:
-        token_ids: Ids of one completion: of the policy, of tools and of whatever stands between.
+        token_ids: Ids of one completion: policy tokens, tool tokens and the text between turns.
         token_ends: End characters of the tokens, from [`token_end_characters`].
         written: True where the policy sampled the token.
         endings: Ids that a turn may end with.
@@ -243,14 +243,14 @@ def turn_spans(
 
 
 def step_end_tokens(token_ends: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int | None]:
-    """Index of the token that holds the last character of each step.
+    """Index of the token with the last character of each step.
 
     Args:
         token_ends: End characters of the tokens, from [`token_end_characters`].
         spans: Start and end character of each step in the same text.
 
     Returns:
-        One index per step; None for a step that ends beyond the tokens or holds no character.
+        One index per step; None for a step that ends beyond the tokens or is empty.
 
     Example:
         >>> step_end_tokens([1, 4, 4, 9], [(0, 3), (4, 9), (9, 12)])
@@ -270,7 +270,7 @@ class Placement:
     Attributes:
         rewards: Reward of each token; 0 except where a step ends.
         step_ends: Token at which each step's reward lies; None where it was not placed.
-        unplaced: Number of steps whose reward was not placed; anything but 0 deserves a look.
+        unplaced: Number of steps whose reward was not placed; it should be 0.
     """
 
     rewards: Float[Tensor, "B T"]
@@ -282,7 +282,7 @@ def placeable_ends(
     step_ends: Sequence[Sequence[int | None]],
     completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
 ) -> list[list[int | None]]:
-    """Step ends with None for those that do not lie on a real token.
+    """Step ends, with None for steps that do not end on a real token.
 
     Args:
         step_ends: Token at which each step of each row ends, or None.
@@ -292,12 +292,12 @@ def placeable_ends(
         The same lists; None replaces indices on padding, on masked tokens and outside the tensor.
 
     Raises:
-        ValueError: If there are not as many rows as in the mask, or an index is negative.
+        ValueError: If the number of rows differs from the mask, or an index is negative.
     """
     if len(step_ends) != len(completion_mask):
         raise ValueError(
-            f"Step ends have {len(step_ends)} rows, the completion mask has {len(completion_mask)}. "
-            "Pass one list of step ends per completion, an empty one where there are no steps."
+            f"Step ends have {len(step_ends)} rows, the completion mask has {len(completion_mask)}. Pass one list of "
+            "step ends per completion, empty if it has no steps."
         )
     placeable: list[list[int | None]] = []
     for row, (ends, real) in enumerate(zip(step_ends, completion_mask.bool().tolist(), strict=True)):
@@ -311,10 +311,11 @@ def placeable_ends(
 
 
 def check_step_rewards(step_rewards: Sequence[Sequence[float]], step_ends: Sequence[Sequence[int | None]]) -> None:
-    """Raise a sentence if step rewards do not belong to these step ends, or are no finite numbers.
+    """Raise if step rewards do not match these step ends, or are not finite.
 
     Raises:
-        ValueError: If a row is missing, has another number of steps, or holds NaN or infinity; it names the row.
+        ValueError: If a row is missing, has another number of steps, or contains NaN or infinity; the message names the
+            row.
     """
     if len(step_rewards) != len(step_ends):
         raise ValueError(
@@ -339,7 +340,7 @@ def place_step_rewards(
     step_ends: Sequence[Sequence[int | None]],
     completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
 ) -> Placement:
-    """Put the reward of each step on the token that holds the step's last character.
+    """Put the reward of each step on the token with the step's last character.
 
     Rewards of steps that end on the same token add up, so the rewards of a row sum to those of its placed steps.
 
@@ -396,6 +397,6 @@ def place_outcome(
                 [0., 0., 0.]])
     """
     mask = completion_mask.bool()
-    # A real token is the last if no real token comes after it.
+    # The last real token has no real token after it.
     after = mask.int().flip(1).cumsum(1).flip(1) - mask.int()
     return rewards.unsqueeze(1).expand(mask.shape).masked_fill(~mask | (after > 0), 0.0)

@@ -1,25 +1,26 @@
 """Step scores -> step rewards: what a step earns, given P(step is good) of every step of every response.
 
-Shaping changes what a policy is paid for, so each form states what a whole response earns and what bounds hold. With
+Shaping changes what a policy is rewarded for, so the table gives each form's total for a response and its bounds. With
 `s_1 ... s_S` the scores of a response and `c` the threshold:
 
 | form | reward of step t | a response earns |
 |---|---|---|
 | `"raw"` | `s_t`, in [0, 1] | more with every step, good or bad |
-| `"centered"` | `s_t - baseline`, in [-1, 1] | 0 against its own mean; else more with every step above the baseline |
+| `"centered"` | `s_t - baseline`, in [-1, 1] | 0 with its own mean, else more with every step above the baseline |
 | `"log_odds"` | `log(s_t / (1 - s_t))`, in [-6.9, 6.9] | the log-odds that every step is good against every step bad |
-| `"delta"` | `s_t - s_(t-1)`, the first `s_1 - c`; in [-1, 1] | `s_S - c`: what its last step scores |
+| `"delta"` | `s_t - s_(t-1)`, the first `s_1 - c`; in [-1, 1] | `s_S - c`: its last step's score |
 | `"min_form"` | `m_t - m_(t+1)`, where `m_t` is the minimum of `s_t ... s_S`, the last `s_S`; in [-1, 1] | `m_1` |
 
 A policy chooses how its text is cut. Splitting a step, adding a filler line, repeating a line and changing the order
 never raise what a response earns
 
 - with `"centered"` and `center="response"`, whatever scores the pieces get: the sum is 0;
-- with `"min_form"`, as long as a step scores the same wherever it stands and a split keeps the score of its end: more
-  scores have no higher minimum. A scorer that finds two halves of a wrong step better than the whole breaks that;
+- with `"min_form"`, as long as a step's score does not depend on its position and the last piece of a split keeps the
+  step's score: more scores have no higher minimum. A scorer that scores the halves of a wrong step higher than the
+  whole breaks this;
 - with `length_neutral="cap"` of [`limit_step_rewards`], under the same condition: more terms of 0 or less.
 
-With all others a response earns more by more steps above its baseline, or its mean, or by another last step.
+With all other forms a response can earn more by more steps above the baseline or its mean, or by another last step.
 """
 
 from typing import Literal
@@ -32,21 +33,21 @@ Shaping = Literal["raw", "centered", "log_odds", "delta", "min_form"]
 Center = Literal["response", "batch", "group", "threshold"]
 LengthNeutral = Literal["none", "mean", "cap"]
 
-# Scores nearer than this to 0 or 1 count as this near: a saturated sigmoid says no more than odds of a thousand to one.
+# Scores are clamped this far from 0 and 1: a saturated sigmoid counts as odds of a thousand to one.
 LOG_ODDS_EPSILON = 1e-3
 
 
 def _baseline(
     scores: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], center: str, threshold: float, group_size: int
 ) -> Float[Tensor, "B 1"]:
-    """What `"centered"` subtracts; `scores` are 0 at padding."""
+    """The baseline of `"centered"`; `scores` are 0 at padding."""
     if center == "threshold":
         return scores.new_full((len(scores), 1), threshold)
     size = {"response": 1, "batch": len(scores)}.get(center, group_size)
     if size < 1 or len(scores) % size:
         raise ValueError(
-            f"{len(scores)} responses are not whole groups of {size}. "
-            "Pass all completions of each prompt together, `num_generations` consecutive rows a prompt."
+            f"{len(scores)} responses are not whole groups of {size}. Pass all completions of each prompt together, "
+            "`num_generations` consecutive rows per prompt."
         )
     totals = scores.sum(dim=1).view(-1, size).sum(dim=1)
     counts = mask.sum(dim=1).view(-1, size).sum(dim=1)
@@ -62,7 +63,7 @@ def shape_step_scores(
     threshold: float = 0.5,
     group_size: int = 1,
 ) -> Float[Tensor, "B S"]:
-    """Rewards of steps from their scores: see the table of forms at the head of this module.
+    """Step rewards from step scores: see the table of forms at the top of this module.
 
     Args:
         scores: P(step is good), in [0, 1]. Values at padding are ignored.
@@ -70,20 +71,19 @@ def shape_step_scores(
         shaping: The form.
         center: Baseline of `"centered"`: the mean over the response's own steps, over those of the batch or of the
             prompt's completions, or the threshold.
-        threshold: Score that is neither good nor bad: for `center="threshold"`, and what the first difference of
-            `"delta"` is taken from.
+        threshold: Score that counts as neither good nor bad: for `center="threshold"`, and the start of `"delta"`.
         group_size: Completions per prompt, for `center="group"`. Rows of a group are consecutive.
 
     Returns:
         Rewards, 0 at padding, in float32 or wider. With `"delta"`, `"min_form"` and `center="response"`, the rewards of
-        a response sum to a score, or to 0: clip them and they no longer do.
+        a response sum to a score, or to 0; clipping them breaks this.
 
     Raises:
         ValueError: If the form is unknown, or the rows are not whole groups.
 
     Source:
         `"min_form"`: the return of PURE (Cheng et al., "Stop Summation: Min-Form Credit Assignment Is All Process
-        Reward Model Needs for Reasoning", 2025), here exact: differences, where PURE weighs by a softmax. `"delta"`:
+        Reward Model Needs for Reasoning", 2025), here exact, by differences, while PURE weighs by a softmax. `"delta"`:
         after Gao et al., "On Designing Effective RL Reward at Training Time for LLM Reasoning", 2024.
 
     Example:
@@ -117,16 +117,16 @@ def limit_step_rewards(
     clip: float | None = None,
     length_neutral: LengthNeutral = "none",
 ) -> Float[Tensor, "B S"]:
-    """Bound what one step earns, and what a response earns by having many.
+    """Bound the reward of a step, and the gain from having many steps.
 
-    `"mean"` divides by the number of steps: a response earns the mean of its steps, so it can neither gain by repeating
-    what it has nor earn more than its best step. But steps above the mean raise it, and so hide a bad one. `"cap"` lets
-    a step lose reward and never gain any, so appending good steps never raises a total, whatever the others are.
+    `"mean"` divides by the number of steps: a response earns the mean of its steps, so it cannot gain by repeating all
+    its steps or earn more than its best step. But steps above the mean raise it, and so hide a bad step. `"cap"` makes
+    every step reward 0 or less, so appending good steps never raises the total.
 
     Args:
         rewards: Reward of each step. Values at padding are ignored.
         mask: True where a step is real.
-        clip: Rewards are kept in [-clip, clip]; None: as they are.
+        clip: Rewards are clipped to [-clip, clip]; None: no clipping.
         length_neutral: `"none"`, `"mean"` or `"cap"`.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Bags: a response with one label, cut into steps; and what is left of one that is too long.
+"""Bags: a response with one label, cut into steps; and truncation of responses that are too long.
 
-Everything is checked when a `Bag` is made, so no later stage checks it again. Where a bag comes from a file, the reader
-puts the file and the row before the sentence.
+Everything is checked when a `Bag` is made, so no later stage checks it again. If a bag comes from a file, the reader
+adds the file and the row to the message.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from typing import Any
 from fractal_rm.data.prompts import Conversation, Prompt, RenderedPrompt, check_text, read_prompt, shortened
 from fractal_rm.objectives.aggregation import meaning
 
-# A step: its first character in the response, and the one after its last.
+# A step: the offset of its first character in the response, and the offset after its last.
 Span = tuple[int, int]
 
 
@@ -25,15 +25,15 @@ class Bag:
 
     Args:
         prompt: Text, or a chat: a list of messages with the keys `role` and `content`, read by [`read_prompt`].
-        response: What was answered, exactly as it was written; a [`~fractal_rm.data.prompts.Conversation`] where others
-            spoke in between.
+        response: The response, exactly as written; a [`~fractal_rm.data.prompts.Conversation`] if tools or users wrote
+        in between.
         step_spans: Where the steps are in the response: start and end characters, in order, apart, at least one.
-        label: Probability that the response is good, in [0, 1]; with `num_grades`, a grade. None if it is not known.
-        step_labels: Gold labels of the steps, on the scale of `label`; None where not known. Only evaluation, and arms
-            that are named for it, may read them.
-        teacher_scores: What someone or something else thinks of the steps (a language model as judge, an NLI model, a
-            rule): probabilities that they are good, None where not known. Unlike gold labels, training may read them.
-        num_grades: For ordinal labels: how many grades there are, 0 to `num_grades - 1`.
+        label: Probability that the response is good, in [0, 1]; with `num_grades`, a grade. None if unknown.
+        step_labels: Gold labels of the steps, on the scale of `label`; None where unknown. Only evaluation, and arms
+        named for it, may read them.
+        teacher_scores: Step scores from another source (a language model as judge, an NLI model, a rule): probabilities
+        that steps are good, None where unknown. Unlike gold labels, training may read them.
+        num_grades: For ordinal labels: number of grades, 0 to `num_grades - 1`.
         id: The caller's name of the response.
         pair_id: Shared by the two responses of a preference: the chosen one has label 1, the rejected one 0.
 
@@ -67,7 +67,7 @@ class Bag:
             _check_turns(self.prompt, self.response, self.step_spans)
         if self.num_grades is not None and (not isinstance(self.num_grades, int) or self.num_grades < 2):
             raise ValueError(f"num_grades is {self.num_grades!r}; give an integer of 2 or more, or None.")
-        # The checks below also turn what readers and JSON bring (lists, booleans) into the types of the fields.
+        # The checks below also convert values from readers and JSON (lists, booleans) into the types of the fields.
         object.__setattr__(self, "step_spans", tuple((start, end) for start, end in self.step_spans))
         object.__setattr__(self, "label", _check_label(self.label, "the label", self.num_grades))
         for name, what, num_grades in (
@@ -81,7 +81,7 @@ class Bag:
                 kind = name.replace("_", " ")
                 raise ValueError(
                     f"there are {len(values)} {kind} for {len(self.step_spans)} steps; give one {what} for each step, "
-                    "null where it is not known."
+                    "null where unknown."
                 )
             checked = [
                 _check_label(value, f"the {what} of step {number}", num_grades)
@@ -111,7 +111,7 @@ def _check_spans(spans: Sequence[Span], response: str) -> None:
         raise ValueError("the response has no steps; drop the row or choose a segmentation that finds some.")
     edges = [edge for span in spans for edge in span]
     if any(len(span) != 2 for span in spans) or not all(type(edge) is int for edge in edges):
-        raise TypeError("a step span is no pair of integers; give the start and the end character of each step.")
+        raise TypeError("a step span is not a pair of integers; give the start and the end character of each step.")
     ordered = all(start <= end for start, end in itertools.pairwise(edges))
     if not ordered or edges[0] < 0 or edges[-1] > len(response) or any(start == end for start, end in spans):
         raise ValueError(
@@ -136,7 +136,7 @@ def _check_turns(prompt: Prompt, response: Conversation, spans: Sequence[Span]) 
 
 
 def _check_label(label: Any, what: str, num_grades: int | None) -> float | None:
-    """Return a label as a float, or raise a sentence that says what is wrong with it."""
+    """Return a label as a float, or raise an error that says what is wrong with it."""
     if label is None:
         return None
     if hasattr(label, "item"):  # numpy, torch
@@ -158,7 +158,7 @@ def _check_label(label: Any, what: str, num_grades: int | None) -> float | None:
 
 
 def trim(text: str, spans: Iterable[Span]) -> list[Span]:
-    """Take the white space off both ends of every span, and drop blank spans.
+    """Strip white space from both ends of every span, and drop blank spans.
 
     Example:
         >>> trim("one  two", [(0, 4), (4, 5), (5, 8)])
@@ -177,7 +177,7 @@ def trim(text: str, spans: Iterable[Span]) -> list[Span]:
 def truncate_bag(bag: Bag, kept_steps: int, aggregation: str, *, reads_gold: bool = True) -> Bag | None:
     """Keep the first steps of a bag that is too long, if its label still means the same.
 
-    What the label of the whole says about the part that is kept:
+    What the label of the whole response implies for the kept part:
 
     - `"min"` and what softens it ("every step is good"): the best label holds for every part. A worse one holds only
       if a gold step label of the part equals it: the step that spoilt the response is still there.
@@ -185,19 +185,19 @@ def truncate_bag(bag: Bag, kept_steps: int, aggregation: str, *, reads_gold: boo
       gold step label of the part equals it.
     - `"mean"` (share of good steps): nothing, unless every gold step label of the part is known: their mean is the
       label of the part.
-    - A soft label, strictly between 0 and 1, says nothing about a part (`"mean"` apart). Nor does a preference, which
-      compares whole responses. A response without a label has none to lose.
+    - A soft label, strictly between 0 and 1, implies nothing for a part (except with `"mean"`). Nor does a preference,
+      which compares whole responses. A response without a label can always be cut.
 
     Args:
         bag: The bag.
         kept_steps: How many whole steps fit.
-        aggregation: How step labels make the response's label: one of
+        aggregation: How step labels determine the response's label: one of
             [`~fractal_rm.objectives.aggregation.AGGREGATIONS`].
-        reads_gold: Whether gold step labels may tell if the label still holds.
+        reads_gold: Whether gold step labels may be used to decide if the label still holds.
 
     Returns:
         The bag itself if all of its steps fit; a shorter one, cut where its last step ends; or None if no step fits,
-        or if the label says nothing about the part.
+        or if the label implies nothing for the part.
 
     Raises:
         ValueError: If `kept_steps` is negative, or the aggregation is unknown.
@@ -245,12 +245,12 @@ def truncate_bag(bag: Bag, kept_steps: int, aggregation: str, *, reads_gold: boo
 
 @dataclass(frozen=True)
 class TruncationCount:
-    """What truncation did to a data set.
+    """Counts of truncation in a data set.
 
     Args:
-        total: Responses there were.
-        truncated: Responses that keep only their first steps.
-        dropped: Responses that are left out.
+        total: All responses.
+        truncated: Responses cut to their first steps.
+        dropped: Responses left out.
 
     Example:
         >>> print(TruncationCount(total=100, truncated=3, dropped=2))
@@ -272,10 +272,10 @@ class TruncationCount:
 def truncate_bags(
     bags: Sequence[Bag], kept_steps: Sequence[int], aggregation: str, *, reads_gold: bool = True
 ) -> tuple[list[Bag], TruncationCount]:
-    """Truncate a data set by the rule of `truncate_bag`, and count.
+    """Truncate a data set by the rule of `truncate_bag`, with counts.
 
     Returns:
-        The bags that are left, in order, and the count. Of a preference, both responses stay or none.
+        The remaining bags in order, and the counts. Both responses of a preference stay, or neither.
 
     Raises:
         ValueError: If `kept_steps` has another length than `bags`, or for a reason of `truncate_bag`.

@@ -1,4 +1,4 @@
-"""What rows say against each other: each kind with its count, as a sentence."""
+"""Contradictions between rows: each kind with its count, as a sentence."""
 
 import json
 from collections import Counter, defaultdict
@@ -8,7 +8,7 @@ from typing import Any
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.prompts import Prompt
 
-# A mean of labels may be rounded by whoever wrote it.
+# A mean of labels may be rounded in the data.
 _ROUNDED = 0.01
 
 
@@ -22,7 +22,7 @@ def contradictions(bags: Sequence[Bag], meaning: str, *, source: str) -> list[st
 
     Args:
         bags: The rows of one file.
-        meaning: What labels mean: `"min"`, `"max"` or `"mean"` of the step labels.
+        meaning: The meaning of labels: `"min"`, `"max"` or `"mean"` of the step labels.
         source: Name of the file.
 
     Example:
@@ -73,7 +73,7 @@ def contradictions(bags: Sequence[Bag], meaning: str, *, source: str) -> list[st
 
 
 def _disagrees(bag: Bag, meaning: str) -> bool:
-    """Whether a label cannot be that of its step labels, whatever the unknown ones are."""
+    """Whether a label contradicts its step labels, whatever the unknown ones are."""
     if bag.label is None or not bag.step_labels or bag.pair_id is not None:
         return False
     known = [label for label in bag.step_labels if label is not None]
@@ -89,11 +89,11 @@ def _disagrees(bag: Bag, meaning: str) -> bool:
 
 
 def shared_prompts(first: Sequence[Any], second: Sequence[Any], *, names: tuple[str, str]) -> list[str]:
-    """A sentence if prompts of one file are in another one too.
+    """A sentence if two files share prompts.
 
     Args:
-        first: Prompts to learn from, or to choose by.
-        second: Prompts to measure on.
+        first: Prompts for training, or for choosing a threshold.
+        second: Prompts for evaluation.
         names: Names of the two files.
 
     Example:

@@ -1,7 +1,7 @@
-"""Regular expressions of users and of downloaded models, with a limit of time.
+"""Regular expressions of users and downloaded models, with a time limit.
 
-A pattern with nested repeats can take longer than the universe is old. Python's `re` cannot be stopped and holds the
-interpreter's lock; the engine of `regex` releases it and ends in time.
+A pattern with nested repeats can take longer than the universe is old. Python's `re` cannot be interrupted and holds
+the GIL; `regex` releases it and has a timeout.
 """
 
 import functools
@@ -11,19 +11,19 @@ import regex
 
 # Longest time on one text: a pattern without nested repeats reads a million characters in less.
 SECONDS = 1.0
-# Texts that may run out of time before the pattern is given up: a file has many rows.
+# Number of timeouts before the pattern is given up, because a file has many rows.
 _TRIES = 3
-# Longer ones are data, and take long to compile.
+# Longer patterns are probably data, and take long to compile.
 _LONGEST = 2_000
-# Characters of one in a message.
+# Characters of a pattern shown in a message.
 _SHOWN = 80
 
 
 class Pattern:
-    """A regular expression whose search ends. Made by [`compiled`].
+    """A regular expression with a time limit. Made by [`compiled`].
 
     Raises:
-        ValueError: If it is none, or too long.
+        ValueError: If it is invalid or too long.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -43,7 +43,7 @@ class Pattern:
         return self._pattern.groups
 
     def finditer(self, text: str) -> Iterator["regex.Match[str]"]:
-        """Its matches in a text, as `re.finditer` has them.
+        """Its matches in a text, as in `re.finditer`.
 
         Raises:
             ValueError: If the search takes longer than [`SECONDS`], or did for several texts before.

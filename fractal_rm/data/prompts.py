@@ -1,4 +1,4 @@
-"""Prompts and completions: each a text or a chat. This module alone tells which, and checks them."""
+"""Prompts and completions: each a text or a chat. Only this module distinguishes and checks them."""
 
 import contextlib
 import itertools
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 Prompt = str | list[dict[str, Any]]
-# Who may speak in a completion beside the policy: what they say is context.
+# Roles allowed in a completion besides the policy's: their messages are context.
 CONTEXT_ROLES = ("tool", "user", "system", "developer", "function", "ipython", "environment", "observation")
-# What a model thought, beside the content of its message.
+# Keys of a model's thoughts outside the content of its message.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 class RenderedPrompt(str):
-    """A prompt exactly as the policy reads it: no template is applied to it, and it may come from a chat."""
+    """A prompt exactly as the policy reads it: no template is applied, and it may come from a chat."""
 
     __slots__ = ("chat", "cuts")
 
@@ -27,24 +27,24 @@ class RenderedPrompt(str):
 
         Args:
             text: The prompt.
-            cuts: Characters at which it is cut before it is tokenized: inside whatever a person wrote that looks like a
-                control token, so that it stays text.
-            chat: Whether a chat template wrote it; None: as the prompts that the reward model learned from.
+            cuts: Characters at which it is cut before tokenization: inside user text that looks like a control token,
+            so that it stays text.
+            chat: Whether a chat template wrote it; None: the same as in the reward model's training.
         """
         made = super().__new__(cls, text)
         made.cuts, made.chat = cuts, chat
         return made
 
 
-# What stands before a turn: messages; a text, as a chat template wrote it; None: the characters as they are.
+# Context before a turn: messages; a text written by a chat template; None: the characters unchanged.
 Context = Sequence[Mapping[str, Any]] | RenderedPrompt | None
 
 
 class Conversation(str):
-    """A response of several turns as one text, of which the policy wrote only some.
+    """A response of several turns as one text; the policy wrote only parts of it.
 
-    Steps lie in its turns. What stands between them (outputs of tools, messages of a user) is context: it is read, and
-    is never cut, scored or paid.
+    Only its turns have steps. The text between them (tool output, user messages) is context: it is read, but never cut,
+    scored or rewarded.
 
     Example:
         >>> told = {"role": "tool", "content": "4"}
@@ -61,16 +61,16 @@ class Conversation(str):
         """Make one.
 
         Args:
-            text: Everything that was said, in order.
-            turns: Characters `start, end` of what the policy wrote, in order.
-            context: For each turn what stands before it; the first follows the prompt.
+            text: All messages as one text, in order.
+            turns: Characters `start, end` of the policy's turns, in order.
+            context: For each turn the context before it; the first follows the prompt.
         """
         made = super().__new__(cls, text)
         made.turns, made.context = tuple((start, end) for start, end in turns), tuple(context)
         return made
 
     def turn_of(self, start: int, end: int) -> int | None:
-        """Which turn holds these characters; None if no turn holds all of them."""
+        """The turn that contains these characters; None if no turn contains all of them."""
         return next((i for i, (first, last) in enumerate(self.turns) if first <= start and end <= last), None)
 
 
@@ -80,7 +80,7 @@ def turns_of(response: str) -> Sequence[tuple[int, int]]:
 
 
 def shortened(response: str, end: int) -> str:
-    """The first characters of a response; of a conversation, with what is left of its turns."""
+    """The first characters of a response; for a conversation with the rest of its turns and context."""
     if not isinstance(response, Conversation):
         return response[:end]
     turns = [(start, min(stop, end)) for start, stop in response.turns if start < end]
@@ -171,7 +171,7 @@ def read_prompt(prompt: Any) -> Prompt:
                 "'tool_calls' may have none)."
             )
         if not {"role", "content"} <= set(known):
-            raise TypeError(f"message {number} of the prompt is no message; give it the keys 'role' and 'content'.")
+            raise TypeError(f"message {number} of the prompt is not a message; give it the keys 'role' and 'content'.")
         check_text(known["role"], f"the role of message {number} of the prompt")
         content = content_text(known["content"], f"the content of message {number} of the prompt")
         messages.append(known | {"content": content})
@@ -179,7 +179,7 @@ def read_prompt(prompt: Any) -> Prompt:
 
 
 def check_same_kind(prompt: Prompt, first: Prompt) -> None:
-    """Raise if a prompt is a chat and the first one is text, or the other way round.
+    """Raise if a prompt is a chat and the first one is text, or vice versa.
 
     Raises:
         ValueError: If the kinds differ.
@@ -190,13 +190,13 @@ def check_same_kind(prompt: Prompt, first: Prompt) -> None:
 
 
 def check_learned_kind(prompts: Iterable[Any], chat: bool | None, *, where: str = "") -> None:
-    """Raise if a prompt is a chat and a reward model learned from texts, or the other way round.
+    """Raise if a prompt is a chat and a reward model was trained on texts, or vice versa.
 
-    Scores would be numbers all the same, but of text that the model has never seen the like of.
+    It would still give scores, but for text unlike its training data.
 
     Args:
-        prompts: Texts or chats. What is neither passes: it becomes an error of its row.
-        chat: Whether the model learned from chats; None: it is not known, or from both.
+        prompts: Texts or chats. Other values pass here and become an error of their row.
+        chat: Whether the model was trained on chats; None: unknown, or both.
         where: Begins the message.
 
     Raises:
@@ -220,17 +220,17 @@ def is_messages(value: Any) -> bool:
 
 
 def read_completion(completion: Any) -> str:
-    """What the policy wrote, of a completion in TRL's standard or conversational format.
+    """The policy's text in a completion of TRL's standard or conversational format.
 
     The text of the assistant's message. Of several messages, one text that knows which turns the assistant wrote: a
     [`Conversation`]. Tool calls that are a part of a message count as written, in the form
     `<tool_call>{"name": ..., "arguments": ...}</tool_call>` on lines of their own; thoughts as `<think>`.
 
     Args:
-        completion: A text, or messages of which the first is the assistant's. No messages: an empty text.
+        completion: A text, or messages that begin with the assistant's. No messages: an empty text.
 
     Raises:
-        TypeError: If a message is none, or its content is no text.
+        TypeError: If a message is invalid, or its content is not a text.
         ValueError: If the assistant does not begin, or a role is unknown.
 
     Example:
@@ -266,13 +266,13 @@ def read_completion(completion: Any) -> str:
 
 
 def contexts_of(messages: Sequence[Mapping[str, Any]]) -> list[Context]:
-    """What stands before each message of the assistant, in a completion that begins with one."""
+    """The context before each assistant message, in a completion that begins with one."""
     written = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     return [None, *(list(messages[a + 1 : b]) for a, b in itertools.pairwise(written))]
 
 
 def _said(message: Mapping[str, Any], number: int) -> str:
-    """The text of a message of a completion, with the thoughts and calls that stand beside its content."""
+    """The text of a completion's message, with the thoughts and tool calls outside its content."""
     what = f"the content of message {number} of the completion"
     content = message.get("content")
     if message["role"] != "assistant":
@@ -297,7 +297,7 @@ def _call(call: Any, number: int) -> str:
     if isinstance(arguments, str):  # JSON in a text, as servers send it
         with contextlib.suppress(ValueError):
             arguments = json.loads(arguments)
-    if isinstance(arguments, Mapping):  # `datasets` adds what only other rows have
+    if isinstance(arguments, Mapping):  # `datasets` adds keys that only other rows have
         arguments = {key: value for key, value in arguments.items() if value is not None}
     written = json.dumps({"name": name, "arguments": arguments or {}}, ensure_ascii=False)
     return f"<tool_call>\n{written}\n</tool_call>"

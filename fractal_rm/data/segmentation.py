@@ -1,7 +1,7 @@
 r"""Cut a response into steps.
 
-A step is a character span of the response; the text itself is never changed. Whatever lies between two steps is a
-gap, and steps and gaps together give back the response exactly.
+A step is a character span of the response; the text itself is never changed. The text between two steps is a gap, and
+steps and gaps together give the response exactly.
 """
 
 import itertools
@@ -19,22 +19,22 @@ from fractal_rm.data.sentences import NEWLINE, sentences
 
 Method = Literal["lines", "sentences", "turns", "separator", "pattern", "given"]
 Thinking = Literal["score", "skip"]
-# How text is cut now; older checkpoints keep the rules that they were trained by.
+# Current version of the rules; older checkpoints keep the rules they were trained with.
 VERSION = 2
 
-# Share of responses with one step from which on a segmentation is taken not to fit, and responses that tell.
+# Share of one-step responses above which a segmentation probably does not fit, and the minimum number of responses.
 _UNCUT, _LOOKED_AT = 0.9, 200
-# Lines that say nothing although they may hold letters: fences of code, environments of LaTeX, marks of thinking.
+# Lines without content although they may have letters: code fences, LaTeX environments, thinking marks.
 _FENCE = re.compile(r"(?:`{3,}|~{3,})[ \t]*[\w+#.-]*")
 _FRAME = re.compile(rf"{_FENCE.pattern}|\\(?:begin|end)\{{[^{{}}]*\}}|</?think>")
 _CALL = re.compile(r"<tool_call>.*?</tool_call>", re.DOTALL)
-# Those that belong to the line after them.
+# Such lines that belong to the line after them.
 _OPENER = re.compile(r"\\\[|\\begin\{[^{}]*\}|<think>|[({\[]+")
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    r"""How a response becomes steps. It is stored with a reward model, so that training and scoring cut alike.
+    r"""How a response is cut into steps. A reward model stores it, so training and scoring cut in the same way.
 
     Args:
         method: `"lines"` (lines end with `\n`, `\r\n` or `\r`; one without a letter or digit, a fence of code or a
@@ -84,11 +84,11 @@ class Segmentation:
                 found = f"method={self.method!r} with {name}={value!r}"
                 raise ValueError(f"Segmentation has {found}; give {name} a text if and only if method={name!r}.")
         if self.pattern is not None:
-            compiled(self.pattern)  # raises its own sentence
+            compiled(self.pattern)  # raises its own error
         if self.version not in range(1, VERSION + 1):
-            raise ValueError(f"Segmentation has version={self.version!r}; this package knows 1 to {VERSION}.")
+            raise ValueError(f"Segmentation has version={self.version!r}; this package supports 1 to {VERSION}.")
         if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)*", self.language):
-            raise ValueError(f"Segmentation language {self.language!r} is no language code; give one such as 'en'.")
+            raise ValueError(f"Segmentation language {self.language!r} is not a language code; give one such as 'en'.")
 
     def __call__(self, text: str) -> list[Span]:
         """Cut one response.
@@ -114,7 +114,7 @@ class Segmentation:
 
     @property
     def joint(self) -> str:
-        """What steps that come as a list are joined by, where nothing is known of the text they come from."""
+        """Text between steps given as a list, if the original text is unknown."""
         if self.version == 1 or self.method not in ("sentences", "separator"):
             return "\n"
         return " " if self.separator is None else self.separator
@@ -135,9 +135,9 @@ class Segmentation:
 
 
 def _join_frames(text: str, lines: list[Span]) -> list[Span]:
-    """Join a line that says nothing to the one before, or to the one after where it opens something or comes first."""
+    """Join a line without content to the line before, or to the line after if it opens something or comes first."""
     joined: list[Span] = []
-    waiting: Span | None = None  # lines that have not met theirs yet
+    waiting: Span | None = None  # lines that wait for the line they belong to
     fenced = formula = False
     for start, end in lines:
         line = text[start:end]
@@ -158,7 +158,7 @@ def _join_frames(text: str, lines: list[Span]) -> list[Span]:
 
 
 def _join_calls(text: str, spans: list[Span]) -> list[Span]:
-    """Join what lies in one tool call, `<tool_call> ... </tool_call>`."""
+    """Join the lines of one tool call, `<tool_call> ... </tool_call>`."""
     calls = [match.span() for match in _CALL.finditer(text)]
     if not calls:
         return spans
@@ -189,13 +189,13 @@ def join_steps(steps: Sequence[str], joint: str = "\n") -> tuple[str, list[Span]
 
     Args:
         steps: Texts of the steps.
-        joint: What stands between them.
+        joint: Text between them.
 
     Returns:
         The response, and the spans of the steps in it, without the white space at a step's ends.
 
     Raises:
-        TypeError: If a step is no text.
+        TypeError: If a step is not a text.
         ValueError: If there is no step, or a step is blank.
 
     Example:
@@ -214,10 +214,10 @@ def join_steps(steps: Sequence[str], joint: str = "\n") -> tuple[str, list[Span]
 def locate_steps(text: str, steps: Sequence[str]) -> list[Span]:
     r"""Find steps that are already cut in the response they come from; white space at their ends does not matter.
 
-    Of a conversation, only what the policy wrote is looked at.
+    In a conversation, only the policy's turns are searched.
 
     Raises:
-        TypeError: If a step is no text.
+        TypeError: If a step is not a text.
         ValueError: If there is no step, or a step is blank or does not follow the one before it in the response.
 
     Example:
@@ -231,16 +231,14 @@ def locate_steps(text: str, steps: Sequence[str]) -> list[Span]:
         while (start := text.find(step.strip(), begin, stop)) < 0:
             begin, stop = next(turns, (len(text), -1))
             if stop < 0:
-                raise ValueError(
-                    f"step {number} is not in the response after step {number - 1}; copy steps as they stand."
-                )
+                raise ValueError(f"step {number} is not in the response after step {number - 1}; copy steps unchanged.")
         begin = start + len(step.strip())
         spans.append((start, begin))
     return spans
 
 
 def common_gap(texts: Iterable[tuple[str, Sequence[Span]]]) -> str | None:
-    """What most often stands between two steps of a turn of responses with their spans; None if none has two.
+    """The most frequent gap between two steps of a turn, from responses with spans; None if no turn has two steps.
 
     Example:
         >>> common_gap([("a b c", [(0, 1), (2, 3), (4, 5)]), ("a\\nb", [(0, 1), (2, 3)])])
@@ -278,14 +276,14 @@ def warn_of_uncut_responses(texts: Iterable[tuple[str, Sequence[Span]]], segment
     if looked_at and found[best] >= 2 * len(looked_at):
         warnings.warn(
             f"{len(responses)} responses have {sum(len(spans) for _, spans in responses)} steps under "
-            f"`segmentation={segmentation.method}`: almost every response is one step, so there is nothing to tell "
-            f"apart within one. `segmentation={best}` finds {found[best]} steps in {len(looked_at)} of them.",
+            f"`segmentation={segmentation.method}`: almost every response is one step, so steps cannot be compared "
+            f"within a response. `segmentation={best}` finds {found[best]} steps in {len(looked_at)} of them.",
             stacklevel=3,
         )
 
 
 def gaps(text: str, spans: Sequence[Span]) -> list[str]:
-    r"""Return what lies around and between the steps, whose spans are in order.
+    r"""Return the text around and between the steps, whose spans are in order.
 
     Returns:
         One text more than there are steps: `gap, step, gap, ..., step, gap` joined is the response.
@@ -299,7 +297,7 @@ def gaps(text: str, spans: Sequence[Span]) -> list[str]:
     """
     edges = [0, *(edge for span in spans for edge in span), len(text)]
     if edges != sorted(edges):
-        raise ValueError(f"Spans {spans} overlap or leave the text of {len(text)} characters; sort and mend them.")
+        raise ValueError(f"Spans {spans} overlap or leave the text of {len(text)} characters; sort and fix them.")
     return [text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
 

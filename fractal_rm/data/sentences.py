@@ -1,8 +1,8 @@
-r"""Sentences of a response that may hold formulas, code, lists and amounts of money.
+r"""Sentences of a response that may contain formulas, code, lists and amounts of money.
 
-`sentencex` finds the sentences. It is shown a copy of the text, of the same length, in which whatever it would cut
-wrongly is hidden behind zeros: positions in the copy are positions in the text. Every function takes time linear in the
-text, up to the logarithm of the number of formulas.
+`sentencex` finds the sentences. It gets a copy of the text, of the same length, with zeros in place of text it would
+cut wrongly: positions in the copy are positions in the text. Every function takes time linear in the text, up to the
+logarithm of the number of formulas.
 """
 
 # ruff: noqa: RUF001 - the quotation marks and full stops of other scripts are meant
@@ -45,7 +45,7 @@ _MARKER = (
 )
 _MARKER_ONLY = re.compile(_MARKER)
 
-# Where a mark that ends sentences ends none. The marks are hidden from the splitter.
+# Places where a sentence-ending mark does not end a sentence. These marks are hidden from the splitter.
 _NO_END = re.compile(
     rf"^[ \t]*{_MARKER}(?=[ \t])"
     r"|(?<![\w.])(?:[Ee]\.g|[Ii]\.e|[Cc]f|viz|vs|resp|w\.r\.t|s\.t|[Ww]\.l\.o\.g|Mr|Mrs|Ms|Dr|Prof)\."
@@ -71,9 +71,10 @@ _WIDE_END = re.compile(r"[。！？][”’」』）]*(?=[ \t]*\d)")
 _ANSWER_NO = re.compile(
     r"(?:\b(?:is|are|was|were|be|says?|said)|[?:])[ \t]+no[.0](?=[ \t]+\d+[ \t]+[a-z])", re.IGNORECASE
 )
-# A variable before the full stop ("so x. Then") is no initial: it is shown as a digit.
+# A variable before the full stop ("so x. Then") is not an initial: it is replaced by a digit.
 _VARIABLE = re.compile(r"(?<![\w.'’\\-])[a-z](?=\.\s+[A-Z0$\\])")
-# What sentencex cannot read: half of a surrogate pair, and a space of several bytes after a capital (1.0.32 panics).
+# Text that sentencex cannot read: half of a surrogate pair, and a space of several bytes after a capital (1.0.32
+# panics).
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _WIDE_SPACE = re.compile(r"[^\S\x00-\x7f]")
 
@@ -81,7 +82,7 @@ _WIDE_SPACE = re.compile(r"[^\S\x00-\x7f]")
 _AFTER_END = re.compile(r"(?:[*_)\]}\"'”’»`」』）]|\[\d+\])*")
 _INDENT = re.compile(r"[ \t]*")
 _ENDS = ".!?;:…。！？；："
-# A line that begins like this goes on with the sentence of the line before.
+# A line that begins like this continues the sentence of the previous line.
 _GOES_ON = re.compile(r"[ \t]*([^\W\d_]{2,})\b(?![ \t]*[=:<>(\[+*/^]|[ \t]+-)")
 
 
@@ -132,7 +133,7 @@ def _fences(text: str) -> list[Span]:
     fences: list[Span] = []
     opener: re.Match[str] | None = None
     runs = list(_TICKS.finditer(text))
-    paired = False  # with the run before, on one line: inline code, which is no fence
+    paired = False  # with the run before, on one line: inline code, not a fence
     for run, after in zip_longest(runs, runs[1:]):
         rest = text[run.end() : after.start() if after else len(text)]
         last_of_line = after is None or "\n" in rest
@@ -216,7 +217,7 @@ def _mask(text: str, fences: list[Span], formulas: list[Span]) -> str:
 
 
 def _hidden(match: re.Match[str]) -> str:
-    """A match with zeros in place of the marks that could end a sentence."""
+    """A match with zeros in place of marks that could end a sentence."""
     return re.sub("[.!．]", "0", match[0])
 
 
@@ -327,7 +328,7 @@ def _sentence_ends(masked: str, language: str) -> list[int]:
 def _merge(text: str, spans: list[Span], *, old_rules: bool) -> list[Span]:
     """Join a list marker to what it opens, and a piece without letters or digits, or a mark of thinking, to another."""
     merged: list[Span] = []
-    waiting: Span | None = None  # markers that have not met their step yet
+    waiting: Span | None = None  # markers that wait for their step
     for start, end in spans:
         piece = text[start:end]
         empty = not any(map(str.isalnum, piece)) or (not old_rules and piece in ("<think>", "</think>"))

@@ -1,7 +1,7 @@
-"""Shapes of rows that are common elsewhere, brought into the shapes that [`~fractal_rm.data.readers.read_row`] knows.
+"""Converts common row shapes into the shapes that [`~fractal_rm.data.readers.read_row`] reads.
 
 Columns of other names, preferences that hold their prompt, `messages`, ShareGPT turns, step labels as turns (`+`, `-`),
-ratings. What cannot be told for certain is refused, and the sentence names the option that tells it.
+ratings. Ambiguous rows are refused, and the message names the option that resolves the ambiguity.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from itertools import takewhile
 from typing import Any
 
-# Names that stand for a prompt or a response where the names of this package are missing.
+# Alternative names of a prompt or a response, used if this package's names are missing.
 _PROMPTS = ("question", "problem", "instruction", "query")
 _RESPONSES = ("answer", "output", "solution", "generation")
 _OWN_RESPONSES = ("completion", "response", "steps", "completions", "chosen", "rejected")
@@ -20,7 +20,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "ass
 # What an answer of several turns may hold beside the assistant's: a question of the user begins a new one.
 _TOOLS = ("tool", "function", "ipython", "environment", "observation")
 _SIGNS = {"+": 1.0, "-": 0.0}
-# Where the assistant's turn begins in chats that are written as text.
+# Marks of the beginning of the assistant's turn in chats written as text.
 _TURN = re.compile(
     r"\n\nAssistant:|<\|im_start\|>assistant\n|<\|assistant\|>\n?|\[/INST\]|<start_of_turn>model\n"
     r"|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n|### Response:\n?"
@@ -66,7 +66,7 @@ class Columns:
 
     @property
     def named(self) -> dict[str, str]:
-        """The columns that have another name, by their usual one."""
+        """The renamed columns, by their usual name."""
         values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "label_scale"}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -76,7 +76,7 @@ def standard_row(record: Mapping[str, Any], columns: Columns | None = None) -> d
 
     Raises:
         TypeError: If a rating is not a number.
-        ValueError: If a named column is missing, or it cannot be told which column is which.
+        ValueError: If a named column is missing, or the columns are ambiguous.
     """
     columns = columns or Columns()
     row = {name: value for name, value in record.items() if value is not None}
@@ -99,7 +99,7 @@ def standard_row(record: Mapping[str, Any], columns: Columns | None = None) -> d
 
 
 def prompt_row(record: Mapping[str, Any], column: str | None) -> dict[str, Any]:
-    """A row of prompts with the column `prompt`, whatever it is called; the other columns stay as they are.
+    """A row with its prompt in the column `prompt`; other columns are unchanged.
 
     Raises:
         ValueError: If the named column is missing, or two columns may be the prompt.
@@ -119,7 +119,7 @@ def ratings_of(record: Mapping[str, Any]) -> list[str]:
 
 
 def _renamed(row: dict[str, Any], record: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-    """The row with named columns under their usual names; what they replace is gone."""
+    """The row with named columns under their usual names; columns they replace are removed."""
     named = columns.named
     if not named:
         return row
@@ -224,7 +224,7 @@ def _without_inner_prompt(row: dict[str, Any]) -> dict[str, Any]:
         most = min(len(chosen), len(rejected)) - 1
         shared = [one for one, _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))]
         prompt = shared[:most]
-        # What a tool said belongs to the answer that asked for it.
+        # A tool's output belongs to the answer that called it.
         while prompt and any(
             side[place]["role"] in _TOOLS for side in (chosen, rejected) for place in (len(prompt) - 1, len(prompt))
         ):
@@ -267,7 +267,7 @@ def _end_of_prompt(chosen: str, rejected: str) -> int:
 
 
 def _as_number(text: str) -> Any:
-    """The number or the truth value that a label of a CSV file is; other text stays."""
+    """A CSV label as a number or boolean; other text is unchanged."""
     if text.strip().lower() in ("true", "false"):
         return text.strip().lower() == "true"
     try:
@@ -279,7 +279,7 @@ def _as_number(text: str) -> Any:
 def _rated(value: Any, low: float, high: float) -> float:
     """A rating on a scale, as a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"the rating is {value!r} ({type(value).__name__}), not a number; mend it or drop the row.")
+        raise TypeError(f"the rating is {value!r} ({type(value).__name__}), not a number; fix it or drop the row.")
     if not low <= value <= high:  # NaN too
         raise ValueError(f"the rating is {value:g}, outside the scale {low:g} to {high:g}; give another --label_scale.")
     return (value - low) / (high - low)

@@ -1,1 +1,1 @@
-"""Evaluation: what a step reward model's scores are worth, and scores for whole files."""
+"""Evaluation of a step reward model's scores, and scoring of whole files."""

@@ -1,4 +1,4 @@
-"""A reward model on a benchmark: read its data, score it in one pass, measure, and say how fast that was."""
+"""Evaluates a reward model on a benchmark: read its data, score it in one pass, measure accuracy and speed."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,19 +15,19 @@ from fractal_rm.evaluation.processbench import TUNED_ON, measure_processbench, m
 from fractal_rm.evaluation.responses import score_bags
 from fractal_rm.reward_model import StepRewardModel, StepScores
 
-# What [`measure`] counts of the scoring itself.
+# What [`measure`] reports about scoring itself.
 SPEED = ("seconds", "responses_per_second")
 BenchmarkName = Literal["processbench", "prmbench", "best_of_n"]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark whose data is read: what to score, and what to make of the scores.
+    """A loaded benchmark: the responses to score, and how to evaluate the scores.
 
     Args:
         bags: The responses.
-        measure: From scores, and the threshold below which a step is called wrong, to a measurement.
-        remark: What whoever reads the numbers must know of the data, in one sentence; None if nothing.
+        measure: Maps scores and the threshold below which a step counts as wrong to a measurement.
+        remark: A sentence that readers of the numbers must know about the data; None if not needed.
     """
 
     bags: list[Bag]
@@ -51,13 +51,13 @@ def read_benchmark(
         name: Which benchmark.
         rows: Its rows, in the official format or in this package's schema.
         source: Name of the data in messages.
-        segmentation: How responses that are not cut yet become steps; used by best-of-n only.
+        segmentation: How unsegmented responses are cut into steps; used by best-of-n only.
         tuned_on: ProcessBench: the subset on which the second threshold is chosen.
         answer_pattern: Best-of-n: a regular expression whose first group is the final answer.
         outcome_model: Best-of-n: a model that scores whole responses, as a control.
 
     Raises:
-        ValueError: If the rows are not what the benchmark needs; TypeError for a value of the wrong type.
+        ValueError: If the rows do not suit the benchmark; TypeError for a value of the wrong type.
     """
     if name == "processbench":
         cases = read_cases(rows, source=source)
@@ -75,12 +75,12 @@ def read_benchmark(
 
 
 def measure(reward_model: StepRewardModel, benchmark: Benchmark, *, threshold: float | None = None) -> Measurement:
-    """Score the responses of a benchmark in one pass and measure; `seconds` and `responses_per_second` are of scoring.
+    """Score the responses of a benchmark in one pass and measure; `seconds` and `responses_per_second` measure scoring.
 
     Args:
         reward_model: The model. If it was trained on chats, prompts that are texts become chats of one message.
         benchmark: What to score and to measure.
-        threshold: A step that scores below it is called wrong; default: the threshold that the model remembers.
+        threshold: A step that scores below it counts as wrong; default: the model's stored threshold.
     """
     bags = as_learned(reward_model, benchmark.bags)
     start = time.perf_counter()
@@ -92,9 +92,9 @@ def measure(reward_model: StepRewardModel, benchmark: Benchmark, *, threshold: f
 
 
 def as_learned(reward_model: StepRewardModel, bags: Sequence[Bag]) -> list[Bag]:
-    """Bags with prompts of the kind that the model was trained on: a text becomes a chat of one message of the user.
+    """Bags with prompts of the kind that the model was trained on: a text becomes a chat of one user message.
 
-    A chat does not become a text: the model's own check names it.
+    A chat is not converted to a text: the model's own check reports it.
     """
     if not reward_model.settings.chat:
         return list(bags)
@@ -104,7 +104,7 @@ def as_learned(reward_model: StepRewardModel, bags: Sequence[Bag]) -> list[Bag]:
 
 
 def score_whole(outcome_model: StepRewardModel, bags: Sequence[Bag]) -> list[StepScores]:
-    """Scores of responses that count as one step each: what an outcome model gives."""
+    """Scores of responses as one step each, as an outcome model gives."""
     whole = [
         replace(bag, step_spans=((bag.step_spans[0][0], bag.step_spans[-1][1]),), step_labels=None, teacher_scores=None)
         for bag in bags

@@ -1,7 +1,7 @@
-"""Best-of-n: how often the solution that a score prefers among n sampled ones is right.
+"""Best-of-n: how often the highest-scoring of n sampled solutions is right.
 
-With N samples a question, the best of n < N is averaged over all subsets of n, in closed form: no draw adds noise. Of
-equally good solutions each is taken equally often, so a score that says nothing gives the share of right solutions.
+With N samples per question, the best of n < N is averaged over all subsets of n, in closed form, without sampling
+noise. Ties are shared equally, so an uninformative score gives the share of right solutions.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from fractal_rm.objectives.aggregation import GOOD
 from fractal_rm.reward_model import StepScores
 from fractal_rm.tasks.answers import completion_text, group_answers, read_answer
 
-# Subsets a question that a vote is averaged over at most: it has no closed form.
+# Maximum number of subsets per question for votes, which have no closed form.
 VOTE_DRAWS = 500
 
 
@@ -33,8 +33,8 @@ class Questions:
 
     Args:
         bags: The solutions; their label says whether the final answer is right.
-        groups: The solutions of each question, as places in `bags`.
-        answers: The final answer of each solution, None where it states none; None if answers are not known at all.
+        groups: The solutions of each question, as indices into `bags`.
+        answers: The final answer of each solution, None if it states none; None if no answers are known.
     """
 
     bags: list[Bag]
@@ -62,8 +62,8 @@ def read_questions(
         segmentation: How responses are cut into steps.
         source: Name of the data in messages.
         answer_pattern: A regular expression whose first group is the final answer; its last match in the response
-            counts. It takes the place of the column `answer`. Without both, what responses state as their answer
-            ([`~fractal_rm.tasks.answers.read_answer`]), if one does.
+            counts. It replaces the column `answer`. Without both, the answers that responses state
+            ([`~fractal_rm.tasks.answers.read_answer`]), if any does.
 
     Raises:
         ValueError: If a label is missing, or a row is wrong, or the pattern is not a regular expression with a group.
@@ -72,7 +72,9 @@ def read_questions(
     bags = read_bags(given, segmentation, source=source)
     for number, bag in enumerate(bags, 1):
         if bag.pair_id is not None:
-            raise ValueError(f"{source}, row {number}: preferences are no sampled solutions; give one response a row.")
+            raise ValueError(
+                f"{source}, row {number}: preferences are not sampled solutions; give one response per row."
+            )
     groups: dict[str, list[int]] = {}
     for place, bag in enumerate(bags):
         groups.setdefault(prompt_key(bag.prompt), []).append(place)
@@ -96,16 +98,16 @@ def _answers(rows: Sequence[Mapping[str, Any]], bags: Sequence[Bag], pattern: st
 
 
 def solution_scores(scored: Sequence[StepScores]) -> dict[str, np.ndarray]:
-    """Scores of solutions (N,) by several readings of their step scores; -inf where nothing was scored.
+    """Scores of solutions (N,) by several aggregations of their step scores; -inf where nothing was scored.
 
     The readings: `own` (the model's aggregation), `min`, `product`, `mean` and `last`.
     """
     steps = [np.array(result.step_scores, dtype=float) for result in scored]
     own = np.array([-math.inf if math.isnan(result.score) else result.score for result in scored])
-    with np.errstate(divide="ignore"):  # a score of 0 is the worst there is
+    with np.errstate(divide="ignore"):  # a score of 0 is the lowest possible
         readings = {
             "min": [np.min(row) if len(row) else -math.inf for row in steps],
-            # Sums of logarithms: products of many scores would all be 0.
+            # Sums of logarithms, because products of many scores underflow to 0.
             "product": [np.log(row).sum() if len(row) else -math.inf for row in steps],
             "mean": [np.mean(row) if len(row) else -math.inf for row in steps],
             "last": [row[-1] if len(row) else -math.inf for row in steps],
@@ -134,7 +136,7 @@ def best_of(scores: np.ndarray, right: np.ndarray, n: int) -> float:
 
 
 def pass_at(right: np.ndarray, n: int) -> float:
-    """Chance that at least one of n drawn solutions is right: what no choice among them can beat.
+    """Chance that at least one of n drawn solutions is right: the upper bound of any choice.
 
     Source:
         Chen et al., "Evaluating Large Language Models Trained on Code", 2021: the unbiased estimator of pass@k.
@@ -149,8 +151,8 @@ def pass_at(right: np.ndarray, n: int) -> float:
 def majority_of(answers: Sequence[str | None], right: np.ndarray, n: int) -> float:
     """Chance that the most frequent answer (N,) among n solutions drawn without replacement is right (N,).
 
-    Equal answers are one, however they are written ([`~fractal_rm.tasks.answers.same_answer`]): `0.5` and `1/2`. None
-    has no vote. Among equally frequent answers each is taken equally often; without any answer, each solution.
+    Equal answers count together, however they are written ([`~fractal_rm.tasks.answers.same_answer`]): `0.5` and `1/2`.
+    None has no vote. Ties are shared equally among answers, or among solutions if there is no answer.
 
     Returns:
         The average over all subsets, or over 500 drawn ones if there are more.
@@ -172,7 +174,7 @@ def majority_of(answers: Sequence[str | None], right: np.ndarray, n: int) -> flo
     np.add.at(votes, (rows, place[drawn]), 1.0)
     np.add.at(good, (rows, place[drawn]), right[drawn])
     silent = votes[:, :-1].sum(1) == 0
-    votes[~silent, -1] = 0  # whoever states no answer has no vote, unless nobody has
+    votes[~silent, -1] = 0  # solutions without an answer have no vote, unless none has an answer
     share = np.divide(good, votes, out=np.zeros_like(good), where=votes > 0)
     winners = votes == votes.max(1, keepdims=True)
     return float(((share * winners).sum(1) / winners.sum(1)).mean())
@@ -196,7 +198,7 @@ def measure_best_of_n(
     *,
     outcome: Sequence[StepScores] | None = None,
 ) -> Measurement:
-    """Best-of-n of scores, beside what needs no step scores, and the scores of an outcome model as a control.
+    """Best-of-n of step scores, with baselines that need no step scores, and an outcome model as a control.
 
     Returns:
         For every n of [`sizes_of`]: `own@n`, `min@n`, `product@n`, `mean@n`, `last@n` (readings of the step scores),

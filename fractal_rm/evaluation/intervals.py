@@ -1,4 +1,4 @@
-"""Bootstrap intervals of metrics, and of the difference of two models on the same drawn items."""
+"""Bootstrap intervals of metrics, and of the difference between two models on the same resampled items."""
 
 import math
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from fractal_rm.evaluation.statistics import Statistic, mean_of, values_of
 
 DRAWS = 1000
 CONFIDENCE = 0.95
-# Draws that are computed at a time: a matrix of draws and steps takes a few tens of megabytes.
+# Draws computed at a time: a matrix of draws and steps needs a few tens of megabytes.
 _CHUNK = 50
 
 
 class Estimate(NamedTuple):
-    """A value on the items as they are, and its interval."""
+    """A point value, and its interval."""
 
     value: float
     low: float
@@ -26,12 +26,12 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of one model on one set of items.
+    """Measurements of one model on one set of items.
 
     Args:
-        items: How many items there are: what draws are made of.
+        items: Number of items, which are resampled.
         statistics: Metrics by name.
-        counts: Numbers that have no interval: how many responses there were, were not scored, the threshold.
+        counts: Numbers without an interval: responses, unscored responses, the threshold.
         curves: Points of curves by name, ready for JSON.
     """
 
@@ -47,7 +47,7 @@ class Measurement:
 
 
 def estimates(measured: Measurement, *, draws: int = DRAWS, seed: int = 0) -> dict[str, Estimate]:
-    """Every metric with its 95 % percentile interval over drawn items.
+    """Every metric with its 95 % percentile interval over resampled items.
 
     Draws in which a metric is undefined are left out.
 
@@ -62,7 +62,7 @@ def estimates(measured: Measurement, *, draws: int = DRAWS, seed: int = 0) -> di
 
 
 def differences(first: Measurement, second: Measurement, *, draws: int = DRAWS, seed: int = 0) -> dict[str, Estimate]:
-    """First minus second in every metric that both have, with the interval over the same drawn items.
+    """First minus second for every metric that both have, with the interval over the same resampled items.
 
     Raises:
         ValueError: If the numbers of items differ. The items must be the same, in the same order.
@@ -79,7 +79,7 @@ def differences(first: Measurement, second: Measurement, *, draws: int = DRAWS, 
 
 
 def as_columns(found: Mapping[str, Estimate]) -> dict[str, float]:
-    """Estimates as one number a name: `name`, `name_low`, `name_high`.
+    """Estimates as one number per name: `name`, `name_low`, `name_high`.
 
     Example:
         >>> as_columns({"f1": Estimate(0.5, 0.4, 0.6)})
@@ -90,7 +90,7 @@ def as_columns(found: Mapping[str, Estimate]) -> dict[str, float]:
 
 
 def _drawn(measured: Measurement, draws: int, seed: int) -> dict[str, np.ndarray]:
-    """Each metric on the items as they are, then in each draw: (1 + draws,)."""
+    """Each metric's point value, then its value in each draw: (1 + draws,)."""
     count = measured.items
     parts: dict[str, list[Any]] = {name: [[statistic.value]] for name, statistic in measured.statistics.items()}
     generator = np.random.default_rng(seed)
@@ -116,7 +116,7 @@ def _ends(drawn: np.ndarray) -> np.ndarray:
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, *, draws: int = 2 * DRAWS) -> Estimate:
-    """Mean of one system minus the mean of another on the same items (N,), with the interval over drawn items.
+    """Mean of one system minus the mean of another on the same items (N,), with the interval over resampled items.
 
     Raises:
         ValueError: If the systems have different numbers of items.
@@ -148,10 +148,10 @@ def interval_of_share(share: float, count: int) -> tuple[float, float]:
 
 
 def interval_of_mean(values: ArrayLike, *, draws: int = DRAWS) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of the mean over runs at each point of their curves, when runs are drawn anew.
+    """95 % bootstrap interval of the mean over runs at each point of their curves.
 
     Args:
-        values: One curve per run (runs, P). Of fewer than five runs the interval is too narrow.
+        values: One curve per run (runs, P). With fewer than five runs the interval is too narrow.
         draws: Number of draws, the same runs for all points.
     """
     curves = np.asarray(values, dtype=float)

@@ -1,4 +1,4 @@
-"""Scores on disk while a command works, so that one that was stopped goes on with what it has."""
+"""Scores saved on disk while a command works, so that a stopped command can continue."""
 
 import hashlib
 import json
@@ -9,18 +9,18 @@ from typing import Any
 
 from fractal_rm.reward_model import Step, StepRewardModel, StepScores
 
-# Responses that are scored between two writes.
+# Number of responses scored between two writes.
 CHUNK = 256
 
 
 class KeptScores:
-    """A reward model that writes every score to a file and takes from there what it was asked before.
+    """A reward model that saves every score to a file and reuses saved scores.
 
-    A score is kept under a digest of the model's files, the prompt, the response and its steps: other inputs or another
-    model never get it.
+    The key of a score is a digest of the model's files, the prompt, the response and its steps, so other inputs or
+    models never get it.
 
     Args:
-        model: Scores what the file does not hold.
+        model: Scores what is not in the file.
         path: The file; several models may share it.
         name: Folder or hub id of the model.
 
@@ -36,7 +36,7 @@ class KeptScores:
         for line in path.read_bytes().splitlines() if path.is_file() else []:
             try:
                 key, row = json.loads(line)
-            except ValueError:  # cut by a process that was killed
+            except ValueError:  # truncated by a killed process
                 continue
             self._known[key] = StepScores(**row | {"steps": [Step(**step) for step in row["steps"]]})
 
@@ -50,7 +50,7 @@ class KeptScores:
         keys = [self._key(row) for row in zip(prompts, responses, spans, strict=True)]
         self.reused += sum(key in self._known for key in keys)
         missing = [i for i, key in enumerate(keys) if key not in self._known]
-        # Like lengths together, as within a call: a chunk of mixed lengths would be padded more.
+        # Group similar lengths, as within a call: chunks of mixed lengths need more padding.
         missing.sort(key=lambda i: len(responses[i]))
         for start in range(0, len(missing), CHUNK):
             chunk = missing[start : start + CHUNK]
@@ -69,5 +69,5 @@ class KeptScores:
     def _keep(self, found: dict[str, StepScores]) -> None:
         self._known |= found
         lines = "".join(json.dumps([key, asdict(one)]) + "\n" for key, one in found.items())
-        with self.path.open("ab") as file:  # the first line end closes a line that was cut
+        with self.path.open("ab") as file:  # the first line break ends a truncated line
             file.write(b"\n" + lines.encode())

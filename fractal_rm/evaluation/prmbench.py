@@ -1,7 +1,7 @@
-"""PRMBench by its official rule: PRMScore, over all steps and by the kind of error that was written in.
+"""PRMBench by its official rule: PRMScore, over all steps and by kind of inserted error.
 
-A step that scores below the threshold is called wrong. PRMScore is the plain average of two F1 scores of that call: one
-with right steps as what is looked for, one with wrong steps.
+A step that scores below the threshold is predicted wrong. PRMScore is the average of two F1 scores of this prediction:
+one with right steps as positives, one with wrong steps.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,14 +19,14 @@ from fractal_rm.evaluation.statistics import Statistic, average_of, bag_aucs, me
 from fractal_rm.objectives.aggregation import GOOD
 from fractal_rm.reward_model import StepScores
 
-# Kinds of error under the three headings of the paper. The last one has none: right in another way.
+# Kinds of error under the paper's three headings. The last one has no error: right in another way.
 CATEGORIES = {
     "simplicity": ("redundency", "circular"),
     "soundness": ("counterfactual", "step_contradiction", "domain_inconsistency", "confidence"),
     "sensitivity": ("missing_condition", "deception", "multi_solutions"),
 }
 KINDS = tuple(kind for kinds in CATEGORIES.values() for kind in kinds)
-# What the solutions into which the errors were written are called; the official score leaves them out.
+# Name of the unmodified solutions, which the official score leaves out.
 UNCHANGED = ("correct", "original")
 
 
@@ -71,7 +71,7 @@ def measure_prmbench(scored: Sequence[StepScores], solutions: Solutions, thresho
     Args:
         scored: Scores of each solution.
         solutions: The solutions.
-        threshold: A step that scores below it is called wrong. A step that was not scored is not.
+        threshold: A step that scores below it is predicted wrong. An unscored step is not.
 
     Returns:
         `prmscore` over the steps of all changed solutions, its two parts `f1_right_steps` and `f1_wrong_steps`, and
@@ -116,7 +116,7 @@ def measure_prmbench(scored: Sequence[StepScores], solutions: Solutions, thresho
 
 
 def call_counts(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float) -> np.ndarray:
-    """How often steps of each response are called what: (N, 4).
+    """Counts of predictions for the steps of each response: (N, 4).
 
     The columns: right steps called right and called wrong, wrong steps called right and called wrong.
     """
@@ -139,7 +139,7 @@ def prmscore_of(calls: np.ndarray, chosen: np.ndarray) -> dict[str, Statistic]:
     found = ratio_of(2 * wrong_called, 2 * wrong_called + mistaken)
 
     def wrong(weights: np.ndarray) -> np.ndarray:
-        # Without a wrong step there is none to find, whatever was called.
+        # Without a wrong step there is none to find, whatever was predicted.
         return np.where(weights @ (wrong_kept + wrong_called) == 0, np.nan, found(weights))
 
     f1_wrong = Statistic(len(calls), wrong)

@@ -1,8 +1,8 @@
-"""ProcessBench by its official rule: the first step under a threshold is the first wrong one, or there is none.
+"""ProcessBench by its official rule: the first step below a threshold is predicted as the first wrong step.
 
-A case is a hit if the first wrong step is found, or if none is called wrong in a solution without one. F1 is the
-harmonic mean of the hit rates on the two kinds, the headline its plain average over four subsets. Each case is a hit
-for the thresholds of one interval: from there come the whole curve and the best threshold, exactly.
+A case is a hit if the first wrong step is found, or if no step of a right solution is predicted wrong. F1 is the
+harmonic mean of the hit rates on the two kinds, and the headline is its average over four subsets. Each case is a hit
+for one interval of thresholds, which gives the whole curve and the best threshold exactly.
 """
 
 import math
@@ -22,7 +22,7 @@ from fractal_rm.reward_model import StepScores
 
 # Cases of the official subsets: with a wrong step, without one.
 SUBSETS = {"gsm8k": (207, 193), "math": (594, 406), "olympiadbench": (661, 339), "omnimath": (759, 241)}
-# The subset that the official evaluation of reward models chooses its threshold on.
+# The subset on which the official evaluation of reward models chooses its threshold.
 TUNED_ON = "gsm8k"
 
 
@@ -34,7 +34,7 @@ class Cases(NamedTuple):
 
 
 class Point(NamedTuple):
-    """What a threshold is worth: averages over the subsets."""
+    """Metrics at a threshold: averages over the subsets."""
 
     threshold: float
     first_error_accuracy: float
@@ -51,7 +51,7 @@ def read_cases(rows: Iterable[Mapping[str, Any]], *, source: str = "data") -> Ca
         source: Name of the data in messages.
 
     Raises:
-        ValueError: If a column is missing, a subset is unknown, or the first wrong step of a row is not known.
+        ValueError: If a column is missing, a subset is unknown, or the first wrong step of a row is unknown.
     """
     given = list(rows)
     official = bool(given) and "problem" in given[0]
@@ -72,7 +72,7 @@ def read_cases(rows: Iterable[Mapping[str, Any]], *, source: str = "data") -> Ca
 
 
 class Hits:
-    """At which thresholds each case is a hit."""
+    """The thresholds at which each case is a hit."""
 
     def __init__(self, scored: Sequence[StepScores], cases: Cases) -> None:
         firsts = [first_wrong(gold_labels(bag)) for bag in cases.bags]
@@ -91,7 +91,7 @@ class Hits:
         return (self.low < threshold) & (threshold <= self.high)
 
     def curve(self, subsets: Sequence[str]) -> list[Point]:
-        """What every threshold is worth, averaged over subsets; between neighbouring points nothing changes.
+        """The metrics at every threshold, averaged over subsets; nothing changes between neighbouring points.
 
         A point's threshold stands for those from the point before (excluded) up to it.
         """
@@ -106,7 +106,7 @@ class Hits:
     def _rates(self, wrong: bool, subset: str, ends: np.ndarray) -> np.ndarray:
         """Share of hits among the cases of a kind at each threshold; NaN if there is none."""
         chosen = (self.wrong == wrong) & (self.subset == subset) & (self.low < self.high)
-        # Hits whose interval has begun, less those whose interval has ended.
+        # Hits whose interval has begun, minus hits whose interval has ended.
         begun = np.searchsorted(np.sort(self.low[chosen]), ends, side="left")
         over = np.searchsorted(np.sort(self.high[chosen]), ends, side="left")
         count = ((self.wrong == wrong) & (self.subset == subset)).sum()
@@ -121,7 +121,7 @@ class Hits:
 
 
 def best_threshold(curve: Sequence[Point]) -> Point:
-    """The point with the highest F1; of equal ones the lowest threshold. Its threshold lies inside its interval."""
+    """The point with the highest F1; the lowest threshold in a tie. Its threshold lies inside its interval."""
     defined = [i for i, point in enumerate(curve) if not math.isnan(point.f1)]
     if not defined:
         return Point(*[math.nan] * 4)
@@ -134,19 +134,19 @@ def best_threshold(curve: Sequence[Point]) -> Point:
 def measure_processbench(
     scored: Sequence[StepScores], cases: Cases, threshold: float, *, tuned_on: str = TUNED_ON
 ) -> Measurement:
-    """ProcessBench of scores at three thresholds.
+    """ProcessBench metrics of scores at three thresholds.
 
     Args:
         scored: Scores of each case.
         cases: The cases.
-        threshold: One that no gold step label has touched: the model's own.
-        tuned_on: The subset on whose gold labels a second threshold is chosen, as the official evaluation of reward
-            models does. Its hits are in the average, as they are there.
+        threshold: A threshold chosen without gold step labels: the model's own.
+        tuned_on: The subset on whose gold labels a second threshold is chosen, as in the official evaluation of reward
+            models. As there, its hits count in the average.
 
     Returns:
-        `f1`, `first_error_accuracy`, `all_correct_accuracy` (averages over the subsets) and the same with `_<subset>`
-        behind; `tuned_...` with the threshold that was chosen on the gold labels of `tuned_on`; the metrics of
-        [`measure_responses`] that ask for no threshold. Counts: cases, `best_f1` (the top of the curve, a ceiling: it
+        `f1`, `first_error_accuracy`, `all_correct_accuracy` (averages over the subsets) and the same with the suffix
+        `_<subset>`; `tuned_...` with the threshold chosen on the gold labels of `tuned_on`; the metrics of
+        [`measure_responses`] that need no threshold. Counts: cases, `best_f1` (the top of the curve, a ceiling: it
         reads all gold labels) and the thresholds. Curve: `thresholds`.
 
     Raises:
@@ -174,10 +174,10 @@ def measure_processbench(
 
 
 def missing_cases(cases: Cases) -> str | None:
-    """What is missing from the official test set, in one sentence; None if nothing is."""
+    """What is missing from the official test set, in one sentence; None if it is complete."""
     hits = {name: [0, 0] for name in SUBSETS}
     for bag, subset in zip(cases.bags, cases.subsets, strict=True):
         hits[subset][first_wrong(gold_labels(bag)) is None] += 1
     parts = [f"{name} {sum(n)} of {sum(SUBSETS[name])}" for name, n in hits.items() if tuple(n) != SUBSETS[name]]
-    known = "Averages are over the subsets there are."
+    known = "Averages are over the subsets present."
     return f"This is not all of ProcessBench: {', '.join(parts)}. {known}" if parts else None

@@ -1,4 +1,4 @@
-"""Metrics of a step reward model on labelled responses: of the response, of its steps, of the first wrong step."""
+"""Metrics of a step reward model on labelled responses: for responses, steps, and first wrong steps."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from fractal_rm.evaluation.statistics import Statistic, as_points, reliability_c
 from fractal_rm.objectives.aggregation import GOOD, Aggregation, meaning
 from fractal_rm.reward_model import StepRewardModel, StepScores
 
-# What `measure_responses` adds to `evaluate_scores`.
+# Metrics that `measure_responses` adds to `evaluate_scores`.
 _ADDED = ("bag_brier", "bag_aurc", "step_brier", "step_ece", "within_prompt_auc")
 
 
@@ -25,10 +25,10 @@ def score_bags(reward_model: StepRewardModel, bags: Sequence[Bag]) -> list[StepS
 
 
 def choose_threshold(scored: Sequence[StepScores], bags: Sequence[Bag], *, aggregation: Aggregation = "min") -> float:
-    """Threshold on a response's lowest, or highest, step score that best tells good responses from bad ones.
+    """Threshold on a response's lowest, or highest, step score that best separates good from bad responses.
 
-    It needs response labels only: gold step labels are not read. Responses without a label or a score are left out;
-    it is NaN if none is left. Where the aggregation means that a response is good if some step is, the highest step
+    It needs response labels only; gold step labels are not read. Responses without a label or a score are left out; the
+    threshold is NaN if none is left. If the aggregation means that a response is good if some step is, the highest step
     score decides; otherwise the lowest.
     """
     deciding = max if meaning(aggregation) == "max" else min
@@ -38,10 +38,9 @@ def choose_threshold(scored: Sequence[StepScores], bags: Sequence[Bag], *, aggre
 
 
 def separating_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Threshold at which calling scores below it bad is most often right (N,); NaN without scores.
+    """The most accurate threshold for predicting "bad" below it (N,); NaN without scores.
 
-    Candidates lie halfway between neighbouring scores and at both ends; of equally accurate ones the nearest to 0.5 is
-    taken.
+    Candidates lie halfway between neighbouring scores and at both ends; in a tie the one nearest to 0.5 is chosen.
 
     Example:
         >>> separating_threshold(np.array([0.75, 0.25, 0.75]), np.array([1, 0, 1]))
@@ -50,7 +49,7 @@ def separating_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
     if not len(scores):
         return math.nan
     if not np.isfinite(scores).all():
-        raise ValueError("A step has a score that is not a finite number. Leave out responses that were not scored.")
+        raise ValueError("A step has a NaN or infinite score. Leave out responses that were not scored.")
     order = np.argsort(scores)
     scores, good = scores[order], labels[order] >= GOOD
     distinct = np.unique(scores)
@@ -72,15 +71,15 @@ def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold
 def measure_responses(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float) -> Measurement:
     """Metrics of scores against labels.
 
-    Steps beyond the model's `max_length` have no score. They stay out of the metrics of steps; for the first error they
-    count as not called wrong, so that a response does not get easier by being cut. Responses without any score stay out
-    of the response metrics and are counted as `unscored`. Grades count as shares of the highest, as the scores of a
-    model of grades do.
+    Steps beyond the model's `max_length` have no score. Step metrics leave them out; for the first error they count as
+    predicted right, so that truncation does not make a response easier. Response metrics leave out responses without
+    any score and count them as `unscored`. Grades count as shares of the highest, as the scores of a model of grades
+    do.
 
     Args:
         scored: Scores of each bag.
-        bags: The bags: labels, and gold step labels where they are known.
-        threshold: A step that scores below it is called wrong.
+        bags: The bags: labels, and gold step labels where known.
+        threshold: A step that scores below it is predicted wrong.
 
     Returns:
         The metrics of [`~fractal_rm.evaluation.statistics.bag_statistics`], `bag_brier`, `bag_aurc` (area under risk
@@ -136,7 +135,7 @@ def measure_responses(scored: Sequence[StepScores], bags: Sequence[Bag], thresho
 
 
 def ranking_of(measured: Measurement) -> dict[str, Statistic]:
-    """The metrics of [`measure_responses`] that ask for no threshold: how well responses and steps are ranked."""
+    """The metrics of [`measure_responses`] that need no threshold: how well responses and steps are ranked."""
     wanted = ("bag_auc", "step_auc", "within_bag_auc")
     return {name: measured.statistics[name] for name in wanted if name in measured.statistics}
 
@@ -148,18 +147,18 @@ def known_steps(scored: Sequence[StepScores], bags: Sequence[Bag]) -> tuple[list
 
 
 def response_labels(bags: Sequence[Bag]) -> list[float]:
-    """Label of each response on the scale of scores, NaN where it is not known."""
+    """Label of each response on the scale of scores, NaN where unknown."""
     return [_share(bag.label, bag) for bag in bags]
 
 
 def gold_labels(bag: Bag) -> np.ndarray:
-    """Gold label of each step on the scale of scores, NaN where it is not known."""
+    """Gold label of each step on the scale of scores, NaN where unknown."""
     known = bag.step_labels or [None] * len(bag.step_spans)
     return np.array([_share(label, bag) for label in known])
 
 
 def _share(label: float | None, bag: Bag) -> float:
-    """A label on the scale of scores: NaN where it is not known, a grade as its share of the highest."""
+    """A label on the scale of scores: NaN where unknown, a grade as its share of the highest."""
     return math.nan if label is None else label / ((bag.num_grades or 2) - 1)
 
 
@@ -175,7 +174,7 @@ def _within_prompts(probs: np.ndarray, labels: np.ndarray, bags: Sequence[Bag]) 
 
 
 def _pairs(scored: Sequence[StepScores], bags: Sequence[Bag]) -> list[tuple[float, float]]:
-    """Scores of the chosen and of the rejected response of each preference; one that was not scored is never better."""
+    """Scores of the chosen and the rejected response of each preference; an unscored response is never better."""
     sides: dict[str, dict[float | None, float]] = {}
     for result, bag in zip(scored, bags, strict=True):
         if bag.pair_id is not None:

@@ -1,4 +1,4 @@
-"""Results on disk: one measurement a line, with what is needed to get it again.
+"""Results on disk: one measurement per line, with what is needed to reproduce it.
 
 Rows are only ever added. A process that is killed while it writes leaves at most one torn line, which readers skip with
 a warning and later rows do not touch.
@@ -42,7 +42,7 @@ class ResultsFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        # Taken when the run starts, not when it ends: the code that is running is the code of now.
+        # Recorded when the run starts, because the files may change while it runs.
         self._commit = current_commit()
 
     def append(
@@ -59,16 +59,15 @@ class ResultsFile:
     ) -> dict[str, Any]:
         """Write one measurement as one line, in one write, and wait until it is on disk.
 
-        A metric (or config value) that is NaN or infinite becomes null, because JSON has no such numbers; it reads as
-        None.
+        A NaN or infinite metric (or config value) becomes null, because JSON lacks such numbers; it is read as None.
 
         Args:
             benchmark: The question that is asked.
-            arm: Which of the compared systems this is.
-            dataset: What it was measured on.
+            arm: Name of the compared system.
+            dataset: Data set of the measurement.
             seed: Seed of the run, None if nothing was random.
             split: Part of the data set.
-            metrics: Names to numbers.
+            metrics: Numbers by name.
             config: The settings that matter, as plain values, paths, numpy or torch scalars.
             seconds: Wall-clock time that the measurement took.
 
@@ -98,7 +97,7 @@ class ResultsFile:
         with self.path.open("a+b", buffering=0) as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a torn line: end it, so that it cannot swallow this one
+                if file.read(1) != b"\n":  # a torn line: end it, so that this row starts on a new line
                     line = b"\n" + line
             try:
                 written = file.write(line)
@@ -110,7 +109,7 @@ class ResultsFile:
         return json.loads(line)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows so far, those of other processes included."""
+        """All rows so far, including other processes' rows."""
         return read_results(self.path) if self.path.is_file() else []
 
     def has(self, **fields: Any) -> bool:
@@ -148,7 +147,7 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             continue
         try:
             row = parse_json(line, f"{path}, line {number}")
-        except ValueError:  # invalid JSON, or cut inside a character
+        except ValueError:  # invalid JSON, or truncated inside a character
             if not line.startswith(b"{") or _is_whole(line):
                 raise
             warnings.warn(
@@ -164,7 +163,7 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _is_whole(line: bytes) -> bool:
-    """Whether a line is JSON, such as one with a name twice, and no torn one."""
+    """Whether a line is complete JSON (such as one with a duplicate name) and not torn."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):
@@ -213,12 +212,12 @@ def _portable_path(word: str) -> str:
 
 @functools.cache
 def current_commit() -> str | None:
-    """Commit of the code that is running, with `-dirty` behind it if files of the package differ from it.
+    """Commit of the running code, with the suffix `-dirty` if files of the package differ from it.
 
     None if the package does not run from a git checkout.
     """
     package = Path(__file__).resolve().parents[1]
-    # Inside a git hook these variables name the hook's repository, which need not be ours.
+    # Inside a git hook these variables name the hook's repository, which may be another one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -251,7 +250,7 @@ def machine() -> dict[str, Any]:
 
 
 def plain(value: Any, name: str) -> Any:
-    """A value as JSON can hold it: numbers that are not finite become None."""
+    """A value that JSON can hold: NaN and infinite numbers become None."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, os.PathLike):

@@ -1,4 +1,4 @@
-"""Scores for the rows of a file: one record a response, and a bad row spoils no other."""
+"""Scores for the rows of a file: one record per response; a bad row does not affect others."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ def score_rows(
     """Score the responses of rows in any format that `read_row` knows, labelled or not.
 
     Returns:
-        One record a response (two for a preference), ready for JSON and for `write_viewer`: `row`, `id`, `prompt`,
+        One record per response (two for a preference), ready for JSON and for `write_viewer`: `row`, `id`, `prompt`,
         `response`, `label`, `score`, `steps` (each with `text`, `start`, `end`, `score`, `gold`), `truncated_steps`,
         and `error`, which is None unless the response could not be scored; then `steps` is empty and `score` None.
     """
@@ -62,9 +62,9 @@ def score_rows(
 
 
 def add_second_model(records: Sequence[dict[str, Any]], reward_model: StepRewardModel) -> None:
-    """Add `other_score` to records of `score_rows` and to their steps: what another model says of the same steps.
+    """Add `other_score` to records of `score_rows` and to their steps: another model's scores of the same steps.
 
-    Steps keep their places, whatever this model would cut.
+    Steps keep their spans, whatever this model's segmentation.
 
     Raises:
         ValueError: If the other model cannot read the prompts.
@@ -91,7 +91,7 @@ def _check_prompt(bag: Bag, reward_model: StepRewardModel, where: str) -> None:
         # The model counts prompts from 0; the caller's file counts.
         raise ValueError(f"{where}: {str(error).partition(': ')[2]}") from None
     if not is_chat(bag.prompt) or reward_model.tokenizer is None:
-        return  # an embedding scorer needs no template: it reads the messages one after the other
+        return  # an embedding scorer needs no template: it reads the messages in sequence
     if isinstance(reward_model.settings, PublishedSettings):
         return  # its description says how messages are read
     try:
@@ -116,7 +116,7 @@ def _record(row: int, given: Mapping[str, Any], response: str | None) -> dict[st
 
 
 def _found(bag: Bag, result: StepScores, where: str) -> dict[str, Any]:
-    """What scores add to a record."""
+    """The fields that scores add to a record."""
     if result.error is not None:
         # The model counts rows of its own batch from 0; the caller's file counts.
         return {"error": f"{where}: {result.error.partition(': ')[2]}"}

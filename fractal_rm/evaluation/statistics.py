@@ -1,11 +1,11 @@
 """Metrics of scores against labels.
 
 A metric is a [`Statistic`]: a function of weights (D, N) that say how often each of N items (responses, or questions)
-counts in each of D draws. With weights of one it gives the value on the items as they are, with the weights of drawn
-items its bootstrap distribution. A draw costs a few sums, and two models are compared on the same draws.
+counts in each of D draws. Weights of one give the point value, and weights of resampled items the bootstrap
+distribution. A draw costs a few sums, and two models are compared on the same draws.
 
-Scores and labels have one entry an item: a number, or a row with one number a step. A label is good from 0.5 on; NaN is
-an unknown label and is left out. A metric that is undefined, such as an AUC over labels of one kind, is NaN.
+Scores and labels have one entry per item: a number, or a row with one number per step. A label is good from 0.5 on; NaN
+is an unknown label and is left out. A metric that is undefined, such as an AUC over labels of one kind, is NaN.
 """
 
 import math
@@ -30,7 +30,7 @@ class Statistic:
 
     Args:
         items: Number of items N.
-        of: From weights (D, N) to one value a draw (D,), NaN where it is undefined.
+        of: Maps weights (D, N) to one value per draw (D,), NaN where undefined.
 
     Example:
         >>> accuracy = mean_of([1.0, 0.0, np.nan])
@@ -42,12 +42,12 @@ class Statistic:
     of: Callable[[np.ndarray], np.ndarray]
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        """One value a draw (D,)."""
+        """One value per draw (D,)."""
         return self.of(weights)
 
     @property
     def value(self) -> float:
-        """The value on the items as they are: all weights are one."""
+        """The point value, with all weights one."""
         return float(self.of(np.ones((1, self.items)))[0])
 
 
@@ -62,7 +62,7 @@ def mean_of(values: ArrayLike) -> Statistic:
 
 
 def ratio_of(above: ArrayLike, below: ArrayLike) -> Statistic:
-    """Sum over items of one number (N,), divided by the sum of another: a mean over what items consist of."""
+    """Sum over items of one number (N,), divided by the sum of another: a mean over parts of items."""
     a, b = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
     return Statistic(len(a), lambda weights: divided(weights @ a, weights @ b))
 
@@ -83,7 +83,7 @@ def harmonic_mean_of(first: Statistic, second: Statistic) -> Statistic:
 
 
 def average_of(statistics: Sequence[Statistic]) -> Statistic:
-    """Plain average of statistics, each counting alike however many items it stands on."""
+    """Unweighted average of statistics, whatever their numbers of items."""
     return Statistic(statistics[0].items, lambda weights: np.mean([part(weights) for part in statistics], axis=0))
 
 
@@ -96,7 +96,7 @@ def divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 class _Known(NamedTuple):
-    """Scores whose label is known: the item and the place in its row that each comes from, score, and label."""
+    """Scores with a known label: for each its item, its position in the row, the score and the label."""
 
     owner: np.ndarray
     place: np.ndarray
@@ -135,7 +135,7 @@ def _known(scores: Rows, labels: Rows) -> _Known:
     found = _Known(owner[known], place[known], flat[known], gold[known])
     if not np.isfinite(found.score).all():
         i = found.owner[~np.isfinite(found.score)][0]
-        raise ValueError(f"Bag {i} has a score that is not a finite number. Leave out bags that were not scored.")
+        raise ValueError(f"Bag {i} has a NaN or infinite score. Leave out bags that were not scored.")
     return found
 
 
@@ -187,10 +187,10 @@ def bag_aucs(scores: Rows, labels: Rows) -> np.ndarray:
 
 
 def same_position_auc_of(scores: Rows, labels: Rows) -> Statistic:
-    """Share of pairs of a right and a wrong step at the same place of two bags that are in the right order.
+    """Share of correctly ordered pairs of a right and a wrong step at the same position of two bags.
 
-    Where labels end at the first wrong step, that step is the last known one of its bag, and "early is good" has a
-    [`within_bag_auc`] of 1. Here it has 0.5.
+    If labels end at the first wrong step, that step is the last known one of its bag, and "early is good" reaches a
+    [`within_bag_auc`] of 1. Here it gets 0.5.
     """
     known = _known(scores, labels)
     columns = [(known.place == place, known.auc(len(scores), known.place == place)) for place in np.unique(known.place)]
@@ -211,7 +211,7 @@ def same_position_auc_of(scores: Rows, labels: Rows) -> Statistic:
 
 
 def accuracy_of(probs: Rows, labels: Rows) -> Statistic:
-    """Share of scores that are on the side of 0.5 on which their label is."""
+    """Share of scores on the same side of 0.5 as their label."""
     return _mean_over_known(probs, labels, lambda p, y: (p >= GOOD) == (y >= GOOD))
 
 
@@ -289,7 +289,7 @@ def reliability_curve(probs: Rows, labels: Rows, bins: int = BINS) -> list[Bin]:
 
 
 class Risk(NamedTuple):
-    """Among the surest items that make up `coverage` of all, the share that is called wrongly."""
+    """Share of wrong predictions among the `coverage` share of most confident items."""
 
     coverage: float
     risk: float

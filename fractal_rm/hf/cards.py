@@ -1,4 +1,4 @@
-"""Model cards: the README.md of a trained folder says what it is, how it scored, and how to use it."""
+"""Model cards: the README.md of a trained folder says what the model is, how it scored, and how to use it."""
 
 import math
 from collections.abc import Mapping
@@ -15,16 +15,16 @@ from fractal_rm.versions import package_versions
 
 @dataclass
 class RewardModelCard:
-    """Model card of a step reward model, filled in as its facts become known.
+    """Model card of a step reward model, filled in as results become known.
 
     Args:
-        base: Model that training started from: a path or hub id; None if it was made in code.
+        base: Model that training started from: a path or hub id; None if it was built in code.
         data: Name of the training data.
         labels: What its labels say, and how many there are.
         metrics: For each split its metrics.
-        intervals: For each split the metrics that have an interval; they are shown in place of those in `metrics`.
+        intervals: For each split the metrics with an interval, which replace those in `metrics`.
         measured: The last evaluation; its intervals are computed when a card is written.
-        choice: How the configuration was chosen among others, and what they reached; None: it was given.
+        choice: How the configuration was chosen among others, with their results; None: it was given.
     """
 
     base: str | None = None
@@ -36,7 +36,8 @@ class RewardModelCard:
     choice: str | None = None
 
     def evaluated(self, measured: Measurement) -> None:
-        """Take the metrics of an evaluation; their intervals are computed if a card is written before the next one."""
+        """Record the metrics of an evaluation; their intervals are computed if a card is written before the next
+        one."""
         self.metrics["evaluation"], self.measured = measured.values, measured
         self.intervals.pop("evaluation", None)
 
@@ -47,7 +48,7 @@ class RewardModelCard:
         self.measured = None
 
     def text(self, settings: FractalSettings, processor: Processor) -> str:
-        """The card, from what the checkpoint remembers as saved."""
+        """The card, from the saved settings of the checkpoint."""
         if self.measured is not None:
             self.intervals["evaluation"], self.measured = estimates(self.measured), None
         task = {"likelihood": "text-generation", "token": "token-classification"}.get(settings.scorer)
@@ -88,11 +89,11 @@ for scored in reward_model.score(prompts=["..."], responses=["..."]):
 
 ## Limits
 
-- A score is a learned guess, no proof. Nothing is known about prompts unlike the training data, other languages, or
+- A score is a learned guess, not a proof. Nothing is known about prompts unlike the training data, other languages, or
   steps of another length or style.
 - Step scores follow from labels on responses: which step spoilt a response is inferred. Without gold labels in the
   table above, nobody has checked how well.
-- A policy that is trained on these scores will find what they overlook: keep an independent check of its answers.
+- A policy trained on these scores will find their blind spots: keep an independent check of its answers.
 
 {_without_this_package(settings, processor)}
 {_versions()}
@@ -122,7 +123,7 @@ Trained with `StepPPOTrainer` of `fractal_rm`.
 
 
 def _section(title: str, text: str | None) -> str:
-    """A section of a card; nothing without a text."""
+    """A section of a card; empty without a text."""
     return "" if text is None else f"\n## {title}\n\n{text}"
 
 
@@ -136,9 +137,9 @@ def _header(base: str | None, task: str | None, tags: tuple[str, ...]) -> str:
 
 
 def _portable(path: str | None) -> str:
-    """A hub id as it is, a folder by its name."""
+    """A hub id unchanged, a folder by its name."""
     if path is None:
-        return "a model made in code"
+        return "a model built in code"
     return Path(path).name if Path(path).exists() else path
 
 
@@ -155,7 +156,7 @@ def counted(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _metrics(
     metrics: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, Mapping[str, Estimate]] | None = None
 ) -> str:
-    """A table of numbers; those with an interval have it in a column of its own."""
+    """A table of numbers; intervals have a separate column."""
     rows, known = [], intervals or {}
     for split in dict.fromkeys([*metrics, *known]):
         shown = counted(metrics.get(split, {}))
@@ -227,13 +228,13 @@ _GRADES = "return (logits.softmax(-1) @ torch.arange(logits.size(-1)).float() / 
 
 
 def _without_this_package(settings: FractalSettings, processor: Processor) -> str:
-    """A section of a model card: code that gives the same step scores, or the reason why transformers alone cannot."""
+    """A section of a model card: code that gives the same step scores, or why transformers alone cannot."""
     if isinstance(processor, SentenceEncoder):
         return f"{_HEADING}\n\nThe folder loads with sentence-transformers; its scoring head needs fractal-rm.\n"
     if spaces_texts(processor):
         return (
-            f"{_HEADING}\n\nThe folder loads with transformers. This tokenizer puts a space before every text, which "
-            "steps must not have: to cut a response into tokens as in training, use fractal-rm.\n"
+            f"{_HEADING}\n\nThe folder loads with transformers. This tokenizer puts a space before every text, but "
+            "steps must not have one: to tokenize a response as in training, use fractal-rm.\n"
         )
     prefix, suffix = ([], []) if settings.chat else special_affixes(processor)
     if settings.chat:

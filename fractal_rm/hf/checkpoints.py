@@ -1,8 +1,8 @@
-"""Checkpoints that a killed run can be resumed from: whole ones, of that run.
+"""Checkpoints that a killed run can be resumed from: complete ones of the same run.
 
 `transformers.Trainer` writes a checkpoint in place, file after file. A run that is killed meanwhile leaves a folder
-that looks like the last checkpoint and is incomplete. [`fractal_rm.hf.manifest`] says which are whole; every search for
-a checkpoint goes through this module.
+that looks like the last checkpoint and is incomplete. [`fractal_rm.hf.manifest`] says which ones are complete; every
+search for a checkpoint uses this module.
 """
 
 import json
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def fault(checkpoint: str | Path) -> str | None:
-    """What keeps a checkpoint from being resumed, as a part of a sentence; None if it is whole."""
+    """Why a checkpoint cannot be resumed, as part of a sentence; None if it is complete."""
     folder = Path(checkpoint)
     found = damage(folder)
     if found is not None:
@@ -34,35 +34,35 @@ def fault(checkpoint: str | Path) -> str | None:
     try:
         step = json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
-        return f"it holds no {STATE}"
+        return f"it has no {STATE}"
     named = _NAME.fullmatch(folder.name)
     return None if named is None or step == int(named[1]) else f"it is of step {step}"
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints of an output folder that were finished, damaged ones among them, the latest first."""
+    """The finished checkpoints of an output folder, including damaged ones, latest first."""
     named = ((path, _NAME.fullmatch(path.name)) for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
     steps = [(int(found[1]), path) for path, found in named if found and (path / MANIFEST).is_file()]
     return [path for _, path in sorted(steps, reverse=True)]
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The latest whole checkpoint in an output folder; damaged ones are named. None if there is none."""
+    """The latest complete checkpoint in an output folder, None if there is none; warns about damaged ones."""
     for path in checkpoints(folder):
         found = fault(path)
         if found is None:
             return str(path)
-        logger.warning("%s is damaged (%s): the one before is taken.", path, found)
+        logger.warning("%s is damaged (%s): the previous checkpoint is used.", path, found)
     return None
 
 
 def can_resume(folder: str | Path) -> bool:
-    """Whether a checkpoint was finished in an output folder. A run that was killed before that starts again."""
+    """Whether an output folder has a finished checkpoint. A run killed before its first one starts again."""
     return bool(checkpoints(folder))
 
 
 def resume_or_clear(folder: Path) -> bool:
-    """Whether a run that is part of a larger one goes on from a checkpoint; else what it left is removed."""
+    """Whether a part of a larger run can resume from a checkpoint; if not, its leftovers are removed."""
     if last_checkpoint(folder) is not None:
         return True
     if can_resume(folder):
@@ -75,12 +75,12 @@ def find_checkpoint(wanted: Any, output_dir: str | Path | None, identity: Identi
     """The checkpoint that `resume_from_checkpoint` of `Trainer.train` means.
 
     Args:
-        wanted: A path; True: the last whole checkpoint; anything false: none.
+        wanted: A path; True: the last complete checkpoint; any false value: none.
         output_dir: Where the run writes its checkpoints.
-        identity: Of the run that is to go on.
+        identity: Identity of the run to be resumed.
 
     Raises:
-        ValueError: If there is not a complete checkpoint, the path holds a part of one, or it belongs to another run.
+        ValueError: If there is no complete checkpoint, or the given one is incomplete or belongs to another run.
     """
     if not wanted:
         return None
@@ -95,38 +95,38 @@ def find_checkpoint(wanted: Any, output_dir: str | Path | None, identity: Identi
         if broken is not None:
             raise ValueError(
                 f"{wanted} is not a complete checkpoint: {broken}. Resume from an earlier one, or give "
-                "`resume_from_checkpoint=True` for the last that is whole."
+                "`resume_from_checkpoint=True` for the last complete one."
             )
     check_same_run(Path(found), identity)
     return found
 
 
 def check_same_run(folder: Path, identity: Identity) -> None:
-    """Raise ValueError if a folder has the manifest of another run; the sentence names what differs."""
+    """Raise ValueError if a folder has the manifest of another run; the message names what differs."""
     manifest = read_manifest(folder)
     differ = [] if manifest is None else changes(manifest["run"], identity)
     if differ:
         raise ValueError(
-            f"{folder} belongs to another run: {'; '.join(differ)}. Set these as they were to go on with that run, "
-            "give another `output_dir`, or set `overwrite_output_dir` without `resume_from_checkpoint` to remove it."
+            f"{folder} belongs to another run: {'; '.join(differ)}. Set these as they were to resume that run, give "
+            "another `output_dir`, or set `overwrite_output_dir` without `resume_from_checkpoint` to remove it."
         )
 
 
 @contextmanager
 def whole_or_absent(folder: Path, *, writes: bool) -> Iterator[None]:
-    """Write a checkpoint in the block, or leave none: what is half written is removed after any error.
+    """Write a checkpoint inside the `with` block, or leave none: a half-written checkpoint is removed after any error.
 
     Args:
         folder: Of the checkpoint.
         writes: Whether this process is the one that writes it.
 
     Raises:
-        OSError: If the disk took no more; the sentence says what is left.
+        OSError: If the disk is full; the message says what is left.
     """
-    if writes:  # a checkpoint of the same name is not whole while it is written again
+    if writes:  # a checkpoint of the same name is incomplete while it is rewritten
         (folder / MANIFEST).unlink(missing_ok=True)
     try:
-        with named_write_errors(f"The checkpoint {folder}", "It is removed, the one before it stays."):
+        with named_write_errors(f"The checkpoint {folder}", "It is removed; the previous checkpoint stays."):
             yield
     except BaseException:
         if writes:
@@ -135,12 +135,12 @@ def whole_or_absent(folder: Path, *, writes: bool) -> Iterator[None]:
 
 
 class WriteError(OSError):
-    """Something could not be written; the message is for whoever reads the screen."""
+    """Something could not be written; the message is for the user."""
 
 
 @contextmanager
 def named_write_errors(what: str, then: str = "") -> Iterator[None]:
-    """Turn what torch, safetensors or the system say of a disk that takes no more into one sentence.
+    """Turn errors of torch, safetensors or the system about a full disk into one sentence.
 
     Raises:
         WriteError: Names what could not be written, why, what is left, and what to do.

@@ -1,4 +1,4 @@
-"""A training that diverges stops: nothing that is not finite is learned from or written."""
+"""Stops a diverging training run: NaN and infinite values are never trained on or saved."""
 
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from fractal_rm.files import replacing
 
 
 class FiniteTraining(TrainerCallback):
-    """Stops a training at a loss or gradient that is NaN or infinite, before the optimizer makes its step.
+    """Stops training at a NaN or infinite loss or gradient, before the optimizer step.
 
-    The batches of that step are kept in the output folder, `not_finite-<step>-<number>.safetensors`: give one to
+    The batches of that step are saved in the output folder, `not_finite-<step>-<number>.safetensors`: give one to
     `trainer.compute_loss` to see it again.
 
     Args:
-        trainer: The trainer. Under a gradient scaler gradients are left alone: it leaves such steps out.
+        trainer: The trainer. Under a gradient scaler gradients are not checked, because it skips such steps.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -26,10 +26,10 @@ class FiniteTraining(TrainerCallback):
         self.batches: list[dict[str, Any]] = []
 
     def check_loss(self, loss: Any, batch: dict[str, Any]) -> None:
-        """Remember a batch until the optimizer's step, and raise if its loss is not finite.
+        """Keep a batch until the optimizer step, and raise if its loss is NaN or infinite.
 
         Raises:
-            ValueError: Names the step, and where its batches are.
+            ValueError: Names the step and the files with its batches.
         """
         self.batches.append(batch)
         if not loss.isfinite().all():
@@ -52,7 +52,7 @@ class FiniteTraining(TrainerCallback):
         self.batches.clear()
 
     def stop(self, what: str, value: float) -> None:
-        """Keep the batches and raise."""
+        """Save the batches and raise."""
         step, folder = self.trainer.state.global_step, Path(str(self.trainer.args.output_dir))
         name = f"not_finite-{step}"
         for number, batch in enumerate(self.batches):
@@ -62,6 +62,6 @@ class FiniteTraining(TrainerCallback):
                 save_file({key: x.clone() for key, x in tensors.items()}, file)
         self.batches.clear()
         raise ValueError(
-            f"The {what} of step {step} is {value}: the training diverges, and stops before it spoils the weights. "
-            f"{folder} keeps the batch ({name}-*.safetensors). Lower `learning_rate`, and go on from a checkpoint."
+            f"The {what} of step {step} is {value}: training diverges, and stops before it corrupts the weights. "
+            f"{folder} keeps the batch ({name}-*.safetensors). Lower `learning_rate`, and resume from a checkpoint."
         )

@@ -12,14 +12,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 
-# Buckets of a batch: more of them would save little more padding.
+# Maximum number of buckets per batch: more would save little more padding.
 _PARTS = 4
 # Fewest padded tokens in a bucket: below, starting a forward pass costs more than the padding.
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSEWHERE = 16_384
 # Scorer inputs with one column per token.
 _BY_TOKEN = ("input_ids", "attention_mask", "step_ids")
-# Least share of the padded tokens to save: sorting and joining have a cost too.
+# Minimum share of padded tokens to save, because sorting and joining also cost time.
 _LEAST_SAVING = 0.05
 
 

@@ -1,8 +1,8 @@
-"""What a run is, and what a checkpoint of it holds: `manifest.json`, the last file that is written.
+"""The identity of a run and the contents of its checkpoints: `manifest.json`, the last file written.
 
 The manifest has the size and the checksum of every other file, and the identity of the run: each setting that its
-result depends on, and fingerprints of data and models. A checkpoint without one was not finished; one whose files are
-not as its manifest says is damaged; one with another identity belongs to another run.
+result depends on, and fingerprints of data and models. A checkpoint without a manifest was not finished; if its files
+differ from its manifest, it is damaged; if its identity differs, it belongs to another run.
 """
 
 import hashlib
@@ -19,9 +19,10 @@ from fractal_rm.files import write_atomic
 
 MANIFEST = "manifest.json"
 Identity = dict[str, Any]
-# Rows that are hashed at a time, and values of a weight at either end that are: models are told apart, not checked.
+# Rows hashed at a time, and values hashed at either end of a weight: this distinguishes models, but does not verify
+# them.
 _ROWS, _VALUES = 1000, 1024
-# Settings that may change when a run goes on: where things go, what is written or shown and when, which machine it is.
+# Settings that may change when a run is resumed: paths, logging and saving, and the machine.
 _FREE_BEGINNINGS = ("eval_", "hub_", "log_", "logging_", "push_to_hub", "save_", "trackio_", "vllm_server_")
 _FREE = {
     "ddp_timeout",
@@ -38,7 +39,7 @@ _FREE = {
     "local_rank",
     "num_completions_to_print",
     "num_generations_eval",
-    "num_train_epochs",  # a shorter training makes no step more
+    "num_train_epochs",  # with fewer epochs, training takes no further step
     "output_dir",
     "overwrite_output_dir",
     "per_device_eval_batch_size",
@@ -56,13 +57,13 @@ _FREE = {
 
 
 def write_manifest(folder: Path, identity: Identity, files: Iterable[Path]) -> None:
-    """Say that a folder is finished: sizes and checksums of files in it, and whose it is."""
+    """Mark a folder as finished: sizes and checksums of its files, and the identity of its run."""
     listed = {str(path.relative_to(folder)): _described(path) for path in sorted(files)}
     write_atomic(folder / MANIFEST, json.dumps({"run": identity, "files": listed}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder; None if there is none, or none that can be read."""
+    """The manifest of a folder; None if it is missing or unreadable."""
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return found if isinstance(found["run"], dict) and isinstance(found["files"], dict) else None
@@ -71,7 +72,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that has a manifest, as a part of a sentence; None if it is as it was written."""
+    """What is wrong with a folder that has a manifest, as part of a sentence; None if it is unchanged."""
     manifest = read_manifest(folder)
     if manifest is None:
         return f"its {MANIFEST} is missing or cannot be read"
@@ -83,7 +84,7 @@ def damage(folder: Path) -> str | None:
         if found != expected["bytes"]:
             return f"{name} has {found} of {expected['bytes']} bytes"
         if _described(path) != expected:
-            return f"{name} has other content than was written"
+            return f"the content of {name} has changed"
     return None
 
 
@@ -97,11 +98,11 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def identity_of(args: TrainingArguments, materials: Mapping[str, Any]) -> Identity:
-    """What makes a run the run that it is.
+    """The identity of a run.
 
     Args:
-        args: Its configuration, of which the settings are taken that its result depends on.
-        materials: Names to fingerprints of what it is made of.
+        args: Its configuration; only settings that affect the result are included.
+        materials: Fingerprints of its data and models, by name.
     """
     settings = {
         name: value
@@ -112,9 +113,9 @@ def identity_of(args: TrainingArguments, materials: Mapping[str, Any]) -> Identi
 
 
 def changes(before: Identity, now: Identity) -> list[str]:
-    """What differs between two runs, as parts of a sentence; what only one of them knows is passed over.
+    """What differs between two runs, as parts of a sentence; settings known to only one of them are ignored.
 
-    `max_steps` may become more.
+    `max_steps` may increase.
 
     Example:
         >>> changes({"seed": 0, "data": "a1", "max_steps": 4}, {"seed": 1, "data": "a1", "max_steps": 8})
@@ -130,7 +131,7 @@ def changes(before: Identity, now: Identity) -> list[str]:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A short name for the weights of a model, adapters left out: they start at random."""
+    """Fingerprint of a model's weights, without adapters, which start at random."""
     digest = hashlib.blake2b(digest_size=8)
     for name, weight in model.named_parameters():
         if "lora_" in name:
@@ -144,7 +145,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def adapter_settings(model: Any) -> dict[str, Any] | None:
-    """What the PEFT adapters of a model are made with; None without any."""
+    """The configuration of a model's PEFT adapters; None without any."""
     found = {}
     for name, config in getattr(model, "peft_config", {}).items():
         settings = {key: sorted(x) if isinstance(x, set) else x for key, x in config.to_dict().items()}
@@ -153,7 +154,7 @@ def adapter_settings(model: Any) -> dict[str, Any] | None:
 
 
 def rows_fingerprint(rows: Any) -> str | None:
-    """A short name for the rows of a data set; None for a stream, which is not read twice."""
+    """Fingerprint of the rows of a data set; None for streaming data, which cannot be read twice."""
     if not isinstance(rows, Dataset):
         return None
     digest = hashlib.blake2b(digest_size=8)

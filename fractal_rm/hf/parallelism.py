@@ -15,15 +15,15 @@ _FILES = "The files in recipes/accelerate say how."
 
 
 def check_separate_value_model(trainer: Any) -> None:
-    """Raise ValueError if a separate value model is to be trained with a sharded policy.
+    """Raise ValueError if a separate value model would be trained with a sharded policy.
 
     FSDP's optimizer knows the parameters of one model, and DeepSpeed has one engine for one model.
     """
     engine = _engine(trainer)
     if engine:
         raise ValueError(
-            f"`advantage='gae'` trains a value model beside the policy, and {engine} prepares one model. "
-            "Use `advantage='group'` or `advantage='global'`, or launch with multi-GPU data parallelism (DDP)."
+            f"`advantage='gae'` trains a value model beside the policy, but {engine} prepares only one model. Use "
+            "`advantage='group'` or `advantage='global'`, or launch with multi-GPU data parallelism (DDP)."
         )
 
 
@@ -33,27 +33,27 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def check_online_training(trainer: Any) -> None:
-    """Raise ValueError if a reward model is to be updated while the policy is sharded."""
+    """Raise ValueError if a reward model would be updated while the policy is sharded."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError("`rm_update_every` does not work with FSDP and DeepSpeed yet. Use DDP, or set it to 0.")
 
 
 def check_whole_model(trainer: Any, model: nn.Module, name: str) -> None:
-    """Raise if a process holds only a part of a model that scores.
+    """Raise if a process has only a part of a scoring model.
 
     Raises:
-        ValueError: If DeepSpeed ZeRO-3 partitioned it at load, or FSDP left it empty in all processes but the first.
+        ValueError: If DeepSpeed ZeRO-3 partitioned it at load, or FSDP left it empty except in the first process.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
-            f"{name} was partitioned by DeepSpeed ZeRO-3 while it was loaded, and nothing puts it together to score. "
-            f"Set `zero3_init_flag: false` in the accelerate configuration. {_FILES}"
+            f"{name} was partitioned by DeepSpeed ZeRO-3 while it was loaded, and nothing gathers it for scoring. Set "
+            f"`zero3_init_flag: false` in the accelerate configuration. {_FILES}"
         )
     lazily = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() in ("true", "1")
     if trainer.is_fsdp_enabled and lazily:
         raise ValueError(
-            f"`fsdp_cpu_ram_efficient_loading` leaves the weights of {name} empty in all processes but the first. "
-            f"Set it to false in the accelerate configuration. {_FILES}"
+            f"`fsdp_cpu_ram_efficient_loading` leaves the weights of {name} empty except in the first process. Set it "
+            f"to false in the accelerate configuration. {_FILES}"
         )
 
 
@@ -62,8 +62,8 @@ def check_unsharded(trainer: Any) -> None:
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None) if trainer.is_deepspeed_enabled else None
     if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
         raise ValueError(
-            f"FractalTrainer saves whole scorers, and {_engine(trainer)} holds their weights in pieces. Launch with "
-            "multi-GPU data parallelism (DDP); a model too large for that is trained with a `peft_config`."
+            f"FractalTrainer saves whole scorers, but {_engine(trainer)} shards their weights. Launch with multi-GPU "
+            "data parallelism (DDP); train a model too large for that with a `peft_config`."
         )
 
 

@@ -1,8 +1,8 @@
-"""Processes that share a batch: what a process must know of the rows of the others.
+"""Multi-process batches: what a process must know about the rows of the others.
 
-A rollout or batch is split into consecutive rows, equally many for each process. Means and deviations are taken over
-the whole batch, and completions of one prompt may lie in several processes. With one process, every function returns
-its input.
+A rollout or batch is split into consecutive rows, with the same number per process. Means and deviations are computed
+over the whole batch, and completions of one prompt may be on several processes. With one process, every function
+returns its input.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ def rows_of_all(rows: Sequence[Row]) -> tuple[list[Row], slice]:
     """The rows of all processes in order, and the slice of them that belongs to this process.
 
     Args:
-        rows: Plain values of this process; every process has equally many.
+        rows: Plain values of this process; every process has the same number.
     """
     first = PartialState().process_index * len(rows)
     return gather_object(list(rows)), slice(first, first + len(rows))
@@ -43,7 +43,7 @@ def all_reduce(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
 
 
 def share_metrics(metrics: dict[str, list[float]]) -> None:
-    """Extend each process's lists of numbers to log by the numbers of all others: every process logs the same mean."""
+    """Extend each process's lists of numbers to log by all other processes' numbers, so that all log the same mean."""
     everyone: list[dict[str, list[float]]] = gather_object([dict(metrics)])
     for name in dict.fromkeys(name for one in everyone for name in one):
         metrics[name] = [value for one in everyone for value in one.get(name, [])]

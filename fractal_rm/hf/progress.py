@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-# A rollout logs some forty numbers; these say whether the model learns. `report_to` gets all of them.
+# A rollout logs about forty numbers; these show whether the model learns. `report_to` gets all of them.
 _SHOWN = ("loss", "reward", "kl", "completions/mean_length", "steps/score", "value/explained_variance")
 _SHOWN_PREFIXES = (
     "loss/",
@@ -20,7 +20,7 @@ _SHOWN_PREFIXES = (
     "eval_step_",
     "eval_within",
 )
-# A first number is logged after this many steps or seconds, however rare logs are.
+# The first number is logged after this many steps or seconds, whatever `logging_steps` is.
 FIRST_STEPS, FIRST_SECONDS = 10, 30.0
 
 

@@ -1,1 +1,1 @@
-"""What is learned: plain functions on tensors, from step logits, labels and masks to losses and step labels."""
+"""Training objectives: plain functions on tensors, from step logits, labels and masks to losses and step labels."""

@@ -33,11 +33,11 @@ MEANINGS: dict[str, Meaning] = {
     "softmax": "max",
 }
 
-# "Some step is good" is the opposite of "every step is bad": each of these is its partner with the logits negated and
-# the two answers exchanged, so it is computed that way.
+# "Some step is good" is the opposite of "every step is bad", so each of these is computed as its partner with negated
+# logits and the two results swapped.
 _MIRRORED: dict[str, Aggregation] = {"max": "min", "noisy_or": "product", "softmax": "softmin"}
 
-# Removed aggregations, which nothing was ever shown to need, and what comes closest.
+# Removed aggregations that no experiment needed, and the closest replacement.
 REMOVED = {
     "geometric_mean": "product",
     "power_min": "softmin",
@@ -79,17 +79,17 @@ def log1mexp(log_probs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`log(1 - exp(x))` for `x <= 0`, accurate at both ends.
 
     Two forms are needed: `log(-expm1(x))` loses digits for very negative `x`, `log1p(-exp(x))` near 0; they meet at
-    `-log 2` (Machler, "Accurately computing log(1 - exp(-|a|))", 2012). Arguments are kept a float's spacing below 0,
-    where the value and its gradient would be infinite.
+    `-log 2` (Machler, "Accurately computing log(1 - exp(-|a|))", 2012). Arguments are clamped one float spacing below
+    0, because value and gradient are infinite at 0.
 
     Example:
         >>> log1mexp(torch.tensor([-0.6931472]))
         tensor([-0.6931])
     """
-    # One float32 spacing below zero: probability 1 - 1e-7, where a loss of 16 nats is all that can be said.
+    # One float32 spacing below zero: probability 1 - 1e-7, which limits the loss to 16 nats.
     log_probs = log_probs.clamp(max=-torch.finfo(torch.float32).eps)
     near_zero = log_probs > -0.6931472
-    # `where` before the function as well as after: the branch not taken must not put NaN into the gradient.
+    # `where` before and after the function: the branch not taken must not put NaN into the gradient.
     close = torch.log(-torch.expm1(torch.where(near_zero, log_probs, -1.0)))
     far = torch.log1p(-torch.exp(torch.where(near_zero, -1.0, log_probs)))
     return torch.where(near_zero, close, far)
@@ -112,8 +112,8 @@ def check_mask(mask: Bool[Tensor, "B S"]) -> None:
 def _log_mean_exp(values: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, " B"]:
     """`log(mean(exp(x)))` over the real steps of each bag.
 
-    `expm1` and `log1p` keep the digits where all values are close to 0, as the log-probabilities of sure steps are;
-    there `logsumexp(x) - log(count)` is two numbers of size 1 that cancel.
+    `expm1` and `log1p` keep precision when all values are close to 0, like log-probabilities of confident steps;
+    `logsumexp(x) - log(count)` would then subtract two nearly equal numbers.
     """
     # A constant shift: its own gradient would cancel.
     peak = values.detach().masked_fill(~mask, -torch.inf).amax(dim=1)
@@ -126,8 +126,8 @@ def _product(
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
     """`log P` that all steps are good, and that one is not.
 
-    The second is summed over which step is the first bad one. `log1mexp` of the first would be simpler, but it has no
-    digits left where every step is sure to be good, so that a response that is wrong after all would teach nothing.
+    The second is a sum over which step is the first bad one. `log1mexp` of the first would be simpler, but it loses all
+    precision if every step is almost surely good, so such a response with label 0 would give no gradient.
     """
     good = F.logsigmoid(logits).masked_fill(~mask, 0.0)
     before = good.cumsum(dim=1) - good
@@ -148,10 +148,10 @@ def bag_log_probs(
 
     | aggregation | bag probability |
     |---|---|
-    | `"min"`, `"max"` | one step's: the sigmoid is monotone, so the extreme logit decides and gets all the gradient |
+    | `"min"`, `"max"` | the extreme step's: the sigmoid is monotone, so that step gets all the gradient |
     | `"mean"` | `mean p`, the expected share of good steps |
-    | `"product"` | `prod p`, exactly that of "every step is good" if steps are independent |
-    | `"noisy_or"` | `1 - prod (1 - p)`, exactly that of "some step is good" if steps are independent |
+    | `"product"` | `prod p`, the exact probability of "every step is good" if steps are independent |
+    | `"noisy_or"` | `1 - prod (1 - p)`, the exact probability of "some step is good" if steps are independent |
     | `"softmax"`, `"softmin"` | `sigmoid(sum w x)`, `w = softmax(r x)`, `softmax(-r x)`; gradient reaches `w` too |
 
     Args:
@@ -183,7 +183,7 @@ def bag_log_probs(
     if aggregation in _MIRRORED:
         bad, good = bag_log_probs(-logits, mask, aggregation=_MIRRORED[aggregation], sharpness=sharpness)
         return good, bad
-    # From here on padding is an ordinary number without gradient, which no product or power can turn into NaN.
+    # From here on padding is an ordinary number without gradient, so products and powers cannot turn it into NaN.
     logits = logits.float().masked_fill(~mask, 0.0)
     if aggregation == "mean":
         return _log_mean_exp(F.logsigmoid(logits), mask), _log_mean_exp(F.logsigmoid(-logits), mask)

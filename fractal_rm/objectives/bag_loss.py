@@ -1,4 +1,4 @@
-"""What is learned: plain functions from logits, labels and masks to one loss per bag.
+"""Losses: plain functions from logits, labels and masks to one loss per bag.
 
 No function here sees a model, and none averages over bags: the trainer reduces.
 """
@@ -12,7 +12,7 @@ from fractal_rm.objectives.aggregation import Aggregation, bag_log_probs, check_
 
 
 def check_label_noise(label_noise: tuple[float, float]) -> None:
-    """Raise unless two shares of wrong labels are possible; the one check of `missed_good` and `missed_bad`.
+    """Raise unless two shares of wrong labels are valid; the only check of `missed_good` and `missed_bad`.
 
     Args:
         label_noise: Share of good responses labelled bad, and of bad responses labelled good.

@@ -9,11 +9,11 @@ from torch import Tensor
 from fractal_rm.objectives.aggregation import Aggregation, check_mask
 from fractal_rm.objectives.bag_loss import bag_loss
 
-# Temperatures from 1/148 to 148: beyond, labels are separated and any fit is as good.
+# Temperatures from 1/148 to 148: beyond, labels are separable and any temperature fits equally well.
 MAX_LOG_TEMPERATURE = 5.0
 
-# Points of the search over log temperatures, evenly spaced, and how often it is repeated around the best one. Each
-# round narrows the range tenfold: four leave 1e-3 of a temperature.
+# Evenly spaced points of the search over log temperatures, and the number of rounds around the best point. Each round
+# narrows the range tenfold: four rounds leave a relative error of 1e-3.
 _POINTS = 21
 _ROUNDS = 4
 
@@ -40,8 +40,8 @@ def fit_temperature(
         sharpness: How close the smooth aggregations come to the extreme step.
 
     Returns:
-        The temperature, never one with a higher loss than 1. It is 1 where labels are all equal or unknown: they say
-        nothing of how sure the model may be.
+        The temperature; its loss is never higher than that of 1. It is 1 if labels are all equal or unknown, because
+        they do not determine a temperature.
 
     Raises:
         ValueError: If a bag has no real step or the aggregation is unknown.

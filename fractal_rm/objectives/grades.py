@@ -1,7 +1,8 @@
-"""Grades instead of good and bad: each step has one of `G` ordered grades, and a response that of its best step.
+"""Grades instead of good and bad: each step has one of `G` ordered grades, and a response has the grade of its best
+step.
 
-A step's scores are `G` logits, softmax over grades 0, ..., G - 1, and steps are independent. For two grades all of this
-is the noisy-or of the binary case.
+A step's scores are `G` logits, softmax over grades 0, ..., G - 1, and steps are independent. For two grades this equals
+the noisy-or of the binary case.
 """
 
 import torch
@@ -30,7 +31,7 @@ def ordinal_max_log_probs(logits: Float[Tensor, "B S G"], mask: Bool[Tensor, "B 
         ValueError: If a bag has no real step.
 
     Source:
-        Our own exact form of the maximum over graded steps in FRACTAL (Makhija et al., ACL 2025).
+        This package's exact form of the maximum over graded steps in FRACTAL (Makhija et al., ACL 2025).
 
     Example:
         >>> two_fair_coins = torch.zeros(1, 2, 2)
@@ -128,9 +129,10 @@ def ordinal_pseudo_labels(
 ) -> Float[Tensor, "B S"]:
     """The step grades that are most likely under the model among those whose maximum is the bag's grade.
 
-    Each step takes its most likely grade among those up to the bag's. If no step reaches the bag's grade, the one that
-    loses least by it does: the largest ratio of its probability there to that of its most likely grade. The step with
-    the largest probability there, which the authors' rule raises, need not give the most likely grades.
+    Each step takes its most likely grade among those up to the bag's. If no step reaches the bag's grade, the step
+    whose likelihood falls least is raised to it: the step with the largest ratio of its probability of the bag's grade
+    to that of its most likely grade. The authors' rule raises the step with the largest probability of the bag's grade,
+    which need not give the most likely grades.
 
     Args:
         logits: Scores of each step and grade before the softmax. Values at padding are ignored.
@@ -144,7 +146,7 @@ def ordinal_pseudo_labels(
         ValueError: If a bag has no real step.
 
     Source:
-        Maximum-likelihood pseudo-labels of FRACTAL (Makhija et al., ACL 2025), with our own exact rule.
+        Maximum-likelihood pseudo-labels of FRACTAL (Makhija et al., ACL 2025), with this package's exact rule.
 
     Example:
         >>> logits = torch.tensor([[[3.0, 0.0, 0.0], [3.0, 1.0, 5.0]]])
@@ -156,9 +158,10 @@ def ordinal_pseudo_labels(
     bag_grades = grades.long()[:, None]
     too_high = torch.arange(logits.shape[2], device=logits.device) > bag_grades
     best, chosen = scores.masked_fill(too_high[:, None], -torch.inf).max(dim=2)
-    # A softmax's normaliser is the same for all grades of a step: logits differ as log-probabilities do.
+    # The softmax normaliser is the same for all grades of a step, so differences of logits are those of
+    # log-probabilities.
     at_bag_grade = scores.gather(2, bag_grades[:, :, None].expand(-1, logits.shape[1], 1))[:, :, 0]
     cheapest = (at_bag_grade - best).masked_fill(~mask, -torch.inf).argmax(dim=1, keepdim=True)
-    # Where a step is at the bag's grade already it costs nothing, and raising it changes nothing.
+    # If a step already has the bag's grade, its cost is 0 and raising it changes nothing.
     labels = chosen.scatter(1, cheapest, bag_grades)
     return labels.float().masked_fill(~mask, torch.nan)

@@ -26,8 +26,8 @@ def preference_loss(
     """Cross entropy between a preference and the aggregated step probabilities of both responses.
 
     With `s` the aggregated probability of a response and `x` its logit, the chosen one is better with probability
-    `sigmoid(x_c - x_r)` (`"bradley_terry"`) or `s_c / (s_c + s_r)` (`"ratio"`). The first tells two good responses
-    apart as well as two bad ones; the second is nearly 1/2 for any two good ones.
+    `sigmoid(x_c - x_r)` (`"bradley_terry"`) or `s_c / (s_c + s_r)` (`"ratio"`). The first separates two good responses
+    as well as two bad ones; the second is nearly 1/2 for any two good ones.
 
     Args:
         chosen_logits: Step scores of the chosen response before the sigmoid. Values at padding are ignored.
@@ -99,17 +99,17 @@ def preference_pseudo_labels(
 
     - `meaning` "mean": of all numbers of good steps `a` and `b` with `a / k_c > b / k_r`, the most likely pair; each
       response's most likely steps are its good ones.
-    - `meaning` "min": every chosen step is good and some rejected one is bad, as `pseudo_labels` has it for labels 1
-      and 0. Under "max" some chosen step is good and no rejected one.
+    - `meaning` "min": every chosen step is good and some rejected one is bad, as in `pseudo_labels` for labels 1 and 0.
+      Under "max" some chosen step is good and no rejected one.
 
-    A pair of equally good responses fits neither rule: leave ties out.
+    Neither rule allows equally good responses: leave ties out.
 
     Args:
         chosen_logits: Step scores of the chosen response before the sigmoid. Values at padding are ignored.
         chosen_mask: True where a step is real. Every response needs one.
         rejected_logits: Step scores of the rejected response.
         rejected_mask: True where a step is real.
-        aggregation: How step labels make a response's label.
+        aggregation: How step labels determine a response's label.
 
     Returns:
         Labels of the chosen and of the rejected steps, 0 or 1; NaN at padding.
@@ -118,7 +118,7 @@ def preference_pseudo_labels(
         ValueError: If a response has no real step or the aggregation is unknown.
 
     Source:
-        Our own extension of the maximum-likelihood pseudo-labels of FRACTAL (Makhija et al., ACL 2025).
+        This package's extension of the maximum-likelihood pseudo-labels of FRACTAL (Makhija et al., ACL 2025).
 
     Example:
         >>> mask = torch.ones(1, 2, dtype=torch.bool)

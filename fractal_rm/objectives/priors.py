@@ -1,4 +1,4 @@
-"""Priors: what is believed of single steps before any label is seen, as targets, and the losses that pull towards them.
+"""Priors: beliefs about single steps before any label is seen, as targets, and the losses that pull towards them.
 
 A prior is a target in [0, 1] for each step or pair of steps, from embeddings, likelihoods or another model's scores.
 One loss, `teacher_prior`, serves every prior on single steps.
@@ -20,23 +20,24 @@ from fractal_rm.objectives.bag_loss import instance_loss
 Distance = Literal["cross_entropy", "absolute"]
 Schedule = Literal["constant", "linear", "cosine"]
 
-# A vector whose spread is below this share of its size is constant: in float32 its mean is off by about as much.
+# A vector whose spread is below this share of its norm counts as constant: the float32 rounding error of its mean is
+# about as large.
 CONSTANT_BELOW = 1e-6
 
-# The least scale of log-probabilities, in nats: where all are equal, a target should not jump from 0 to 1 on rounding.
+# Minimum scale of log-probabilities, in nats: if all are equal, rounding must not move a target from 0 to 1.
 MIN_LIKELIHOOD_SCALE = 1e-3
 
-# Quartiles of a normal distribution lie this many standard deviations apart.
+# Distance of a normal distribution's quartiles, in standard deviations.
 NORMAL_IQR = 1.349
 
 
 def _as_prior(cosines: Tensor) -> Tensor:
-    """Cosines, or correlations, from [-1, 1] to [0, 1]; rounding must not leave the interval."""
+    """Map cosines or correlations from [-1, 1] to [0, 1], clamped against rounding."""
     return ((1.0 + cosines) / 2.0).clamp(0.0, 1.0)
 
 
 def cosine_targets(step_embeddings: Float[Tensor, "S D"], contexts: Float[Tensor, "S D"]) -> Float[Tensor, " S"]:
-    """`(1 + cos) / 2` of each step to its context. The authors' released code has the other sign, `(1 - cos) / 2`.
+    """`(1 + cos) / 2` of each step to its context. The authors' released code uses the opposite sign, `(1 - cos) / 2`.
 
     Args:
         step_embeddings: An embedding of each step.
@@ -85,8 +86,8 @@ def likelihood_targets(mean_log_probs: Float[Tensor, "B S"], *, location: float,
 
     Args:
         mean_log_probs: Mean log-probability of each step's tokens, in nats; NaN where unknown.
-        location: The log-probability that stands for 0.5, from `fit_likelihood_scale`.
-        scale: How many nats away stand for `sigmoid(1)`, above 0.
+        location: The log-probability mapped to 0.5, from `fit_likelihood_scale`.
+        scale: The distance in nats mapped to `sigmoid(1)`, above 0.
 
     Returns:
         `sigmoid((x - location) / scale)`; NaN stays NaN.
@@ -95,7 +96,7 @@ def likelihood_targets(mean_log_probs: Float[Tensor, "B S"], *, location: float,
         ValueError: If the scale is not above 0.
 
     Source:
-        Our own: the reference policy's likelihood costs nothing in reinforcement learning.
+        This package: the reference policy's likelihood is free in reinforcement learning.
 
     Example:
         >>> likelihood_targets(torch.tensor([[-1.0, -2.0]]), location=-1.0, scale=0.5)
@@ -109,7 +110,7 @@ def likelihood_targets(mean_log_probs: Float[Tensor, "B S"], *, location: float,
 def fit_likelihood_scale(
     mean_log_probs: Sequence[float] | Float[Tensor, " N"],
 ) -> tuple[float, float]:
-    """Location and scale of log-probabilities, little moved by outliers.
+    """Location and scale of log-probabilities, robust to outliers.
 
     Args:
         mean_log_probs: Mean log-probability of each step of a data set. Values that are not finite are left out.
@@ -149,7 +150,7 @@ def teacher_prior(
 
     Args:
         logits: Step scores before the sigmoid. Values at padding are ignored.
-        targets: The teacher's probabilities in [0, 1], NaN where it has none.
+        targets: The teacher's probabilities in [0, 1], NaN where unknown.
         mask: True where a step is real. Every bag needs one.
         distance: `"cross_entropy"`, or `"absolute"`: `|p - target|`, which is bounded.
 
@@ -180,9 +181,9 @@ def teacher_prior(
 def correlation_prior(
     logits: Float[Tensor, "B S"], targets: Float[Tensor, "B S S"], mask: Bool[Tensor, "B S"]
 ) -> Float[Tensor, " B"]:
-    """Pulls the labels of similar steps together: both good or both bad as probably as their correlation says.
+    """Pulls the labels of similar steps together: the probability that two steps agree should match their correlation.
 
-    Over the ordered pairs of a bag's `k` steps, a step paired with itself included, and with `t` the target of a pair:
+    Over the ordered pairs of a bag's `k` steps, including a step with itself, with `t` the target of a pair:
     `sum |(1 - p_i)(1 - p_j) - t| |p_i p_j - t| / k`.
 
     Args:
@@ -215,12 +216,12 @@ def correlation_prior(
 
 
 def prior_weight(weight: float, progress: float, schedule: Schedule = "constant") -> float:
-    """Weight of a prior at a point of training: a prior helps most while labels have said little.
+    """Weight of a prior at a point of training: a prior helps most early in training.
 
     Args:
         weight: The weight at the start.
-        progress: Share of training that is done, in [0, 1]; beyond, the nearer end counts.
-        schedule: `"constant"`, or down to 0 at the end in a `"linear"` or `"cosine"` way.
+        progress: Share of training that is done, clamped to [0, 1].
+        schedule: `"constant"`, or a `"linear"` or `"cosine"` decay to 0.
 
     Returns:
         The weight now.

@@ -1,4 +1,4 @@
-"""Rewards of tokens -> advantages: three estimators with one signature, the mathematics of which is in `credit`.
+"""Token rewards -> advantages: three estimators with one signature; their mathematics is in `credit`.
 
 Each takes a rollout with `steps` and `rewards`, and returns it with `advantages`.
 """
@@ -19,11 +19,11 @@ from fractal_rm.ppo.value_model import ValueLearning, explained_variance
 
 
 class Given(NamedTuple):
-    """What an estimator knows beside the rollout.
+    """What an estimator needs in addition to the rollout.
 
     Attributes:
         args: The configuration.
-        accelerator: Knows the other processes.
+        accelerator: For reductions over all processes.
         group_size: Completions per prompt; the completions of one prompt may be spread over processes.
         value_learning: The value model in training, for the estimator that has one.
     """
@@ -35,10 +35,10 @@ class Given(NamedTuple):
 
 
 def by_gae(batch: RolloutBatch, given: Given) -> RolloutBatch:
-    """Generalised advantage estimates against a value model (PPO), with what that model learns from.
+    """Generalised advantage estimates with a value model (PPO), and the returns that the value model learns.
 
-    Where there are rewards of steps and of outcomes, each kind has its own reach (`step_lam`, `lam`): the value model
-    is the outcome's, and steps have the baseline of their shaping.
+    If there are both step and outcome rewards, each kind has its own lambda (`step_lam`, `lam`): the value model is the
+    baseline of outcomes, and shaping provides the baseline of steps.
     """
     args, accelerator = given.args, given.accelerator
     assert given.value_learning is not None
@@ -65,14 +65,14 @@ def by_gae(batch: RolloutBatch, given: Given) -> RolloutBatch:
     advantages = advantages + credit
     if args.whiten_advantages:
         advantages = whiten(advantages, mask, all_reduce=all_reduce(accelerator))
-    # The value loss is a mean over the tokens of a rollout batch, as the loss of TRL's default `loss_type` is.
+    # The value loss is a mean over the tokens of a rollout batch, like the policy loss of TRL's default `loss_type`.
     tokens: Any = accelerator.reduce(mask.sum().float(), reduction="mean")
     for_update = {"values": batch.values, "returns": returns, "value_mask": mask, "value_tokens": tokens}
     return batch.plus(metrics, for_update, advantages=advantages, returns=returns)
 
 
 def by_group(batch: RolloutBatch, given: Given) -> RolloutBatch:
-    """Steps against the steps of the prompt's other completions, beside TRL's advantages of the outcomes (GRPO)."""
+    """Steps compared with the steps of the prompt's other completions, plus TRL's advantages of the outcomes (GRPO)."""
     args, accelerator = given.args, given.accelerator
     assert batch.rewards is not None
     assert batch.learned is not None
@@ -101,7 +101,7 @@ def by_group(batch: RolloutBatch, given: Given) -> RolloutBatch:
 
 
 def by_batch(batch: RolloutBatch, given: Given) -> RolloutBatch:
-    """Rewards to go against their mean over all tokens of the rollout batch (REINFORCE++)."""
+    """Rewards to go minus their mean over all tokens of the rollout batch (REINFORCE++)."""
     args, accelerator = given.args, given.accelerator
     assert batch.rewards is not None
     assert batch.learned is not None

@@ -1,4 +1,4 @@
-"""Guards in training: what they see of a rollout, and what follows from their alarms."""
+"""Guards in training: what they measure on a rollout, and how training reacts to their alarms."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ from fractal_rm.ppo.rollout import RolloutBatch, mean_outcomes
 from fractal_rm.reward_model import StepScores
 
 logger = logging.getLogger(__name__)
-# What a rollback multiplies `step_weight` by: the same weights and the same rewards would take the same way again.
+# Factor of `step_weight` at a rollback: the same weights with the same rewards would collapse the same way again.
 ROLLBACK_FACTOR = 0.5
 
 
@@ -27,8 +27,8 @@ def guard_inputs(batch: RolloutBatch, ends: set[int], *, gives_probabilities: bo
     Args:
         batch: The rollout.
         ends: Ids that a finished completion may end with.
-        gives_probabilities: Whether scores of the watched source are P(step is good); otherwise the guards see its
-            steps without scores.
+        gives_probabilities: Whether the watched source's scores are P(step is good); if not, the guards see its steps
+            without scores.
     """
     count, kl = len(batch.completion_ids), batch.kl
     checked = batch.function_weights.to(batch.function_rewards.device) * batch.is_outcome
@@ -49,10 +49,10 @@ def guard_inputs(batch: RolloutBatch, ends: set[int], *, gives_probabilities: bo
 
 
 class Alarms(TrainerCallback):
-    """Watches rollouts, remembers checkpoints, and says where to go back to.
+    """Watches rollouts, remembers checkpoints, and chooses the checkpoint to roll back to.
 
     Args:
-        args: The configuration: what to do, and how patiently.
+        args: The configuration: `on_alarm` and the patience.
 
     Attributes:
         step_weight: Weight of the step rewards: `args.step_weight`, halved by every rollback.
@@ -74,14 +74,14 @@ class Alarms(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step:  # resumed, from a checkpoint that could not know of itself
+        if state.global_step:  # resumed: a checkpoint does not list itself
             self.on_save(args, state, control)
 
     def _folder(self, step: int) -> Path:
         return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
     def watch(self, seen: GuardInputs, *, step: int) -> tuple[dict[str, float], list[Alarm]]:
-        """Numbers to log of a rollout, and the alarms that it raises: the same on every process."""
+        """Metrics of a rollout to log, and the alarms it raises: the same on every process."""
         measured = _mean_over_processes(measure_rollouts(seen))
         places = gather_object([most_frequent([word_places(seen.steps)])])
         measured["step_order"] = self.guards.order(most_frequent(places))
@@ -93,7 +93,7 @@ class Alarms(TrainerCallback):
         return {f"guards/{name}": value for name, value in measured.items()} | raised, alarms
 
     def checkpoint_before(self, alarms: Sequence[Alarm]) -> Path | None:
-        """The last checkpoint that is older than the first sign of any of these alarms; later ones are forgotten.
+        """The last checkpoint before the first sign of any of these alarms; later ones are forgotten.
 
         The weights of step n wrote the rollout of step n, so a checkpoint of that step is one too late.
         """
@@ -102,15 +102,17 @@ class Alarms(TrainerCallback):
         return self.checkpoints[max(self.checkpoints)] if self.checkpoints else None
 
     def rolled_back(self, checkpoint: Path, alarms: Sequence[Alarm]) -> None:
-        """Take note of a rollback: less weight on step rewards, and a clean record."""
+        """Record a rollback: halve the weight of step rewards and clear the history."""
         self._scale *= ROLLBACK_FACTOR
         self.guards.forgive()
         if self.args.process_index == 0:
             names = ", ".join(f"`{alarm.signal}`" for alarm in alarms)
-            logger.warning("Went back to %s for %s; `step_weight` is now %g.", checkpoint, names, self.step_weight)
+            logger.warning(
+                "Rolled back to %s because of %s; `step_weight` is now %g.", checkpoint, names, self.step_weight
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything there is to save, for JSON."""
+        """The state to save, for JSON."""
         return {
             "guards": self.guards.state_dict(),
             "step_weight_scale": self._scale,
@@ -118,14 +120,14 @@ class Alarms(TrainerCallback):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Restore a saved state."""
         self.guards.load_state_dict(state["guards"])
         self._scale = state["step_weight_scale"]
         self.checkpoints = {step: self._folder(step) for step in state["checkpoints"]}
 
 
 def _mean_over_processes(measured: dict[str, float]) -> dict[str, float]:
-    """The mean of what every process measured, so that all of them see the same alarms; NaN says nothing."""
+    """The mean over processes, so that all processes see the same alarms; NaN is ignored."""
     everyone = gather_object([measured])
     return {
         name: torch.tensor([one[name] for one in everyone], dtype=torch.float64).nanmean().item() for name in measured

@@ -1,4 +1,4 @@
-"""What `StepPPOTrainer` refuses before it samples a completion: one sentence each."""
+"""Checks of `StepPPOTrainer` before it samples a completion; each error is one sentence."""
 
 import http.client
 import inspect
@@ -27,13 +27,13 @@ from fractal_rm.scorers.folder import check_model_folder
 from fractal_rm.scorers.inputs import prompt_text
 from fractal_rm.scorers.published import PublishedSettings
 
-# Seconds for one answer of a vLLM server, and between two questions.
+# Seconds to wait for one reply of a vLLM server, and between two requests.
 _ANSWER, _PAUSE = 5.0, 1.0
-# One of these begins the name of a file that every tokenizer, and every processor of several modalities, saves.
+# Every tokenizer, and every multimodal processor, saves a file whose name begins with one of these.
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "processor_config")
-# Prompts of a data set that every reward model reads before training.
+# Number of prompts that every reward model encodes before training, as a check.
 _READ_PROMPTS = 256
-# What TRL passes to every reward function, beside the data set's columns.
+# What TRL passes to every reward function, in addition to the data set's columns.
 _TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
@@ -52,15 +52,15 @@ def load_checked(
     eval_dataset: Any,
     tools: Any,
 ) -> list[StepRewardModel]:
-    """Check the arguments of `StepPPOTrainer`, the cheap ones first, and load the reward models among them.
+    """Check the arguments of `StepPPOTrainer`, cheap checks first, and load the reward models.
 
     Returns:
         The reward models.
 
     Raises:
         ConnectionError: If no vLLM server answers.
-        TypeError: If a function cannot be called as it will be.
-        ValueError: If something is missing, has no effect, or does not suit the rest.
+        TypeError: If a function cannot be called with the arguments it will get.
+        ValueError: If an argument is missing, has no effect, or does not suit the others.
     """
     if not (outcomes or step_functions or reward_models):
         raise ValueError(
@@ -82,18 +82,18 @@ def load_checked(
     sets = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
     _check_readable(models, args, [train_dataset, *sets], tools)
     if reward_model_dataset is not None and not args.rm_update_every:
-        raise ValueError("`reward_model_dataset` is for `rm_update_every`, which is 0. Set it, or leave the data out.")
+        raise ValueError("`reward_model_dataset` needs `rm_update_every`, which is 0. Set it, or leave the data out.")
     if args.rm_update_every and not models:
         raise ValueError("`rm_update_every` needs a `reward_model` to update. Give one, or set it to 0.")
     return models
 
 
 def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None:
-    """Raise ValueError, when TRL's trainer stands, if weights are in pieces that must be whole."""
+    """Raise ValueError, once TRL's trainer is built, if weights are sharded that must be whole."""
     args = trainer.args
     check_finite(_path_of(trainer.policy) or "The policy", trainer.policy)
     if args.on_alarm == "rollback" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise ValueError("`on_alarm='rollback'` cannot put sharded weights back. Use `on_alarm='stop'`.")
+        raise ValueError("`on_alarm='rollback'` cannot restore sharded weights. Use `on_alarm='stop'`.")
     if args.advantage == "gae":
         check_separate_value_model(trainer)
     for model in reward_models:
@@ -104,27 +104,27 @@ def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None
 
 def _check_columns(dataset: Any) -> None:
     """Raise ValueError if a column has the name of an argument that TRL gives to every reward function."""
-    # `completion_ids` TRL itself leaves out.
+    # TRL itself drops a column `completion_ids`.
     taken = [name for name in _columns(dataset) if name in _TRL_ARGUMENTS and name != "completion_ids"]
     if taken:
         raise ValueError(
-            f"The data set has a column {taken[0]!r}, which is what reward functions get from the rollout. Rename or "
-            "drop the column."
+            f"The data set has a column {taken[0]!r}, but reward functions get an argument of that name from the "
+            "rollout. Rename or drop the column."
         )
 
 
 def check_prompt_lengths(config: Any, tokenizer: Callable[[], Any], dataset: Any) -> None:
-    """Raise ValueError if the longest prompt alone is more than the policy reads; streamed data sets pass.
+    """Raise ValueError if the longest prompt exceeds the policy's maximum length; streaming data sets pass.
 
     Args:
-        config: The policy's configuration; None: not known.
-        tokenizer: Gives its tokenizer, where a prompt is long enough to be counted.
+        config: The policy's configuration; None: unknown.
+        tokenizer: Returns its tokenizer; called only if a prompt may be too long.
         dataset: The prompts.
     """
     limit = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
     prompts = list(dataset["prompt"]) if "prompt" in _columns(dataset) else []
     longest = max(range(len(prompts)), key=lambda row: len(str(prompts[row])), default=None)
-    if limit is None or longest is None or len(str(prompts[longest])) <= limit:  # a token has a character at least
+    if limit is None or longest is None or len(str(prompts[longest])) <= limit:  # a token has at least one character
         return
     prompt = prompts[longest]
     if is_chat(prompt) and not all(isinstance(message.get("content"), str) for message in prompt):  # pictures
@@ -150,11 +150,11 @@ def check_value_arguments(args: StepPPOConfig, value_model: Any, value_peft_conf
 
 
 def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dataset: Any) -> None:
-    """Check what needs no model: the policy's tokenizer, batches of evaluation, the vLLM server.
+    """Checks that need no model: the policy's tokenizer, evaluation batches, the vLLM server.
 
     Raises:
         ConnectionError: If no vLLM server answers.
-        ValueError: If there is no tokenizer, or a batch of evaluation does not hold whole groups.
+        ValueError: If there is no tokenizer, or an evaluation batch does not consist of whole groups.
     """
     if processing_class is None:
         _check_tokenizer(_path_of(model))
@@ -163,19 +163,20 @@ def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dat
         batch = args.per_device_eval_batch_size * args.world_size
         if batch % generations:
             raise ValueError(
-                f"A batch of evaluation holds {batch} completions (`per_device_eval_batch_size` x processes), which "
-                f"are not whole groups of {generations}. Set `num_generations_eval` to 1, or to a divisor of {batch}."
+                f"An evaluation batch has {batch} completions (`per_device_eval_batch_size` x processes), which is "
+                f"not a multiple of {generations}, the size of a group. Set `num_generations_eval` to 1, or to a "
+                f"divisor of {batch}."
             )
-    if args.use_vllm and args.vllm_mode == "server" and args.process_index == 0:  # the process that talks to it
+    if args.use_vllm and args.vllm_mode == "server" and args.process_index == 0:  # the process that calls it
         url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
         wait_for_vllm(url.rstrip("/"), args.vllm_server_timeout)
 
 
 def _check_policy(policy: Any) -> Any:
-    """The configuration of a policy; None: that of an adapter's base.
+    """The configuration of a policy; None for an adapter, whose base model has it.
 
     Raises:
-        ValueError: If it is to be loaded and has damaged files, or a configuration that is code.
+        ValueError: If it has to be loaded and its files are damaged, or its configuration needs custom code.
     """
     if not isinstance(policy, str):
         return policy.config
@@ -184,41 +185,41 @@ def _check_policy(policy: Any) -> Any:
     check_model_folder(policy, "Give the folder or hub id of the policy.")
     try:
         return AutoConfig.from_pretrained(policy, trust_remote_code=False)
-    except Exception as error:  # whatever strange files make a library raise
+    except Exception as error:  # damaged files make libraries raise anything
         raise ValueError(
             f"{policy} cannot be loaded as the policy ({reason(error)}). Give a causal language model that "
-            "transformers has itself: code that comes with a model is never run."
+            "transformers supports natively: code that comes with a model is never run."
         ) from error
 
 
 def _path_of(policy: Any) -> str:
-    """Path or hub id of a policy; empty if it was made in code."""
+    """Path or hub id of a policy; empty if it was built in code."""
     return policy if isinstance(policy, str) else getattr(policy.config, "_name_or_path", None) or ""
 
 
 def _is_adapter(name: str) -> bool:
-    """Whether a policy is a folder with an adapter, whose tokenizer is its base model's."""
+    """Whether a policy is a folder with an adapter, which uses its base model's tokenizer."""
     return (Path(name) / "adapter_config.json").is_file()
 
 
 def _check_tokenizer(name: str) -> None:
-    """Raise if the policy has no name, or is a local folder, and there is no tokenizer; hub ids pass."""
+    """Raise if there is no tokenizer and the policy is a local folder or has no name; hub ids pass."""
     folder = Path(name)
     if not name:
-        raise ValueError("The policy was made in code, so its tokenizer is not known. Give it as `processing_class`.")
+        raise ValueError("The policy was built in code, so its tokenizer is unknown. Give it as `processing_class`.")
     if not folder.is_dir() or _is_adapter(name):
         return
     if not any(path.name.startswith(_TOKENIZER_FILES) for path in folder.iterdir()):
         raise ValueError(
-            f"{name} holds a policy without a tokenizer. Save its tokenizer there, or give it as `processing_class`."
+            f"{name} has a policy without a tokenizer. Save its tokenizer there, or give it as `processing_class`."
         )
 
 
 def wait_for_vllm(url: str, seconds: float) -> None:
-    """Wait until a vLLM server says that it is healthy: before the policy is loaded, not minutes later.
+    """Wait for a healthy vLLM server before the policy is loaded, so that an error comes at once.
 
     Raises:
-        ConnectionError: If it does not in that time; names the address and what to do.
+        ConnectionError: If it is not healthy in time; names the URL and what to do.
     """
     until = time.monotonic() + seconds
     while True:
@@ -238,11 +239,11 @@ def wait_for_vllm(url: str, seconds: float) -> None:
 
 
 def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, train_dataset: Any) -> None:
-    """Check that reward models suit the configuration and the prompts; only a data set with a length is looked into.
+    """Check that reward models suit the configuration and the prompts; streaming data sets are not read.
 
     Raises:
-        ValueError: If a model does not suit the shaping, cannot cut a completion into steps, was trained on texts where
-            the prompts are chats (or the other way round), or cannot write a chat.
+        ValueError: If a model does not suit the shaping, cannot cut a completion into steps, was trained on texts while
+            the prompts are chats (or vice versa), or has no chat template.
     """
     prompts = _first_prompt(train_dataset)
     for number, model in enumerate(models, 1):
@@ -251,11 +252,11 @@ def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, 
         if args.shaping == "min_form" and meaning(found) == "max":
             raise ValueError(
                 f"{which} was trained with aggregation {found!r}: one good step makes a response good, but "
-                "`shaping='min_form'` pays for the worst. Choose another shaping, or another model."
+                "`shaping='min_form'` rewards the worst step. Choose another shaping, or another model."
             )
         if model.segmentation.method == "given":
             raise ValueError(
-                f"{which} was trained on steps that were given, so it cannot cut completions into steps. Train it "
+                f"{which} was trained on data with given steps, so it cannot cut completions into steps. Train it "
                 "with a `segmentation`, or set one in its `settings`."
             )
         model.check_prompts(prompts)
@@ -272,8 +273,8 @@ def _check_readable(
         which = f"Reward model {number} of {len(models)}" if len(models) > 1 else "The reward model"
         if tools and isinstance(model.settings, PublishedSettings):
             raise ValueError(
-                f"{which} is a published one, which reads one turn, and with `tools` completions have several. Train a "
-                "reward model on conversations, or leave `tools` out."
+                f"{which} is a published model that reads one turn, but with `tools` completions have several. Train "
+                "a reward model on conversations, or leave `tools` out."
             )
         for dataset in datasets:
             prompts = dataset[0:_READ_PROMPTS]["prompt"] if "prompt" in _columns(dataset) else []
@@ -281,13 +282,13 @@ def _check_readable(
 
 
 def check_earning(batch: RolloutBatch, args: StepPPOConfig, *, step: int) -> None:
-    """Stop a run in which nothing is learned: no step of any process is paid, and no outcome function judged anything.
+    """Stop a run that learns nothing: no step has a reward on any process, and no outcome function judged anything.
 
-    A policy that has fallen silent is for the guards (`on_alarm`); one that is silent from its first rollout is refused
-    here. Completions that TRL masks (`mask_truncated_completions`) are not looked at.
+    Guards (`on_alarm`) handle a policy that stops writing later; one that writes nothing in its first rollout is
+    refused here. Completions that TRL masks (`mask_truncated_completions`) are ignored.
 
     Raises:
-        ValueError: Says how many completions there are and why nothing is known of them.
+        ValueError: Counts the completions, and why none of them has a reward.
     """
     weights = (batch.function_weights * batch.is_outcome).to(batch.function_rewards.device)
     judged = bool(args.outcome_weight) and bool((~batch.function_rewards.isnan() & (weights != 0)).any())
@@ -297,22 +298,22 @@ def check_earning(batch: RolloutBatch, args: StepPPOConfig, *, step: int) -> Non
     written = [bool(text.strip()) for text, keep in zip(batch.texts, used, strict=True) if keep]
     failed = [one for rows in batch.scores.values() for one in rows if not one.judged]
     reasons = [one.error or f"{one.truncated_steps} steps are beyond `max_length`" for one in failed[:1]]
-    charged = bool(args.kl_coef) and not args.step_weight  # the distance from the reference alone, as it was asked for
+    charged = bool(args.kl_coef) and not args.step_weight  # training on the KL penalty alone was requested
     everyone = gather_object([(judged or paid or charged, sum(used), sum(written), sum(batch.unscored), reasons)])
     earned, count, texts, unscored = (sum(one[place] for one in everyone) for place in range(4))
     if earned or not count or (not texts and step):
         return
     first = next((f" (first: {one[4][0].rstrip('.')})" for one in everyone if one[4]), "")
     raise ValueError(
-        f"Nothing in the rollout of step {step} earned anything, so nothing would be learned: of {count} completions "
-        f"{count - texts} are empty, {unscored} could not be scored to their end{first}, no other holds a step that is "
-        "paid, and no outcome function judged one. Check what the policy writes, `max_length` of the reward model, and "
-        "the weights of the rewards."
+        f"The rollout of step {step} has no reward, so nothing would be learned: of {count} completions "
+        f"{count - texts} are empty, {unscored} could not be scored to their end{first}, no other has a step with a "
+        "reward, and no outcome function judged one. Check what the policy writes, `max_length` of the reward model, "
+        "and the weights of the rewards."
     )
 
 
 def warn_of_uncut_completions(batch: RolloutBatch, sources: Sequence[StepRewardSource]) -> None:
-    """Warn if a source cut almost every completion of a rollout into one step where there are several."""
+    """Warn if a source left almost every completion of a rollout as one step, although another rule finds several."""
     for source in sources:
         read = [(one.response, one.spans) for one in batch.scores[source.name] if one.steps and one.judged]
         if read:
@@ -320,28 +321,29 @@ def warn_of_uncut_completions(batch: RolloutBatch, sources: Sequence[StepRewardS
 
 
 def check_step_functions(functions: Sequence[Callable[..., Any]], args: StepPPOConfig, train_dataset: Any) -> None:
-    """Check that functions can be called as they will be: with the columns of the data set; a stream does not tell.
+    """Check that functions accept the columns of the data set; the columns of a streaming data set are unknown.
 
     Raises:
-        TypeError: If something cannot be called, or not with these arguments.
-        ValueError: If a column has the name of the steps, or an option is for functions and there are none.
+        TypeError: If something is not callable, or not with these arguments.
+        ValueError: If a column is called `steps`, or an option needs step reward functions and there are none.
     """
     if not functions and args.step_segmentation is not None:
         raise ValueError(
-            "`step_segmentation` is for `step_reward_funcs`, and there are none; a reward model cuts as it was "
+            "`step_segmentation` needs `step_reward_funcs`, and there are none; a reward model cuts as it was "
             "trained. Leave it out."
         )
     columns = _columns(train_dataset)
     if functions and "steps" in columns:
         raise ValueError(
-            "The data set has a column `steps`, which is what `step_reward_funcs` get the steps of completions as. "
+            "The data set has a column `steps`, but `step_reward_funcs` get the completions' steps under that name. "
             "Rename it: `dataset.rename_column('steps', 'reference_steps')`."
         )
     passed = {name for name in columns if name not in ("prompt", "completion")} | {*_TRL_ARGUMENTS, "steps"}
     for function in functions:
         if not callable(function):
             raise TypeError(
-                f"`step_reward_funcs` holds a {type(function).__name__}. Give functions; models are for `reward_model`."
+                f"`step_reward_funcs` contains a {type(function).__name__}. Give functions; models belong in "
+                "`reward_model`."
             )
         try:
             signature = inspect.signature(function)
@@ -357,7 +359,7 @@ def check_step_functions(functions: Sequence[Callable[..., Any]], args: StepPPOC
 
 
 def _check_chat_template(owner: str, tokenizer: Any) -> None:
-    """Raise if a tokenizer cannot write chats; an embedding scorer has none, and needs no template."""
+    """Raise if a tokenizer has no chat template; an embedding scorer has no tokenizer and needs no template."""
     if tokenizer is not None and not tokenizer.chat_template:
         raise ValueError(
             f"The prompts are chats, but the tokenizer of {owner} has no chat template. Set its `chat_template`, use a "
@@ -366,7 +368,7 @@ def _check_chat_template(owner: str, tokenizer: Any) -> None:
 
 
 def _first_prompt(dataset: Any) -> list[Any]:
-    """The first prompt, as a list: a column holds one kind. Empty where there is none, or the data is a stream."""
+    """The first prompt, as a list: a column has one kind. Empty without prompts, or for streaming data."""
     return dataset[0:1]["prompt"] if "prompt" in _columns(dataset) else []
 
 

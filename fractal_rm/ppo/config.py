@@ -11,13 +11,13 @@ from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.hf.runs import RunConfig
 from fractal_rm.ranges import check_ranges
 
-# Options of earlier versions, and what to use instead.
+# Removed options, and what to use instead.
 _REMOVED = {
     "leave_one_out": "Leave it out: it multiplied advantages by about num_generations / (num_generations - 1).",
     "step_weight_warmup": "Set `step_weight`.",
     "outcome_weight_warmup": "Set `outcome_weight`.",
     "aggregation": "The reward model's own aggregation is used.",
-    "value_gradients_to_policy": "A shared head learns alone; `value_model=None` learns in all its layers.",
+    "value_gradients_to_policy": "A shared head trains alone; with `value_model=None` all layers train.",
 }
 
 
@@ -39,99 +39,101 @@ class StepPPOConfig(RunConfig, GRPOConfig):
     advantage: Literal["gae", "group", "global"] = field(
         default="gae",
         metadata={
-            "help": "Where the baseline comes from: `gae` trains a value model (PPO); `group` compares a step with the "
-            "steps of the other completions of its prompt (GRPO); `global` compares rewards to go with their mean over "
-            "all tokens of the rollout batch (REINFORCE++)."
+            "help": "Where the baseline comes from: `gae` trains a value model (PPO); `group` compares a step with "
+            "the steps of the prompt's other completions (GRPO); `global` subtracts the mean over all tokens of the "
+            "rollout batch from the rewards to go (REINFORCE++)."
         },
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount per token, for `advantage=gae` and `global`."})
     lam: float = field(
         default=0.95,
         metadata={
-            "help": "Mixes one-step errors (0) and full returns (1) per token, for `advantage=gae`; rewards of steps "
-            "have `step_lam`."
+            "help": "GAE's lambda per token, from one-step errors (0) to full returns (1), for `advantage=gae`; step "
+            "rewards use `step_lam`."
         },
     )
     step_lam: float | None = field(
         default=0.2,
         metadata={
-            "help": "Lambda of step rewards, from step to step, for `advantage=gae`: all tokens of a step are credited "
-            "with what it earns, however long it is, and with this share of what the next step is credited with. "
-            "Outcomes keep `lam`, and the value model is then theirs. None: `lam` for all rewards."
+            "help": "Lambda of step rewards, from step to step, for `advantage=gae`: all tokens of a step, however "
+            "long, are credited with what it earns, plus this share of the next step's credit. Outcomes keep `lam`, "
+            "and the value model predicts outcomes only. None: `lam` for all rewards."
         },
     )
     step_gamma: float = field(
         default=0.0,
         metadata={
-            "help": "Discount per step, for `advantage=group`: 0 gives a step the credit of its own score, 1 that of "
-            "every later score as well, which favours short or long responses."
+            "help": "Discount per step, for `advantage=group`: with 0 a step is credited with its own score only, "
+            "with 1 also with every later score, which favours short or long responses."
         },
     )
     group_baseline: Literal["step", "token"] = field(
         default="step",
         metadata={
-            "help": "What a step is compared with, for `advantage=group`: `step` is the group's mean reward of a step, "
-            "which charges a completion per step; `token` its mean reward of a token times the step's tokens, so that "
-            "how finely a text is cut changes nothing."
+            "help": "Baseline of `advantage=group`: `step` is the group's mean reward per step, subtracted once per "
+            "step; `token` is its mean reward per token times the step's tokens, so that splitting text into more "
+            "steps changes nothing."
         },
     )
     shaping: Literal["raw", "centered", "log_odds", "delta", "min_form"] = field(
         default="centered",
         metadata={
-            "help": "Step score -> step reward: `raw` is P(step is good); `centered` is that minus a baseline "
-            "(`center`), so that a step is compared with others, and a value model that starts at 0 starts "
-            "right; `log_odds` is its logit; `delta` is what it is better than the step before it, "
-            "so that a response earns what its last step scores; `min_form` makes the return of a step the least score "
-            "from there on (PURE), exactly so without a discount."
+            "help": "Step score -> step reward: `raw` is P(step is good); `centered` subtracts a baseline (`center`), "
+            "which suits a value model that starts at 0; `log_odds` is the logit of the score; `delta` is the score "
+            "minus the previous step's score, so a response earns the score of its last step; `min_form` makes the "
+            "return of a step the lowest score from there on (PURE), exactly so without a discount."
         },
     )
     center: Literal["response", "batch", "group", "threshold"] = field(
         default="response",
         metadata={
-            "help": "Baseline of `shaping=centered`: `response` is the mean over the completion's own steps, so that "
-            "they earn 0 in all, however finely it is cut; `batch` that over the rollout batch, `group` that over the "
-            "prompt's completions, `threshold` is `score_threshold`: with these, more steps above it earn more."
+            "help": "Baseline of `shaping=centered`: `response` is the mean over the completion's own steps, so its "
+            "step rewards sum to 0 however it is split; `batch` is the mean over the rollout batch, `group` over the "
+            "prompt's completions, `threshold` is `score_threshold`: with these, more steps above the baseline earn "
+            "more."
         },
     )
     score_threshold: float = field(
         default=0.5,
-        metadata={"help": "Score that is neither good nor bad: for `center=threshold`, and the start of `delta`."},
+        metadata={
+            "help": "Score that counts as neither good nor bad, for `center=threshold` and the start of `delta`."
+        },
     )
     normalize_step_rewards: bool = field(
         default=False,
         metadata={"help": "Divide step rewards by their standard deviation over the whole run so far."},
     )
     step_reward_clip: float | None = field(
-        default=None, metadata={"help": "Largest reward of a step, either way, before `step_weight`; None: no limit."}
+        default=None, metadata={"help": "Largest absolute reward of a step, before `step_weight`; None: no limit."}
     )
     length_neutral: Literal["none", "mean", "cap"] = field(
         default="none",
         metadata={
-            "help": "What more steps earn: `mean` divides a step's reward by the number of steps; `cap` lets steps "
-            "lose reward and never gain any, so that appending good ones earns nothing, whatever the others are."
+            "help": "What more steps earn: `mean` divides a step's reward by the number of steps; `cap` makes every "
+            "step reward 0 or less, so appending good steps earns nothing."
         },
     )
     missing_eos_penalty: float = field(
-        default=0.0, metadata={"help": "Taken from a completion that the length limit cut, at its last token."}
+        default=0.0, metadata={"help": "Subtracted at the last token of a completion that the length limit cut."}
     )
     step_weight: float = field(default=1.0, metadata={"help": "Weight of the step rewards."})
     outcome_weight: float = field(default=1.0, metadata={"help": "Weight of the outcome rewards (`reward_funcs`)."})
     step_reward_weights: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Weight of each source of step rewards: the reward models in their order, then "
-            "`step_reward_funcs`; None: 1 each. `step_weight` multiplies their sum."
+            "help": "Weight of each source of step rewards: the reward models in order, then `step_reward_funcs`; "
+            "None: 1 each. `step_weight` multiplies their sum."
         },
     )
     step_segmentation: Literal["lines", "sentences", "turns", "separator", "pattern"] | None = field(
         default=None,
         metadata={
-            "help": "How completions are cut into steps for `step_reward_funcs`; None: as by the first reward model, "
+            "help": "How completions are cut into steps for `step_reward_funcs`; None: as for the first reward model, "
             "or by lines."
         },
     )
     step_separator: str | None = field(
-        default=None, metadata={"help": "What stands between steps, for `step_segmentation=separator`."}
+        default=None, metadata={"help": "Text between steps, for `step_segmentation=separator`."}
     )
     step_pattern: str | None = field(
         default=None, metadata={"help": "Regular expression between steps, for `step_segmentation=pattern`."}
@@ -140,39 +142,39 @@ class StepPPOConfig(RunConfig, GRPOConfig):
         default=0.0,
         metadata={
             "help": "Weight of the KL divergence from the reference in the reward of each token, for `advantage=gae` "
-            "and `global`; 0: none. `beta` puts it into the loss instead."
+            "and `global`; 0: none. `beta` adds it to the loss instead."
         },
     )
     kl_estimator: Literal["k1", "k3"] = field(
-        default="k1", metadata={"help": "`k1`: the log-ratio; `k3`: never negative, varies less."}
+        default="k1", metadata={"help": "`k1`: the log-ratio; `k3`: never negative, lower variance."}
     )
     kl_target: float | None = field(
         default=None,
-        metadata={"help": "KL per completion, in nats, that `kl_coef` is adapted to; None: `kl_coef` stays as it is."},
+        metadata={"help": "Target KL per completion, in nats, that `kl_coef` adapts to; None: `kl_coef` is constant."},
     )
     vf_coef: float = field(default=0.5, metadata={"help": "Weight of the value loss."})
     cliprange_value: float = field(
-        default=0.2, metadata={"help": "How far a value may move from the rollout's before its loss is clipped."}
+        default=0.2, metadata={"help": "How far a value may move from the rollout's value before its loss is clipped."}
     )
     value_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the value model; None: that of the policy."}
+        default=None, metadata={"help": "Learning rate of the value model; None: the policy's learning rate."}
     )
     value_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimizer steps at the start in which the value model learns and the policy not."}
+        default=0, metadata={"help": "First optimizer steps, in which only the value model learns."}
     )
     whiten_rewards: bool = field(
         default=False,
         metadata={
-            "help": "As TRL's PPOTrainer had it: give token rewards variance 1 over the rollout batch around the mean "
-            "that they have, which charges tokens without a reward a little. For `gae` and `global`."
+            "help": "As in TRL's PPOTrainer: scale token rewards to variance 1 over the rollout batch around their "
+            "mean, which slightly lowers tokens without a reward. For `gae` and `global`."
         },
     )
     whiten_advantages: bool = field(
         default=True,
-        metadata={"help": "Give advantages variance 1 over the rollout batch (and mean 0), for `gae` and `global`."},
+        metadata={"help": "Scale advantages to mean 0 and variance 1 over the rollout batch, for `gae` and `global`."},
     )
     reward_model_batch_size: int | None = field(
-        default=None, metadata={"help": "Responses in a forward of a reward model; None: the model's own setting."}
+        default=None, metadata={"help": "Responses per forward pass of a reward model; None: the model's own setting."}
     )
 
     vllm_server_timeout: float = field(
@@ -185,55 +187,56 @@ class StepPPOConfig(RunConfig, GRPOConfig):
     on_alarm: Literal["warn", "stop", "rollback"] = field(
         default="warn",
         metadata={
-            "help": "When a sign of reward hacking (`guards/` in the logs) stays beyond its limit: `warn` says so; "
-            "`stop` ends training after this step; `rollback` goes back to the weights of the last checkpoint before "
-            "it and halves `step_weight`."
+            "help": "What happens when a sign of reward hacking (`guards/` in the logs) stays beyond its limit: "
+            "`warn` logs a warning; `stop` ends training after this step; `rollback` restores the weights of the last "
+            "checkpoint before the sign and halves `step_weight`."
         },
     )
     guard_reference_batches: int = field(
-        default=8, metadata={"help": "Rollout batches at the start that say what is usual, and raise no alarm."}
+        default=8, metadata={"help": "First rollout batches, which define the normal range and raise no alarm."}
     )
     guard_patience: int = field(
-        default=3, metadata={"help": "Rollout batches in a row beyond a limit before an alarm."}
+        default=3, metadata={"help": "Consecutive rollout batches beyond a limit before an alarm."}
     )
     rm_update_every: int = field(
         default=0,
         metadata={
-            "help": "Rollout batches between updates of the reward model, which then goes on learning from the "
-            "rollouts and their outcomes (`reward_funcs`, in [0, 1]); 0: it stays as it is."
+            "help": "Rollout batches between updates of the reward model, which then keeps learning from the rollouts "
+            "and their outcomes (`reward_funcs`, in [0, 1]); 0: it stays frozen."
         },
     )
     rm_learning_rate: float = field(
         default=1e-5,
         metadata={
-            "help": "Learning rate of these updates; ten times that for the scorer's own weight and bias, or head."
+            "help": "Learning rate of reward model updates; ten times that for the scorer's own weight and bias, or "
+            "head."
         },
     )
-    rm_update_steps: int = field(default=8, metadata={"help": "Optimizer steps of an update."})
-    rm_batch_size: int = field(default=32, metadata={"help": "Responses in a batch of an update."})
+    rm_update_steps: int = field(default=8, metadata={"help": "Optimizer steps per reward model update."})
+    rm_batch_size: int = field(default=32, metadata={"help": "Responses per batch of a reward model update."})
     rm_replay_size: int = field(
-        default=2048, metadata={"help": "Rollouts that updates draw from and are judged by: the latest ones."}
+        default=2048, metadata={"help": "Number of latest rollouts that updates are trained on and evaluated with."}
     )
     rm_holdout_share: float = field(
-        default=0.2, metadata={"help": "Share of the prompts whose responses only judge updates."}
+        default=0.2, metadata={"help": "Share of the prompts whose responses are only used to evaluate updates."}
     )
     rm_original_share: float = field(
         default=0.25,
         metadata={
             "help": "Share of original responses (`reward_model_dataset`) in every batch of an update, and their "
-            "weight in judging it."
+            "weight in its evaluation."
         },
     )
 
     @property
     def function_segmentation(self) -> Segmentation | None:
-        """How completions are cut for `step_reward_funcs`; None: as by the first reward model."""
+        """How completions are cut for `step_reward_funcs`; None: as for the first reward model."""
         if self.step_segmentation is None:
             return None
         return Segmentation(self.step_segmentation, separator=self.step_separator, pattern=self.step_pattern)
 
     def template_options(self, tools: Any) -> dict[str, Any]:
-        """What the chat templates of the policy and of reward models get beside the messages."""
+        """Arguments of the policy's and reward models' chat templates, in addition to the messages."""
         given: Any = self.chat_template_kwargs or {}
         return {**given, "tools": tools} if tools else dict(given)
 
@@ -248,32 +251,32 @@ class StepPPOConfig(RunConfig, GRPOConfig):
             )
         self._check_combinations()
         if self.bf16 is None and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
-            self.bf16 = False  # TRL would choose True, and transformers refuse it: no accelerator here computes in bf16
+            self.bf16 = False  # TRL would choose True, and transformers would refuse it without bf16 hardware
         if not one_each:
             super().__post_init__()
             return
-        # GRPO refuses one completion a prompt because its baseline would be the completion itself; GAE has another.
-        # Every batch is a whole number of groups of one, so the check runs with a size that divides the batch.
-        processes = int(os.environ.get("WORLD_SIZE", "1"))  # `world_size` would set devices up too early
+        # GRPO refuses one completion per prompt because its baseline would be the completion itself; GAE has another.
+        # Any batch consists of whole groups of one, so TRL's check runs with a size that divides the batch.
+        processes = int(os.environ.get("WORLD_SIZE", "1"))  # `world_size` would initialize devices too early
         size = self.generation_batch_size or processes * self.per_device_train_batch_size * (
             self.steps_per_generation or self.gradient_accumulation_steps
         )
         if size < 2:
-            raise ValueError("The rollout batch holds one completion. Raise `per_device_train_batch_size`.")
+            raise ValueError("The rollout batch has only one completion. Raise `per_device_train_batch_size`.")
         evaluated = self.num_generations_eval
         self.num_generations, self.num_generations_eval = size, evaluated or 1
         super().__post_init__()
         self.num_generations, self.num_generations_eval = 1, evaluated
 
     def _check_combinations(self) -> None:
-        """Refuse options that would have no effect, or not the one they are named for."""
+        """Refuse options that would have no effect, or another effect than their name says."""
         if getattr(self, "trust_remote_code", False) or "trust_remote_code" in str(self.model_init_kwargs):
             raise ValueError(
-                "`trust_remote_code` would run code of a model's folder, which is never done. Leave it out."
+                "`trust_remote_code` would run code from a model's folder, which this package never does. Leave it out."
             )
         if not 1 <= round(self.rm_replay_size * self.rm_holdout_share) < self.rm_replay_size:
             raise ValueError(
-                f"`rm_replay_size` is {self.rm_replay_size}: no room for rollouts to learn from and to judge by "
+                f"`rm_replay_size` is {self.rm_replay_size}: too small for both training and held-out rollouts "
                 f"(`rm_holdout_share` {self.rm_holdout_share}). Raise it."
             )
         for name in ("separator", "pattern"):
@@ -282,7 +285,7 @@ class StepPPOConfig(RunConfig, GRPOConfig):
                     f"`step_{name}` is {getattr(self, f'step_{name}')!r} with `step_segmentation="
                     f"{self.step_segmentation!r}`. Give it if and only if `step_segmentation='{name}'`."
                 )
-        _ = self.function_segmentation  # a pattern that is none is refused here
+        _ = self.function_segmentation  # an invalid pattern is refused here
         if self.shaping == "min_form" and self.advantage == "group" and self.step_gamma < 1:
             raise ValueError(
                 "`shaping='min_form'` works by the sum of later rewards, but `step_gamma` is "
@@ -295,27 +298,25 @@ class StepPPOConfig(RunConfig, GRPOConfig):
             )
         if self.shaping in ("delta", "min_form") and self.length_neutral != "none":
             raise ValueError(
-                f"`shaping='{self.shaping}'` pays a response one score whatever its length, and "
-                f"`length_neutral='{self.length_neutral}'` would change which. Leave `length_neutral` out."
+                f"`shaping='{self.shaping}'` pays a response one score at any length, and "
+                f"`length_neutral='{self.length_neutral}'` would change that score. Leave `length_neutral` out."
             )
         if self.shaping == "centered" and self.center == "response" and self.length_neutral != "none":
             raise ValueError(
-                "`center='response'` pays the steps of a completion 0 in all, however many they are, and "
+                "`center='response'` makes the step rewards of a completion sum to 0 at any length, and "
                 f"`length_neutral='{self.length_neutral}'` would change that. Leave `length_neutral` out, or set "
                 "`center` to 'batch', 'group' or 'threshold'."
             )
         if self.kl_coef and self.advantage == "group":
-            raise ValueError(
-                "`kl_coef` needs rewards of tokens, which `advantage='group'` has not. Use `beta` instead."
-            )
+            raise ValueError("`kl_coef` needs token rewards, and `advantage='group'` has none. Use `beta` instead.")
         if self.whiten_rewards and self.advantage == "group":
             raise ValueError(
-                "`whiten_rewards` is about rewards of tokens, which `advantage='group'` has not. Use `scale_rewards`."
+                "`whiten_rewards` needs token rewards, and `advantage='group'` has none. Use `scale_rewards`."
             )
         if self.load_best_model_at_end and (self.advantage == "gae" or self.rm_update_every):
             raise ValueError(
-                "`load_best_model_at_end` would put back the policy and leave the value model and the reward model as "
-                "they are at the end. Leave it out, and take the checkpoint that you want."
+                "`load_best_model_at_end` would restore the policy, but not the value model and the reward model. "
+                "Leave it out, and load the checkpoint that you want."
             )
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError("`kl_target` adapts `kl_coef`, which is 0. Give `kl_coef` a value to start from.")
@@ -326,6 +327,4 @@ class StepPPOConfig(RunConfig, GRPOConfig):
         if self.on_alarm == "rollback" and self.save_strategy == "no":
             raise ValueError("`on_alarm='rollback'` needs checkpoints. Set `save_strategy='steps'` and `save_steps`.")
         if self.on_alarm == "rollback" and self.use_vllm:
-            raise ValueError(
-                "`on_alarm='rollback'` would leave vLLM with the weights it goes back from. Use `on_alarm='stop'`."
-            )
+            raise ValueError("`on_alarm='rollback'` would not restore vLLM's weights. Use `on_alarm='stop'`.")

@@ -1,8 +1,8 @@
-"""What the engine relies on inside TRL, written down and compared with the TRL that is installed.
+"""The engine's assumptions about TRL's internals, compared with the installed TRL.
 
-`engine.py` overrides private methods of `trl.GRPOTrainer`, and TRL may change those in any release. Everything it uses
-stands in the tables of this module (a test reads the engine's source and compares), and `check_contract` says in one
-sentence each what is no longer as expected: before training, instead of a traceback or silently wrong advantages.
+`engine.py` overrides private methods of `trl.GRPOTrainer`, and TRL may change those in any release. The tables of this
+module list everything it uses (a test compares them with the engine's source), and `check_contract` reports each
+difference in one sentence: before training, instead of a traceback or silently wrong advantages.
 """
 
 import ast
@@ -14,10 +14,10 @@ import trl
 from trl.trainer import utils as trl_utils
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-# The versions that the tests ran with, oldest first.
+# Tested versions, oldest first.
 TESTED_TRL = ("1.14.2", "1.16.0")
 
-# Methods that we override or call, with their parameters after `self`. Some come from `transformers.Trainer`, and are
+# Methods that we override or call, with their parameters after `self`. Some belong to `transformers.Trainer` and are
 # used by `hf/runs.py`.
 METHODS = {
     "_generate_and_score_completions": ("inputs",),
@@ -33,7 +33,7 @@ METHODS = {
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
 }
 
-# Methods whose signature differs between versions, with a call that each accepts: positional arguments, and keywords.
+# Methods whose signature differs between versions, with a call that every version accepts.
 CALLABLE_WITH = {
     "_get_per_token_logps_and_entropies": (
         ("model", "input_ids", "attention_mask", "logits_to_keep"),
@@ -41,16 +41,16 @@ CALLABLE_WITH = {
     ),
 }
 
-# What a method returns, by how TRL itself unpacks it: (method, caller) -> number of values.
+# Number of values a method returns, by how TRL itself unpacks them: (method, caller) -> number.
 UNPACKED = {
     ("_get_per_token_logps_and_entropies", "_generate_and_score_completions"): 3,
     ("_get_per_token_logps_and_entropies", "_compute_loss"): 3,
 }
 
-# Which of the values that `_generate` returns tells tokens of the policy from those of tools.
+# Position, among the values `_generate` returns, of the mask that separates policy tokens from tool tokens.
 TOOL_MASK_PLACE = 2
 
-# (caller, callee): an override that nothing calls would be ignored without a word.
+# (caller, callee): an override that nothing calls would be silently ignored.
 CALLS = (
     ("_prepare_inputs", "_generate_and_score_completions"),
     ("_generate_and_score_completions", "_generate"),
@@ -60,7 +60,7 @@ CALLS = (
     ("_compute_loss", "_get_per_token_logps_and_entropies"),
 )
 
-# Keys of the dictionary that a method returns, or of the one that it reads.
+# Keys of the dictionary that a method returns or reads.
 RETURNED_KEYS = {
     "_generate_and_score_completions": (
         "prompt_ids",
@@ -68,7 +68,7 @@ RETURNED_KEYS = {
         "completion_ids",
         "completion_mask",
         "advantages",
-        # Where there are tools, updates on older samples, a reference:
+        # Only with tools, off-policy updates or a reference:
         "tool_mask",
         "old_per_token_logps",
         "ref_per_token_logps",
@@ -86,7 +86,7 @@ READ_KEYS = {
     )
 }
 
-# Attributes that a constructor sets (TRL's, or that of `transformers.Trainer`), and the keys of the dictionaries.
+# Attributes set by a constructor (TRL's, or that of `transformers.Trainer`), and keys of the dictionaries among them.
 ATTRIBUTES = {
     "_buffered_inputs": (),
     "_logs": ("prompt", "completion", "rewards", "advantages"),
@@ -104,7 +104,7 @@ ATTRIBUTES = {
     "tools": (),
 }
 
-# Attributes that one of these methods sets, by the version of transformers.
+# Attributes set by one of these methods, depending on the version of transformers.
 SET_IN_TRAINING = {
     "current_gradient_accumulation_steps": ("_run_epoch", "_inner_training_loop"),
     "_globalstep_last_logged": ("_inner_training_loop",),
@@ -121,13 +121,13 @@ FUNCTIONS = {
 
 
 def check_contract(trainer_class: type = GRPOTrainer, utils: ModuleType = trl_utils) -> list[str]:
-    """Compare TRL's private names with what `StepPPOTrainer` expects of them: one sentence for each thing that moved.
+    """Compare TRL's private names with what `StepPPOTrainer` expects: one sentence for each difference.
 
-    Signatures and source text are read; nothing of TRL is run, so random number generators stay where they are.
+    It reads signatures and source text but runs no TRL code, so random number generators do not advance.
 
     Args:
         trainer_class: The class that `StepPPOTrainer` extends.
-        utils: The module that holds TRL's functions on batches.
+        utils: The module with TRL's functions on batches.
 
     Example:
         >>> check_contract()
@@ -146,8 +146,8 @@ def check_contract(trainer_class: type = GRPOTrainer, utils: ModuleType = trl_ut
     ]
     oldest, newest = TESTED_TRL[0], TESTED_TRL[-1]
     advice = (
-        f"TRL {trl.__version__} is installed and StepPPOTrainer is tested with {oldest} to {newest}: "
-        f"`pip install 'trl>={oldest},<={newest}'`, or install a newer fractal-rm."
+        f"TRL {trl.__version__} is installed, but StepPPOTrainer is tested with {oldest} to {newest}: `pip install "
+        f"'trl>={oldest},<={newest}'`, or install a newer fractal-rm."
     )
     return [f"{sentence}. {advice}" for sentence in moved]
 
@@ -270,7 +270,7 @@ def _moved_attributes(trainer_class: type) -> list[str]:
 
 
 def _moved_advantages(trainer_class: type) -> list[str]:
-    # TRL adds the token axis to advantages of shape (B,) and leaves those of shape (B, T) as they are.
+    # TRL adds the token axis to advantages of shape (B,) and leaves shape (B, T) unchanged.
     moved = []
     for tree in _syntax(trainer_class, "_compute_loss"):
         branches = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
@@ -287,13 +287,13 @@ def _moved_advantages(trainer_class: type) -> list[str]:
 
 
 def _syntax(owner: type, name: str) -> list[ast.AST]:
-    """Parse a method: a list of one tree, or an empty list if there is no such method (that is said elsewhere)."""
+    """Parse a method: a list with one tree, or an empty list if the method does not exist (reported elsewhere)."""
     method = getattr(owner, name, None)
     if not inspect.isroutine(method):
         return []
     try:
         source = inspect.getsource(method)
-    except (OSError, TypeError):  # written in C, or shipped without its source: nothing to compare
+    except (OSError, TypeError):  # written in C, or shipped without source: nothing to compare
         return []
     return [ast.parse(textwrap.dedent(source))]
 

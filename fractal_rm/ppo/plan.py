@@ -1,7 +1,7 @@
 """Memory and time of PPO with step rewards on one GPU, from the sizes of its models: formulas, each with its source.
 
-Nothing is loaded and nothing is run. `benchmarks/speed/plan_check.py` compares the formulas with a measured training.
-Models are dense and of Llama's kind: Qwen, Mistral, SmolLM. Plans for many GPUs: `benchmarks/speed/scale_formulas.py`.
+Nothing is loaded and nothing is run. `benchmarks/speed/plan_check.py` compares the formulas with a measured training
+run. Models are dense and Llama-like: Qwen, Mistral, SmolLM. Plans for many GPUs: `benchmarks/speed/scale_formulas.py`.
 """
 
 import math
@@ -10,36 +10,36 @@ from typing import Any, Literal
 
 Dtype = Literal["bfloat16", "float32"]
 BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
-# Numbers that a trained parameter has beside itself: its gradient, and the two moments of Adam, of the same type
+# Numbers per trained parameter beyond the weight: its gradient, and the two moments of Adam, of the same type
 # (Rajbhandari et al., "ZeRO", 2020, section 3.1, has the same 16 bytes for mixed precision with a float32 copy).
 GRADIENTS, MOMENTS = 1, 2
-# Logits of a completion's token, and their gradient, as numbers of the computation's type; under bf16 a copy of both in
-# float32 (accelerate's wrapper of the forward pass) stands beside.
+# Logits of a completion's token and their gradient, in the computation's type; under bf16 also a float32 copy of both
+# (accelerate's wrapper of the forward pass).
 LOGITS = 2
-# Bytes that autocast over float32 weights keeps for each token and hidden unit of a layer, in addition to bf16 weights,
-# where all weights are trained: the residual stream is float32. Measured (tests/test_plan.py).
+# Bytes per token, layer and hidden unit that autocast over float32 weights needs beyond bf16 weights, if all weights
+# are trained: the residual stream is float32. Measured (tests/test_plan.py).
 AUTOCAST = 10
-# Operations for each weight and token: forward 2, backward 4, half of them for the weight's own gradient (a frozen
-# weight has none), and 2 more to recompute what checkpointing dropped (Kaplan et al., "Scaling laws for neural language
+# Operations per weight and token: forward 2, backward 4, half of them for the weight's own gradient (a frozen weight
+# has none), and 2 more to recompute what checkpointing dropped (Kaplan et al., "Scaling laws for neural language
 # models", 2020, section 2.1; Korthikanti et al.).
 FORWARD, BACKWARD, RECOMPUTED = 2, 4, 2
 # Tokens whose logits the likelihood scorer computes at a time (`CHUNK_TOKENS` of `scorers/likelihood.py`).
 REWARD_LOGITS = 1024
-# Milliseconds that a layer takes to start its kernels, for every token that transformers' `generate` writes, whatever
-# the batch: an assumption (28 layers: about 30 steps a second). vLLM replays CUDA graphs instead.
+# Milliseconds to launch a layer's kernels, for every token that transformers' `generate` writes, at any batch size: an
+# assumption (28 layers: about 30 steps a second). vLLM replays CUDA graphs instead.
 LAUNCH_MS = 1.2
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense model of Llama's kind.
+    """A dense Llama-like model.
 
     Args:
         layers: Decoder layers.
         hidden: Width.
         intermediate: Width of the gated feed-forward part.
         heads: Attention heads.
-        kv_heads: Heads of keys and values.
+        kv_heads: Key and value heads.
         vocabulary: Tokens.
         tied: Whether input and output embeddings are the same.
         head_width: Width of an attention head; None: the heads share the model's width.
@@ -71,7 +71,7 @@ class Shape:
 
     @property
     def backbone(self) -> int:
-        """Parameters without the output layer; the biases that some families have are left out."""
+        """Parameters without the output layer; the biases of some families are not counted."""
         return self.vocabulary * self.hidden + self.layers * (self.layer + 2 * self.hidden) + self.hidden
 
     @property
@@ -85,7 +85,7 @@ class Shape:
         return self.backbone + self.hidden + 1
 
     def adapters(self, rank: int) -> int:
-        """Parameters of LoRA adapters of queries and values, where PEFT puts them in these models by default.
+        """Parameters of LoRA adapters on queries and values, PEFT's default for these models.
 
         Args:
             rank: Of the adapters.
@@ -93,33 +93,33 @@ class Shape:
         return self.layers * rank * (2 * self.hidden + self.query_width + self.kv_width)
 
     def scaled_to(self, parameters: float) -> "Shape":
-        """The same widths with as many layers as come closest to a number of parameters."""
+        """The same widths with the number of layers that comes closest to a number of parameters."""
         embeddings = self.parameters - self.layers * (self.layer + 2 * self.hidden)
         return replace(self, layers=max(1, round((parameters - embeddings) / (self.layer + 2 * self.hidden))))
 
 
 def shape_of(config: Any, *, where: str) -> Shape:
-    """The sizes that a transformers configuration names.
+    """The sizes given by a transformers configuration.
 
     Args:
-        config: A `PreTrainedConfig`; of a model of images and text, the part about text is read.
-        where: What it belongs to, for messages.
+        config: A `PreTrainedConfig`; for a multimodal model, its text configuration is read.
+        where: Name of the model in messages.
 
     Raises:
-        ValueError: If the model is not a dense one of Llama's kind.
+        ValueError: If the model is not a dense Llama-like model.
     """
     text = config.get_text_config()
     experts = [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(text, name, None)]
     if experts:
         raise ValueError(
-            f"{where} is a mixture of experts (`{experts[0]}`), and the formulas are about dense models. "
-            "Give `parameters` instead: the memory of weights will be right, the hours an upper bound."
+            f"{where} is a mixture of experts (`{experts[0]}`), and the formulas are for dense models. Give "
+            "`parameters` instead: the memory of weights will be right, the hours an upper bound."
         )
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     sizes: list[Any] = [getattr(text, name, None) for name in names]
     missing = [name for name, size in zip(names, sizes, strict=True) if not isinstance(size, int)]
     if missing:
-        raise ValueError(f"The configuration of {where} names no `{missing[0]}`. Give `parameters` instead.")
+        raise ValueError(f"The configuration of {where} has no `{missing[0]}`. Give `parameters` instead.")
     layers, hidden, intermediate, heads, vocabulary = sizes
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     tied, width = bool(getattr(config, "tie_word_embeddings", False)), getattr(text, "head_dim", None)
@@ -148,7 +148,7 @@ def nearest_model(parameters: float) -> str:
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU as its data sheet has it.
+    """A GPU, from its data sheet.
 
     Args:
         memory: Bytes.
@@ -157,7 +157,7 @@ class GPU:
         used: Share of the operations that training reaches: an assumption (PaLM reports .46 and Llama 3 .38 to .43 of
             the peak for pretraining; Chowdhery et al., 2022; Grattafiori et al., 2024).
         read: Share of the bandwidth that generation reaches: an assumption.
-        usable: Share of the memory that may be planned with; the rest is for fragments and libraries: an assumption.
+        usable: Share of the memory that a run may use; the rest is for fragmentation and libraries: an assumption.
     """
 
     memory: float = 80e9
@@ -168,7 +168,8 @@ class GPU:
     usable: float = 0.9
 
 
-# NVIDIA's data sheets and white papers; of a size of memory the first one counts, which is never the fastest.
+# NVIDIA's data sheets and white papers; for a memory size alone, the first GPU of that size counts, which is never the
+# fastest.
 GPUS: dict[str, GPU] = {
     "T4": GPU(16e9, 65e12, 0.3e12),
     "RTX-3090": GPU(24e9, 71e12, 0.936e12),
@@ -200,10 +201,10 @@ class Run:
         micro_batch: Completions that are trained on at once.
         generated: Completions that are generated at once.
         checkpointing: Whether activations are recomputed.
-        reference: Whether there is a reference model; with adapters it is the policy without them.
+        reference: Whether there is a reference model; with adapters, it is the policy without them.
         vllm: Share of the GPU's memory that vLLM takes in the same process; None: transformers generates.
-        sleep: Whether vLLM gives its memory back while the policy trains.
-        computed: What models compute in; on a GPU bf16.
+        sleep: Whether vLLM frees its memory while the policy trains.
+        computed: Type that models compute in; bf16 on a GPU.
     """
 
     policy: Shape
@@ -230,9 +231,9 @@ class Run:
 
 
 def trained_bytes(run: Run, parameters: int) -> dict[str, float]:
-    """Weights, gradients and optimizer of a model with all of its weights or with adapters trained, in bytes.
+    """Bytes of weights, gradients and optimizer state of a model that trains all weights or adapters.
 
-    PEFT keeps adapters in float32 whatever the weights are.
+    PEFT keeps adapters in float32 whatever the type of the weights.
 
     Args:
         run: Says what is trained.
@@ -250,11 +251,11 @@ def trained_bytes(run: Run, parameters: int) -> dict[str, float]:
 
 
 def layer_bytes(shape: Shape, run: Run) -> float:
-    """What a layer keeps of each token for the backward pass, in bytes.
+    """Bytes per token that a layer stores for the backward pass.
 
-    Two norms keep their input in float32. With all weights trained, the input of every matrix is kept, with queries,
-    keys, values, what attention gives, and three numbers of the gated part; a frozen matrix needs no input, but that of
-    queries and values has adapters. Attention keeps no square matrix. Counted, tensor by tensor, in
+    Two norms store their input in float32. If all weights are trained, the layer stores the input of every matrix,
+    queries, keys, values, the attention output, and three numbers of the gated part. A frozen matrix needs no input,
+    except that queries and values have adapters. Attention stores no square matrix. Counted, tensor by tensor, in
     `benchmarks/speed/plan_check.py`; Korthikanti et al., equation 1, have 34 bytes a hidden unit for GPT's layers.
 
     Args:
@@ -264,17 +265,17 @@ def layer_bytes(shape: Shape, run: Run) -> float:
     size, lora = BYTES[run.computed], run.lora_rank is not None
     attention = 2 * shape.query_width + 2 * shape.kv_width
     kept = attention + (3 * shape.intermediate if lora else 4 * (shape.hidden + shape.intermediate))
-    # The adapters of queries and of values read the same input, each a float32 copy where it is in bf16.
+    # The adapters of queries and values read the same input, each as a float32 copy if it is in bf16.
     copies = 0 if not lora else BYTES["float32"] * (1 if run.dtype == "float32" else 2)
     cast = AUTOCAST if run.computed != run.dtype and not lora else 0
     return size * kept + (2 * BYTES["float32"] + copies + cast) * shape.hidden
 
 
 def activation_bytes(shape: Shape, run: Run) -> float:
-    """What a forward pass over a micro-batch keeps of all layers, in bytes; logits are not in it.
+    """Bytes that a forward pass over a micro-batch stores for all layers, without logits.
 
-    With checkpointing: the input of every layer, and one layer whole. Under autocast the bf16 copies of float32 weights
-    are kept as well, for as many layers.
+    With checkpointing: the input of every layer, and one layer whole. Under autocast, the bf16 copies of float32
+    weights are stored too, for the same layers.
 
     Args:
         shape: The model.
@@ -288,7 +289,7 @@ def activation_bytes(shape: Shape, run: Run) -> float:
 
 
 def cache_bytes(shape: Shape, sequences: float, length: float, *, dtype: Dtype = "bfloat16") -> float:
-    """Keys and values of the sequences that are generated at once.
+    """Bytes of the KV cache of the sequences that are generated at once.
 
     Args:
         shape: The model.
@@ -300,19 +301,19 @@ def cache_bytes(shape: Shape, sequences: float, length: float, *, dtype: Dtype =
 
 
 def memory(run: Run, gpu: GPU) -> dict[str, float]:
-    """Bytes by what they are for; training and generation take turns, so the larger of the two counts in `total`.
+    """Bytes by purpose; training and generation alternate, so the larger of the two counts in `total`.
 
     Args:
         run: The run.
-        gpu: Its memory is what vLLM takes a share of.
+        gpu: The GPU; vLLM takes a share of its memory.
 
     Returns:
         `weights`, `gradients`, `optimizer` of the policy; `value model`, `reference`, `reward model`; `activations` and
-        `logits` of training; `generation`: cache of transformers, or what vLLM takes for its own weights and cache;
+        `logits` of training; `generation`: the KV cache of transformers, or vLLM's share for its own weights and cache;
         `total`.
 
     Raises:
-        ValueError: If vLLM's share does not hold the weights and one sequence.
+        ValueError: If the weights and one sequence do not fit into vLLM's share.
     """
     policy, computed = run.policy, BYTES[run.computed]
     parts = trained_bytes(run, policy.parameters)
@@ -343,10 +344,10 @@ def memory(run: Run, gpu: GPU) -> dict[str, float]:
 
 
 def reward_training_memory(run: Run) -> dict[str, float]:
-    """Bytes of the training of the reward model, with the parts of [`memory`] that it has.
+    """Bytes of reward model training, by the parts of [`memory`] that apply.
 
-    `FractalTrainer` loads float32 weights; batches, adapters and checkpointing are taken to be those of PPO, and the
-    scorer is the likelihood, which needs the most.
+    `FractalTrainer` loads float32 weights; batches, adapters and checkpointing are assumed to be those of PPO, and the
+    scorer is the likelihood scorer, which needs the most.
 
     Args:
         run: The run of PPO with a reward model.
@@ -361,12 +362,12 @@ def reward_training_memory(run: Run) -> dict[str, float]:
 
 
 def operations(shape: Shape, *, head: bool = True) -> float:
-    """Weights that each token is multiplied by: those of the layers and of the output layer, not the embeddings."""
+    """Weights that each token is multiplied by: layers and output layer, without the embeddings."""
     return shape.layers * shape.layer + (shape.vocabulary * shape.hidden if head else 0)
 
 
 def trained_operations(run: Run) -> float:
-    """Operations for each weight and token of a training step."""
+    """Operations per weight and token of a training step."""
     backward = BACKWARD if run.lora_rank is None else BACKWARD / 2
     return FORWARD + backward + (RECOMPUTED if run.checkpointing else 0)
 
@@ -374,10 +375,11 @@ def trained_operations(run: Run) -> float:
 def generation_rate(run: Run, gpu: GPU) -> float:
     """Tokens a second of all sequences together.
 
-    Each step reads the weights and the cache, or computes if that takes longer; transformers starts every kernel anew.
+    Each step reads the weights and the cache, or computes if that takes longer; transformers launches every kernel
+    again.
     """
     sequences = min(run.generated, run.rollouts)
-    # vLLM loads weights in the type that the model was published in, transformers in the policy's.
+    # vLLM loads weights in the published type, transformers in the policy's type.
     read = float(run.policy.parameters * BYTES[run.dtype if run.vllm is None else run.computed])
     read += cache_bytes(run.policy, sequences, run.prompt + run.completion / 2, dtype=run.computed)
     computed = FORWARD * operations(run.policy) * sequences / (gpu.operations * gpu.used)
@@ -386,16 +388,16 @@ def generation_rate(run: Run, gpu: GPU) -> float:
 
 
 def seconds(run: Run, gpu: GPU, *, generated_per_second: float | None = None) -> dict[str, float]:
-    """Seconds of an update by what they are spent on.
+    """Seconds of an update by purpose.
 
     Args:
         run: The run.
         gpu: Its speed.
-        generated_per_second: Tokens a second of all sequences, where that is known.
+        generated_per_second: Tokens a second of all sequences, if known.
 
     Returns:
         `generate`, `score` (the reward model), `evaluate` (forward passes of the rollout: the reference, and the policy
-        where vLLM has generated), `update`, and their sum `total`.
+        if vLLM generates), `update`, and their sum `total`.
     """
     rate, tokens = gpu.operations * gpu.used, run.rollouts * run.length
     weights = operations(run.policy)
@@ -412,14 +414,14 @@ def seconds(run: Run, gpu: GPU, *, generated_per_second: float | None = None) ->
 def hours(
     run: Run, gpu: GPU, *, updates: int, sampled: int, generated_per_second: float | None = None
 ) -> dict[str, float]:
-    """Hours of the three commands that make a policy with step rewards.
+    """Hours of the three commands that train a policy with step rewards.
 
     Args:
-        run: The run of PPO; the reward model is trained as the policy is (adapters, checkpointing), for one epoch.
+        run: The run of PPO; the reward model is trained like the policy (adapters, checkpointing), for one epoch.
         gpu: Its speed.
         updates: Of PPO.
         sampled: Responses that are sampled for the reward model, 64 at a time, without vLLM.
-        generated_per_second: Tokens a second of all sequences, where that is known.
+        generated_per_second: Tokens a second of all sequences, if known.
 
     Returns:
         `sample`, `train`, `ppo`.

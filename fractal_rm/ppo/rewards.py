@@ -1,4 +1,4 @@
-"""Scores of steps -> rewards of tokens: the two stages in the middle of a rollout."""
+"""Step scores -> token rewards: the two middle stages of a rollout."""
 
 import logging
 import math
@@ -29,20 +29,19 @@ def step_rewards(
     group_size: int = 1,
     moments: RunningMoments | None = None,
 ) -> list[list[float]]:
-    """Rewards of steps from their scores, as training makes them of a rollout batch.
+    """Step rewards from step scores, as training computes them for a rollout batch.
 
     Args:
         step_scores: Score of every step of every completion of the batch, over all processes.
-        args: The configuration: form, baseline, limits.
+        args: The configuration: shaping, baseline, limits.
         group_size: Completions per prompt; those of one prompt are consecutive.
-        moments: Moments of the rewards of the run so far, updated where `normalize_step_rewards` is set; None: those of
-            this batch alone.
+        moments: Moments of the run's rewards so far, updated if `normalize_step_rewards` is set; None: only this batch.
 
     Returns:
-        As many rewards, before the weights of source and steps.
+        Rewards in the same layout, before the weights of source and steps.
 
     Raises:
-        ValueError: If the completions are not whole groups where the baseline is the group's.
+        ValueError: If the baseline is the group's and the completions are not whole groups.
 
     Example:
         >>> args = StepPPOConfig("out", use_cpu=True, bf16=False)
@@ -70,10 +69,10 @@ def step_rewards(
 
 
 class StepShaper:
-    """Scores of steps -> rewards of steps, for each source by itself.
+    """Step scores -> step rewards, for each source separately.
 
     Args:
-        args: The configuration: form, baseline, limits.
+        args: The configuration: shaping, baseline, limits.
         weights: Weight of each source, by its name.
 
     Attributes:
@@ -89,8 +88,8 @@ class StepShaper:
     def shape(self, batch: RolloutBatch, *, group_size: int, tokenizer: Any, endings: set[int]) -> RolloutBatch:
         """Add `steps`: reward and last token of every step, for each source.
 
-        A completion that TRL masks as a whole (`mask_truncated_completions`) has no steps, rather than unplaced ones.
-        Nor has one that the source could not read to its end: it counts as not judged.
+        A completion that TRL masks entirely (`mask_truncated_completions`) gets no steps, rather than unplaced ones. So
+        does a completion that the source could not read to its end: it counts as not judged.
 
         Args:
             batch: The rollout.
@@ -121,36 +120,36 @@ class StepShaper:
         return batch.plus(metrics, steps=tuple(steps))
 
     def _check_baseline(self, step_scores: Sequence[Sequence[float]], batch: RolloutBatch) -> None:
-        """Say once what a completion's own mean as baseline leaves unsaid: all of single steps, the whole of others."""
+        """Warn once about the blind spots of `center='response'`: single-step completions, and missing outcomes."""
         args, most = self.args, max(map(len, step_scores), default=0)
         if self._has_warned or not most or (args.shaping, args.center) != ("centered", "response"):
             return
         if most == 1:
             self._has_warned = True
             logger.warning(
-                "No completion of this rollout has more than one step, and with `center='response'` a step earns what "
-                "it is better than the other steps of its completion: nothing. Cut completions into more steps, or "
-                "set `center='batch'`."
+                "No completion of this rollout has more than one step, and with `center='response'` a step earns its "
+                "score minus the mean of its completion's steps: nothing. Cut completions into more steps, or set "
+                "`center='batch'`."
             )
         elif not has_outcomes(batch, args):
             self._has_warned = True
             logger.warning(
-                "No outcome is a reward, and with `center='response'` the steps of a completion earn 0 in all: nothing "
-                "says which completions are better as a whole. Give `reward_funcs`, or set `center='batch'` or "
+                "There is no outcome reward, and with `center='response'` the step rewards of a completion sum to 0: "
+                "nothing says which completions are better. Give `reward_funcs`, or set `center='batch'` or "
                 "`shaping='min_form'`."
             )
 
     def rewards(
         self, step_scores: Sequence[Sequence[float]], moments: RunningMoments, *, group_size: int
     ) -> list[list[float]]:
-        """Rewards from a source's scores, as many.
+        """Rewards from a source's scores, in the same layout.
 
-        Baselines and deviations are over the batch of all processes, and a group may reach over several: every process
-        shapes all rows and keeps its own.
+        Baselines and deviations are computed over the batch of all processes, and a group may span several: every
+        process shapes all rows and keeps its own.
 
         Args:
             step_scores: Score of every step of every completion of this process.
-            moments: Moments of the source, updated where `normalize_step_rewards` is set.
+            moments: Moments of the source, updated if `normalize_step_rewards` is set.
             group_size: Completions per prompt.
         """
         everyone, ours = rows_of_all([list(row) for row in step_scores])
@@ -164,11 +163,11 @@ class StepShaper:
         """Go on from a saved state.
 
         Raises:
-            ValueError: If it belongs to other sources.
+            ValueError: If the state belongs to other sources.
         """
         if sorted(state) != sorted(self.moments):
             raise ValueError(
-                f"The checkpoint holds running statistics of the step rewards {sorted(state)}, but there are "
+                f"The checkpoint has running statistics of the step rewards {sorted(state)}, but there are "
                 f"{sorted(self.moments)}. Resume with the reward models and `step_reward_funcs` of that run, or start "
                 "again."
             )
@@ -177,7 +176,7 @@ class StepShaper:
 
 
 def judgement_metrics(batch: RolloutBatch) -> dict[str, float]:
-    """Share of the completions that a reward model could not judge, and of the steps beyond its limit; none of none."""
+    """Share of completions that a reward model could not judge, and of steps beyond its limit; 0 without any."""
     beyond = sum(one.truncated_steps for rows in batch.scores.values() for one in rows)
     steps = beyond + sum(len(one.steps) for rows in batch.scores.values() for one in rows)
     shares = {"steps/unscored": (sum(batch.unscored), len(batch.unscored)), "steps/beyond_limit": (beyond, steps)}
@@ -185,7 +184,7 @@ def judgement_metrics(batch: RolloutBatch) -> dict[str, float]:
 
 
 def _score_metrics(step_scores: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Means over what is known; NaN, which is not logged, where nothing is."""
+    """Means over known values; NaN, which is not logged, without any."""
     flat = [score for row in step_scores for score in row]
     return {
         "steps/score": sum(flat) / len(flat) if flat else math.nan,
@@ -204,13 +203,13 @@ def _reward_metrics(source: str, rewards: Sequence[Sequence[float]]) -> dict[str
 def place_rewards(
     batch: RolloutBatch, args: StepPPOConfig, *, ending_ids: set[int], step_weight: float
 ) -> RolloutBatch:
-    """Add `rewards`: steps at their last tokens, outcomes and the price of not ending at the last token; and `learned`.
+    """Add `rewards` (steps at their last tokens, outcomes and the missing-EOS penalty at the last token) and `learned`.
 
     Args:
         batch: The rollout, with `steps`.
         args: The configuration.
         ending_ids: Ids that a finished completion may end with.
-        step_weight: Weight of the step rewards, which rollbacks lower.
+        step_weight: Weight of the step rewards; rollbacks lower it.
     """
     mask = learned_mask(batch, args)
     steps = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
@@ -227,16 +226,16 @@ def place_rewards(
 
 
 def has_outcomes(batch: RolloutBatch, args: StepPPOConfig) -> bool:
-    """Whether outcomes are a reward."""
+    """Whether there is an outcome reward."""
     return bool(args.outcome_weight and batch.is_outcome.any())
 
 
 def learned_mask(batch: RolloutBatch, args: StepPPOConfig) -> Tensor:
-    """True where a token is learned from (B, T).
+    """True where a token is trained on (B, T).
 
-    A completion that no outcome function judged is left out of `gae` and `global`: no outcome is not an outcome of 0.
-    TRL's group advantages, which `group` builds on, leave it out by themselves. One that a source with a weight could
-    not read to its end is left out of all: steps that nobody has judged must not be free beside others.
+    `gae` and `global` leave out a completion that no outcome function judged: a missing outcome is not an outcome of 0.
+    `group` builds on TRL's group advantages, which already leave it out. A completion that a weighted source could not
+    read to its end is always left out, so that unjudged steps gain no advantage.
     """
     mask = batch.mask
     if args.advantage != "group" and has_outcomes(batch, args):
@@ -248,7 +247,8 @@ def learned_mask(batch: RolloutBatch, args: StepPPOConfig) -> Tensor:
 
 
 def charge_kl(batch: RolloutBatch, coefficient: AdaptiveKL, accelerator: Accelerator) -> RolloutBatch:
-    """Take the KL divergence from the reference from each token's reward; the coefficient then follows its target."""
+    """Subtract the KL divergence from the reference from each token's reward, then adapt the coefficient to its
+    target."""
     assert batch.kl is not None
     assert batch.rewards is not None
     mean: Any = accelerator.reduce(batch.kl.sum(dim=1).mean(), reduction="mean")
@@ -259,7 +259,7 @@ def charge_kl(batch: RolloutBatch, coefficient: AdaptiveKL, accelerator: Acceler
 
 
 def whitened_rewards(rewards: Tensor, mask: Tensor, args: StepPPOConfig, accelerator: Accelerator) -> Tensor:
-    """Token rewards (B, T), whitened over the batch of all processes where the configuration wants it."""
+    """Token rewards (B, T), whitened over the batch of all processes if configured."""
     if not args.whiten_rewards:
         return rewards
     return whiten(rewards, mask, shift_mean=False, all_reduce=all_reduce(accelerator))

@@ -1,7 +1,7 @@
-"""One batch of rollouts: made once, handed from stage to stage, never edited.
+"""One batch of rollouts: made once, passed from stage to stage, never edited.
 
-Every stage takes a batch and returns a batch that holds more. Shapes: B completions of this process, T tokens of the
-longest one, P columns of prompts, F reward functions.
+Every stage takes a batch and returns a batch with more fields set. Shapes: B completions of this process, T tokens of
+the longest one, P columns of prompts, F reward functions.
 """
 
 import itertools
@@ -16,14 +16,14 @@ from fractal_rm.reward_model import StepScores
 
 
 class ShapedSteps(NamedTuple):
-    """Rewards of the steps that one source scored, before the weight of the source.
+    """Step rewards of one source, before the source's weight.
 
     Attributes:
         weight: Weight of the source.
         rewards: Reward of every step of every completion.
         ends: Token at which each step ends; None where the step could not be placed.
         placement: The rewards on tokens (B, T), with the audit.
-        judged: Whether the source read all of each completion: one that it did not is not learned from.
+        judged: For each completion, whether the source read all of it; others are not trained on.
     """
 
     weight: float
@@ -34,13 +34,13 @@ class ShapedSteps(NamedTuple):
 
 
 class TokenRewards(NamedTuple):
-    """Rewards of tokens, in two parts because each part has its own reach (`step_lam`, `lam`).
+    """Token rewards, in two parts because each part has its own lambda (`step_lam`, `lam`).
 
     Attributes:
         steps: Rewards of steps (B, T), weighted.
         others: Rewards of outcomes, endings and the KL penalty (B, T), weighted.
         step_ends: Tokens at which the steps of each row end.
-        penalties: What a completion pays for not ending (B,).
+        penalties: Penalty of a completion without an end (B,).
         step_weight: Weight that `steps` were multiplied by.
     """
 
@@ -53,32 +53,33 @@ class TokenRewards(NamedTuple):
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Completions of this process, with everything that was found out about them so far.
+    """Completions of this process, with all results so far.
 
     Attributes:
         prompts: Their prompts, texts or chats.
         completion_ids: Sampled token ids, without padding.
-        texts: The completions as text: `completion_text` of the ids, in which spans of steps count characters. A
-            [`~fractal_rm.data.prompts.Conversation`] where a tool or an environment spoke in between.
-        function_rewards: What each reward function gave (B, F), NaN where it had no opinion.
+        texts: The completions as text: `completion_text` of the ids; step spans are character offsets into it. A
+            [`~fractal_rm.data.prompts.Conversation`] if a tool or an environment wrote in between.
+        function_rewards: Reward of each function (B, F), NaN where it returned None.
         function_weights: Weight of each reward function (F,); sources of step rewards have 0.
-        is_outcome: Which functions judge outcomes, and do not score steps (F,).
+        is_outcome: Which functions judge outcomes instead of scoring steps (F,).
         scores: Steps and scores of every completion, by the name of the source; the first source is the watched one.
-        tokens: TRL's dictionary of the rollout: what an update needs beside advantages.
+        tokens: TRL's dictionary of the rollout: what an update needs in addition to advantages.
         mask: True where the policy wrote a token (B, T); tool outputs and padding are False.
         outcome_advantages: TRL's group advantages of the outcomes (B,).
         written: For each token id of `completion_ids` whether the policy sampled it; None: all of them.
-        logprobs: Log-probabilities of the policy that sampled (B, T), where they were computed.
-        kl: KL divergence from the reference at each token (B, T), where it is part of the reward or free.
-        state_values: Values at all positions (B, P + T) of a head on the policy's states, where a forward gave them.
-        steps: Shaped rewards of steps, an entry a source.
-        rewards: Rewards on tokens.
+        logprobs: Log-probabilities of the sampling policy (B, T), if they were computed.
+        kl: KL divergence from the reference at each token (B, T), if it is part of the reward or free.
+        state_values: Values at all positions (B, P + T) from a head on the policy's states, if a forward pass computed
+        them.
+        steps: Shaped step rewards, one entry per source.
+        rewards: Token rewards.
         values: Values of the states before the tokens (B, T).
-        returns: What the value model learns (B, T).
-        advantages: What the policy learns from (B, T).
-        learned: True where a token is learned from (B, T): `mask` without completions that no outcome function judged,
+        returns: Targets of the value model (B, T).
+        advantages: Advantages for the policy loss (B, T).
+        learned: True where a token is trained on (B, T): `mask` without completions that no outcome function judged,
             or that a source of step rewards could not read to the end.
-        for_update: Tensors that the update of this rollout needs beside `tokens`, by their names in a minibatch.
+        for_update: Tensors that the update needs in addition to `tokens`, by their names in a minibatch.
         metrics: Numbers to log, by name.
     """
 
@@ -108,7 +109,7 @@ class RolloutBatch:
     def plus(
         self, metrics: Mapping[str, float] | None = None, for_update: Mapping[str, Tensor] | None = None, **made: Any
     ) -> "RolloutBatch":
-        """The batch with what a stage made; metrics and tensors for the update are added to those there are."""
+        """The batch with a stage's results; metrics and tensors for the update are merged into the existing ones."""
         return replace(
             self,
             metrics={**self.metrics, **(metrics or {})},
@@ -131,21 +132,21 @@ class RolloutBatch:
 
     @property
     def unscored(self) -> list[bool]:
-        """Whether any source of step rewards could not read all of a completion; empty without a source."""
+        """For each completion, whether any source of step rewards could not read all of it; empty without a source."""
         return [not all(one.judged for one in row) for row in zip(*self.scores.values(), strict=True)]
 
     @property
     def outcomes(self) -> Tensor:
-        """Weighted sum of the outcome rewards (B,); a function without an opinion counts 0."""
+        """Weighted sum of the outcome rewards (B,); a function that returned None counts as 0."""
         return (self.function_rewards * self.function_weights.to(self.function_rewards.device)).nansum(dim=1)
 
     @property
     def judged(self) -> Tensor:
-        """Whether any function had an opinion on a completion (B,)."""
+        """Whether any function judged a completion (B,)."""
         return ~self.function_rewards.isnan().all(dim=1)
 
     def minibatches(self) -> dict[str, Any]:
-        """TRL's dictionary with the advantages in place of its own: TRL shuffles it and splits it into minibatches."""
+        """TRL's dictionary with these advantages instead of TRL's: TRL shuffles it and splits it into minibatches."""
         advantages = {} if self.advantages is None else {"advantages": self.advantages}
         return {**self.tokens, **self.for_update, **advantages}
 
@@ -159,7 +160,7 @@ def policy_mask(tokens: Mapping[str, Any]) -> Tensor:
 def mean_outcomes(rewards: Tensor, weights: Tensor) -> Tensor:
     """The weighted mean of the outcome rewards (B, F) that judged a response: (B,), NaN where no function did.
 
-    A reward is NaN where its function had no opinion. Weights (F,) are 0 or more; functions of weight 0 have no say.
+    A reward is NaN where its function returned None. Weights (F,) are 0 or more; functions of weight 0 are ignored.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
 """Where rewards come from: outcome functions, reward models, and functions that score steps.
 
-An outcome function is TRL's own kind: one number a completion. A source of step rewards gives each completion its steps
-with their scores. Neither knows the other, nor what becomes of what it returns.
+An outcome function is an ordinary TRL reward function: one number per completion. A source of step rewards returns each
+completion's steps with their scores. They are independent of each other and of how their results are used.
 """
 
 import math
@@ -27,14 +27,14 @@ _SHOWN = 200
 
 
 class StepRewardSource(ABC):
-    """Something that scores steps.
+    """A source of step scores.
 
     Args:
         name: Its name in logs.
 
     Attributes:
         weight: Its weight among the sources.
-        gives_probabilities: Whether scores are P(step is good), as the guards take them.
+        gives_probabilities: Whether scores are P(step is good), as the guards need.
         is_async: Whether TRL must await it.
         segmentation: How it cuts completions into steps.
     """
@@ -58,7 +58,7 @@ class StepRewardSource(ABC):
             arguments: What TRL passes to reward functions: `completions`, `completion_ids`, columns of the data set.
 
         Returns:
-            Steps and scores of each completion; a `score` of NaN: no opinion.
+            Steps and scores of each completion; a `score` of NaN means no opinion.
         """
 
 
@@ -67,10 +67,10 @@ class ModelSource(StepRewardSource):
 
     Args:
         reward_model: The model.
-        batch_size: Responses in a forward; None: the model's own setting.
+        batch_size: Responses per forward pass; None: the model's own setting.
 
     Attributes:
-        chat_template_kwargs: What chat templates get beside the messages: as much as the policy's gets.
+        chat_template_kwargs: Arguments of chat templates in addition to the messages: the same as the policy's.
     """
 
     gives_probabilities = True
@@ -97,8 +97,8 @@ class FunctionSource(StepRewardSource):
     """A function that scores steps. Its number for a completion is the mean score of its steps.
 
     The function gets TRL's arguments (`prompts`, `completions`, `completion_ids`, columns of the data set) and `steps`,
-    the texts of each completion's steps. It returns a score for each step of each completion, on any scale; None for a
-    step or a completion without an opinion, which is then as if it were not there.
+    the texts of each completion's steps. It returns a score for each step of each completion, on any scale. None for a
+    step or a completion means no opinion: it is then ignored.
 
     Args:
         function: The function.
@@ -133,7 +133,7 @@ class FunctionSource(StepRewardSource):
         Raises:
             TypeError: If something is not a list or not a number.
             ValueError: If the number of completions or steps is wrong, or a score is not finite or out of bounds. The
-                sentence names the row, its prompt and the completion.
+                message names the row, its prompt and the completion.
         """
         rows = _checked_list(returned, f"`{self.name}` returned", "a list with an entry for each completion")
         if len(rows) != len(texts):
@@ -181,7 +181,7 @@ class FunctionSource(StepRewardSource):
 
 
 def as_list(given: Any) -> list[Any]:
-    """One or several as a new list; None: an empty one."""
+    """One value or several as a new list; None: an empty list."""
     return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
 
 
@@ -190,11 +190,11 @@ def make_sources(
 ) -> list[StepRewardSource]:
     """The sources of step rewards with their weights and names, the reward models first.
 
-    Functions get steps as `step_segmentation` cuts them; without it, as the first reward model does, or by lines. A
-    name that occurs more than once, those of outcome rewards (`taken`) included, gets a number.
+    Functions get steps by `step_segmentation`; without it, by the first reward model's segmentation, or lines. A name
+    that occurs more than once, also among outcome rewards (`taken`), gets a number.
 
     Raises:
-        ValueError: If there are not as many weights as sources.
+        ValueError: If the number of weights differs from the number of sources.
     """
     segmentation = args.function_segmentation or (reward_models[0].segmentation if reward_models else Segmentation())
     sources: list[StepRewardSource] = [ModelSource(model, args.reward_model_batch_size) for model in reward_models]
@@ -215,7 +215,7 @@ def make_sources(
 
 
 def step_lines(scored: StepScores) -> str:
-    """Steps with their scores as text, one a line.
+    """Steps with their scores as text, one per line.
 
     Example:
         >>> from fractal_rm.reward_model import Step
@@ -231,7 +231,7 @@ def step_lines(scored: StepScores) -> str:
 
 
 def _checked_list(value: Any, found: str, wanted: str) -> list[Any]:
-    """Lists, tuples, arrays and tensors as lists; a text has a length too, and is refused."""
+    """Lists, tuples, arrays and tensors as lists; a text also has a length, but is refused."""
     try:
         if isinstance(value, str | dict):
             raise TypeError
@@ -244,14 +244,14 @@ def _checked_list(value: Any, found: str, wanted: str) -> list[Any]:
 
 
 class NotFiniteReward(ValueError):
-    """A reward or score is NaN or infinite: the run stops, and keeps the rollout."""
+    """A reward or score is NaN or infinite: the run stops and saves the rollout."""
 
 
 def finite_outcomes(function: Any, name: str) -> Any:
-    """A reward function of TRL whose rewards are checked: NaN and infinity would spread to the whole batch.
+    """A TRL reward function with checked rewards: NaN and infinity would spread to the whole batch.
 
-    None means "no opinion" to TRL, which turns it into NaN: the two must be told apart where the function returns. A
-    reward model of transformers stays as it is.
+    For TRL None means "no opinion" and becomes NaN, so the check must run where the function returns. A transformers
+    reward model is not wrapped.
     """
     if isinstance(function, nn.Module):
         return function
@@ -273,7 +273,7 @@ def finite_outcomes(function: Any, name: str) -> Any:
 
 
 def check_finite(rewards: Iterable[Any], name: str, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
-    """The rewards, or a ValueError if one is NaN or infinite: names the function, the row, prompt and completion."""
+    """The rewards; raises ValueError if one is NaN or infinite, naming the function, row, prompt and completion."""
     rewards = list(rewards)
     for row, (reward, prompt, completion) in enumerate(zip(rewards, prompts, completions, strict=False)):
         if reward is not None and not math.isfinite(reward):
@@ -287,14 +287,14 @@ def check_finite(rewards: Iterable[Any], name: str, prompts: Sequence[Any], comp
 def check_model_outcomes(
     functions: Sequence[Any], names: Sequence[str], rewards: Tensor, prompts: Sequence[Any], completions: Sequence[Any]
 ) -> None:
-    """Raise if a reward model of transformers gave NaN or infinity (B, F): it always has an opinion, never None."""
+    """Raise if a transformers reward model gave NaN or infinity (B, F): it never returns None."""
     for column, (function, name) in enumerate(zip(functions, names, strict=True)):
         if isinstance(function, nn.Module):
             check_finite(rewards[:, column].tolist(), name, prompts, completions)
 
 
 def completion_in_words(row: int, prompt: Any, completion: Any) -> str:
-    """A completion as messages name it: its row, its prompt, its text; the last message of a chat.
+    """A completion as named in messages: its row, prompt and text; for a chat its last message.
 
     Example:
         >>> completion_in_words(3, [{"role": "user", "content": "2+2?"}], "4")

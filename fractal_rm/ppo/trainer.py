@@ -1,7 +1,7 @@
 """PPO with a reward for every step: the algorithm, from top to bottom.
 
 The class reads in the order in which a batch is made: sample, score steps, shape, place, advantages, loss. Each stage
-takes a [`RolloutBatch`] and returns one that holds more. How TRL is made to do this stands in `engine.py`.
+takes a [`RolloutBatch`] and returns one with more fields set. `engine.py` adapts TRL to this.
 """
 
 import json
@@ -42,14 +42,14 @@ _STATE_FILE = "step_ppo_state.json"
 class StepPPOTrainer(Engine):
     """PPO with dense step rewards, on TRL's online engine.
 
-    A completion that no outcome function judges (all give None) is left out of what is learned, as in TRL; so is one
-    that a reward model cannot read to its end. Without outcome functions, one without steps earns nothing: as much as a
-    usual step, where rewards are centred. A rollout in which nothing earns anything stops the run.
+    A completion that no outcome function judges (all return None) is not trained on, as in TRL; nor is one that a
+    reward model cannot read to its end. Without outcome functions, a completion without steps earns nothing, as much as
+    an average step if rewards are centred. A rollout without any reward stops the run.
 
-    Checkpoints hold the value model in `value_model/`, and a reward model that goes on learning (`rm_update_every`) in
-    `reward_model/`; an instance that is given learns in place. A resumed run equals an uninterrupted one if the
-    checkpoint was written between rollouts, when `save_steps` is a multiple of `num_iterations * steps_per_generation /
-    gradient_accumulation_steps`: TRL does not save a rollout, and samples anew what was left of it.
+    Checkpoints hold the value model in `value_model/`, and a reward model that keeps learning (`rm_update_every`) in
+    `reward_model/`; a given instance learns in place. A resumed run equals an uninterrupted one if the checkpoint was
+    written between rollouts, that is, if `save_steps` is a multiple of `num_iterations * steps_per_generation /
+    gradient_accumulation_steps`: TRL does not save a rollout, and samples the rest of it again.
 
     Args:
         model: The policy: path, hub id or instance of a causal language model.
@@ -65,27 +65,27 @@ class StepPPOTrainer(Engine):
             `"reward_model"`: from the reward model's backbone, with such a head; `"shared"`: a head alone, on the
             policy's own hidden states.
         callbacks: As for `GRPOTrainer`.
-        peft_config: As for `GRPOTrainer`: the policy trains an adapter, and is the reference without it.
-        value_peft_config: The value model trains an adapter and its head, in place of all its weights. Without it the
-            value model of a policy that trains an adapter trains all its weights, and a warning says what that costs.
+        peft_config: As for `GRPOTrainer`: the policy trains an adapter; without it, it is the reference.
+        value_peft_config: The value model trains an adapter and its head instead of all its weights. Without it, the
+        value model trains all its weights even if the policy trains an adapter, and a warning says what that costs.
         step_reward_funcs: Functions that score steps, one or a list: called as TRL calls `reward_funcs`, and with
             `steps`, the texts of each completion's steps; they return one score per step for each completion.
-        reward_model_dataset: For `rm_update_every`, by which the first reward model goes on learning: labelled
-            responses that are mixed in, best ones that it has not seen. Records or bags, as for [`FractalTrainer`].
+        reward_model_dataset: For `rm_update_every`, which updates the first reward model: labelled responses that are
+        mixed in, ideally ones it was not trained on. Records or bags, as for [`FractalTrainer`].
         kwargs: Further arguments of `GRPOTrainer`.
 
     Raises:
-        ConnectionError: If there is no vLLM server where one should be.
-        ValueError: If there is no reward, a reward model does not suit the prompts or the configuration or cannot learn
-            where it should or cannot read one of the first prompts, there is no tokenizer, batches and groups do not
-            divide, or the value model cannot be made.
-        TypeError: If `args` is another configuration, or a function of `step_reward_funcs` cannot be called as it will
-            be.
+        ConnectionError: If the vLLM server does not answer.
+        ValueError: If there is no reward; a reward model does not suit the prompts or the configuration, cannot be
+        trained although it should, or cannot read one of the first prompts; there is no tokenizer; batches are not
+        whole groups; or the value model cannot be made.
+        TypeError: If `args` is another configuration, or a function of `step_reward_funcs` does not accept the
+        arguments it will get.
         RuntimeError: If the installed TRL has moved a name that this class relies on.
 
     Attributes:
         sources: The sources of step rewards, reward models first.
-        last_rollout: The completions of this process that were trained on last, with everything that was made of them.
+        last_rollout: The latest completions of this process, with all results of the stages.
     """
 
     _tag_names = ("trl", "fractal-rm", "step-ppo")
@@ -191,12 +191,12 @@ class StepPPOTrainer(Engine):
 
     def rollout(self, inputs: Any) -> RolloutBatch:
         """Sample completions, score their steps, and turn scores into advantages."""
-        batch = self.sample(inputs)  # completions, with outcomes and scores of steps
-        if not self.model.training:  # evaluation logs rewards and learns nothing
+        batch = self.sample(inputs)  # completions, with outcomes and step scores
+        if not self.model.training:  # evaluation only logs rewards
             self.record(judgement_metrics(batch))
             return batch
         if self._went_back(batch):
-            batch = self.sample(inputs)  # by the policy that there is now
+            batch = self.sample(inputs)  # by the current policy
         if self.last_rollout is None:
             warn_of_uncut_completions(batch, self.sources)
         self._keep_learning(batch)
@@ -208,13 +208,13 @@ class StepPPOTrainer(Engine):
         if self.args.kl_coef:
             batch = charge_kl(batch, self.kl_coefficient, self.accelerator)
         given = Given(self.args, self.accelerator, group_size, self.value_learning)
-        batch = ESTIMATORS[self.args.advantage](batch, given)  # rewards of tokens -> advantages
+        batch = ESTIMATORS[self.args.advantage](batch, given)  # token rewards -> advantages
         self.record(batch.metrics)
         self.last_rollout = batch
         return batch
 
     def loss(self, policy_loss: Tensor, minibatch: dict[str, Any], states: Tensor | None) -> Tensor:
-        """TRL's clipped policy loss, and the value model's; in the value model's warm-up the policy learns nothing."""
+        """TRL's clipped policy loss plus the value loss; in the value model's warm-up the policy loss is dropped."""
         if self.value_learning is None or "returns" not in minibatch:
             return policy_loss
         if self.state.global_step < self.args.value_warmup_steps:
@@ -223,7 +223,7 @@ class StepPPOTrainer(Engine):
         return policy_loss + self.value_learning.loss(minibatch, states, accumulation=accumulation)
 
     def _went_back(self, batch: RolloutBatch) -> bool:
-        """Show a rollout to the guards and act on their alarms; whether the policy is now that of a checkpoint."""
+        """Pass a rollout to the guards and act on their alarms; returns whether the policy was rolled back."""
         trusted = bool(self.sources) and self.sources[0].gives_probabilities
         seen = guard_inputs(batch, self.ending_ids, gives_probabilities=trusted)
         metrics, alarms = self.alarms.watch(seen, step=self.state.global_step)
@@ -231,7 +231,7 @@ class StepPPOTrainer(Engine):
         if not alarms or self.args.on_alarm == "warn":
             return False
         checkpoint = self.alarms.checkpoint_before(alarms) if self.args.on_alarm == "rollback" else None
-        if checkpoint is None:  # to stop, or nothing to go back to
+        if checkpoint is None:  # to stop, or nothing to roll back to
             self.control.should_training_stop = True
             return False
         self.restore_weights(checkpoint)
@@ -241,7 +241,7 @@ class StepPPOTrainer(Engine):
         return True
 
     def _keep_learning(self, batch: RolloutBatch) -> None:
-        """Give the rollout to a reward model that goes on learning; its scores of this batch stay what they are."""
+        """Pass the rollout to a reward model that keeps learning; its scores of this batch do not change."""
         if self.online_reward is not None and self.step_scores is not None:
             self.record(self.online_reward.take(batch, batch.scores[self.step_scores.name]))
 
@@ -257,7 +257,7 @@ class StepPPOTrainer(Engine):
     def materials(self) -> dict[str, Any]:
         scored = [source.reward_model for source in self.sources if isinstance(source, ModelSource)]
         judges = [[model_fingerprint(model.scorer), repr(model.settings)] for model in scored]
-        if self.args.rm_update_every:  # it learns in place, and a checkpoint holds it
+        if self.args.rm_update_every:  # it learns in place, and checkpoints store it
             judges = judges[1:]
         return {
             "train_data": rows_fingerprint(self.train_dataset),
@@ -270,7 +270,7 @@ class StepPPOTrainer(Engine):
         }
 
     def _statistics(self) -> dict[str, Any]:
-        """What a resumed run needs beside weights and optimizer: running statistics, the KL coefficient, the guards."""
+        """What a resumed run needs beyond weights and optimizer: running statistics, the KL coefficient, the guards."""
         parts = {"step_rewards": self.shaper, "kl_reward": self.kl_coefficient, "alarms": self.alarms}
         return parts if self.online_reward is None else parts | {"online_reward": self.online_reward}
 

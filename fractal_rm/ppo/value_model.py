@@ -1,4 +1,4 @@
-"""The value model of PPO: how it is made, its values, its loss, its optimizer group, its place on disk."""
+"""The value model of PPO: construction, values, loss, optimizer group, checkpoint."""
 
 import copy
 import logging
@@ -38,11 +38,11 @@ VALUE_FOLDER = "value_model"
 # Weights, gradients and two moments of Adam.
 _TRAINING_COPIES = 4
 _WEIGHTS = "model.safetensors"
-# transformers would split what is larger than 50 GB, and `load` reads one file.
+# transformers splits files larger than 50 GB, but `load` reads a single file.
 _ONE_FILE = "1000TB"
-# One folder deeper: whatever adapter lies in a folder of a checkpoint, `Trainer` loads into the policy.
+# One folder deeper, because `Trainer` loads any adapter in a checkpoint's direct subfolder into the policy.
 _ADAPTER_FOLDER, _ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"
-# Name in a minibatch of the values that the rollout's own forward gave, with their graph.
+# Minibatch key of the values from the rollout's forward pass, with their graph.
 _FRESH = "rollout_values"
 
 
@@ -60,21 +60,21 @@ def make_value_model(
     """A token classification model with one label, whose output before a token is the value of that state.
 
     Args:
-        policy: The policy, with or without a PEFT adapter: its backbone is copied if there is nothing else.
+        policy: The policy, with or without a PEFT adapter: its backbone is copied by default.
         value_model: Path or instance; `"reward_model"`: the reward model's backbone with a head that starts at 0; None:
             the policy's backbone with such a head.
         reward_model: The reward model, for `"reward_model"`.
         tokenizer: The policy's tokenizer, which the reward model must share for `"reward_model"`.
-        peft_config: PEFT configuration of an adapter to train, and the head, in place of all weights.
+        peft_config: PEFT configuration of an adapter to train, with the head, instead of all weights.
 
     Returns:
-        The model, in evaluation mode for good: clipping compares with the rollout's values, and with dropout both would
-        not see the same network. Made from a policy that trains an adapter, and with one itself, it holds the policy's
-        own frozen weights and no copy of them.
+        The model, permanently in evaluation mode: clipping compares with the rollout's values, and dropout would make
+        them differ. If both it and the policy train adapters, it shares the policy's frozen weights instead of copying
+        them.
 
     Raises:
         ValueError: If transformers has no causal backbone of the architecture, the given model has several labels, the
-            reward model reads other tokens than the policy writes, or the adapter is one that adds tokens.
+            reward model's tokenizer differs from the policy's, or the adapter adds tokens.
     """
     copied_from = None
     if value_model == "reward_model":
@@ -87,7 +87,7 @@ def make_value_model(
     if value_model.config.num_labels != 1:
         labels = value_model.config.num_labels
         raise ValueError(f"The value model has {labels} labels. Give one with `num_labels=1`.")
-    value_model.config.use_cache = False  # whole texts only: keys and values of the past would be kept for nothing
+    value_model.config.use_cache = False  # reads whole texts only, so a KV cache is useless
     if peft_config is not None:
         value_model = add_adapter(value_model, peft_config, FractalSettings(scorer="token"))
         if copied_from is not None:
@@ -96,32 +96,33 @@ def make_value_model(
 
 
 def warn_of_whole_value_model(model: nn.Module) -> None:
-    """Say what a value model costs that trains all its weights beside a policy that trains an adapter."""
+    """Log the cost of a value model that trains all its weights while the policy trains an adapter."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     size = sum(parameter.numel() * parameter.element_size() for parameter in trained) * _TRAINING_COPIES
     logger.warning(
-        "The policy trains an adapter, the value model all its %s weights: %.1f GB of weights, gradients and optimizer "
-        "state. Give `value_peft_config` to train an adapter there too, or `value_model='shared'` for a head alone.",
+        "The policy trains an adapter, but the value model trains all its %s weights: %.1f GB of weights, gradients "
+        "and optimizer state. Give `value_peft_config` to train an adapter there too, or set `value_model='shared'` "
+        "to train only a head.",
         f"{sum(parameter.numel() for parameter in trained):,}",
         size / 1e9,
     )
 
 
 def _reward_backbone(reward_model: StepRewardModel | None, tokenizer: Any) -> PreTrainedModel:
-    """The transformers model that scores, with what a PEFT adapter learned merged into its weights."""
+    """The scoring transformers model, with a PEFT adapter merged into its weights."""
     if reward_model is None:
         raise ValueError("`value_model='reward_model'` needs a `reward_model`. Give one, or leave `value_model` out.")
     if reward_model.tokenizer is None or reward_model.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            "`value_model='reward_model'` needs a reward model that reads the tokens the policy writes, and its "
-            "tokenizer is another one. Leave `value_model` out (the policy's backbone), or give a model or a path."
+            "`value_model='reward_model'` needs a reward model with the policy's tokenizer, but its tokenizer "
+            "differs. Leave `value_model` out (the policy's backbone), or give a model or a path."
         )
     scorer = reward_model.scorer
     return copy.deepcopy(scorer.model).merge_and_unload() if scorer.is_adapted else scorer.base
 
 
 def _with_new_head(source: Any) -> PreTrainedModel:
-    """A token classification model on a copy of the source's backbone, whose one output is 0 everywhere."""
+    """A token classification model on a copy of the source's backbone, with one output that is 0 everywhere."""
     config = copy.deepcopy(source.config)
     config.num_labels = 1
     try:
@@ -131,7 +132,7 @@ def _with_new_head(source: Any) -> PreTrainedModel:
             f"No value model can be made from {type(source).__name__} ({reason(error)}). Set `value_model='shared'` "
             "for a head on the policy's own states, give a `value_model`, or set `advantage='group'`."
         ) from error
-    # A fresh PEFT adapter changes nothing yet, so the weights under it are the policy's.
+    # A fresh PEFT adapter changes nothing yet, so the weights under it are still the policy's.
     weights = {_without_peft(name): value for name, value in source.base_model.state_dict().items()}
     model.base_model.load_state_dict({name: weights[name] for name in model.base_model.state_dict() if name in weights})
     for parameter in head_module(model, FractalSettings(scorer="token")).parameters():
@@ -140,12 +141,12 @@ def _with_new_head(source: Any) -> PreTrainedModel:
 
 
 def _without_peft(name: str) -> str:
-    """The name that a weight has without the PEFT layer around it."""
+    """The name of a weight without the PEFT layer around it."""
     return name.replace(".base_layer", "").replace(".original_module", "")
 
 
 def _share_frozen_weights(model: nn.Module, source: Any) -> None:
-    """Let frozen weights of a copied backbone be those that it was copied from, where they are frozen there too."""
+    """Share the frozen weights of a copied backbone with its source, if they are frozen there too."""
     frozen = {
         _without_peft(name): parameter
         for name, parameter in source.base_model.named_parameters()
@@ -159,7 +160,7 @@ def _share_frozen_weights(model: nn.Module, source: Any) -> None:
 
 
 class ValueHead(nn.Linear):
-    """Hidden states (..., H) -> values (...), in float32 whatever the states are in; 0 everywhere at the start.
+    """Hidden states (..., H) -> values (...), in float32 whatever the type of the states; 0 everywhere at the start.
 
     Example:
         >>> ValueHead(8)(torch.ones(2, 3, 8)).shape
@@ -172,7 +173,7 @@ class ValueHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        # One output in half precision would round every value to three digits.
+        # Half precision would round every value to three digits.
         with torch.autocast(input.device.type, enabled=False):
             return super().forward(input.float()).squeeze(-1)
 
@@ -181,7 +182,7 @@ def make_value_head(policy: Any) -> ValueHead:
     """A head for the last hidden states of a causal language model, with or without a PEFT adapter.
 
     Raises:
-        ValueError: If the model has no output embeddings, which say how wide those states are.
+        ValueError: If the model has no output embeddings, which give the width of those states.
     """
     embeddings = policy.get_output_embeddings()
     if embeddings is None:
@@ -195,7 +196,7 @@ def make_value_head(policy: Any) -> ValueHead:
 def checkpoint_layers(model: nn.Module) -> None:
     """Recompute the activations of each layer in the backward pass, to save memory: `gradient_checkpointing`.
 
-    Transformers does so in training mode only, which a value model is never in.
+    Transformers does so in training mode only, but a value model is always in evaluation mode.
     """
     for layer in model.modules():
         wrapped = isinstance(layer.forward, partial)  # by an earlier trainer
@@ -204,7 +205,8 @@ def checkpoint_layers(model: nn.Module) -> None:
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float) -> Tensor:
-    """Half the squared error of values (B, T), no better than what a move of `cliprange` from the old values earns.
+    """Half the squared error of values (B, T), at least the error after a move of at most `cliprange` from the old
+    values.
 
     Source:
         Value clipping of PPO2 (OpenAI baselines), as in TRL's former PPOTrainer.
@@ -220,9 +222,9 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Share of the variance of returns (N,) that values explain: 1 is perfect, below 0 worse than their mean.
+    """Share of the variance of returns (N,) that values explain: 1 is perfect, below 0 is worse than the mean.
 
-    NaN, which TRL leaves out of its logs, where returns do not vary.
+    NaN, which TRL leaves out of its logs, if returns do not vary.
     """
     if len(returns) < 2 or returns.var() < 1e-8:
         return math.nan
@@ -239,7 +241,7 @@ class ValueLearning:
         engine: The trainer: its accelerator, its policy, its configuration.
         model: The value model, or the head.
         shared: Whether it is such a head. It reads the states that log-probabilities are computed from, so there is no
-            second backbone, and no forward where TRL runs one anyway.
+            second backbone, and no extra forward pass if TRL runs one anyway.
 
     Attributes:
         model: The value model, or the head, as accelerate wraps it.
@@ -259,7 +261,8 @@ class ValueLearning:
     # Values -----------------------------------------------------------------------------------------------------------
 
     def values(self, tokens: dict[str, Any], *, most_rows: int | None = None) -> Tensor:
-        """Value of the state before each completion token (B, T) in float32, at most `most_rows` texts a forward."""
+        """Value of the state before each completion token (B, T) in float32, with at most `most_rows` texts per forward
+        pass."""
         input_ids = torch.cat([tokens["prompt_ids"], tokens["completion_ids"]], dim=1)
         attention_mask = torch.cat([tokens["prompt_mask"], tokens["completion_mask"]], dim=1)
         sort = may_be_sorted(self.engine.policy if self.shared else self.model, self.engine.accelerator)
@@ -276,7 +279,7 @@ class ValueLearning:
             return self.model(**texts).logits[..., 0]
 
     def with_values(self, batch: RolloutBatch) -> RolloutBatch:
-        """Add `values`: from a forward that TRL ran, or one that the update takes over, or one for nothing else."""
+        """Add `values`: from a forward pass that TRL ran, one that the update will reuse, or a separate one."""
         if batch.state_values is not None:
             return batch.plus(values=_before_completion_tokens(batch.state_values, batch.tokens))
         if not self.shared and self.engine.updates_once():
@@ -293,27 +296,28 @@ class ValueLearning:
 
         Args:
             minibatch: A part of the rollout.
-            states: Last hidden states of the policy (B, P + T, H), from the forward of its own loss; read by a head on
-                them, which does not train them.
+            states: Last hidden states of the policy (B, P + T, H), from the forward pass of its loss; read by a shared
+            head, which does not train them.
             accumulation: Minibatches in an optimizer step.
 
         Raises:
-            RuntimeError: If there are no states to read: TRL computes log-probabilities in another way than it used to.
+            RuntimeError: If there are no states to read, because TRL computes log-probabilities differently than in
+                tested versions.
         """
         if not self.shared:
             fresh = minibatch.pop(_FRESH, None)  # once: after the backward pass the graph is gone
             values = self.values(minibatch) if fresh is None else fresh
         elif states is None:
             raise RuntimeError(
-                "The loss was computed without a forward of the policy's backbone, so `value_model='shared'` has no "
-                "states to read. Use `value_model=None`, or the TRL versions that fractal_rm is tested with."
+                "The loss was computed without a forward pass of the policy's backbone, so `value_model='shared'` has "
+                "no states to read. Use `value_model=None`, or the TRL versions that fractal_rm is tested with."
             )
         else:
             values = _before_completion_tokens(self.model(states.detach()), minibatch)
         mask = minibatch["value_mask"]
         loss = clipped_value_loss(values, minibatch["values"], minibatch["returns"], mask, self.args.cliprange_value)
         self.engine.record({"value/loss": loss.item()})
-        # One batch or several with accumulation: every token of the window counts the same.
+        # With and without accumulation, every token of the window counts the same.
         window = minibatch["value_tokens"] * accumulation / self.args.steps_per_generation
         return self.args.vf_coef * loss * mask.sum() / window.clamp(min=1.0)
 
@@ -340,10 +344,10 @@ class ValueLearning:
             save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, file)
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from what `save` wrote.
+        """Restore what `save` wrote.
 
         Raises:
-            ValueError: If the checkpoint holds no such value model.
+            ValueError: If the checkpoint has no such value model.
         """
         model, folder = self.engine.accelerator.unwrap_model(self.model), checkpoint / VALUE_FOLDER
         file = folder / _ADAPTER_FOLDER / _ADAPTER_WEIGHTS if _is_adapted(model) else folder / _WEIGHTS
@@ -365,14 +369,15 @@ def _is_adapted(model: Any) -> bool:
 
 
 def _before_completion_tokens(values: Tensor, tokens: dict[str, Tensor]) -> Tensor:
-    """Of values at all positions (B, P + T), those one position before each completion token (B, T)."""
+    """From values at all positions (B, P + T), the values one position before each completion token (B, T)."""
     return values[:, tokens["prompt_ids"].size(1) - 1 : -1].float()
 
 
 class ValueGradients(TrainerCallback):
-    """Clips the value model's gradients by their own norm and clears them: Trainer does both to the policy's only.
+    """Clips the value model's gradients by their own norm and clears them: Trainer does both for the policy only.
 
-    In the value model's warm-up it takes the policy's gradients away: with gradients of 0, weight decay would move it.
+    In the value model's warm-up it removes the policy's gradients: with zero gradients, weight decay would still change
+    the policy.
     """
 
     def __init__(self, value_model: nn.Module, warmup_steps: int = 0) -> None:

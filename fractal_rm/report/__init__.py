@@ -1,1 +1,1 @@
-"""What a person looks at: the viewer of step scores, the plots, the quickstart report and the tables of results."""
+"""Output for people: the viewer of step scores, plots, the quickstart report and tables of results."""

@@ -1,4 +1,4 @@
-"""How plots are drawn: their colours on a page and on paper, the axes, the lines, the heat map, the way to SVG.
+"""Drawing of plots: colours on a page and on paper, axes, lines, the heat map, conversion to SVG.
 
 Figures are made without pyplot, so none stays open and no state is shared. Text is drawn as paths: a page shows it
 the same on every machine. matplotlib is imported inside the functions, since it comes with an optional extra.
@@ -31,9 +31,9 @@ class Theme:
 
     Attributes:
         ink: Text.
-        muted: Axes, ticks and what matters less.
+        muted: Axes, ticks and less important text.
         rule: Grid lines.
-        paper: The ground.
+        paper: The background.
         series: Lines, one colour each.
     """
 
@@ -53,10 +53,10 @@ PAGE_CSS = {
     PAGE.paper: f"var(--paper, {PICTURE.paper})",
     **{stand_in: f"var(--series-{index + 1}, {PICTURE.series[index]})" for index, stand_in in enumerate(PAGE.series)},
 }
-LINES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))  # told apart without colour too
+LINES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))  # distinguishable without colour too
 SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
-    "text.parse_math": False,  # a name with dollar signs is no formula
+    "text.parse_math": False,  # a name with dollar signs is not a formula
     "svg.fonttype": "path",
     "svg.hashsalt": "fractal_rm",  # the same plot gives the same bytes
     "figure.constrained_layout.use": True,
@@ -100,7 +100,7 @@ def draw_curves(
     baseline: str | None,
     seeds: Mapping[str, Sequence[Curve]] | None = None,
 ) -> None:
-    """Draw accuracy against rollouts, one line an arm, its last value written at its end.
+    """Draw accuracy against rollouts, one line per arm, with its last value at its end.
 
     Args:
         axes: Where to draw.
@@ -172,7 +172,7 @@ def draw_curves(
 
 
 def draw_heat_map(axes: Axes, rows: Sequence[Mapping[str, Any]], theme: Theme) -> None:
-    """Draw one line of cells a response, one cell a step, with its score and a cross where the step is wrong.
+    """Draw one row of cells per response, one cell per step, with its score and a cross if the step is wrong.
 
     Scored responses come sorted, those labelled good first; their `steps` need `score` and may have `gold`.
     """

@@ -1,4 +1,4 @@
-"""What the viewer and the quickstart report share: scored responses as they are shown, and the writing of a page."""
+"""Shared by the viewer and the quickstart report: the display of scored responses, and writing a page."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class StepView:
         score: Its score as text.
         css: Class of the score's colour.
         gold: `"right"`, `"wrong"` or None where no gold label is known.
-        first_wrong: Whether it is the first step that its gold label calls wrong.
+        first_wrong: Whether it is the first step with a wrong gold label.
         before: Text of the response between the step before and this one, empty if it is white space only.
-        mistake: `"false alarm"` or `"missed error"` where the gold label is another than the score says, else empty.
+        mistake: `"false alarm"` or `"missed error"` if gold label and score disagree, else empty.
         details: Score, probability and rank in words.
-        other: What another model says of it, as text; None where there is no other model.
+        other: Another model's score of it, as text; None without another model.
         other_css: Class of the colour of that score.
     """
 
@@ -61,7 +61,7 @@ class ResponseView:
 
     Attributes:
         anchor: Name of its place in the page.
-        name: What the reader calls it: its id, or its row.
+        name: Its name on the page: its id, or its row.
         prompt: The prompt as text, a chat with its roles.
         folded: Whether the prompt is too long to be shown at once.
         steps: Its steps.
@@ -73,7 +73,7 @@ class ResponseView:
         label: The label as a number, None if it is unknown.
         label_text: The label as text.
         disagrees: Whether score and label are at least half the scale apart.
-        unscored: What to say of steps beyond `max_length`, empty if there are none; their text is in `after`.
+        unscored: Note about steps beyond `max_length`, empty if there are none; their text is in `after`.
         error: Why it has no scores, None if it has.
         worst: The lowest step score, None if there is none.
         mistakes: The kinds of mistakes among its steps, joined by commas.

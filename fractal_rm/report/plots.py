@@ -25,7 +25,7 @@ from fractal_rm.report.drawing import (
 
 # Responses in the heat map of a picture.
 MAX_ROWS = 12
-# Responses from which a bin of the calibration plot has a point: of fewer the share says little.
+# Minimum number of responses for a point in the calibration plot: with fewer, the share is too noisy.
 FEWEST_IN_BIN = 10
 
 
@@ -139,7 +139,7 @@ def _mean(seeds: Sequence[Curve]) -> Curve:
 
 
 def _both_sides(examples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """As many as fit, half of them from each side of the label where there are as many."""
+    """As many as fit, half from each label if there are enough."""
     scored = [row for row in examples if row.get("steps")]
     good = [row for row in scored if is_good(row)]
     bad = [row for row in scored if not is_good(row)]

@@ -42,7 +42,7 @@ class QuickstartReport:
         probs: Predicted probability that each held-out response is good.
         labels: Labels of these responses.
         rows: The run's rows of `results.jsonl`.
-        next_commands: What to go on with: the command, and what it does.
+        next_commands: Next commands: the command, and what it does.
     """
 
     title: str
@@ -185,7 +185,7 @@ def _policies_first(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def rollouts_to_reach(curve: Curve, accuracy: float) -> float | None:
-    """Rollouts after which a learning curve first stands at an accuracy; None if it stays below.
+    """Rollouts after which a learning curve first reaches an accuracy; None if it stays below.
 
     Measured points only, nothing in between.
 
@@ -197,7 +197,7 @@ def rollouts_to_reach(curve: Curve, accuracy: float) -> float | None:
 
 
 def compare_curves(curves: Mapping[str, Curve], *, arm: str = ARM, baseline: str = BASELINE) -> list[str]:
-    """Say in sentences what two learning curves show, in favour of the arm or not.
+    """Describe two learning curves in sentences, whether they favour the arm or not.
 
     First whether and when the arm reached the baseline's final accuracy, then how far each ended below its best.
 
@@ -241,7 +241,7 @@ def _duration(seconds: float) -> str:
 
 
 def _origin(row: Mapping[str, Any]) -> str:
-    """Where a row comes from: its command, commit, versions and machine, as far as it tells."""
+    """The origin of a row: its command, commit, versions and machine, as far as known."""
     commit, _, dirty = (row.get("commit") or "").partition("-")
     machine = row.get("machine") or {}
     versions = ", ".join(f"{name} {version}" for name, version in (row.get("versions") or {}).items() if version)

@@ -1,4 +1,4 @@
-"""Pages of what the policy writes and what its steps score, while it trains."""
+"""Pages of the policy's completions and step scores during training."""
 
 import json
 import math
@@ -24,8 +24,8 @@ class StepScoresCallback(TrainerCallback):
 
     Args:
         trainer: The trainer to follow.
-        every_n_steps: Optimizer steps from page to page.
-        keep: Pages that are kept, those written last; None: all.
+        every_n_steps: Optimizer steps between pages.
+        keep: Number of latest pages to keep; None: all.
 
     Raises:
         ValueError: If the trainer has no step scores, or a number is less than 1.
@@ -34,7 +34,7 @@ class StepScoresCallback(TrainerCallback):
     def __init__(self, trainer: StepPPOTrainer, *, every_n_steps: int = 100, keep: int | None = 10) -> None:
         if trainer.step_scores is None:
             raise ValueError(
-                "StepScoresCallback shows step scores, and this trainer has none. Give it a `reward_model`, or take "
+                "StepScoresCallback shows step scores, but this trainer has none. Give it a `reward_model`, or take "
                 "the callback out."
             )
         for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):

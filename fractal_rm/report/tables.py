@@ -1,4 +1,4 @@
-"""Tables from rows of `results.jsonl`: one line an arm, the mean over seeds, as Markdown or as a page."""
+"""Tables from rows of `results.jsonl`: one line per arm, the mean over seeds, as Markdown or as a page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tabulate(rows: Iterable[Mapping[str, Any]], *, metrics: Sequence[str] | None
 
     Rows that differ in the seed only are averaged, with their standard deviation, and with the number of seeds where a
     value is missing from some. The file is append-only: of two rows with the same seed the later one counts.
-    Grouping columns with the same value in every row are left out, since they tell lines apart no more; the arm stays.
+    Grouping columns with the same value in every row are left out, except the arm.
     A metric that a line lacks, or whose value is null or not finite, shows as a dash.
 
     Args:

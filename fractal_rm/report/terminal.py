@@ -1,4 +1,4 @@
-"""Scored responses on a terminal: every step behind its score, in the colours of the pages."""
+"""Scored responses on a terminal: every step after its score, in the colours of the pages."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def show_steps(rows: Iterable[Mapping[str, Any]], console: Console | None = None
 
 
 def _plain(text: str) -> str:
-    """Text without what a terminal would obey, or cannot show."""
+    """Text without terminal control sequences and characters that cannot be shown."""
     return _CONTROL.sub("\ufffd", text)
 
 

@@ -1,6 +1,6 @@
-"""What a training report shows: panels of curves in sections, from the logs of runs. Nothing is drawn here.
+"""The contents of a training report: panels of curves in sections, from the logs of runs. Nothing is drawn here.
 
-What a run does not log has no line, and what no run logs has no panel.
+A metric that a run did not log has no line, and a metric that no run logged has no panel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fractal_rm.evaluation.intervals import interval_of_mean
 from fractal_rm.report.training_history import ALARM, Run
 
 GUARD = "guards/"
-# A line of more points is a block of noise, as wide as panels are: neighbouring values of a run become their mean.
+# With more points a line looks like noise at the width of a panel, so neighbouring values become their mean.
 MOST_POINTS = 200
 OUTCOME = "guards/outcome"  # on the scale of P(response is good): known where outcomes lie in [0, 1]
 
@@ -44,34 +44,35 @@ SHOWN = re.compile(
     r"((eval_)?rewards/.+/mean|guards/(?!outcome$|alarm/).+|completions/(mean_length|clipped_ratio)|steps/per_response"
     r"|kl(_reward/.+)?|value/explained_variance|clip_ratio/region_mean)$"
 )
-# What an alarm of a signal says.
+# Explanations of the alarms, by signal.
 ALARMS = {
     "score_outcome_correlation": "Scores agree less with checked outcomes than at first, and outcomes are no better: "
     "the reward model has begun to prefer wrong responses.",
-    "score_outcome_gap": "Scores rose and checked outcomes did not keep up: the policy writes what the reward model "
-    "takes for right and the checker does not. Accuracy may rise all the same; what rises beyond it is not real.",
-    "steps_per_response": "Responses have twice or half as many steps as at first: steps may pay, or cost, by number.",
-    "tokens_per_step": "Steps are twice or half as long as at first: the text is cut in another way.",
+    "score_outcome_gap": "Scores rose and checked outcomes did not keep up: the policy writes steps that the reward "
+    "model accepts and the checker does not. Accuracy may still rise; the rest of the rise in scores is not real.",
+    "steps_per_response": "Responses have twice or half as many steps as at first: more steps may earn, or cost, more.",
+    "tokens_per_step": "Steps are twice or half as long as at first: the text is now cut differently.",
     "repeated_steps": "More steps repeat an earlier one: repeating a good step may pay.",
     "repeated_ngrams": "More of the text repeats itself: repeating may pay.",
-    "generic_steps": "More steps stand word for word in responses to other prompts: they may be filler.",
-    "confidence_markers": "More steps say `clearly`, `therefore` and the like: sure words may score well.",
-    "step_order": "Words no longer stand where they used to in a response: another order may score well.",
+    "generic_steps": "More steps also occur word for word in responses to other prompts: they may be filler.",
+    "confidence_markers": "More steps say `clearly`, `therefore` and the like: confident words may score well.",
+    "step_order": "Words have moved within responses: another order may score well.",
     "truncated": "More completions are cut at the length limit: they no longer end.",
-    "empty": "More completions are empty: saying nothing may cost least.",
-    "kl_per_token": "The policy is far from where it started.",
-    "ceiling_over_outcome": "More steps score at the ceiling than checked outcomes account for: the reward model has "
-    "nothing left to say.",
-    "unscored": "The reward model cannot judge many completions: give it more room, or the policy less.",
+    "empty": "More completions are empty: an empty completion may cost least.",
+    "kl_per_token": "The policy is far from the reference.",
+    "ceiling_over_outcome": "More steps score at the ceiling than checked outcomes account for: the reward model's "
+    "scores are saturated.",
+    "unscored": "The reward model cannot judge many completions: raise its `max_length`, or lower "
+    "`max_completion_length`.",
     "steps_beyond_limit": "Many steps are beyond the reward model's `max_length`: raise it, or shorten completions.",
 }
-# Signals of guards that have no place above; one that is not named here is shown under its own name.
+# Titles of the other guard signals; a signal without a title is shown under its own name.
 SIGNALS = {
     "guards/score_outcome_correlation": "Correlation of score and outcome",
     "guards/score_outcome_gap": "Score minus outcome",
     "guards/repeated_steps": "Share of repeated steps",
     "guards/repeated_ngrams": "Share of repeated 4-grams",
-    "guards/generic_steps": "Share of steps that other prompts' responses hold",
+    "guards/generic_steps": "Share of steps that also occur for other prompts",
     "guards/confidence_markers": "Share of steps with a confidence marker",
     "guards/step_order": "Agreement with the usual order of words",
     "guards/empty": "Share of empty responses",
@@ -82,7 +83,7 @@ SIGNALS = {
 }
 
 
-# Sections in which a curve of nothing but zeros is no plot: most shares never leave 0.
+# Sections in which a curve of zeros gets no plot: most shares never leave 0.
 ZERO_AS_TEXT = ("guards", "length", "kl", "updates")
 
 
@@ -94,7 +95,7 @@ class Line(NamedTuple):
         slot: Its place among the looks of lines; None: that of a checked outcome.
         updates: Where there are values (P,), ascending.
         mean: The values (P,).
-        window: How many neighbouring logged values make a point, by their mean; they are those up to its update.
+        window: Number of neighbouring logged values up to the point's update that are averaged.
         low: Lower end of the mean's 95 % interval (P,); None for one run.
         high: Upper end.
     """
@@ -135,7 +136,7 @@ class Panel:
 
     @property
     def is_zero(self) -> bool:
-        """Whether all that was logged is 0, and nobody was alarmed: a line of text says as much as a plot."""
+        """Whether all logged values are 0 and there was no alarm: then a line of text replaces the plot."""
         return not self.marks and not any(line.mean.any() for line in self.lines)
 
 
@@ -198,8 +199,8 @@ def make_sections(runs: Sequence[Run]) -> list[Section]:
         if not any(SHOWN.match(key) for key in run.metrics):
             logged = ", ".join(sorted(run.metrics)[:5]) or "nothing"
             raise ValueError(
-                f"{run.file} in {run.folder} logs no reward, guard, length or KL, but {logged}: it is of no PPO run. "
-                "Give the output folder of `fractal-rm ppo`."
+                f"{run.file} in {run.folder} logs no reward, guard, length or KL, but {logged}: it is not from a PPO "
+                "run. Give the output folder of `fractal-rm ppo`."
             )
     groups = by_name(runs)
     made = {
@@ -215,7 +216,7 @@ def make_sections(runs: Sequence[Run]) -> list[Section]:
         if not any(common_updates(group, key) for key in shown):
             raise ValueError(
                 f"The {len(group)} runs called {name!r} have logged nothing at the same update. Log them alike "
-                "(`logging_steps`), or give each a name of its own."
+                "(`logging_steps`), or give each its own name."
             )
     return [
         Section(
@@ -236,8 +237,8 @@ def early_ends(runs: Sequence[Run]) -> list[str]:
         first, last = (choose(group, key=lambda run: run.last_update) for choose in (min, max))
         if first.last_update < last.last_update:
             sentences.append(
-                f"The lines of {name} end at update {first.last_update:,}, where {first.folder} does; "
-                f"{last.folder} goes on to {last.last_update:,}. To see all of it, give it a name of its own."
+                f"The lines of {name} end at update {first.last_update:,}, where {first.folder} does; {last.folder} "
+                f"goes on to {last.last_update:,}. To see all of it, give it its own name."
             )
     return sentences
 

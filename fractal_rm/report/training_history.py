@@ -1,4 +1,4 @@
-"""What PPO runs logged, read from disk: the number of each metric at each update, and the alarms of the guards."""
+"""Logs of PPO runs, read from disk: each metric at each update, and the alarms of the guards."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def read_runs(entries: Sequence[str]) -> list[Run]:
 
     Raises:
         OSError: If a folder is not there.
-        ValueError: If a folder holds no log, or is given twice, or names leave open what belongs together.
+        ValueError: If a folder holds no log, or is given twice, or names are ambiguous.
     """
     named = [_name_and_folder(entry) for entry in entries]
     places = Counter(Path(os.path.realpath(folder)) for _, folder, _ in named)
@@ -71,7 +71,7 @@ def read_runs(entries: Sequence[str]) -> list[Run]:
         if names[name] > 1 and not is_given:
             raise ValueError(
                 f"{names[name]} runs are called {name!r}, {folder} by its folder only. Give each as NAME=DIR: runs "
-                "that differ in the seed alone under one name, others under names of their own."
+                "that differ in the seed alone under one name, others under their own names."
             )
     runs = []
     for name, folder, _ in named:
@@ -122,12 +122,12 @@ def _find_history(folder: Path) -> tuple[Path, list[Any]]:
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(
-            f"{folder} holds no {METRICS_FILE} with a history, no {STATE} and no whole checkpoint. Give the output "
+            f"{folder} has no {METRICS_FILE} with a history, no {STATE} and no complete checkpoint. Give the output "
             "folder of a PPO run that has ended or written a checkpoint (`save_steps`)."
         )
     file = Path(checkpoint) / STATE
     state = read_json(file)
     history = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(history, list):
-        raise ValueError(f"{file} holds no log. Give another folder.")
+        raise ValueError(f"{file} has no log. Give another folder.")
     return file, history

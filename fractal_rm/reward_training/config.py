@@ -17,7 +17,7 @@ from fractal_rm.scorers.settings import FractalSettings
 class FractalConfig(RunConfig, TrainingArguments):
     """Configuration of [`FractalTrainer`]: only what it adds to [`~transformers.TrainingArguments`].
 
-    `learning_rate` defaults to 5e-5 as in transformers; small models trained from scratch want about 1e-3.
+    `learning_rate` defaults to 5e-5 as in transformers; small models trained from scratch need about 1e-3.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -26,13 +26,13 @@ class FractalConfig(RunConfig, TrainingArguments):
     ]  # JSON on the command line
 
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Always False: the collator needs all that the trainer prepared."}
+        default=False, metadata={"help": "Always False: the collator needs all columns that the trainer prepared."}
     )
     scorer: Literal["likelihood", "token", "embedding"] = field(
         default="likelihood",
         metadata={
             "help": "How a model gives step logits: `likelihood` (a causal LM; weight * log-likelihood of the step + "
-            "bias), `token` (a token classification head read where the step ends; any backbone) or `embedding` (a "
+            "bias), `token` (a token classification head at the step's last token; any backbone) or `embedding` (a "
             "head on a frozen sentence encoder)."
         },
     )
@@ -45,46 +45,45 @@ class FractalConfig(RunConfig, TrainingArguments):
     )
     num_grades: int | None = field(
         default=None,
-        metadata={"help": "For ordinal labels: how many grades there are, 0 to `num_grades - 1`. None: good or not."},
+        metadata={"help": "Number of grades of ordinal labels, 0 to `num_grades - 1`. None: labels say good or bad."},
     )
     segmentation: Literal["lines", "sentences", "turns", "separator", "pattern", "given"] = field(
-        default="lines", metadata={"help": "How responses are cut into steps, unless the data brings steps."}
+        default="lines", metadata={"help": "How responses are cut into steps, unless the data has steps."}
     )
-    separator: str | None = field(
-        default=None, metadata={"help": "What stands between steps, for `segmentation=separator`."}
-    )
+    separator: str | None = field(default=None, metadata={"help": "Text between steps, for `segmentation=separator`."})
     pattern: str | None = field(
         default=None, metadata={"help": "Regular expression between steps, for `segmentation=pattern`."}
     )
     thinking: Literal["score", "skip"] = field(
         default="score",
         metadata={
-            "help": "Whether text in `<think> ... </think>` has steps (`score`), or is read and has none (`skip`)."
+            "help": "Whether text in `<think> ... </think>` is cut into steps (`score`) or read without being cut "
+            "(`skip`)."
         },
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "What the chat template gets beside the messages, such as `enable_thinking`; remembered by the "
-            "checkpoint. `StepPPOTrainer` adds what the policy's template gets."
+            "help": "Arguments of the chat template in addition to the messages, such as `enable_thinking`; stored in "
+            "the checkpoint. `StepPPOTrainer` adds the policy's."
         },
     )
     prompt_template: str = field(
         default="{prompt}",
-        metadata={"help": "Text in which `{prompt}` stands for the prompt; the response follows directly."},
+        metadata={"help": "Text with `{prompt}` in the prompt's place; the response follows directly."},
     )
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens of prompt and response together; whole steps beyond it are left out and counted. "
-            "None: as many as the model takes."
+            "help": "Maximum number of tokens of prompt and response together; whole steps beyond it are left out and "
+            "counted. None: the model's maximum."
         },
     )
     disable_dropout: bool = field(
         default=True,
         metadata={
-            "help": "Train without the model's dropout, as TRL's reward trainers do; that of adapters (`lora_dropout`) "
-            "and of the embedding scorer's head stays."
+            "help": "Switch off the model's dropout, as TRL's reward trainers do; dropout of adapters "
+            "(`lora_dropout`) and of the embedding scorer's head stays on."
         },
     )
     reduction: Literal["sum", "mean"] = field(
@@ -93,21 +92,21 @@ class FractalConfig(RunConfig, TrainingArguments):
     head_type: Literal["pair", "mlp", "set"] = field(
         default="pair",
         metadata={
-            "help": "Embedding scorer: `pair` (a step compared with the prompt; docs/disaggregation.md), `mlp` "
-            "(the paper's: both put side by side) or `set` (a small transformer over the steps of a response)."
+            "help": "Embedding scorer: `pair` (compares a step with the prompt; docs/disaggregation.md), `mlp` (the "
+            "paper's head: both embeddings concatenated) or `set` (a small transformer over the steps of a response)."
         },
     )
     encoder_dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto",
         metadata={
-            "help": "Precision of the sentence encoder: `auto` is that of its weights; `bfloat16` is several times "
-            "faster on GPUs and newer processors."
+            "help": "Precision of the sentence encoder: `auto` is the precision of its weights; `bfloat16` is several "
+            "times faster on GPUs and newer CPUs."
         },
     )
     embedding_cache: str | None = field(
         default=None,
         metadata={
-            "help": "Folder where embeddings are kept. None: that of the environment's FRACTAL_RM_CACHE, else "
+            "help": "Cache folder of embeddings. None: the environment variable FRACTAL_RM_CACHE, else "
             "~/.cache/fractal_rm."
         },
     )
@@ -118,16 +117,16 @@ class FractalConfig(RunConfig, TrainingArguments):
         default="bradley_terry",
         metadata={
             "help": "Loss of preferences: `bradley_terry` (on aggregated logits) or `ratio` (the paper's: the chosen "
-            "response's share of both probabilities)."
+            "response's share of the sum of both probabilities)."
         },
     )
     missed_good: float = field(
         default=0.0,
-        metadata={"help": "Share of good responses labelled bad. The bag loss allows for it."},
+        metadata={"help": "Share of good responses that are labelled bad; the bag loss corrects for it."},
     )
     missed_bad: float = field(
         default=0.0,
-        metadata={"help": "Share of bad responses labelled good. The bag loss allows for it."},
+        metadata={"help": "Share of bad responses that are labelled good; the bag loss corrects for it."},
     )
     easyllp_weight: float = field(
         default=0.0, metadata={"help": "Weight of the EasyLLP loss, for labels that are shares of good steps."}
@@ -136,20 +135,21 @@ class FractalConfig(RunConfig, TrainingArguments):
         default=0.0, metadata={"help": "Weight of the loss on gold step labels. 0: gold labels are not read."}
     )
     gold_fraction: float = field(
-        default=1.0, metadata={"help": "Share of the responses whose gold step labels are read, if any are."}
+        default=1.0,
+        metadata={"help": "Share of the responses whose gold step labels are read, if `instance_weight` is above 0."},
     )
     gold_selection: Literal["random", "uncertainty"] = field(
         default="random",
         metadata={
-            "help": "Which responses these are: drawn, or those whose steps a first model, trained without gold "
-            "labels, is least sure of."
+            "help": "How these responses are chosen: at random, or as the ones whose steps a first model, trained "
+            "without gold labels, is least sure of."
         },
     )
     prior_encoder: str | None = field(
         default=None,
         metadata={
-            "help": "Path or hub id of the sentence encoder of the cosine and correlation priors. None: that of the "
-            "embedding scorer."
+            "help": "Path or hub id of the sentence encoder of the cosine and correlation priors. None: the embedding "
+            "scorer's encoder."
         },
     )
     cosine_prior_weight: float = field(
@@ -179,10 +179,10 @@ class FractalConfig(RunConfig, TrainingArguments):
     )
     prior_distance: Literal["cross_entropy", "absolute"] = field(
         default="cross_entropy",
-        metadata={"help": "How far scores are from priors (the correlation prior has its own)."},
+        metadata={"help": "Distance between scores and prior targets (the correlation prior has its own)."},
     )
     prior_schedule: Literal["constant", "linear", "cosine"] = field(
-        default="constant", metadata={"help": "Whether priors keep their weight or lose it over the training."}
+        default="constant", metadata={"help": "Whether priors keep their weight or decay to 0 during training."}
     )
     pseudo_labels: Literal["none", "hard", "soft"] = field(
         default="none",
@@ -192,19 +192,20 @@ class FractalConfig(RunConfig, TrainingArguments):
         },
     )
     pseudo_rounds: int = field(
-        default=1, metadata={"help": "Most rounds of pseudo-labels; they end when no label changes any more."}
+        default=1, metadata={"help": "Maximum number of pseudo-label rounds; they end early when no label changes."}
     )
     pseudo_start: Literal["fresh", "warm"] = field(
-        default="fresh", metadata={"help": "Where a round starts: at the weights before any training, or goes on."}
+        default="fresh",
+        metadata={"help": "Where a round starts: `fresh` from the untrained weights, `warm` from the previous round."},
     )
     pseudo_bag_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the bag loss beside the loss on pseudo-labels; the paper has 0."}
+        default=0.0, metadata={"help": "Weight of the bag loss in pseudo-label rounds; 0 in the paper."}
     )
     head_learning_rate: float | None = field(
         default=None,
         metadata={
             "help": "Learning rate of the scorer's own parameters (weight and bias, or the head). None: ten times "
-            "`learning_rate`, because they start from nothing while the backbone is pretrained."
+            "`learning_rate`, because they start untrained while the backbone is pretrained."
         },
     )
 
@@ -212,7 +213,7 @@ class FractalConfig(RunConfig, TrainingArguments):
         self.check_amounts()
         check_ranges(self)
         super().__post_init__()
-        # Without an accelerator torch warns about every loader that is told to pin memory.
+        # Without an accelerator, torch warns about every data loader that pins memory.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         self.remove_unused_columns = False
         if self.bag_weight == self.instance_weight == self.easyllp_weight == 0:
@@ -229,20 +230,20 @@ class FractalConfig(RunConfig, TrainingArguments):
         binary = [name for name in ("easyllp_weight", "missed_good", "missed_bad") if getattr(self, name)]
         if self.num_grades is not None and binary:
             raise ValueError(
-                f"`{binary[0]}` is {getattr(self, binary[0])} with `num_grades={self.num_grades}`, but it is for "
+                f"`{binary[0]}` is {getattr(self, binary[0])} with `num_grades={self.num_grades}`, but it needs "
                 "labels that say good or bad. Set it to 0, or leave `num_grades` out."
             )
         noisy = [name for name in ("missed_good", "missed_bad") if getattr(self, name)]
         if noisy and self.pseudo_labels != "none" and meaning(self.aggregation) == "mean":
             raise ValueError(
                 f"`{noisy[0]}` is {getattr(self, noisy[0])} with `pseudo_labels={self.pseudo_labels}` under "
-                f"`aggregation={self.aggregation}`, where a label is a share of good steps and neither right nor "
-                "wrong. Set it to 0, or choose another aggregation."
+                f"`aggregation={self.aggregation}`, where a label is a share of good steps, not right or wrong. Set "
+                "it to 0, or choose another aggregation."
             )
-        self.settings()  # raises its own sentences
+        self.settings()  # raises its own errors
 
     def settings(self) -> FractalSettings:
-        """What the checkpoint will remember of this configuration."""
+        """The part of this configuration that the checkpoint stores."""
         shared = FractalConfig.__annotations__.keys() & FractalSettings.__annotations__.keys()
         values: dict[str, Any] = {name: getattr(self, name) for name in shared}
         values["chat_template_kwargs"] = self.chat_template_kwargs or {}

@@ -1,4 +1,4 @@
-"""Metrics of the logits that an evaluation of [`FractalTrainer`] has collected, item by item."""
+"""Metrics from the logits collected by an evaluation of [`FractalTrainer`], item by item."""
 
 from typing import Any, NamedTuple
 
@@ -14,14 +14,14 @@ from fractal_rm.scorers.settings import FractalSettings
 
 
 def by_item(values: Tensor, chosen: Tensor) -> Tensor:
-    """Values of responses (B, ...) -> of items, with two places for the responses of each; 0 where there is none.
+    """Values per response (B, ...) -> per item, with two places for the item's responses; 0 in empty places.
 
-    Trainer and accelerate count items: of the last batch they keep as many rows as it has items. The places are the
-    third axis, behind the steps, because Trainer pads the second: (items, S, 2, ...), or (items, 2) without steps.
+    Trainer and accelerate count items: from the last batch they keep as many rows as it has items. The places are the
+    third axis, after the steps, because Trainer pads the second: (items, S, 2, ...), or (items, 2) without steps.
 
     Args:
-        values: In the order of [`~fractal_rm.reward_training.data.BagCollator`].
-        chosen: Of the same batch (B,).
+        values: Values in the order of [`~fractal_rm.reward_training.data.BagCollator`].
+        chosen: `chosen` of the same batch (B,).
     """
     place = (chosen == 0).long()
     item = (1 - place).cumsum(dim=0) - 1
@@ -37,7 +37,7 @@ class CollectedBags(NamedTuple):
         logits: Step logits of each bag, (S,) or (S, G), real steps only.
         labels: Response labels (B,).
         step_labels: Gold step labels of each bag, NaN where unknown.
-        chosen: 1 for the chosen response of a preference, 0 for the rejected one behind it, -1 for others (B,).
+        chosen: 1 for the chosen response of a preference, 0 for the rejected one after it, -1 for others (B,).
     """
 
     logits: list[np.ndarray]
@@ -47,11 +47,11 @@ class CollectedBags(NamedTuple):
 
 
 def collected_bags(prediction: EvalPrediction) -> CollectedBags:
-    """The bags of items that [`by_item`] laid out in every `prediction_step`, and Trainer padded and put together."""
+    """The bags from items that [`by_item`] laid out in every `prediction_step` and Trainer padded and concatenated."""
     laid: Any = (prediction.predictions, *prediction.label_ids)
     logits, labels, step_labels, mask, chosen = (_by_row(values) for values in laid)
-    # Trainer pads shorter batches with -100, masks included: only 1 is a real step. A bag without any is the place
-    # of the second response of a preference, where there is none.
+    # Trainer pads shorter batches with -100, masks included: only 1 is a real step. A bag without real steps is an
+    # empty place for the second response of a preference.
     real = mask == 1
     rows = np.flatnonzero(real.any(axis=1))
     return CollectedBags(
@@ -63,13 +63,13 @@ def collected_bags(prediction: EvalPrediction) -> CollectedBags:
 
 
 def _by_row(laid: np.ndarray) -> np.ndarray:
-    """[`by_item`] undone, but for the empty places."""
+    """The inverse of [`by_item`], without the empty places."""
     rows = laid if laid.ndim == 2 else laid.swapaxes(1, 2)
     return rows.reshape(-1, *rows.shape[2:])
 
 
 def measure_logits(bags: CollectedBags, settings: FractalSettings) -> Measurement:
-    """Metrics of response labels, and of gold step labels where any is known. Grades count as shares of the highest.
+    """Metrics of response labels, and of gold step labels if any are known. Grades count as shares of the highest.
 
     Returns:
         The metrics of [`~fractal_rm.evaluation.statistics.bag_statistics`] and

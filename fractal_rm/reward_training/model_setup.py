@@ -1,4 +1,4 @@
-"""What is done to a model before it is trained: where it came from, adapters, learning rates."""
+"""Preparing a model for training: source, dropout, adapters, learning rates."""
 
 import copy
 from pathlib import Path
@@ -23,7 +23,7 @@ from fractal_rm.scorers.inputs import Processor
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
 
-# Attributes of layers of transformers that call dropout as a function.
+# Attributes of transformers layers that call dropout as a function.
 _DROPOUT_SHARES = ("attention_dropout", "activation_dropout", "dropout", "dropout_prob", "layerdrop")
 
 
@@ -38,13 +38,13 @@ def make_trainable(
 
     Args:
         model: Path, hub id or instance.
-        args: Says where embeddings are kept, and whether dropout is off.
-        settings: Says which scorer; its `max_length` is filled in from the model.
-        tokenizer: The caller's; None: the model's own.
+        args: Says where embeddings are cached, and whether dropout is off.
+        settings: Names the scorer; its `max_length` is filled in from the model.
+        tokenizer: The caller's tokenizer; None: the model's own.
         peft_config: The caller's configuration of adapters; None: the whole model is trained.
 
     Raises:
-        ValueError: If the model cannot be used; the sentence says why.
+        ValueError: If the model cannot be used; the message says why.
     """
     if settings.scorer == "embedding":
         if isinstance(model, PreTrainedModel) or peft_config is not None or args.gradient_checkpointing:
@@ -67,27 +67,27 @@ def make_trainable(
         )
     tokenizer = with_padding(tokenizer) if tokenizer else load_tokenizer(str(source))
     if isinstance(model, str | Path):
-        # As TRL does: transformers would keep half precision, and small updates would be rounded away.
+        # As in TRL: transformers would keep half precision, and rounding would lose small updates.
         model, _ = load_model(model, settings, dtype=torch.float32)
     embeddings: Any = model.get_input_embeddings()
     known = embeddings.weight.shape[0]
     if len(tokenizer) > known:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, but the model knows {known}. Use the model's own tokenizer, "
-            "or call `model.resize_token_embeddings(len(tokenizer))`."
+            f"The tokenizer has {len(tokenizer)} tokens, but the model has {known}. Use the model's own tokenizer, or "
+            "call `model.resize_token_embeddings(len(tokenizer))`."
         )
     padding: Any = tokenizer.pad_token_id
     model.config.pad_token_id = padding
     if settings.max_length is None:
         settings.max_length = longest_input(model, tokenizer)
     if args.disable_dropout:
-        disable_dropout(model)  # before adapters, whose own dropout is asked for
+        disable_dropout(model)  # before adapters, whose dropout was requested
     wrapped = model if peft_config is None else add_adapter(model, peft_config, settings)
     return make_scorer(wrapped, settings), tokenizer
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Switch dropout off in a model for good: its modules, and the shares that layers hand to attention."""
+    """Switch dropout off in a model permanently: its modules, and the rates that layers pass to attention."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -97,7 +97,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def model_name(model: Any) -> str | None:
-    """Path or hub id of a model or of a sentence encoder; None if it was made in code."""
+    """Path or hub id of a model or of a sentence encoder; None if it was built in code."""
     if isinstance(model, str | Path):
         return str(model)
     source = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -105,23 +105,23 @@ def model_name(model: Any) -> str | None:
 
 
 def add_adapter(model: PreTrainedModel, peft_config: Any, settings: FractalSettings) -> nn.Module:
-    """A PEFT model that trains adapters, and the classification head where there is one; `peft_config` is not changed.
+    """A PEFT model that trains adapters, and the classification head if there is one; `peft_config` is not changed.
 
     Raises:
-        ValueError: If the adapter is one that cannot be merged into the model.
+        ValueError: If the adapter cannot be merged into the model.
     """
     from peft import get_peft_model
 
     if peft_config.is_prompt_learning:
         raise ValueError(
-            f"`peft_config` is a {type(peft_config).__name__}, which puts tokens before the text and cannot be merged "
+            f"`peft_config` is a {type(peft_config).__name__}, which adds tokens before the text and cannot be merged "
             "into the saved model. Use one that adapts weights, such as `LoraConfig`."
         )
     peft_config = copy.copy(peft_config)
-    # With the task known, PEFT trains the classification head as well.
+    # If the task type is set, PEFT trains the classification head too.
     peft_config.task_type = "TOKEN_CLS" if settings.scorer == "token" else "CAUSAL_LM"
     if settings.scorer == "token" and getattr(peft_config, "target_modules", None) == "all-linear":
-        # All but the head, which is trained as a whole: PEFT knows that for causal models only.
+        # All layers except the head, which is trained fully: PEFT excludes it by itself only for causal models.
         head = head_module(model, settings)
         peft_config.exclude_modules = [name for name, module in model.named_modules() if module is head]
     adapted: Any = get_peft_model(model, peft_config)

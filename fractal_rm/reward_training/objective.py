@@ -1,4 +1,4 @@
-"""What a stage of the training learns: named loss terms, their weights, and their means over all processes."""
+"""The objective of a training stage: named loss terms, their weights, and their means over all processes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -14,17 +14,17 @@ from fractal_rm.objectives.preferences import preference_loss
 from fractal_rm.objectives.priors import correlation_prior, prior_weight, teacher_prior
 from fractal_rm.reward_training.config import FractalConfig
 
-# `joint`: response labels, gold steps and priors together. `gold`: the gold fraction alone. `pseudo`: pseudo-labels.
+# `joint`: response labels, gold steps and priors together. `gold`: only the gold fraction. `pseudo`: pseudo-labels.
 StageKind = Literal["joint", "gold", "pseudo"]
 
-# Priors whose targets are probabilities of steps, and where a batch has them.
+# Priors whose targets are step probabilities, and their key in a batch.
 STEP_PRIORS = ("cosine", "negated_cosine", "teacher", "likelihood", "hybrid")
 # Grades of probability 0 or 1 have infinite logits.
 _CERTAIN = 1e-6
 
 
 def term_weights(args: FractalConfig, stage: StageKind, progress: float = 0.0) -> dict[str, float]:
-    """Weights of the loss terms in a stage, without those that are 0; priors may decay with the share `progress`."""
+    """Nonzero weights of the loss terms in a stage; priors may decay with the share `progress`."""
     if stage == "gold":
         return {"instance": 1.0}
     if stage == "pseudo":
@@ -45,13 +45,13 @@ def term_weights(args: FractalConfig, stage: StageKind, progress: float = 0.0) -
 def loss_terms(
     logits: Tensor, batch: dict[str, Tensor], names: set[str], args: FractalConfig, *, base_rate: float
 ) -> dict[str, Tensor]:
-    """Values of loss terms, one for each bag or preference they apply to; a term without a target is left out.
+    """Values of loss terms, one per bag or preference that the term applies to; a term without a target is left out.
 
     Args:
         logits: Step logits (B, S), or (B, S, G) for grades.
         batch: Tensors of [`~fractal_rm.reward_training.data.BagCollator`].
-        names: Terms of [`term_weights`] that are wanted.
-        args: Holds aggregation and forms.
+        names: Terms of [`term_weights`] to compute.
+        args: Gives the aggregation and the form of each loss.
         base_rate: Share of good steps in the training data, for EasyLLP.
     """
     mask = batch["mask"]
@@ -72,7 +72,7 @@ def loss_terms(
 def _bag_terms(
     logits: Tensor, batch: dict[str, Tensor], names: set[str], args: FractalConfig, *, base_rate: float
 ) -> dict[str, Tensor]:
-    """The terms of [`loss_terms`] that hold labels on responses: of single ones, and of preferences."""
+    """The terms of [`loss_terms`] on response labels: single responses and preferences."""
     mask, labels, chosen = batch["mask"], batch["bag_labels"], batch["chosen"]
     single, better, worse = chosen < 0, chosen == 1, chosen == 0
     terms: dict[str, Tensor] = {}
@@ -88,7 +88,7 @@ def _bag_terms(
             aggregation=args.aggregation,
             sharpness=args.sharpness,
         )
-    if "easyllp" in names and single.any():  # a preference is no share of good steps
+    if "easyllp" in names and single.any():  # a preference is not a share of good steps
         terms["easyllp"] = easyllp_loss(logits[single], labels[single], mask[single], base_rate=base_rate)
     return terms
 
@@ -112,11 +112,11 @@ def _good_logits(logits: Tensor) -> Tensor:
 
 
 def mean_terms(terms: Mapping[str, Tensor], names: Sequence[str], accelerator: Accelerator) -> dict[str, Tensor]:
-    """The mean of each loss term over the batch that all processes share.
+    """The mean of each loss term over the batch of all processes.
 
-    A term may apply to different numbers of rows in each process, down to none, so `names` has every term that some
-    process may have. Gradients are averaged over processes, so each mean is this process's sum, divided by the count of
-    all processes, times the number of processes.
+    A term may apply to a different number of rows in each process, even none, so `names` lists every term that any
+    process may have. Gradients are averaged over processes, so each mean is this process's sum, divided by the count
+    over all processes, times the number of processes.
     """
     if accelerator.num_processes == 1:
         return {name: term.mean() for name, term in terms.items()}
@@ -127,7 +127,7 @@ def mean_terms(terms: Mapping[str, Tensor], names: Sequence[str], accelerator: A
 
 
 def logged_means(terms: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
-    """The mean of each term over the values of all processes since the last log."""
+    """The mean of each term over all processes since the last log."""
     here = {name: (float(sum(part.sum() for part in parts)), sum(map(len, parts))) for name, parts in terms.items()}
     everyone = gather_object([here])
     names = dict.fromkeys(name for one in everyone for name in one)

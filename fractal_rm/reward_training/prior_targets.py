@@ -1,4 +1,4 @@
-"""What priors hold steps to, computed once for a data set before training."""
+"""Targets of the priors, computed once per data set before training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +21,11 @@ _BATCH_SIZE = 32
 
 
 def prior_targets(bags: Sequence[Bag], args: FractalConfig, *, model: Any, processor: Any) -> dict[str, list[Tensor]]:
-    """Targets of the priors whose weight is not 0: by name a tensor for each bag, (S,), or (S, S) for correlations.
+    """Targets of the priors with nonzero weight, by name: a tensor per bag, (S,), or (S, S) for correlations.
 
     Args:
         bags: The training data.
-        args: Holds the weights, and where encoder and reference model are.
+        args: Gives the weights, and the encoder and reference model to load.
         model: The model to be trained, or its path: the reference model unless `args` names one.
         processor: The tokenizer or sentence encoder of the scorer.
 
@@ -44,8 +44,8 @@ def prior_targets(bags: Sequence[Bag], args: FractalConfig, *, model: Any, proce
     if args.teacher_prior_weight:
         if not any(bag.teacher_scores for bag in bags):
             raise ValueError(
-                "The teacher prior finds no scores of steps in the training data. Add a column `teacher_scores` with "
-                "one number in [0, 1] for each step, or set `teacher_prior_weight=0`."
+                "The teacher prior found no step scores in the training data. Add a column `teacher_scores` with one "
+                "number in [0, 1] for each step, or set `teacher_prior_weight=0`."
             )
         found["teacher"] = [known_or_nan(bag.teacher_scores, len(bag.step_spans)) for bag in bags]
     if args.likelihood_prior_weight:
@@ -60,7 +60,7 @@ def _embedded(bags: Sequence[Bag], args: FractalConfig, processor: Any) -> list[
         encoder = processor
     else:
         raise ValueError(
-            "The cosine and correlation priors need a sentence encoder, and the scorer has none. Set `prior_encoder` "
+            "The cosine and correlation priors need a sentence encoder, but the scorer has none. Set `prior_encoder` "
             "to the path or hub id of a sentence-transformers model, or set their weights to 0."
         )
     return EmbeddingInputs(encoder).encode(bags)
@@ -71,8 +71,8 @@ def _likelihoods(bags: Sequence[Bag], args: FractalConfig, model: Any) -> list[T
     path = args.reference_model or model
     if not isinstance(path, str | Path) or (args.reference_model is None and args.scorer != "likelihood"):
         raise ValueError(
-            "The likelihood prior needs a causal language model to ask. Set `reference_model` to the path or hub id "
-            "of one, or set `likelihood_prior_weight=0`."
+            "The likelihood prior needs a causal language model. Set `reference_model` to the path or hub id of one, "
+            "or set `likelihood_prior_weight=0`."
         )
     log_probs = _mean_log_probs(bags, args, path)
     values = torch.cat(log_probs)
@@ -82,7 +82,7 @@ def _likelihoods(bags: Sequence[Bag], args: FractalConfig, model: Any) -> list[T
 
 @torch.no_grad()
 def _mean_log_probs(bags: Sequence[Bag], args: FractalConfig, path: str | Path) -> list[Tensor]:
-    """Mean log-probability of each step's tokens (S,) under a language model; NaN beyond what it can read."""
+    """Mean log-probability of each step's tokens (S,) under a language model; NaN beyond its maximum length."""
     settings = FractalSettings(scorer="likelihood", reduction="mean", prompt_template=args.prompt_template)
     language_model, _ = load_model(path, settings, dtype=torch.float32)
     tokenizer = load_tokenizer(path)

@@ -1,7 +1,7 @@
 """The stages of a training: gold fraction, response labels with priors, pseudo-labels.
 
-[`FractalTrainer`] trains them one after the other. Here stands which stages a configuration asks for, what a finished
-one leaves in its folder, and what its logits of the training data become: the hybrid prior, the choice of responses
+[`FractalTrainer`] trains them in sequence. This module says which stages a configuration has, what a finished stage
+saves in its folder, and how its logits on the training data are used: for the hybrid prior, the choice of responses
 worth gold labels, or pseudo-labels.
 """
 
@@ -30,18 +30,18 @@ from fractal_rm.reward_training.objective import StageKind
 
 logger = logging.getLogger(__name__)
 _LOGITS, _WEIGHTS = "step_logits.safetensors", "weights.safetensors"
-# Responses whose posteriors are computed at once: under "mean" they take memory quadratic in the steps.
+# Responses whose posteriors are computed at once: under "mean" their memory is quadratic in the number of steps.
 _CHUNK = 256
-# Shares are decimal numbers: 7 % of 100 is 7, though 0.07 * 100 is a little more.
+# Shares are decimal numbers: 7 % of 100 is 7, although 0.07 * 100 is slightly more in floating point.
 _DIGITS = 9
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training.
+    """One training stage.
 
     Args:
-        name: Folder of its checkpoints, in the output folder.
+        name: Name of its checkpoint folder in the output folder.
         kind: What it learns.
         reads_gold: Whether it may read the gold fraction.
     """
@@ -52,7 +52,7 @@ class Stage:
 
 
 def plan(args: FractalConfig) -> list[Stage]:
-    """The stages that a configuration asks for, in order."""
+    """The stages of a configuration, in order."""
     stages = []
     if args.gold_selection == "uncertainty" and args.instance_weight and args.gold_fraction < 1:
         stages.append(Stage("stage-selection", "joint", reads_gold=False))
@@ -65,7 +65,7 @@ def plan(args: FractalConfig) -> list[Stage]:
 
 
 class Finished(NamedTuple):
-    """What a finished stage leaves in its folder: its state, the weights that it trained, and the logits to hand on."""
+    """What a finished stage saves in its folder: its state, the trained weights, and the logits for the next stage."""
 
     state: TrainerState
     weights: dict[str, Tensor]
@@ -73,7 +73,7 @@ class Finished(NamedTuple):
 
 
 def write_finished(folder: Path, stage: Finished, identity: Identity) -> None:
-    """Write what a stage of a run leaves; the manifest comes last, and says that the stage is finished."""
+    """Write the results of a stage; the manifest is written last and marks the stage as finished."""
     folder.mkdir(parents=True, exist_ok=True)
     stage.state.save_to_json(str(folder / STATE))
     for name, tensors in ((_WEIGHTS, stage.weights), (_LOGITS, {"logits": stage.logits})):
@@ -83,33 +83,33 @@ def write_finished(folder: Path, stage: Finished, identity: Identity) -> None:
 
 
 def read_finished(folder: Path) -> Finished | None:
-    """What [`write_finished`] wrote; None if the stage is not finished, or its files are damaged, which is said."""
+    """What [`write_finished`] wrote; None if the stage is not finished, or (with a warning) its files are damaged."""
     if not (folder / MANIFEST).is_file():
         return None
     found = damage(folder)
     if found is not None:
-        logger.warning("%s is damaged (%s): the stage goes on from its last checkpoint.", folder, found)
+        logger.warning("%s is damaged (%s): the stage resumes from its last checkpoint.", folder, found)
         return None
     state = TrainerState.load_from_json(str(folder / STATE))
     return Finished(state, load_file(folder / _WEIGHTS), load_file(folder / _LOGITS)["logits"])
 
 
 def split_logits(logits: Tensor, data: BagDataset, num_grades: int | None) -> list[Tensor]:
-    """Logits of all steps in one row -> logits (S,) or (S, G) of each bag."""
+    """Concatenated logits of all steps -> logits (S,) or (S, G) of each bag."""
     width = num_grades or 1
     parts = logits.split([width * len(bag.step_spans) for bag in data.bags])
     return list(parts) if num_grades is None else [part.view(-1, width) for part in parts]
 
 
 def withhold_gold(data: BagDataset) -> list[Tensor]:
-    """Take the gold step labels out of the targets, and return them."""
+    """Remove the gold step labels from the targets, and return them."""
     gold = data.targets["step_labels"]
     data.targets["step_labels"] = [torch.full_like(row, torch.nan) for row in gold]
     return gold
 
 
 def reveal_gold(data: BagDataset, gold: Sequence[Tensor], order: Sequence[int], args: FractalConfig) -> None:
-    """Put the gold step labels of a share of the bags that have some into the targets, the first of an order.
+    """Add gold step labels to the targets, for a share of the bags that have any, in the given order.
 
     Raises:
         ValueError: If no bag has gold step labels.
@@ -117,7 +117,7 @@ def reveal_gold(data: BagDataset, gold: Sequence[Tensor], order: Sequence[int], 
     known = [row for row in order if not gold[row].isnan().all()]
     if not known:
         raise ValueError(
-            "`instance_weight` and `gold_fraction` ask for gold step labels, and the training data has none. Add a "
+            "`instance_weight` and `gold_fraction` ask for gold step labels, but the training data has none. Add a "
             "column `step_labels`, or set `instance_weight=0`."
         )
     for row in known[: math.ceil(round(args.gold_fraction * len(known), _DIGITS))]:
@@ -125,7 +125,7 @@ def reveal_gold(data: BagDataset, gold: Sequence[Tensor], order: Sequence[int], 
 
 
 def most_uncertain(logits: Sequence[Tensor], num_grades: int | None) -> list[int]:
-    """Bags by the mean entropy of their steps, largest first."""
+    """Bags sorted by the mean entropy of their steps, largest first."""
 
     def entropy(row: Tensor) -> float:
         pairs = row if num_grades is not None else torch.stack([torch.zeros_like(row), row], dim=-1)
@@ -136,7 +136,7 @@ def most_uncertain(logits: Sequence[Tensor], num_grades: int | None) -> list[int
 
 
 def hybrid_targets(data: BagDataset, logits: Sequence[Tensor], num_grades: int | None) -> list[Tensor]:
-    """What a model of the gold fraction thinks of the other bags; NaN where gold labels are known."""
+    """Predictions for the other bags by a model of the gold fraction; NaN where gold labels are known."""
     targets = []
     for gold, row in zip(data.targets["step_labels"], logits, strict=True):
         probs = row.sigmoid() if num_grades is None else expected_grades(row[None])[0] / (num_grades - 1)
@@ -145,11 +145,11 @@ def hybrid_targets(data: BagDataset, logits: Sequence[Tensor], num_grades: int |
 
 
 def step_targets(data: BagDataset, logits: Sequence[Tensor], args: FractalConfig) -> list[Tensor]:
-    """Pseudo-labels of each bag (S,), gold labels where they may be read.
+    """Pseudo-labels of each bag (S,), with gold labels where they may be read.
 
-    `pseudo_labels` and `posteriors` label the other steps given the known gold labels, and take response labels to be
-    wrong as often as `missed_good` and `missed_bad` say. Grades and preferences are always hard. They are labelled
-    first, and gold labels then replace some of them, so their rule may break there.
+    `pseudo_labels` and `posteriors` label the other steps given the known gold labels, with the label noise of
+    `missed_good` and `missed_bad`. Grades and preferences are always hard. They are labelled first and gold labels then
+    replace some of them, so the result may not satisfy the response label.
     """
     pad = torch.nn.utils.rnn.pad_sequence
     scores = pad(list(logits), batch_first=True).float()

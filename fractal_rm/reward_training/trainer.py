@@ -1,4 +1,4 @@
-"""A step reward model from labels on whole responses, on `transformers.Trainer`."""
+"""Trains a step reward model from labels on whole responses, on `transformers.Trainer`."""
 
 import copy
 import logging
@@ -90,9 +90,9 @@ from fractal_rm.scorers.likelihood import LikelihoodScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 
 logger = logging.getLogger(__name__)
-# Trainable weights of a PEFT run, unmerged: what resuming needs and the ordinary folder cannot hold.
+# Trainable weights of a PEFT run, unmerged: resuming needs them, and the ordinary folder has merged weights only.
 _TRAINABLE_FILE = "trainable.safetensors"
-# Responses on which weight and bias of the likelihood scorer are fitted before training; two numbers need no more.
+# Responses on which the likelihood scorer's weight and bias are fitted before training; enough for two numbers.
 _SCALE_RESPONSES = 256
 
 
@@ -116,10 +116,10 @@ class FractalTrainer(Run):
 
     Raises:
         TypeError: If `args` is another configuration.
-        ValueError: On data or a model that cannot be used; the sentence says what, where, and what to do.
+        ValueError: If data or a model cannot be used; the message says what, where, and what to do.
 
     Attributes:
-        choice: The trials that this trainer's configuration was chosen from; None: it was given.
+        choice: The trials that this trainer's configuration was chosen from; None if it was given.
     """
 
     args: FractalConfig
@@ -144,8 +144,8 @@ class FractalTrainer(Run):
         self.settings = args.settings()
         if optimizers != (None, None) and len(plan(args)) > 1:
             raise ValueError(
-                f"`optimizers` came with a training in {len(plan(args))} stages, each of which needs its own. "
-                "Leave it out, or configure a training in one stage."
+                f"`optimizers` was given, but training has {len(plan(args))} stages, and each needs its own. Leave it "
+                "out, or configure a single stage."
             )
         bags: dict[str, list[Bag]] = {}
         later = None
@@ -162,9 +162,9 @@ class FractalTrainer(Run):
             self.settings.joint = common_gap(cut)
             if args.instance_weight == 0:
                 say_unread_gold(bags["train"])
-                # Not even to tell which long responses to keep.
+                # Not even to decide which long responses to keep.
                 bags["train"] = [replace(bag, step_labels=None) for bag in bags["train"]]
-        set_seed(args.seed)  # adapters and heads are made before Trainer seeds
+        set_seed(args.seed)  # adapters and heads are created before Trainer sets the seed
         scorer, self.processor = make_trainable(model, args, self.settings, processing_class, peft_config)
         template = getattr(self.processor, "chat_template", None)
         for name, found in bags.items():
@@ -173,7 +173,7 @@ class FractalTrainer(Run):
         self.inputs = make_inputs(self.processor, self.settings)
         self._base_rate = 0.5
         self.card = RewardModelCard(base=model_name(model))
-        # Of long responses gold labels tell which to keep; where only some may be read, none do.
+        # Gold labels decide which long responses to keep, unless only some of them may be read.
         datasets = {}
         if "train" in bags:
             reads_gold = args.gold_fraction == 1
@@ -184,7 +184,7 @@ class FractalTrainer(Run):
             self.settings.data = self._rows.name(fingerprint(bags["train"]))
             self.card.labels = describe_labels(bags["train"], args, later=len(later or ()))
             kinds = {is_chat(bag.prompt) for bag in bags["train"]}
-            self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it takes both
+            self.settings.chat = kinds.pop() if len(kinds) == 1 else None  # trained on both kinds, it accepts both
             check_learned_kind((bag.prompt for bag in bags.get("eval", [])), self.settings.chat, where="eval data, ")
             if args.scorer != "embedding":
                 warn_of_joined_text(bags["train"], self.settings)
@@ -217,33 +217,35 @@ class FractalTrainer(Run):
         callbacks: list[TrainerCallback] | None = None,
         on_trial: Callable[[Trial], None] | None = None,
     ) -> "FractalTrainer":
-        """Train the first configurations of a small list, and make the trainer of the one that suits the data.
+        """Try the first configurations of a small list, and return a trainer with the one that suits the data best.
 
-        They differ in aggregation, priors, pseudo-labels and pace, and are judged by response labels of the evaluation
-        data; where there is little of it, by five-fold cross-validation of all data. Step labels are not looked at. The
-        first is the plain bag loss: another one replaces it if it is better by more than a standard error.
+        They differ in aggregation, priors, pseudo-labels, learning rates and epochs. They are compared by response
+        labels of the evaluation data or, if there are few, by five-fold cross-validation on all data. Step labels are
+        not used. The first is the plain bag loss; another one replaces it if it is better by more than a standard
+        error.
 
-        Each trial has a row in `trials.jsonl` in the output folder as soon as it is done. With the same configuration,
-        model and data a stopped choice goes on where it was, and a finished one trains nothing. Trials keep no
-        checkpoints and log nothing.
+        Each finished trial has a row in `trials.jsonl` in the output folder. With the same configuration, model and
+        data, a stopped choice continues where it was, and a finished one trains nothing. Trials keep no checkpoints and
+        log nothing.
 
         Args:
-            trials: How many of the list.
+            trials: How many configurations of the list to try.
             model: As for the trainer; an instance is copied for each trial.
-            args: What trials have in common. `aggregation` says what labels mean, and its own kind is chosen.
+            args: What trials have in common. `aggregation` says what labels mean; trials vary the aggregation within
+            that meaning.
             train_dataset: As for the trainer.
             eval_dataset: As for the trainer.
             processing_class: As for the trainer.
             peft_config: As for the trainer.
-            callbacks: Those of the trainer that is returned.
+            callbacks: Callbacks of the returned trainer.
             on_trial: Called after each trial.
 
         Returns:
             A trainer with the winner's configuration, not trained yet; its card names the winner and lists the trials.
 
         Raises:
-            ValueError: If there are no such trials, the configuration sets what they try, or the data cannot judge
-                them: labels of one kind only, or too few.
+            ValueError: If there are fewer configurations than `trials`, the configuration sets what trials vary, or the
+                data cannot compare them, because all labels are equal or there are too few.
         """
         settings, folder = args.settings(), Path(str(args.output_dir))
         train_bags = to_bags(train_dataset, settings, source="train data")
@@ -255,7 +257,7 @@ class FractalTrainer(Run):
 
         def score(config: FractalConfig, known: list[Bag], held_out: list[Bag]) -> list[float]:
             start, adapters = fresh()
-            place = folder / "trial"  # of the stages; nothing in it is kept
+            place = folder / "trial"  # folder of the stages; nothing in it is kept
             shutil.rmtree(place, ignore_errors=True)
             quiet = replace(config, output_dir=str(place), **QUIET)
             trainer = cls(start, quiet, known, held_out, processing_class, adapters)
@@ -278,7 +280,7 @@ class FractalTrainer(Run):
         train: Any = self.train_dataset
         return {
             "train_data": None if train is None else self._rows.name(content_fingerprint(train.bags)),
-            # Only where it decides which weights are kept.
+            # Only if it decides which weights are kept.
             **({"eval_data": content_fingerprint(self.eval_bags or [])} if self.args.load_best_model_at_end else {}),
             "model": model_fingerprint(self.scorer),
             "tokenizer": processor_fingerprint(self.processor),
@@ -289,7 +291,7 @@ class FractalTrainer(Run):
         return BagDataset(bags, self.inputs, self.settings, source=source, **options)
 
     def _prepare(self, data: BagDataset, model: Any, args: FractalConfig) -> None:
-        """Targets of the steps of the training data: what priors say, and the gold labels that may be read."""
+        """Step targets of the training data: prior targets, and the gold labels that may be read."""
         self.data = data
         data.targets |= prior_targets(data.bags, args, model=model, processor=self.processor)
         shares = [bag.label for bag in data.bags if bag.label is not None and bag.pair_id is None]
@@ -302,7 +304,7 @@ class FractalTrainer(Run):
 
     @property
     def scorer(self) -> StepScorer:
-        """The scorer, without wrappers of accelerate."""
+        """The scorer, without accelerate's wrappers."""
         return self.accelerator.unwrap_model(self.model)
 
     def reward_model(self) -> StepRewardModel:
@@ -315,13 +317,13 @@ class FractalTrainer(Run):
         """As in `transformers.Trainer`; [`FractalTrainer.finish`] then calibrates and measures what was learned.
 
         A configuration with several stages (hybrid prior, pseudo-labels, choice of gold labels by uncertainty) trains
-        each in a folder of its own; with `resume_from_checkpoint=True`, finished ones are skipped.
+        each in a separate folder; with `resume_from_checkpoint=True`, finished stages are skipped.
         """
         stages = plan(self.args)
         if len(stages) > 1 and resume_from_checkpoint not in (None, False, True, ""):
             raise ValueError(
-                f"`resume_from_checkpoint` is {resume_from_checkpoint}, and there are {len(stages)} stages, "
-                "each with checkpoints of its own. Give true: it goes on where it was."
+                f"`resume_from_checkpoint` is {resume_from_checkpoint}, but there are {len(stages)} stages, each with "
+                "its own checkpoints. Give true to continue where the run stopped."
             )
         self.begin(resume_from_checkpoint)
         with flush_denormals(self.accelerator.device):
@@ -335,10 +337,10 @@ class FractalTrainer(Run):
         return result
 
     def _train_in_stages(self, stages: Sequence[Stage], *, resume: bool, **kwargs: Any) -> Any:
-        """Train stage after stage, each in its own folder; the log history then holds all stages.
+        """Train stage after stage, each in its own folder; the log history then has all stages.
 
-        A stage hands on the logits that its model gives to the steps of the training data. With `resume`, finished
-        stages are skipped, and the one that is not finished goes on from its last checkpoint.
+        A stage passes its step logits on the training data to the next. With `resume`, finished stages are skipped, and
+        an unfinished one resumes from its last checkpoint.
         """
         args, data = self.args, self.data
         output, start = Path(str(args.output_dir)), self._trainable()
@@ -350,7 +352,7 @@ class FractalTrainer(Run):
                 labels = step_targets(data, handed, args)
                 before = data.targets.get("pseudo_labels")
                 if before is not None and all(map(torch.equal, labels, before)):
-                    logger.info("Pseudo-labels did not change: %s and later rounds are left out.", stage.name)
+                    logger.info("Pseudo-labels did not change: %s and later rounds are skipped.", stage.name)
                     break
                 data.targets["pseudo_labels"] = labels
             if stage.kind != "pseudo" or args.pseudo_start == "fresh":
@@ -373,10 +375,11 @@ class FractalTrainer(Run):
         return result
 
     def _train_in_folder(self, stage: Stage, folder: Path, resume: bool, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Train a stage in its folder; returns what `Trainer.train` does, and the logits to hand on in one row."""
+        """Train a stage in its folder; returns the result of `Trainer.train`, and the concatenated logits for the next
+        stage."""
         args = self.args
         output, args.output_dir = args.output_dir, str(folder)
-        set_seed(args.seed)  # a stage must not depend on whether the ones before it ran in this process
+        set_seed(args.seed)  # a stage must not depend on whether earlier stages ran in this process
         self.optimizer = self.lr_scheduler = None
         try:
             result = self._train_stage(stage, resume, **kwargs)
@@ -396,9 +399,9 @@ class FractalTrainer(Run):
         self.accelerator.wait_for_everyone()
 
     def _trainable(self) -> dict[str, Tensor]:
-        """Copies of the weights that training changes."""
+        """Copies of the trainable weights."""
         named = self.scorer.named_parameters()
-        form = torch.contiguous_format  # as safetensors want it
+        form = torch.contiguous_format  # as safetensors requires
         return {name: x.detach().cpu().clone(memory_format=form) for name, x in named if x.requires_grad}
 
     def _train_stage(self, stage: Stage, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -431,7 +434,7 @@ class FractalTrainer(Run):
         )
 
     def _logits(self, items: list[dict[str, Any]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Step logits of items in evaluation mode, batch by batch, each with its batch."""
+        """Step logits of items in evaluation mode, batch by batch, together with the batch."""
         scorer, size = self.scorer, self.args.per_device_eval_batch_size
         training = scorer.training
         scorer.eval()
@@ -461,7 +464,7 @@ class FractalTrainer(Run):
     ) -> Any:
         """Weighted sum of the loss terms, each averaged over the bags or preferences of the batch.
 
-        Evaluation knows no priors and no pseudo-labels: its loss is that of the labels of its data.
+        In evaluation there are no priors and no pseudo-labels: the loss is on the labels of the data.
         """
         texts = {name: inputs[name] for name in self.scorer.inputs}
         logits = bucketed_step_logits(model, texts, self.accelerator)
@@ -470,9 +473,9 @@ class FractalTrainer(Run):
         terms = loss_terms(logits, inputs, set(weights), self.args, base_rate=self._base_rate)
         if model.training:
             means = mean_terms(terms, list(weights), self.accelerator)
-        else:  # evaluation pads its last batch: processes need not be in step
+        else:  # evaluation pads its last batch, so processes stay in sync
             means = {name: term.mean() for name, term in terms.items()}
-        # A batch without anything to learn has a gradient all the same, or other processes would wait for it.
+        # A batch without anything to learn still needs a gradient, or other processes would wait for it.
         loss = sum(weights[name] * mean for name, mean in means.items()) if means else 0.0 * logits.nan_to_num().sum()
         if model.training:
             self.finite.check_loss(loss, inputs)
@@ -491,7 +494,7 @@ class FractalTrainer(Run):
         return super().create_optimizer(model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds every named loss term, averaged over the bags since the last log or of the evaluation."""
+        """Adds every named loss term, averaged over the bags since the last log or over the evaluation."""
         total = next((name for name in logs if name.endswith("loss") and name != "train_loss"), None)
         if total is not None:
             wanted = "loss" if total == "loss" else "eval"
@@ -504,7 +507,7 @@ class FractalTrainer(Run):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """As in `transformers.Trainer`; `evaluate` takes records too."""
         for key in [key for key in self._terms if key[0] == "eval"]:
-            del self._terms[key]  # of a prediction, which logs nothing
+            del self._terms[key]  # from a prediction, which logs nothing
         if eval_dataset is not None and not isinstance(eval_dataset, str | BagDataset):
             eval_dataset = self._encoded(to_bags(eval_dataset, self.settings, source="eval data"), "eval data")
         return super().get_eval_dataloader(eval_dataset)
@@ -526,7 +529,7 @@ class FractalTrainer(Run):
         return loss, by_item(logits.detach(), inputs["chosen"]), tuple(by_item(x, inputs["chosen"]) for x in labels)
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Metrics on bag labels, and on gold step labels where the data has them."""
+        """Metrics on bag labels, and on gold step labels if the data has them."""
         measured = measure_logits(collected_bags(prediction), self.settings)
         self.card.evaluated(measured)
         return measured.values
@@ -535,7 +538,7 @@ class FractalTrainer(Run):
         """Fit the temperature to the response labels of the evaluation data, as [`FractalTrainer.finish`] does.
 
         Returns:
-            The temperature; 1 for grades and preferences, whose labels say nothing about probabilities.
+            The temperature; 1 for grades and preferences, whose labels do not determine probabilities.
 
         Raises:
             ValueError: If there is no evaluation data.
@@ -557,19 +560,19 @@ class FractalTrainer(Run):
         return self.settings.temperature
 
     def finish(self, test_dataset: Records | None = None, *, data: str | None = None) -> dict[str, Mapping[str, Any]]:
-        """Calibrate the model on the evaluation data, measure it, and complete its card. Call it before `save_model`.
+        """Calibrate the model on the evaluation data, evaluate it, and complete its card. Call it before `save_model`.
 
         Temperature and threshold are fitted to the response labels of the evaluation data, and the checkpoint stores
-        them; gold step labels are used for metrics only. `train` does not call this: it changes the scale of the scores
-        and costs a forward pass over the held-out data, so the caller says when the model is final. `fractal-rm train`
-        calls it.
+        them; gold step labels are used for metrics only. `train` does not call this, because it changes the scale of
+        the scores and costs a forward pass over the held-out data: the caller decides when the model is final.
+        `fractal-rm train` calls it.
 
         Args:
-            test_dataset: More held-out rows, for metrics alone.
+            test_dataset: More held-out rows, only for metrics.
             data: Name of the training data, for the card.
 
         Returns:
-            The metrics of the splits `train`, `eval` and `test`, as far as there are such data. Without evaluation
+            The metrics of the splits `train`, `eval` and `test`, as far as given. Without evaluation
             data the temperature stays 1 and the threshold 0.5.
 
         Raises:
@@ -580,13 +583,13 @@ class FractalTrainer(Run):
             splits["test"] = to_bags(test_dataset, self.settings, source="test data")
         if "eval" in splits:
             self.calibrate()
-            self.card.forget_evaluation()  # the same data, measured before calibration
+            self.card.forget_evaluation()  # the same data, evaluated before calibration
         scored = {split: score_bags(self.reward_model(), bags) for split, bags in splits.items()}
         for split, found in scored.items():
             if not all(math.isfinite(score) for one in found for score in one.step_scores):
                 raise ValueError(
-                    f"The model gives steps of the {split} data scores that are NaN or infinite: the training has "
-                    "diverged. Lower `learning_rate`."
+                    f"The model gives NaN or infinite scores to steps of the {split} data: the training has diverged. "
+                    "Lower `learning_rate`."
                 )
         if "eval" in splits:
             threshold = choose_threshold(scored["eval"], splits["eval"], aggregation=self.settings.aggregation)
@@ -613,7 +616,7 @@ class FractalTrainer(Run):
                     save_file(self._trainable(), file)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model card of the reward model, which tells more than that of `transformers.Trainer`."""
+        """Write the reward model's card instead of the one of `transformers.Trainer`."""
         if self.is_world_process_zero():
             text = self.card.text(self.settings, self.processor)
             write_atomic(Path(str(self.args.output_dir)) / "README.md", text)

@@ -1,6 +1,6 @@
-"""Which configuration suits the data: a small list of them, judged by response labels that were not trained on.
+"""Chooses the configuration that suits the data: tries a small list and compares them by held-out response labels.
 
-Step labels are never looked at. The benchmark of docs/disaggregation.md chooses with [`run_trials`] and [`best`] too.
+Step labels are never used. The benchmark of docs/disaggregation.md also chooses with [`run_trials`] and [`best`].
 """
 
 import hashlib
@@ -26,25 +26,25 @@ from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.data import fingerprint
 
 Options = dict[str, Any]
-# The plain bag loss of the paper, and the aggregation that reaches every step.
+# The paper's aggregation for the plain bag loss, and the one whose gradient reaches every step.
 HARD: dict[Meaning, Aggregation] = {"min": "min", "max": "max", "mean": "mean"}
 SOFT: dict[Meaning, Aggregation] = {"min": "product", "max": "noisy_or", "mean": "mean"}
-# What trials set, so that a configuration may not.
+# Options that trials set, so a configuration must not.
 _SEARCHED = ("cosine_prior_weight", "correlation_prior_weight", "likelihood_prior_weight", "pseudo_labels")
 _PRIOR_WEIGHT = 0.1
-# The second pace of a trial: learning rates and epochs are multiplied, as those of the benchmark differ.
+# Factors of learning rates and epochs in the second half of the list, as in the benchmark.
 _SLOWER, _LONGER = 0.3, 2
-# Twice the responses of the rarer label (or preferences, or grades) from which on validation data judges by itself: the
+# Twice the number of responses of the rarer label (or preferences, or grades) from which validation data suffices: the
 # standard error of an AUC of .75 is .05 there (Hanley and McNeil, Radiology 143, 1982).
 ENOUGH = 100
 FOLDS = 5
-# Responses of each label that a fold needs to be judged by.
+# Minimum number of responses of each label in a fold.
 _IN_A_FOLD = 2
-# A 95 % interval is this many standard errors to each side.
+# A 95 % interval extends this many standard errors to each side.
 _ERRORS = 1.96
-# Where the rows of trials are kept, beside the model.
+# File with the rows of trials, beside the model.
 TRIALS_FILE = "trials.jsonl"
-# What a trial neither logs nor keeps.
+# Options that switch off logging and checkpoints in a trial.
 QUIET: Options = {
     "report_to": "none",
     "logging_strategy": "no",
@@ -54,12 +54,12 @@ QUIET: Options = {
     "push_to_hub": False,
     "disable_tqdm": True,
 }
-# Options that change nothing of what is learned: a run that goes on may have others.
+# Options that do not affect what is learned: a resumed run may change them.
 _BESIDE = {*QUIET, "output_dir", "run_name", "resume_from_checkpoint", "logging_dir"}
 
 
 class Attempt(NamedTuple):
-    """What came of a trial: its value, more being better, and the scores of the responses that it was judged by."""
+    """Result of a trial: its value (higher is better), and the scores of the responses that it was evaluated on."""
 
     value: float
     scores: Sequence[float] = ()
@@ -67,7 +67,7 @@ class Attempt(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """A configuration that was tried: its number from 0, what it changes, and what came of it."""
+    """A configuration that was tried: its number from 0, what it changes, and its result."""
 
     number: int
     options: Options
@@ -77,7 +77,7 @@ class Trial:
 
     @property
     def changes(self) -> str:
-        """What it changes, in words of a configuration file."""
+        """What it changes, in the syntax of a configuration file."""
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 
@@ -85,14 +85,14 @@ class Trial:
 
 
 def trial_options(args: FractalConfig, *, preferences: bool = False) -> list[Options]:
-    """The list: the plain bag loss, its soft form, the paper's combination and ours, each at two paces.
+    """The list: the plain bag loss, its soft form, the paper's combination and ours, each at two training lengths.
 
-    The first is the plain bag loss at the configured pace. Labels of the mean and grades have no soft form: the second
-    is the bag loss with priors there.
+    The first is the plain bag loss with the configured learning rates and epochs. The mean and grades have no soft
+    form: there, the second is the bag loss with priors.
 
     Args:
-        args: Says what labels mean, and at which pace training goes. All that trials do not set stays as it is.
-        preferences: Whether the data holds preferences, which have hard pseudo-labels only.
+        args: Gives the meaning of labels, learning rates and epochs. Options that trials do not set stay unchanged.
+        preferences: Whether the data has preferences, which only have hard pseudo-labels.
     """
     rule = meaning(args.aggregation)
     hard, soft = {"aggregation": HARD[rule]}, {"aggregation": SOFT[rule]}
@@ -119,7 +119,7 @@ def trial_options(args: FractalConfig, *, preferences: bool = False) -> list[Opt
         slower["max_steps"] = _LONGER * args.max_steps
     found: list[Options] = []
     for options in ({**variant, **pace} for pace in ({}, slower) for variant in variants):
-        if options not in found:  # without priors the second is the first where there is no soft form
+        if options not in found:  # without a soft form and priors, the second equals the first
             found.append(options)
     return found
 
@@ -128,16 +128,16 @@ def trial_options(args: FractalConfig, *, preferences: bool = False) -> list[Opt
 
 
 def response_statistic(scores: Sequence[float], bags: Sequence[Bag], folds: Sequence[int] | None = None) -> Statistic:
-    """What configurations are chosen by: how well scores fit the labels of responses; more is better.
+    """The criterion for choosing a configuration: how well scores fit response labels; higher is better.
 
-    The AUC of responses, the share of preferences whose chosen response scores higher, or the absolute error of grades,
-    negated; of labels and preferences together the mean of both, weighted by how many there are. Responses without a
+    The AUC of responses, the share of preferences whose chosen response scores higher, or the negated absolute error of
+    grades. With both labels and preferences, it is the mean of both, weighted by their numbers. Responses without a
     score or a label are left out. Gold step labels are not read.
 
     Args:
         scores: Score of each response (N,).
         bags: The responses.
-        folds: Which model scored each response: scores are compared within one. None: all are of one model.
+        folds: Which model scored each response: scores are compared within one model. None: all by one model.
     """
     found, fold = np.array(scores, dtype=float), np.array([0] * len(bags) if folds is None else folds)
     labels = np.where(np.isnan(found), np.nan, response_labels(bags))
@@ -176,7 +176,7 @@ def response_value(scores: Sequence[float], bags: Sequence[Bag]) -> float:
 
 
 def _pairs(bags: Sequence[Bag]) -> list[tuple[int, int]]:
-    """Rows of the chosen and of the rejected response of each preference that has both."""
+    """Rows of the chosen and the rejected response of each preference that has both."""
     sides: defaultdict[str, dict[float | None, int]] = defaultdict(dict)
     for row, bag in enumerate(bags):
         if bag.pair_id is not None:
@@ -185,7 +185,7 @@ def _pairs(bags: Sequence[Bag]) -> list[tuple[int, int]]:
 
 
 def _evidence(bags: Sequence[Bag]) -> int:
-    """How many responses judge a configuration: of labels, twice the rarer one."""
+    """Number of responses that can compare configurations: for labels, twice the rarer label."""
     if any(bag.num_grades is not None for bag in bags):
         return len(bags)
     good, bad = _counts(bags)
@@ -193,7 +193,7 @@ def _evidence(bags: Sequence[Bag]) -> int:
 
 
 def _counts(bags: Sequence[Bag]) -> tuple[int, int]:
-    """Good and bad responses that are labelled by themselves."""
+    """Numbers of good and of bad responses with single labels."""
     labels = [bag.label for bag in bags if bag.pair_id is None and bag.label is not None]
     good = sum(label >= GOOD for label in labels)
     return good, len(labels) - good
@@ -201,7 +201,7 @@ def _counts(bags: Sequence[Bag]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Judge:
-    """The responses that judge a configuration.
+    """The responses that configurations are evaluated on.
 
     Args:
         bags: The responses, in the order of their scores.
@@ -215,7 +215,7 @@ class Judge:
 
     @property
     def splits(self) -> list[tuple[list[Bag], list[int]]]:
-        """What each model is trained on, and the rows of `bags` that it scores."""
+        """For each model its training data, and the rows of `bags` that it scores."""
         if self.folds is None:
             return [(self.train, list(range(len(self.bags))))]
         rows = [[row for row, fold in enumerate(self.folds) if fold == one] for one in range(FOLDS)]
@@ -226,17 +226,17 @@ class Judge:
 
     @property
     def description(self) -> str:
-        """What they are, in words."""
+        """A description in words."""
         if self.folds is None:
             return f"response labels of {len(self.bags)} responses of the validation data"
         return f"response labels of {len(self.bags)} responses, {FOLDS}-fold cross-validated by prompt"
 
 
 def make_judge(train: Sequence[Bag], validation: Sequence[Bag] | None, *, seed: int) -> Judge:
-    """Judge by validation data, or, where there is little of it, by folds of all data.
+    """Evaluate on validation data or, if there is little, by cross-validation on all data.
 
     Raises:
-        ValueError: If all labels are of one kind, or there are too few responses for folds.
+        ValueError: If all labels are equal, or there are too few responses for folds.
     """
     held_out = list(validation or [])
     if _evidence(held_out) >= ENOUGH:
@@ -245,12 +245,15 @@ def make_judge(train: Sequence[Bag], validation: Sequence[Bag] | None, *, seed: 
     good, bad = _counts(bags)
     graded, pairs = any(bag.num_grades is not None for bag in bags), len(_pairs(bags))
     if graded and len({bag.label for bag in bags}) == 1:
-        raise ValueError(f"All {len(bags)} responses have one grade: nothing tells configurations apart. Add others.")
+        raise ValueError(
+            f"All {len(bags)} responses have the same grade, so configurations cannot be compared. Add responses with "
+            "other grades."
+        )
     if not graded and not pairs and not (good and bad):
         kind = "good" if good else "bad"
         raise ValueError(
-            f"All {len(bags)} responses are {kind}: nothing tells configurations apart. Add responses with the other "
-            "label, or leave `trials` out."
+            f"All {len(bags)} responses are {kind}, so configurations cannot be compared. Add responses with the "
+            "other label, or leave `trials` out."
         )
     folds = make_folds(bags, seed=seed)
     for one in range(FOLDS):
@@ -272,13 +275,13 @@ def make_folds(bags: Sequence[Bag], *, seed: int) -> list[int]:
         groups[json.dumps(bag.prompt)].append(row)
     order = list(groups.values())
     random.Random(seed).shuffle(order)
-    order.sort(key=len, reverse=True)  # large groups first, small ones even out
+    order.sort(key=len, reverse=True)  # large groups first; small ones balance the folds
     kinds = sorted({(bag.pair_id is not None, (bag.label or 0.0) >= GOOD) for bag in bags})
     filled, folds = np.zeros((FOLDS, len(kinds))), [0] * len(bags)
     for rows in order:
         keys = [(bags[row].pair_id is not None, (bags[row].label or 0.0) >= GOOD) for row in rows]
         counts = np.array([keys.count(kind) for kind in kinds], dtype=float)
-        # The fold that has least of what the group brings.
+        # The fold with the least of the group's labels.
         one = min(range(FOLDS), key=lambda fold: (filled[fold] @ counts, filled[fold].sum(), fold))
         filled[one] += counts
         for row in rows:
@@ -301,18 +304,18 @@ def run_trials(
     of: str | None = None,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> list[Trial]:
-    """Try candidates one after the other; those that have their row are not tried again.
+    """Try candidates in sequence; candidates that already have a row are not repeated.
 
     Args:
-        candidates: What each changes of a configuration.
-        attempt: Trains with these options, and judges.
-        results: Where a row is appended for each, with the split `validation`.
+        candidates: What each candidate changes in a configuration.
+        attempt: Trains with these options, and evaluates.
+        results: Gets one row per candidate, with the split `validation`.
         benchmark: Field of the row.
         arm: Field of the row.
         dataset: Field of the row.
         seed: Field of the row.
-        of: Fingerprint of what candidates have in common; rows of another one are left aside.
-        on_trial: Called after each trial, also after one that had its row.
+        of: Fingerprint of what candidates have in common; rows with another fingerprint are ignored.
+        on_trial: Called after each trial, also for one that already had a row.
     """
     place: Options = {"benchmark": benchmark, "arm": arm, "dataset": dataset, "split": "validation"}
     known: dict[Any, Mapping[str, Any]] = {}
@@ -338,13 +341,13 @@ def run_trials(
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """The trial of the highest value, the first of equals."""
+    """The trial with the highest value; the first one in a tie."""
     return max(trials, key=lambda trial: trial.value)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Configurations that were tried, the chosen one, and the responses that judged them."""
+    """The configurations that were tried, the chosen one, and the responses they were evaluated on."""
 
     trials: Sequence[Trial]
     chosen: Trial
@@ -352,14 +355,14 @@ class Choice:
 
     @property
     def text(self) -> str:
-        """What a model card says of it."""
+        """Text for the model card."""
         lines = "\n".join(
             f"| {trial.number + 1} | {trial.changes} | {trial.value:.4g} | {'yes' if trial is self.chosen else ''} |"
             for trial in self.trials
         )
         return (
             f"Trial {self.chosen.number + 1} of {len(self.trials)}, by {self.judge.description}. The first is the "
-            "plain bag loss, which another one replaces if it is better by more than a standard error.\n\n"
+            "plain bag loss; another trial replaces it if it is better by more than a standard error.\n\n"
             f"| trial | configuration | value | chosen |\n|---:|---|---:|---|\n{lines}\n"
         )
 
@@ -367,7 +370,7 @@ class Choice:
 def best_beyond_noise(trials: Sequence[Trial], judge: Judge) -> Choice:
     """The best trial, if it is more than a standard error better than the first one; else the first one.
 
-    The standard error is that of the difference on the same responses, drawn anew (bootstrap).
+    The standard error is that of the difference on the same resampled responses (bootstrap).
 
     Source:
         The one-standard-error rule (Breiman, Friedman, Olshen and Stone, "Classification and Regression Trees", 1984).
@@ -385,25 +388,27 @@ def best_beyond_noise(trials: Sequence[Trial], judge: Judge) -> Choice:
 
 
 def check_trials(count: int, args: FractalConfig, train: Sequence[Bag], validation: Sequence[Bag] | None) -> Judge:
-    """Check what trials need before the first one, and say what judges them.
+    """Check the requirements of trials before the first one, and return the responses to evaluate them on.
 
     Raises:
-        ValueError: If there are no such trials, the configuration sets what they try, or the data cannot judge them.
+        ValueError: If there are fewer configurations, the configuration sets what trials vary, or the data cannot
+            compare them.
     """
     taken = next((name for name in _SEARCHED if getattr(args, name) not in (0.0, "none")), None)
     if taken is not None:
         raise ValueError(
-            f"`{taken}` is {getattr(args, taken)} beside `trials`, which try priors and pseudo-labels. Leave one out."
+            f"`{taken}` is {getattr(args, taken)}, but `trials` vary priors and pseudo-labels. Leave one out."
         )
     if args.world_size > 1:
         raise ValueError(
-            f"`trials` run in one process, and there are {args.world_size}. Choose in one, then train the winner."
+            f"`trials` need a single process, but there are {args.world_size}. Choose in one process, then train the "
+            "winner."
         )
     listed = _listed(args, train)
     if not 1 <= count <= len(listed):
-        raise ValueError(f"`trials` is {count}, and there are {len(listed)} configurations. Give 1 to {len(listed)}.")
+        raise ValueError(f"`trials` is {count}, but there are {len(listed)} configurations. Give 1 to {len(listed)}.")
     for options in listed[:count]:
-        replace(args, **options)  # raises its own sentence
+        replace(args, **options)  # raises its own errors
     return make_judge(train, validation, seed=args.seed)
 
 
@@ -424,12 +429,12 @@ def try_configurations(
     """Try the first configurations of the list.
 
     Args:
-        count: How many.
-        args: What they change.
+        count: How many configurations to try.
+        args: The configuration that they change.
         judge: From [`check_trials`].
-        score: Trains a model on bags and gives its scores of others.
-        results: Where a row is appended for each.
-        model: Name of what training starts from.
+        score: Trains a model on bags and returns its scores of other bags.
+        results: Gets one row per configuration.
+        model: Name of the model that training starts from.
         on_trial: Called after each.
     """
 

@@ -1,1 +1,1 @@
-"""Step scorers: (B, S) logits from one forward over prompt and response."""
+"""Step scorers: (B, S) logits from one forward pass over prompt and response."""

@@ -1,4 +1,4 @@
-"""What every scorer is: a transformers model, read so that each step of a response gets a logit."""
+"""Base class of scorers: a transformers model that gives each step of a response a logit."""
 
 from typing import Any, ClassVar
 
@@ -7,14 +7,14 @@ from transformers import PreTrainedModel
 
 
 class StepScorer(nn.Module):
-    """Step logits (B, S) from one forward over prompts and responses.
+    """Step logits (B, S) from one forward pass over prompts and responses.
 
     Args:
         model: A transformers model, a PEFT model around one, or the head of an embedding scorer.
     """
 
-    model: Any  # a Module to torch; which one, the subclasses know
-    # Names of the batch's tensors that `forward` takes.
+    model: Any  # typed by the subclasses
+    # Names of the batch tensors that `forward` takes.
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "step_ids", "step_ends", "mask")
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,7 +33,7 @@ class StepScorer(nn.Module):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Step logits (B, S) in float32 from the tensors that `inputs` names."""
-        raise TypeError(f"{type(self).__name__} has no way to score. Use one of its subclasses.")
+        raise TypeError(f"{type(self).__name__} cannot score. Use one of its subclasses.")
 
     # `transformers.Trainer` calls these with `gradient_checkpointing=True`; which one depends on its version.
 

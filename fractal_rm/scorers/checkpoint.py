@@ -1,7 +1,7 @@
-"""Models to scorers, scorers to folders and back: a checkpoint is an ordinary Hugging Face folder.
+"""Turns models into scorers, and saves and loads scorers: a checkpoint is an ordinary Hugging Face folder.
 
-The folder loads with plain `AutoModelForCausalLM` or `AutoModelForTokenClassification`; what only this package needs is
-the `fractal` block of `config.json`.
+The folder loads with plain `AutoModelForCausalLM` or `AutoModelForTokenClassification`; this package's own settings are
+in the `fractal` block of `config.json`.
 """
 
 import copy
@@ -52,34 +52,34 @@ from fractal_rm.scorers.settings import FractalSettings, tokenizer_fingerprint
 from fractal_rm.scorers.token import TokenScorer, token_classifier
 from fractal_rm.versions import package_versions
 
-# Where the head of an embedding scorer is, in the folder of its encoder.
+# File of an embedding scorer's head, in the folder of its encoder.
 HEAD_FILE = "head.safetensors"
-# Arguments of `from_pretrained` that say which files of a hub id are read, and how.
+# Arguments of `from_pretrained` that select the files of a hub id.
 _HUB = ("revision", "token", "cache_dir", "local_files_only")
-# Weights of the head that the block remembers: a random head would have to match all of them.
+# Number of head weights stored in the block: a random head will not match them.
 _HEAD_SAMPLE = 16
 # Half precision keeps two to three digits.
 _HEAD_TOLERANCE = 1e-2
-# How `tokenizer_config.json` calls a tokenizer that is all in `tokenizer.json`.
+# Class names in `tokenizer_config.json` of tokenizers fully described by `tokenizer.json`.
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
-# Tokenizers without a limit say 1e30.
+# Tokenizers without a limit report 1e30.
 _NO_LIMIT = 10**9
 
 
 def load_tokenizer(path: str | Path, kind: Any = AutoTokenizer, **hub: Any) -> PreTrainedTokenizerBase:
-    """A tokenizer with a padding token: its own, or else the end-of-text token, which the mask hides.
+    """A tokenizer with a padding token: its own, or the end-of-text token, which the mask hides.
 
     Args:
         path: Folder or hub id.
         kind: Class to load it with.
-        hub: Which files of a hub id, and how to get them: `revision`, `token`, `cache_dir`, `local_files_only`.
+        hub: How files are loaded from the hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
-        ValueError: If the folder or hub id has no tokenizer, or it has neither of the two tokens.
+        ValueError: If the folder or hub id has no tokenizer, or the tokenizer has neither token.
     """
     try:
         tokenizer = kind.from_pretrained(path, trust_remote_code=False, **hub)
-    except Exception as error:  # whatever strange files make a library raise
+    except Exception as error:  # damaged files make libraries raise anything
         raise ValueError(
             f"{path} has no tokenizer that can be loaded ({reason(error)}). Save one there, or give `processing_class`."
         ) from error
@@ -87,7 +87,7 @@ def load_tokenizer(path: str | Path, kind: Any = AutoTokenizer, **hub: Any) -> P
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the end-of-text token as padding token where it has none.
+    """The tokenizer, with the end-of-text token as padding token if it has none.
 
     Raises:
         ValueError: If it has no end-of-text token either.
@@ -107,14 +107,14 @@ def load_model(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The backbone that the scorer needs; `kwargs`, such as `dtype`, are passed to `from_pretrained`.
 
-    With `whole`, folder and model must hold the same weights, the head included: none missing, none left over.
+    With `whole`, folder and model must have the same weights, including the head: none missing, none left over.
 
     Returns:
-        The model, and the names of weights that the folder did not hold: at most those of a classification head.
+        The model, and the names of weights missing from the folder: at most the classification head.
 
     Raises:
-        ValueError: If the folder or hub id is not a model, or not of the kind that the scorer needs, or lacks weights
-            of the language model itself.
+        ValueError: If the folder or hub id is not a model of the kind that the scorer needs, or lacks weights of the
+            language model itself.
     """
     is_token = settings.scorer == "token"
     if is_token:
@@ -124,10 +124,10 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **_of_hub(kwargs))
         if not is_token and not _is_causal(config):
-            raise ValueError("it is no causal language model")
+            raise ValueError("it is not a causal language model")
         kind: Any = token_classifier(config) if is_token else AutoModelForCausalLM
         model, info = kind.from_pretrained(path, output_loading_info=True, trust_remote_code=False, **kwargs)
-    except Exception as error:  # whatever strange files make a library raise
+    except Exception as error:  # damaged files make libraries raise anything
         raise ValueError(
             f"{path} cannot be loaded as an {wanted} for the {settings.scorer} scorer ({reason(error)}). "
             "Give the path or hub id of such a model, or choose the other scorer."
@@ -153,30 +153,30 @@ def load_model(
 
 
 def check_finite(path: str | Path, model: nn.Module) -> None:
-    """Raise ValueError if a weight of a model that was loaded is NaN or infinite."""
+    """Raise ValueError if a weight of a loaded model is NaN or infinite."""
     for name, weight in model.state_dict().items():
         if weight.is_floating_point() and not weight.isfinite().all():
             raise ValueError(
-                f"{path}: the weight {name} holds numbers that are not finite. Restore its file, or train it again."
+                f"{path}: the weight {name} has NaN or infinite values. Restore its file, or train it again."
             )
 
 
 def _is_causal(config: Any) -> bool:
-    """Whether a configuration is that of a model in which no token sees a later one."""
+    """Whether a configuration belongs to a causal model, in which no token sees a later one."""
     causal, masked = (auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForMaskedLM))
     encoder = type(config) in masked and not getattr(config, "is_decoder", False)
     return type(config) in causal and not encoder and not config.is_encoder_decoder
 
 
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Most tokens that a model and its tokenizer can take; None if neither says."""
+    """Maximum number of tokens of a model and its tokenizer; None if unknown."""
     limits = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
     known = [int(limit) for limit in limits if limit and limit < _NO_LIMIT]
     return min(known, default=None)
 
 
 def make_inputs(processor: Processor, settings: FractalSettings) -> BagInputs:
-    """The inputs of the scorer that a tokenizer or an encoder belongs to."""
+    """The input encoder of the scorer that a tokenizer or sentence encoder belongs to."""
     if isinstance(processor, SentenceEncoder):
         return EmbeddingInputs(processor)
     return (PublishedInputs if isinstance(settings, PublishedSettings) else TokenInputs)(processor, settings)
@@ -190,20 +190,20 @@ def make_scorer(model: nn.Module, settings: FractalSettings) -> StepScorer:
 
 
 def head_module(model: nn.Module, settings: FractalSettings) -> nn.Module:
-    """What turns hidden states into scores: the classification head, or the output embeddings."""
+    """The layer that turns hidden states into scores: the classification head, or the output embeddings."""
     if settings.scorer == "likelihood":
         language_model: Any = model
         return language_model.get_output_embeddings()
     for name in ("score", "classifier"):
         if isinstance(head := getattr(model, name, None), nn.Module):
             return head
-    # Architectures that name it otherwise: the last linear layer is the head.
+    # Architectures with another name for it: the last linear layer is the head.
     outputs = settings.num_grades or 1
     return [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == outputs][-1]
 
 
 def head_parameters(scorer: StepScorer, settings: FractalSettings) -> list[nn.Parameter]:
-    """Trainable parameters that start from nothing: weight and bias of the log-likelihood, or the whole head."""
+    """Trainable parameters without pretraining: weight and bias of the log-likelihood, or the whole head."""
     if isinstance(scorer, LikelihoodScorer):
         return [scorer.log_weight, scorer.bias]
     if isinstance(scorer, EmbeddingScorer):
@@ -212,7 +212,7 @@ def head_parameters(scorer: StepScorer, settings: FractalSettings) -> list[nn.Pa
 
 
 def _head_sample(model: nn.Module, settings: FractalSettings) -> list[float]:
-    """Weights of the head, evenly spaced over all of them."""
+    """A sample of the head's weights, evenly spaced."""
     weights = next(head_module(model, settings).parameters()).detach().flatten()
     count = min(_HEAD_SAMPLE, len(weights))
     places = [i * (len(weights) - 1) // max(count - 1, 1) for i in range(count)]
@@ -221,7 +221,7 @@ def _head_sample(model: nn.Module, settings: FractalSettings) -> list[float]:
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder inside `path` whose files are moved into `path` once all of them are written."""
+    """A temporary folder inside `path`; its files are moved into `path` once all are written."""
     path.mkdir(parents=True, exist_ok=True)
     for killed in path.glob(".writing-*"):
         shutil.rmtree(killed, ignore_errors=True)
@@ -231,11 +231,11 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         yield temporary
         written = {file.name for file in temporary.iterdir()}
         for stale in path.glob("model*.safetensors*"):
-            if stale.name not in written:  # of a model that was cut into other files
+            if stale.name not in written:  # of a model that was sharded differently
                 stale.unlink()
-        # config.json last: a folder with the block is a whole one.
+        # config.json last: a folder with the block is complete.
         for name in sorted(written, key=lambda name: name == "config.json"):
-            if (path / name).is_dir():  # a sentence encoder's own folders: no folder replaces a full one
+            if (path / name).is_dir():  # a sentence encoder's subfolders: a folder cannot replace a non-empty one
                 shutil.rmtree(path / name)
             os.replace(temporary / name, path / name)
     finally:
@@ -248,7 +248,7 @@ def check_finite_weights(model: nn.Module, where: str | Path) -> None:
     if broken:
         raise ValueError(
             f"{len(broken)} weights are NaN or infinite (first: {broken[0]}), so {where} is not written. Lower "
-            "`learning_rate`, and go on from a checkpoint."
+            "`learning_rate`, and resume from a checkpoint."
         )
 
 
@@ -258,7 +258,7 @@ def _is_finite(weight: Any) -> bool:
 
 
 def processor_fingerprint(processor: Processor) -> str:
-    """A short name for how a tokenizer or sentence encoder reads text."""
+    """Fingerprint of how a tokenizer or sentence encoder reads text."""
     return processor.fingerprint if isinstance(processor, SentenceEncoder) else tokenizer_fingerprint(processor)
 
 
@@ -267,18 +267,18 @@ def save_scorer(
 ) -> FractalSettings:
     """Write model, tokenizer and the `fractal` block; PEFT adapters are merged into a copy first.
 
-    The folder of an embedding scorer is that of its sentence encoder, with the head in a file beside it.
+    For an embedding scorer, the folder is the sentence encoder's folder plus a file with the head.
 
     Returns:
         The settings as saved, with learned weight and bias, fingerprints and versions.
 
     Raises:
-        ValueError: If the scorer holds values that are not finite, or is somebody else's model.
+        ValueError: If the scorer has NaN or infinite weights, or is a published model.
     """
     if isinstance(settings, PublishedSettings):
         raise ValueError(
-            f"This is the published model {settings.published.name}, which is not written to {path}: "
-            "keep its own folder."
+            f"This is the published model {settings.published.name}, which cannot be saved to {path}: keep its own "
+            "folder."
         )
     model = copy.deepcopy(scorer.model).merge_and_unload() if scorer.is_adapted else scorer.base
     saved = copy.deepcopy(settings)
@@ -298,7 +298,7 @@ def save_scorer(
         else:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
-        file = folder / "config.json"  # which an encoder without a transformer, such as static embeddings, has not
+        file = folder / "config.json"  # missing in encoders without a transformer, such as static embeddings
         saved.weights = weights_fingerprint([folder / HEAD_FILE] if encodes else _weight_files(folder))
         config = json.loads(file.read_text()) if file.is_file() else {}
         file.write_text(json.dumps(config | {"fractal": saved.to_dict()}, indent=2) + "\n")
@@ -308,22 +308,22 @@ def save_scorer(
 def load_scorer(
     path: str | Path, *, device: Any = None, published: str | Published | None = None, **kwargs: Any
 ) -> tuple[StepScorer, Processor, FractalSettings]:
-    """Read a checkpoint and check that it is whole: block, tokenizer and head.
+    """Load a checkpoint and check that it is complete: block, tokenizer and head.
 
     Args:
         path: Folder or hub id of a checkpoint of this package, or of a published process reward model.
-        published: How a published model is read, where its configuration and name do not tell:
+        published: How a published model is read, if its configuration and name do not identify it:
             [`~fractal_rm.scorers.published.find_reading`].
-        device: Where a sentence encoder is to run; None: it chooses. A scorer itself is moved by the caller.
-        kwargs: Passed to `from_pretrained` of the model, such as `dtype`; an embedding scorer takes those that say
-            which files of a hub id are read.
+        device: Device of a sentence encoder; None: its default. The caller moves the scorer itself.
+        kwargs: Passed to `from_pretrained` of the model, such as `dtype`; an embedding scorer only takes the arguments
+            that select files of a hub id.
 
     Returns:
         Scorer (in evaluation mode), its tokenizer or sentence encoder, and settings.
 
     Raises:
-        ValueError: If the folder is no step reward model, its format version is unknown, its tokenizer is another one,
-            or its head is missing or not the one that was trained.
+        ValueError: If the folder is not a step reward model, its format version is unknown, its tokenizer differs, or
+            its head is missing or not the trained one.
     """
     check_model_folder(path, "Give a folder that FractalTrainer saved.")
     hub = _of_hub(kwargs)
@@ -339,11 +339,12 @@ def load_scorer(
         reading = find_reading(path, config, published)
         if reading is None:
             raise ValueError(
-                f"{path} is a model but no step reward model: its config.json has no `fractal` block. "
-                f"Train it with FractalTrainer first, or give `published` ({', '.join(PUBLISHED)}) if it is such a "
-                "model of somebody else."
+                f"{path} is a model but not a step reward model: its config.json has no `fractal` block. Train it "
+                "with FractalTrainer first, or, for a published reward model, give `published` "
+                f"({', '.join(PUBLISHED)})."
             )
-        # A tokenizer that its files call none of a family's is as they describe it; AutoTokenizer goes by the model.
+        # If the files name no family-specific tokenizer class, load the tokenizer as they describe it; AutoTokenizer
+        # would go by the model type.
         named = get_tokenizer_config(path, **hub).get("tokenizer_class")
         tokenizer = load_tokenizer(path, PreTrainedTokenizerFast if named in _GENERIC else AutoTokenizer, **hub)
         scorer, settings = load_published(path, reading, tokenizer, **kwargs)
@@ -351,14 +352,14 @@ def load_scorer(
         return scorer, tokenizer, settings
     if published is not None:
         raise ValueError(
-            f"{path} is a model of FractalTrainer, which says itself how it is read. Leave out `published`."
+            f"{path} was trained by FractalTrainer, and its checkpoint says how it is read. Leave out `published`."
         )
     settings = FractalSettings.from_dict(block, where=str(path))
     if settings.scorer == "embedding":
         return *_load_embedding_scorer(path, settings, device, hub), settings
     tokenizer = load_tokenizer(path, **hub)
     if tokenizer_fingerprint(tokenizer) != settings.tokenizer or _is_other(tokenizer, settings):
-        # For some architectures AutoTokenizer knows better than the files; the files say how training had it.
+        # For some architectures AutoTokenizer overrides the files; the files say what training used.
         tokenizer = load_tokenizer(path, PreTrainedTokenizerFast, **hub)
     found = tokenizer_fingerprint(tokenizer)
     if found != settings.tokenizer:
@@ -377,7 +378,7 @@ def _load_embedding_scorer(
     path: str | Path, settings: FractalSettings, device: Any, hub: dict[str, Any]
 ) -> tuple[EmbeddingScorer, SentenceEncoder]:
     """The head and the encoder of a folder, or of a hub id."""
-    # Responses of a policy never come again: a cache would only grow.
+    # A policy's responses never repeat, so a cache would only grow.
     encoder = SentenceEncoder(path, cache_dir="", device=None if device is None else str(device), hub=hub)
     if encoder.fingerprint != settings.tokenizer:
         raise ValueError(
@@ -391,8 +392,8 @@ def _load_embedding_scorer(
         scorer.model.load_state_dict(load_file(file))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"{path}: the head in {HEAD_FILE} is missing or is another one ({reason(error)}). "
-            "Restore the file that FractalTrainer saved."
+            f"{path}: the head in {HEAD_FILE} is missing or different ({reason(error)}). Restore the file that "
+            "FractalTrainer saved."
         ) from error
     check_finite(path, scorer.model)
     _check_head(path, scorer.model, settings)
@@ -401,25 +402,24 @@ def _load_embedding_scorer(
 
 
 def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments that the hub needs: config, tokenizer and head must be of one revision."""
+    """The arguments for the hub: config, tokenizer and head must have the same revision."""
     return {name: kwargs[name] for name in _HUB if name in kwargs}
 
 
 def _check_head(path: str | Path, model: nn.Module, settings: FractalSettings) -> None:
-    """Raise ValueError unless the head is the saved one, up to the rounding of half precision."""
+    """Raise ValueError unless the head equals the saved one, up to half-precision rounding."""
     if settings.head is None:
         return
     found, saved = torch.tensor(_head_sample(model, settings)), torch.tensor(settings.head)
     least = _HEAD_TOLERANCE * saved.abs().mean().item()
     if len(found) != len(saved) or not torch.allclose(found, saved, rtol=_HEAD_TOLERANCE, atol=least):
         raise ValueError(
-            f"{path}: the scoring head is not the one that was trained. "
-            "Restore the safetensors file that FractalTrainer saved."
+            f"{path}: the scoring head is not the trained one. Restore the safetensors file that FractalTrainer saved."
         )
 
 
 def _weight_files(path: str | Path, **hub: Any) -> list[Path]:
-    """The safetensors files of a folder or hub id, in the order of their names."""
+    """The safetensors files of a folder or hub id, sorted by name."""
     quiet = {"_raise_exceptions_for_missing_entries": False, **hub}
     if single := cached_file(str(path), SAFE_WEIGHTS_NAME, **quiet):
         return [Path(single)]
@@ -428,17 +428,16 @@ def _weight_files(path: str | Path, **hub: Any) -> list[Path]:
 
 
 def _check_weights(path: str | Path, files: list[Path], settings: FractalSettings) -> None:
-    """Raise ValueError unless the files of the weights are those that were saved, bit by bit."""
+    """Raise ValueError unless the weight files equal the saved ones, bit for bit."""
     if settings.weights is not None and (found := weights_fingerprint(files)) != settings.weights:
         raise ValueError(
-            f"{path}: the weights are not those that were saved (fingerprint {found}, expected {settings.weights}). "
-            "Restore their files; if you changed them on purpose, remove `weights` from the `fractal` block of "
-            "config.json."
+            f"{path}: the weights are not the saved ones (fingerprint {found}, expected {settings.weights}). Restore "
+            "their files; if you changed them on purpose, remove `weights` from the `fractal` block of config.json."
         )
 
 
 def _vocabulary(processor: Processor) -> str | None:
-    """Fingerprint of the tokens of a tokenizer, or of a sentence encoder's."""
+    """Fingerprint of the tokens of a tokenizer, or of a sentence encoder's tokenizer."""
     tokenizer: Any = processor.model.tokenizer if isinstance(processor, SentenceEncoder) else processor
     return vocabulary_fingerprint(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
@@ -450,6 +449,6 @@ def _is_other(processor: Processor, settings: FractalSettings) -> bool:
 def _check_vocabulary(path: str | Path, processor: Processor, settings: FractalSettings) -> None:
     if _is_other(processor, settings):
         raise ValueError(
-            f"{path}: the tokens or merges of the tokenizer are not those that the model was trained with. Restore the "
+            f"{path}: the tokenizer's tokens or merges differ from the ones the model was trained with. Restore the "
             "tokenizer files that were saved with it."
         )

@@ -1,4 +1,5 @@
-"""A frozen sentence encoder with a small head: the paper's own, one that compares, one whose steps see each other."""
+"""A frozen sentence encoder with a small head: the paper's `mlp`, the comparing `pair`, or `set`, whose steps see each
+other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from fractal_rm.data.sentences import sentences
 from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 
-# Characters of a part of a prompt that is embedded as one: about as much as common encoders read at once.
+# Characters of a prompt part that is embedded at once: about the maximum length of common encoders.
 SPLIT_CHARACTERS = 800
-# Numbers that a step has inside the `set` head, and how many ways there are to look at the other steps.
+# Width of a step inside the `set` head, and its number of attention heads.
 _WIDTH, _VIEWS, _LAYERS = 64, 4, 2
 _DROPOUT = 0.1
 
@@ -25,7 +26,7 @@ class EmbeddedBag:
 
     Args:
         steps: Embeddings of the steps (S, D).
-        contexts: For each step the part of the prompt, or of what others said before it, that is closest to it (S, D).
+        contexts: For each step the closest part of the prompt or of earlier messages (S, D).
     """
 
     steps: Tensor
@@ -33,14 +34,15 @@ class EmbeddedBag:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the response. Each is embedded by itself, so all fit, and their number makes a forward long."""
+        """Number of steps. Each is embedded separately, so all fit, and their number determines the cost of a forward
+        pass."""
         return len(self.steps)
 
     kept_steps = length = num_steps
 
 
 def prompt_splits(prompt: Prompt) -> list[str]:
-    """A prompt in parts of whole sentences, each short enough to be embedded as one.
+    """Split a prompt into parts of whole sentences, each short enough to be embedded at once.
 
     Args:
         prompt: Text, or a chat, whose messages are joined by line breaks.
@@ -68,14 +70,14 @@ class EmbeddingInputs:
     encoder: SentenceEncoder
 
     def encode(self, bags: Sequence[Bag]) -> list[EmbeddedBag]:
-        """Embed the steps of bags, each with the part of its prompt that is closest to it."""
+        """Embed the steps of bags, each with the closest part of its prompt."""
         found = [_contexts(bag) for bag in bags]
         splits, steps = [[text for text, _ in parts] for parts in found], [bag.steps for bag in bags]
         places = [torch.tensor([place for _, place in parts]) for parts in found]
         starts = [torch.tensor([start for start, _ in bag.step_spans]) for bag in bags]
         later = [place > start.unsqueeze(1) for place, start in zip(places, starts, strict=True)]
         texts = [text for part in (*splits, *steps) for text in part]
-        # Some encoders give vectors of length 1, some do not; the head and its learning rate want one size.
+        # Not all encoders give vectors of length 1, but the head and its learning rate need a common scale.
         embeddings = nn.functional.normalize(self.encoder.embed(texts, progress=True), dim=1)
         rows = iter(embeddings.split([len(part) for part in (*splits, *steps)]))
         contexts = [next(rows) for _ in splits]
@@ -93,7 +95,8 @@ class EmbeddingInputs:
 
 
 def _contexts(bag: Bag) -> list[tuple[str, int]]:
-    """What steps may refer to, with the character of the response where it ends: a prompt's parts end before it."""
+    """Texts that steps may refer to, each with the character of the response where it ends; prompt parts end before
+    it."""
     parts, end = [(text, 0) for text in prompt_splits(bag.prompt)], 0
     if isinstance(bag.response, Conversation):
         for start, stop in bag.response.turns:
@@ -104,7 +107,7 @@ def _contexts(bag: Bag) -> list[tuple[str, int]]:
 
 
 def closest(steps: Tensor, contexts: Tensor, later: Tensor) -> Tensor:
-    """For each step (S, D) the context (C, D) with the largest cosine, but for those that come later (S, C): (S, D)."""
+    """For each step (S, D) the context (C, D) with the largest cosine, excluding later contexts (S, C): (S, D)."""
     if len(contexts) == 1:
         return contexts.expand_as(steps)
     cosines = nn.functional.normalize(steps, dim=1) @ nn.functional.normalize(contexts, dim=1).T
@@ -138,15 +141,15 @@ def comparison(steps: Tensor, contexts: Tensor) -> Tensor:
 
     Source:
         Features of Conneau et al., "Supervised Learning of Universal Sentence Representations", 2017. With the product
-        and the cosine, "the step is about the prompt" is a linear function and need not be learned from few labels.
+        and the cosine, "the step is about the prompt" is a linear function, so few labels suffice.
     """
     cosine = (nn.functional.normalize(steps, dim=-1) * nn.functional.normalize(contexts, dim=-1)).sum(-1, keepdim=True)
-    # Embeddings come with numbers around 1, so that the cosine weighs as much as any of them times sqrt(D).
+    # Embedding entries are around 1, so the cosine is scaled by sqrt(D) to weigh as much.
     return torch.cat([contexts, steps, contexts * steps, (contexts - steps).abs(), cosine * steps.size(-1) ** 0.5], -1)
 
 
 class PairHead(nn.Sequential):
-    """Context and step compared, one hidden layer; a step never sees the others."""
+    """Compares context and step, with one hidden layer; a step never sees the others."""
 
     def __init__(self, size: int, outputs: int) -> None:
         super().__init__(
@@ -159,14 +162,14 @@ class PairHead(nn.Sequential):
 
 
 class SetHead(nn.Module):
-    """A small transformer over the steps of a response: each step is judged in the company of the others.
+    """A small transformer over the steps of a response: each step is judged together with the others.
 
-    It knows no order: a permutation of the steps permutes the scores, so position alone cannot be learned.
+    It has no positions: permuting the steps permutes the scores, so position alone cannot be learned.
     """
 
     def __init__(self, size: int, outputs: int) -> None:
         super().__init__()
-        # Dropout here alone: inside the layers it would cost more time than they do.
+        # Dropout only here: inside the layers it would cost more time than the layers themselves.
         self.project = nn.Sequential(nn.Linear(4 * size + 1, _WIDTH), nn.Dropout(_DROPOUT))
         layer = nn.TransformerEncoderLayer(
             _WIDTH, _VIEWS, dim_feedforward=2 * _WIDTH, dropout=0.0, batch_first=True, norm_first=True
@@ -195,12 +198,12 @@ class EmbeddingScorer(StepScorer):
 
     def forward(self, steps: Tensor, contexts: Tensor, mask: Tensor) -> Tensor:
         """Step logits (B, S), or (B, S, G) for grades, in float32 from tensors of [`EmbeddingInputs.pad`]."""
-        # Embeddings have length 1; layers want numbers around 1.
+        # Embeddings have length 1, but layers need entries around 1.
         scale = self.size**0.5
         logits = self.model(steps * scale, contexts * scale, mask).float()
         return logits.squeeze(-1) if logits.size(-1) == 1 else logits
 
 
 def make_head(kind: str, size: int, outputs: int = 1) -> EmbeddingScorer:
-    """A scorer with a fresh head of a kind of [`HEADS`], for embeddings of a size; as many outputs as grades, or 1."""
+    """A scorer with a fresh head from [`HEADS`] for embeddings of a given size; one output per grade, or 1."""
     return EmbeddingScorer(HEADS[kind](size, outputs), size=size)

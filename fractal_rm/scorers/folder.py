@@ -1,6 +1,6 @@
-"""Whether a model folder is whole, judged by its files before anything is loaded.
+"""Checks that a model folder is complete, from its files, before anything is loaded.
 
-Reads JSON and the headers of safetensors files: milliseconds, whatever the size of the model.
+It reads JSON and safetensors headers, in milliseconds for any model size.
 """
 
 import hashlib
@@ -12,36 +12,36 @@ from typing import Any
 
 from fractal_rm.files import parse_json, read_json
 
-# How configurations call the number of layers.
+# Names of the number of layers in configurations.
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# Deeper models are built for minutes, even without weights.
+# Building deeper models takes minutes, even without weights.
 _DEEPEST = 2_000
-# A weight of a numbered layer: the stack that it belongs to, and its number.
+# A weight of a numbered layer: its stack and number.
 _OF_A_LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers?|h|blocks?))\.(\d+)\.")
 # Longest header that the safetensors format allows.
 _LONGEST_HEADER = 100_000_000
-# Modules of sentence encoders: others would be code of the folder.
+# Allowed modules of sentence encoders: others would be code from the folder.
 _TRUSTED_MODULES = "sentence_transformers."
 
 
 def check_model_folder(path: str | Path, advice: str) -> None:
-    """Raise unless the files of a local model folder are whole and fit each other; hub ids pass.
+    """Raise unless the files of a local model folder are complete and consistent; hub ids pass.
 
     Args:
         path: Folder, or hub id.
         advice: What to do if there is no model.
 
     Raises:
-        ValueError: Names the file and what is wrong with it: no configuration, one that is no object or has impossible
-            sizes, weights that are cut or missing, another number of layers than the weights have, or modules that are
-            code of the folder.
+        ValueError: Names the file and the defect: a configuration that is missing, not an object or has impossible
+            sizes; truncated or missing weights; a number of layers that does not match the weights; or modules that are
+            code from the folder.
     """
     folder = Path(path)
     if not folder.is_dir():
         return
     files = {name: folder / name for name in ("config.json", "adapter_config.json", "modules.json")}
     if not any(file.is_file() for file in files.values()):
-        raise ValueError(f"{path} is not a model folder: it holds no config.json. {advice}")
+        raise ValueError(f"{path} is not a model folder: it has no config.json. {advice}")
     if files["modules.json"].is_file():
         _check_modules(files["modules.json"])
     config: Any = read_json(files["config.json"]) if files["config.json"].is_file() else {}
@@ -54,7 +54,7 @@ def check_model_folder(path: str | Path, advice: str) -> None:
         if found := _OF_A_LAYER.match(name):
             stacks.setdefault(found[1], set()).add(found[2])
     counts = sorted({len(numbers) for numbers in stacks.values()})
-    extra = config.get("num_nextn_predict_layers")  # layers that predict further tokens stand behind the others
+    extra = config.get("num_nextn_predict_layers")  # layers for multi-token prediction come last
     allowed = {depth, depth + extra} if depth is not None and isinstance(extra, int) else {depth}
     if depth is not None and counts and not allowed & set(counts):
         raise ValueError(
@@ -70,13 +70,13 @@ def _check_modules(file: Path) -> None:
     foreign = next((one for one in modules if not str(one.get("type")).startswith(_TRUSTED_MODULES)), None)
     if foreign is not None:
         raise ValueError(
-            f"{file} names the module {foreign.get('type')!r}, which is code of the folder and is not run. Give an "
-            "encoder that is made of modules of sentence-transformers."
+            f"{file} names the module {foreign.get('type')!r}, which is code from the folder and is never run. Give "
+            "an encoder built from modules of sentence-transformers."
         )
 
 
 def _depth(config: Mapping[str, Any], file: Path) -> int | None:
-    """The number of layers by a configuration, of its text part where it has several; None: it does not say."""
+    """The number of layers in a configuration (of its text part if it is multimodal); None if not given."""
     text = config.get("text_config")
     for part in (text if isinstance(text, dict) else {}, config):
         for name in _DEPTHS:
@@ -93,7 +93,7 @@ def _depth(config: Mapping[str, Any], file: Path) -> int | None:
 
 
 def _weight_names(folder: Path) -> list[str]:
-    """Names of all tensors in the safetensors files that transformers would read, each file checked."""
+    """Names of all tensors in the safetensors files that transformers would read; checks each file."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if single.is_file():
@@ -103,7 +103,7 @@ def _weight_names(folder: Path) -> list[str]:
     content = read_json(index)
     placed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
-        raise ValueError(f"{index} holds no `weight_map` of names. Restore the file.")
+        raise ValueError(f"{index} has no `weight_map` of names. Restore the file.")
     found: list[str] = []
     for name in sorted(set(placed.values())):
         if Path(name).name != name or not (folder / name).is_file():
@@ -117,16 +117,18 @@ def _weight_names(folder: Path) -> list[str]:
 
 
 def safetensors_names(file: Path) -> list[str]:
-    """Names of the tensors in a safetensors file, after its header and its length were checked.
+    """Names of the tensors in a safetensors file; checks its header and length.
 
     Raises:
-        ValueError: If it is empty, cut, longer than its header says, or no such file.
+        ValueError: If it is empty, truncated, longer than its header says, or not a safetensors file.
     """
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise ValueError(f"{file} is cut or not a safetensors file ({size:,} bytes). Copy or download it again.")
+            raise ValueError(
+                f"{file} is truncated or not a safetensors file ({size:,} bytes). Copy or download it again."
+            )
         header = parse_json(opened.read(length), f"{file}: the header")
     if not isinstance(header, dict):
         raise ValueError(f"{file} is not a safetensors file: its header is not an object. Copy or download it again.")
@@ -134,19 +136,19 @@ def safetensors_names(file: Path) -> list[str]:
     try:
         end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
     except (TypeError, KeyError, IndexError, ValueError):
-        raise ValueError(f"{file}: its header does not say where tensors are. Copy or download it again.") from None
+        raise ValueError(f"{file}: its header has no tensor offsets. Copy or download it again.") from None
     if size != 8 + length + end:
         raise ValueError(
-            f"{file} has {size:,} bytes, but its header says {8 + length + end:,}: it is cut or damaged. Copy or "
-            "download it again."
+            f"{file} has {size:,} bytes, but its header says {8 + length + end:,}: it is truncated or damaged. Copy "
+            "or download it again."
         )
     if not header:
-        raise ValueError(f"{file} holds no weights. Copy or download it again.")
+        raise ValueError(f"{file} has no weights. Copy or download it again.")
     return list(header)
 
 
 def weights_fingerprint(files: Iterable[Path]) -> str:
-    """A short name for the bytes of weight files: a changed bit changes it."""
+    """Fingerprint of the bytes of weight files: any changed bit changes it."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:
@@ -155,10 +157,10 @@ def weights_fingerprint(files: Iterable[Path]) -> str:
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:
-    """A short name for which token has which number and how tokens are merged: two swapped ones change it."""
+    """Fingerprint of a tokenizer's ids and merges: swapping two tokens changes it."""
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     merges = json.loads(backend.to_str())["model"].get("merges") if backend is not None else None
-    # Versions of `tokenizers` write a merge as a text or as a pair.
+    # Depending on its version, `tokenizers` writes a merge as a text or as a pair.
     pairs = [one.split(" ", 1) if isinstance(one, str) else one for one in merges or []]
     return hashlib.sha256(json.dumps([tokens, pairs]).encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""Text -> the tensors of a scorer: token ids that know which step each token belongs to, or embeddings.
+"""Text -> the tensors of a scorer: token ids with the step of each token, or embeddings.
 
-The response is tokenized in pieces that are cut where steps end, the same way in training and in scoring. So no token
-straddles the end of a step, a step's score never sees what follows it (causal models), and scoring a whole response
-gives each step the score it would have had as the end of a shorter one, for every tokenizer. Nothing is inserted.
+The response is tokenized in pieces that end where steps end, in training and in scoring alike. So no token spans the
+end of a step, a step's score never depends on later text (causal models), and scoring a whole response gives each step
+the score of the prefix that ends with it, for every tokenizer. Nothing is inserted.
 """
 
 import itertools
@@ -22,12 +22,12 @@ from fractal_rm.data.prompts import Conversation, Prompt, RenderedPrompt, conten
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
 
-# What turns text into a scorer's input: its tokenizer, or its frozen encoder.
+# Turns text into a scorer's input: a tokenizer, or a frozen encoder.
 Processor = PreTrainedTokenizerBase | SentenceEncoder
 
 
 class BagInputs(Protocol):
-    """Encodes bags once, and pads some of them to a batch."""
+    """Encodes bags once, and pads encoded bags to batches."""
 
     def encode(self, bags: Sequence[Bag]) -> list[Any]:
         """One encoded bag for each bag, with `length`, `num_steps` and `kept_steps`."""
@@ -61,24 +61,25 @@ class EncodedBag:
 
     @property
     def length(self) -> int:
-        """What makes a forward long."""
+        """Length that determines the cost of a forward pass."""
         return len(self.input_ids)
 
 
-# A chat template that begins the answer for the policy.
+# Matches a chat template that begins the answer for the policy.
 _THINK_OPENED = re.compile(r"<think>\s*$")
-# Characters that no text needs (Unicode leaves them to private use): one marks places while a template runs.
+# Unicode private-use characters, which ordinary text does not contain: one marks places while a template runs.
 _MARKS = ("\ue0f5", "\uf3a7", "\ueb19")
-# Two turns before those of which it is asked how a chat template writes them.
+# Two turns put before the turns whose rendering is tested.
 _DUMMY = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "."})
 
 
 @lru_cache(maxsize=8)
 def _control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str, size: int) -> re.Pattern[str] | None:
-    """Matches, with nothing, wherever a control token begins in a text; None without any. The rest is for the cache.
+    """A pattern that matches the empty string before each control token in a text; None without any. Other arguments
+    are for the cache.
 
-    These are the special tokens, and those with which the chat template opens and closes a user's turn. The token for
-    what is not known says nothing, and one character cannot be spelled in another way.
+    Control tokens are the special tokens, and the tokens that the chat template puts around a user's turn.
+    The unknown token is excluded, and so are single characters, which cannot be spelled in another way.
     """
     turn = ""
     if tokenizer.chat_template:
@@ -95,17 +96,17 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str, size
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Matches, with nothing, wherever a text holds a control token of a tokenizer; None if it has none."""
+    """A pattern that matches the empty string before each control token of a tokenizer; None if it has none."""
     return _control_tokens(tokenizer, repr(tokenizer.chat_template), len(tokenizer))
 
 
 def _cuts(text: str, control: re.Pattern[str] | None) -> list[int]:
-    """Where to cut a text so that no piece holds a control token: behind the first character of each."""
+    """Where to cut a text so that no piece contains a control token: after the first character of each."""
     return [] if control is None else [match.start() + 1 for match in control.finditer(text)]
 
 
 def _marked(value: Any, control: re.Pattern[str], mark: str) -> Any:
-    """A value of a message with a mark in each control token that somebody wrote."""
+    """A message value with a mark inside each control token that occurs in it as text."""
     if isinstance(value, str):
         edges = [0, *_cuts(value, control), len(value)]
         return mark.join(value[start:end] for start, end in itertools.pairwise(edges))
@@ -124,21 +125,21 @@ def prompt_text(
 ) -> str:
     """The text that precedes the response: the template filled in, or the chat template of the tokenizer.
 
-    A chat that ends with a message of the assistant is one whose last message the response goes on with. Where the
-    template opens a `<think>` and the response does so too, there is one: that of the response.
+    If a chat ends with an assistant message, the response continues it. If both the template and the response open a
+    `<think>`, only the response's is kept.
 
     Args:
         prompt: Text or chat.
         tokenizer: The reward model's tokenizer.
-        prompt_template: Text in which `{prompt}` stands for a prompt that is text.
-        chat_template_kwargs: What the chat template gets beside the messages.
+        prompt_template: Text with `{prompt}` in the place of a text prompt.
+        chat_template_kwargs: Arguments of the chat template in addition to the messages.
         response: What follows.
 
     Returns:
-        The text; a [`RenderedPrompt`] of a chat, which knows where the messages hold control tokens as text.
+        The text; for a chat a [`RenderedPrompt`], which knows where its messages contain control tokens as text.
 
     Raises:
-        ValueError: If the prompt is a chat and the tokenizer has no chat template, or one that refuses it.
+        ValueError: If the prompt is a chat and the tokenizer has no chat template, or the template refuses it.
     """
     if isinstance(prompt, RenderedPrompt):
         return prompt
@@ -161,12 +162,12 @@ def prompt_text(
 
 @lru_cache(maxsize=64)
 def _writes_role(tokenizer: PreTrainedTokenizerBase, chat_template: str, role: str) -> bool:
-    """Whether a chat template writes what somebody of this role says. The second argument is for the cache."""
+    """Whether a chat template writes messages of this role. The second argument is for the cache."""
     chat = [*_DUMMY, {"role": role, "name": "name", "content": _MARKS[0]}]
     try:
         return _MARKS[0] in str(tokenizer.apply_chat_template(chat, tokenize=False))
     except (TemplateError, TypeError, ValueError, KeyError):
-        return True  # refused: rendering says so in the template's own words
+        return True  # refused: rendering will raise the template's own message
 
 
 def context_text(
@@ -176,16 +177,16 @@ def context_text(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     response: str = "",
 ) -> RenderedPrompt:
-    """What a chat template writes between two turns of the assistant: from the end of the first to the next's begin.
+    """What a chat template writes between two assistant turns, from the end of the first to the beginning of the next.
 
     Args:
-        messages: What was said between them; none of the assistant.
+        messages: The messages between them; none from the assistant.
         tokenizer: The reward model's tokenizer.
         chat_template_kwargs: As for [`prompt_text`].
         response: The turn that follows.
 
     Raises:
-        ValueError: If the template refuses the messages, or would not write one.
+        ValueError: If the template refuses the messages, or drops one.
     """
     messages = [
         {name: value for name, value in message.items() if value is not None}
@@ -204,7 +205,7 @@ def context_text(
     chat = [_DUMMY[0], {"role": "assistant", "content": turn}, *said]
     text = _render(chat, tokenizer, {**(chat_template_kwargs or {}), "add_generation_prompt": True})
     if turn not in text:
-        raise ValueError("The chat template does not write what the assistant says before others. Use another one.")
+        raise ValueError("The chat template drops assistant messages before the last one. Use another template.")
     text = text.rpartition(turn)[2]
     return _unmarked(_THINK_OPENED.sub("", text) if response.lstrip().startswith("<think>") else text, mark)
 
@@ -212,7 +213,7 @@ def context_text(
 def with_context(
     response: str, tokenizer: PreTrainedTokenizerBase, *, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> str:
-    """A response whose context is as the chat template writes it; a plain text as it is.
+    """A response with its context as the chat template writes it; a plain text unchanged.
 
     Raises:
         ValueError: For a reason of [`context_text`].
@@ -238,7 +239,7 @@ def _render(chat: Any, tokenizer: PreTrainedTokenizerBase, options: Mapping[str,
 
 
 def _unmarked(text: str, mark: str) -> RenderedPrompt:
-    """A rendered text without the marks, which knows where they were."""
+    """A rendered text without the marks, with their positions."""
     pieces = text.split(mark)
     return RenderedPrompt("".join(pieces), tuple(itertools.accumulate(map(len, pieces[:-1]))), chat=True)
 
@@ -253,11 +254,11 @@ def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     return [], []
 
 
-# The token ids of a text, and the characters `start, end` of each; None from a tokenizer that does not tell.
+# The token ids of a text, and the characters `start, end` of each; None if the tokenizer has no offsets.
 _Piece = tuple[list[int], list[Span] | None]
-# Rows tokenized at a time: tokens and offsets of a whole data set would take more memory than a small model.
+# Rows tokenized at a time: tokens and offsets of a whole data set need more memory than a small model.
 _ROWS_AT_ONCE = 512
-# Texts after which a tokenizer is likely to begin a new token, whatever follows.
+# Texts after which a tokenizer probably begins a new token, whatever follows.
 _ANCHORS = ("\n", "a", ".")
 
 
@@ -280,15 +281,15 @@ def spaces_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _tokenize_continuations(pieces: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
     """Tokens of texts that continue another text.
 
-    Tokenizers that put a space before every text would put one before every step here. They are shown a text to
-    continue, whose tokens are taken away again.
+    Tokenizers that put a space before every text would put one before every step. They get an anchor text before the
+    step, whose tokens are removed again.
     """
     found = dict(enumerate(_tokenize(pieces, tokenizer)))
     if not tokenizer.is_fast or not spaces_texts(tokenizer):
         return list(found.values())
     left = list(found)
     for anchor in _ANCHORS:
-        merged = []  # those whose start makes one token with the anchor's end
+        merged = []  # texts whose start merges with the anchor's end
         for i, (ids, offsets) in zip(left, _tokenize([anchor + pieces[i] for i in left], tokenizer), strict=True):
             cut = sum(end <= len(anchor) for _, end in offsets or [])
             if cut < len(ids) and offsets and offsets[cut][0] >= len(anchor):
@@ -301,7 +302,7 @@ def _tokenize_continuations(pieces: Sequence[str], tokenizer: PreTrainedTokenize
 
 
 def _joined(pieces: Sequence[_Piece], starts: Sequence[int]) -> _Piece:
-    """Pieces of one text, which begin at these characters, as one."""
+    """Join the token ids of pieces of one text, which begin at these characters."""
     ids = [token for piece, _ in pieces for token in piece]
     if any(offsets is None for _, offsets in pieces):
         return ids, None
@@ -313,9 +314,9 @@ def _joined(pieces: Sequence[_Piece], starts: Sequence[int]) -> _Piece:
 class TokenInputs:
     """How text becomes what a likelihood or token scorer reads.
 
-    Control tokens come from the chat template and from prompts that are texts. In a response and in the messages of a
-    chat they are text and are spelled as text, so that nobody can open a turn or end one. What stands between the turns
-    of a conversation is read as the chat template writes it.
+    Control tokens come only from the chat template and from text prompts. In a response and in chat messages they are
+    encoded as ordinary text, so they cannot open or close a turn. The text between the turns of a conversation is read
+    as the chat template writes it.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -326,14 +327,14 @@ class TokenInputs:
         return None if self.settings.reading == 1 else control_tokens(self.tokenizer)
 
     def _tokenize_steps(self, pieces: Sequence[str]) -> list[_Piece]:
-        """Tokens of parts of responses, which hold no control token."""
+        """Tokens of parts of responses, without control tokens."""
         edges = [[0, *_cuts(piece, self._control), len(piece)] for piece in pieces]
         parts = [piece[a:b] for piece, cut in zip(pieces, edges, strict=True) for a, b in itertools.pairwise(cut)]
         found = iter(_tokenize_continuations(parts, self.tokenizer))
         return [_joined([next(found) for _ in cut[1:]], cut[:-1]) for cut in edges]
 
     def _tokenize_context(self, text: str) -> list[int]:
-        """Token ids of what stands between two turns: control tokens where the chat template wrote them."""
+        """Token ids of the text between two turns, with the chat template's control tokens."""
         if not text:
             return []
         if not isinstance(text, RenderedPrompt):
@@ -343,7 +344,7 @@ class TokenInputs:
         return [token for ids, _ in _tokenize_continuations(parts, self.tokenizer) for token in ids]
 
     def _before(self, response: Conversation, place: int, last: int, turn: int) -> list[int]:
-        """Token ids from a place in a turn, `last` (-1: before the first), to the begin of another turn."""
+        """Token ids from a place in turn `last` (-1: before the first) to the beginning of another turn."""
         ids = self._tokenize_context(response[place : response.turns[last][1]]) if last >= 0 else []
         for number in range(last + 1, turn + 1):
             (start, end), context = response.turns[number], response.context[number]
@@ -354,7 +355,7 @@ class TokenInputs:
         return ids
 
     def _tokenize_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of prompts, cut where what a person wrote looks like a control token."""
+        """Token ids of prompts, cut where user text looks like a control token."""
         ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         for row, text in enumerate(texts):
             cuts = text.cuts if isinstance(text, RenderedPrompt) and self.settings.reading > 1 else ()
@@ -367,12 +368,13 @@ class TokenInputs:
     def encode(self, bags: Sequence[Bag]) -> list[EncodedBag]:
         """Tokenize prompts with responses, keeping track of steps.
 
-        A step's tokens are those that hold one of its characters; the gap before it (a newline, a separator) belongs to
-        no step. Text after the last step is only white space or a separator and is left out. Tokenizers without offsets
-        (those in plain Python) do not tell gaps from steps: there the gap before a step counts as its part.
+        A token belongs to a step if it contains one of its characters; the gap before a step (a newline, a separator)
+        belongs to no step. Text after the last step is only white space or a separator and is left out. Tokenizers
+        without offsets (in plain Python) cannot separate gaps from steps: there the gap before a step counts as part of
+        it.
 
         Returns:
-            One [`EncodedBag`] for each bag; `step_ends` is empty where not even the first step fits.
+            One [`EncodedBag`] for each bag; `step_ends` is empty if not even the first step fits.
         """
         starts = range(0, len(bags), _ROWS_AT_ONCE)
         return [bag for start in starts for bag in self._encode_some(bags[start : start + _ROWS_AT_ONCE])]
@@ -382,7 +384,7 @@ class TokenInputs:
         options = {"chat_template_kwargs": settings.chat_template_kwargs}
         template = settings.prompt_template
         texts = [prompt_text(bag.prompt, tokenizer, template, response=bag.response, **options) for bag in bags]
-        # A step is tokenized from the end of the one before, or the begin of its turn: its gap, then the step.
+        # A step is tokenized from the end of the previous one, or the beginning of its turn: its gap, then the step.
         starting = [self._starts(bag) for bag in bags]
         previous = [starts for starts, _ in starting]
         pieces = [
@@ -392,12 +394,12 @@ class TokenInputs:
         ]
         tokenized = iter(self._tokenize_steps(pieces))
         prefix, suffix = special_affixes(tokenizer)
-        # Several responses to a prompt are the rule. Two prompts may have one text and differ in who wrote it.
+        # Prompts usually have several responses. Two prompts may have the same text but different authors.
         different = {(text, getattr(text, "cuts", ())): text for text in texts}
         prompt_ids = dict(zip(different, self._tokenize_prompts(list(different.values())), strict=True))
         encoded = []
         for bag, text, (starts, context) in zip(bags, texts, starting, strict=True):
-            # A chat template writes its special tokens itself.
+            # A chat template already writes its special tokens.
             from_chat = text.chat if isinstance(text, RenderedPrompt) else False
             from_chat = settings.chat if from_chat is None else from_chat
             before, after = ([], []) if from_chat else (prefix, suffix)
@@ -409,7 +411,7 @@ class TokenInputs:
         return encoded
 
     def _starts(self, bag: Bag) -> tuple[list[int], dict[int, list[int]]]:
-        """Where the text before each step begins, and the token ids before that, of a step that begins a turn."""
+        """Where the text before each step begins and, for a step that begins a turn, the token ids before that."""
         starts, context, last = [0, *(end for _, end in bag.step_spans)], {}, -1
         if isinstance(bag.response, Conversation):
             kwargs = self.settings.chat_template_kwargs
@@ -440,7 +442,7 @@ class TokenInputs:
 
 
 def _behind(context: list[int], piece: _Piece, gap: int) -> _Piece:
-    """A step behind tokens that belong to none: they end before its gap does."""
+    """A step after tokens that belong to no step, which end before its gap does."""
     ids, offsets = piece
     if not context:
         return piece
@@ -451,7 +453,7 @@ def _behind(context: list[int], piece: _Piece, gap: int) -> _Piece:
 
 
 def _join(start: list[int], parts: list[_Piece], gaps: list[int], after: list[int], room: int | None) -> EncodedBag:
-    """Put the steps behind the start as long as there is room for whole ones."""
+    """Append whole steps to the start as long as they fit."""
     ids, step_ids, step_ends = list(start), [-1] * len(start), []
     for index, ((piece, offsets), gap) in enumerate(zip(parts, gaps, strict=True)):
         if room is not None and len(ids) + len(piece) > room:
@@ -470,5 +472,5 @@ def _padded(rows: Iterable[list[int]], real: Tensor, padding: int) -> Tensor:
 
 
 def _real(lengths: list[int]) -> Tensor:
-    """True where a row of that length has something, (rows, longest)."""
+    """True within each row's length, (rows, longest)."""
     return torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)

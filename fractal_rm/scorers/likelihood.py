@@ -1,4 +1,5 @@
-"""A causal language model's own log-likelihood of a step, learned: the scorer that starts from what a model knows."""
+"""The likelihood scorer: a causal language model's log-likelihood of a step, trained; it starts from what the model
+knows."""
 
 from typing import Any
 
@@ -11,17 +12,18 @@ from fractal_rm.objectives.aggregation import Aggregation
 from fractal_rm.objectives.bag_loss import bag_loss
 from fractal_rm.scorers.base import StepScorer
 
-# Rows of (chunk, V) float32 logits alive at a time: 1024 x 150k is 0.6 GB, the whole (B, T, V) would be tens of GB.
+# Rows of (chunk, V) float32 logits in memory at a time: 1024 x 150k is 0.6 GB, the whole (B, T, V) would be tens of GB.
 CHUNK_TOKENS = 1024
-# The two forwards that are compared run the same kernels on the same numbers: what differs beyond this is a scale.
+# The two compared forward passes run the same kernels on the same numbers, so a larger difference means that the model
+# scales its logits.
 _SAME = 1e-2
 
 
 def target_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
     """Log-probabilities (N,) in float32 of tokens, chunk by chunk, from the hidden states (N, H) that predict them.
 
-    With gradients on, each chunk's logits are computed again in the backward pass instead of being kept. The head turns
-    hidden states into logits over the vocabulary.
+    With gradients, each chunk's logits are recomputed in the backward pass instead of stored. The head turns hidden
+    states into logits over the vocabulary.
     """
 
     def chunk_log_probs(rows: Tensor, ids: Tensor) -> Tensor:
@@ -39,9 +41,9 @@ def target_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor
 class LikelihoodScorer(StepScorer):
     """Step logit = `weight` * (sum or mean of the log-probabilities of the step's tokens) + `bias`.
 
-    The language model, the weight and the bias are all learned by the losses. Before any training a step is judged by
-    how likely the model finds it. The weight is learned as its logarithm and so stays positive: without that, a large
-    step of the optimizer can turn the likeliest steps into the worst ones, from where training does not come back.
+    The losses train the language model, the weight and the bias. Before any training, a step's score is its likelihood
+    under the model. The weight is learned as its logarithm, so it stays positive: otherwise a large optimizer step can
+    turn the likeliest steps into the worst ones, and training does not recover.
 
     Args:
         model: A causal language model, or a PEFT model around one.
@@ -50,7 +52,7 @@ class LikelihoodScorer(StepScorer):
         bias: Initial offset.
 
     Raises:
-        ValueError: If the model is another one.
+        ValueError: If the model is not a causal language model.
     """
 
     def __init__(self, model: nn.Module, *, reduction: str = "sum", log_weight: float = 0.0, bias: float = 0.0) -> None:
@@ -69,7 +71,7 @@ class LikelihoodScorer(StepScorer):
         self, input_ids: Tensor, attention_mask: Tensor, step_ids: Tensor, step_ends: Tensor, mask: Tensor
     ) -> Tensor:
         """Step logits (B, S) in float32 from tensors of [`~fractal_rm.scorers.inputs.TokenInputs.pad`]."""
-        # The first token of a text has no predecessor that could predict it.
+        # The first token of a text has no predecessor to predict it.
         rows, columns = (step_ids[:, 1:] >= 0).nonzero(as_tuple=True)
         targets = input_ids[rows, columns + 1]
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
@@ -97,20 +99,20 @@ class LikelihoodScorer(StepScorer):
         sharpness: float = 1.0,
         label_noise: tuple[float, float] = (0.0, 0.0),
     ) -> None:
-        """Fit weight and bias to bag labels, the language model as it is.
+        """Fit weight and bias to bag labels, with the language model unchanged.
 
-        A log-likelihood is never positive and its scale depends on the model, so starting at weight 1 and bias 0 would
-        first teach the whole language model to move one offset.
+        A log-likelihood is never positive and its scale depends on the model, so with weight 1 and bias 0 training
+        would first use the whole language model to shift one offset.
 
         Args:
             logits: Step logits (B, S) of this scorer, for each batch.
             bag_labels: Response labels (B,), for each batch.
             masks: True where a step is real (B, S), for each batch.
             aggregation: How step probabilities become a response probability.
-            sharpness: Of the aggregation, where it has one.
+            sharpness: Sharpness of the aggregation, if it has one.
             label_noise: Shares of good and of bad responses whose label is wrong.
         """
-        # Without the scale of now, what is left is the log-likelihood.
+        # Undo the current scale to get the log-likelihood.
         likelihoods = [((x - self.bias) / self.log_weight.exp()).detach() for x in logits]
         optimizer = torch.optim.LBFGS([self.log_weight, self.bias], max_iter=50, line_search_fn="strong_wolfe")
 
@@ -127,7 +129,7 @@ class LikelihoodScorer(StepScorer):
                 )
                 for x, labels, mask in zip(likelihoods, bag_labels, masks, strict=True)
             ]
-            # A weak pull towards weight 1 keeps the fit finite where labels are separable.
+            # A weak pull towards weight 1 keeps the fit finite if labels are separable.
             loss = torch.cat(losses).mean() + 1e-3 * self.log_weight**2 + 1e-4 * self.bias**2
             loss.backward()
             return loss
@@ -137,10 +139,10 @@ class LikelihoodScorer(StepScorer):
 
     @torch.no_grad()
     def _head_is_plain(self, input_ids: Tensor) -> bool:
-        """Whether the model's logits are just `head(last hidden state)`, found out once.
+        """Whether the model's logits are exactly `head(last hidden state)`; tested once.
 
-        Some models scale or cap them, before or after the head: those keep their own forward, with all its logits. A
-        freshly made model has logits so small that a cap does nothing yet, so large ones are put in their place here.
+        Some models scale or cap them, before or after the head: for these the model's own forward pass is used, with
+        all logits. A freshly initialized model has logits too small for a cap to matter, so the test uses large ones.
         """
         if self._plain_head is None:
             self._plain_head = self._probe(input_ids[:1, :4])

@@ -1,7 +1,8 @@
-"""Others' process reward models, each a description: where a score is read, of which logits, in which template.
+"""Published process reward models, each with a description: where a score is read, from which logits, in which
+template.
 
-The reading follows the code that the models were published with, and runs none of it: no remote code, no class a model.
-A score is the publisher's: the probability of the good class or token, or the sigmoid of the value head.
+The description follows the models' published code without running it: no remote code, no class per model. A score is
+defined as by the publisher: the probability of the good class or token, or the sigmoid of the value head.
 """
 
 import logging
@@ -32,7 +33,7 @@ from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.scorers.token import head_class, token_classifier
 
 logger = logging.getLogger(__name__)
-# Stands for a text while a chat template is rendered: no template and no text holds it.
+# Placeholder for a text while a chat template is rendered; no template or text contains it.
 _SLOT = "\ue000{}\ue001"
 _Template = Literal["steps", "text", "chat", "turns"]
 _Head = Literal["classes", "score", "v_head", "vocabulary"]
@@ -43,23 +44,23 @@ class Published:
     r"""How a published process reward model reads a response.
 
     Args:
-        name: What `published=` and `--published` call it.
+        name: Name in `published=` and `--published`.
         template: `"steps"`: prompt, steps and markers are tokenized one by one; `"text"`: as one text; `"chat"`: the
-            marked response is the assistant's message; `"turns"`: each step is a message of the user, each marker one
-            of the assistant.
+            marked response is the assistant's message; `"turns"`: each step is a user message, each marker an assistant
+            message.
         marker: Text after each step.
         head: Which numbers are read: `"classes"` (a token classifier with two labels), `"score"` (two layers with two
             outputs), `"v_head"` (a value head with one), `"vocabulary"` (the logits of `tokens`).
         tokens: The good and the bad token, for `"vocabulary"`.
-        reads_before: The score is read one token before the marker, which it predicts, in place of at its last token.
-        between: What lies between steps in a response. The published code cuts there and drops it; None: it keeps what
-            stands there.
+        reads_before: Whether the score is read one token before the marker, which it predicts, instead of at the
+        marker's last token.
+        between: Text between steps in a response. The published code cuts there and drops it; None: it keeps the text.
         blank_steps: Whether the published code marks blank steps too.
         joint: Text between prompt and first step.
         system: System message of a prompt that has none, for `"chat"`.
-        aggregation: How scores of steps become that of the response.
-        architectures: Names in `config.json` that tell the model.
-        names: Last parts of hub ids, which tell models whose configuration is that of any language model.
+        aggregation: How step scores become the response's score.
+        architectures: Names in `config.json` that identify the model.
+        names: Last parts of hub ids, for models whose configuration looks like any language model.
         source: Where the reading is published.
     """
 
@@ -145,25 +146,25 @@ PUBLISHED = {
 
 @dataclass
 class PublishedSettings(FractalSettings):
-    """Settings of somebody else's model: they hold its reading, and are never written to a folder."""
+    """Settings of a published model: they include its reading, and are never written to a folder."""
 
     published: Published = field(default_factory=lambda: PUBLISHED["trl"])
 
 
 def find_reading(path: str | Path, config: dict[str, Any], published: str | Published | None) -> Published | None:
-    """The reading of a folder or hub id: the one that is asked for, or the one that config and name tell.
+    """The reading of a folder or hub id: the requested one, or the one identified by config and name.
 
     Args:
         path: Folder or hub id.
         config: Its `config.json`.
-        published: A reading or its name, `trl:SEPARATOR` for another `step_separator` than a line break; None: to be
-            told from the model.
+        published: A reading or its name, `trl:SEPARATOR` for a `step_separator` other than a line break; None:
+            identified from the model.
 
     Returns:
-        The reading; None where nothing tells one.
+        The reading; None if none is identified.
 
     Raises:
-        ValueError: If there is no reading of that name.
+        ValueError: If the name is unknown.
     """
     if isinstance(published, Published):
         return published
@@ -176,13 +177,13 @@ def find_reading(path: str | Path, config: dict[str, Any], published: str | Publ
         separator = separator.replace("\\n", "\n")
         return replace(PUBLISHED[name], marker=separator, between=separator) if separator else PUBLISHED[name]
     architectures = config.get("architectures") or []
-    # A snapshot of the hub's cache lies in models--owner--name/snapshots/commit.
+    # A snapshot in the hub's cache is in models--owner--name/snapshots/commit.
     parts = {part.rsplit("--", 1)[-1].lower() for part in Path(path).parts}
     parts.add(str(config.get("_name_or_path") or "").rsplit("/", 1)[-1].lower())
     for reading in PUBLISHED.values():
         if set(architectures) & set(reading.architectures) or parts & {name.lower() for name in reading.names}:
             return reading
-    labels = len(config.get("id2label") or "ab")  # transformers does not write what is 2
+    labels = len(config.get("id2label") or "ab")  # transformers omits the default 2
     if labels == 2 and any(name.endswith("ForTokenClassification") for name in architectures):
         return PUBLISHED["trl"]
     return None
@@ -209,7 +210,7 @@ def load_published(
         model, info = kind.from_pretrained(
             path, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **options, **kwargs
         )
-    except Exception as error:  # whatever strange files make a library raise
+    except Exception as error:  # damaged files make libraries raise anything
         raise ValueError(
             f"{path} cannot be loaded as the published model {reading.name} ({reason(error)}). Give a folder with its "
             "configuration and safetensors weights (weights in .bin files are not read: convert them once with "
@@ -218,18 +219,18 @@ def load_published(
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{path}: {len(missing)} weights of the published model {reading.name} are missing and would be random "
-            f"(first: {missing[0]}). Give the published folder, or the `published` that suits it."
+            f"(first: {missing[0]}). Give the published folder, or the right `published`."
         )
     ids = [_last_id(token, tokenizer) for token in reading.tokens] if reading.head == "vocabulary" else []
     if reading.head == "vocabulary" and (len(set(ids)) < len(ids) or tokenizer.unk_token_id in ids):
-        raise ValueError(f"{path}: its tokenizer does not know the tokens {reading.tokens} of {reading.name}.")
+        raise ValueError(f"{path}: its tokenizer lacks the tokens {reading.tokens} of {reading.name}.")
     if reading.template == "chat" and len(tokenizer(reading.marker, add_special_tokens=False)["input_ids"]) != 1:
         raise ValueError(
             f"{path}: its tokenizer has no token {reading.marker}, at which {reading.name} is read. Restore the "
             "published tokenizer files."
         )
     if reading.template in ("chat", "turns") and not tokenizer.chat_template:
-        raise ValueError(f"{path}: its tokenizer has no chat template, in which {reading.name} reads a response.")
+        raise ValueError(f"{path}: its tokenizer has no chat template, but {reading.name} needs one.")
     logger.warning(
         "%s is read as the published model %s: %r after each step, steps cut at %r (%s). Give `published` if it is "
         "another.",
@@ -271,7 +272,7 @@ def _two_layers(config: Any) -> nn.Module:
 
 
 class _ValueHead(nn.Module):
-    """One linear layer by the name that TRL's value heads have; their dropout is off when they score."""
+    """One linear layer with the name of TRL's value heads; their dropout is off when they score."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -282,11 +283,11 @@ class _ValueHead(nn.Module):
 
 
 class PublishedScorer(StepScorer):
-    """Step logit = the difference of two logits (good less bad), or the output of a value head.
+    """Step logit = the difference of two logits (good minus bad), or the output of a value head.
 
     Args:
         model: The model.
-        token_ids: The good and the bad token, where the logits are those of the vocabulary; empty: a head's outputs.
+        token_ids: The good and the bad token, if logits are over the vocabulary; empty: a head's outputs.
     """
 
     def __init__(self, model: PreTrainedModel, token_ids: Sequence[int] = ()) -> None:
@@ -296,10 +297,11 @@ class PublishedScorer(StepScorer):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, step_ids: Tensor, step_ends: Tensor, mask: Tensor
     ) -> Tensor:
-        """Step logits (B, S) in float32 from tensors of [`PublishedInputs.pad`]; `step_ends` is where scores are."""
+        """Step logits (B, S) in float32 from tensors of [`PublishedInputs.pad`]; `step_ends` is where scores are
+        read."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self.token_ids:
-            # The model's head gets the states at steps only: logits of a vocabulary at all tokens would fill memory.
+            # The head only gets the states at steps: vocabulary logits at all tokens would fill the memory.
             head: Any = self.base.get_output_embeddings()
             handle = head.register_forward_pre_hook(lambda module, args: (_at(args[0], step_ends), *args[1:]))
             try:
@@ -313,7 +315,7 @@ class PublishedScorer(StepScorer):
 
 
 def _at(values: Tensor, places: Tensor) -> Tensor:
-    """Of values (B, T, N) those at places (B, S)."""
+    """Select values (B, T, N) at positions (B, S)."""
     return torch.gather(values, 1, places.unsqueeze(-1).expand(-1, -1, values.size(-1)))
 
 
@@ -321,16 +323,16 @@ def _at(values: Tensor, places: Tensor) -> Tensor:
 
 
 class _Part(NamedTuple):
-    """A piece of the input; `reads`: the score of a step is read at its last token, or before its first."""
+    """A piece of the input; `reads`: a step's score is read at its last token, or before its first."""
 
     text: str
-    is_template: bool  # written by the publisher, not by policy or user: special tokens in it are meant
+    is_template: bool  # from the publisher, not from policy or user: its special tokens are intended
     reads: bool = False
 
 
 @dataclass(frozen=True)
 class PublishedInputs(TokenInputs):
-    """How text becomes what a published model reads: with its template, its markers, its separators."""
+    """How text becomes a published model's input: its template, markers and separators."""
 
     @property
     def reading(self) -> Published:
@@ -339,7 +341,7 @@ class PublishedInputs(TokenInputs):
         return self.settings.published
 
     def encode(self, bags: Sequence[Bag]) -> list[EncodedBag]:
-        """As [`TokenInputs.encode`]; a step's end is the token at which its score is read.
+        """As [`TokenInputs.encode`]; a step ends at the token where its score is read.
 
         Raises:
             ValueError: If a prompt cannot be put into the published template.
@@ -357,7 +359,7 @@ class PublishedInputs(TokenInputs):
             ids, reads = _as_text(self._messages(bag, pieces), tokenizer, special=False)
         ends = [first - 1 if reading.reads_before else last for first, last in reads]
         room = len(ids) if self.settings.max_length is None else self.settings.max_length
-        # What follows the last score has no part in it: no model here sees what comes later.
+        # Text after the last score is left out: these models are causal.
         kept = [end for end, (_, last) in zip(ends, reads, strict=True) if max(end, last) < room]
         ids = ids[: (reads[len(kept) - 1][1] + 1 if kept else 0)]
         return EncodedBag(ids, [-1] * len(ids), kept, len(bag.step_spans))
@@ -379,7 +381,7 @@ class PublishedInputs(TokenInputs):
             yield _Part(self.reading.marker, True, is_step)
 
     def _messages(self, bag: Bag, pieces: list[tuple[str, bool]]) -> list[_Part]:
-        """The parts of a chat: its template is rendered once with slots, which tell template from text."""
+        """The parts of a chat: its template is rendered once with slots, which separate template from text."""
         reading = self.reading
         system, question = _question(bag.prompt, reading)
         texts: list[_Part] = []
@@ -427,8 +429,8 @@ def _question(prompt: Prompt, reading: Published) -> tuple[str | None, str]:
     """
     if isinstance(prompt, RenderedPrompt) and reading.head != "classes":
         raise ValueError(
-            f"the prompt was rendered by a chat template, and {reading.name} reads the question in a template of its "
-            "own; give the question as text or as messages."
+            f"the prompt was rendered by a chat template, but {reading.name} puts the question into its own template; "
+            "give the question as text or as messages."
         )
     if not is_chat(prompt):
         return reading.system, prompt
@@ -436,26 +438,26 @@ def _question(prompt: Prompt, reading: Published) -> tuple[str | None, str]:
     asked = [message for message in prompt if message["role"] != "system"]
     if len(given) > 1 or len(asked) != 1 or asked[0]["role"] != "user":
         raise ValueError(
-            f"the prompt is a chat of {len(prompt)} messages, and {reading.name} reads one question; give one message "
-            "of the user, with or without a system message."
+            f"the prompt is a chat of {len(prompt)} messages, but {reading.name} reads one question; give one user "
+            "message, with or without a system message."
         )
     question = asked[0]["content"]
     if not given or reading.template == "chat":
         return (given[0]["content"] if given else reading.system), question
-    # These read no roles: what the policy was told is a part of the question.
+    # These templates have no roles: a system message becomes part of the question.
     return None, f"{given[0]['content']}\n{question}"
 
 
 def _pieces(bag: Bag, reading: Published) -> Iterator[tuple[str, bool]]:
-    """The texts before the markers, as the published code cuts them, and whether the marker is that of a step."""
+    """The texts before the markers, as the published code cuts them, and whether each marker belongs to a step."""
     response, between, spans, start = bag.response, reading.between, bag.step_spans, 0
     for number, (first, end) in enumerate(spans):
-        if between is None:  # everything stays where it stands
+        if between is None:  # nothing is removed
             yield response[start:end], True
             start = end
             continue
         *blank, lead = response[start:first].split(between)
-        if any(text.strip() for text in blank):  # text that is not a step: it stays where it stands
+        if any(text.strip() for text in blank):  # text that is not a step is kept in place
             blank, lead = [], response[start:first]
         if reading.blank_steps:
             yield from ((text, False) for text in blank)
@@ -464,7 +466,7 @@ def _pieces(bag: Bag, reading: Published) -> Iterator[tuple[str, bool]]:
         tail, separator, _ = gap.partition(between)
         if tail.strip():
             tail = separator = ""
-        elif not separator and not is_last:  # other white space than the published code would cut at
+        elif not separator and not is_last:  # white space that the published code would not cut at
             tail, separator = "", gap
         yield lead + response[first:end] + tail, True
         start = end + len(tail) + len(separator)
@@ -494,7 +496,7 @@ def _ids(part: _Part, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(part.text, add_special_tokens=False, **options)["input_ids"]) if part.text else []
 
 
-_Reads = list[tuple[int, int]]  # first and last token of the markers at which a score is read
+_Reads = list[tuple[int, int]]  # first and last token of each marker where a score is read
 
 
 def _by_parts(parts: Iterator[_Part], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], _Reads]:
@@ -512,7 +514,7 @@ def _by_parts(parts: Iterator[_Part], tokenizer: PreTrainedTokenizerBase) -> tup
 def _as_text(
     parts: Iterator[_Part] | list[_Part], tokenizer: PreTrainedTokenizerBase, *, special: bool
 ) -> tuple[list[int], _Reads]:
-    """All parts tokenized as one text, as the published code does; one by one where a text spells special tokens."""
+    """All parts tokenized as one text, as in the published code; separately if a text spells special tokens."""
     parts = list(parts)
     named = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     if not tokenizer.is_fast or any(name in part.text for part in parts if not part.is_template for name in named):
@@ -525,7 +527,7 @@ def _as_text(
     for part in parts:
         end += len(part.text)
         if part.reads:
-            # Of the marker's own characters: a space before it may belong to the token of another part.
+            # Use the marker's own characters: a space before it may belong to another part's token.
             first_character, last_character = end - len(part.text.lstrip()), end - 1
             while not offsets[token][0] <= first_character < offsets[token][1]:
                 token += 1
@@ -533,6 +535,6 @@ def _as_text(
             while not offsets[token][0] <= last_character < offsets[token][1]:
                 token += 1
             while token + 1 < len(offsets) and offsets[token + 1][0] <= last_character < offsets[token + 1][1]:
-                token += 1  # the last byte of a character in several tokens
+                token += 1  # the last byte of a multi-token character
             reads.append((first, token))
     return list(tokens["input_ids"]), reads

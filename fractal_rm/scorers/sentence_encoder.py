@@ -1,4 +1,4 @@
-"""A frozen sentence encoder whose embeddings are computed once and kept on disk."""
+"""A frozen sentence encoder whose embeddings are computed once and cached on disk."""
 
 import hashlib
 import os
@@ -20,10 +20,10 @@ from fractal_rm.scorers.settings import tokenizer_fingerprint
 
 # Names the folder of the cache; an empty value switches it off.
 CACHE_VARIABLE = "FRACTAL_RM_CACHE"
-# Texts between two writes: a killed run loses at most a few minutes.
+# Texts between two writes, so that a killed run loses at most a few minutes.
 _CHUNK_TEXTS = 4096
 _BATCH_SIZE = 64
-# Words of 64 bits in a text's key: 128 bits never meet by accident.
+# 64-bit words in a text's key: 128 bits do not collide by accident.
 _KEY_WORDS = 2
 
 
@@ -36,16 +36,16 @@ class SentenceEncoder:
 
     Args:
         path: Folder or hub id of a model.
-        cache_dir: Folder of the cache. None: what the environment's `FRACTAL_RM_CACHE` names, else
-            `~/.cache/fractal_rm`; `""`: no cache.
+        cache_dir: Folder of the cache. None: the environment variable `FRACTAL_RM_CACHE`, else `~/.cache/fractal_rm`;
+        `""`: no cache.
         dtype: `"auto"` (as the weights are stored), `"float32"` or `"bfloat16"`: the last is several times faster on
-            GPUs and on processors that have instructions for it. The cache keeps them apart.
+        GPUs and on CPUs with instructions for it. The cache keeps precisions separate.
         device: Where to encode; None: a GPU if there is one.
-        hub: Which files of a hub id, and how to get them: `revision`, `token`, `cache_dir`, `local_files_only`.
+        hub: How files are loaded from the hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
         ImportError: If `sentence-transformers` is not installed.
-        ValueError: If the path is no model that it can load.
+        ValueError: If it cannot load the path.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class SentenceEncoder:
             self.model = SentenceTransformer(
                 str(path), device=device, trust_remote_code=False, model_kwargs={"dtype": dtype}, **renamed
             )
-        except Exception as error:  # whatever strange files make a library raise
+        except Exception as error:  # damaged files make libraries raise anything
             raise ValueError(
                 f"{path} cannot be loaded as a sentence-transformers model ({reason(error)}). "
                 "Give the folder or hub id of one."
@@ -84,24 +84,25 @@ class SentenceEncoder:
 
     @property
     def size(self) -> int:
-        """Numbers in an embedding."""
+        """Size of an embedding."""
         return len(self.embed(["a"])[0])
 
     def embed(self, texts: Sequence[str], *, progress: bool = False) -> Tensor:
         """Embeddings (N, D) of texts, float32 on the CPU.
 
         Args:
-            texts: The texts; equal ones are encoded once.
-            progress: Show a bar over what is not cached yet, if that is long work.
+            texts: The texts; equal texts are encoded once.
+            progress: Show a progress bar over uncached texts, if there are many.
         """
-        if self._folder is None:  # whoever wants no cache wants no growing memory either
+        if self._folder is None:  # without a cache, memory must not grow either
             self._known.clear()
         keys = [hashlib.sha256(text.encode()).digest()[: 8 * _KEY_WORDS] for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._known}
         if missing:
             self._read_cache()
             missing = {key: text for key, text in missing.items() if key not in self._known}
-        # Texts of like length share a batch, and the longest come first: what does not fit fails at once.
+        # Texts of similar length share a batch, and the longest come first, so that running out of memory shows at
+        # once.
         waiting = sorted(missing, key=lambda key: -len(missing[key]))
         chunks: Any = range(0, len(waiting), _CHUNK_TEXTS)
         if progress and len(chunks) > 1:
@@ -121,11 +122,11 @@ class SentenceEncoder:
         return torch.from_numpy(np.stack([self._known[key] for key in keys])).float()
 
     def save(self, path: str | Path) -> None:
-        """Write the model as `sentence-transformers` and plain transformers load it."""
+        """Save the model so that `sentence-transformers` and plain transformers load it."""
         self.model.save_pretrained(str(path), create_model_card=False)
 
     def _read_cache(self) -> None:
-        """Take up what this or another process has written since."""
+        """Read what this or another process has written since."""
         if self._folder is None or not self._folder.is_dir():
             return
         for file in sorted(self._folder.glob("*.safetensors")):
@@ -136,7 +137,7 @@ class SentenceEncoder:
                 keys = [row.tobytes() for row in shard["keys"]]
                 self._known.update(zip(keys, shard["embeddings"], strict=True))
             except (SafetensorError, KeyError, ValueError, FileNotFoundError):
-                file.unlink(missing_ok=True)  # damaged (or taken away for that since): encode its texts again
+                file.unlink(missing_ok=True)  # damaged (or removed because of that): encode its texts again
             self._read.add(file.name)
 
     def _write_cache(self, keys: Sequence[bytes], rows: np.ndarray) -> None:
@@ -150,7 +151,7 @@ class SentenceEncoder:
 
 
 def _fingerprint(model: Any) -> str:
-    """A short name for what a model computes: weights, modules with their options, tokenizer, and how much it reads."""
+    """Fingerprint of a model's computation: weights, modules with their options, tokenizer, and maximum length."""
     modules = [(type(module).__name__, _options(module)) for module in model]
     digest = hashlib.sha256(f"{model.max_seq_length} {model.default_prompt_name} {modules}".encode())
     # Static embeddings come with a tokenizer of the `tokenizers` library.
@@ -164,6 +165,6 @@ def _fingerprint(model: Any) -> str:
 
 
 def _options(module: Any) -> list[tuple[str, Any]]:
-    """How a module works beside its weights, such as which tokens it pools."""
+    """A module's options beyond its weights, such as which tokens it pools."""
     get = getattr(module, "get_config_dict", dict)
     return sorted(get().items())

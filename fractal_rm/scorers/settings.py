@@ -1,4 +1,4 @@
-"""What a checkpoint must remember beside its weights: the `fractal` block of `config.json`."""
+"""What a checkpoint stores in addition to its weights: the `fractal` block of `config.json`."""
 
 import hashlib
 import reprlib
@@ -18,7 +18,7 @@ ScorerKind = Literal["likelihood", "token", "embedding"]
 Reduction = Literal["sum", "mean"]
 HeadType = Literal["pair", "mlp", "set"]
 FORMAT_VERSION = 1
-# How text is read now; older checkpoints keep the rules that they were trained by.
+# Current version of how text is read; older checkpoints keep the rules they were trained with.
 READING = 2
 
 _CHOICES = {
@@ -27,25 +27,26 @@ _CHOICES = {
     "head_type": get_args(HeadType),
 }
 
-# Digits, operators, capitals, white space, LaTeX and a multi-byte character: what tokenizers treat differently.
+# Probe text with what tokenizers treat differently: digits, operators, capitals, white space, LaTeX, a multi-byte
+# character.
 _PROBE = "Step 1: 3.14 * x = \\frac{1}{2}\n\nSo, the  answer is  -42 \u2713."
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short name for how a tokenizer cuts text and writes chats: equal for equal behaviour on a probe text."""
+    """Fingerprint of how a tokenizer splits text and writes chats: equal for equal behaviour on a probe text."""
     ids = tokenizer(_PROBE)["input_ids"]
     return hashlib.sha256(f"{len(tokenizer)} {ids} {tokenizer.chat_template}".encode()).hexdigest()[:16]
 
 
 def _check_types(kind: type, values: Mapping[str, Any], *, within: str = "") -> None:
-    """Raise ValueError unless values have the types that a dataclass annotates; names it does not know pass."""
+    """Raise ValueError unless values have a dataclass's annotated types; unknown names pass."""
     for name, hint in get_type_hints(kind).items():
         if name in values and not _fits(values[name], hint):
             raise ValueError(f"`{within}{name}` is {reprlib.repr(values[name])}. Give {_wanted(hint)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON has an annotated type; which texts a `Literal` allows is checked elsewhere."""
+    """Whether a JSON value has an annotated type; the choices of a `Literal` are checked elsewhere."""
     kind, parts = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -78,14 +79,15 @@ class FractalSettings:
     """The `fractal` block: how text becomes tokens, and how logits become scores.
 
     Args:
-        scorer: Which reading of the model gives step logits.
+        scorer: How the model gives step logits.
         aggregation: How step probabilities become a response probability.
         segmentation: How a response is cut into steps.
-        prompt_template: Text in which `{prompt}` stands for the prompt; the response follows it directly.
-        max_length: Most tokens in a forward, prompt included. Whole steps beyond it are left out, counted and logged.
+        prompt_template: Text with `{prompt}` in the prompt's place; the response follows it directly.
+        max_length: Maximum number of tokens, including the prompt. Whole steps beyond it are left out, counted and
+        logged.
         sharpness: How close a soft aggregation is to the extreme it softens.
-        missed_good: Share of good responses whose label wrongly says bad; training and learning on allow for it.
-        missed_bad: Share of bad responses whose label wrongly says good, likewise.
+        missed_good: Share of good responses wrongly labelled bad; training and online updates correct for it.
+        missed_bad: Share of bad responses wrongly labelled good, likewise.
         num_grades: How many grades a step can have, 0 to `num_grades - 1`; None: a step is good or not.
         head_type: Embedding scorer: `"pair"` (a step compared with its context), `"mlp"` (the paper's) or `"set"`
             (steps see each other).
@@ -93,16 +95,16 @@ class FractalSettings:
         log_weight: Likelihood scorer: logarithm of the factor of the log-likelihood, learned.
         bias: Likelihood scorer: offset of the log-likelihood, learned.
         temperature: Divides the step logits before the sigmoid; 1 until calibrated.
-        threshold: A step scoring below it is called wrong; chosen on validation.
-        tokenizer: Fingerprint of the tokenizer, or of the sentence encoder, that the scores belong to.
+        threshold: A step that scores below it counts as wrong; chosen on validation data.
+        tokenizer: Fingerprint of the tokenizer or sentence encoder.
         vocabulary: Fingerprint of its tokens and merges; None in checkpoints of earlier versions.
         weights: Fingerprint of the files of the weights; None in checkpoints of earlier versions.
-        head: Some of the scoring head's weights, to tell a lost or random head at load.
-        chat: Whether the prompts of the training data were chats; None: not known, or some were and some were texts.
-        chat_template_kwargs: What the chat template gets beside the messages, such as `enable_thinking`.
-        joint: What stands between steps that come as a list; None: what the segmentation takes them to be joined by.
-        reading: Rules by which text becomes tokens: 2, or 1 for checkpoints from before there was a second version. In
-            version 1, control tokens that are written as text become control tokens.
+        head: Some of the scoring head's weights, to detect a missing or random head at load.
+        chat: Whether the prompts of the training data were chats; None: unknown, or both chats and texts.
+        chat_template_kwargs: Arguments of the chat template in addition to the messages, such as `enable_thinking`.
+        joint: Text between steps given as a list; None: the segmentation's default.
+        reading: Version of the rules by which text becomes tokens: 2, or 1 for older checkpoints. In version 1, control
+        tokens written as text become control tokens.
         data: Fingerprint of the training data.
         versions: Package versions at saving.
         format_version: Version of this block.
@@ -139,10 +141,10 @@ class FractalSettings:
         for name, values in _CHOICES.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}. Choose one of {', '.join(values)}.")
-        meaning(self.aggregation)  # names an unknown or a removed one
+        meaning(self.aggregation)  # names an unknown or removed one
         check_ranges(self)
         if self.reading not in range(1, READING + 1):
-            raise ValueError(f"`reading` is {self.reading}. This package knows 1 to {READING}.")
+            raise ValueError(f"`reading` is {self.reading}. This package supports 1 to {READING}.")
         check_label_noise((self.missed_good, self.missed_bad))
         if self.num_grades is not None and self.scorer == "likelihood":
             raise ValueError(
@@ -155,7 +157,7 @@ class FractalSettings:
             )
         if "{prompt}" not in self.prompt_template:
             raise ValueError(
-                f"`prompt_template` is {self.prompt_template!r}, without the place for the prompt. "
+                f"`prompt_template` is {self.prompt_template!r}, without a place for the prompt. "
                 "Write `{prompt}` in it."
             )
 
@@ -165,7 +167,7 @@ class FractalSettings:
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any], *, where: str) -> "FractalSettings":
-        """Read the block of a folder (`where`), refusing versions and keys that this package does not know.
+        """Read the block of a folder (`where`); unknown versions and keys are refused.
 
         Raises:
             ValueError: Names the folder, the defect and what to do.
@@ -180,8 +182,7 @@ class FractalSettings:
         unknown = sorted(set(block) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(
-                f"{file}: the `fractal` block holds unknown keys {unknown}. "
-                "Install the fractal-rm version that wrote it."
+                f"{file}: the `fractal` block has unknown keys {unknown}. Install the fractal-rm version that wrote it."
             )
         try:
             values: dict[str, Any] = {"reading": 1, **block}

@@ -1,4 +1,4 @@
-"""A head read where steps end: the usual shape of a process reward model."""
+"""The token scorer: a head read where steps end, the usual design of a process reward model."""
 
 import functools
 import inspect
@@ -12,12 +12,12 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from fractal_rm.scorers.base import StepScorer
 
-# What `head_class` gives to transformers for its own ones: a linear layer by this name.
+# Name of the linear layer in classes made by `head_class`.
 _SCORE = "score"
 
 
 class TokenScorer(StepScorer):
-    """Step logit = the token classification head's output at the token that holds the step's last character.
+    """Step logit = the token classification head's output at the token with the step's last character.
 
     Works on any backbone that [`token_classifier`] knows, decoders and encoders alike. An encoder sees the whole
     response when it scores a step.
@@ -27,7 +27,7 @@ class TokenScorer(StepScorer):
         num_grades: How many grades a step can have; None: a step is good or not.
 
     Raises:
-        ValueError: If the model is another one.
+        ValueError: If the model is not a token classification model with that many labels.
     """
 
     def __init__(self, model: nn.Module, *, num_grades: int | None = None) -> None:
@@ -39,7 +39,7 @@ class TokenScorer(StepScorer):
                 f"The token scorer got a {type(self.base).__name__} with {labels} labels. Load the model with "
                 f"`AutoModelForTokenClassification.from_pretrained(..., num_labels={wanted})`."
             )
-        # Decoders would keep keys and values of the whole batch for tokens that never come; encoders have no cache.
+        # Decoders would keep a KV cache of the whole batch for nothing; encoders have no cache.
         has_cache = "use_cache" in inspect.signature(self.base.forward).parameters
         self._options = {"use_cache": False} if has_cache else {}
 
@@ -56,10 +56,10 @@ class TokenScorer(StepScorer):
 
 
 def token_classifier(config: Any) -> type[PreTrainedModel]:
-    """The token classification class for a configuration, or for a model's: transformers' own, or one made here.
+    """The token classification class for a configuration or a model: transformers' own, or one made here.
 
-    Transformers has none for several causal families (Gemma 3, Granite, OLMo 2, ...). The one made here is the backbone
-    that `AutoModel` gives with a linear layer `score`, a folder of which holds the weights by the usual names.
+    Transformers has none for several causal families (Gemma 3, Granite, OLMo 2, ...). The class made here is the
+    backbone of `AutoModel` with a linear layer `score`; its folders have the usual weight names.
 
     Raises:
         ValueError: If transformers has neither a token classification nor a causal language model for it.
@@ -80,7 +80,7 @@ def _linear_head(config: Any) -> nn.Module:
 
 @functools.cache
 def head_class(kind: type[Any], name: str, make_head: Callable[[Any], nn.Module]) -> type[PreTrainedModel]:
-    """A class of models: the backbone of a configuration's kind, and a head that reads its last hidden states.
+    """Make a model class: a backbone, and a head that reads its last hidden states.
 
     Args:
         kind: Class of the configuration.
@@ -92,7 +92,7 @@ def head_class(kind: type[Any], name: str, make_head: Callable[[Any], nn.Module]
     """
     backbones: Any = AutoModel._model_mapping
     backbone = backbones[kind]
-    # A model may be spread over two classes of transformers (vision and text); the parent makes and loads weights.
+    # Multimodal models have two classes in transformers (vision and text); the parent creates and loads weights.
     parent = next(found for found in backbone.__mro__[1:] if issubclass(found, PreTrainedModel))
 
     class Model(parent):  # type: ignore[misc, valid-type]

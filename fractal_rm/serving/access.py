@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fractal_rm.serving.limits import Application, Receive, Scope, Send, refuse
 
-# A shorter token is guessed, and a longer one is no token but another file.
+# A shorter token can be guessed, and a longer text is probably another file.
 _TOKEN_LENGTHS = range(16, 1025)
 
 

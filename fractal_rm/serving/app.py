@@ -177,7 +177,7 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StarletteHTTPException)
     path = request.url.path
     sentences = {
-        400: "The body is no JSON that can be read. Send a JSON object.",
+        400: "The body is not valid JSON. Send a JSON object.",
         404: f"There is no {path} here. /openapi.json says what there is.",
         405: f"{path} takes no {request.method}. /openapi.json says what it takes.",
     }
@@ -190,7 +190,7 @@ async def _refuse_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     found = error.errors()[0]
     if found["type"] == "json_invalid":
-        return JSONResponse({"detail": f"The body is no JSON ({found['ctx']['error']})."}, 400)
+        return JSONResponse({"detail": f"The body is not JSON ({found['ctx']['error']})."}, 400)
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found["loc"][1:]).lstrip(".")
     told = found["msg"].removeprefix("Value error, ").rstrip(".")
     sentence = f"{f'`{place}`' if place else 'The request'}: {told}. The schema is at /openapi.json."

@@ -101,7 +101,7 @@ def curves(runs: Runs, setting: str, arm: str, metric: str = "accuracy") -> Curv
 def interquartile_mean(values: Any) -> float:
     """Mean of the middle half of the values: less moved by a single run than the mean, more precise than the median.
 
-    Where a quarter of the values is no whole number, the values at its ends count in part.
+    If a quarter of the number of values is not whole, the values at its ends count in part.
 
     Source:
         Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", 2021.

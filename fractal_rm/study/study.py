@@ -449,7 +449,7 @@ class Study:
         """
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is no file. Give `chosen` the file of settings, or run with `--tune true`."
+                f"{path} is not a file. Give `chosen` the file of settings, or run with `--tune true`."
             )
         chosen = read_chosen(path)
         tuned = {arm: self.tuned_as(arm) for arm in arms}

@@ -1,7 +1,7 @@
 """The one reader of final answers: for rewards, sampling, evaluation and votes.
 
-An answer counts only if a response marks it: `#### 7`, or `\\boxed{7}`, and nothing else. A response that states two
-different answers states none.
+An answer counts only if a response marks it: `#### 7`, or `\\boxed{7}`, and nothing else. A response with two different
+answers counts as having none.
 """
 
 import functools
@@ -25,7 +25,7 @@ _SECONDS = 10
 
 _MARKED = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
 _BOX = re.compile(r"\\f?boxed\s*")
-# Where models think before they answer: opening and closing marks.
+# Opening and closing marks of thinking blocks.
 _THINKING = (
     (re.compile(r"<(?:seed:)?(?:think|thinking|thought|reasoning)>", re.I),
      re.compile(r"</(?:seed:)?(?:think|thinking|thought|reasoning)>", re.I)),
@@ -41,7 +41,7 @@ _LABEL = re.compile(
     r"(?:answer|result)(?:\s+is)?|(?:最终)?答案(?:是|为)?|答え?",
     re.I,
 )
-# What a heading begins with, whatever comes after it.
+# Words that begin a heading, whatever follows.
 _HEADING = re.compile(
     r"(?:step|part|case|phase|stage|section|problem|question|example|check|verif\w*|note|method|option|approach"
     r"|solution|calculat\w*|comput\w*|explanation|reasoning|given|understand\w*|summary|conclusion|work|plan)\b",
@@ -75,7 +75,7 @@ _UNIT = re.compile(
     r"|[mgslhLCFKNJWVA](?:/[a-zA-Z]+)?(?:\^?\{?[23²³]\}?)?)"
     r"(?:\s+(?:[^\W\d_]+(?:[-/.'\u2019][^\W\d_]+)*)(?:\^?\{?[23²³]\}?)?){0,4}"
 )
-# Words that make something else of the number before them.
+# Words that change the meaning of the number before them.
 _NO_UNIT = frozenset(
     [
         "or",
@@ -156,10 +156,10 @@ _MATH_NAMES = frozenset(
 
 
 def completion_text(completion: Any) -> str:
-    """The text of a completion: of a chat that of its last message; of content in parts, its parts of text.
+    """The text of a completion: for a chat its last message, for content in parts its text parts.
 
-    What holds no text (no message, `content` that is None) is an empty text, never an error. So is a chat that ends in
-    the output of a tool, which the policy has not answered.
+    A completion without text (no message, `content` that is None) gives an empty text, never an error. So does a chat
+    that ends in tool output, which the policy did not answer.
 
     Example:
         >>> completion_text([{"role": "assistant", "content": [{"type": "text", "text": "#### 3"}]}])
@@ -181,17 +181,17 @@ def completion_text(completion: Any) -> str:
 
 
 def read_answer(completion: Any, *, last_number: bool = False) -> str | None:
-    """What a response states as its final answer, as it is written; None if it states none, or several.
+    """The final answer that a response states, as written; None if it states none, or several.
 
-    Stated is what follows `####` on its line, or on the next line if the mark stands alone or before "Final Answer",
-    and what stands in `\\boxed{}`. Headings (`#### Step 2: divide by 7`) state nothing, nor does what a model thinks
-    (`<think>...</think>`): a thought that is not closed has no answer behind it. Statements must be equal by
-    [`same_answer`]; "41 or 42" is not a statement.
+    An answer is the text after `####` on its line, or on the next line if the mark is alone or before "Final Answer",
+    or the content of `\\boxed{}`. Headings (`#### Step 2: divide by 7`) and thinking (`<think>...</think>`) state
+    nothing; after an unclosed thinking block there is no answer. Statements must be equal by [`same_answer`]; "41 or
+    42" is not a statement.
 
     Args:
         completion: Text, or a chat whose last message is read.
-        last_number: If nothing is marked, read the last number of the response: also that of a solution that was cut
-            off, or of a sentence that takes it back.
+        last_number: If nothing is marked, read the last number of the response: even in a truncated solution, or in a
+            sentence that revokes it.
 
     Example:
         >>> read_answer("3 + 4 = 7.\\n#### 7")
@@ -218,7 +218,7 @@ def read_answer(completion: Any, *, last_number: bool = False) -> str | None:
 
 
 def _without_thoughts(text: str) -> str | None:
-    """What follows the last thought; None if the last thought is not closed."""
+    """The text after the last thinking block; None if that block is not closed."""
     for opening, closing in _THINKING:
         ends = [match.end() for match in closing.finditer(text)]
         text = text[ends[-1] :] if ends else text
@@ -228,7 +228,7 @@ def _without_thoughts(text: str) -> str | None:
 
 
 def _statements(text: str) -> Iterator[str]:
-    """What follows a mark or stands in a box, in order; a box behind a mark is a statement once."""
+    """Texts after marks and in boxes, in order; a box after a mark counts once."""
     taken: list[tuple[int, int]] = []
     for match in _MARKED.finditer(text):
         content, end = match[1].strip(), match.end()
@@ -258,7 +258,7 @@ def _is_heading(content: str, after: str) -> bool:
 
 
 def _braced(text: str, start: int) -> str | None:
-    """What stands in the braces that begin at a place; None if they are not closed. Without braces, one token."""
+    """The content of the braces that begin at a position; None if they are not closed. Without braces, one token."""
     if not text.startswith("{", start):
         match = re.compile(r"[\w.]+").match(text, start)
         return match[0] if match else None
@@ -272,7 +272,7 @@ def _braced(text: str, start: int) -> str | None:
 
 
 def _bare(text: str) -> str:
-    """A statement without what marks it up: `**7**`, `$7$`, `\\(7\\)`, `\\boxed{7}`, `\\text{7}`, a full stop."""
+    """A statement without its markup: `**7**`, `$7$`, `\\(7\\)`, `\\boxed{7}`, `\\text{7}`, a full stop."""
     before = None
     text = text.strip()
     while text != before:
@@ -301,7 +301,8 @@ def _unlabelled(text: str) -> str:
 
 
 def _value_side(text: str) -> str:
-    """An answer as it is compared: of an equation (`x = 7`, `3 + 4 = 7`) its right side, if that is a number."""
+    """An answer in the form for comparison: for an equation (`x = 7`, `3 + 4 = 7`) its right side, if that is a
+    number."""
     text = _unlabelled(text)
     left, _, right = text.rpartition("=")
     return right if left and _number(right) is not None and _is_expression(left) and not _LIST.search(left) else text
@@ -385,7 +386,7 @@ def check_math_verify(what: str = "Comparing answers that are expressions") -> N
 
 @functools.cache
 def _load_math_verify() -> None:
-    """Let math-verify load its parser: its limit of time would cut a first, slow load short, each time anew."""
+    """Let math-verify load its parser first: its time limit would interrupt the slow first load every time."""
     from math_verify import parse
 
     parse("$1$", parsing_timeout=None)  # type: ignore[arg-type]  # None is documented as no limit
@@ -401,7 +402,8 @@ def _plain(text: str) -> str:
 
 
 def _number(text: str) -> frozenset[Fraction] | None:
-    """The values of a number, with or without a unit: two of a percentage, otherwise one; None: it is not a number."""
+    """The values of a number, with or without a unit: two for a percentage, otherwise one; None if it is not a
+    number."""
     text = _plain(text)
     match = _VALUE.match(text)
     if match is None or len(text) > _LONGEST or (match["sign"] and match["sign2"]):
@@ -446,7 +448,7 @@ def _value_of(match: re.Match[str]) -> Fraction | None:
 
 
 def _items(text: str) -> list[str]:
-    """Items of a list, cut at commas and semicolons outside of brackets; a number's own separators cut nothing."""
+    """Items of a list, split at commas and semicolons outside of brackets, but not at a number's own separators."""
     text = _plain(text)
     if _number(text) is not None:
         return [text]

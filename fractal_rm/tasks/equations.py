@@ -1,11 +1,11 @@
 """Check the lines of a solution in words: do their equations hold, and do their results belong to a reference?
 
-For evaluation, and for a reward model that is trained on step labels as a ceiling. Nothing else may read it.
+Only for evaluation, and for a reward model trained on step labels as a ceiling.
 
 A line is right if each equation in it holds, and the last number of each of its equations is one of the reference
 solution. A line without an equation is right if its numbers are known: from the question or from the reference. The
 line with the final answer (`#### 7`) is right if its number is the reference's. From the first wrong line on, no line
-counts as right, because what follows builds on a mistake.
+counts as right, because later lines build on a mistake.
 """
 
 import ast

@@ -138,9 +138,11 @@ def rollout_in_groups(prompts: Sequence[str], trainer: Any) -> dict[str, Any]:
     """
     args = trainer.args
     if not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("`rollout_in_groups` samples from prompts that are texts. Leave it out for chats.")
+        raise ValueError("`rollout_in_groups` needs text prompts. Leave it out for chats.")
     if args.top_p != 1 or args.top_k or args.min_p or args.repetition_penalty != 1 or args.generation_kwargs:
-        raise ValueError("`rollout_in_groups` knows a temperature only. Leave it out, or other sampling options.")
+        raise ValueError(
+            "`rollout_in_groups` supports only a temperature. Leave it out, or leave out other sampling options."
+        )
     samples = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
     tokenizer = trainer.processing_class
     prompt_ids = tokenizer(list(prompts))["input_ids"]
@@ -163,7 +165,7 @@ def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     cumulative = logits.softmax(-1).cumsum(-1)
     total = cumulative[:, -1:]
     chance = torch.rand(total.shape, generator=generator, device=logits.device) * total
-    # `right`: a token of probability 0 is not drawn, not even by a chance of exactly 0.
+    # `right`: a token of probability 0 is never drawn, even if the random number is exactly 0.
     return torch.searchsorted(cumulative, chance, right=True)[:, 0].clamp(max=logits.size(-1) - 1)
 
 

@@ -38,7 +38,7 @@ def read_gsm8k(rows: Iterable[Mapping[str, Any]], *, source: str, chat: bool = T
         One dictionary a row: `prompt`, and `answer`, the number only.
 
     Raises:
-        TypeError: If a question or answer is no text.
+        TypeError: If a question or answer is not a text.
         ValueError: If one is missing or empty, or the answer states no number. Names the row, counted from 1.
 
     Example:
@@ -88,7 +88,7 @@ def gsm8k_answer(prompts: list[Any], completions: list[Any], answer: list[str], 
 def last_number_answer(prompts: list[Any], completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
     """As [`gsm8k_answer`], but if a completion marks no answer, its last number counts.
 
-    It pays for solutions that were cut off at the right moment, too.
+    It also rewards solutions that were cut off at the right moment.
 
     Example:
         >>> last_number_answer(["", ""], ["3 + 4 = 7.\\n#### 7", "I think it is 7."], ["7", "7"])

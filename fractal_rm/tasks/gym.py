@@ -30,7 +30,7 @@ TEMPLATES: dict[int, tuple[int, ...]] = {
 # Likewise with solutions of up to 160 tokens and at least four calculations: only in `gsm_symbolic_hard`.
 LONG_TEMPLATES = (0, 2, 7, 15, 22, 42, 46, 60, 64, 96, 19)
 _USABLE = tuple(number for numbers in TEMPLATES.values() for number in numbers)
-# Every fifth template, over all lengths, is in no split of `gsm_symbolic`: they are the problems of a kind never seen.
+# Every fifth template, over all lengths, is in no split of `gsm_symbolic`: they are the unseen kind of problem.
 UNSEEN_TEMPLATES = _USABLE[2::5]
 KNOWN_TEMPLATES = tuple(number for number in _USABLE if number not in UNSEEN_TEMPLATES)
 GSM_SYMBOLIC: dict[str, tuple[int, ...]] = {
@@ -47,7 +47,7 @@ _SHARES: dict[Split, range] = {
     "reward_model": range(3, 6),
     "train": range(6, 10),
 }
-# Draws for each problem that is asked for, until the data set counts as exhausted.
+# Draws per requested problem before the data set counts as exhausted.
 _DRAWS = 100
 _BLOCK = 500
 _SEEDS_APART = 10_000_000
@@ -81,7 +81,7 @@ class GymProblem:
     def is_sound(self) -> bool:
         """Whether the record passes the checks of its own library, and its solution those of its lines.
 
-        Up to 2 in a hundred records of gsm_symbolic do not: negative answers, results that were cut to whole numbers.
+        Up to 2 in a hundred records of gsm_symbolic do not: negative answers, results truncated to whole numbers.
         """
         if self.solution is None:
             return self.check_answer(f"{MARK} {self.answer}")
@@ -155,7 +155,7 @@ class GymTask(Task):
             ) from error
 
     def _check(self) -> None:
-        """Raise unless the reference answer of a first problem passes the verifier, so that nothing trains in vain."""
+        """Raise unless the reference answer of a first problem passes the verifier, before any training."""
         entry = self._dataset(0, 1)[0]
         answer = entry.get("answer")
         if not isinstance(answer, str) or not answer.strip():
@@ -203,7 +203,7 @@ class GymTask(Task):
         """The problem of a prompt that this task has made.
 
         Raises:
-            KeyError: If it has not; a prompt of this task does not say its answer.
+            KeyError: If this task did not make it; a prompt does not reveal its answer.
         """
         return self._made[prompt]
 

@@ -61,7 +61,7 @@ class WordProblem:
     def check_steps(self, response: str) -> list[bool]:
         """Whether each line that is not blank is right; from the first wrong line on, none is.
 
-        A calculation is right if it is one of the solution's that has not been made yet (in any order that its numbers
+        A calculation is right if it is an unused calculation of the solution (in any order that its numbers
         allow, terms and factors in either order); the answer is right after all of them.
         """
         due = [_key(*calculation) for calculation in self.calculations]

@@ -1,4 +1,4 @@
-"""Dense step rewards in SkyRL: a generator around a generator, whose `rewards` are lists of numbers, one a token."""
+"""Dense step rewards in SkyRL: a wrapper of a generator, whose `rewards` are lists of numbers, one per token."""
 
 from typing import Any
 

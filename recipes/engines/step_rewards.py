@@ -1,4 +1,4 @@
-"""Step scores of a server on the tokens that another engine sampled: what the files of the engines share."""
+"""Places a server's step scores on the tokens that another engine sampled; shared by the engines' files."""
 
 import functools
 import math

@@ -4,7 +4,7 @@ VERL_USE_EXTERNAL_MODULES=verl_steps FRACTAL_RM_URL=http://reward-machine:8000 P
     python -m verl.trainer.main_ppo reward_model.reward_manager=fractal_steps \
     algorithm.adv_estimator=fractal_step_group data.return_raw_chat=True ...
 
-verl's own group estimator adds the rewards of a completion up and compares the sums, so that many steps earn much.
+verl's own group estimator compares the sums of the rewards of completions, so more steps earn more.
 """
 
 from typing import Any

@@ -1,11 +1,11 @@
-"""A small language model of worked solutions: what the likelihood scorer of this recipe starts from.
+"""Trains a small language model on worked solutions, from which this recipe's likelihood scorer starts.
 
-It learns from `<data_dir>/math_text.jsonl.gz`, with a byte-level tokenizer that cuts numbers into single digits. Texts
+It learns from `<data_dir>/math_text.jsonl.gz`, with a byte-level tokenizer that splits numbers into digits. Texts
 are written and tokenized the way the scorer will see responses: "Question: ...\\nAnswer: " and then one step a line.
 
     python recipes/gsm8k_solutions/train_lm.py --data_dir DATA --output_dir runs/gsm8k_solutions/lm
 
-A run that was interrupted goes on from its last checkpoint when it is started again.
+An interrupted run continues from its last checkpoint when it is started again.
 """
 
 import argparse

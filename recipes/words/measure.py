@@ -1,4 +1,4 @@
-"""How good a policy is: accuracy, pass@n and majority votes of responses that `fractal-rm sample` wrote.
+"""Evaluates a policy: accuracy, pass@n and majority votes of responses from `fractal-rm sample`.
 
     python recipes/words/measure.py runs/words/held_out.jsonl --arm sft --results benchmarks/results/words.jsonl
 

@@ -3,7 +3,7 @@
     python recipes/words/policy.py --model runs/words/smollm2-135m --output_dir runs/words/policy
 
 Writes `adapter/` (a few MB) and, with the adapter merged, an ordinary model folder `model/`. One thread in bfloat16 is
-the fastest on a busy CPU. A run that was stopped goes on from its last checkpoint when it is started again.
+the fastest on a busy CPU. A stopped run continues from its last checkpoint when it is started again.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python recipes/words/run.py                                   # the small budget, on a CPU (`make words`)
     python recipes/words/run.py --budget full --device cuda       # all arms and seeds, on one large GPU
 
-Every command is shown before it runs. A run that was stopped goes on where it was: what is finished is not made again.
+Every command is printed before it runs. A stopped run continues where it was; finished parts are not repeated.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How far the checker of steps can be trusted: right lines that it calls right, planted errors that it finds.
+"""Evaluates the step checker: the share of right lines that it accepts, and of planted errors that it finds.
 
     python recipes/words/step_checker.py --results benchmarks/results/words.jsonl
 

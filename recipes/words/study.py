@@ -3,7 +3,7 @@
     python recipes/words/study.py --tune --jobs 2    # two learning rates an arm, on a seed that is never reported
     python recipes/words/study.py --jobs 2           # the study; goes on where it was stopped
 
-It takes what the steps before it in README.md left in the work folder: the fine-tuned policy (`policy/model`) and the
+It uses the results of the earlier steps of README.md in the work folder: the fine-tuned policy (`policy/model`) and the
 reward model (`reward_model`). All arms start from the same policy and see the same prompts for a seed; a policy trains
 low-rank adapters, which are kept in the work folder. Rows go to the file of `--results` at each evaluation.
 """

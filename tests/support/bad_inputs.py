@@ -119,7 +119,7 @@ def blocks() -> Iterator[Case]:
         yield case("block", {"format_version": version}, f"has format version {version!r}")
     for more in ({"segmentation": {"cut": 1}}, {"segmentation": {"version": 7}}, {"segmentation": {"language": "?"}}):
         yield case("block", more, "the `fractal` block cannot be used (")
-    yield case("block", {"ordinal": 4}, "holds unknown keys ['ordinal']")
+    yield case("block", {"ordinal": 4}, "has unknown keys ['ordinal']")
 
 
 def files() -> Iterator[Case]:
@@ -229,24 +229,24 @@ def folders() -> Iterator[Case]:
     }.items():
         yield case("folder", {"config": config, "weights": weights}, f"config.json|{says}")
     for content, says in {
-        "": "is cut or not a safetensors file (0 bytes)",
-        "abc": "is cut or not a safetensors file",
-        "PK\x03\x04" + "x" * 60: "is cut or not a safetensors file",
-        "\xff" * 16: "is cut or not a safetensors file",
+        "": "is truncated or not a safetensors file (0 bytes)",
+        "abc": "is truncated or not a safetensors file",
+        "PK\x03\x04" + "x" * 60: "is truncated or not a safetensors file",
+        "\xff" * 16: "is truncated or not a safetensors file",
         "\x02" + "\x00" * 7 + "[]": "its header is not an object",
-        "\x02" + "\x00" * 7 + "{}": "holds no weights",
+        "\x02" + "\x00" * 7 + "{}": "has no weights",
         "\x02" + "\x00" * 7 + "{x": "the header is invalid JSON",
-        "\x09" + "\x00" * 7 + '{"a": {}}': "does not say where tensors are",
-        "\x08" + "\x00" * 7 + '{"a": 1}': "does not say where tensors are",
-        "\x1d" + "\x00" * 7 + '{"a": {"data_offsets":[0,4]}}': "it is cut or damaged",
-        "\x1d" + "\x00" * 7 + '{"a": {"data_offsets":[0,4]}}' + "\x00" * 9: "it is cut or damaged",
-        "\x1f" + "\x00" * 7 + '{"a": {"data_offsets":["x",4]}}'[:31]: "it is cut or damaged",
+        "\x09" + "\x00" * 7 + '{"a": {}}': "has no tensor offsets",
+        "\x08" + "\x00" * 7 + '{"a": 1}': "has no tensor offsets",
+        "\x1d" + "\x00" * 7 + '{"a": {"data_offsets":[0,4]}}': "it is truncated or damaged",
+        "\x1d" + "\x00" * 7 + '{"a": {"data_offsets":[0,4]}}' + "\x00" * 9: "it is truncated or damaged",
+        "\x1f" + "\x00" * 7 + '{"a": {"data_offsets":["x",4]}}'[:31]: "it is truncated or damaged",
     }.items():
         yield case("safetensors", content, f"model.safetensors|{says}")
     for content, says in {
-        "[]": "holds no `weight_map`",
-        "{}": "holds no `weight_map`",
-        '{"weight_map": {"a": 1}}': "holds no `weight_map`",
+        "[]": "has no `weight_map`",
+        "{}": "has no `weight_map`",
+        '{"weight_map": {"a": 1}}': "has no `weight_map`",
         '{"weight_map": {"a": "b.safetensors"}}': "names 'b.safetensors', which is not in the folder",
         '{"weight_map": {"a": "../other"}}': "names '../other', which is not in the folder",
         "{": "is invalid JSON",
@@ -255,9 +255,9 @@ def folders() -> Iterator[Case]:
     for content, says in {
         "{}": "is not a list of modules",
         "[3]": "is not a list of modules",
-        '[{"type": "evil.Module"}]': "'evil.Module', which is code of the folder",
-        '[{"type": "sentence_transformersX.evil"}]': "which is code of the folder",
-        "[{}]": "which is code of the folder",
+        '[{"type": "evil.Module"}]': "'evil.Module', which is code from the folder",
+        '[{"type": "sentence_transformersX.evil"}]': "which is code from the folder",
+        "[{}]": "which is code from the folder",
     }.items():
         yield case("modules", content, f"modules.json|{says}")
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from fractal_rm.errors import did_you_mean
 from fractal_rm.files import read_yaml
 
-# The options that people change, by group: what `fractal-rm <command> --help` shows. Other commands show all options.
+# The most used options, by group, which `fractal-rm <command> --help` shows. Other commands show all options.
 COMMON: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
         "model": ("model", "scorer", "aggregation", "segmentation", "max_length", "use_peft", "lora_r"),
@@ -64,7 +64,7 @@ COMMON: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
 }  # fmt: skip
-# Names of TRL's scripts for options that have another one here.
+# Names in TRL's scripts of options that have another name here.
 ALIASES = {
     "model_name_or_path": "model",
     "reward_model_name_or_path": "reward_model",
@@ -72,13 +72,13 @@ ALIASES = {
 }
 # Narrowest and widest page, the columns of flags, and the lines of a screen.
 _NARROW, _WIDE, _FLAGS, SCREEN = 80, 120, 34, 50
-# Room that choices need behind a sentence, for the first of them to be seen.
+# Room for choices after a sentence, so that the first ones are visible.
 _A_CHOICE = 20
 _OURS = "fractal_rm"
 
 
 class Option(NamedTuple):
-    """One option of a command, as the source of its dataclass has it."""
+    """One option of a command, read from the source of its dataclass."""
 
     name: str
     help: str
@@ -232,7 +232,7 @@ class _Module(NamedTuple):
 
 
 class _Unreadable(Exception):
-    """A value that only running the code would tell."""
+    """A value that only running the code would give."""
 
 
 @functools.cache

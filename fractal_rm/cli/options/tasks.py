@@ -8,7 +8,7 @@ from fractal_rm.ranges import check_ranges
 from fractal_rm.tasks.task import Task
 
 TaskName = Literal["arithmetic", "gsm8k", "reasoning_gym", "word_problems"]
-# `gsm8k` says how rows are read; the others make their own prompts.
+# `gsm8k` defines how rows are read; the others make their own prompts.
 MAKE_PROMPTS = ("arithmetic", "reasoning_gym", "word_problems")
 
 

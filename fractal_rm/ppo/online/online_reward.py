@@ -1,8 +1,8 @@
-"""A reward model that keeps learning: its bag-loss training goes on with the policy's own responses and their outcomes.
+"""A reward model that keeps learning: its bag-loss training continues on the policy's own responses and their outcomes.
 
-A frozen reward model knows the responses of the policy that it was trained on. While the policy moves, its scores and
-the outcomes drift apart. Where outcomes can be checked, every rollout is a labelled bag: this module keeps the recent
-ones, trains on them every few rollout batches, and takes an update back that worsens what the model tells apart.
+A frozen reward model was trained on the responses of an earlier policy. As the policy changes, scores and outcomes
+drift apart. If outcomes can be checked, every rollout is a labelled bag: this module keeps the recent ones, trains on
+them every few rollout batches, and rolls back an update that lowers held-out AUC.
 """
 
 import math
@@ -30,17 +30,17 @@ from fractal_rm.scorers.checkpoint import load_scorer
 _MODEL_FOLDER = "reward_model"
 _STATE_FOLDER = "online_reward"
 _OPTIMIZER_FILE, _REPLAY_FILE = "optimizer.safetensors", "replay.jsonl"
-# Held-out responses of either kind below which an AUC says nothing about an update.
+# Minimum number of good and of bad held-out responses for an AUC that can judge an update.
 FEWEST_OF_A_KIND = 8
 
 
 @dataclass
 class Report:
-    """What an update did, the same on every process.
+    """The result of an update, the same on every process.
 
     Attributes:
-        judged: Whether held-out responses could judge it; without that nothing is learned.
-        kept: Whether what it learned stays.
+        judged: Whether held-out responses could evaluate it; if not, nothing is learned.
+        kept: Whether the update was kept.
         metrics: Numbers to log.
     """
 
@@ -51,7 +51,7 @@ class Report:
 
 @dataclass
 class Counters:
-    """How often things happened since the start of the run."""
+    """Counts of events since the start of the run."""
 
     batches: int = 0
     kept: int = 0
@@ -60,24 +60,24 @@ class Counters:
 
 
 class OnlineReward:
-    """Keeps labelled rollouts and updates a reward model with them, every `rm_update_every` rollout batches.
+    """Keeps labelled rollouts and updates a reward model on them every `rm_update_every` rollout batches.
 
-    An update is judged by the AUC of held-out responses before and after it: recent rollouts and, where there is such
-    data, the original training responses, weighted as the two are mixed in training. If that mean falls, weights and
-    optimizer go back to what they were, to the last bit. Random numbers come from seeds of its own.
+    An update is evaluated by the AUC of held-out responses before and after it: recent rollouts and, if given, original
+    training responses, weighted as the two are mixed in training. If that mean falls, weights and optimizer state are
+    restored bit for bit. Its random seeds are separate from training.
 
-    With several processes the first one learns from the rollouts of all, and sends the weights to the others.
+    With several processes, the main process learns from all rollouts and broadcasts the weights.
 
     Args:
         reward_model: The model; it learns in place.
         args: The configuration.
         original: Labelled responses that the model was trained on, to mix in; None: rollouts only.
-        weights: Of the reward functions; that of the step reward model itself is 0.
+        weights: Weights of the reward functions; the weight of the step reward model itself is 0.
         accelerator: The trainer's.
 
     Raises:
-        ValueError: If there are no outcomes to learn from, the original data has no single labelled responses, the
-            reward model would be overwritten, or for a reason of [`RewardModelUpdater`].
+        ValueError: If there are no outcomes to learn from, the original data has rows other than single labelled
+            responses, the reward model would be overwritten, or [`RewardModelUpdater`] refuses it.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class OnlineReward:
         self.counters = Counters()
 
     def _split(self, records: Records) -> tuple[BagDataset, BagDataset]:
-        """Original responses to learn from and to judge by, apart by their prompts as rollouts are."""
+        """Original responses for training and for evaluation, split by prompt as rollouts are."""
         source = "reward_model_dataset"
         bags = [replace(bag, step_labels=None) for bag in to_bags(records, self.reward_model.settings, source=source)]
         pair = next((number for number, bag in enumerate(bags, 1) if bag.pair_id is not None), None)
@@ -118,8 +118,8 @@ class OnlineReward:
             sides[is_held_out(bag.prompt, self.args.rm_holdout_share)].append(bag)
         if not all(sides.values()):
             raise ValueError(
-                f"{source}: of {len(bags)} responses {len(sides[True])} are held out, and neither all nor none may be. "
-                "Give more prompts, or another `rm_holdout_share`."
+                f"{source}: of {len(bags)} responses {len(sides[True])} are held out; some must be held out, but not "
+                "all. Give more prompts, or another `rm_holdout_share`."
             )
         learned, held_out = (self.learner.encode(sides[side], source) for side in (False, True))
         return learned, held_out
@@ -127,10 +127,10 @@ class OnlineReward:
     # Rollouts -----------------------------------------------------------------------------------------------------
 
     def take(self, batch: RolloutBatch, scored: Sequence[StepScores]) -> dict[str, float]:
-        """Keep a rollout batch, and update the reward model if it is time to: numbers to log, if it was updated.
+        """Keep a rollout batch, and update the reward model if an update is due; returns metrics of the update.
 
-        Scores of this batch, by the model that learns, stay what they are: an update changes those of later ones. What
-        the model could not score as a whole is left out.
+        The scores of this batch do not change: an update affects later batches only. Completions that the model could
+        not score completely are left out.
 
         Raises:
             ValueError: If an outcome is outside [0, 1].
@@ -148,7 +148,7 @@ class OnlineReward:
         return self._count(self._everywhere())
 
     def _everywhere(self) -> Report:
-        """Update on the first process, and bring the others to the same weights."""
+        """Update on the main process, and broadcast the weights."""
         report = self.update() if self.accelerator.is_main_process else None
         if self.accelerator.num_processes > 1:
             (report,) = broadcast_object_list([report])
@@ -160,7 +160,7 @@ class OnlineReward:
         return report
 
     def _count(self, report: Report) -> dict[str, float]:
-        """Count an update, and name what there is to log of it."""
+        """Count an update, and return its metrics to log."""
         if not report.judged:
             self.counters.skipped += 1
         elif report.kept:
@@ -173,7 +173,7 @@ class OnlineReward:
     # Updates ------------------------------------------------------------------------------------------------------
 
     def judges(self) -> dict[str, tuple[BagDataset, float]]:
-        """Held-out responses that can judge an update, each with its weight: those with enough of either kind."""
+        """Held-out sets that can evaluate an update, each with its weight: sets with enough good and bad responses."""
         share = self.args.rm_original_share if self.original_held_out else 0.0
         found: dict[str, tuple[BagDataset, float]] = {}
         if _tells(self.replay.held_out):
@@ -183,9 +183,9 @@ class OnlineReward:
         return found
 
     def update(self) -> Report:
-        """Learn from the kept rollouts, and take it back if held-out AUC falls. Global generators stay as they were.
+        """Train on the kept rollouts, and roll back if held-out AUC falls. Global random generators do not advance.
 
-        Without held-out responses of both kinds nothing is learned: nobody could tell whether it was for the better.
+        Without good and bad held-out responses nothing is learned, because the update could not be evaluated.
         """
         judges = self.judges()
         weight = sum(share for _, share in judges.values())
@@ -200,7 +200,7 @@ class OnlineReward:
             loss = self.learner.learn(self._batches(torch.Generator().manual_seed(seed)))
             after = {name: self.learner.bag_auc(data) for name, (data, _) in judges.items()}
         gain = sum(share * (after[name] - before[name]) for name, (_, share) in judges.items()) / weight
-        kept = math.isfinite(loss) and gain >= 0  # NaN is no gain
+        kept = math.isfinite(loss) and gain >= 0  # NaN does not count as a gain
         if not kept:
             self.learner.restore(snapshot)
         metrics = {"loss": loss, "kept": float(kept), "replay_size": float(len(self.replay.learned))}
@@ -227,7 +227,7 @@ class OnlineReward:
         return asdict(self.counters)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from saved counters."""
+        """Restore saved counters."""
         self.counters = Counters(**state)
 
     def save(self, folder: Path, *, resumable: bool) -> None:
@@ -239,18 +239,18 @@ class OnlineReward:
             write_atomic(folder / _STATE_FOLDER / _REPLAY_FILE, self.replay.to_jsonl())
 
     def load(self, folder: Path) -> None:
-        """Go on from what [`save`] wrote.
+        """Restore what [`save`] wrote.
 
         Raises:
-            ValueError: If a part of it is missing.
+            ValueError: If a file is missing.
         """
         state = folder / _STATE_FOLDER
         needed = (folder / _MODEL_FOLDER / "config.json", state / _OPTIMIZER_FILE, state / _REPLAY_FILE)
         missing = [file for file in needed if not file.is_file()]
         if missing:
             raise ValueError(
-                f"{missing[0]} is missing, so the reward model cannot go on learning. Resume from a checkpoint of a "
-                "run with `rm_update_every`, or start again without `resume_from_checkpoint`."
+                f"{missing[0]} is missing, so the reward model cannot continue learning. Resume from a checkpoint of "
+                "a run with `rm_update_every`, or start again without `resume_from_checkpoint`."
             )
         saved, _, _ = load_scorer(folder / _MODEL_FOLDER)
         self.learner.scorer.load_state_dict(saved.state_dict())
@@ -267,9 +267,9 @@ def _tells(bags: Sequence[Bag] | Any) -> bool:
 def _check_outcomes(weights: Tensor) -> None:
     if (weights < 0).any() or not (weights > 0).any():
         raise ValueError(
-            "`rm_update_every` learns from outcomes, and there are no `reward_funcs` with a weight above 0 (none may "
-            "be below). Give a function that checks outcomes (`outcome_weight=0` keeps it out of the policy's reward), "
-            "or set `rm_update_every=0`."
+            "`rm_update_every` learns from outcomes, and there are no `reward_funcs` with a weight above 0 (weights "
+            "must not be negative). Give a function that checks outcomes (`outcome_weight=0` keeps it out of the "
+            "policy's reward), or set `rm_update_every=0`."
         )
 
 

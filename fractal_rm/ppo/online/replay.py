@@ -1,4 +1,4 @@
-"""Recent rollouts with their outcomes: what a reward model that keeps learning learns from, and is judged by."""
+"""Recent rollouts with their outcomes: the training and held-out data of a reward model that keeps learning."""
 
 import hashlib
 import json
@@ -15,25 +15,26 @@ from fractal_rm.ppo.rollout import mean_outcomes
 
 
 def outcome_labels(rewards: Tensor, weights: Tensor) -> Tensor:
-    """Response labels (B,) in [0, 1] from outcome rewards: [`mean_outcomes`], whose arguments these are.
+    """Response labels (B,) in [0, 1] from outcome rewards: [`mean_outcomes`] with a check; same arguments.
 
     Raises:
-        ValueError: If a function with a say gave a number outside [0, 1].
+        ValueError: If a function with a weight gave a number outside [0, 1].
     """
     outside = ((rewards < 0) | (rewards > 1)) & (weights.to(rewards.device) > 0)
     if outside.any():
         row, function = outside.nonzero()[0].tolist()
         raise ValueError(
-            f"`reward_funcs[{function}]` gave completion {row} {rewards[row, function].item():g}, outside [0, 1]: "
-            "no response label for `rm_update_every`. Scale it, give it weight 0, or set `rm_update_every=0`."
+            f"`reward_funcs[{function}]` gave completion {row} {rewards[row, function].item():g}, outside [0, 1], so "
+            "it cannot be a response label for `rm_update_every`. Scale it, give it weight 0, or set "
+            "`rm_update_every=0`."
         )
     return mean_outcomes(rewards, weights)
 
 
 def is_held_out(prompt: Prompt, share: float) -> bool:
-    """Whether responses to a prompt are never learned from, as a share of the prompts is.
+    """Whether a prompt belongs to the share of held-out prompts, whose responses are never trained on.
 
-    The prompt's hash decides, so all responses to it are on one side, in every run and on every machine.
+    The prompt's hash decides, so all responses to it are on the same side in every run and on every machine.
 
     Example:
         >>> [is_held_out("2+3*4?", share) for share in (0.0, 1.0)]
@@ -44,15 +45,15 @@ def is_held_out(prompt: Prompt, share: float) -> bool:
 
 
 class ReplayBuffer:
-    """The last responses of the policy, with their labels; the oldest make room for new ones.
+    """The policy's latest responses with their labels; new ones replace the oldest.
 
     Args:
-        size: Most responses, both sides together.
-        holdout_share: Share of the prompts whose responses are held out, and of the room.
+        size: Maximum number of responses, both sides together.
+        holdout_share: Share of the prompts whose responses are held out, and their share of `size`.
 
     Attributes:
-        learned: Responses to learn from, oldest first.
-        held_out: Responses to judge by, oldest first. No prompt is on both sides.
+        learned: Responses to train on, oldest first.
+        held_out: Responses to evaluate with, oldest first. No prompt is on both sides.
     """
 
     def __init__(self, size: int, holdout_share: float) -> None:
@@ -62,12 +63,13 @@ class ReplayBuffer:
         self.held_out: deque[Bag] = deque(maxlen=room)
 
     def add(self, bags: Iterable[Bag]) -> None:
-        """Put labelled responses in, each on its prompt's side."""
+        """Add labelled responses, each on its prompt's side."""
         for bag in bags:
             (self.held_out if is_held_out(bag.prompt, self.holdout_share) else self.learned).append(bag)
 
     def to_jsonl(self) -> str:
-        """One line a response: prompt, response, step spans, label; of a conversation its turns and their context."""
+        """One line per response: prompt, response, step spans, label; for a conversation its turns and their
+        context."""
         fields = ("prompt", "response", "step_spans", "label")
         rows = [
             {name: getattr(bag, name) for name in fields}
@@ -77,10 +79,10 @@ class ReplayBuffer:
         return "".join(json.dumps(row) + "\n" for row in rows)
 
     def load_jsonl(self, text: str) -> None:
-        """Take what [`to_jsonl`] wrote in place of what is there; the sides are decided anew by the prompts."""
+        """Replace the contents by what [`to_jsonl`] wrote; the prompts' hashes decide the sides again."""
         self.learned.clear()
         self.held_out.clear()
-        # Not `splitlines`, which would also cut at line separators that JSON leaves in a text.
+        # Not `splitlines`, which also splits at Unicode line separators that JSON does not escape.
         self.add(_bag(**json.loads(line)) for line in text.split("\n") if line)
 
 
@@ -89,6 +91,6 @@ def _bag(response: str, *, turns: Any = None, context: Any = None, **fields: Any
 
 
 def draw(count: int, wanted: int, generator: torch.Generator) -> list[int]:
-    """Rows of `count` to learn from, in random order: none comes again before all the others have come."""
+    """Indices below `count` in random order: none repeats before all others were drawn."""
     rounds = [torch.randperm(count, generator=generator) for _ in range(-(-wanted // count))]
     return torch.cat(rounds)[:wanted].tolist()

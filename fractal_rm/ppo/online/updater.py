@@ -1,4 +1,4 @@
-"""The bag-loss training of a finished step reward model, continued: a few steps at a time, which can be taken back."""
+"""Continued bag-loss training of a finished step reward model: a few steps at a time, which can be rolled back."""
 
 import copy
 from collections import defaultdict
@@ -19,23 +19,24 @@ from fractal_rm.reward_training.model_setup import move_to_group
 from fractal_rm.scorers.checkpoint import head_parameters, make_inputs
 from fractal_rm.scorers.published import PublishedSettings
 
-# As FractalTrainer has it where `head_learning_rate` is left out.
+# FractalTrainer's default for `head_learning_rate`.
 _HEAD_FACTOR = 10.0
 
 
 class RewardModelUpdater:
-    """Trains a step reward model in place, in float32, with the bag loss that it was trained with.
+    """Trains a step reward model in place, in float32, with the bag loss of its original training.
 
-    Aggregation and shares of wrong labels are those of its settings; priors and other terms are left out.
+    Aggregation and shares of wrong labels come from its settings; priors and other loss terms are left out.
 
     Args:
         reward_model: The model, without PEFT adapters.
-        learning_rate: Of AdamW; the scorer's own parameters (weight and bias, or the head) get ten times that.
-        batch_size: Responses in a forward of the evaluation.
+        learning_rate: Learning rate of AdamW; the scorer's own parameters (weight and bias, or the head) get ten times
+        that.
+        batch_size: Responses per forward pass in evaluation.
         max_grad_norm: Largest norm of the gradient; 0: no limit.
 
     Raises:
-        ValueError: If the model scores grades, is somebody else's, has adapters, or all its weights are frozen.
+        ValueError: If the model scores grades, is a published model, has adapters, or all its weights are frozen.
     """
 
     def __init__(
@@ -49,18 +50,18 @@ class RewardModelUpdater:
             )
         if isinstance(self.settings, PublishedSettings):
             raise ValueError(
-                f"`rm_update_every` trains the reward model, and this is the published model "
-                f"{self.settings.published.name}. Set `rm_update_every=0`, or train a model of your own."
+                "`rm_update_every` trains the reward model, but this is the published model "
+                f"{self.settings.published.name}. Set `rm_update_every=0`, or train your own model."
             )
         if self.scorer.is_adapted:
             raise ValueError(
                 "`rm_update_every` trains all weights of the reward model, which has PEFT adapters. Merge them: "
                 "`reward_model.save_pretrained(folder)`, and give the folder."
             )
-        self.scorer.float()  # in half precision small updates are rounded away
+        self.scorer.float()  # in half precision, rounding would lose small updates
         self.parameters = [parameter for parameter in self.scorer.parameters() if parameter.requires_grad]
         if not self.parameters:
-            raise ValueError("All weights of the reward model are frozen, and `rm_update_every` is to train them.")
+            raise ValueError("All weights of the reward model are frozen, but `rm_update_every` trains them.")
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
         move_to_group(self.optimizer, head_parameters(self.scorer, self.settings), _HEAD_FACTOR * learning_rate)
         self.inputs = make_inputs(reward_model.processor, self.settings)
@@ -68,7 +69,7 @@ class RewardModelUpdater:
         self.batch_size, self.max_grad_norm = batch_size, max_grad_norm
 
     def encode(self, bags: Sequence[Any], source: str) -> BagDataset:
-        """Labelled bags as this model's input; gold step labels are not read."""
+        """Encode labelled bags as this model's input; gold step labels are not read."""
         return BagDataset(bags, self.inputs, self.settings, source=source, reads_gold=False)
 
     def _logits(self, items: Sequence[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -78,7 +79,7 @@ class RewardModelUpdater:
         return self.scorer(**{name: batch[name] for name in self.scorer.inputs}), batch
 
     def learn(self, batches: Sequence[Sequence[dict[str, Any]]]) -> float:
-        """One optimizer step for each batch of items; the mean loss, in nats per response.
+        """Take one optimizer step per batch of items; returns the mean loss, in nats per response.
 
         Dropout draws from torch's global generators.
         """
@@ -106,7 +107,7 @@ class RewardModelUpdater:
 
     @torch.no_grad()
     def bag_auc(self, data: BagDataset) -> float:
-        """Probability that a good response scores above a bad one; NaN without both, or with a score that is NaN."""
+        """Probability that a good response scores above a bad one; NaN without both kinds, or if a score is NaN."""
         self.scorer.eval()
         scores: list[Tensor] = []
         for start in range(0, len(data), self.batch_size):
@@ -119,11 +120,11 @@ class RewardModelUpdater:
         return bag_metrics(found.double().numpy(), labels)["bag_auc"]
 
     def snapshot(self) -> Any:
-        """Weights and optimizer as they are, for [`restore`]."""
+        """Copy of the weights and optimizer state, for [`restore`]."""
         return copy.deepcopy((self.scorer.state_dict(), self.optimizer.state_dict()))
 
     def restore(self, snapshot: Any) -> None:
-        """Take back all that was learned since the snapshot."""
+        """Undo everything learned since the snapshot."""
         weights, optimizer = snapshot
         self.scorer.load_state_dict(weights)
         self.optimizer.load_state_dict(optimizer)

@@ -37,9 +37,9 @@ def make_tokenizer(
     """A byte-level BPE tokenizer trained on the task's own text; digits stay single tokens.
 
     Args:
-        vocab_size: Most tokens.
+        vocab_size: Maximum number of tokens.
         texts: What it is trained on; None: responses to chains of changes.
-        pieces: Regular expression of what no token crosses.
+        pieces: Regular expression of pieces that no token crosses.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -112,7 +112,7 @@ def train_base_policy(
 
     Args:
         output_dir: Where the ordinary Hugging Face folder goes.
-        beliefs: What the policy will hold true.
+        beliefs: The policy's beliefs.
         seed: Seed of the weights and the training text.
         min_steps: Fewest changes in a problem.
         max_steps: Most changes in a problem.
@@ -147,7 +147,7 @@ def train_on_texts(
         seed: Seed of the weights and the order.
         hidden_size: Width of the model.
         num_layers: Depth of the model.
-        in_order: Take the texts as they come, 32 a batch, and not shuffled.
+        in_order: Take the texts in order, 32 per batch, without shuffling.
         start: Folder of the model to start from; None: random weights.
         learning_rate: The highest one.
     """
@@ -160,7 +160,7 @@ def train_on_texts(
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         max_position_embeddings=512,
-        initializer_range=0.08,  # the usual 0.02 is for wide models; at width 64 it delays learning to copy
+        initializer_range=0.08,  # the usual 0.02 suits wide models; at width 64 it delays learning to copy
         tie_word_embeddings=True,
         pad_token_id=_id(tokenizer, "pad"),
         eos_token_id=_id(tokenizer, "eos"),

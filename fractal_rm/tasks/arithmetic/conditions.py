@@ -26,7 +26,7 @@ Kind = Literal["chain", "distracted", "branching"]
 MAKERS = {"chain": make_problems, "distracted": make_distracted_problems, "branching": make_branching_problems}
 # " ->" is one token too: a fifth fewer tokens to sample.
 PIECES = "[0-9]+:| ?[0-9]| ?->| ?[A-Za-z']+|[^A-Za-z0-9]"
-# Seeds of problems: of the policy's texts, then of each seed's own splits, far from one another.
+# Seeds of problems: for the policy's texts, then for each seed's splits, far apart.
 _TEXTS = 1_000_000
 _SPLITS: dict[Split, int] = {"held_out": 0, "train": 1, "reward_model": 2, "validation": 3}
 _SHIPPED_SPLITS: dict[Split, int] = {"held_out": 0, "reward_model": 1, "validation": 2, "train": 3}
@@ -58,7 +58,7 @@ class ShippedArithmetic(Task):
 
 @dataclass(frozen=True)
 class Condition(Task):
-    """The arithmetic task with problems of a kind and length, and base policies of its own.
+    """The arithmetic task with problems of a kind and length, and its own base policies.
 
     Args:
         name: Its name in the rows.
@@ -69,7 +69,7 @@ class Condition(Task):
         updates: Policy updates of a run.
         responses: Labelled responses that a reward model learns from.
         reward_model_steps: Fewest and most changes in the problems of these responses; None: as the policy's.
-        flipped: Share of outcome labels that are wrong, wherever somebody learns from one.
+        flipped: Share of wrong outcome labels, wherever they are used for learning.
         strength: How often the base policy acts on a wrong belief. Less where problems are longer: a wrong result is
             right by luck once in ten times, and honest right answers must not be rarer than that.
         policy_texts: Responses with wrong beliefs that a base policy is fine-tuned on, enough for it to settle.
@@ -104,7 +104,7 @@ class Condition(Task):
         return TOKENS_PER_STEP * (self.max_steps + (3 if self.kind == "branching" else 0)) + 8
 
     def small(self) -> "Condition":
-        """The same at a size at which nothing is learned: for a run that shows that everything runs."""
+        """The same at a tiny size where nothing is learned: for a smoke test."""
         return replace(self, form_texts=384, policy_texts=64, hidden_size=16, responses=48)
 
     def problems(self, split: Split, count: int, seed: int) -> list[AnyProblem]:
@@ -120,7 +120,7 @@ class Condition(Task):
         return read_problem(prompt)
 
     def beliefs(self, number: int) -> Beliefs:
-        """What the base policy of a number holds true."""
+        """The beliefs of the base policy with a number."""
         return Beliefs(self.wrong_share, self.strength, seed=number)
 
     def texts(self, number: int, count: int) -> list[tuple[str, str]]:

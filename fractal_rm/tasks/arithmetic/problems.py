@@ -91,7 +91,7 @@ class Problem:
 
     @property
     def answer(self) -> int:
-        """What the counter shows at the end."""
+        """The final value of the counter."""
         value = self.start
         for operator, operand in self.changes:
             value = apply(value, operator, operand)
@@ -102,7 +102,7 @@ class Problem:
         """Read a problem back from its prompt.
 
         Raises:
-            ValueError: If the text is no prompt of this task.
+            ValueError: If the text is not a prompt of this task.
         """
         head = re.match(r"(\w+)'s counter shows (\d) and", prompt)
         changes = _CHANGE.findall(prompt)
@@ -158,7 +158,7 @@ class DistractedProblem(Problem):
     """A chain of changes with sentences about other counters between them.
 
     Args:
-        distractors: Number of changes that stand before it in the prompt, name and change.
+        distractors: Number of changes before it in the prompt, name and change.
     """
 
     distractors: tuple[tuple[int, str, Change], ...] = ()
@@ -181,7 +181,7 @@ class DistractedProblem(Problem):
         """Read a problem back from its prompt.
 
         Raises:
-            ValueError: If the text is no prompt of this task.
+            ValueError: If the text is not a prompt of this task.
         """
         plain = Problem.from_prompt(_DISTRACTOR.sub("", prompt))
         found = [
@@ -214,7 +214,7 @@ class BranchingProblem:
 
     @property
     def answer(self) -> int:
-        """What both together show at the end."""
+        """The final combined value."""
         results = list(self.starts)
         for branch, chain in enumerate(self.chains):
             for operator, operand in chain:
@@ -226,7 +226,7 @@ class BranchingProblem:
         """Read a problem back from its prompt.
 
         Raises:
-            ValueError: If the text is no prompt of this task.
+            ValueError: If the text is not a prompt of this task.
         """
         found = _BRANCHES.fullmatch(prompt)
         if found is None:
@@ -298,7 +298,7 @@ AnyProblem = Problem | BranchingProblem
 
 @dataclass(frozen=True)
 class Beliefs:
-    """What a base policy holds true: some facts wrongly, most of the time.
+    """A base policy's beliefs: some facts are wrong, most of the time.
 
     Args:
         wrong_share: Share of the 240 facts that are believed wrongly.
@@ -322,11 +322,11 @@ class Beliefs:
         object.__setattr__(self, "wrong", wrong)
 
     def result(self, fact: Fact, rng: random.Random) -> int:
-        """What somebody with these beliefs writes as the result of a fact."""
+        """The result of a fact according to these beliefs."""
         return self.wrong[fact] if fact in self.wrong and rng.random() < self.strength else apply(*fact)
 
     def respond(self, problem: AnyProblem, rng: random.Random) -> str:
-        """A response as somebody with these beliefs writes it."""
+        """A response written according to these beliefs."""
         branching = isinstance(problem, BranchingProblem)
         starts, chains = (problem.starts, problem.chains) if branching else ((problem.start,), (problem.changes,))
         lines, results, number = [], [], 0
