@@ -49,7 +49,7 @@ from fractal_rm.serving.client import ScoringClient
 from fractal_rm.serving.protocol import ScoreRequest, read_request, score_responses, write_results
 from fractal_rm.tasks.answers import read_answer
 
-pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+pytestmark = pytest.mark.filterwarnings("ignore:You are using '(rollout_func|environment_factory)'")
 
 CONTROL = ["<|im_start|>", "<|im_end|>"]
 QUESTION = [{"role": "user", "content": "q"}]
@@ -443,6 +443,61 @@ def test_rewards_of_trls_loop_lie_where_steps_end(tool_loop):
     assert [texts_of(trainer.tokenizer, ids[at : at + 1]) for at in paid] == ["a", ">", "b", ">", "c"]
     assert batch.rewards.steps[0][paid].tolist() == pytest.approx(LETTERS, abs=1e-4)
     assert batch.mask[0][paid].all()
+
+
+class Shop:
+    """An environment that adds to the prompt, has the two tools, and knows what they were asked."""
+
+    def reset(self, **row: Any) -> str:
+        self.asked: list[Any] = []
+        return "!"
+
+    def add(self, x: int, y: int) -> int:
+        """Add two numbers.
+
+        Args:
+            x: The first.
+            y: The second.
+        """
+        self.asked.append((x, y))
+        return add(x, y)
+
+    def look_up(self, word: str) -> str:
+        """Look up a word.
+
+        Args:
+            word: The word.
+        """
+        self.asked.append(word)
+        return look_up(word)
+
+    def get_reward(self) -> float:
+        return float(self.asked == [(2, 3), "q"])
+
+
+def test_an_environments_turns_are_paid_and_its_prompt_and_tools_are_read(tmp_path):
+    trainer = agent(
+        tmp_path, method="turns", tools=None, environment_factory=Shop, advantage="gae", lam=0.0, gamma=0.0,
+        whiten_advantages=False,
+    )  # fmt: skip
+    scored: list[Any] = []
+    encode = trainer.sources[0].reward_model._inputs.encode
+    object.__setattr__(
+        trainer.sources[0].reward_model._inputs, "encode", lambda bags: scored.extend(bags) or encode(bags)
+    )
+    batch = first_rollout(trainer)
+    assert [[step.text for step in one.steps] for one in batch.watched[:2]] == [STEPS["turns"], ["b\nc"]]
+    asked = batch.tokens["prompt_ids"][0][batch.tokens["prompt_mask"][0].bool()].tolist()
+    assert str(scored[0].prompt) == texts_of(trainer.tokenizer, asked)
+    assert "q!" in scored[0].prompt
+    assert '"look_up"' in scored[0].prompt
+    paid = batch.rewards.steps[0].nonzero().flatten().tolist()
+    ids = batch.completion_ids[0]
+    assert [texts_of(trainer.tokenizer, ids[at : at + 1]) for at in paid] == [">", ">", "c"]
+    others = (batch.tokens["completion_mask"] == 1) & ~batch.mask
+    assert others[0].sum() > others[1].sum() == 0
+    assert (batch.advantages[others] == 0).all()
+    assert batch.function_rewards[:, trainer.reward_func_names.index("Shop")].tolist() == [1.0, 0.0] * 2
 
 
 class InProcess(ScoringClient):

@@ -105,6 +105,26 @@ def test_prompts_that_no_reward_model_reads_are_refused_before_training(tmp_path
         make(tmp_path, reward_model=[model], processing_class=policy_tokenizer(chat=True), train_dataset=data)
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+def test_a_message_that_the_chat_template_leaves_out_is_refused(role):
+    others = "{% for m in messages if m['role'] in ('user', 'assistant') %}{{ m['content'] }}\n{% endfor %}"
+    left, kept = turns_tokenizer(template=others), turns_tokenizer()
+    for chat in ([{"role": role, "content": "Be brief."}, *QUESTION], [*QUESTION, {"role": role, "content": "4"}]):
+        assert chat[0]["content"] in prompt_text(chat, kept, "{prompt}")
+        with pytest.raises(ValueError, match=f"does not write messages of '{role}'"):
+            prompt_text(chat, left, "{prompt}")
+
+
+def test_columns_that_reach_no_chat_template_are_refused_before_sampling(tmp_path):
+    asked = {"prompt": QUESTION, "tools": [{"type": "function"}]}
+    options = {"processing_class": policy_tokenizer(chat=True), "reward_model": letters_model(chat=True)}
+    with pytest.raises(ValueError, match="a column 'tools', which reaches neither the chat template of the policy"):
+        make(tmp_path, train_dataset=Dataset.from_list([asked] * 8), **options)
+    data, several = Dataset.from_list([{"prompt": QUESTION}] * 8), {"shop": object, "game": object}
+    with pytest.raises(ValueError, match="`environment_factory` names 2 environments"):
+        make(tmp_path, train_dataset=data, environment_factory=several, **options)
+
+
 def test_content_of_a_completion_is_read_where_it_is_null_or_in_parts():
     parts = [{"role": "assistant", "content": [{"type": "text", "text": "4"}, {"type": "text", "text": "."}]}]
     assert read_completion(parts) == "4."
@@ -331,6 +351,11 @@ def test_training_scoring_and_ppo_read_the_same_bytes(tmp_path, name, thinks):
         ("It is 5.\n<think>\nOr 6.\nNo.", ["It is 5."]),  # never closed
         ("<think>One.\nTwo.</think>It is 5.\n<think>Hm.</think>Yes, 5.", ["It is 5.", "Yes, 5."]),
         ("<think>One.", []),
+        (
+            "[THINK]\nOne.\n[/THINK]\nIt is 5.\n<|begin_of_thought|>Two.\n<|end_of_thought|>Yes, 5.",
+            ["It is 5.", "Yes, 5."],
+        ),
+        ("<|channel|>analysis<|message|>One.\nTwo.<|end|><|channel|>final<|message|>It is 5.", ["It is 5."]),
     ],
 )
 @pytest.mark.parametrize("method", ["lines", "sentences"])

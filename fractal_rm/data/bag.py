@@ -146,9 +146,9 @@ def _check_label(label: Any, what: str, num_grades: int | None) -> float | None:
     if label != label:
         raise ValueError(f"{what} is NaN; give a number, or drop the row.")
     if num_grades is None and not 0 <= label <= 1:
+        how = " (--label_scale 1 5 maps 1 to 0 and 5 to 1)" if what == "the label" else ""
         raise ValueError(
-            f"{what} is {reprlib.repr(label)}, outside [0, 1]; rescale it (--label_scale 1 5 maps 1 to 0 and 5 to 1), "
-            "or set num_grades for grades."
+            f"{what} is {reprlib.repr(label)}, outside [0, 1]; rescale it{how}, or set num_grades for grades."
         )
     if num_grades is not None and not (0 <= label < num_grades and label == int(label)):
         raise ValueError(

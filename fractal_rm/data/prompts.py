@@ -146,7 +146,7 @@ def read_prompt(prompt: Any) -> Prompt:
 
     Raises:
         TypeError: If the value, or a message of it, has the wrong type.
-        ValueError: If the chat has no messages, or a text cannot be expressed in UTF-8.
+        ValueError: If the chat has no messages, one has a `function_call`, or a text cannot be expressed in UTF-8.
 
     Example:
         >>> read_prompt([{"role": "user", "content": [{"type": "text", "text": "2+2?"}], "name": None}])
@@ -171,7 +171,8 @@ def read_prompt(prompt: Any) -> Prompt:
                 "'tool_calls' may have none)."
             )
         if not {"role", "content"} <= set(known):
-            raise TypeError(f"message {number} of the prompt is not a message; give it the keys 'role' and 'content'.")
+            raise TypeError(f"message {number} of the prompt is no message; give it the keys 'role' and 'content'.")
+        _check_calls(known, f"message {number} of the prompt")
         check_text(known["role"], f"the role of message {number} of the prompt")
         content = content_text(known["content"], f"the content of message {number} of the prompt")
         messages.append(known | {"content": content})
@@ -230,8 +231,8 @@ def read_completion(completion: Any) -> str:
         completion: A text, or messages that begin with the assistant's. No messages: an empty text.
 
     Raises:
-        TypeError: If a message is invalid, or its content is not a text.
-        ValueError: If the assistant does not begin, or a role is unknown.
+        TypeError: If a message is none, or its content is no text.
+        ValueError: If the assistant does not begin, a role is unknown, or a message has a `function_call`.
 
     Example:
         >>> added, told = {"role": "assistant", "content": "I add."}, {"role": "assistant", "content": "It is 4."}
@@ -277,11 +278,18 @@ def _said(message: Mapping[str, Any], number: int) -> str:
     content = message.get("content")
     if message["role"] != "assistant":
         return content_text(content, what)
+    _check_calls(message, f"message {number} of the completion")
     thought = next((str(message[key]) for key in REASONING_KEYS if str(message.get(key) or "").strip()), None)
     parts = [f"<think>\n{thought.strip()}\n</think>\n"] if thought else []
     parts += [text] if (text := content_text("" if content is None else content, what)) else []
     parts += [_call(call, number) for call in message.get("tool_calls") or ()]
     return "\n".join(parts)
+
+
+def _check_calls(message: Mapping[str, Any], what: str) -> None:
+    """Raise if a message calls a function in the older form, which chat templates leave out."""
+    if message.get("function_call"):
+        raise ValueError(f"{what} has 'function_call', which chat templates leave out; write it as 'tool_calls'.")
 
 
 def _call(call: Any, number: int) -> str:

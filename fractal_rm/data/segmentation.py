@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from fractal_rm.data.bag import Span, trim
 from fractal_rm.data.patterns import compiled
 from fractal_rm.data.prompts import Conversation, turns_of
-from fractal_rm.data.sentences import NEWLINE, sentences
+from fractal_rm.data.sentences import NEWLINE, OPENING_TAG, TAG, sentences
 
 Method = Literal["lines", "sentences", "turns", "separator", "pattern", "given"]
 Thinking = Literal["score", "skip"]
@@ -24,12 +24,26 @@ VERSION = 2
 
 # Share of one-step responses above which a segmentation probably does not fit, and the minimum number of responses.
 _UNCUT, _LOOKED_AT = 0.9, 200
-# Lines without content although they may have letters: code fences, LaTeX environments, thinking marks.
-_FENCE = re.compile(r"(?:`{3,}|~{3,})[ \t]*[\w+#.-]*")
-_FRAME = re.compile(rf"{_FENCE.pattern}|\\(?:begin|end)\{{[^{{}}]*\}}|</?think>")
+# Where models think before they answer: opening and closing marks.
+THINKING = (
+    (re.compile(r"<(?:seed:)?(?:think|thinking|thought|reasoning)>", re.I),
+     re.compile(r"</(?:seed:)?(?:think|thinking|thought|reasoning)>", re.I)),
+    (re.compile(r"\[THINK\]"), re.compile(r"\[/THINK\]")),
+    (re.compile("◁think▷"), re.compile("◁/think▷")),
+    (re.compile(r"<\|begin_of_thought\|>"), re.compile(r"<\|end_of_thought\|>")),
+    (re.compile(r"<\|channel\|>\s*(?:analysis|commentary)"), re.compile(r"<\|channel\|>\s*final\s*<\|message\|>")),
+)  # fmt: skip
+# Lines that say nothing although they may hold letters: fences of code, environments and layout of LaTeX, tags.
+_FENCE = re.compile(r"(?P<run>`{3,}|~{3,})[ \t]*(?P<info>[\w+#.-]*)")
+_ENVIRONMENT = r"\{[^{}]*\}(?:\{[^{}]*\}|\[[^\[\]]*\])*"
+_LAYOUT = re.compile(
+    r"(?:\\(?:hline|newline|q?quad|displaystyle|centering|noindent|par|(?:big|med|small)skip|[vh]space\*?|(?:top|mid|bottom)rule"
+    r"|label|nonumber|notag|left|right|[bB]igg?[lr]?|item)(?![a-zA-Z])(?:\{[^{}]*\})?[^\w\\]*)+"
+)
+_FRAME = re.compile(rf"{_FENCE.pattern}|\\(?:begin|end){_ENVIRONMENT}|{TAG.pattern}|{_LAYOUT.pattern}")
 _CALL = re.compile(r"<tool_call>.*?</tool_call>", re.DOTALL)
-# Such lines that belong to the line after them.
-_OPENER = re.compile(r"\\\[|\\begin\{[^{}]*\}|<think>|[({\[]+")
+# Those that belong to the line after them.
+_OPENER = re.compile(rf"\\\[|\\begin{_ENVIRONMENT}|{OPENING_TAG.pattern}|\\(?:left|item)(?![a-zA-Z])[^\w\\]*|[({{\[]+")
 
 
 @dataclass(frozen=True)
@@ -46,8 +60,9 @@ class Segmentation:
         pattern: The regular expression between steps, for `method="pattern"`. An empty match, such as that of
             `(?=Step \d)`, cuts where it stands.
         language: Language code for `method="sentences"`.
-        thinking: Whether text in `<think> ... </think>` has steps (`"score"`) or is passed over (`"skip"`). An answer
-            whose `<think>` the prompt opened begins in it; a block that is never closed reaches to the end.
+        thinking: Whether text in `<think> ... </think>` (or marks like it) has steps (`"score"`) or is passed over
+            (`"skip"`). An answer whose `<think>` the prompt opened begins in it; a block that is never closed reaches
+            to the end.
         version: Rules of `"lines"` and `"sentences"`: 2, or 1 for checkpoints from before there was a second one. In
             version 1, every line that is not blank is a step, and lists that run on in a line are cut at their numbers.
 
@@ -137,13 +152,17 @@ class Segmentation:
 def _join_frames(text: str, lines: list[Span]) -> list[Span]:
     """Join a line without content to the line before, or to the line after if it opens something or comes first."""
     joined: list[Span] = []
-    waiting: Span | None = None  # lines that wait for the line they belong to
-    fenced = formula = False
+    waiting: Span | None = None  # lines that have not met theirs yet
+    fences: list[str] = []  # what opened them, outermost first
+    formula = False
     for start, end in lines:
         line = text[start:end]
-        fence, dollars = bool(_FENCE.fullmatch(line)), line == "$$"
-        opens = (fence and not fenced) or (dollars and not formula) or bool(_OPENER.fullmatch(line))
-        fenced, formula = fenced != fence, formula != dollars
+        fence, dollars = _FENCE.fullmatch(line), line == "$$"
+        closes = fence is not None and not fence["info"] and bool(fences) and fence["run"].startswith(fences[-1])
+        opens = (fence and not closes) or (dollars and not formula) or bool(_OPENER.fullmatch(line))
+        if fence:
+            fences = fences[:-1] if closes else [*fences, fence["run"]]
+        formula = formula != dollars
         begin = start if waiting is None else waiting[0]
         if any(map(str.isalnum, line)) and not _FRAME.fullmatch(line):
             joined.append((begin, end))
@@ -172,14 +191,30 @@ def _join_calls(text: str, spans: list[Span]) -> list[Span]:
 
 
 def _thoughts(text: str) -> list[Span]:
-    """Spans of `<think> ... </think>`, in order."""
+    """Spans of `<think> ... </think>` and its kind, in order and apart."""
+    found = sorted(span for marks in THINKING for span in _thoughts_between(text, *marks))
     thoughts: list[Span] = []
-    opened: int | None = 0 if 0 <= text.find("</think>") < (text.find("<think>") % (len(text) + 1)) else None
-    for match in re.finditer("</?think>", text):
-        if match[0] == "<think>":
-            opened = match.start() if opened is None else opened
+    for start, end in found:
+        if thoughts and start < thoughts[-1][1]:
+            thoughts[-1] = (thoughts[-1][0], max(end, thoughts[-1][1]))
+        else:
+            thoughts.append((start, end))
+    return thoughts
+
+
+def _thoughts_between(text: str, opening: re.Pattern[str], closing: re.Pattern[str]) -> list[Span]:
+    """Spans from an opening mark to the closing one; a first closing mark closes what the prompt opened."""
+    marks = sorted(
+        [(match.span(), True) for match in opening.finditer(text)]
+        + [(match.span(), False) for match in closing.finditer(text)]
+    )
+    thoughts: list[Span] = []
+    opened: int | None = 0 if marks and not marks[0][1] else None
+    for (start, end), opens in marks:
+        if opens:
+            opened = start if opened is None else opened
         elif opened is not None:
-            thoughts.append((opened, match.end()))
+            thoughts.append((opened, end))
             opened = None
     return [*thoughts, (opened, len(text))] if opened is not None else thoughts
 

@@ -18,7 +18,14 @@ from fractal_rm.data.bag import Span, trim
 
 NEWLINE = re.compile(r"\r\n|\r|\n")
 
+# Tags that stand alone, marks of thinking among them, say nothing; those that open something belong to what follows.
+TAG = re.compile(r"</?(?!tool_call>)[A-Za-z][\w:.-]*(?:\s[^<>\n]*)?/?>|\[/?THINK\]|◁/?think▷|<\|[^|<>\s]+\|>|&nbsp;")
+OPENING_TAG = re.compile(
+    r"<(?!(?:[bh]r|tool_call)\b)[A-Za-z][\w:.-]*(?:\s[^<>\n]*)?(?<!/)>|\[THINK\]|◁think▷|<\|(?:begin|start)[^|<>\s]*\|>"
+)
+
 _TICKS = re.compile("`{3,}")
+_FENCES = re.compile("`{3,}|~{3,}")
 _LANGUAGE_NAME = re.compile(r"[ \t]*[\w+#.-]*\s*")
 
 _ENVIRONMENTS = (
@@ -54,6 +61,12 @@ _NO_END = re.compile(
     r"|(?<=[\w)])!(?=\s*[=+*/×·^<>≤≥,;:)\]]|\s+-\s)"  # a factorial: "5! = 120", "n! / 2"
     r"|(?:(?<=[\d)])|(?<=\b[a-z]))!(?=\s+[a-z])",
     re.MULTILINE,
+)
+# Abbreviations that version 1 did not know, and which end no sentence, or none before a number.
+_ABBREVIATED = re.compile(
+    r"(?<![\w.])(?:[Aa]pprox|[Zz]\.[ \u00a0]?[Bb]|[Dd]\.[ \u00a0]?h|[Uu]\.[ \u00a0]?a|bzw|vgl"
+    r"|[Тт]\.[ \u00a0]?е|[Нн]апр|p\.[ \u00a0]?ej)\."
+    r"|(?<![\w.])(?:Nr|Abb|Kap|Art|руб|стр|рис|гл)\.(?=[ \u00a0]*\d)"
 )
 # Markers of a list that runs on in its line, "Do: 1. Add. 2. Multiply.", once abbreviations are hidden ("Fig. 2. So").
 _INLINE_MARKER = re.compile(r"(?:(?<=[.!?;][ \t])\d{1,2}|(?<=:[ \t])1)[.)](?=[ \t]+[A-Z\[$\\(*])")
@@ -111,12 +124,12 @@ def sentences(text: str, language: str = "en", *, old_rules: bool = False) -> li
         >>> [text[start:end] for start, end in sentences(text)]
         ['1. Eggs cost $2 and $3.', 'So e.g. $x = 2. 5$ fits.', '2. Dr. Lee pays 3.14.']
     """
-    fences = _fences(text)
+    fences = _fences(text, _TICKS if old_rules else _FENCES)
     edges = [0, *(edge for fence in fences for edge in fence), len(text)]
     formulas = [
         region for start, end in zip(edges[::2], edges[1::2], strict=True) for region in _formulas(text, start, end)
     ]
-    masked = _mask(text, fences, formulas)
+    masked = _mask(text, fences, formulas, () if old_rules else (_ABBREVIATED,))
     cuts = [0]
     if not old_rules:
         cuts += [match.start() for match in _WIDE_NUMBER.finditer(masked)]
@@ -128,18 +141,18 @@ def sentences(text: str, language: str = "en", *, old_rules: bool = False) -> li
     return _merge(text, trim(text, pairwise(sorted(set(cuts)))), old_rules=old_rules)
 
 
-def _fences(text: str) -> list[Span]:
+def _fences(text: str, marks: re.Pattern[str]) -> list[Span]:
     """Spans of fenced code. A fence that is never closed reaches to the end of the text (CommonMark)."""
     fences: list[Span] = []
     opener: re.Match[str] | None = None
-    runs = list(_TICKS.finditer(text))
-    paired = False  # with the run before, on one line: inline code, not a fence
+    runs = list(marks.finditer(text))
+    paired = False  # with the run before, on one line: inline code, which is no fence
     for run, after in zip_longest(runs, runs[1:]):
         rest = text[run.end() : after.start() if after else len(text)]
         last_of_line = after is None or "\n" in rest
         rest = rest.partition("\n")[0]
         if opener is not None:
-            if last_of_line and not rest.strip() and len(run[0]) >= len(opener[0]):
+            if last_of_line and not rest.strip() and run[0].startswith(opener[0]):
                 fences.append((opener.start(), run.end() + len(rest.rstrip("\r"))))
                 opener = None
         elif paired:
@@ -200,7 +213,7 @@ def _is_formula(content: str, after: str) -> bool:
     )
 
 
-def _mask(text: str, fences: list[Span], formulas: list[Span]) -> str:
+def _mask(text: str, fences: list[Span], formulas: list[Span], more: tuple[re.Pattern[str], ...] = ()) -> str:
     """Hide what must not be cut; the result has the length of the text."""
     pieces, done = [], 0
     for start, end in sorted(fences + formulas):
@@ -211,7 +224,7 @@ def _mask(text: str, fences: list[Span], formulas: list[Span]) -> str:
             pieces[-1] = pieces[-1][:-1] + "."
         done = end
     masked = "".join([*pieces, text[done:]])
-    for no_end in (_NO_END, _INLINE_MARKER):
+    for no_end in (*more, _NO_END, _INLINE_MARKER):
         masked = no_end.sub(_hidden, masked)
     return _WIDE_SPACE.sub(" ", _SURROGATE.sub("0", _VARIABLE.sub("0", masked)))
 
@@ -331,9 +344,11 @@ def _merge(text: str, spans: list[Span], *, old_rules: bool) -> list[Span]:
     waiting: Span | None = None  # markers that wait for their step
     for start, end in spans:
         piece = text[start:end]
-        empty = not any(map(str.isalnum, piece)) or (not old_rules and piece in ("<think>", "</think>"))
+        empty = not any(map(str.isalnum, piece)) or (not old_rules and bool(TAG.fullmatch(piece)))
         begin = start if waiting is None else waiting[0]
-        opens = (len(piece) < 40 and _MARKER_ONLY.fullmatch(piece)) or (not old_rules and piece == "<think>")
+        opens = (len(piece) < 40 and _MARKER_ONLY.fullmatch(piece)) or (
+            not old_rules and bool(OPENING_TAG.fullmatch(piece))
+        )
         if opens or (empty and (waiting or not merged)):
             waiting = (begin, end)
         elif empty:

@@ -7,11 +7,14 @@ ratings. Ambiguous rows are refused, and the message names the option that resol
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import takewhile
 from typing import Any
 
-# Alternative names of a prompt or a response, used if this package's names are missing.
+from fractal_rm.files import parse_json
+
+# Names that stand for a prompt or a response where the names of this package are missing.
 _PROMPTS = ("question", "problem", "instruction", "query")
 _RESPONSES = ("answer", "output", "solution", "generation")
 _OWN_RESPONSES = ("completion", "response", "steps", "completions", "chosen", "rejected")
@@ -20,7 +23,18 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "ass
 # What an answer of several turns may hold beside the assistant's: a question of the user begins a new one.
 _TOOLS = ("tool", "function", "ipython", "environment", "observation")
 _SIGNS = {"+": 1.0, "-": 0.0}
-# Marks of the beginning of the assistant's turn in chats written as text.
+# What a prompt is not whole without: a system message, pictures, what the chat template gets, texts to read.
+_SYSTEM = ("system", "system_prompt")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+TEMPLATE_OPTIONS = ("tools", "chat_template_kwargs")
+_BACKGROUND = ("input", "context", "passage", "document", "history")
+# Ratings of the two responses of a preference.
+_RATED_SIDES = tuple(
+    (name.format("chosen"), name.format("rejected")) for name in ("score_{}", "{}_score", "{}_rating", "rating_{}")
+)
+# A chat that stands in a text, as JSON or as Python writes it.
+_CHAT_TEXT = re.compile(r"\s*\[\s*\{\s*[\"'](?:role|content|from|value)[\"']\s*:")
+# Where the assistant's turn begins in chats that are written as text.
 _TURN = re.compile(
     r"\n\nAssistant:|<\|im_start\|>assistant\n|<\|assistant\|>\n?|\[/INST\]|<start_of_turn>model\n"
     r"|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n|### Response:\n?"
@@ -76,7 +90,8 @@ def standard_row(record: Mapping[str, Any], columns: Columns | None = None) -> d
 
     Raises:
         TypeError: If a rating is not a number.
-        ValueError: If a named column is missing, or the columns are ambiguous.
+        ValueError: If a named column is missing, it cannot be told which column is which, or a part of the prompt
+            stands in a column that cannot be read.
     """
     columns = columns or Columns()
     row = {name: value for name, value in record.items() if value is not None}
@@ -85,12 +100,20 @@ def standard_row(record: Mapping[str, Any], columns: Columns | None = None) -> d
     row = _renamed(row, record, columns)
     for name in ("prompt", *_OWN_RESPONSES, *_CHATS):
         if name in row:
-            row[name] = _turns(row[name])
+            row[name] = _turns(_chat_of_text(row[name], name))
     row = _from_chat(row)
+    if "steps" in row and isinstance(row.get("labels"), list) and not {"completions", "step_labels"} & row.keys():
+        usual = (
+            {"labels": "step_labels"} if {"response", "completion", "label"} & row.keys() else {"steps": "completions"}
+        )
+        row = {usual.get(name, name): value for name, value in row.items()}
     row = _from_alias(row, "prompt", _PROMPTS, ("prompt",))
     row = _from_alias(row, "response", _RESPONSES, _OWN_RESPONSES)
     if "chosen" in row and "rejected" in row and "steps" not in row:
+        _check_order(row)
         row = _without_inner_prompt(row)
+    if columns.prompt is None:
+        row = _whole_prompt(row, record)
     if isinstance(row.get("label"), str):
         row["label"] = _as_number(row["label"])
     if columns.label_scale is not None and "label" in row:
@@ -102,7 +125,8 @@ def prompt_row(record: Mapping[str, Any], column: str | None) -> dict[str, Any]:
     """A row with its prompt in the column `prompt`; other columns are unchanged.
 
     Raises:
-        ValueError: If the named column is missing, or two columns may be the prompt.
+        ValueError: If the named column is missing, two columns may be the prompt, or a part of it stands in a column
+            that cannot be read.
 
     Example:
         >>> prompt_row({"question": "1+1?", "answer": "2"}, None)
@@ -110,7 +134,8 @@ def prompt_row(record: Mapping[str, Any], column: str | None) -> dict[str, Any]:
     """
     if column is not None:
         return _renamed(dict(record), record, Columns(prompt=column))
-    return dict(record) if record.get("prompt") is not None else _from_alias(dict(record), "prompt", _PROMPTS, ())
+    row = dict(record) if record.get("prompt") is not None else _from_alias(dict(record), "prompt", _PROMPTS, ())
+    return _whole_prompt(row, record)
 
 
 def ratings_of(record: Mapping[str, Any]) -> list[str]:
@@ -205,13 +230,73 @@ def _from_alias(row: dict[str, Any], usual: str, others: Sequence[str], present:
     found = [name for name in others if name in row]
     if not found or any(name in row for name in present):
         return row
-    if "instruction" in found and str(row.get("input", "")).strip():
-        found.append("input")
+    if usual == "prompt":
+        found += [name for name in _BACKGROUND if _holds(row.get(name)) and (name != "input" or "instruction" in found)]
     if len(found) > 1:
         raise ValueError(
             f"the {usual} may be {' or '.join(map(repr, found))}; name its column with --{usual}_column, or join them."
         )
     return {usual if name == found[0] else name: value for name, value in row.items()}
+
+
+def _holds(value: Any) -> bool:
+    return bool(value.strip()) if isinstance(value, str) else value not in (None, [], {})
+
+
+def _chat_of_text(value: Any, name: str) -> Any:
+    """A chat that a text holds as JSON; other values as they are."""
+    if not isinstance(value, str) or not _CHAT_TEXT.match(value):
+        return value
+    with suppress(ValueError):
+        found = parse_json(value.encode(), "the text")
+        if _is_chat(_turns(found)):
+            return found
+    raise ValueError(f"{name!r} is a text that holds a chat, but not as JSON; write it with `json.dumps`.")
+
+
+def _check_order(row: Mapping[str, Any]) -> None:
+    """Raise if a preference says that the rejected response is the better one."""
+    for better, worse in _RATED_SIDES:
+        high, low = row.get(better), row.get(worse)
+        if isinstance(high, int | float) and isinstance(low, int | float) and high < low:
+            raise ValueError(
+                f"{better!r} is {high:g} and {worse!r} is {low:g}, so the rejected response is the better one; swap "
+                "the two responses, or drop the row."
+            )
+    if row.get("label") in (0, "0"):
+        raise ValueError(
+            "the label of this preference is 0, which may mean that 'rejected' is the better one; swap the two "
+            "responses if it does, and drop the column."
+        )
+
+
+def _whole_prompt(row: dict[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with the system message of a column of its own in the chat; refused where a part would get lost."""
+    prompt, name = row.get("prompt"), next((name for name in ("prompt", *_PROMPTS) if name in record), None)
+    leave = f"; or give `--prompt_column {name}`, which leaves the column out" if name else ""
+    lost = next((name for name in _MEDIA if _holds(row.get(name))), None)
+    if lost is not None:
+        raise ValueError(f"column {lost!r} holds what reward models cannot read; drop the row{leave}.")
+    if _is_chat(prompt) and (lost := next((name for name in TEMPLATE_OPTIONS if _holds(row.get(name))), None)):
+        option = '{"tools": [...]}' if lost == "tools" else "{...}"
+        raise ValueError(
+            f"column {lost!r} reaches no chat template; give what all rows share as `chat_template_kwargs` ({option}) "
+            f"and drop the column{leave}."
+        )
+    name = next((name for name in _SYSTEM if isinstance(row.get(name), str) and _holds(row[name])), None)
+    if name is None or prompt is None:
+        return row
+    if not isinstance(prompt, list) or not _is_chat(prompt):
+        raise ValueError(
+            f"column {name!r} is a system message beside a prompt that is a text; give the prompt as a chat, or join "
+            f"the two{leave}."
+        )
+    message = {"role": "system", "content": row[name]}
+    if prompt[0]["role"] != "system":
+        return row | {"prompt": [message, *prompt]}
+    if prompt[0].get("content") != row[name]:
+        raise ValueError(f"the prompt begins with another system message than column {name!r}; drop one of them.")
+    return row
 
 
 def _without_inner_prompt(row: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from trl.trainer.utils import get_callable_name
 
 from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.segmentation import warn_of_uncut_responses
+from fractal_rm.data.shapes import TEMPLATE_OPTIONS
 from fractal_rm.errors import reason
 from fractal_rm.hf.parallelism import check_online_training, check_separate_value_model, check_whole_model
 from fractal_rm.objectives.aggregation import meaning
@@ -51,6 +52,7 @@ def load_checked(
     train_dataset: Any,
     eval_dataset: Any,
     tools: Any,
+    environments: Any,
 ) -> list[StepRewardModel]:
     """Check the arguments of `StepPPOTrainer`, cheap checks first, and load the reward models.
 
@@ -80,7 +82,7 @@ def load_checked(
     ]
     check_reward_models(models, args, train_dataset)
     sets = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
-    _check_readable(models, args, [train_dataset, *sets], tools)
+    _check_readable(models, args, [train_dataset, *sets], tools, environments)
     if reward_model_dataset is not None and not args.rm_update_every:
         raise ValueError("`reward_model_dataset` needs `rm_update_every`, which is 0. Set it, or leave the data out.")
     if args.rm_update_every and not models:
@@ -265,16 +267,31 @@ def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, 
 
 
 def _check_readable(
-    models: Sequence[StepRewardModel], args: StepPPOConfig, datasets: Sequence[Any], tools: Any
+    models: Sequence[StepRewardModel], args: StepPPOConfig, datasets: Sequence[Any], tools: Any, environments: Any
 ) -> None:
     """Raise ValueError if a reward model cannot read one of the first prompts of a data set with a length."""
     options = args.template_options(tools)
+    if models and isinstance(environments, Mapping) and len(environments) > 1:
+        raise ValueError(
+            f"`environment_factory` names {len(environments)} environments. The policy reads the tools of one in each "
+            "prompt, and reward models would read those of all. Give one environment, or leave `reward_model` out."
+        )
+    for dataset in datasets if models else ():
+        first, columns = _first_prompt(dataset), _columns(dataset)
+        lost = [name for name in TEMPLATE_OPTIONS if name in columns and any(dataset[0:_READ_PROMPTS][name])]
+        lost = lost if any(map(is_chat, first)) else []
+        if lost:
+            raise ValueError(
+                f"The data has a column {lost[0]!r}, which reaches neither the chat template of the policy nor that of "
+                "reward models. Give `tools` to the trainer and others as `chat_template_kwargs`, and drop the column."
+            )
     for number, model in enumerate(models, 1):
         which = f"Reward model {number} of {len(models)}" if len(models) > 1 else "The reward model"
-        if tools and isinstance(model.settings, PublishedSettings):
+        if (tools or environments) and isinstance(model.settings, PublishedSettings):
+            given = "tools" if tools else "environment_factory"
             raise ValueError(
-                f"{which} is a published model that reads one turn, but with `tools` completions have several. Train "
-                "a reward model on conversations, or leave `tools` out."
+                f"{which} is a published one, which reads one turn, and with `{given}` completions have several. Train "
+                f"a reward model on conversations, or leave `{given}` out."
             )
         for dataset in datasets:
             prompts = dataset[0:_READ_PROMPTS]["prompt"] if "prompt" in _columns(dataset) else []

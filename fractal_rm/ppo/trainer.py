@@ -127,6 +127,7 @@ class StepPPOTrainer(Engine):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             tools=kwargs.get("tools"),
+            environments=kwargs.get("environment_factory"),
         )
         taken = [get_callable_name(function) for function in outcomes]
         self.sources = make_sources(models, step_functions, args, taken)

@@ -139,7 +139,8 @@ def prompt_text(
         The text; for a chat a [`RenderedPrompt`], which knows where its messages contain control tokens as text.
 
     Raises:
-        ValueError: If the prompt is a chat and the tokenizer has no chat template, or the template refuses it.
+        ValueError: If the prompt is a chat and the tokenizer has no chat template, or one that refuses it or leaves a
+            message out.
     """
     if isinstance(prompt, RenderedPrompt):
         return prompt
@@ -150,6 +151,8 @@ def prompt_text(
             f"The prompts are chats, but the tokenizer {tokenizer.name_or_path} has no chat template. Set "
             "`tokenizer.chat_template`, use a chat model's tokenizer, or give the prompts as text."
         )
+    for place, message in enumerate(prompt):
+        _check_role(tokenizer, message["role"], first=place == 0)
     begun, control = prompt[-1]["role"] == "assistant", control_tokens(tokenizer)
     mark = next(mark for mark in _MARKS if mark not in repr(prompt))
     messages: Any = list(prompt) if control is None else _marked(list(prompt), control, mark)
@@ -161,13 +164,24 @@ def prompt_text(
 
 
 @lru_cache(maxsize=64)
-def _writes_role(tokenizer: PreTrainedTokenizerBase, chat_template: str, role: str) -> bool:
-    """Whether a chat template writes messages of this role. The second argument is for the cache."""
-    chat = [*_DUMMY, {"role": role, "name": "name", "content": _MARKS[0]}]
+def _writes_role(tokenizer: PreTrainedTokenizerBase, chat_template: str, role: str, *, first: bool = False) -> bool:
+    """Whether a chat template writes what somebody of this role says. The second argument is for the cache."""
+    said = {"role": role, "name": "name", "content": _MARKS[0]}
+    chat = [said, *_DUMMY[:1]] if first else [*_DUMMY, said]
     try:
         return _MARKS[0] in str(tokenizer.apply_chat_template(chat, tokenize=False))
     except (TemplateError, TypeError, ValueError, KeyError):
         return True  # refused: rendering will raise the template's own message
+
+
+def _check_role(tokenizer: PreTrainedTokenizerBase, role: str, *, first: bool = False) -> None:
+    """Raise ValueError if the chat template leaves out what somebody of this role says."""
+    if role in ("user", "assistant") or _writes_role(tokenizer, repr(tokenizer.chat_template), role, first=first):
+        return
+    raise ValueError(
+        f"The chat template does not write messages of {role!r}. Give them another role, or use a tokenizer whose "
+        "template knows it."
+    )
 
 
 def context_text(
@@ -194,11 +208,7 @@ def context_text(
         for message in messages
     ]
     for message in messages:
-        if not _writes_role(tokenizer, repr(tokenizer.chat_template), message["role"]):
-            raise ValueError(
-                f"The chat template does not write messages of {message['role']!r}. Give them another role, or use a "
-                "tokenizer whose template knows it."
-            )
+        _check_role(tokenizer, message["role"])
     turn, mark = [mark for mark in _MARKS if mark not in repr(messages)][:2]
     control = control_tokens(tokenizer)
     said: Any = messages if control is None else _marked(messages, control, mark)

@@ -4,6 +4,8 @@ An answer counts only if a response marks it: `#### 7`, or `\\boxed{7}`, and not
 answers counts as having none.
 """
 
+# ruff: noqa: RUF001 - the quotation marks and dashes of other keyboards are meant
+
 import functools
 import math
 import re
@@ -14,6 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 from fractal_rm.data.prompts import Conversation
+from fractal_rm.data.segmentation import THINKING
 
 MARK = "####"
 
@@ -24,16 +27,7 @@ _LARGEST_POWER = 300
 _SECONDS = 10
 
 _MARKED = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
-_BOX = re.compile(r"\\f?boxed\s*")
-# Opening and closing marks of thinking blocks.
-_THINKING = (
-    (re.compile(r"<(?:seed:)?(?:think|thinking|thought|reasoning)>", re.I),
-     re.compile(r"</(?:seed:)?(?:think|thinking|thought|reasoning)>", re.I)),
-    (re.compile(r"\[THINK\]"), re.compile(r"\[/THINK\]")),
-    (re.compile("◁think▷"), re.compile("◁/think▷")),
-    (re.compile(r"<\|begin_of_thought\|>"), re.compile(r"<\|end_of_thought\|>")),
-    (re.compile(r"<\|channel\|>\s*(?:analysis|commentary)"), re.compile(r"<\|channel\|>\s*final\s*<\|message\|>")),
-)  # fmt: skip
+_BOX = re.compile(r"\\(?:f?boxed|fbox)\s*")
 # Special tokens that end a response.
 _ENDING = re.compile(r"(?:\s*(?:<\|[^|<>\n]{1,40}\|>|</s>|<eos>|<end_of_turn>|<\uff5c[^\uff5c\n]{1,40}\uff5c>))+\s*$")
 _LABEL = re.compile(
@@ -52,7 +46,7 @@ _LIST = re.compile(r"[,;<>]")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _HEDGED = re.compile(r"\d.*\b(?:or|and/or|ou|oder|o|или)\b.*\d|\d.*或.*\d", re.I | re.S)
 
-_GROUPED = r"\d{1,3}(?:(?:,|\{,\}|\\,|\\!|,\\!|[\u2019'\u00a0\u2009\u202f])\d{3})+"
+_GROUPED = r"(?:\d{1,2}(?:,\d{2})+,\d{3}|\d{1,3}(?:(?:,|\{,\}|\\,|\\!|,\\!|[\u2019'\u00a0\u2009\u202f])\d{3})+)"
 _UNSIGNED = rf"(?:(?:{_GROUPED}|\d+)(?:\.\d*)?|\.\d+)"
 _POWER = (
     r"(?:[eE]\s*\{?(?P<e>[-+]?\d+)\}?|\s*(?:\u00d7|x|\*|·|\\times|\\cdot)\s*10"
@@ -62,26 +56,58 @@ _FRACTION = (
     r"(?:\\[dt]?frac\s*(?:\{\s*(?P<top>[-+]?\d+)\s*\}\s*\{\s*(?P<bottom>\d+)\s*\}|(?P<top1>\d)\s*(?P<bottom1>\d))"
     r"|(?P<top2>\d+)\s*/\s*(?P<bottom2>\d+)|(?P<vulgar>[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]))"
 )
-_CURRENCY = r"(?:\\?\$|US\$|[£€¥₹₩]|(?:USD|EUR|GBP)\s)"
+_CURRENCY = (
+    r"(?:(?:US|A|C|R|S|HK|NT|NZ)?\\?\$|[£€¥₹₩₽₺₫]|(?:USD|EUR|GBP|CHF|JPY|CNY|RMB|INR|CAD|AUD)(?![^\W\d_])|Rs\b\.?)"
+)
 _VALUE = re.compile(
     rf"(?P<sign>[-+])?\s*{_CURRENCY}?\s*(?P<sign2>[-+])?\s*"
     rf"(?:(?P<whole>\d+)(?:\s+|\s*(?=[\\½-⅞¼-¾])){_FRACTION.replace('?P<', '?P<m_')}"
     rf"|{_FRACTION}|(?P<number>{_UNSIGNED}){_POWER}?)\s*{_CURRENCY}?"
 )
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_WIDE_SCALES = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
+# What begins a unit and multiplies the number by more than is counted here, or by what depends on the language.
+_MULTIPLIER = re.compile(
+    r"(?:lakhs?|crores?|mil|mille|mill?i[oó]n\w*|bill?i[oó]n\w*|mill?iard\w*|tausend\w*|тыс\w*|миллион\w*|миллиард\w*|млн|млрд"
+    r"|bn|mln|mrd|mio)\b|[十百千万萬亿億兆만억조](?<!千(?=[克米瓦卡赫帕焦伏升]))",
+    re.I,
+)
+# What makes a bound, an estimate or a denial of the number before it.
+_WIDE_NO_UNIT = re.compile("[或至到不非错錯约約以多余半]|左右")
+_WIDE_DOUBT = re.compile("[错錯约約]")
 _UNIT = re.compile(
     r"(?:°\s?[CF]?|\^?\\?circ|"
     r"[^\W\d_]{2,}(?:[-/.'\u2019][^\W\d_]+)*(?:\^?\{?[23²³]\}?)?\.?"
-    r"|[mgslhLCFKNJWVA](?:/[a-zA-Z]+)?(?:\^?\{?[23²³]\}?)?)"
+    r"|[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]|[mgslhLCFKNJWVA](?:/[a-zA-Z]+)?(?:\^?\{?[23²³]\}?)?)"
     r"(?:\s+(?:[^\W\d_]+(?:[-/.'\u2019][^\W\d_]+)*)(?:\^?\{?[23²³]\}?)?){0,4}"
 )
-# Words that change the meaning of the number before them.
+# Words that take a number back, or make a guess of it.
+_DOUBTS = frozenset(
+    [
+        "not",
+        "no",
+        "wrong",
+        "incorrect",
+        "false",
+        "cannot",
+        "isn",
+        "doesn",
+        "wait",
+        "maybe",
+        "perhaps",
+        "guess",
+        "about",
+        "approximately",
+        "approx",
+        "roughly",
+    ]
+)
+# Words that make something else of the number before them.
 _NO_UNIT = frozenset(
     [
         "or",
         "and",
         "to",
-        "not",
         "but",
         "then",
         "than",
@@ -112,12 +138,10 @@ _NO_UNIT = frozenset(
         "are",
         "equals",
         "because",
-        "maybe",
-        "perhaps",
-        "wait",
-        "no",
-        "wrong",
-        "incorrect",
+        "least",
+        "most",
+        "below",
+        "negative",
         "ou",
         "oder",
         "und",
@@ -126,6 +150,17 @@ _NO_UNIT = frozenset(
         "и",
     ]
 )
+# What is no value: an arrow, an ellipsis, a sign of approximation, digits in another base, two numbers in a row.
+_NO_VALUE = re.compile(
+    r"[!?±~≈→⇒⟶…]|[-=]>|\.\s*\.|\\(?:pm|mp|approx|sim(?:eq)?|cong|equiv|to|(?:long)?rightarrow|Rightarrow|implies|not|neg|[lc]?dots)"
+    r"(?![a-zA-Z])|\d_|\d\s*:\s*\d|\b0[xXbBoO][0-9a-fA-F]|(?<!frac)(?<!frac\s)\d\s+\d+(?!\d*\s*/)"
+)
+# Signs of other keyboards for the same in ASCII.
+_ASCII = str.maketrans({chr(0xFF01 + i): chr(0x21 + i) for i in range(94)} | {"\u2044": "/", "\u2215": "/", "、": ","})
+_QUOTES = (('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"), ("«", "»"), ("「", "」"))
+_DASH = re.compile(r"\s*[-–—*•][ \t]+")
+_SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d|\s*/)")
+_NAMED = re.compile(r"(?P<name>[^\d:=<>]{1,60}):(?P<rest>.+)", re.S)
 _MATH_NAMES = frozenset(
     [
         "sqrt",
@@ -218,8 +253,8 @@ def read_answer(completion: Any, *, last_number: bool = False) -> str | None:
 
 
 def _without_thoughts(text: str) -> str | None:
-    """The text after the last thinking block; None if that block is not closed."""
-    for opening, closing in _THINKING:
+    """What follows the last thought; None if the last thought is not closed."""
+    for opening, closing in THINKING:
         ends = [match.end() for match in closing.finditer(text)]
         text = text[ends[-1] :] if ends else text
         if opening.search(text):
@@ -235,7 +270,7 @@ def _statements(text: str) -> Iterator[str]:
         label = _LABEL.match(_bare(content))
         rest = _bare(content)[label.end() :].strip(" :\uff1a*=") if label else _bare(content)
         if not rest:
-            below = re.compile(r"\s*([^\n]+)").match(text, end)
+            below = re.compile(r"\s*(?:(?:\\\[|\$\$)[ \t]*\n\s*|[-*•][ \t]+)?([^\n]+)").match(text, end)
             if below and _number(_value_side(below[1])) is not None:
                 taken.append(below.span())
                 yield below[1]
@@ -278,16 +313,26 @@ def _bare(text: str) -> str:
     while text != before:
         before = text
         text = text.strip().strip("`").strip()
-        for opening, closing in (("**", "**"), ("__", "__"), ("*", "*"), ("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]")):
+        for opening, closing in (
+            ("**", "**"),
+            ("__", "__"),
+            ("*", "*"),
+            ("$$", "$$"),
+            ("\\(", "\\)"),
+            ("\\[", "\\]"),
+            *_QUOTES,
+        ):
             if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
                 text = text[len(opening) : -len(closing)]
         if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
             text = text[1:-1]
-        match = re.match(r"\\(?:f?boxed|text|textbf|mathrm|mathbf)\s*(?=\{)", text)
+        match = re.match(r"\\(?:f?boxed|fbox|text|textbf|mathrm|mathbf)\s*(?=\{)", text)
         if match and (content := _braced(text, match.end())) is not None and text.endswith("}"):
             text = content if match.end() + len(content) + 2 == len(text) else text
-        if text.endswith(".") and not text.endswith(".."):
+        if text.endswith((".", "。")) and not text.endswith(".."):
             text = text[:-1]
+        if text.endswith("**") and text.count("**") == 1:  # opened before the mark
+            text = text[:-2]
     return text
 
 
@@ -296,7 +341,9 @@ def _unlabelled(text: str) -> str:
     text = _bare(text)
     label = _LABEL.match(text)
     if label and label.end() < len(text) and not text[label.end()].isalnum():
-        return _bare(text[label.end() :].lstrip(" :\uff1a*="))
+        rest = text[label.end() :].lstrip(" :\uff1a*=")
+        dash = _DASH.match(rest)
+        return _bare(rest[dash.end() :] if dash else rest)
     return text
 
 
@@ -304,8 +351,19 @@ def _value_side(text: str) -> str:
     """An answer in the form for comparison: for an equation (`x = 7`, `3 + 4 = 7`) its right side, if that is a
     number."""
     text = _unlabelled(text)
+    named = _NAMED.fullmatch(_plain(text))
+    if (
+        named
+        and _number(named["rest"]) is not None
+        and not _HEADING.match(named["name"])
+        and not _denied(named["name"])
+    ):
+        return named["rest"].strip()
     left, _, right = text.rpartition("=")
-    return right if left and _number(right) is not None and _is_expression(left) and not _LIST.search(left) else text
+    value = _number(right) if left and _is_expression(left) and not _LIST.search(left) else None
+    if value is None or any(found is not None and not found & value for found in map(_number, left.split("="))):
+        return text
+    return right
 
 
 # What it means -------------------------------------------------------------------------------------------------------
@@ -339,6 +397,8 @@ def same_answer(stated: str | None, answer: str | None) -> bool:
     if len(first) > 1:
         edges = (stated[0] + stated[-1], answer[0] + answer[-1])
         bracketed = any(edge in ("()", "[]", "{}", "(]", "[)", "\\}") for edge in edges)
+        if edges[0] == edges[1] == "\\}":
+            return _same_set(first, second)
         return (not bracketed or edges[0] == edges[1]) and all(map(same_answer, first, second))
     if _words(stated) == _words(answer):
         return True
@@ -346,6 +406,17 @@ def same_answer(stated: str | None, answer: str | None) -> bool:
     if related or not (_is_expression(stated) and _is_expression(answer)):
         return False
     return _equal_expressions(stated, answer)
+
+
+def _same_set(first: Sequence[str], second: list[str]) -> bool:
+    """Whether two sets of as many elements are equal, whatever their order."""
+    left = list(second)
+    for item in first:
+        place = next((place for place, other in enumerate(left) if same_answer(item, other)), None)
+        if place is None:
+            return False
+        del left[place]
+    return True
 
 
 def group_answers(answers: Sequence[str | None]) -> list[int | None]:
@@ -394,23 +465,27 @@ def _load_math_verify() -> None:
 
 def _plain(text: str) -> str:
     """Digits of every script as ASCII, one minus sign, plain brackets of LaTeX."""
-    text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
+    text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text.translate(_ASCII))
     text = re.sub("[\u2212\u2013\u2010\u2011\ufe63\uff0d]", "-", text)
     text = re.sub(r"\\(?:left|right|displaystyle|;|:|quad)(?![a-zA-Z])", "", text)
+    text = re.sub(r"(?<=\d)(?:\\ |~)(?=\d{3}(?!\d))", " ", text)
+    text = re.sub(r"(?<=[\w}%$°])(?:\\[,! ]|~)+(?!\d)", " ", text)
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}", r" \1 ", text)
-    return text.replace("\uff05", "%").strip()
+    return re.sub(r"\s+(?=\^)", "", text).strip()
 
 
 def _number(text: str) -> frozenset[Fraction] | None:
-    """The values of a number, with or without a unit: two for a percentage, otherwise one; None if it is not a
-    number."""
-    text = _plain(text)
+    """The values of a number, with or without a unit: two of a percentage, otherwise one; None: it is not a number."""
+    text = _SPACED.sub(lambda found: found[0].replace(" ", ""), _plain(text))
     match = _VALUE.match(text)
-    if match is None or len(text) > _LONGEST or (match["sign"] and match["sign2"]):
+    if match is None or len(text) > _LONGEST or (match["sign"] and match["sign2"]) or _NO_VALUE.search(text):
         return None
     value = _value_of(match)
     unit = text[match.end() :].strip()
-    unit = re.sub(r"\s*\([^()\d]*\)$", "", unit).rstrip(".").strip()
+    note = re.search(r"\s*\(([^()\d]*)\)$", unit)
+    if note and (_words_of(note[1]) & _DOUBTS or _WIDE_DOUBT.search(note[1])):
+        return None
+    unit = (unit[: note.start()] if note else unit).rstrip(".").strip()
     if value is None or (unit and not text[match.end() - 1].isspace() and unit[0] in "!?=<>±"):
         return None
     if match["sign"] or match["sign2"]:
@@ -419,12 +494,24 @@ def _number(text: str) -> frozenset[Fraction] | None:
     if percent:
         unit = unit[percent.end() :]
     scale, _, rest = unit.partition(" ")
-    if scale.lower() in _SCALES:
-        value, unit = value * _SCALES[scale.lower()], rest.strip()
-    words = {word.lower() for word in re.findall(r"[^\W\d_]+", unit)}
-    if unit and (words & (_NO_UNIT | _SCALES.keys()) or not _UNIT.fullmatch(unit)):
+    if (scale := scale.lower().removesuffix("s")) in _SCALES:
+        value, unit = value * _SCALES[scale], rest.strip()
+    elif unit[:1] in _WIDE_SCALES:
+        value, unit = value * _WIDE_SCALES[unit[0]], unit[1:].strip()
+    if unit and (_denied(unit.removesuffix("times")) or _MULTIPLIER.match(unit) or not _UNIT.fullmatch(unit)):
         return None
     return frozenset({value, value / 100} if percent else {value})
+
+
+def _denied(words: str) -> bool:
+    """Whether words make something else of the number beside them: a bound, an estimate, a denial, a multiple."""
+    found = _words_of(words)
+    singular = {word.removesuffix("s") for word in found}
+    return bool(found & (_NO_UNIT | _DOUBTS) or singular & _SCALES.keys() or _WIDE_NO_UNIT.search(words))
+
+
+def _words_of(text: str) -> set[str]:
+    return {word.lower() for word in re.findall(r"[^\W\d_]+", text)}
 
 
 def _value_of(match: re.Match[str]) -> Fraction | None:
@@ -470,14 +557,14 @@ def _items(text: str) -> list[str]:
 
 def _words(text: str) -> str:
     """Text as letters and digits compare: no case, no white space, no brackets around a single letter."""
-    text = re.sub(r"\s+", "", _plain(text)).casefold()
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", _plain(text)).casefold()
     return text[1:-1] if re.fullmatch(r"\([a-z]\)", text) else text
 
 
 def _is_expression(text: str) -> bool:
     """Whether a text is mathematics: no words but names of functions and commands of LaTeX."""
     words = re.findall(r"[^\W\d_]{2,}", re.sub(r"\\[a-zA-Z]+", " ", _plain(text)))
-    return all(word.lower() in _MATH_NAMES for word in words) and not re.search(r"[!?±~≈]|\\pm", text)
+    return all(word.lower() in _MATH_NAMES for word in words) and not _NO_VALUE.search(_SPACED.sub("0", _plain(text)))
 
 
 def _equal_expressions(stated: str, answer: str) -> bool:
