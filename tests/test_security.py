@@ -15,6 +15,7 @@ from support.models import reward_model
 from support.stand_ins import save_policy, save_reward_model, solutions, write_jsonl
 from transformers import LlamaForCausalLM
 
+from benchmarks import audit
 from fractal_rm.cli.main import main
 from fractal_rm.data import patterns
 from fractal_rm.data.segmentation import Segmentation
@@ -310,6 +311,21 @@ def test_actions_of_the_hosted_ci_are_pinned_by_commit():
     used = re.findall(r"uses: (\S+)", (REPOSITORY / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
     assert used
     assert all(re.search(r"@[0-9a-f]{40}$", one) for one in used)
+
+
+def test_every_rule_that_the_audit_leaves_out_has_its_reason():
+    said = (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8").partition("| rule | why |")[2]
+    assert set(re.findall(r"B\d{3}", said)) == set(audit.EXPLAINED)
+
+
+def test_findings_of_schemathesis_are_read_and_the_last_run_of_each_scanner_is_shown():
+    failed = {"title": "Server error", "operations": ["POST /score"], "count": 2}
+    report = {"test_cases": {"generated": 7}, "failures": [failed], "errors": [{"title": "Timeout", "count": 1}]}
+    found = audit.read_report(report)
+    assert found == audit.Found(7, "requests", ["Server error (POST /score): 2", "Timeout: 1"])
+    row = {"arm": "schemathesis", "dataset": "requests", "config": {"version": "4.1"}, "finished_at": "2026-11-30T01"}
+    rows = [row | {"metrics": {"checked": n, "left_out": 0, "findings": 0}} for n in (1, 1234)]
+    assert audit.audit_table(rows).splitlines()[2:] == ["| schemathesis | 4.1 | 1,234 requests | 0 | 0 | 2026-11-30 |"]
 
 
 def test_the_inventory_lists_every_dependency_with_its_licence(tmp_path, capsys):
