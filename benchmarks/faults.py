@@ -7,8 +7,8 @@ times; and nothing may be left over or stand twice.
 
     python -m benchmarks.faults --kills 30
 
-Appends a row for each chain to `benchmarks/results/faults.jsonl`, and goes on with the kills that have none; some hours
-on an idle core.
+Appends a row for each chain to `benchmarks/results/faults.jsonl`, and goes on with the kills that have none; an hour or
+so on an idle core.
 """
 
 import argparse

@@ -220,7 +220,7 @@ def test_a_request_that_is_larger_than_a_batch_is_scored_in_several(model):
         ({"prompts": [[{"role": "user"}]], "responses": ["b"]}, 422, "`prompts[0]"),
         ({"prompts": ["a"], "responses": ["b"], "rendered": "no"}, 422, "`rendered`"),
         ({"prompts": ["a"], "responses": ["b"], "spans": [[["0", 1]]]}, 422, "`spans[0]"),
-        ({"prompts": ["a"], "responses": ["b"], "\ud800": 1}, 422, "`\\ud800`"),
+        ({"prompts": ["a"], "responses": ["b"], "\ud800": 1}, 422, "unicode"),
     ],
 )
 def test_a_malformed_request_is_refused_with_one_sentence(url, body, status, told):
@@ -399,7 +399,7 @@ def test_a_connection_that_says_nothing_makes_room_and_one_at_work_does_not(mode
         body = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
         for _ in range(2):
             assert b"100" in connect(body).readline()  # at work
-        assert b"2 connections are open" in connect(get + rest).read()
+        assert b"2 connections are open" in connect(b"").read()
         with suppress(ConnectionResetError):
             assert slow.read() == b""
 

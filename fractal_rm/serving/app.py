@@ -29,7 +29,6 @@ from fractal_rm.serving.protocol import (
     Refusal,
     ScoreAnswer,
     ScoreRequest,
-    expressible,
     read_openrlhf,
     read_request,
     score_responses,
@@ -183,7 +182,7 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
         405: f"{path} takes no {request.method}. /openapi.json says what it takes.",
     }
     sentence = sentences.get(error.status_code, error.detail)
-    return JSONResponse({"detail": expressible(sentence)}, error.status_code, headers=dict(error.headers or {}))
+    return JSONResponse({"detail": sentence}, error.status_code, headers=dict(error.headers or {}))
 
 
 async def _refuse_invalid(request: Request, error: Exception) -> JSONResponse:
@@ -195,4 +194,4 @@ async def _refuse_invalid(request: Request, error: Exception) -> JSONResponse:
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found["loc"][1:]).lstrip(".")
     told = found["msg"].removeprefix("Value error, ").rstrip(".")
     sentence = f"{f'`{place}`' if place else 'The request'}: {told}. The schema is at /openapi.json."
-    return JSONResponse({"detail": expressible(sentence)}, 422)
+    return JSONResponse({"detail": sentence}, 422)

@@ -279,15 +279,10 @@ def write_results(given: Sequence[PromptedResponse], results: Sequence[StepScore
                 steps=[ScoredStep(**vars(step)) for step in result.steps],
                 score=None if math.isnan(result.score) else result.score,
                 truncated_steps=result.truncated_steps,
-                error=None if error is None else expressible(f"row {number}: {_NUMBER.sub('', error)}"),
+                error=None if error is None else f"row {number}: {_NUMBER.sub('', error)}",
             )
         )
     return said
-
-
-def expressible(sentence: str) -> str:
-    """A sentence with halves of surrogate pairs escaped: a name or text of a request may hold them, UTF-8 cannot."""
-    return sentence.encode(errors="backslashreplace").decode()
 
 
 def write_openrlhf(given: Sequence[PromptedResponse], results: Sequence[StepScores | Exception]) -> OpenRLHFAnswer:
