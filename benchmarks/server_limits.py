@@ -89,7 +89,7 @@ def answer_of(connection: socket.socket) -> str:
 def post(server: Server, body: bytes) -> tuple[str, bytes]:
     """Status and answer of `/score`."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
-    connection.request("POST", "/score", body)
+    connection.request("POST", "/score", body, {"Content-Type": "application/json"})
     answer = connection.getresponse()
     return str(answer.status), answer.read()
 
