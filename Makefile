@@ -7,7 +7,7 @@
 # `make peer-env` (the TRL versions that we are compared with), `make bench-speed` (docs/speed.md),
 # `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md), `make bench-evidence` (docs/evidence.md),
 # `make docs` (the site of the documentation, in build/site), `make faults` (docs/runs.md), `make words` (recipes/words: a
-# real language model), `make audit` (SECURITY.md: bandit's rules, known vulnerabilities, licences, bill of materials),
+# real language model), `make audit` (SECURITY.md: bandit, pip-audit, schemathesis, licences, bill of materials),
 # `make mutation` (docs/testing.md).
 # Another Python: `make test PYTHON=/path/to/python3.12`.
 
@@ -46,15 +46,9 @@ test: $(VENV)/.installed-test
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(OFFLINE) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
 
-# Reasons for the rules that are left out stand in SECURITY.md. What is not installed, or not reached, is said.
-comma := ,
-EXPLAINED := 101,105,106,310,311,404,506,603,607,704
-audit: $(VENV)/.installed-test
-	$(VENV)/bin/ruff check --select S --ignore S$(subst $(comma),$(comma)S,$(EXPLAINED)) fractal_rm recipes
-	@if test -x $(VENV)/bin/bandit; then $(VENV)/bin/bandit -q -r fractal_rm -s B$(subst $(comma),$(comma)B,$(EXPLAINED)); \
-	    else echo "bandit is not installed: its rules were checked by ruff."; fi
-	@if test -x $(VENV)/bin/pip-audit; then $(VENV)/bin/pip-audit || echo "pip-audit found something, or its data were not reached."; \
-	    else echo "pip-audit is not installed: known vulnerabilities were not looked up."; fi
+# What it found last stands in SECURITY.md.
+audit: $(VENV)/.installed-audit
+	$(OFFLINE) $(VENV)/bin/python -m benchmarks.audit
 	$(VENV)/bin/python docs/tools/inventory.py --sbom build/sbom.json
 
 # Reads docs/, README.md, docstrings and the help of configurations; warnings are errors, and nothing is fetched.

@@ -7,7 +7,8 @@ times; and nothing may be left over or stand twice.
 
     python -m benchmarks.faults --kills 30
 
-Appends a row for each chain to `benchmarks/results/faults.jsonl`; an hour or so on an idle core.
+Appends a row for each chain to `benchmarks/results/faults.jsonl`, and goes on with the kills that have none; an hour or
+so on an idle core.
 """
 
 import argparse
@@ -251,19 +252,34 @@ def measure(results: ResultsFile, name: str, work_folder: Path, chain: int, seco
 def main() -> None:
     """Run the benchmark and append its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30, help="how often each command is killed")
+    parser.add_argument("--kills", type=int, default=30, help="how often each command is killed while it runs")
     parser.add_argument("--commands", nargs="+", choices=list(commands()), default=list(commands()))
     parser.add_argument("--results", default=str(RESULTS / "faults.jsonl"))
     arguments = parser.parse_args()
-    results = ResultsFile(arguments.results)
+    results, seconds = ResultsFile(arguments.results), {}
     with tempfile.TemporaryDirectory() as place:
-        for name in arguments.commands:
-            folder = Path(place) / name
-            commands()[name].prepare(folder / "whole")
-            seconds = finish(name, folder / "whole")
-            for chain in range(-(-arguments.kills // len(KILLS))):
-                row = measure(results, name, folder, chain, seconds)
-                print(name, chain, row["metrics"], flush=True)
+        while left := [name for name in arguments.commands if kills(results, name) < arguments.kills]:
+            for name in left:  # in turn, so that a benchmark that is stopped has tried all of them
+                folder = Path(place) / name
+                if name not in seconds:
+                    commands()[name].prepare(folder / "whole")
+                    seconds[name] = finish(name, folder / "whole")
+                row = measure(results, name, folder, chains(results, name), seconds[name])
+                print(name, row["seed"], row["metrics"], flush=True)
+
+
+def _rows_of(results: ResultsFile, name: str) -> list[dict[str, Any]]:
+    return [row for row in results.rows() if row["arm"] == name]
+
+
+def chains(results: ResultsFile, name: str) -> int:
+    """Chains of kills of a command that have rows: the number of the next one."""
+    return len(_rows_of(results, name))
+
+
+def kills(results: ResultsFile, name: str) -> int:
+    """How often a command was killed so far, while it ran."""
+    return sum(row["metrics"]["kills"] for row in _rows_of(results, name))
 
 
 if __name__ == "__main__":

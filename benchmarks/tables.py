@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.audit import audit_table
 from benchmarks.common.places import REPOSITORY, RESULTS
 from benchmarks.disaggregation.page import FIGURE, draw_figure
 from benchmarks.disaggregation.page import tables as disaggregation_tables
@@ -190,6 +191,9 @@ def documents() -> dict[Path, str]:
     killed = markdown_table(moments, metrics=["equal", "files_that_differ", "checkpoint_torn", "checkpoint_step"])
     runs = REPOSITORY / "docs" / "runs.md"
     faults = markdown_table(rows_of("faults"), metrics=["kills", "equal", "weights", "rows", "left_over"])
+    attacked = ["asked", "answered", "median", "longest", "memory_growth", "log_lines", "alive"]
+    limits = markdown_table(rows_of("server_limits"), metrics=attacked) if rows_of("server_limits") else NOTHING
+    security, serving = REPOSITORY / "SECURITY.md", REPOSITORY / "docs" / "serving.md"
     recipe = REPOSITORY / "recipes" / "gsm8k_ppo" / "README.md"
     online = REPOSITORY / "docs" / "online_reward.md"
     shaping, aggregation = (REPOSITORY / "docs" / name for name in ("step_ppo.md", "how_to/choose_aggregation.md"))
@@ -208,6 +212,8 @@ def documents() -> dict[Path, str]:
         **disaggregation,
         scale: replace_table(plan, "kill_and_resume", killed),
         runs: replace_table(runs.read_text(encoding="utf-8"), "faults", faults),
+        security: replace_table(security.read_text(encoding="utf-8"), "audit", audit_table(rows_of("audit"))),
+        serving: replace_table(serving.read_text(encoding="utf-8"), "server_limits", limits),
         recipe: replace_table(recipe.read_text(encoding="utf-8"), "gsm8k_ppo plan", recipe_table()),
         online: replace_table(online.read_text(encoding="utf-8"), "online_reward", online_table()),
         evaluation: evaluation_page(evaluation.read_text(encoding="utf-8"), *judged),

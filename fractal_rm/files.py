@@ -194,12 +194,12 @@ def locked(file: Path, what: str) -> Iterator[None]:
         yield
         return
     made = [folder for folder in file.parents if not folder.exists()]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        lock = _hold(file)
     except Timeout:
-        owner = file.read_text(encoding="utf-8") if file.is_file() else ""
+        owner = ""
+        with suppress(FileNotFoundError):  # it has ended meanwhile
+            owner = file.read_text(encoding="utf-8")
         named = f" {owner}" if owner else ""
         raise OSError(f"Another process{named} writes {what}. Wait until it ends, or choose another place.") from None
     try:
@@ -211,6 +211,24 @@ def locked(file: Path, what: str) -> Iterator[None]:
         for folder in made:
             with suppress(OSError):  # not empty
                 folder.rmdir()
+
+
+def _hold(file: Path) -> FileLock:
+    """The lock of a file, made with its folders where missing; raises Timeout if another process holds it.
+
+    An owner removes the file when it ends. Who has opened it just before would hold a lock that nobody else sees, and
+    tries again.
+    """
+    lock = FileLock(file)
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            file.touch()
+            opened = file.stat().st_ino
+            lock.acquire(timeout=0)
+            if file.stat().st_ino == opened:
+                return lock
+        lock.release()
 
 
 def seconds_of(folder: Path) -> float:

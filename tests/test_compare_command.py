@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from filelock import FileLock
 
 from benchmarks.common.implicit import ImplicitReward
 from benchmarks.evidence import arms as evidence_arms
@@ -355,6 +356,27 @@ def test_a_run_that_two_processes_come_to_is_done_once(tmp_path, monkeypatch):
     one.run(unit)
     first.join()
     assert done == [unit]
+
+
+def test_two_processes_share_runs_and_wait_for_each_other_at_the_end(tmp_path, monkeypatch):
+    one = study.Study(tmp_path / "rows.jsonl", tmp_path, SMOKE_BUDGET, {"oracle": {}})
+    units, done = one.units(["easy"], ["oracle"], 3), []
+    (tmp_path / "locks").mkdir()
+    started = threading.Event()
+
+    def other() -> None:  # does the first one, and is killed
+        with FileLock(tmp_path / "locks" / "-".join(map(str, units[0]))):
+            started.set()
+            time.sleep(0.5)
+
+    monkeypatch.setattr(study.Study, "_run", lambda self, unit: done.append(unit))
+    monkeypatch.setattr(study.Study, "is_done", lambda self, unit, rows: unit in done)
+    thread = threading.Thread(target=other)
+    thread.start()
+    started.wait()
+    one.run_all(units, 1)
+    thread.join()
+    assert done == [units[1], units[2], units[0]]
 
 
 def test_bad_arguments_are_named(tmp_path):

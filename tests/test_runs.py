@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from safetensors.torch import load_file
 from support import fractal, step_ppo
 from support.models import sums
 from transformers import TrainerCallback
 
 from fractal_rm import ranges
-from fractal_rm.cli.main import main
+from fractal_rm.cli.main import COMMANDS, main
 from fractal_rm.cli.options.arguments import read_rows
 from fractal_rm.data.readers import read_jsonl
 from fractal_rm.files import locked
@@ -342,11 +343,41 @@ def test_a_folder_that_another_process_writes_is_refused_and_a_dead_one_holds_no
     assert "There is no model folder nowhere/at/all" in capsys.readouterr().err
 
 
-def test_a_file_that_another_process_writes_is_refused(tmp_path, capsys):
-    score = ["score", "--model", "nowhere/at/all", "--input", "none.jsonl", "--output", str(tmp_path / "scores.jsonl")]
-    with locked(tmp_path / ".scores.jsonl.lock", "it"):
-        assert main(score) == 2
-    assert "writes" in capsys.readouterr().err
+# Arguments of each command that writes, and the lock that it takes. Several `compare` share their work, run by run.
+WRITING = {
+    "quickstart": (["--output_dir", "out"], "out/.lock"),
+    "sample": (["--model", "nowhere/x", "--task", "arithmetic", "--output", "out.jsonl"], ".out.jsonl.lock"),
+    "train": (["--model", "nowhere/x", "--train_file", "none.jsonl", "--output_dir", "out"], "out/.lock"),
+    "score": (["--model", "nowhere/x", "--input", "none.jsonl", "--output", "out.jsonl"], ".out.jsonl.lock"),
+    "evaluate": (["--model", "nowhere/x", "--data", "none.jsonl", "--output", "out.json"], ".out.json.lock"),
+    "ppo": (["--model", "nowhere/x", "--output_dir", "out"], "out/.lock"),
+    "report": (["--results", "none.jsonl", "--output", "out.md"], ".out.md.lock"),
+}
+SHARING, READING = {"compare"}, {"plan", "serve"}
+
+
+@pytest.mark.parametrize("command", COMMANDS.keys() - SHARING - READING)
+def test_every_command_that_writes_refuses_what_another_process_writes(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    flags, lock = WRITING[command]
+    with locked(Path(lock), "it"):
+        assert main([command, *flags]) == 2
+    assert f"Another process {os.getpid()} writes " in capsys.readouterr().err
+
+
+def test_a_lock_that_its_owner_removes_while_it_is_taken_is_taken_anew(tmp_path, monkeypatch):
+    file, acquire, ended = tmp_path / "out" / ".lock", FileLock.acquire, []
+
+    def acquire_late(self, *args, **kwargs):
+        held = acquire(self, *args, **kwargs)
+        if not ended:  # its owner came to its end after the file was opened here, and before it was locked
+            ended.append(file.unlink())
+        return held
+
+    monkeypatch.setattr(FileLock, "acquire", acquire_late)
+    with locked(file, "there"), pytest.raises(OSError, match="Another process"), locked(file, "there"):
+        pass
+    assert not file.exists()
 
 
 # Large files ----------------------------------------------------------------------------------------------------------

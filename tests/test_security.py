@@ -9,11 +9,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from support.documents import REPOSITORY, script
 from support.models import reward_model
 from support.stand_ins import save_policy, save_reward_model, solutions, write_jsonl
 from transformers import LlamaForCausalLM
 
+from benchmarks import audit
 from fractal_rm.cli.main import main
 from fractal_rm.data import patterns
 from fractal_rm.data.segmentation import Segmentation
@@ -221,9 +223,41 @@ def test_a_policy_without_its_head_is_refused(tmp_path, capsys):
     )
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
+@pytest.mark.parametrize("command", ["ppo", "sample", "plan"])
+def test_a_policy_whose_files_do_not_fit_each_other_is_refused(tmp_path, capsys, command):
+    folder = save_policy(tmp_path / "policy")
+    flags = {
+        "ppo": ["--task", "arithmetic", "--reward_function", "exact_answer", "--output_dir", str(tmp_path / "out")],
+        "sample": ["--task", "arithmetic", "--output", str(tmp_path / "out.jsonl")],
+        "plan": [],
+    }[command]
+    config, weights = tmp_path / "policy" / "config.json", tmp_path / "policy" / "model.safetensors"
+    whole = config.read_text()
+    config.write_text(json.dumps(json.loads(whole) | {"num_hidden_layers": 3}))
+    assert main([command, "--model", folder, *flags]) == 2
+    assert "config.json says 3 layers, but the weights beside it have 2" in capsys.readouterr().err
+    config.write_text(whole)
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert main([command, "--model", folder, *flags]) == 2
+    assert "it is cut or damaged" in capsys.readouterr().err
 
+
+def test_a_policy_or_value_model_that_lacks_a_weight_is_refused(tmp_path, capsys):
+    whole, cut = save_policy(tmp_path / "whole"), save_policy(tmp_path / "cut")
+    weights = load_file(tmp_path / "cut" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "cut" / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--task", "arithmetic", "--num_problems", "4", "--num_eval_problems", "0", "--use_cpu", "true"]
+    flags += ["--bf16", "false", "--report_to", "none", "--reward_function", "exact_answer"]
+    flags += ["--per_device_train_batch_size", "4", "--num_generations", "2", "--output_dir", str(tmp_path / "out")]
+    lost = "weights are missing from the folder and would be random"
+    assert main(["ppo", "--model", cut, *flags]) == 2
+    assert f"{cut}: 1 {lost} (first: model.layers.1.mlp.up_proj.weight)" in capsys.readouterr().err
+    assert main(["ppo", "--model", whole, *flags, "--advantage", "gae", "--value_model", whole]) == 2
+    assert f"{whole}: 2 {lost} (first: score.bias)" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
     save_reward_model(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.norm.weight"][3] = float("nan")
@@ -277,6 +311,21 @@ def test_actions_of_the_hosted_ci_are_pinned_by_commit():
     used = re.findall(r"uses: (\S+)", (REPOSITORY / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
     assert used
     assert all(re.search(r"@[0-9a-f]{40}$", one) for one in used)
+
+
+def test_every_rule_that_the_audit_leaves_out_has_its_reason():
+    said = (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8").partition("| rule | why |")[2]
+    assert set(re.findall(r"B\d{3}", said)) == set(audit.EXPLAINED)
+
+
+def test_findings_of_schemathesis_are_read_and_the_last_run_of_each_scanner_is_shown():
+    failed = {"title": "Server error", "operations": ["POST /score"], "count": 2}
+    report = {"test_cases": {"generated": 7}, "failures": [failed], "errors": [{"title": "Timeout", "count": 1}]}
+    found = audit.read_report(report)
+    assert found == audit.Found(7, "requests", ["Server error (POST /score): 2", "Timeout: 1"])
+    row = {"arm": "schemathesis", "dataset": "requests", "config": {"version": "4.1"}, "finished_at": "2026-11-30T01"}
+    rows = [row | {"metrics": {"checked": n, "left_out": 0, "findings": 0}} for n in (1, 1234)]
+    assert audit.audit_table(rows).splitlines()[2:] == ["| schemathesis | 4.1 | 1,234 requests | 0 | 0 | 2026-11-30 |"]
 
 
 def test_the_inventory_lists_every_dependency_with_its_licence(tmp_path, capsys):

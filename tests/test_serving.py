@@ -218,6 +218,9 @@ def test_a_request_that_is_larger_than_a_batch_is_scored_in_several(model):
         ({"prompts": ["a", "b"], "responses": ["b", 5]}, 422, "`responses[1]"),
         ({"prompts": ["a"], "responses": ["b"], "threshold": 1}, 422, "`threshold`"),
         ({"prompts": [[{"role": "user"}]], "responses": ["b"]}, 422, "`prompts[0]"),
+        ({"prompts": ["a"], "responses": ["b"], "rendered": "no"}, 422, "`rendered`"),
+        ({"prompts": ["a"], "responses": ["b"], "spans": [[["0", 1]]]}, 422, "`spans[0]"),
+        ({"prompts": ["a"], "responses": ["b"], "\ud800": 1}, 422, "unicode"),
     ],
 )
 def test_a_malformed_request_is_refused_with_one_sentence(url, body, status, told):
@@ -371,14 +374,34 @@ def test_headers_that_do_not_arrive_are_given_up_and_others_are_served(model):
         again = connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"200" in again.recv(4096)
         again.sendall(b"GET /he")
-        refused = connect(b"")
-        assert b"8 connections are open" in refused.makefile("rb").read()
         begun = time.monotonic()
         for connection in (*slow, again):
             with suppress(ConnectionResetError):
                 connection.makefile("rb").read()  # ends when the server ends the connection
         assert time.monotonic() - begun < 8
         assert ScoringClient(url).health()["status"] == "ok"
+
+
+def test_a_connection_that_says_nothing_makes_room_and_one_at_work_does_not(model):
+    with running(model, limits=Limits(max_connections=2)) as url, ExitStack() as opened:
+        host, port = url.removeprefix("http://").split(":")
+
+        def connect(sent: bytes) -> Any:
+            connection = opened.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            connection.sendall(sent)
+            return connection.makefile("rb")
+
+        get, rest = b"GET /health HTTP/1.1\r\nHost: localhost\r\n", b"\r\n"
+        silent, slow = connect(b""), connect(get)
+        assert b"200" in connect(get + rest).readline()
+        with suppress(ConnectionResetError):
+            assert silent.read() == b""
+        body = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
+        for _ in range(2):
+            assert b"100" in connect(body).readline()  # at work
+        assert b"2 connections are open" in connect(b"").read()
+        with suppress(ConnectionResetError):
+            assert slow.read() == b""
 
 
 def test_all_bodies_together_are_limited(model):

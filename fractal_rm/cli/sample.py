@@ -109,7 +109,7 @@ def _sample(arguments: SampleArguments, data: DataArguments) -> None:
     from rich.progress import track
     from transformers import AutoModelForCausalLM
 
-    from fractal_rm.scorers.checkpoint import check_finite, load_tokenizer
+    from fractal_rm.scorers.checkpoint import check_complete, check_finite, load_tokenizer
     from fractal_rm.scorers.inputs import prompt_text
     from fractal_rm.tasks.group_sampling import sample_groups
 
@@ -125,11 +125,7 @@ def _sample(arguments: SampleArguments, data: DataArguments) -> None:
             f"{arguments.model} cannot be loaded as a causal language model ({reason(error)}). Give another `model`."
         ) from error
     model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{arguments.model}: {len(missing)} weights are missing from the folder and would be random (first: "
-            f"{missing[0]}). Give a folder with all weights of a causal language model."
-        )
+    check_complete(arguments.model, info["missing_keys"], "a causal language model")
     check_finite(arguments.model, model)
     model.to(device)
     texts = [prompt_text(one.prompt, tokenizer, "{prompt}") for one in asked]

@@ -46,7 +46,7 @@ from fractal_rm.ppo.sources import (
     step_lines,
 )
 from fractal_rm.reward_model import StepScores
-from fractal_rm.scorers.checkpoint import check_finite_weights, replaced_folder
+from fractal_rm.scorers.checkpoint import check_finite_weights, complete_models, replaced_folder
 
 # TRL makes a reference model only for its own penalty, and only checks whether `beta` is 0.
 _ANY_BETA = 1.0
@@ -133,7 +133,7 @@ class Engine(Run, GRPOTrainer):
 
     Raises:
         RuntimeError: If the installed TRL lacks a name that this class relies on.
-        ValueError: If the number of weights differs from the number of outcome rewards.
+        ValueError: If the number of weights differs from the number of outcome rewards, or a model's folder lacks weights.
     """
 
     args: StepPPOConfig
@@ -161,12 +161,13 @@ class Engine(Run, GRPOTrainer):
         scorers = [kinds[source.is_async](source, lambda: self._hand_over) for source in sources]
         if reward_processing_classes is not None:
             reward_processing_classes = [*as_list(reward_processing_classes), *[None] * len(sources)]
-        super().__init__(
-            reward_funcs=[*reward_funcs, *scorers],
-            args=args,
-            reward_processing_classes=reward_processing_classes,
-            **kwargs,
-        )
+        with complete_models():
+            super().__init__(
+                reward_funcs=[*reward_funcs, *scorers],
+                args=args,
+                reward_processing_classes=reward_processing_classes,
+                **kwargs,
+            )
         self.args.beta = self.beta = beta
         self.is_outcome = torch.tensor([not isinstance(function, _SourceFunction) for function in self.reward_funcs])
         self.reward_funcs = [

@@ -29,7 +29,7 @@ from fractal_rm.ppo.engine import Engine, backbone
 from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.model_setup import add_adapter
-from fractal_rm.scorers.checkpoint import check_finite_weights, head_module, load_model
+from fractal_rm.scorers.checkpoint import check_complete, check_finite_weights, head_module, load_model
 from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.scorers.token import token_classifier
 
@@ -73,8 +73,8 @@ def make_value_model(
         them.
 
     Raises:
-        ValueError: If transformers has no causal backbone of the architecture, the given model has several labels, the
-            reward model's tokenizer differs from the policy's, or the adapter adds tokens.
+        ValueError: If transformers has no causal backbone of the architecture, the given model has several labels or its
+            folder lacks weights, the reward model's tokenizer differs from the policy's, or the adapter adds tokens.
     """
     copied_from = None
     if value_model == "reward_model":
@@ -83,7 +83,9 @@ def make_value_model(
         copied_from = policy.get_base_model() if hasattr(policy, "peft_config") else policy
         value_model = _with_new_head(copied_from)
     elif isinstance(value_model, str | Path):
-        value_model, _ = load_model(value_model, FractalSettings(scorer="token"))
+        path = value_model
+        value_model, missing = load_model(path, FractalSettings(scorer="token"))
+        check_complete(path, missing, "a token classification model with one label, or leave `value_model` out")
     if value_model.config.num_labels != 1:
         labels = value_model.config.num_labels
         raise ValueError(f"The value model has {labels} labels. Give one with `num_labels=1`.")

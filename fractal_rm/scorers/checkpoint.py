@@ -8,7 +8,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -135,11 +135,7 @@ def load_model(
     missing = sorted(info["missing_keys"])
     body = f"{model.base_model_prefix}."
     lost = [name for name in missing if settings.scorer == "likelihood" or name.startswith(body)]
-    if lost:
-        raise ValueError(
-            f"{path}: {len(lost)} weights are missing from the folder and would be random (first: {lost[0]}). "
-            f"Give a folder with all weights of an {wanted}."
-        )
+    check_complete(path, lost, f"an {wanted}")
     if whole and (missing or info["unexpected_keys"]):
         names, fault = (missing, "missing from the folder and would be random")
         if not missing:
@@ -150,6 +146,32 @@ def load_model(
         )
     check_finite(path, model)
     return model, missing
+
+
+def check_complete(path: str | Path, missing: Collection[str], kind: str) -> None:
+    """Raise ValueError if weights of a model were not in its folder: transformers makes them up and only warns."""
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} weights are missing from the folder and would be random (first: {min(missing)}). "
+            f"Give a folder with all weights of {kind}."
+        )
+
+
+@contextmanager
+def complete_models() -> Iterator[None]:
+    """Let libraries that load models themselves load complete ones only: raises as [`check_complete`]."""
+    before: Any = vars(PreTrainedModel)["from_pretrained"]
+
+    def load_complete(cls: type, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        loaded = before.__func__(cls, path, *args, output_loading_info=True, **kwargs)
+        check_complete(path, loaded[1]["missing_keys"], f"a {cls.__name__}")
+        return loaded if output_loading_info else loaded[0]
+
+    PreTrainedModel.from_pretrained = classmethod(load_complete)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = before
 
 
 def check_finite(path: str | Path, model: nn.Module) -> None:

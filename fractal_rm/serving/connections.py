@@ -35,11 +35,18 @@ def server_config(app: Any, limits: Limits) -> uvicorn.Config:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            if len(self.connections) > most:
+            connections: Any = self.connections
+            waiting = [one for one in connections if one.timer is not None]
+            if len(connections) <= most:
+                self._watch()
+            elif waiting:  # who has asked for nothing the longest makes room
+                first = min(waiting, key=lambda one: one.timer.when())
+                first._stop()
+                first.transport.abort()
+                self._watch()
+            else:
                 transport.write(refusal)
                 transport.close()
-            else:
-                self._watch()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)

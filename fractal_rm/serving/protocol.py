@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
 
 from fractal_rm.data.bag import Span
 from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
@@ -54,7 +54,7 @@ class ScoreRequest(BaseModel):
         description="Texts, or chats that begin with the assistant, cut into steps as in training; what others say in "
         "a chat is context.",
     )
-    spans: list[list[tuple[int, int]] | None] | None = Field(
+    spans: list[list[tuple[StrictInt, StrictInt]] | None] | None = Field(
         default=None, description="For each text the characters `[start, end]` of its steps, null to have it cut."
     )
     steps: list[list[str]] | None = Field(
@@ -62,7 +62,7 @@ class ScoreRequest(BaseModel):
         description="In place of `responses`: the texts of the steps of each, joined as they stood in training.",
     )
 
-    rendered: bool = Field(
+    rendered: StrictBool = Field(
         default=False, description="The prompts are texts as the policy reads them: no template is applied to them."
     )
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar, cast, get_args, get_type_hints
@@ -20,7 +21,7 @@ import datasets
 import torch
 import transformers
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 
 from fractal_rm.errors import did_you_mean
@@ -326,16 +327,23 @@ class Study:
         last = self.config(unit) | {"last": True}
         return has_row(rows, dataset=unit.task, seed=unit.seed, arm=unit.arm, config=last)
 
-    def run(self, unit: Unit) -> None:
+    def run(self, unit: Unit, *, wait: bool = True) -> None:
         """Do a run, unless it is done; one that was stopped goes on from its checkpoint, or starts again without one.
 
-        A second process that comes to the same run waits for the first.
+        If another process does it, wait until that has ended, or leave it to that process.
         """
         locks = self.work / "locks"
         locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / "-".join(map(str, unit))):
+        lock = FileLock(locks / "-".join(map(str, unit)))
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            return
+        try:
             if not self.is_done(unit, self.rows()):
                 self._run(unit)
+        finally:
+            lock.release()
 
     def _running(self, unit: Unit) -> Path:
         """Where a run writes until it is done."""
@@ -368,12 +376,16 @@ class Study:
         return ResultsFile(self.results).rows()
 
     def run_all(self, units: Sequence[Unit], jobs: int) -> None:
-        """Do the runs that are not done, in their order, in `jobs` processes with one thread each."""
-        rows = self.rows()
-        done = {unit for unit in units if self.is_done(unit, rows)}
-        for unit in done:  # killed after its last row, and before it had tidied up
-            shutil.rmtree(self._running(unit), ignore_errors=True)
-        run_units(self.run, [unit for unit in units if unit not in done], jobs)
+        """Do the runs that are not done, in their order, in `jobs` processes with one thread each.
+
+        Runs that other processes do come last: they are waited for, and taken over from one that was killed.
+        """
+        for wait in (False, True):
+            rows = self.rows()
+            done = {unit for unit in units if self.is_done(unit, rows)}
+            for unit in done:  # killed after its last row, and before it had tidied up
+                shutil.rmtree(self._running(unit), ignore_errors=True)
+            run_units(partial(self.run, wait=wait), [unit for unit in units if unit not in done], jobs)
 
     # Tuning ----------------------------------------------------------------------------------------------------------
 
