@@ -15,7 +15,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 # The versions that the tests ran with, oldest first.
-TESTED_TRL = ("1.14.2", "1.16.0")
+TESTED_TRL = ("1.14.0", "1.16.0")
 
 # Methods that we override or call, with their parameters after `self`. Some come from `transformers.Trainer`, and are
 # used by `hf/runs.py`.
