@@ -3,8 +3,9 @@
 #   make quickstart   makes .venv, installs, and runs the whole pipeline: response labels -> step scores -> PPO -> report
 #   make test         makes the same .venv, installs the test extra, and runs every check
 #
-# Further: `make contract-oldest` (the oldest TRL that we support, in an environment of its own), `make clean`,
-# `make peer-env` (the TRL versions that we are compared with), `make bench-speed` (docs/speed.md),
+# Further: `make test-min`, `make test-max` (the lowest and the newest versions of all packages, docs/versions.md),
+# `make contract-oldest` (the part of `test-min` that TRL decides), `make clean`, `make peer-env` (the TRL versions that we
+# are compared with), `make bench-speed` (docs/speed.md),
 # `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md), `make bench-evidence` (docs/evidence.md),
 # `make docs` (the site of the documentation, in build/site), `make faults` (docs/runs.md), `make words` (recipes/words: a
 # real language model), `make audit` (SECURITY.md: bandit, pip-audit, schemathesis, licences, bill of materials),
@@ -12,8 +13,8 @@
 # Another Python: `make test PYTHON=/path/to/python3.12`.
 
 VENV := .venv
-OLDEST_TRL := 1.14.2
-OLDEST_VENV := .venv-trl-1.14
+MIN_VENV := .venv-min
+MAX_VENV := .venv-max
 
 # The last TRL with a PPOTrainer, and the last with a PRMTrainer: rivals in benchmarks/, never imported by the package.
 PPO_TRL := 1.12.0
@@ -31,7 +32,7 @@ endif
 # Nothing here needs the network once pip is done, and nothing is to be sent anywhere.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test audit faults docs words words-model contract-oldest peer-env bench-disaggregation bench-speed bench-evidence mutation clean
+.PHONY: quickstart test audit faults docs words words-model test-min test-max contract-oldest peer-env bench-disaggregation bench-speed bench-evidence mutation clean
 .SECONDARY:   # keeps the .created stamps
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -69,8 +70,17 @@ WORDS_RUN ?=
 words: words-model
 	$(OFFLINE) $(VENV)/bin/python recipes/words/run.py --model $(WORDS)/smollm2-135m --work $(WORDS) $(WORDS_RUN)
 
-contract-oldest: $(OLDEST_VENV)/.installed-test
-	$(OFFLINE) $(OLDEST_VENV)/bin/python -m pytest --durations=15 \
+# Both add a row to benchmarks/results/versions.jsonl; `python -m benchmarks.tables` shows it in docs/versions.md. Some
+# tests only: TESTS="tests/test_contract.py". Another Python than the oldest and the newest: PYTHON=/path/to/python3.12.
+TESTS ?= -n $(WORKERS) --dist loadfile --durations=15
+test-min: $(MIN_VENV)/.installed-test
+	$(OFFLINE) $(MIN_VENV)/bin/python -m benchmarks.versions --environment $@ $(TESTS)
+
+test-max: $(MAX_VENV)/.installed-test
+	$(OFFLINE) $(MAX_VENV)/bin/python -m benchmarks.versions --environment $@ $(TESTS)
+
+contract-oldest: $(MIN_VENV)/.installed-test
+	$(OFFLINE) $(MIN_VENV)/bin/python -m pytest --durations=15 \
 	    tests/test_contract.py tests/test_step_ppo_trainer.py tests/test_length_buckets.py tests/test_rollout_cache.py
 
 peer-env: $(PPO_VENV)/.installed-peer $(PRM_VENV)/.installed-peer
@@ -111,7 +121,7 @@ mutation: $(VENV)/.installed-mutation
 	$(VENV)/bin/python -m benchmarks.tables
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(PPO_VENV) $(PRM_VENV) build dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MIN_VENV) $(MAX_VENV) $(PPO_VENV) $(PRM_VENV) build dist .hypothesis .pytest_cache .ruff_cache
 	find fractal_rm tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is the last thing that is written: an environment that was interrupted half way is made again.
@@ -126,13 +136,19 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[$*]'
 	@touch $@
 
-# The same pins, but for TRL itself.
-$(OLDEST_VENV)/.installed-%: pyproject.toml constraints.txt Makefile | $(OLDEST_VENV)/.created
-	sed 's/^trl==.*/trl==$(OLDEST_TRL)/' constraints.txt > $(OLDEST_VENV)/constraints.txt
-	$(OLDEST_VENV)/bin/python -m pip install -c $(OLDEST_VENV)/constraints.txt -e '.[$*]'
+# The lowest versions that pyproject.toml allows; what those need, and tools of tests, are the newest that suit them.
+LOWEST := import tomllib; needed = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; \
+    print(*(one.replace('>=', '==') for one in needed), sep='\n')
+$(MIN_VENV)/.installed-%: pyproject.toml Makefile | $(MIN_VENV)/.created
+	$(MIN_VENV)/bin/python -c "$(LOWEST)" > $(MIN_VENV)/constraints.txt
+	$(MIN_VENV)/bin/python -m pip install -c $(MIN_VENV)/constraints.txt -e '.[$*]'
 	@touch $@
 
-# The same pins again. This package needs a newer TRL, so it goes in without its dependencies: all but its trainers work.
+$(MAX_VENV)/.installed-%: pyproject.toml Makefile | $(MAX_VENV)/.created
+	$(MAX_VENV)/bin/python -m pip install --upgrade --upgrade-strategy eager -e '.[$*]'
+	@touch $@
+
+# The pins of `make test` but for TRL. This package needs a newer TRL, so it goes in without its dependencies: all but its trainers work.
 PEER_NEEDS := torch transformers accelerate datasets peft safetensors scikit-learn sentencex jaxtyping rich
 $(PPO_VENV)/.installed-peer: TRL = $(PPO_TRL)
 $(PRM_VENV)/.installed-peer: TRL = $(PRM_TRL)

@@ -33,6 +33,7 @@ from benchmarks.evidence.words_page import page as words_page
 from benchmarks.speed.page import page as speed_page
 from benchmarks.speed.plan_page import recipe_table
 from benchmarks.speed.scale_page import scale_page
+from benchmarks.versions import versions_table
 from fractal_rm.data.readers import read_jsonl
 from fractal_rm.evaluation.intervals import interval_of_share
 from fractal_rm.evaluation.results import ResultsFile, read_results
@@ -199,6 +200,7 @@ def documents() -> dict[Path, str]:
     shaping, aggregation = (REPOSITORY / "docs" / name for name in ("step_ppo.md", "how_to/choose_aggregation.md"))
     speed = REPOSITORY / "docs" / "speed.md"
     evaluation = REPOSITORY / "docs" / "evaluation.md"
+    versions = REPOSITORY / "docs" / "versions.md"
     judged = (read_results(RESULTS / f"{name}.jsonl") for name in ("processbench", "best_of_n"))
     names = ("evidence", "evidence_arms", "evidence_tables", "evidence_history")
     pages = filled([*(docs / f"{name}.md" for name in names), readme], evidence_tables())
@@ -223,6 +225,7 @@ def documents() -> dict[Path, str]:
             aggregation.read_text(encoding="utf-8"), "long_responses", markdown_table(rows_of("long_responses"))
         ),
         quickstart: text,
+        versions: replace_table(versions.read_text(encoding="utf-8"), "versions", versions_table(rows_of("versions"))),
     }
 
 

@@ -23,6 +23,7 @@ _COMPLAINANTS = ("fractal_rm", "transformers", "trl", "peft", "datasets", "huggi
 # Each command is the function of that name in the module of that name.
 COMMANDS = {
     "quickstart": "The whole pipeline on arithmetic word problems: CPU, minutes, no network.",
+    "doctor": "Check versions and device, and how models read rows, before a run.",
     "plan": "Memory and hours of a run on a GPU, before anything is loaded.",
     "sample": "Sample a policy's responses to prompts, and label them by their answers.",
     "train": "Train a step reward model from response labels.",
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` starts with; default: the arguments of the process.
 
     Returns:
-        Exit status: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
+        Exit status: 0, 1 if `doctor` finds a fault, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with handled(interrupt):
                 run(name, rest)
         return 0
-    except SystemExit as end:  # argparse, after --help
+    except SystemExit as end:  # argparse after --help, `doctor`
         return int(end.code or 0)
     except KeyboardInterrupt as end:
         told = end if isinstance(end, Interrupted) else Interrupted(SIGNALS[0])

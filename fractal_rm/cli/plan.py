@@ -131,7 +131,7 @@ def plan(argv: Sequence[str]) -> None:
     stages = {"ppo": memory(run, gpu)} | ({"train": reward_training_memory(run)} if run.reward else {})
     cells = {part: [number_cell(_gigabytes(held.get(part))) for held in stages.values()] for part in stages["ppo"]}
     print_table([f"GB of {stage}" for stage in stages], cells, of="part")
-    spent = _hours(arguments, run, gpu)
+    spent = stage_hours(arguments, run, gpu)
     print_table(["hours"], {stage: [f"{time:.1f}"] for stage, time in spent.items()}, of="stage")
     print(verdict(arguments, run, gpu))
     if run.reward and stages["train"]["total"] > gpu.usable * gpu.memory:
@@ -173,7 +173,7 @@ def read_run(arguments: PlanArguments) -> Run:
     if arguments.reward_model == "none":
         reward = None
     elif arguments.reward_model != "policy":
-        reward = read_shape(arguments.reward_model, is_size=_SIZE.fullmatch(arguments.reward_model) is not None)
+        reward = read_shape(arguments.reward_model, is_size=is_size(arguments.reward_model))
     return make_run(arguments, policy, reward)
 
 
@@ -196,6 +196,11 @@ def make_run(arguments: PlanArguments, policy: Shape, reward: Shape | None) -> R
         vllm=arguments.vllm_gpu_memory_utilization if arguments.use_vllm else None,
         sleep=arguments.vllm_enable_sleep_mode,
     )
+
+
+def is_size(name: str) -> bool:
+    """Whether the name of a model is a number of parameters."""
+    return _SIZE.fullmatch(name.strip()) is not None
 
 
 def read_shape(name: str, *, is_size: bool) -> Shape:
@@ -249,7 +254,8 @@ def _gigabytes(size: float | None) -> float | None:
     return None if size is None else round(size / GIGABYTE, 2)
 
 
-def _hours(arguments: PlanArguments, run: Run, gpu: GPU) -> dict[str, float]:
+def stage_hours(arguments: PlanArguments, run: Run, gpu: GPU) -> dict[str, float]:
+    """Hours of `sample`, `train` and `ppo` under the options of the command line."""
     return hours(
         run,
         gpu,
@@ -266,5 +272,5 @@ def _print_models(arguments: PlanArguments, gpu: GPU) -> None:
         run = make_run(arguments, shape, None if arguments.reward_model == "none" else shape)
         total = memory(run, gpu)["total"]
         fits = "yes" if total <= gpu.usable * gpu.memory else "no"
-        rows[name] = [f"{total / GIGABYTE:.1f}", fits, f"{sum(_hours(arguments, run, gpu).values()):.1f}"]
+        rows[name] = [f"{total / GIGABYTE:.1f}", fits, f"{sum(stage_hours(arguments, run, gpu).values()):.1f}"]
     print_table(["GB", f"fits {arguments.gpu}", "hours"], rows, of="model")

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fractal_rm.errors import reason
-from fractal_rm.hf.manifest import MANIFEST, Identity, changes, damage, read_manifest
+from fractal_rm.hf.manifest import MANIFEST, Identity, changes, damage, read_manifest, unknown_version
 
 STATE = "trainer_state.json"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -102,8 +102,11 @@ def find_checkpoint(wanted: Any, output_dir: str | Path | None, identity: Identi
 
 
 def check_same_run(folder: Path, identity: Identity) -> None:
-    """Raise ValueError if a folder has the manifest of another run; the message names what differs."""
+    """Raise ValueError if a folder has the manifest of another run or of an unknown version; the message says which."""
     manifest = read_manifest(folder)
+    unknown = None if manifest is None else unknown_version(manifest)
+    if unknown is not None:
+        raise ValueError(f"{folder}: {unknown}. Install the fractal-rm version that wrote it, or give another folder.")
     differ = [] if manifest is None else changes(manifest["run"], identity)
     if differ:
         raise ValueError(

@@ -18,6 +18,8 @@ from transformers import TrainingArguments
 from fractal_rm.files import write_atomic
 
 MANIFEST = "manifest.json"
+# Manifests of the first packages that wrote some have no version: theirs is 1.
+MANIFEST_VERSION = 1
 Identity = dict[str, Any]
 # Rows hashed at a time, and values hashed at either end of a weight: this distinguishes models, but does not verify
 # them.
@@ -59,7 +61,8 @@ _FREE = {
 def write_manifest(folder: Path, identity: Identity, files: Iterable[Path]) -> None:
     """Mark a folder as finished: sizes and checksums of its files, and the identity of its run."""
     listed = {str(path.relative_to(folder)): _described(path) for path in sorted(files)}
-    write_atomic(folder / MANIFEST, json.dumps({"run": identity, "files": listed}, indent=1) + "\n")
+    content = {"format_version": MANIFEST_VERSION, "run": identity, "files": listed}
+    write_atomic(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -71,11 +74,21 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def unknown_version(manifest: dict[str, Any]) -> str | None:
+    """Why a manifest cannot be trusted to mean what this package takes it to mean, as a part of a sentence."""
+    version = manifest.get("format_version", 1)
+    if version == MANIFEST_VERSION:
+        return None
+    return f"its {MANIFEST} has format version {version!r}, and this package reads version {MANIFEST_VERSION}"
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a folder that has a manifest, as part of a sentence; None if it is unchanged."""
     manifest = read_manifest(folder)
     if manifest is None:
         return f"its {MANIFEST} is missing or cannot be read"
+    if (unknown := unknown_version(manifest)) is not None:
+        return unknown
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():

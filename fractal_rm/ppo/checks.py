@@ -74,7 +74,7 @@ def load_checked(
     config = _check_policy(policy)
     check_setup(args, policy, tokenizer, eval_dataset)
     if any(map(is_chat, _first_prompt(train_dataset))) and (tokenizer or not _is_adapter(_path_of(policy))):
-        _check_chat_template("the policy", tokenizer or load_tokenizer(_path_of(policy)))
+        check_chat_template("the policy", tokenizer or load_tokenizer(_path_of(policy)))
     check_prompt_lengths(config, lambda: tokenizer or load_tokenizer(_path_of(policy)), train_dataset)
     check_step_functions(step_functions, args, train_dataset)
     models = [
@@ -263,7 +263,7 @@ def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, 
             )
         model.check_prompts(prompts)
         if any(map(is_chat, prompts)) and not isinstance(model.settings, PublishedSettings):
-            _check_chat_template(f"{which[0].lower()}{which[1:]}", model.tokenizer)
+            check_chat_template(f"{which[0].lower()}{which[1:]}", model.tokenizer)
 
 
 def _check_readable(
@@ -375,8 +375,8 @@ def check_step_functions(functions: Sequence[Callable[..., Any]], args: StepPPOC
             ) from None
 
 
-def _check_chat_template(owner: str, tokenizer: Any) -> None:
-    """Raise if a tokenizer has no chat template; an embedding scorer has no tokenizer and needs no template."""
+def check_chat_template(owner: str, tokenizer: Any) -> None:
+    """Raise ValueError if a tokenizer has no chat template; an embedding scorer needs none."""
     if tokenizer is not None and not tokenizer.chat_template:
         raise ValueError(
             f"The prompts are chats, but the tokenizer of {owner} has no chat template. Set its `chat_template`, use a "

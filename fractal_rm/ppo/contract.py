@@ -15,7 +15,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 # Tested versions, oldest first.
-TESTED_TRL = ("1.14.2", "1.16.0")
+TESTED_TRL = ("1.14.0", "1.16.0")
 
 # Methods that we override or call, with their parameters after `self`. Some belong to `transformers.Trainer` and are
 # used by `hf/runs.py`.

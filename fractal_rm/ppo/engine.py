@@ -133,7 +133,8 @@ class Engine(Run, GRPOTrainer):
 
     Raises:
         RuntimeError: If the installed TRL lacks a name that this class relies on.
-        ValueError: If the number of weights differs from the number of outcome rewards, or a model's folder lacks weights.
+        ValueError: If the number of weights differs from the number of outcome rewards, or a model's folder lacks
+            weights.
     """
 
     args: StepPPOConfig

@@ -73,7 +73,7 @@ def make_value_model(
         them.
 
     Raises:
-        ValueError: If transformers has no causal backbone of the architecture, the given model has several labels or its
+        ValueError: If transformers has no causal backbone of the architecture, the given model has several labels, its
             folder lacks weights, the reward model's tokenizer differs from the policy's, or the adapter adds tokens.
     """
     copied_from = None

@@ -123,7 +123,7 @@ def load_model(
     check_model_folder(path, "Give a folder or hub id of a model.")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **_of_hub(kwargs))
-        if not is_token and not _is_causal(config):
+        if not is_token and not is_causal(config):
             raise ValueError("it is not a causal language model")
         kind: Any = token_classifier(config) if is_token else AutoModelForCausalLM
         model, info = kind.from_pretrained(path, output_loading_info=True, trust_remote_code=False, **kwargs)
@@ -183,7 +183,7 @@ def check_finite(path: str | Path, model: nn.Module) -> None:
             )
 
 
-def _is_causal(config: Any) -> bool:
+def is_causal(config: Any) -> bool:
     """Whether a configuration belongs to a causal model, in which no token sees a later one."""
     causal, masked = (auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForMaskedLM))
     encoder = type(config) in masked and not getattr(config, "is_decoder", False)

@@ -31,6 +31,14 @@ COMMON: dict[str, dict[str, tuple[str, ...]]] = {
             "resume_from_checkpoint", "report_to",
         ),
     },
+    "doctor": {
+        "model": ("model", "reward_model", "published"),
+        "data": ("train_file", "dataset_name", "dataset_format", "prompt_column", "response_column", "limit"),
+        "plan": (
+            "gpu", "use_peft", "lora_r", "value_model", "reference", "dtype", "prompt_length", "max_completion_length",
+            "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "use_vllm", "max_steps",
+        ),
+    },
     "sample": {
         "model": ("model", "chat", "max_new_tokens", "dtype", "batch_size"),
         "data": ("task", "task_name", "split", "train_file", "dataset_name", "num_prompts", "skip_prompts"),
