@@ -257,7 +257,7 @@ def read_prompts(
     check_prompts(rows, source)
     if arguments.reward_function is not None:
         _check_reward_columns(rows, source, arguments.reward_function)
-    return rows
+    return list(rows)
 
 
 def check_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> None:
