@@ -16,6 +16,9 @@ except ImportError:  # Windows, which has no such limit
 
 # Files that a server needs beside its connections: libraries, weights, logs.
 _SPARE_FILES = 64
+# Connections that asyncio accepts before it looks at any of them. Without a free file it logs a traceback for each of
+# these, so they have to fit in the spare ones, with those that are being closed.
+_BACKLOG = 16
 
 
 def server_config(app: Any, limits: Limits) -> uvicorn.Config:
@@ -72,4 +75,5 @@ def server_config(app: Any, limits: Limits) -> uvicorn.Config:
                 self.timer.cancel()
                 self.timer = None
 
-    return uvicorn.Config(app, http=Timed, log_level="warning", timeout_graceful_shutdown=int(limits.seconds) + 1)
+    patience = int(limits.seconds) + 1
+    return uvicorn.Config(app, http=Timed, log_level="warning", backlog=_BACKLOG, timeout_graceful_shutdown=patience)
