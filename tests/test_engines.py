@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.documents import script
 from support.models import byte_tokenizer, reward_model
-from test_serving import running
+from support.serving import running
 
 from fractal_rm.credit.advantages import group_step_advantages
 from fractal_rm.data.prompts import RenderedPrompt

@@ -7,19 +7,17 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from support.documents import script
 from support.models import byte_tokenizer, reward_model, sums
-from support.serving import serve_and_ask
+from support.serving import running, serve_and_ask
 from support.stand_ins import save_reward_model
 
 from fractal_rm.cli.main import main
@@ -30,31 +28,13 @@ from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import FractalReward, StepRewardModel
 from fractal_rm.scorers.inputs import prompt_text
 from fractal_rm.serving.access import Access, is_loopback
-from fractal_rm.serving.app import make_app
 from fractal_rm.serving.client import ScoringClient
-from fractal_rm.serving.connections import server_config
 from fractal_rm.serving.limits import Limits, count_values
 from fractal_rm.serving.protocol import OpenRLHFRequest, PromptedResponse, read_openrlhf
 
 PROMPTS = ["2+3*4?\n", "¿Cuánto es 7-4?\n", "3\u00d72 = ?\n"]
 RESPONSES = ["3*4=12.\n2+12=14.", "7\u22124 = 3 \U0001f642\nasí que 3.", "三乘二\n= 6."]
 SENTENCE = re.compile(r"\A[^\n]+\.\Z")
-
-
-@contextmanager
-def running(model: StepRewardModel, *, limits: Limits | None = None, **options: Any) -> Iterator[str]:
-    """The address of a server in a thread."""
-    app = make_app(model, name="rm", limits=limits, **options)
-    with listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(server_config(app, limits or Limits(seconds=4)))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(20)
-            assert not thread.is_alive()
 
 
 def make_model(**settings: Any) -> StepRewardModel:
