@@ -49,6 +49,7 @@ TESTS = {
     "data/contradictions": ("bad_corpus",),
     "data/patterns": ("bad_corpus",),
     "data/prompts": ("agents",),
+    "data/rows": ("large_data", "readers"),
     "data/sentences": ("segmentation",),
     "data/shapes": ("shapes", "readers"),
     "data/formats/fira": ("retrieval_sets",),

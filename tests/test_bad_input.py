@@ -240,7 +240,7 @@ def test_a_required_argument_is_named(commands):
 
 def test_an_unknown_command_is_answered_with_the_nearest(commands):
     assert "Unknown command 'trian'. Did you mean `train`?" in commands.fails("trian")
-    assert "Choose one of quickstart, plan, sample, train," in commands.fails("dance")
+    assert "Choose one of quickstart, doctor, plan, sample, train," in commands.fails("dance")
     assert "There is no command." in commands.fails()
 
 
@@ -549,9 +549,9 @@ def test_a_threshold_file_that_is_the_data_is_said(commands, capsys):
     data = commands.file([GOOD, BAD])
     arguments = ["evaluate", "--model", str(commands.models / "reward_model"), "--data", data]
     arguments += ["--threshold_file", data, "--output", str(commands.folder / "m.json")]
-    assert "2 of 2 rows are in " in commands.fails(*arguments, "--strict", "true")
+    assert "2 of 2 rows are also in " in commands.fails(*arguments, "--strict", "true")
     assert main(arguments) == 0
-    assert "Warning: rows.jsonl: 2 of 2 rows are in " in capsys.readouterr().err
+    assert "Warning: rows.jsonl: 2 of 2 rows are also in " in capsys.readouterr().err
 
 
 def test_a_line_that_no_model_reads_is_refused_before_it_is_parsed(commands):

@@ -431,11 +431,11 @@ def test_a_language_model_without_its_head_is_named(tmp_path):
         load_model(tmp_path, FractalSettings(scorer="likelihood"))
 
 
-def test_an_encoder_is_no_causal_language_model(tmp_path):
+def test_an_encoder_is_not_a_causal_language_model(tmp_path):
     AutoModelForMaskedLM.from_config(BertConfig(num_hidden_layers=1, vocab_size=9, hidden_size=12)).save_pretrained(
         tmp_path
     )
-    with pytest.raises(ValueError, match=r"for the likelihood scorer \(it is no causal language model\)\. Give"):
+    with pytest.raises(ValueError, match=r"for the likelihood scorer \(it is not a causal language model\)\. Give"):
         load_model(tmp_path, FractalSettings(scorer="likelihood"))
 
 

@@ -388,7 +388,7 @@ def test_bad_arguments_are_named(tmp_path):
         run_comparison(arguments(tmp_path / "smoke", arms=["implicit"]))
     with pytest.raises(ValueError, match="`jobs` is 0"):
         arguments(tmp_path / "smoke", jobs=0)
-    with pytest.raises(FileNotFoundError, match=r"chosen\.yaml is no file"):
+    with pytest.raises(FileNotFoundError, match=r"chosen\.yaml is not a file"):
         run_comparison(arguments(tmp_path / "smoke", arms=None, chosen=str(tmp_path / "chosen.yaml")))
     write_chosen(tmp_path / "smoke" / "chosen.yaml", {"oracle": {}}, "a test")
     with pytest.raises(ValueError, match="has no settings of outcome_grpo"):

@@ -159,7 +159,7 @@ def without(*names: str, **replaced) -> type:
 def test_a_method_that_is_gone_is_named_with_the_version_and_the_remedy(name):
     (sentence,) = check_contract(without(name))
     assert sentence.startswith(f"`GRPOTrainer.{name}` is gone, expected it to take (")
-    assert "is installed, but StepPPOTrainer is tested with 1.14.2 to 1.16.0: `pip install 'trl>=1.14.2" in sentence
+    assert "is installed, but StepPPOTrainer is tested with 1.14.0 to 1.16.0: `pip install 'trl>=1.14.0" in sentence
 
 
 def test_the_installed_class_is_the_one_that_is_checked(monkeypatch):

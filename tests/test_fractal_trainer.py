@@ -544,7 +544,7 @@ def test_a_model_from_nowhere_needs_a_tokenizer(tmp_path):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"The tokenizer has \d+ tokens, but the model knows 50"):
+    with pytest.raises(ValueError, match=r"The tokenizer has \d+ tokens, but the model has 50"):
         make(tmp_path, model_options={"vocab_size": 50})
 
 

@@ -85,7 +85,7 @@ def test_an_interrupted_command_promises_only_flags_that_it_has(command, monkeyp
     said = capsys.readouterr().err
     assert said.startswith("Interrupted.")
     assert "--" not in said  # train, ppo and sample say how to go on once there is something to go on from
-    assert ("goes on" in said) == (command in ("quickstart", "score", "evaluate", "compare"))
+    assert ("continues" in said) == (command in ("quickstart", "score", "evaluate", "compare"))
 
 
 # Scores of a stopped run ----------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def test_a_mixture_of_experts_is_refused():
 
 
 def test_a_configuration_without_sizes_is_refused():
-    with pytest.raises(ValueError, match="The configuration of it names no `intermediate_size`"):
+    with pytest.raises(ValueError, match="The configuration of it has no `intermediate_size`"):
         shape_of(GPT2Config(), where="it")
 
 

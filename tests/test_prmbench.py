@@ -50,7 +50,7 @@ def test_a_scripted_oracle_gets_one_everywhere():
     solutions = some_solutions()
     found = values_of(scores(solutions, lambda bag: list(bag.step_labels)), solutions)
     scored = [value for name, value in found.items() if name.startswith(("prmscore", "f1", "accuracy", "within"))]
-    assert len(scored) == 1 + 3 + 8 + 2 + 1 + 8 + 1
+    assert len(scored) == 1 + 3 + 8 + 2 + 1 + 8 + 2
     assert set(scored) == {1.0}
 
 

@@ -311,7 +311,7 @@ def test_a_product_that_comes_to_nothing_is_said_once_with_its_numbers(caplog):
         reward([""] * 3, ["2 " * 149, "2 2", "2 " * 151])
     (said,) = caplog.messages
     assert "149 or more steps, and half of the steps a score of 0.88 or more" in said
-    assert f"comes to {torch.tensor(2.0).sigmoid().item() ** 149:.1e}" in said
+    assert f"is about {torch.tensor(2.0).sigmoid().item() ** 149:.1e}" in said
     assert "scale='log'" in said
     FractalReward(Scores(aggregation="product"), scale="log")([""], ["2 " * 150])
     FractalReward(Scores(aggregation="min"))([""], ["2 " * 150])

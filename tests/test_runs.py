@@ -353,7 +353,7 @@ WRITING = {
     "ppo": (["--model", "nowhere/x", "--output_dir", "out"], "out/.lock"),
     "report": (["--results", "none.jsonl", "--output", "out.md"], ".out.md.lock"),
 }
-SHARING, READING = {"compare"}, {"plan", "serve"}
+SHARING, READING = {"compare"}, {"doctor", "plan", "serve"}
 
 
 @pytest.mark.parametrize("command", COMMANDS.keys() - SHARING - READING)

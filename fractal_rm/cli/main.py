@@ -28,7 +28,7 @@ COMMANDS = {
     "sample": "Sample a policy's responses to prompts, and label them by their answers.",
     "train": "Train a step reward model from response labels.",
     "score": "Score the steps of the responses in a file.",
-    "evaluate": "Evaluate a step reward model on labelled responses or a benchmark, or compare two.",
+    "evaluate": "Evaluate one or two step reward models on labelled responses or a benchmark.",
     "ppo": "Train a policy with PPO on step rewards, outcome rewards, or both.",
     "compare": "Dense against outcome-only rewards on arithmetic settings, over paired seeds.",
     "serve": "Answer requests for step scores over HTTP.",

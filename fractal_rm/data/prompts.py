@@ -171,7 +171,7 @@ def read_prompt(prompt: Any) -> Prompt:
                 "'tool_calls' may have none)."
             )
         if not {"role", "content"} <= set(known):
-            raise TypeError(f"message {number} of the prompt is no message; give it the keys 'role' and 'content'.")
+            raise TypeError(f"message {number} of the prompt is not a message; give it the keys 'role' and 'content'.")
         _check_calls(known, f"message {number} of the prompt")
         check_text(known["role"], f"the role of message {number} of the prompt")
         content = content_text(known["content"], f"the content of message {number} of the prompt")
@@ -231,7 +231,7 @@ def read_completion(completion: Any) -> str:
         completion: A text, or messages that begin with the assistant's. No messages: an empty text.
 
     Raises:
-        TypeError: If a message is none, or its content is no text.
+        TypeError: If a message is not an object, or its content is not text.
         ValueError: If the assistant does not begin, a role is unknown, or a message has a `function_call`.
 
     Example:

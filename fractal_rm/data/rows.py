@@ -35,7 +35,7 @@ class JsonLines(Sequence[dict[str, Any]]):
         limit: Most rows, the first ones. None: all of them.
 
     Raises:
-        TypeError: When a row is asked for that is no object.
+        TypeError: When a row is asked for that is not an object.
         ValueError: If there are no rows; when a row is asked for that is blank, too long, or no JSON in UTF-8.
     """
 
@@ -89,7 +89,7 @@ def stream_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a `.jsonl` file, gzipped or not, one after the other: what is not asked for is not read.
 
     Raises:
-        TypeError: If a row is no object.
+        TypeError: If a row is not an object.
         ValueError: If a line cannot be read, or is blank and not at the end.
     """
     with complete_gzip(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -107,7 +107,7 @@ def parse_line(line: bytes, path: Path, row: int) -> dict[str, Any]:
     """The object that a line of a file holds.
 
     Raises:
-        TypeError: If it is no object.
+        TypeError: If it is not an object.
         ValueError: If it is blank, too long, or no JSON in UTF-8.
     """
     if len(line) > _LONGEST_LINE:

@@ -146,7 +146,7 @@ def _fences(text: str, marks: re.Pattern[str]) -> list[Span]:
     fences: list[Span] = []
     opener: re.Match[str] | None = None
     runs = list(marks.finditer(text))
-    paired = False  # with the run before, on one line: inline code, which is no fence
+    paired = False  # with the run before, on one line: inline code, not a fence
     for run, after in zip_longest(runs, runs[1:]):
         rest = text[run.end() : after.start() if after else len(text)]
         last_of_line = after is None or "\n" in rest

@@ -290,7 +290,7 @@ def _check_readable(
         if (tools or environments) and isinstance(model.settings, PublishedSettings):
             given = "tools" if tools else "environment_factory"
             raise ValueError(
-                f"{which} is a published one, which reads one turn, and with `{given}` completions have several. Train "
+                f"{which} is a published model that reads one turn, but with `{given}` completions have several. Train "
                 f"a reward model on conversations, or leave `{given}` out."
             )
         for dataset in datasets:

@@ -150,7 +150,7 @@ _NO_UNIT = frozenset(
         "и",
     ]
 )
-# What is no value: an arrow, an ellipsis, a sign of approximation, digits in another base, two numbers in a row.
+# Not a value: an arrow, an ellipsis, a sign of approximation, digits in another base, two numbers in a row.
 _NO_VALUE = re.compile(
     r"[!?±~≈→⇒⟶…]|[-=]>|\.\s*\.|\\(?:pm|mp|approx|sim(?:eq)?|cong|equiv|to|(?:long)?rightarrow|Rightarrow|implies|not|neg|[lc]?dots)"
     r"(?![a-zA-Z])|\d_|\d\s*:\s*\d|\b0[xXbBoO][0-9a-fA-F]|(?<!frac)(?<!frac\s)\d\s+\d+(?!\d*\s*/)"

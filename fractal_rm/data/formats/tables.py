@@ -76,11 +76,11 @@ def _from_datasets(path: Path, limit: int | None) -> Sequence[dict[str, Any]]:
         if path.is_dir():
             found = load_from_disk(str(path))
         else:
-            options: Any = {"data_files": str(path), "split": "train", "trust_remote_code": False}
+            named: Any = {"path": _BUILDERS[path.suffix], "data_files": str(path), "split": "train"}
             if limit is not None:  # no more is read
-                return list(load_dataset(_BUILDERS[path.suffix], streaming=True, **options).take(limit))
+                return list(load_dataset(**named, streaming=True, trust_remote_code=False).take(limit))
             cache = tempfile.mkdtemp()
-            found = load_dataset(_BUILDERS[path.suffix], cache_dir=cache, **options)
+            found = load_dataset(**named, cache_dir=cache, trust_remote_code=False)
     except (OSError, ValueError, DatasetsError) as error:
         if cache is not None:
             shutil.rmtree(cache, ignore_errors=True)
