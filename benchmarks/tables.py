@@ -193,6 +193,7 @@ def documents() -> dict[Path, str]:
     runs = REPOSITORY / "docs" / "runs.md"
     faults = markdown_table(rows_of("faults"), metrics=["kills", "equal", "weights", "rows", "left_over"])
     attacked = ["asked", "answered", "median", "longest", "memory_growth", "log_lines", "alive"]
+    large = markdown_table(rows_of("large_file"), metrics=["seconds", "cpu_seconds", "peak_mb"])
     limits = markdown_table(rows_of("server_limits"), metrics=attacked) if rows_of("server_limits") else NOTHING
     security, serving = REPOSITORY / "SECURITY.md", REPOSITORY / "docs" / "serving.md"
     recipe = REPOSITORY / "recipes" / "gsm8k_ppo" / "README.md"
@@ -215,6 +216,7 @@ def documents() -> dict[Path, str]:
         scale: replace_table(plan, "kill_and_resume", killed),
         runs: replace_table(runs.read_text(encoding="utf-8"), "faults", faults),
         security: replace_table(security.read_text(encoding="utf-8"), "audit", audit_table(rows_of("audit"))),
+        docs / "data.md": replace_table((docs / "data.md").read_text(encoding="utf-8"), "large_file", large),
         serving: replace_table(serving.read_text(encoding="utf-8"), "server_limits", limits),
         recipe: replace_table(recipe.read_text(encoding="utf-8"), "gsm8k_ppo plan", recipe_table()),
         online: replace_table(online.read_text(encoding="utf-8"), "online_reward", online_table()),
