@@ -254,7 +254,9 @@ def _in_fork(tests: Sequence[str], file: Path | None, source: str, folder: str) 
     if file is not None:
         read_instead(file, source)
     imported_early = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-W", imported_early, f"--basetemp={folder}/tests"]
+    # Pytest would read files that it is given itself, to rewrite their assertions: the mutant would never be seen.
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "-W", imported_early]
+    options.append(f"--basetemp={folder}/tests")
     return int(pytest.main([*options, *tests], plugins=[_Failures(f"{folder}/failed.txt")]))
 
 
@@ -262,6 +264,8 @@ def measure(results: ResultsFile, module: str, share: float, seed: int) -> dict[
     """Run a module's tests with each mutant of a share of its places, at least one, and append the row."""
     began, file, tests = time.perf_counter(), file_of(module), tests_of(module)
     source = file.read_text(encoding="utf-8")
+    if run_tests(tests, file, f"raise RuntimeError\n{source}").status == 0:
+        raise RuntimeError(f"The tests of {module} do not see a module that cannot be imported, so they see no mutant.")
     found = places(source)
     mutants = draw(source, found, max(1, round(share * len(found))), random.Random(f"{seed} {module}"))
     ended = [run_tests(tests, file, mutant.source) for mutant in mutants]
