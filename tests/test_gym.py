@@ -88,6 +88,13 @@ def test_without_the_library_the_message_says_how_to_install_it(monkeypatch):
         GymTask("gsm_symbolic")
 
 
+def test_without_the_reader_of_expressions_nothing_begins(monkeypatch):
+    # A response that states `1/2` would otherwise stop a run that has been training for an hour.
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ImportError, match=r"The task `reasoning_gym` needs math-verify.*fractal-rm\[math\]"):
+        GymTask("gsm_symbolic")
+
+
 def test_more_problems_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="different problems for validation"):
         GymTask("coin_flip", options={"min_trials": 3, "max_trials": 3}).problems("validation", 200, 0)

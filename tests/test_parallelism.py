@@ -62,9 +62,7 @@ def engine(monkeypatch) -> Any:
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
 def test_a_value_model_of_its_own_is_refused_where_weights_are_in_pieces(tmp_path, engine, name):
     engine(name)
-    with pytest.raises(
-        ValueError, match=r"trains a value model .*, but (FSDP|DeepSpeed) prepares only one"
-    ):
+    with pytest.raises(ValueError, match=r"trains a value model .*, but (FSDP|DeepSpeed) prepares only one"):
         make(tmp_path, reward_model=reward_model(), advantage="gae")
 
 

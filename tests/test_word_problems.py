@@ -1,6 +1,7 @@
 """Word problems with new numbers: solutions by rule, and their exact checker."""
 
 import random
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -33,6 +34,12 @@ def folder(tmp_path_factory):
     write_jsonl(path / "train.jsonl.gz", rows)
     write_jsonl(path / "test.jsonl", [{**row, "template": f"At noon {row['template']}"} for row in rows])
     return path
+
+
+def test_without_the_reader_of_expressions_nothing_begins(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ImportError, match=r"The task `word_problems` needs math-verify.*fractal-rm\[math\]"):
+        WordProblems(folder)
 
 
 @given(st.sampled_from(FORMS), st.integers(0, 10**6))

@@ -336,7 +336,7 @@ class Guards:
 
     Args:
         reference_batches: First batches, which define the normal range. They raise no alarm, except for absolute
-        limits.
+            limits.
         patience: Consecutive batches beyond a limit before an alarm. Each such streak raises one alarm.
 
     Attributes:

@@ -95,7 +95,7 @@ def token_end_characters(
         token_ids: Sampled ids of one completion; EOS and padding may be among them.
         tokenizer: The policy's tokenizer.
         pieces: Texts of single ids; missing ones are added. Use one dictionary for all completions of a tokenizer, so
-        that each id is decoded once.
+            that each id is decoded once.
         endings: As for [`completion_text`].
 
     Returns:

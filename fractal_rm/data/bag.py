@@ -26,13 +26,13 @@ class Bag:
     Args:
         prompt: Text, or a chat: a list of messages with the keys `role` and `content`, read by [`read_prompt`].
         response: The response, exactly as written; a [`~fractal_rm.data.prompts.Conversation`] if tools or users wrote
-        in between.
+            in between.
         step_spans: Where the steps are in the response: start and end characters, in order, apart, at least one.
         label: Probability that the response is good, in [0, 1]; with `num_grades`, a grade. None if unknown.
         step_labels: Gold labels of the steps, on the scale of `label`; None where unknown. Only evaluation, and arms
-        named for it, may read them.
+            named for it, may read them.
         teacher_scores: Step scores from another source (a language model as judge, an NLI model, a rule): probabilities
-        that steps are good, None where unknown. Unlike gold labels, training may read them.
+            that steps are good, None where unknown. Unlike gold labels, training may read them.
         num_grades: For ordinal labels: number of grades, 0 to `num_grades - 1`.
         id: The caller's name of the response.
         pair_id: Shared by the two responses of a preference: the chosen one has label 1, the rejected one 0.

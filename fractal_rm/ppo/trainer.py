@@ -67,20 +67,20 @@ class StepPPOTrainer(Engine):
         callbacks: As for `GRPOTrainer`.
         peft_config: As for `GRPOTrainer`: the policy trains an adapter; without it, it is the reference.
         value_peft_config: The value model trains an adapter and its head instead of all its weights. Without it, the
-        value model trains all its weights even if the policy trains an adapter, and a warning says what that costs.
+            value model trains all its weights even if the policy trains an adapter, and a warning says what that costs.
         step_reward_funcs: Functions that score steps, one or a list: called as TRL calls `reward_funcs`, and with
             `steps`, the texts of each completion's steps; they return one score per step for each completion.
         reward_model_dataset: For `rm_update_every`, which updates the first reward model: labelled responses that are
-        mixed in, ideally ones it was not trained on. Records or bags, as for [`FractalTrainer`].
+            mixed in, ideally ones it was not trained on. Records or bags, as for [`FractalTrainer`].
         kwargs: Further arguments of `GRPOTrainer`.
 
     Raises:
         ConnectionError: If the vLLM server does not answer.
         ValueError: If there is no reward; a reward model does not suit the prompts or the configuration, cannot be
-        trained although it should, or cannot read one of the first prompts; there is no tokenizer; batches are not
-        whole groups; or the value model cannot be made.
+            trained although it should, or cannot read one of the first prompts; there is no tokenizer; batches are not
+            whole groups; or the value model cannot be made.
         TypeError: If `args` is another configuration, or a function of `step_reward_funcs` does not accept the
-        arguments it will get.
+            arguments it will get.
         RuntimeError: If the installed TRL has moved a name that this class relies on.
 
     Attributes:

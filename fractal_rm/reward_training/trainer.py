@@ -232,7 +232,7 @@ class FractalTrainer(Run):
             trials: How many configurations of the list to try.
             model: As for the trainer; an instance is copied for each trial.
             args: What trials have in common. `aggregation` says what labels mean; trials vary the aggregation within
-            that meaning.
+                that meaning.
             train_dataset: As for the trainer.
             eval_dataset: As for the trainer.
             processing_class: As for the trainer.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fractal_rm.tasks.answers import MARK, read_answer
+from fractal_rm.tasks.answers import MARK, check_math_verify, read_answer
 from fractal_rm.tasks.equations import check_lines
 from fractal_rm.tasks.task import Split, Task
 
@@ -120,7 +120,7 @@ class GymTask(Task):
         max_new_tokens: The longest response.
 
     Raises:
-        ImportError: If reasoning-gym is not installed.
+        ImportError: If reasoning-gym or math-verify is not installed.
         ValueError: If there is no data set of this name, an option is wrong, or its answers are not text that its own
             verifier accepts.
     """
@@ -135,6 +135,7 @@ class GymTask(Task):
             raise ImportError(
                 f'The task `reasoning_gym` needs reasoning-gym ({error}). Install it: `pip install "fractal-rm[gym]"`.'
             ) from None
+        check_math_verify("The task `reasoning_gym`")  # now, not when a response states an expression
         if name not in DATASETS and name not in GSM_SYMBOLIC:
             alike = difflib.get_close_matches(name, {**DATASETS, **GSM_SYMBOLIC}, n=3, cutoff=0.5)
             near = f" Nearest: {', '.join(alike)}." if alike else f" It has {len(DATASETS)}, such as gsm_symbolic."

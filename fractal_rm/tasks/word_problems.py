@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fractal_rm.data.readers import naming, read_jsonl
-from fractal_rm.tasks.answers import read_answer, same_answer
+from fractal_rm.tasks.answers import check_math_verify, read_answer, same_answer
 from fractal_rm.tasks.gym import PROMPT
 from fractal_rm.tasks.task import Split, Task
 
@@ -186,12 +186,14 @@ class WordProblems(Task):
 
     Raises:
         FileNotFoundError: If a file is missing.
+        ImportError: If math-verify is not installed.
         ValueError: If a row cannot be read; it names the row.
     """
 
     name = "word_problems"
 
     def __init__(self, folder: str | Path, *, model: str = "", max_new_tokens: int = 64) -> None:
+        check_math_verify("The task `word_problems`")
         self.model, self.max_new_tokens = model, max_new_tokens
         self._train, self._test = (self._read(Path(folder), split) for split in ("train", "test"))
         self._made: dict[str, WordProblem] = {}
