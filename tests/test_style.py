@@ -74,3 +74,19 @@ def test_pages_and_modules_are_in_plain_english():
 )
 def test_planted_phrases_are_found(text, count):
     assert len(stumbles(text)) == count
+
+
+# Of a docstring: a heading, and lines one level below it that name something.
+SECTION = re.compile(r"^( *)(?:Args|Attributes|Raises):\n((?:\1 {4,}.*\n|\n)+)", re.M)
+NAMED = re.compile(r"(?:\*{0,2}[\w.]+|`[^`]+`)(?:, (?:\*{0,2}[\w.]+|`[^`]+`))*:")
+
+
+def test_a_section_of_a_docstring_is_indented_as_the_reference_reads_it():
+    found = []
+    for path in sorted((REPOSITORY / "fractal_rm").rglob("*.py")):
+        for indent, lines in SECTION.findall(path.read_text(encoding="utf-8")):
+            for line in lines.splitlines():
+                text = line.removeprefix(indent + 4 * " ")
+                if text and not text.startswith(" ") and not NAMED.match(text):
+                    found.append(f"{path.relative_to(REPOSITORY)}: indent what goes on: {text}")
+    assert found == []

@@ -28,7 +28,7 @@ class RenderedPrompt(str):
         Args:
             text: The prompt.
             cuts: Characters at which it is cut before tokenization: inside user text that looks like a control token,
-            so that it stays text.
+                so that it stays text.
             chat: Whether a chat template wrote it; None: the same as in the reward model's training.
         """
         made = super().__new__(cls, text)

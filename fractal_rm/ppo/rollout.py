@@ -71,7 +71,7 @@ class RolloutBatch:
         logprobs: Log-probabilities of the sampling policy (B, T), if they were computed.
         kl: KL divergence from the reference at each token (B, T), if it is part of the reward or free.
         state_values: Values at all positions (B, P + T) from a head on the policy's states, if a forward pass computed
-        them.
+            them.
         steps: Shaped step rewards, one entry per source.
         rewards: Token rewards.
         values: Values of the states before the tokens (B, T).

@@ -299,7 +299,7 @@ class ValueLearning:
         Args:
             minibatch: A part of the rollout.
             states: Last hidden states of the policy (B, P + T, H), from the forward pass of its loss; read by a shared
-            head, which does not train them.
+                head, which does not train them.
             accumulation: Minibatches in an optimizer step.
 
         Raises:

@@ -53,7 +53,7 @@ class Published:
             outputs), `"v_head"` (a value head with one), `"vocabulary"` (the logits of `tokens`).
         tokens: The good and the bad token, for `"vocabulary"`.
         reads_before: Whether the score is read one token before the marker, which it predicts, instead of at the
-        marker's last token.
+            marker's last token.
         between: Text between steps in a response. The published code cuts there and drops it; None: it keeps the text.
         blank_steps: Whether the published code marks blank steps too.
         joint: Text between prompt and first step.

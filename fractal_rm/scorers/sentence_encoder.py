@@ -39,7 +39,7 @@ class SentenceEncoder:
         cache_dir: Folder of the cache. None: the environment variable `FRACTAL_RM_CACHE`, else `~/.cache/fractal_rm`;
         `""`: no cache.
         dtype: `"auto"` (as the weights are stored), `"float32"` or `"bfloat16"`: the last is several times faster on
-        GPUs and on CPUs with instructions for it. The cache keeps precisions separate.
+            GPUs and on CPUs with instructions for it. The cache keeps precisions separate.
         device: Where to encode; None: a GPU if there is one.
         hub: How files are loaded from the hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 

@@ -84,7 +84,7 @@ class FractalSettings:
         segmentation: How a response is cut into steps.
         prompt_template: Text with `{prompt}` in the prompt's place; the response follows it directly.
         max_length: Maximum number of tokens, including the prompt. Whole steps beyond it are left out, counted and
-        logged.
+            logged.
         sharpness: How close a soft aggregation is to the extreme it softens.
         missed_good: Share of good responses wrongly labelled bad; training and online updates correct for it.
         missed_bad: Share of bad responses wrongly labelled good, likewise.
@@ -104,7 +104,7 @@ class FractalSettings:
         chat_template_kwargs: Arguments of the chat template in addition to the messages, such as `enable_thinking`.
         joint: Text between steps given as a list; None: the segmentation's default.
         reading: Version of the rules by which text becomes tokens: 2, or 1 for older checkpoints. In version 1, control
-        tokens written as text become control tokens.
+            tokens written as text become control tokens.
         data: Fingerprint of the training data.
         versions: Package versions at saving.
         format_version: Version of this block.

@@ -31,7 +31,7 @@ class RewardModelUpdater:
     Args:
         reward_model: The model, without PEFT adapters.
         learning_rate: Learning rate of AdamW; the scorer's own parameters (weight and bias, or the head) get ten times
-        that.
+            that.
         batch_size: Responses per forward pass in evaluation.
         max_grad_norm: Largest norm of the gradient; 0: no limit.
 
