@@ -106,6 +106,19 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def remove_abandoned(folder: Path, names: str) -> None:
+    """Remove temporary files of [`replacing`] whose process was killed on this machine.
+
+    Args:
+        folder: The folder of the files.
+        names: Pattern of the names of the files that were to be written.
+    """
+    for stale in folder.glob(f".{names}.{glob.escape(platform.node())}-*.tmp"):
+        process = stale.name.removesuffix(".tmp").rpartition("-")[2]
+        if not Path(f"/proc/{process}").exists() and Path("/proc").is_dir():
+            stale.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside a file; what is written there replaces the file in one step at the end.
@@ -129,11 +142,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield target
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    here = f".{target.name}.{platform.node()}-"
-    for stale in target.parent.glob(f"{glob.escape(here)}*.tmp"):  # of a process that was killed on this machine
-        if not Path(f"/proc/{stale.name[len(here) : -len('.tmp')]}").exists() and Path("/proc").is_dir():
-            stale.unlink(missing_ok=True)
-    temporary = target.with_name(f"{here}{os.getpid()}.tmp")
+    remove_abandoned(target.parent, glob.escape(target.name))
+    temporary = target.with_name(f".{target.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:

@@ -1,5 +1,7 @@
 """Embeddings are computed once, and a cache never changes a number."""
 
+import os
+import platform
 import re
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,17 @@ def test_two_instances_share_what_each_has_written(folder, tmp_path):
     assert torch.equal(silent(one).embed(TEXTS[:2]), both)
     assert torch.equal(silent(other).embed(TEXTS[:2]), both)
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_what_a_killed_process_left_half_written_goes(folder, tmp_path):
+    SentenceEncoder(folder, cache_dir=tmp_path).embed(TEXTS[:1])
+    (shard,) = shards(tmp_path)
+    dead, alive = 2**22 + 1, os.getpid()  # no process has a higher number than 2**22
+    half = [shard.with_name(f".another.safetensors.{platform.node()}-{process}.tmp") for process in (dead, alive)]
+    for file in half:
+        file.write_bytes(b"")
+    SentenceEncoder(folder, cache_dir=tmp_path).embed(TEXTS[:1])
+    assert [file.exists() for file in half] == [False, True]
 
 
 def cut(shard: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from fractal_rm.errors import reason
-from fractal_rm.files import replacing
+from fractal_rm.files import remove_abandoned, replacing
 from fractal_rm.scorers.folder import check_model_folder
 from fractal_rm.scorers.settings import tokenizer_fingerprint
 
@@ -129,6 +129,7 @@ class SentenceEncoder:
         """Read what this or another process has written since."""
         if self._folder is None or not self._folder.is_dir():
             return
+        remove_abandoned(self._folder, "*.safetensors")  # every file has a new name: nobody else would
         for file in sorted(self._folder.glob("*.safetensors")):
             if file.name in self._read:
                 continue
