@@ -253,3 +253,9 @@ def test_teacher_scores_are_cut_with_their_steps():
     part = truncate_bag(make(steps=["a", "b", "c"], teacher_scores=(0.1, None, 0.3)), 2, "min")
     assert part is not None
     assert part.teacher_scores == (0.1, None)
+
+
+@pytest.mark.parametrize("spans", [((0, 1), (1, 3)), ((-1, 1), (1, 2)), ((0, 1), (2, 2))])
+def test_steps_lie_in_the_response(spans):
+    with pytest.raises(ValueError, match="step"):
+        Bag("p", "ab", spans, 1.0)

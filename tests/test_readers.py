@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fractal_rm.data.bag import warn_of_equal_labels
+from fractal_rm.data.prompts import is_messages
 from fractal_rm.data.readers import read_bags, read_jsonl, read_row
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.data.shapes import Columns
@@ -436,3 +437,14 @@ def test_teacher_scores_that_cannot_be_are_one_sentence_with_the_row(scores):
     sentence = refuse([row], (TypeError, ValueError))
     assert "row 1" in sentence
     assert "teacher" in sentence
+
+
+def test_the_first_row_that_is_left_out_is_named():
+    rows = [{"prompt": "p", "response": text, "label": 1} for text in ("", "a", " ")]
+    with pytest.warns(UserWarning, match=r"2 of 3 rows of rows are left out\. First: rows, row 1: "):
+        assert len(read_bags(rows, Segmentation("lines"), source="rows", on_bad_row="skip")) == 1
+
+
+@pytest.mark.parametrize("value", [[], (), ["a"], [{"role": "user"}, "a"], "a", None, {"role": "user"}])
+def test_only_lists_of_objects_are_messages(value):
+    assert not is_messages(value)

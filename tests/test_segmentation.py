@@ -9,8 +9,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from fractal_rm.data.prompts import read_completion
 from fractal_rm.data.segmentation import (
     Segmentation,
+    common_gap,
     gaps,
     join_steps,
     locate_steps,
@@ -468,3 +470,30 @@ def test_given_steps_cannot_be_cut_from_a_text():
 def test_a_wrong_option_is_named(options, match):
     with pytest.raises(ValueError, match=re.escape(match)):
         Segmentation(**options)
+
+
+def test_a_turn_with_thoughts_is_one_step_from_its_first_word_to_its_last():
+    text = "I add. <think>4?</think> It is 4. <think>Sure?</think> Yes."
+    assert Segmentation("turns", thinking="skip")(text) == [(0, len(text))]
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "joint"),
+    [
+        (Segmentation("lines"), "\n"),
+        (Segmentation("sentences"), " "),
+        (Segmentation("sentences", version=1), "\n"),
+        (Segmentation("separator", separator="<s>"), "<s>"),
+        (Segmentation("separator", separator="<s>", version=1), "\n"),
+    ],
+)
+def test_listed_steps_are_joined_by_what_the_method_cuts_at(segmentation, joint):
+    assert segmentation.joint == joint
+
+
+def test_what_stands_between_turns_is_no_gap_between_steps():
+    assistant, tool = {"role": "assistant", "content": "a\nb"}, {"role": "tool", "content": "4"}
+    said = read_completion([assistant, tool, assistant, tool, assistant])
+    assert common_gap([(said, Segmentation("lines")(said))]) == "\n"
+    one_step = read_completion([{**assistant, "content": "a"}, tool, {**assistant, "content": "b"}])
+    assert common_gap([(one_step, Segmentation("lines")(one_step))]) is None
