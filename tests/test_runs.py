@@ -356,7 +356,7 @@ WRITING = {
 SHARING, READING = {"compare"}, {"doctor", "plan", "serve"}
 
 
-@pytest.mark.parametrize("command", COMMANDS.keys() - SHARING - READING)
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - SHARING - READING))
 def test_every_command_that_writes_refuses_what_another_process_writes(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
     flags, lock = WRITING[command]

@@ -80,7 +80,7 @@ class WordsAssets(Assets):
         "save_total_limit": 1,
     }
     # Rollouts whose logits are in memory at a time: 49,152 of them a token.
-    micro_batch: ClassVar[int] = 8 if device == "cpu" else 16
+    micro_batch: ClassVar[int] = 4 if device == "cpu" else 16
 
     def __init__(self, folder: Path, task: Task, seed: int, max_steps: int = -1) -> None:
         super().__init__(folder / "ppo", task, seed, max_steps)
@@ -106,7 +106,8 @@ class WordsAssets(Assets):
         if kind in self.rules:
             return super().reward_model(kind)
         folder = self.reward_model_folder(kind)
-        return StepRewardModel.from_pretrained(folder, device=self.device, batch_size=64, dtype=torch.bfloat16)
+        batch = 4 * self.micro_batch
+        return StepRewardModel.from_pretrained(folder, device=self.device, batch_size=batch, dtype=torch.bfloat16)
 
     def trainer_arguments(self, options: Options) -> dict[str, Any]:
         """Adapters, a value head on the policy's own states, and on a CPU a sampler that is made for it."""
