@@ -148,7 +148,7 @@ def test_a_file_that_is_not_there_is_named(commands):
     said = commands.fails(
         "train", "--model", str(commands.models / "policy"), "--train_file", "none.jsonl", "--output_dir", "out"
     )
-    assert "none.jsonl is no file" in said
+    assert "none.jsonl is not a file" in said
 
 
 def test_labels_that_are_all_equal_are_a_warning_with_the_consequence(commands):

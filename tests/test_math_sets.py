@@ -156,7 +156,7 @@ def test_the_stand_in_of_git_lfs_is_named(tmp_path):
 
 
 def test_missing_files_and_empty_data_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl is no file; check the path\."):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl is not a file; check the path\."):
         read_prm800k(tmp_path / "nowhere.jsonl")
     with pytest.raises(ValueError, match=r"data has no rows; give at least one\."):
         read_prm800k([])

@@ -30,14 +30,14 @@ def open_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> Sequen
 
     Raises:
         FileNotFoundError: If there is no such file.
-        TypeError: If a row is no object; of a `.jsonl` file, when the row is asked for.
+        TypeError: If a row is not an object; of a `.jsonl` file, when the row is asked for.
         ValueError: If the file is empty, is not UTF-8, is not JSON, or has another ending; likewise.
     """
     path = Path(path)
     if not path.name.endswith(_SUFFIXES):
         raise ValueError(f"{path} has an unknown ending; give a file that ends in {', '.join(_SUFFIXES)}.")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; check the path.")
+        raise FileNotFoundError(f"{path} is not a file; check the path.")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return open_json_lines(path, limit)
     with complete_gzip(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -64,7 +64,7 @@ def read_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> list[d
 
     Raises:
         FileNotFoundError: If there is no such file.
-        TypeError: If a row is no object.
+        TypeError: If a row is not an object.
         ValueError: If the file is empty, is not UTF-8, is not JSON, or has another ending.
 
     Example:
@@ -259,7 +259,7 @@ def _prompt(value: Any) -> Any:
 def _steps(
     columns: Mapping[str, Any], record: Mapping[str, Any], segmentation: Segmentation
 ) -> tuple[str, tuple[Span, ...], Any]:
-    """Response, step spans and step labels of a row that is no preference."""
+    """Response, step spans and step labels of a row that is not a preference."""
     names = [name for name in ("completion", "response") if name in columns]
     if len(names) > 1:
         raise ValueError("there are both a 'completion' and a 'response'; drop one of the columns.")

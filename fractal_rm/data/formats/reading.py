@@ -60,7 +60,7 @@ def check_file(path: Path) -> None:
         ValueError: If it is a pointer of Git LFS.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; check the path.")
+        raise FileNotFoundError(f"{path} is not a file; check the path.")
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ValueError(f"{path} is a pointer of Git LFS, not the data; fetch the data with `git lfs pull`.")
