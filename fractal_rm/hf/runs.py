@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import signal
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,9 +64,9 @@ class Run(Trainer):
 
     args: Any
 
+    @abstractmethod
     def materials(self) -> Mapping[str, Any]:
         """Names to fingerprints of what the run is made of, before it has changed anything."""
-        raise NotImplementedError
 
     def pending_logs(self) -> Any:
         """What is measured and not yet logged, as JSON holds it."""
