@@ -8,7 +8,8 @@ from packaging.requirements import Requirement
 from support.models import byte_tokenizer, reward_model, wordpiece_tokenizer
 from support.stand_ins import save_policy, save_reward_model, solutions, write_jsonl
 
-from fractal_rm.cli import doctor, model_checks
+from fractal_rm.cli import doctor
+from fractal_rm.cli.examination import model_checks
 from fractal_rm.cli.main import main
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_bags

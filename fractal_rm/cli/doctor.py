@@ -13,11 +13,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from fractal_rm.cli.findings import Examination, Finding
+from fractal_rm.cli.examination.findings import Examination, Finding
 from fractal_rm.versions import PACKAGES
 
 if TYPE_CHECKING:  # for `--help`, which looks for them here; the command imports them when versions are known
-    from fractal_rm.cli.model_checks import DoctorArguments  # noqa: F401
+    from fractal_rm.cli.examination.model_checks import DoctorArguments  # noqa: F401
     from fractal_rm.cli.options.arguments import DataArguments  # noqa: F401
 
 # Exit status if a check fails.
@@ -40,7 +40,7 @@ def doctor(argv: Sequence[str]) -> None:
     if not examination.has_failed:
         parse = examination.check("import", import_all)
         if parse is not None:
-            from fractal_rm.cli.model_checks import DoctorArguments, check_arguments, examine
+            from fractal_rm.cli.examination.model_checks import DoctorArguments, check_arguments, examine
             from fractal_rm.cli.options.arguments import DataArguments
 
             arguments, data = parse("doctor", [DoctorArguments, DataArguments], argv)

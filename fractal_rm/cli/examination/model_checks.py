@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from fractal_rm.cli.checks import check_models, hide_loading_bars, load_reward_model
-from fractal_rm.cli.findings import Examination, Finding
+from fractal_rm.cli.examination.findings import Examination, Finding
 from fractal_rm.cli.options.arguments import DataArguments
 from fractal_rm.cli.plan import GIGABYTE, PlanArguments, is_size, read_gpu, read_run, stage_hours, verdict
 from fractal_rm.credit.placement import (
