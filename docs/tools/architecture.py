@@ -191,6 +191,9 @@ Event = tuple[str, str]
 BESIDE: dict[str, dict[str, str]] = {
     "label": {
         "reward_training/config.py": "reads no data",
+        "ranges.py": "checks options",
+        "scorers/folder.py": "checks the files of the model",
+        "files.py": "reads the configuration of the model; these records are in memory",
         "reward_training/model_setup.py": "makes the model, before the data",
         "reward_training/stages.py": "decides which stages there are",
         "reward_training/prior_targets.py": "priors are off: it returns at once",
