@@ -35,6 +35,7 @@ ADAPTED_LAYERS, RANK = 20, 16
 # Credit of a step's reward reaches back to the steps before it and fades; a value head reads the policy's own states.
 # Without an outcome, steps have to say which responses are better: their baseline is the batch's (`PPO_SETTINGS`).
 _STEPS = {"advantage": "gae", "step_lam": 0.2}
+_GROUP = {"advantage": "group", "scale_rewards": "group"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def _options(**values: Any) -> tuple[tuple[str, Any], ...]:
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
-        WordsArm("outcome_grpo", outcome=True, options=_options(advantage="group", scale_rewards="group")),
+        WordsArm("outcome_grpo", outcome=True, options=_options(**_GROUP)),
         WordsArm("outcome_ppo", outcome=True, options=_options(advantage="gae", lam=1.0)),
         WordsArm("dense", steps="fractal", options=_options(**_STEPS)),
         WordsArm("dense_outcome", steps="fractal", outcome=True, options=_options(**_STEPS, center="response")),
@@ -62,6 +63,9 @@ ARMS: dict[str, Arm] = {
         WordsArm("dense_outcome_batch", steps="fractal", outcome=True, options=_options(**_STEPS)),
         # The same reward model and the same outcomes, but one number at the end of a response.
         WordsArm("scalar_outcome", steps="fractal", scalar=True, outcome=True, options=_options(**_STEPS)),
+        # The same pair without a value model: TRL's baseline of a prompt's responses, as in `outcome_grpo`.
+        WordsArm("dense_outcome_group", steps="fractal", outcome=True, options=_options(**_GROUP, center="response")),
+        WordsArm("scalar_outcome_group", steps="fractal", scalar=True, outcome=True, options=_options(**_GROUP)),
         WordsArm("oracle", steps="oracle", options=_options(**_STEPS)),
         WordsArm("random_steps", steps="random_steps", options=_options(**_STEPS)),
     )
