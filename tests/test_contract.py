@@ -89,7 +89,7 @@ def trainer(tmp_path_factory) -> Recording:
 
 
 def test_everything_is_where_the_contract_says():
-    assert check_contract() == []
+    assert check_contract() == ()
 
 
 def test_overrides_are_called_once_a_rollout_and_once_a_step(trainer):
@@ -162,9 +162,12 @@ def test_a_method_that_is_gone_is_named_with_the_version_and_the_remedy(name):
     assert "is installed, but StepPPOTrainer is tested with 1.14.0 to 1.16.0: `pip install 'trl>=1.14.0" in sentence
 
 
-def test_the_installed_class_is_the_one_that_is_checked(monkeypatch):
+def test_the_installed_class_is_the_one_that_is_checked_once_in_a_process(monkeypatch):
+    assert check_contract() is check_contract()
     monkeypatch.delattr(GRPOTrainer, "_calculate_rewards")
+    check_contract.cache_clear()
     (sentence,) = check_contract()
+    check_contract.cache_clear()
     assert "`GRPOTrainer._calculate_rewards` is gone" in sentence
 
 

@@ -65,6 +65,7 @@ from fractal_rm.credit.advantages import group_step_advantages
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.ppo.alarms import guard_inputs
 from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.contract import check_contract
 from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.ppo.value_model import clipped_value_loss, explained_variance, make_value_model
@@ -1291,8 +1292,12 @@ def test_options_that_would_do_nothing_or_something_else_are_refused(options, se
 
 def test_a_trl_that_moved_is_named_before_training(tmp_path, monkeypatch):
     monkeypatch.delattr(GRPOTrainer, "_calculate_rewards")
-    with pytest.raises(RuntimeError, match=r"`GRPOTrainer\._calculate_rewards` is gone"):
-        make(tmp_path, reward_model=reward_model())
+    check_contract.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"`GRPOTrainer\._calculate_rewards` is gone"):
+            make(tmp_path, reward_model=reward_model())
+    finally:
+        check_contract.cache_clear()
 
 
 def test_the_callers_configuration_is_left_as_it_was(tmp_path):

@@ -6,6 +6,7 @@ difference in one sentence: before training, instead of a traceback or silently 
 """
 
 import ast
+import functools
 import inspect
 import textwrap
 from types import ModuleType
@@ -120,7 +121,8 @@ FUNCTIONS = {
 }
 
 
-def check_contract(trainer_class: type = GRPOTrainer, utils: ModuleType = trl_utils) -> list[str]:
+@functools.cache  # half a second, and a process that makes many trainers has one TRL
+def check_contract(trainer_class: type = GRPOTrainer, utils: ModuleType = trl_utils) -> tuple[str, ...]:
     """Compare TRL's private names with what `StepPPOTrainer` expects: one sentence for each difference.
 
     It reads signatures and source text but runs no TRL code, so random number generators do not advance.
@@ -131,7 +133,7 @@ def check_contract(trainer_class: type = GRPOTrainer, utils: ModuleType = trl_ut
 
     Example:
         >>> check_contract()
-        []
+        ()
     """
     moved = [
         *_moved_signatures(trainer_class, METHODS),
@@ -149,7 +151,7 @@ def check_contract(trainer_class: type = GRPOTrainer, utils: ModuleType = trl_ut
         f"TRL {trl.__version__} is installed, but StepPPOTrainer is tested with {oldest} to {newest}: `pip install "
         f"'trl>={oldest},<={newest}'`, or install a newer fractal-rm."
     )
-    return [f"{sentence}. {advice}" for sentence in moved]
+    return tuple(f"{sentence}. {advice}" for sentence in moved)
 
 
 def _moved_signatures(owner: type | ModuleType, expected: dict[str, tuple[str, ...]]) -> list[str]:
