@@ -68,8 +68,12 @@ def test_a_version_out_of_range_fails_and_nothing_is_imported_after_it(monkeypat
 
 def test_a_private_name_that_moved_fails(monkeypatch):
     monkeypatch.setitem(contract.METHODS, "_gone", ())
-    with pytest.raises(ImportError, match=r"`GRPOTrainer._gone` is gone.* `pip install 'trl>="):
-        doctor.check_names()
+    contract.check_contract.cache_clear()
+    try:
+        with pytest.raises(ImportError, match=r"`GRPOTrainer._gone` is gone.* `pip install 'trl>="):
+            doctor.check_names()
+    finally:
+        contract.check_contract.cache_clear()
 
 
 def test_a_trl_newer_than_any_that_was_tested_is_told(monkeypatch):

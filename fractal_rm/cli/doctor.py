@@ -113,7 +113,7 @@ def check_names() -> Finding:
     """
     from fractal_rm.ppo.contract import TESTED_TRL, check_contract
 
-    moved, (oldest, *_, newest) = check_contract(), TESTED_TRL
+    moved, (oldest, *_, newest) = list(check_contract()), TESTED_TRL
     if moved:
         also = f" ({len(moved) - 1} more.)" if len(moved) > 1 else ""
         raise ImportError(f"{moved[0]}{also}")
