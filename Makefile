@@ -9,7 +9,7 @@
 # `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md), `make bench-evidence` (docs/evidence.md),
 # `make docs` (the site of the documentation, in build/site), `make faults` (docs/runs.md), `make words` (recipes/words: a
 # real language model), `make audit` (SECURITY.md: bandit, pip-audit, schemathesis, licences, bill of materials),
-# `make mutation` (docs/testing.md).
+# `make coverage` and `make mutation` (docs/testing.md).
 # Another Python: `make test PYTHON=/path/to/python3.12`.
 
 VENV := .venv
@@ -32,7 +32,7 @@ endif
 # Nothing here needs the network once pip is done, and nothing is to be sent anywhere.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test audit faults docs words words-model test-min test-max contract-oldest peer-env bench-disaggregation bench-speed bench-evidence mutation clean
+.PHONY: quickstart test audit faults docs words words-model test-min test-max contract-oldest peer-env bench-disaggregation bench-speed bench-evidence coverage mutation clean
 .SECONDARY:   # keeps the .created stamps
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -112,6 +112,11 @@ bench-evidence: $(VENV)/.installed-test
 KILLS ?= 30
 faults: $(VENV)/.installed-test
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.faults --kills $(KILLS)
+
+# The suite in one process, with every line counted: about twice as long as `make test`.
+coverage: $(VENV)/.installed-coverage
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.coverage
+	$(VENV)/bin/python -m benchmarks.tables
 
 # Wrong lines planted at random places of the pure rooms: about two processor seconds each. All of them: SHARE=1.
 SHARE ?= 0.05

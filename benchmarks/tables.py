@@ -12,6 +12,7 @@ import yaml
 
 from benchmarks.audit import audit_table
 from benchmarks.common.places import REPOSITORY, RESULTS
+from benchmarks.coverage import coverage_table
 from benchmarks.disaggregation.page import FIGURE, draw_figure
 from benchmarks.disaggregation.page import tables as disaggregation_tables
 from benchmarks.evaluation.page import page as evaluation_page
@@ -208,7 +209,7 @@ def documents() -> dict[Path, str]:
     words = (REPOSITORY / "docs" / "words.md", REPOSITORY / "recipes" / "words" / "README.md")
     testing = docs / "testing.md"
     return {
-        **filled([testing], mutation_tables(rows_of("mutation"))),
+        **filled([testing], mutation_tables(rows_of("mutation")) | {"coverage": coverage_table(rows_of("coverage"))}),
         **{path: words_page(path.read_text(encoding="utf-8"), rows_of("words")) for path in words},
         **pages,
         speed: speed_page(speed.read_text(encoding="utf-8"), RESULTS),
