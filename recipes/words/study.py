@@ -66,6 +66,8 @@ ARMS: dict[str, Arm] = {
         # The same pair without a value model: TRL's baseline of a prompt's responses, as in `outcome_grpo`.
         WordsArm("dense_outcome_group", steps="fractal", outcome=True, options=_options(**_GROUP, center="response")),
         WordsArm("scalar_outcome_group", steps="fractal", scalar=True, outcome=True, options=_options(**_GROUP)),
+        # The ceiling of that pair: the checker's own steps.
+        WordsArm("oracle_outcome_group", steps="oracle", outcome=True, options=_options(**_GROUP, center="response")),
         WordsArm("oracle", steps="oracle", options=_options(**_STEPS)),
         WordsArm("random_steps", steps="random_steps", options=_options(**_STEPS)),
     )
