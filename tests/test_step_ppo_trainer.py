@@ -1136,8 +1136,7 @@ def test_a_few_updates_raise_the_step_scores_of_a_bandit(tmp_path, advantage):
         seed=4,  # learns in these few updates with the random numbers of torch 2.6 and of 2.13
     )
     scores = [row["steps/score"] for row in trainer.state.log_history if "steps/score" in row]
-    assert scores[0] < 0.51
-    assert scores[-1] > 0.57, "0.6 is the best there is"
+    assert scores[-1] > max(0.57, scores[0] + 0.05), "0.6 is the best there is"
     assert len(scores) == 12
 
 
