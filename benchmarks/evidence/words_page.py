@@ -12,8 +12,16 @@ from fractal_rm.study.statistics import finished_runs
 Row = Mapping[str, Any]
 DATASETS = ("gsm_symbolic", "gsm_symbolic_unseen", "gsm_symbolic_hard", "word_problems")
 NONE_YET = "No rows yet."
-# Arms of the study that a difference is taken to, and what it answers.
-RIVALS = ("outcome_grpo", "outcome_ppo", "scalar_outcome")
+# Which arm is ahead of which: with a value model, and with the baseline of a prompt's responses.
+PAIRS = (
+    ("dense_outcome", "outcome_grpo"),
+    ("dense_outcome", "outcome_ppo"),
+    ("dense_outcome", "scalar_outcome"),
+    ("dense_outcome_group", "outcome_grpo"),
+    ("dense_outcome_group", "scalar_outcome_group"),
+    ("oracle_outcome_group", "outcome_grpo"),
+    ("oracle_outcome_group", "dense_outcome_group"),
+)
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -121,16 +129,15 @@ def study(rows: Sequence[Row]) -> str:
     return table(["problems", "arm", "seeds", "rollouts", "start, %", "half-way, %", "end, %"], lines)
 
 
-def differences(rows: Sequence[Row], arm: str = "dense_outcome") -> str:
-    """Points of accuracy that an arm is ahead of its rivals, half-way and at the end.
+def differences(rows: Sequence[Row]) -> str:
+    """Points of accuracy that an arm is ahead of another, half-way and at the end.
 
     The items of the interval are the held-out problems of all seeds: both arms drew as many responses to each.
     """
     runs, lines = finished_runs(rows, benchmark="words"), []
     for dataset in DATASETS:
-        mine = runs.get((dataset, arm), {})
-        for rival in RIVALS:
-            theirs = runs.get((dataset, rival), {})
+        for arm, rival in PAIRS:
+            mine, theirs = runs.get((dataset, arm), {}), runs.get((dataset, rival), {})
             seeds = sorted(mine.keys() & theirs.keys())
             if not seeds:
                 continue
