@@ -52,7 +52,8 @@ NOT_AS_TRL = {
     "a preference of texts that differ within a word": "cuts within the word",
     "a preference in turns of ShareGPT": "keeps the names of the roles",
 }
-CUT = [kind for kind in READ if "chosen" in CASES[kind]["row"] and not {"prompt", "question"} & set(CASES[kind]["row"])]
+ASKED = {"prompt", "question", "conversations"}  # beside the answers
+CUT = [kind for kind in READ if "chosen" in CASES[kind]["row"] and not ASKED & CASES[kind]["row"].keys()]
 
 
 @pytest.mark.parametrize("kind", CUT)

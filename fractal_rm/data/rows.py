@@ -115,6 +115,9 @@ def parse_line(line: bytes, path: Path, row: int) -> dict[str, Any]:
         raise ValueError(f"{path}, row {row}: the line has {len(line):,} bytes; give {most}, or drop the row.")
     if not line.strip():
         raise ValueError(f"{path}, row {row}: the line is blank; delete it.")
+    if row == 1 and line.strip() in (b"[", b"{"):
+        told = "the line begins a list or an object that goes on; write an object on each line, or name the file .json."
+        raise ValueError(f"{path}, row 1: {told}")
     record = parse_json(line, f"{path}, row {row}: the line")
     check_object(record, path, row)
     return record

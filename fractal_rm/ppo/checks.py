@@ -70,6 +70,8 @@ def load_checked(
             "or several of them."
         )
     check_value_arguments(args, value_model, value_peft_config)
+    _check_datasets(train_dataset, eval_dataset)
+    args.check_evaluation(eval_dataset)
     _check_columns(train_dataset)
     config = _check_policy(policy)
     check_setup(args, policy, tokenizer, eval_dataset)
@@ -102,6 +104,17 @@ def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None
         check_whole_model(trainer, model.scorer, "the reward model")
     if args.rm_update_every:
         check_online_training(trainer)
+
+
+def _check_datasets(train: Any, evaluation: Any) -> None:
+    """Raise TypeError unless data is given as data sets; evaluation data may be a dictionary of them."""
+    sets = evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]
+    for name, given in [("train_dataset", train), *(("eval_dataset", one) for one in sets)]:
+        if isinstance(given, str | Sequence | Mapping) or hasattr(given, "columns"):
+            raise TypeError(
+                f"`{name}` is a {type(given).__name__}. Give a `datasets.Dataset`: `Dataset.from_list(rows)`, "
+                "`Dataset.from_pandas(frame)`, or one split of a DatasetDict."
+            )
 
 
 def _check_columns(dataset: Any) -> None:

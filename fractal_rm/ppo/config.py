@@ -241,8 +241,9 @@ class StepPPOConfig(RunConfig, GRPOConfig):
         return {**given, "tools": tools} if tools else dict(given)
 
     def __post_init__(self) -> None:
-        self.check_amounts()
         check_ranges(self)
+        self.check_amounts()
+        self.check_objects()
         one_each = self.num_generations == 1
         if one_each and self.advantage == "group":
             raise ValueError(
