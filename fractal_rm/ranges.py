@@ -4,6 +4,7 @@ Each configuration checks itself when it is made, before anything is loaded.
 """
 
 import math
+import os
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -156,11 +157,11 @@ _TABLE: tuple[tuple[Range, str], ...] = (
     ),
     # Those by which nothing is trained have a sentence of their own.
     (
-        Range(-_MOST, _MOST),
+        Range(-1, _MOST),
         "num_train_epochs",
     ),
     (
-        Range(-_MOST, _MOST, whole=True),
+        Range(-1, _MOST, whole=True),
         "gradient_accumulation_steps num_iterations",
     ),
     (
@@ -249,7 +250,8 @@ def check_ranges(config: Any) -> None:
     hints = get_type_hints(type(config))
     for one in fields(config):
         given, leaves = getattr(config, one.name, None), set(_leaves(hints[one.name]))
-        if leaves <= _PLAIN:
+        is_text = isinstance(given, str | os.PathLike | bool)  # a path may be given for a text
+        if leaves <= _PLAIN or (leaves <= _PLAIN | {str} and not is_text):
             _check_type(one.name, given, hints[one.name])
         if all(get_origin(leaf) is Literal for leaf in leaves - {type(None)}):
             choices = [choice for leaf in leaves for choice in get_args(leaf)] + [None] * (type(None) in leaves)

@@ -32,6 +32,7 @@ from fractal_rm.data.prompts import (
     is_messages,
     read_completion,
 )
+from fractal_rm.data.rows import yields_names
 from fractal_rm.data.segmentation import Segmentation, join_steps
 from fractal_rm.errors import reason
 from fractal_rm.files import write_atomic
@@ -272,8 +273,9 @@ class StepRewardModel:
                 and gets a text.
         """
         for name, given in (("prompts", prompts), ("responses", responses)):
-            if isinstance(given, str | Mapping):
-                raise TypeError(f"`{name}` is a {type(given).__name__}. Give a list, with one of them a response.")
+            if yields_names(given):
+                raise TypeError(f"`{name}` is a {type(given).__name__}. Give a list with one entry for each response.")
+        prompts, responses = list(prompts), list(responses)
         if len(prompts) != len(responses) or len(prompts) != len(responses if spans is None else spans):
             given = f"{len(prompts)} prompts came with {len(responses)} responses"
             also = "" if spans is None else f" and {len(spans)} lists of spans"

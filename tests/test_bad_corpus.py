@@ -31,7 +31,7 @@ from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.study.study import read_chosen
 
 # Options of base classes whose numbers change nothing in our runs, or are checked by the base class itself.
-UNRANGED = {"num_train_epochs", "gradient_accumulation_steps", "num_iterations", "pad_to_multiple_of", "entropy_target"}
+UNRANGED = {"pad_to_multiple_of", "entropy_target"}
 # Of the block: checked against the versions that this package knows, and as finite.
 UNRANGED |= {"reading", "format_version", "head"}
 

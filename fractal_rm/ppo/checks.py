@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from trl.trainer.utils import get_callable_name
 
 from fractal_rm.data.prompts import is_chat
+from fractal_rm.data.rows import yields_names
 from fractal_rm.data.segmentation import warn_of_uncut_responses
 from fractal_rm.data.shapes import TEMPLATE_OPTIONS
 from fractal_rm.errors import reason
@@ -107,14 +108,19 @@ def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None
 
 
 def _check_datasets(train: Any, evaluation: Any) -> None:
-    """Raise TypeError unless data is given as data sets; evaluation data may be a dictionary of them."""
+    """Raise unless data is given as data sets with prompts; evaluation data may be a dictionary of them."""
     sets = evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]
     for name, given in [("train_dataset", train), *(("eval_dataset", one) for one in sets)]:
-        if isinstance(given, str | Sequence | Mapping) or hasattr(given, "columns"):
+        if isinstance(given, Sequence) or yields_names(given):
             raise TypeError(
                 f"`{name}` is a {type(given).__name__}. Give a `datasets.Dataset`: `Dataset.from_list(rows)`, "
                 "`Dataset.from_pandas(frame)`, or one split of a DatasetDict."
             )
+        if isinstance(given, Dataset) and not len(given):
+            raise ValueError(f"`{name}` has no rows. Give at least one.")
+        if isinstance(given, Dataset) and "prompt" not in given.column_names:
+            names = ", ".join(map(repr, given.column_names))
+            raise ValueError(f"`{name}` has no column 'prompt' (found: {names}). Rename the one with the prompts.")
 
 
 def _check_columns(dataset: Any) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 from fractal_rm.data.bag import Bag, truncate_bags
 from fractal_rm.data.prompts import REASONING_KEYS, is_chat
 from fractal_rm.data.readers import read_bags
+from fractal_rm.data.rows import yields_names
 from fractal_rm.data.segmentation import common_gap
 from fractal_rm.data.shapes import Columns
 from fractal_rm.objectives.aggregation import GOOD, meaning
@@ -72,7 +72,7 @@ def to_bags(
 
 def check_records(records: Any, source: str) -> None:
     """Raise TypeError if data is given as something that yields names or characters, not rows."""
-    if isinstance(records, str | os.PathLike | Mapping) or hasattr(records, "columns"):
+    if yields_names(records):
         raise TypeError(
             f"{source} is a {type(records).__name__}, not a list of rows. Give rows: one split of a DatasetDict, "
             "`frame.to_dict('records')` of a data frame, `read_jsonl(path)` of a file."

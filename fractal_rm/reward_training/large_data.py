@@ -143,7 +143,7 @@ def training_rows(
         return records
     check_records(records, source)
     options: Any = {"source": source, "columns": columns, "on_bad_row": on_bad_row}
-    rows: Any = records if hasattr(records, "__getitem__") else list(records)
+    rows: Any = records if hasattr(records, "__getitem__") and hasattr(records, "__len__") else list(records)
     if reads_everything(args) or len(rows) <= FIRST_ROWS:
         return TrainingRows(to_bags(rows, settings, **options))
     if isinstance(rows[0], Bag):

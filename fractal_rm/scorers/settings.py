@@ -61,6 +61,7 @@ class FractalSettings:
         tokenizer: Fingerprint of the tokenizer or sentence encoder.
         vocabulary: Fingerprint of its tokens and merges; None in checkpoints of earlier versions.
         weights: Fingerprint of the files of the weights; None in checkpoints of earlier versions.
+        config: Fingerprint of the model's own settings in `config.json`; None in checkpoints of earlier versions.
         head: Some of the scoring head's weights, to detect a missing or random head at load.
         chat: Whether the prompts of the training data were chats; None: unknown, or both chats and texts.
         chat_template_kwargs: Arguments of the chat template in addition to the messages, such as `enable_thinking`.
@@ -90,6 +91,7 @@ class FractalSettings:
     tokenizer: str | None = None
     vocabulary: str | None = None
     weights: str | None = None
+    config: str | None = None
     head: list[float] | None = None
     chat: bool | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)

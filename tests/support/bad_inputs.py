@@ -92,7 +92,7 @@ def kinds() -> Iterator[Case]:
             found = "boolean" if types & {bool} and types <= {bool, NoneType} else found
             if found is None or one.name in own or not one.init:
                 continue
-            value = wrong[found][told[found] % len(wrong[found])]
+            value: Any = wrong[found][told[found] % len(wrong[found])]
             told[found] += 1
             yield case("option", {"of": kind, one.name: value}, f"`{one.name}` is {value!r}. ")
 
@@ -118,6 +118,7 @@ def blocks() -> Iterator[Case]:
         "tokenizer": [5, []],
         "vocabulary": [1],
         "weights": [["a"]],
+        "config": [3],
         "head": ["abc", [1, "2"], [math.nan], {"a": 1}],
         "chat": [1, "yes"],
         "chat_template_kwargs": [[], None, "x"],
