@@ -43,7 +43,7 @@ def write(folder: Path, name: str, content: str) -> Path:
 
 def read_option(given: dict[str, Any], folder: Path) -> None:
     kind, needed = configurations()[given["of"]]
-    kind(**needed, **{name: value for name, value in given.items() if name != "of"})
+    kind(**needed | {name: value for name, value in given.items() if name != "of"})
 
 
 def read_block(given: dict[str, Any], folder: Path) -> None:
