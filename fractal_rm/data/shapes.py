@@ -123,7 +123,8 @@ def standard_row(record: Mapping[str, Any], columns: Columns | None = None) -> d
             row[name] = _turns(_chat_of_text(row[name], name))
     for name in LISTS:
         if isinstance(row.get(name), str) and row[name].lstrip().startswith("["):
-            row[name] = parse_json(row[name].encode(), repr(name))
+            with suppress(ValueError):
+                row[name] = parse_json(row[name].encode(), repr(name))
     row = _from_chat(row)
     if "steps" in row and isinstance(row.get("labels"), list) and not {"completions", "step_labels"} & row.keys():
         usual = (
@@ -303,7 +304,7 @@ def _chat_of_text(value: Any, name: str) -> Any:
 
 def _check_order(row: Mapping[str, Any]) -> None:
     """Raise if a preference says that the rejected response is the better one."""
-    for better in filter(_RATING.search, row):
+    for better in (name for name in row if isinstance(name, str) and _RATING.search(name)):
         worse = better.replace("chosen", "rejected")
         high, low = _as_number(row[better]), _as_number(row.get(worse))
         if isinstance(high, int | float) and isinstance(low, int | float) and high < low:
