@@ -63,7 +63,7 @@ class RunConfig:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: nothing would be trained. Give 1 or more.")
 
     def check_objects(self) -> None:
-        """Raise ValueError for an option that is no object with named values, although it should be one."""
+        """Raise ValueError for an option that is not an object with named values, although it should be one."""
         args: Any = self
         for name in args._VALID_DICT_FIELDS:
             value = None if name in _OR_FILES else getattr(args, name)
