@@ -4,8 +4,13 @@ Each configuration checks itself when it is made, before anything is loaded.
 """
 
 import math
-from dataclasses import fields
-from typing import Any, NamedTuple
+import os
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 
 class Range(NamedTuple):
@@ -150,6 +155,15 @@ _TABLE: tuple[tuple[Range, str], ...] = (
         Range(-1, 10**9, whole=True),
         "max_steps local_rank",
     ),
+    # Those by which nothing is trained have a sentence of their own.
+    (
+        Range(-1, _MOST),
+        "num_train_epochs",
+    ),
+    (
+        Range(-1, _MOST, whole=True),
+        "gradient_accumulation_steps num_iterations",
+    ),
     (
         Range(0, 10**9),
         "warmup_steps logging_steps eval_steps eval_delay save_steps",
@@ -167,14 +181,82 @@ _TABLE: tuple[tuple[Range, str], ...] = (
 RANGES = {name: allowed for allowed, names in _TABLE for name in names.split()}
 
 
-def check_ranges(config: Any) -> None:
-    """Raise unless every number of a configuration dataclass is in its range; numbers without a range must be finite.
+# Types that are checked in every configuration: what has others, its own class reads in several ways.
+_PLAIN = {int, float, bool, type(None)}
+
+
+def check_types(kind: type, values: Mapping[str, Any], *, within: str = "") -> None:
+    """Raise unless values have a dataclass's annotated types; unknown names pass.
 
     Raises:
-        ValueError: Names the option, its value and the allowed range.
+        ValueError: Names the first value that has another one, and what to give.
     """
+    for name, hint in get_type_hints(kind).items():
+        if name in values:
+            _check_type(f"{within}{name}", values[name], hint)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if not _fits(value, hint):
+        raise ValueError(f"`{name}` is {reprlib.repr(value)}. Give {_wanted(hint)}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has an annotated type; the choices of a `Literal` are checked elsewhere."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if kind is Literal:
+        return isinstance(value, str)
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is list:
+        return isinstance(value, list | tuple) and all(_fits(one, parts[0]) for one in value)
+    if kind is dict or is_dataclass(hint):
+        return isinstance(value, dict) and (is_dataclass(hint) or all(_fits(one, parts[1]) for one in value.values()))
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _wanted(hint: Any) -> str:
+    """An annotated type in words."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(map(_wanted, parts))
+    if kind is list:
+        return "a list"
+    simple = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    return "a text" if kind is Literal else simple.get(hint, "an object")
+
+
+def _leaves(hint: Any) -> Iterator[Any]:
+    """The types of which an annotation is made."""
+    parts = () if get_origin(hint) is Literal else get_args(hint)
+    for part in parts:
+        yield from _leaves(part)
+    if not parts:
+        yield hint
+
+
+def check_ranges(config: Any) -> None:
+    """Raise unless the options of a configuration dataclass that are numbers, booleans or choices can be meant.
+
+    Numbers must be in their range, and finite without one.
+
+    Raises:
+        ValueError: Names the option, its value and what to give.
+    """
+    hints = get_type_hints(type(config))
     for one in fields(config):
-        given = getattr(config, one.name, None)
+        given, leaves = getattr(config, one.name, None), set(_leaves(hints[one.name]))
+        is_text = isinstance(given, str | os.PathLike | bool)  # a path may be given for a text
+        if leaves <= _PLAIN or (leaves <= _PLAIN | {str} and not is_text):
+            _check_type(one.name, given, hints[one.name])
+        if all(get_origin(leaf) is Literal for leaf in leaves - {type(None)}):
+            choices = [choice for leaf in leaves for choice in get_args(leaf)] + [None] * (type(None) in leaves)
+            if given not in choices:
+                raise ValueError(f"`{one.name}` is {given!r}. Choose one of {', '.join(map(str, choices))}.")
         numbers = given if isinstance(given, list | tuple) else [given]
         for place, value in enumerate(numbers, 1):
             if isinstance(value, bool) or not isinstance(value, int | float):

@@ -32,6 +32,7 @@ from fractal_rm.data.prompts import (
     is_messages,
     read_completion,
 )
+from fractal_rm.data.rows import yields_names
 from fractal_rm.data.segmentation import Segmentation, join_steps
 from fractal_rm.errors import reason
 from fractal_rm.files import write_atomic
@@ -266,10 +267,15 @@ class StepRewardModel:
             One [`StepScores`] for each response, in order.
 
         Raises:
+            TypeError: If prompts or responses are one text instead of a list.
             ValueError: If the numbers of prompts and responses differ; the prompts are chats and the model was trained
                 on texts (or vice versa) or its tokenizer has no chat template; or the model was trained on given steps
                 and gets a text.
         """
+        for name, given in (("prompts", prompts), ("responses", responses)):
+            if yields_names(given):
+                raise TypeError(f"`{name}` is a {type(given).__name__}. Give a list with one entry for each response.")
+        prompts, responses = list(prompts), list(responses)
         if len(prompts) != len(responses) or len(prompts) != len(responses if spans is None else spans):
             given = f"{len(prompts)} prompts came with {len(responses)} responses"
             also = "" if spans is None else f" and {len(spans)} lists of spans"

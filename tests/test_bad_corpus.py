@@ -31,7 +31,7 @@ from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.study.study import read_chosen
 
 # Options of base classes whose numbers change nothing in our runs, or are checked by the base class itself.
-UNRANGED = {"num_train_epochs", "gradient_accumulation_steps", "num_iterations", "pad_to_multiple_of", "entropy_target"}
+UNRANGED = {"pad_to_multiple_of", "entropy_target"}
 # Of the block: checked against the versions that this package knows, and as finite.
 UNRANGED |= {"reading", "format_version", "head"}
 
@@ -43,7 +43,7 @@ def write(folder: Path, name: str, content: str) -> Path:
 
 def read_option(given: dict[str, Any], folder: Path) -> None:
     kind, needed = configurations()[given["of"]]
-    kind(**needed, **{name: value for name, value in given.items() if name != "of"})
+    kind(**needed | {name: value for name, value in given.items() if name != "of"})
 
 
 def read_block(given: dict[str, Any], folder: Path) -> None:

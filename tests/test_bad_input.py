@@ -222,6 +222,8 @@ def test_a_mistake_in_a_flag_is_named(commands, flags, sentence):
         ("evaluate", ["--limit", "-1"], "`limit` is -1. Give a whole number from 1"),
         ("evaluate", ["--outcome_model", "rm"], "`outcome_model` has an effect only with `benchmark=best_of_n`"),
         ("evaluate", ["--answer_pattern", "(.*)"], "`answer_pattern` has an effect only with `benchmark=best_of_n`"),
+        ("evaluate", ["--tune_on", "math"], "`tune_on` has an effect only with `benchmark=processbench`"),
+        ("evaluate", ["--output", "in.jsonl"], "`data` and `output` name one file twice"),
         (
             "evaluate",
             ["--benchmark", "best_of_n", "--threshold_file", "x"],
@@ -232,6 +234,29 @@ def test_a_mistake_in_a_flag_is_named(commands, flags, sentence):
 def test_an_option_that_cannot_be_meant_is_named_before_anything_is_read(commands, command, flags, sentence):
     files = ["--input", "in.jsonl", "--output", "out.jsonl"] if command == "score" else ["--data", "in.jsonl"]
     assert sentence in commands.fails(command, "--model", "nowhere", *files, *flags)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "sentence"),
+    [
+        ("ppo", ["--label_column", "x"], "`label_column` has no effect in `fractal-rm ppo`"),
+        ("ppo", ["--test_file", "x.jsonl"], "`test_file` has no effect in `fractal-rm ppo`"),
+        ("ppo", ["--num_problems", "3"], "`num_problems` is 3, but has an effect only with the task arithmetic"),
+        ("ppo", ["--answers", "last_number"], "`answers` has an effect only with `reward_function=gsm8k_answer`"),
+        ("sample", ["--eval_file", "x.jsonl", "--output", "o"], "`eval_file` has no effect in `fractal-rm sample`"),
+        ("sample", ["--train_file", "o.jsonl", "--output", "o.jsonl"], "`train_file` and `output` name one file twice"),
+        ("train", ["--dataset_config", "main"], "`dataset_config` has no effect without `dataset_name`"),
+        (
+            "train",
+            ["--train_file", "x.jsonl", "--dataset_train_split", "a"],
+            "`dataset_train_split` has no effect with",
+        ),
+        ("report", ["--results", "a.md", "--output", "a.md"], "`results`, `output` and `figure` name one file twice"),
+    ],
+)
+def test_an_option_that_a_command_does_not_read_is_refused(commands, command, flags, sentence):
+    model = [] if command == "report" else ["--model", "nowhere"]
+    assert sentence in commands.fails(command, *model, *flags)
 
 
 def test_a_required_argument_is_named(commands):

@@ -55,6 +55,15 @@ def half(steps: list[list[str]], **_: Any) -> list[list[float]]:
         ({"step_reward_funcs": ["a"]}, TypeError, r"`step_reward_funcs` contains a str\. Give functions"),
         ({"processing_class": None}, ValueError, r"policy was built in code, .* Give it as `processing_class`"),
         ({"eval_dataset": PROMPTS, "per_device_eval_batch_size": 3}, ValueError, r"has 3 completions .* multiple of 2"),
+        ({"train_dataset": [{"prompt": "q"}]}, TypeError, r"`train_dataset` is a list\. Give a `datasets\.Dataset`"),
+        ({"eval_dataset": {"a": {"prompt": ["q"]}}}, TypeError, r"`eval_dataset` is a dict\. Give a"),
+        (
+            {"train_dataset": PROMPTS.rename_column("prompt", "ask")},
+            ValueError,
+            r"has no column 'prompt' \(found: 'ask'\)",
+        ),
+        ({"train_dataset": PROMPTS.select([])}, ValueError, r"`train_dataset` has no rows\. Give at least one\."),
+        ({"eval_strategy": "steps"}, ValueError, r"`eval_strategy` is 'steps', but there is no data to evaluate on\."),
         ({"train_dataset": CHATS}, ValueError, r"tokenizer of the policy has no chat template\. Set its"),
         (
             {"train_dataset": CHATS, "processing_class": byte_tokenizer(chat=True)},
@@ -82,6 +91,9 @@ def test_a_trainer_is_not_made(tmp_path, monkeypatch, options, error, sentence):
     [
         ({"step_reward_weights": [1.0, math.nan]}, r"Number 2 of `step_reward_weights` is nan\. Give a number from"),
         ({"step_separator": "##"}, r"`step_separator` is '##' with `step_segmentation=None`\. Give it if and only if"),
+        ({"scale_rewards": "maybe"}, r"`scale_rewards` is 'maybe'\. Choose one of group, batch, none\."),
+        ({"chat_template_kwargs": 3}, r"`chat_template_kwargs` is 3\. Give an object with named values"),
+        ({"generation_kwargs": "{a"}, r"`generation_kwargs` is invalid JSON"),
         ({"step_segmentation": "pattern"}, r"`step_pattern` is None with `step_segmentation='pattern'`\. Give it"),
         ({"step_segmentation": "pattern", "step_pattern": "("}, r"is not a regular expression"),
     ],

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from datasets import Dataset
@@ -13,6 +14,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from fractal_rm.credit.advantages import GROUP_EPSILON
 from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.evaluation.score_rows import score_rows
 from fractal_rm.reward_model import FractalReward, Step, StepRewardModel, StepScores, probabilities
 from fractal_rm.scorers.settings import FractalSettings
 
@@ -234,6 +236,26 @@ def test_scoring_is_without_dropout_and_leaves_training_as_it_was():
 
 
 # As a reward of TRL ------------------------------------------------------------------------------------------------
+
+
+def test_one_text_in_place_of_a_list_is_refused(model):
+    with pytest.raises(TypeError, match=r"`prompts` is a str\. Give a list"):
+        model.score("1+1?", ["2", "3", "4", "5"])
+    with pytest.raises(TypeError, match=r"`responses` is a str\. Give a list"):
+        model.score(["a", "b"], "23")
+    with pytest.raises(TypeError, match=r"`prompts` is a DataFrame\. Give a list"):
+        model.score(pandas.DataFrame({"prompt": ["1+1?"]}), ["2"])
+    given = (one for one in ["1+1?\n"])
+    assert model.score(given, ["2"]) == model.score(["1+1?\n"], ["2"])
+
+
+def test_scores_that_are_nan_are_an_error_of_their_row():
+    broken = reward_model("token", "llama")
+    with torch.no_grad():
+        next(broken.scorer.parameters()).fill_(math.nan)
+    [record] = score_rows(broken, [{"prompt": "?", "response": "a"}], source="rows.jsonl")
+    assert record["error"].startswith("rows.jsonl, row 1: the model gives scores that are NaN")
+    assert record["steps"] == []
 
 
 def test_a_reward_is_the_response_score_and_none_where_there_is_none(model, tmp_path):

@@ -23,6 +23,7 @@ from fractal_rm.cli.options.arguments import read_rows
 from fractal_rm.data.readers import read_jsonl
 from fractal_rm.files import locked
 from fractal_rm.hf.checkpoints import fault, last_checkpoint
+from fractal_rm.hf.manifest import MANIFEST, write_manifest
 from fractal_rm.hf.runs import TIMED_FROM
 from fractal_rm.interrupts import Interrupted
 
@@ -116,6 +117,16 @@ def test_a_run_that_is_resumed_as_another_one_is_refused_by_what_differs(whole):
     for number, (key, changed) in enumerate(CHANGES[kind]):
         with pytest.raises(ValueError, match=rf"checkpoint-\d belongs to another run: .*`{key}` was"):
             make(folder, **changed).train(resume_from_checkpoint=ways[number % 3])
+
+
+def test_a_checkpoint_of_a_model_alone_is_no_run_to_go_on_from(copied):
+    make, trainer, folder = copied
+    saved = folder / "checkpoint-4"
+    for name in ("pending_logs.json", MANIFEST):
+        (saved / name).unlink()
+    write_manifest(saved, trainer.identity, [path for path in saved.rglob("*") if path.is_file()])
+    with pytest.raises(ValueError, match=r"checkpoint-4 holds a model alone \(`save_only_model`\)"):
+        make(folder).train(resume_from_checkpoint=True)
 
 
 def test_what_may_change_when_a_run_goes_on(copied):

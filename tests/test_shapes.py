@@ -3,14 +3,22 @@
 import copy
 import json
 import logging
+import warnings
+from functools import partial
 from pathlib import Path
 
+import pandas
 import pytest
+from datasets import ClassLabel, Dataset, DatasetDict
 from trl.data_utils import extract_prompt, maybe_convert_to_chatml
 
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.data.shapes import Columns
+from fractal_rm.reward_training.config import FractalConfig
+from fractal_rm.reward_training.data import to_bags
+from fractal_rm.reward_training.large_data import training_rows
+from fractal_rm.scorers.settings import FractalSettings
 
 LINES = Segmentation("lines")
 CORPUS = Path(__file__).parent / "corpus" / "shapes.jsonl"
@@ -52,7 +60,8 @@ NOT_AS_TRL = {
     "a preference of texts that differ within a word": "cuts within the word",
     "a preference in turns of ShareGPT": "keeps the names of the roles",
 }
-CUT = [kind for kind in READ if "chosen" in CASES[kind]["row"] and not {"prompt", "question"} & set(CASES[kind]["row"])]
+ASKED = {"prompt", "question", "conversations"}  # beside the answers
+CUT = [kind for kind in READ if "chosen" in CASES[kind]["row"] and not ASKED & CASES[kind]["row"].keys()]
 
 
 @pytest.mark.parametrize("kind", CUT)
@@ -108,8 +117,6 @@ def test_a_scale_that_is_none_is_refused(scale):
 
 @pytest.mark.parametrize("ending", ["parquet", "csv", "tsv", "arrow", "saved", "splits"])
 def test_tables_are_read_like_json(tmp_path, ending):
-    from datasets import Dataset, DatasetDict
-
     from fractal_rm.cli.options.arguments import DataArguments
 
     data = Dataset.from_list([GOOD, BAD])
@@ -140,6 +147,70 @@ def test_a_broken_table_is_one_sentence(tmp_path):
     path.write_bytes(b"no parquet")
     with pytest.raises(ValueError, match=r"rows.parquet cannot be read \(.*\); write or download it again\.$"):
         open_table(path)
+    Dataset.from_dict({"prompt": []}).to_parquet(path)
+    with pytest.raises(ValueError, match=r"rows.parquet is empty; give a file with at least one row\.$"):
+        open_table(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ("prompt,response,response", "the header has the name 'response' twice"),
+        ("prompt;response;label", r"the header is one cell, 'prompt;response;label'; give a comma-separated file"),
+        ("prompt\tresponse\tlabel", r"the header is one cell, .* \(.csv has commas, .tsv tabs\)"),
+    ],
+)
+def test_a_header_that_names_no_column_clearly_is_refused(tmp_path, header, says):
+    from fractal_rm.data.formats.tables import open_table
+
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{header}\n1+1?,2,1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"rows.csv, row 1: {says}"):
+        open_table(path)
+
+
+def test_lists_in_cells_are_read_under_any_name():
+    row = {"prompt": "1+1?", "thoughts": '["1+1=2.", "So 2."]', "label": "1"}
+    [bag] = read_bags([row], LINES, columns=Columns(steps="thoughts"))
+    assert bag.steps == ["1+1=2.", "So 2."]
+
+
+def test_two_columns_with_one_name_are_refused():
+    with pytest.raises(ValueError, match="`prompt_column` and `response_column` are both 'text'"):
+        Columns(prompt="text", response="text")
+
+
+# What is given in Python ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [pandas.DataFrame([GOOD]), {"prompt": ["1+1?"]}, DatasetDict(train=Dataset.from_list([GOOD])), "rows.jsonl"],
+    ids=lambda given: type(given).__name__,
+)
+def test_what_yields_names_and_not_rows_is_refused(given):
+    for read in (to_bags, partial(training_rows, args=None)):
+        with pytest.raises(TypeError, match=rf"train data is a {type(given).__name__}, not a list of rows\. Give rows"):
+            read(given, settings=FractalSettings(), source="train data")
+
+
+def test_a_streaming_data_set_is_read(tmp_path):
+    data = Dataset.from_list([GOOD, BAD]).to_iterable_dataset()
+    config = FractalConfig(output_dir=str(tmp_path), use_cpu=True)
+    rows = training_rows(data, config, config.settings(), source="train data")
+    assert [bag.label for bag in rows.first] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("names", [["right", "wrong"], ["0", "1"], ["False", "True"]])
+def test_labels_that_are_classes_with_names_are_told(names):
+    data = Dataset.from_list([GOOD, BAD])
+    data = data.cast_column("label", ClassLabel(names=names))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        bags = to_bags(data, FractalSettings(), source="train data")
+    assert [bag.label for bag in bags] == [1.0, 0.0]
+    expected = "train data: the labels are classes (0 is 'right', 1 is 'wrong'), and 1 is read as good. "
+    assert [str(one.message).startswith(expected) for one in told] == [True] * (names[0] == "right")
 
 
 def test_gold_step_labels_that_training_does_not_read_are_said_once(caplog):
@@ -171,5 +242,8 @@ def test_ppo_finds_its_prompts_by_the_name_of_their_column():
     rows = [{"q": "1+1?", "answer": "2"}]
     assert DataArguments(prompt_column="q").prompts(rows, "rows") == [{"prompt": "1+1?", "answer": "2"}]
     assert DataArguments().prompts([{"question": "1+1?"}], "rows") == [{"prompt": "1+1?"}]
+    chat = [{"role": "user", "content": "1+1?"}]
+    for given in (json.dumps(chat), [{"from": "human", "value": "1+1?"}], chat[0]):
+        assert DataArguments().prompts([{"prompt": given}], "rows") == [{"prompt": chat}]
     with pytest.raises(ValueError, match=r"rows, row 1: column 'ask' is missing .*--prompt_column"):
         DataArguments(prompt_column="ask").prompts(rows, "rows")

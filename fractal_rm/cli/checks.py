@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import re
 import sys
 import tempfile
@@ -36,9 +37,9 @@ def check_writable_folder(folder: str | Path) -> None:
     Raises:
         OSError: Names the folder and what to do.
     """
-    folder = Path(folder)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder, made = Path(folder), []
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -53,10 +54,20 @@ def check_writable_folder(folder: str | Path) -> None:
 
 def check_writable_files(*paths: str | None) -> None:
     """Raise unless a file can be written at each path; None is skipped."""
-    for path in filter(None, paths):
+    for path in paths:
+        if path is None:
+            continue
         if Path(path).is_dir():
             raise IsADirectoryError(f"The output {path} is a folder. Give the name of a file.")
         check_writable_folder(Path(path).parent)
+
+
+def check_own_files(**paths: str | None) -> None:
+    """Raise ValueError if two arguments name one file, of which a command would write one over the other."""
+    found = [os.path.realpath(path) for path in paths.values() if path is not None]
+    if len(set(found)) < len(found):
+        *first, last = (f"`{name}`" for name in paths)
+        raise ValueError(f"{', '.join(first)} and {last} name one file twice. Give each its own file.")
 
 
 @contextlib.contextmanager
@@ -76,7 +87,7 @@ def writing_files(*paths: str | None) -> Iterator[None]:
     """The same for files; None and special files are skipped."""
     check_writable_files(*paths)
     with contextlib.ExitStack() as stack:
-        for path in map(Path, filter(None, paths)):
+        for path in (Path(path) for path in paths if path is not None):
             if path.is_file() or not path.exists():
                 stack.enter_context(locked(path.with_name(f".{path.name}.lock"), str(path)))
         yield

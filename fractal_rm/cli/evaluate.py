@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fractal_rm.cli.checks import (
     check_models,
+    check_own_files,
     kept_beside,
     load_reward_model,
     number_cell,
@@ -102,6 +103,10 @@ class EvaluateArguments(ScoringArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_own_files(data=self.data, output=self.output)
+        check_own_files(threshold_file=self.threshold_file, output=self.output)
+        if self.tune_on != "gsm8k" and self.benchmark != "processbench":
+            raise ValueError("`tune_on` has an effect only with `benchmark=processbench`. Leave it out.")
         for name in ("outcome_model", "answer_pattern"):
             if getattr(self, name) is not None and self.benchmark != "best_of_n":
                 raise ValueError(f"`{name}` has an effect only with `benchmark=best_of_n`. Leave it out.")
@@ -170,6 +175,11 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
         subsets = benchmark_from_hub(arguments.benchmark)
         return [row for rows in subsets for row in drawn(rows)], f"{arguments.benchmark} (hub)"
     split = find_split(arguments.data, arguments.split, arguments.data_dir)
+    if split is None and arguments.split != "test":
+        raise ValueError(
+            f"`split` is {arguments.split!r}, but `data_dir` has no such split of {arguments.data}. Leave `split` out "
+            "if `data` is a file."
+        )
     path = split or find_file(arguments.data, arguments.data_dir)
     source = f"{arguments.data} ({arguments.split})" if split else path.name
     files = [path]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,11 +117,22 @@ class PPOArguments(TaskArguments):
                 f"`reward_function={self.reward_function}` does not suit `task={self.task}`. Give `verifier` with the "
                 "tasks reasoning_gym and word_problems, and with no other."
             )
+        if self.answers != "marked" and self.reward_function != "gsm8k_answer":
+            raise ValueError("`answers` has an effect only with `reward_function=gsm8k_answer`. Leave it out.")
+        of_tasks = {"num_problems": MAKE_PROMPTS, "num_eval_problems": MAKE_PROMPTS, "chat": ("gsm8k",)}
+        for one in fields(self):
+            tasks = of_tasks.get(one.name)
+            if tasks and self.task not in tasks and getattr(self, one.name) != one.default:
+                raise ValueError(
+                    f"`{one.name}` is {getattr(self, one.name)}, but has an effect only with the task "
+                    f"{' or '.join(tasks)}. Leave it out."
+                )
 
 
 def ppo(argv: Sequence[str]) -> None:
     """Train a policy with PPO on step rewards, outcome rewards, or both."""
     arguments, data, lora, config = parse("ppo", [PPOArguments, DataArguments, LoraArguments, StepPPOConfig], argv)
+    data.check_prompts_alone("ppo", evaluates=True)
     with writing_folder(config.output_dir):
         _ppo(arguments, data, lora, config)
 
@@ -266,7 +277,9 @@ def check_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> None:
         with naming(source, number):
             if row.get("prompt") is None:
                 names = ", ".join(map(repr, row)) or "no columns"
-                raise ValueError(f"column 'prompt' is missing (found: {names}); add it, or set `task`.")
+                raise ValueError(
+                    f"column 'prompt' is missing (found: {names}); add it, name it with --prompt_column, or set `task`."
+                )
             read_prompt(row["prompt"])
             check_same_kind(row["prompt"], rows[0]["prompt"])
             if not (is_chat(row["prompt"]) or row["prompt"].strip()):

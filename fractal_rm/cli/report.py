@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal_rm.cli.checks import check_matplotlib, writing_files
+from fractal_rm.cli.checks import check_matplotlib, check_own_files, writing_files
 from fractal_rm.cli.options.parser import parse
 from fractal_rm.evaluation.results import read_results
 from fractal_rm.files import write_atomic
@@ -40,6 +40,7 @@ class ReportArguments:
     title: str | None = field(default=None, metadata={"help": "Heading; default: `Results` or `Training`."})
 
     def __post_init__(self) -> None:
+        check_own_files(results=self.results, output=self.output, figure=self.figure)
         if (self.results is None) == (self.runs is None):
             raise ValueError("Give either `results`, a results.jsonl for tables, or `runs`, folders for curves.")
         for name, needs in (("figure", "runs"), ("metrics", "results")):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fractal_rm.cli.checks import check_models, hide_loading_bars, writing_files
+from fractal_rm.cli.checks import check_models, check_own_files, hide_loading_bars, writing_files
 from fractal_rm.cli.options.arguments import DataArguments
 from fractal_rm.cli.options.parser import parse
 from fractal_rm.cli.options.tasks import MAKE_PROMPTS, TaskArguments, TaskName, make_task
@@ -94,6 +94,8 @@ class Asked:
 def sample(argv: Sequence[str]) -> None:
     """Sample responses to prompts, label them, and append them to a file."""
     arguments, data = parse("sample", [SampleArguments, DataArguments], argv)
+    data.check_prompts_alone("sample", evaluates=False)
+    check_own_files(train_file=data.train_file, output=arguments.output)
     with writing_files(arguments.output):
         _sample(arguments, data)
 

@@ -1,13 +1,12 @@
 """`fractal-rm score`: the steps of the responses in a file, each with its score."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal_rm.cli.checks import check_models, kept_beside, load_reward_model, writing_files
+from fractal_rm.cli.checks import check_models, check_own_files, kept_beside, load_reward_model, writing_files
 from fractal_rm.cli.options.arguments import ScoringArguments, read_rows
 from fractal_rm.cli.options.parser import parse
 from fractal_rm.evaluation.score_rows import add_second_model, score_rows
@@ -40,9 +39,7 @@ class ScoreArguments(ScoringArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        files = [os.path.realpath(file) for file in (self.input, self.output, self.html) if file is not None]
-        if len(set(files)) < len(files):
-            raise ValueError("`input`, `output` and `html` name one file twice. Give each its own file.")
+        check_own_files(input=self.input, output=self.output, html=self.html)
 
 
 def score(argv: Sequence[str]) -> None:

@@ -15,6 +15,8 @@ Prompt = str | list[dict[str, Any]]
 CONTEXT_ROLES = ("tool", "user", "system", "developer", "function", "ipython", "environment", "observation")
 # Keys of a model's thoughts outside the content of its message.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# Types of a content's parts that are text: of chats, and of OpenAI's responses.
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class RenderedPrompt(str):
@@ -131,7 +133,7 @@ def content_text(content: Any, what: str) -> str:
     if isinstance(content, list | tuple):
         for number, part in enumerate(content, 1):
             kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-            if not isinstance(part, Mapping) or kind != "text" or not isinstance(part.get("text"), str):
+            if not isinstance(part, Mapping) or kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
                 raise TypeError(f"part {number} of {what} is {kind!r}, not text; reward models read text only.")
         content = "".join(part["text"] for part in content)
     check_text(content, what)

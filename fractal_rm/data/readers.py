@@ -42,6 +42,9 @@ def open_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> Sequen
         return open_json_lines(path, limit)
     with complete_gzip(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         content = file.read()
+    first, _, more = content.strip().partition(b"\n")
+    if more and first.rstrip().startswith(b"{") and first.rstrip().endswith(b"}"):
+        raise ValueError(f"{path} has an object on each line; name it .jsonl.")
     rows = parse_json(content, f"{path}: the file") if content.strip() else []
     if not isinstance(rows, list):
         raise TypeError(f"{path} holds no list; make it a list of objects, or name it .jsonl if each line is one.")
@@ -263,12 +266,19 @@ def _steps(
     names = [name for name in ("completion", "response") if name in columns]
     if len(names) > 1:
         raise ValueError("there are both a 'completion' and a 'response'; drop one of the columns.")
+    if "steps" in columns and "completions" in columns:
+        raise ValueError("there are both 'steps' and 'completions'; drop one of the columns.")
+    listed = next((name for name in ("steps", "completions") if name in columns), None)
+    if listed is not None and is_messages(columns[listed]) and "role" not in columns[listed][0]:
+        raise TypeError(
+            f"{listed!r} holds objects, not the texts of steps; make it a list of texts, or give each response a row "
+            "of its own."
+        )
     if "steps" in columns and names:
         response = _text(columns[names[0]], names[0])
         spans = tuple(locate_steps(response, _list(columns["steps"], "steps")))
-    elif "steps" in columns or "completions" in columns:
-        name = "steps" if "steps" in columns else "completions"
-        response, spans = _answer(_list(columns[name], name), name, segmentation)
+    elif listed is not None:
+        response, spans = _answer(_list(columns[listed], listed), listed, segmentation)
     elif names:
         response, spans = _answer(columns[names[0]], names[0], segmentation)
     else:

@@ -10,7 +10,7 @@ import os
 import tempfile
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
@@ -115,6 +115,9 @@ def parse_line(line: bytes, path: Path, row: int) -> dict[str, Any]:
         raise ValueError(f"{path}, row {row}: the line has {len(line):,} bytes; give {most}, or drop the row.")
     if not line.strip():
         raise ValueError(f"{path}, row {row}: the line is blank; delete it.")
+    if row == 1 and line.strip() in (b"[", b"{"):
+        told = "the line begins a list or an object that goes on; write an object on each line, or name the file .json."
+        raise ValueError(f"{path}, row 1: {told}")
     record = parse_json(line, f"{path}, row {row}: the line")
     check_object(record, path, row)
     return record
@@ -130,6 +133,11 @@ def check_rows(rows: Sequence[Any], path: Path) -> None:
     """Raise ValueError if a file has no rows."""
     if not len(rows):
         raise ValueError(f"{path} is empty; give a file with at least one row.")
+
+
+def yields_names(given: Any) -> bool:
+    """Whether iterating gives names or characters instead of entries: texts, paths, dictionaries, data frames."""
+    return isinstance(given, str | os.PathLike | Mapping) or hasattr(given, "columns")
 
 
 @contextmanager

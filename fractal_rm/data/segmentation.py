@@ -95,7 +95,7 @@ class Segmentation:
             )
         for name in ("separator", "pattern"):
             value = getattr(self, name)
-            if (self.method == name) != (value is not None) or value == "":
+            if (self.method == name) != (value is not None) or value == "" or not isinstance(value, str | None):
                 found = f"method={self.method!r} with {name}={value!r}"
                 raise ValueError(f"Segmentation has {found}; give {name} a text if and only if method={name!r}.")
         if self.pattern is not None:

@@ -9,17 +9,23 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from itertools import takewhile
 from typing import Any
 
+from fractal_rm.data.prompts import REASONING_KEYS
 from fractal_rm.files import parse_json
 
+# Columns that hold lists: JSON, where they are texts.
+LISTS = ("steps", "completions", "step_labels", "labels", "teacher_scores")
 # Names that stand for a prompt or a response where the names of this package are missing.
 _PROMPTS = ("question", "problem", "instruction", "query")
 _RESPONSES = ("answer", "output", "solution", "generation")
 _OWN_RESPONSES = ("completion", "response", "steps", "completions", "chosen", "rejected")
 _CHATS = ("messages", "conversations", "conversation")
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_ROLES = {name: name for name in ("user", "assistant", "system", "tool")}
+_ROLES |= dict.fromkeys(("human", "prompter"), "user") | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
+_KEYS = {"from": "role", "value": "content"}
 # What an answer of several turns may hold beside the assistant's: a question of the user begins a new one.
 _TOOLS = ("tool", "function", "ipython", "environment", "observation")
 _SIGNS = {"+": 1.0, "-": 0.0}
@@ -28,10 +34,15 @@ _SYSTEM = ("system", "system_prompt")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 TEMPLATE_OPTIONS = ("tools", "chat_template_kwargs")
 _BACKGROUND = ("input", "context", "passage", "document", "history")
-# Ratings of the two responses of a preference.
-_RATED_SIDES = tuple(
-    (name.format("chosen"), name.format("rejected")) for name in ("score_{}", "{}_score", "{}_rating", "rating_{}")
-)
+# A column that rates one of the two responses of a preference.
+_RATING = re.compile(r"chosen.*(score|rating|reward|grade)|(score|rating|reward|grade).*chosen")
+# Columns by which rows of official files are known: their labels mean something else than those of other rows.
+_OFFICIAL = {
+    "processbench": {"steps", "label", "final_answer_correct"},
+    "prm800k": {"question", "label", "labeler"},
+    "math_shepherd": {"input", "label", "task"},
+    "prmbench": {"original_process", "modified_process"},
+}
 # A chat that stands in a text, as JSON or as Python writes it.
 _CHAT_TEXT = re.compile(r"\s*\[\s*\{\s*[\"'](?:role|content|from|value)[\"']\s*:")
 # Where the assistant's turn begins in chats that are written as text.
@@ -57,7 +68,7 @@ class Columns:
         label_scale: Lowest and highest rating: labels are mapped to [0, 1] in equal parts.
 
     Raises:
-        ValueError: If the scale is not a pair of numbers, the lower one first.
+        ValueError: If the scale is not a pair of numbers, the lower one first, or a name is given twice.
 
     Example:
         >>> standard_row({"q": "1+1?", "a": "2", "r": 4}, Columns("q", "a", "r", label_scale=(1, 5)))
@@ -77,6 +88,10 @@ class Columns:
         scale = self.label_scale
         if scale is not None and (len(scale) != 2 or not all(map(math.isfinite, scale)) or scale[0] >= scale[1]):
             raise ValueError(f"`label_scale` is {list(scale)}. Give the lowest and the highest rating: `1 5`.")
+        usual: dict[str, str] = {}
+        for name, value in self.named.items():
+            if (first := usual.setdefault(value, name)) != name:
+                raise ValueError(f"`{first}_column` and `{name}_column` are both {value!r}. Give each its own.")
 
     @property
     def named(self) -> dict[str, str]:
@@ -97,10 +112,19 @@ def standard_row(record: Mapping[str, Any], columns: Columns | None = None) -> d
     row = {name: value for name, value in record.items() if value is not None}
     # Parquet files bring numpy arrays.
     row = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+    if not columns.named and (known := next((name for name, has in _OFFICIAL.items() if has <= row.keys()), None)):
+        raise ValueError(
+            f"the row has the columns of {known}, where labels have another meaning; give `--dataset_format {known}`, "
+            "or name the columns of prompt, response and label."
+        )
     row = _renamed(row, record, columns)
     for name in ("prompt", *_OWN_RESPONSES, *_CHATS):
         if name in row:
             row[name] = _turns(_chat_of_text(row[name], name))
+    for name in LISTS:
+        if isinstance(row.get(name), str) and row[name].lstrip().startswith("["):
+            with suppress(ValueError):
+                row[name] = parse_json(row[name].encode(), repr(name))
     row = _from_chat(row)
     if "steps" in row and isinstance(row.get("labels"), list) and not {"completions", "step_labels"} & row.keys():
         usual = (
@@ -111,10 +135,14 @@ def standard_row(record: Mapping[str, Any], columns: Columns | None = None) -> d
     row = _from_alias(row, "response", _RESPONSES, _OWN_RESPONSES)
     if "chosen" in row and "rejected" in row and "steps" not in row:
         _check_order(row)
+        if columns.chosen is None:
+            _check_responses(row)
         row = _without_inner_prompt(row)
+    elif columns.response is None and columns.steps is None:
+        _check_thoughts(record)
     if columns.prompt is None:
         row = _whole_prompt(row, record)
-    if isinstance(row.get("label"), str):
+    if "label" in row:
         row["label"] = _as_number(row["label"])
     if columns.label_scale is not None and "label" in row:
         row["label"] = _rated(row["label"], *columns.label_scale)
@@ -133,9 +161,12 @@ def prompt_row(record: Mapping[str, Any], column: str | None) -> dict[str, Any]:
         {'prompt': '1+1?', 'answer': '2'}
     """
     if column is not None:
-        return _renamed(dict(record), record, Columns(prompt=column))
-    row = dict(record) if record.get("prompt") is not None else _from_alias(dict(record), "prompt", _PROMPTS, ())
-    return _whole_prompt(row, record)
+        row = _renamed(dict(record), record, Columns(prompt=column))
+    else:
+        row = dict(record) if record.get("prompt") is not None else _from_alias(dict(record), "prompt", _PROMPTS, ())
+    if "prompt" in row:
+        row["prompt"] = _turns(_chat_of_text(row["prompt"], "prompt"))
+    return row if column is not None else _whole_prompt(row, record)
 
 
 def ratings_of(record: Mapping[str, Any]) -> list[str]:
@@ -161,15 +192,20 @@ def _renamed(row: dict[str, Any], record: Mapping[str, Any], columns: Columns) -
 
 
 def _turns(value: Any) -> Any:
-    """A chat with `role` and `content`, where it had ShareGPT's `from` and `value`."""
-    if not isinstance(value, list) or not any(isinstance(one, Mapping) and "from" in one for one in value):
-        return value
-    return [
-        {"role": _ROLES.get(one["from"], one["from"]), "content": one.get("value")}
-        if isinstance(one, Mapping) and "from" in one
-        else one
-        for one in value
-    ]
+    """A chat with the usual keys and roles, where it had those of ShareGPT; a message alone is a chat of one."""
+    if isinstance(value, Mapping) and ("role" in value or "from" in value):
+        value = [value]
+    return list(map(_turn, value)) if isinstance(value, list) else value
+
+
+def _turn(message: Any) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    if "role" not in message:
+        message = {_KEYS.get(key, key): part for key, part in message.items()} if "from" in message else message
+    role = message.get("role")
+    usual = _ROLES.get(role.lower(), role) if isinstance(role, str) else role
+    return message if usual == role else {**message, "role": usual}
 
 
 def _is_chat(value: Any) -> bool:
@@ -182,8 +218,12 @@ def _from_chat(row: dict[str, Any]) -> dict[str, Any]:
     The last answer is the last message, with the calls and outputs of tools that led to it.
     """
     names = [name for name in _CHATS if name in row]
-    if not names or any(name in row for name in _OWN_RESPONSES) or not _is_chat(row[names[0]]):
+    if not names or not _is_chat(row[names[0]]):
         return row
+    if any(name in row for name in _OWN_RESPONSES):
+        if row[names[0]][-1]["role"] == "assistant" or any(name in row for name in ("prompt", *_PROMPTS)):
+            return row
+        return {"prompt" if name == names[0] else name: value for name, value in row.items()}
     if len(names) > 1:
         raise ValueError(f"there are both {names[0]!r} and {names[1]!r}; drop one of the columns.")
     chat = row[names[0]]
@@ -199,7 +239,15 @@ def _from_chat(row: dict[str, Any]) -> dict[str, Any]:
     begin = len(chat) - 1
     while begin > 1 and (chat[begin]["role"] in _TOOLS or chat[begin - 1]["role"] in _TOOLS):
         begin -= 1
+    _check_inside(row.get("prompt"), chat[:begin], repr(names[0]))
     return {"prompt": chat[:begin], "response": chat[begin:]} | rest
+
+
+def _check_inside(given: Any, prompt: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Raise if a prompt beside chats is neither the one inside them nor one of its messages."""
+    asked = [str(message.get("content")).strip() for message in prompt]
+    if given is not None and given != prompt and not (isinstance(given, str) and given.strip() in asked):
+        raise ValueError(f"the prompt is not the one inside {where}; drop one of them.")
 
 
 def _from_signs(chat: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -256,17 +304,49 @@ def _chat_of_text(value: Any, name: str) -> Any:
 
 def _check_order(row: Mapping[str, Any]) -> None:
     """Raise if a preference says that the rejected response is the better one."""
-    for better, worse in _RATED_SIDES:
-        high, low = row.get(better), row.get(worse)
+    for better in (name for name in row if isinstance(name, str) and _RATING.search(name)):
+        worse = better.replace("chosen", "rejected")
+        high, low = _as_number(row[better]), _as_number(row.get(worse))
         if isinstance(high, int | float) and isinstance(low, int | float) and high < low:
             raise ValueError(
                 f"{better!r} is {high:g} and {worse!r} is {low:g}, so the rejected response is the better one; swap "
                 "the two responses, or drop the row."
             )
-    if row.get("label") in (0, "0"):
+    label = _as_number(row.get("label"))
+    if isinstance(label, int | float) and label < 1:
         raise ValueError(
-            "the label of this preference is 0, which may mean that 'rejected' is the better one; swap the two "
-            "responses if it does, and drop the column."
+            f"the label of this preference is {label:g}, which may mean that 'rejected' is as good or better; swap the "
+            "two responses or drop the row if it does, and drop the column."
+        )
+
+
+def _check_responses(row: Mapping[str, Any]) -> None:
+    """Raise if there is a response beside a preference, or a list beside 'chosen' may hold several of them."""
+    more = next((name for name in ("completion", "response") if name in row), None)
+    if more is not None:
+        raise ValueError(
+            f"there are {more!r} and 'chosen' and 'rejected'; name the response with --response_column {more}, or the "
+            "preference with --chosen_column chosen."
+        )
+    sides = [row["chosen"], row["rejected"]]
+    if all(isinstance(side, list) and side and all(isinstance(one, str) for one in side) for side in sides):
+        counts = [len(side) for side in sides]
+        if min(counts) == 1 < max(counts):
+            raise ValueError(
+                f"'chosen' and 'rejected' are lists of {counts[0]} and {counts[1]} texts, which may be responses or "
+                "steps; give a row for each pair of responses, or a response of one step as a text."
+            )
+
+
+def _check_thoughts(record: Mapping[str, Any]) -> None:
+    """Raise if a column beside the response may hold its beginning."""
+    lost = next((name for name in REASONING_KEYS if isinstance(record.get(name), str) and _holds(record[name])), None)
+    name = next((name for name in (*_OWN_RESPONSES, *_RESPONSES) if record.get(name) is not None), None)
+    if lost is not None and name is not None:
+        option = "steps" if name in ("steps", "completions") else "response"
+        raise ValueError(
+            f"column {lost!r} may be a part of the response; write it there as the policy does "
+            f"(<think>...</think>), drop the column, or give `--{option}_column {name}`, which leaves it out."
         )
 
 
@@ -324,13 +404,15 @@ def _without_inner_prompt(row: dict[str, Any]) -> dict[str, Any]:
                 f"'chosen' and 'rejected' ({len(chosen)} and {len(rejected)} messages) share their first "
                 f"{len(prompt)}; give both one answer of the assistant behind the same prompt."
             )
-        given = row.get("prompt", prompt)
-        asked = [message.get("content") for message in prompt]
-        if given != prompt and not (isinstance(given, str) and given.strip() in [str(text).strip() for text in asked]):
-            raise ValueError("the prompt is not the one inside 'chosen' and 'rejected'; drop one of them.")
+        _check_inside(row.get("prompt"), prompt, "'chosen' and 'rejected'")
         return row | {"prompt": prompt, "chosen": chosen[len(prompt) :], "rejected": rejected[len(prompt) :]}
     if "prompt" not in row and isinstance(chosen, str) and isinstance(rejected, str):
         place = _end_of_prompt(chosen, rejected)
+        more = next((side for side in ("chosen", "rejected") if _TURN.search(row[side], place)), None)
+        if more is not None:
+            raise ValueError(
+                f"{more!r} has another turn behind what both begin with; give both one answer to the same prompt."
+            )
         return row | {"prompt": chosen[:place], "chosen": chosen[place:], "rejected": rejected[place:]}
     return row
 
@@ -351,14 +433,18 @@ def _end_of_prompt(chosen: str, rejected: str) -> int:
     return place
 
 
-def _as_number(text: str) -> Any:
-    """A CSV label as a number or boolean; other text is unchanged."""
-    if text.strip().lower() in ("true", "false"):
-        return text.strip().lower() == "true"
+def _as_number(value: Any) -> Any:
+    """A text that is a number or a boolean as that, as in CSV cells, and decimals of tables; others are unchanged."""
+    if isinstance(value, Decimal):
+        return float(value)
+    if not isinstance(value, str) or "_" in value:
+        return value
+    if value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
     try:
-        return float(text)
+        return float(value)
     except ValueError:
-        return text
+        return value
 
 
 def _rated(value: Any, low: float, high: float) -> float:

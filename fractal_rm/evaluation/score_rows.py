@@ -120,6 +120,8 @@ def _found(bag: Bag, result: StepScores, where: str) -> dict[str, Any]:
     if result.error is not None:
         # The model counts rows of its own batch from 0; the caller's file counts.
         return {"error": f"{where}: {result.error.partition(': ')[2]}"}
+    if not all(map(math.isfinite, result.step_scores)):
+        return {"error": f"{where}: the model gives scores that are NaN; load it in float32, or restore its files."}
     gold = bag.step_labels or [None] * len(bag.step_spans)
     steps = [
         vars(step) | {"score": _finite(step.score), "gold": label}

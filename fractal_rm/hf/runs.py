@@ -23,7 +23,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
-from fractal_rm.files import write_atomic
+from fractal_rm.files import parse_json, write_atomic
 from fractal_rm.hf.checkpoints import STATE, check_same_run, checkpoints, find_checkpoint, whole_or_absent
 from fractal_rm.hf.divergence import FiniteTraining
 from fractal_rm.hf.finite_logs import log_finite
@@ -34,6 +34,10 @@ from fractal_rm.scorers.checkpoint import check_finite_weights
 # Says of a log that its times, and what it counts a second, are those since this step: of the last part of a run.
 TIMED_FROM = "train_timed_from_step"
 _PENDING = "pending_logs"
+
+
+# Options that are objects or paths of files with them.
+_OR_FILES = {"accelerator_config", "fsdp_config", "deepspeed"}
 
 
 @dataclass
@@ -57,6 +61,26 @@ class RunConfig:
         for name in ("gradient_accumulation_steps", "num_iterations"):
             if getattr(self, name, 1) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: nothing would be trained. Give 1 or more.")
+
+    def check_objects(self) -> None:
+        """Raise ValueError for an option that is not an object with named values, although it should be one."""
+        args: Any = self
+        for name in args._VALID_DICT_FIELDS:
+            value = None if name in _OR_FILES else getattr(args, name)
+            if isinstance(value, str):  # transformers parses it
+                setattr(args, name, value.strip())
+                value = parse_json(value.encode(), f"`{name}`")
+            if not (value is None or (isinstance(value, Mapping) and all(isinstance(key, str) for key in value))):
+                raise ValueError(f"`{name}` is {value!r}. Give an object with named values, or leave it out.")
+
+    def check_evaluation(self, dataset: Any) -> None:
+        """Raise ValueError if evaluations are wanted and there is no data for them."""
+        strategy = getattr(self, "eval_strategy", "no")
+        if strategy != "no" and dataset is None:
+            raise ValueError(
+                f"`eval_strategy` is {str(getattr(strategy, 'value', strategy))!r}, but there is no data to evaluate "
+                "on. Give `eval_dataset` (a command: `eval_file`), or leave it out."
+            )
 
 
 class Run(Trainer):
@@ -122,6 +146,11 @@ class Run(Trainer):
         """Train to the end, from the checkpoint that is wanted, if any; a finished run makes no step more."""
         checkpoint = find_checkpoint(wanted, folder, self.identity)
         self.resumes = None if checkpoint is None else Path(checkpoint)
+        if self.resumes is not None and not self._pending_file(self.resumes).is_file():
+            raise ValueError(
+                f"{checkpoint} holds a model alone (`save_only_model`), from which a run cannot go on. Start from it "
+                "as `model` in another `output_dir`, or train again without `save_only_model`."
+            )
         done = self._finished(checkpoint)
         if done is not None:
             return done
@@ -205,8 +234,8 @@ class Run(Trainer):
     def restore_sums(self) -> None:
         """Put back the losses and metrics since the last log, once `Trainer` has set them to nothing."""
         self.timed_from = self.state.global_step
-        if self.resumes is None or not self._pending_file(self.resumes).is_file():
-            return  # a checkpoint of the model alone
+        if self.resumes is None:
+            return
         sums = self._read_pending(self.resumes)
         self._total_loss_scalar, self._globalstep_last_logged = sums["logged"], sums["last_logged"]
         self._tr_loss = torch.tensor(sums["since"], device=self.args.device)

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from trl.trainer.utils import get_callable_name
 
 from fractal_rm.data.prompts import is_chat
+from fractal_rm.data.rows import yields_names
 from fractal_rm.data.segmentation import warn_of_uncut_responses
 from fractal_rm.data.shapes import TEMPLATE_OPTIONS
 from fractal_rm.errors import reason
@@ -70,6 +71,8 @@ def load_checked(
             "or several of them."
         )
     check_value_arguments(args, value_model, value_peft_config)
+    _check_datasets(train_dataset, eval_dataset)
+    args.check_evaluation(eval_dataset)
     _check_columns(train_dataset)
     config = _check_policy(policy)
     check_setup(args, policy, tokenizer, eval_dataset)
@@ -102,6 +105,22 @@ def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None
         check_whole_model(trainer, model.scorer, "the reward model")
     if args.rm_update_every:
         check_online_training(trainer)
+
+
+def _check_datasets(train: Any, evaluation: Any) -> None:
+    """Raise unless data is given as data sets with prompts; evaluation data may be a dictionary of them."""
+    sets = evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]
+    for name, given in [("train_dataset", train), *(("eval_dataset", one) for one in sets)]:
+        if isinstance(given, Sequence) or yields_names(given):
+            raise TypeError(
+                f"`{name}` is a {type(given).__name__}. Give a `datasets.Dataset`: `Dataset.from_list(rows)`, "
+                "`Dataset.from_pandas(frame)`, or one split of a DatasetDict."
+            )
+        if isinstance(given, Dataset) and not len(given):
+            raise ValueError(f"`{name}` has no rows. Give at least one.")
+        if isinstance(given, Dataset) and "prompt" not in given.column_names:
+            names = ", ".join(map(repr, given.column_names))
+            raise ValueError(f"`{name}` has no column 'prompt' (found: {names}). Rename the one with the prompts.")
 
 
 def _check_columns(dataset: Any) -> None:

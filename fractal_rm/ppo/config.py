@@ -241,8 +241,9 @@ class StepPPOConfig(RunConfig, GRPOConfig):
         return {**given, "tools": tools} if tools else dict(given)
 
     def __post_init__(self) -> None:
-        self.check_amounts()
         check_ranges(self)
+        self.check_amounts()
+        self.check_objects()
         one_each = self.num_generations == 1
         if one_each and self.advantage == "group":
             raise ValueError(
@@ -270,6 +271,8 @@ class StepPPOConfig(RunConfig, GRPOConfig):
 
     def _check_combinations(self) -> None:
         """Refuse options that would have no effect, or another effect than their name says."""
+        if self.scale_rewards not in ("group", "batch", "none", True, False):
+            raise ValueError(f"`scale_rewards` is {self.scale_rewards!r}. Choose one of group, batch, none.")
         if getattr(self, "trust_remote_code", False) or "trust_remote_code" in str(self.model_init_kwargs):
             raise ValueError(
                 "`trust_remote_code` would run code from a model's folder, which this package never does. Leave it out."

@@ -210,8 +210,10 @@ class FractalConfig(RunConfig, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self.check_amounts()
+        self.settings()  # raises its own errors
         check_ranges(self)
+        self.check_amounts()
+        self.check_objects()
         super().__post_init__()
         # Without an accelerator, torch warns about every data loader that pins memory.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
@@ -240,7 +242,6 @@ class FractalConfig(RunConfig, TrainingArguments):
                 f"`aggregation={self.aggregation}`, where a label is a share of good steps, not right or wrong. Set "
                 "it to 0, or choose another aggregation."
             )
-        self.settings()  # raises its own errors
 
     def settings(self) -> FractalSettings:
         """The part of this configuration that the checkpoint stores."""

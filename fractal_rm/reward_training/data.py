@@ -14,6 +14,7 @@ from torch import Tensor
 from fractal_rm.data.bag import Bag, truncate_bags
 from fractal_rm.data.prompts import REASONING_KEYS, is_chat
 from fractal_rm.data.readers import read_bags
+from fractal_rm.data.rows import yields_names
 from fractal_rm.data.segmentation import common_gap
 from fractal_rm.data.shapes import Columns
 from fractal_rm.objectives.aggregation import GOOD, meaning
@@ -39,6 +40,8 @@ def to_bags(
         ValueError: If the rows state another aggregation than the settings, a bag has no label or another number of
             grades, or for a reason of `read_bags`.
     """
+    check_records(records, source)
+    warn_of_classes(records, columns, source)
     rows: list[Any] = list(records)
     if rows and all(isinstance(row, Bag) for row in rows):
         unlabelled = next((n for n, bag in enumerate(rows, 1) if bag.label is None), None)
@@ -65,6 +68,27 @@ def to_bags(
     if len(bags) == len(rows):
         _check_joints(rows, bags, settings, source)
     return bags
+
+
+def check_records(records: Any, source: str) -> None:
+    """Raise TypeError if data is given as something that yields names or characters, not rows."""
+    if yields_names(records):
+        raise TypeError(
+            f"{source} is a {type(records).__name__}, not a list of rows. Give rows: one split of a DatasetDict, "
+            "`frame.to_dict('records')` of a data frame, `read_jsonl(path)` of a file."
+        )
+
+
+def warn_of_classes(records: Any, columns: Columns | None, source: str) -> None:
+    """Warn of labels that are classes with names: which of them is good, only the names tell."""
+    features = getattr(getattr(records, "dataset", records), "features", None) or {}
+    names = getattr(features.get((columns or Columns()).label or "label"), "names", None) or []
+    if any(name.lower() not in ("0", "1", "true", "false") for name in names):
+        told = ", ".join(f"{number} is {name!r}" for number, name in enumerate(names))
+        warnings.warn(
+            f"{source}: the labels are classes ({told}), and 1 is read as good. If another one is, map the labels.",
+            stacklevel=3,
+        )
 
 
 def check_stated(row: Any, settings: FractalSettings, where: str) -> None:

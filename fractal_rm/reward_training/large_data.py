@@ -23,10 +23,12 @@ from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.data import (
     Records,
     check_reasoning,
+    check_records,
     check_stated,
     content_fingerprint,
     items_of,
     to_bags,
+    warn_of_classes,
 )
 from fractal_rm.reward_training.stages import plan
 from fractal_rm.scorers.settings import FractalSettings
@@ -139,8 +141,9 @@ def training_rows(
     """
     if isinstance(records, TrainingRows):
         return records
+    check_records(records, source)
     options: Any = {"source": source, "columns": columns, "on_bad_row": on_bad_row}
-    rows: Any = records if hasattr(records, "__getitem__") else list(records)
+    rows: Any = records if hasattr(records, "__getitem__") and hasattr(records, "__len__") else list(records)
     if reads_everything(args) or len(rows) <= FIRST_ROWS:
         return TrainingRows(to_bags(rows, settings, **options))
     if isinstance(rows[0], Bag):
@@ -150,6 +153,7 @@ def training_rows(
         later = range(FIRST_ROWS, len(items))
         name = content_fingerprint([bag for item in items[FIRST_ROWS:] for bag in item])
         return TrainingRows(first, LaterRows(items, later, _without_gold, source, name))
+    warn_of_classes(rows, columns, source)
     stream = iter(rows)
     head = list(islice(stream, FIRST_ROWS))
     first = to_bags(head, settings, **options)

@@ -141,6 +141,7 @@ class FractalTrainer(Run):
                 f"`args` is a {type(args).__name__}, which lacks the options of step reward models. Give "
                 "`FractalConfig(...)`, which has the options of `TrainingArguments` under the same names."
             )
+        args.check_evaluation(eval_dataset)
         self.settings = args.settings()
         if optimizers != (None, None) and len(plan(args)) > 1:
             raise ValueError(

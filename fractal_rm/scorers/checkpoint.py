@@ -36,7 +36,12 @@ from fractal_rm.errors import reason
 from fractal_rm.files import read_json
 from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.embedding import EmbeddingInputs, EmbeddingScorer, make_head
-from fractal_rm.scorers.folder import check_model_folder, vocabulary_fingerprint, weights_fingerprint
+from fractal_rm.scorers.folder import (
+    check_model_folder,
+    config_fingerprint,
+    vocabulary_fingerprint,
+    weights_fingerprint,
+)
 from fractal_rm.scorers.inputs import BagInputs, Processor, TokenInputs
 from fractal_rm.scorers.likelihood import LikelihoodScorer
 from fractal_rm.scorers.published import (
@@ -80,10 +85,22 @@ def load_tokenizer(path: str | Path, kind: Any = AutoTokenizer, **hub: Any) -> P
     try:
         tokenizer = kind.from_pretrained(path, trust_remote_code=False, **hub)
     except Exception as error:  # damaged files make libraries raise anything
+        _check_config(path)
         raise ValueError(
             f"{path} has no tokenizer that can be loaded ({reason(error)}). Save one there, or give `processing_class`."
         ) from error
     return with_padding(tokenizer)
+
+
+def _check_config(path: str | Path) -> None:
+    """Raise ValueError if the `config.json` of a folder, by which its tokenizer is loaded, cannot be used."""
+    if (Path(path) / "config.json").is_file():
+        try:
+            AutoConfig.from_pretrained(path, trust_remote_code=False)
+        except Exception as error:
+            raise ValueError(
+                f"{path}/config.json cannot be used ({reason(error)}). Restore the file that belongs to the weights."
+            ) from error
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -323,6 +340,7 @@ def save_scorer(
         file = folder / "config.json"  # missing in encoders without a transformer, such as static embeddings
         saved.weights = weights_fingerprint([folder / HEAD_FILE] if encodes else _weight_files(folder))
         config = json.loads(file.read_text()) if file.is_file() else {}
+        saved.config = config_fingerprint(config)
         file.write_text(json.dumps(config | {"fractal": saved.to_dict()}, indent=2) + "\n")
     return saved
 
@@ -377,6 +395,12 @@ def load_scorer(
             f"{path} was trained by FractalTrainer, and its checkpoint says how it is read. Leave out `published`."
         )
     settings = FractalSettings.from_dict(block, where=str(path))
+    if settings.config is not None and (found := config_fingerprint(config)) != settings.config:
+        raise ValueError(
+            f"{path}/config.json: the model's settings are not the saved ones (fingerprint {found}, expected "
+            f"{settings.config}). Restore the file; if you changed it on purpose, remove `config` from its `fractal` "
+            "block."
+        )
     if settings.scorer == "embedding":
         return *_load_embedding_scorer(path, settings, device, hub), settings
     tokenizer = load_tokenizer(path, **hub)

@@ -18,6 +18,8 @@ _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _DEEPEST = 2_000
 # A weight of a numbered layer: its stack and number.
 _OF_A_LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers?|h|blocks?))\.(\d+)\.")
+# Keys of `config.json` that may change: the block, names, and the precision, which an argument may set too.
+_FREE_SETTINGS = ("fractal", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache")
 # Longest header that the safetensors format allows.
 _LONGEST_HEADER = 100_000_000
 # Allowed modules of sentence encoders: others would be code from the folder.
@@ -154,6 +156,12 @@ def weights_fingerprint(files: Iterable[Path]) -> str:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def config_fingerprint(config: Mapping[str, Any]) -> str:
+    """Fingerprint of what a `config.json` says of a model, without this package's block and what changes no score."""
+    settings = {name: value for name, value in config.items() if name not in _FREE_SETTINGS and name[:1] != "_"}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:

@@ -1,18 +1,16 @@
 """What a checkpoint stores in addition to its weights: the `fractal` block of `config.json`."""
 
 import hashlib
-import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.objectives.aggregation import Aggregation, meaning
 from fractal_rm.objectives.bag_loss import check_label_noise
-from fractal_rm.ranges import check_ranges
+from fractal_rm.ranges import check_ranges, check_types
 
 ScorerKind = Literal["likelihood", "token", "embedding"]
 Reduction = Literal["sum", "mean"]
@@ -36,42 +34,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Fingerprint of how a tokenizer splits text and writes chats: equal for equal behaviour on a probe text."""
     ids = tokenizer(_PROBE)["input_ids"]
     return hashlib.sha256(f"{len(tokenizer)} {ids} {tokenizer.chat_template}".encode()).hexdigest()[:16]
-
-
-def _check_types(kind: type, values: Mapping[str, Any], *, within: str = "") -> None:
-    """Raise ValueError unless values have a dataclass's annotated types; unknown names pass."""
-    for name, hint in get_type_hints(kind).items():
-        if name in values and not _fits(values[name], hint):
-            raise ValueError(f"`{within}{name}` is {reprlib.repr(values[name])}. Give {_wanted(hint)}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value has an annotated type; the choices of a `Literal` are checked elsewhere."""
-    kind, parts = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if kind is Literal:
-        return isinstance(value, str)
-    if kind in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
-    if kind is list:
-        return isinstance(value, list) and all(_fits(one, parts[0]) for one in value)
-    if kind is dict or is_dataclass(hint):
-        return isinstance(value, dict) and (is_dataclass(hint) or all(_fits(one, parts[1]) for one in value.values()))
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _wanted(hint: Any) -> str:
-    """An annotated type in words."""
-    kind, parts = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
-        return " or ".join(map(_wanted, parts))
-    if kind is list:
-        return "a list"
-    simple = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    return "a text" if kind is Literal else simple.get(hint, "an object")
 
 
 @dataclass
@@ -99,6 +61,7 @@ class FractalSettings:
         tokenizer: Fingerprint of the tokenizer or sentence encoder.
         vocabulary: Fingerprint of its tokens and merges; None in checkpoints of earlier versions.
         weights: Fingerprint of the files of the weights; None in checkpoints of earlier versions.
+        config: Fingerprint of the model's own settings in `config.json`; None in checkpoints of earlier versions.
         head: Some of the scoring head's weights, to detect a missing or random head at load.
         chat: Whether the prompts of the training data were chats; None: unknown, or both chats and texts.
         chat_template_kwargs: Arguments of the chat template in addition to the messages, such as `enable_thinking`.
@@ -128,6 +91,7 @@ class FractalSettings:
     tokenizer: str | None = None
     vocabulary: str | None = None
     weights: str | None = None
+    config: str | None = None
     head: list[float] | None = None
     chat: bool | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -186,9 +150,9 @@ class FractalSettings:
             )
         try:
             values: dict[str, Any] = {"reading": 1, **block}
-            _check_types(cls, values)
+            check_types(cls, values)
             segmentation = {"version": 1} | values.get("segmentation", {})
-            _check_types(Segmentation, segmentation, within="segmentation.")
+            check_types(Segmentation, segmentation, within="segmentation.")
             values["segmentation"] = Segmentation(**segmentation)
             return cls(**values)
         except (TypeError, ValueError) as error:

@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 CORPUS = Path(__file__).resolve().parent.parent / "corpus" / "bad_input.jsonl"
 Case = dict[str, Any]
@@ -78,6 +79,24 @@ def options() -> Iterator[Case]:
                 yield case("option", {"of": kind, one.name: [value] if lists else value}, says)
 
 
+def kinds() -> Iterator[Case]:
+    """Options of another type, as a YAML file that somebody else read gives them, and choices that there are not."""
+    own = {"scorer", "aggregation", "segmentation", "thinking", "head_type", "reduction"}  # with sentences of their own
+    wrong: dict[str, list[Any]] = {"number": ["1e-5", True, [1.0]], "boolean": ["false", 1], "choice": ["NONE", 3]}
+    for kind, (cls, _) in configurations().items():
+        hints, told = get_type_hints(cls), dict.fromkeys(wrong, 0)
+        for one in fields(cls):
+            types = {hints[one.name], *get_args(hints[one.name])} - {type(None)}
+            found = "choice" if get_origin(hints[one.name]) is Literal else None
+            found = "number" if types & {int, float} and str not in types else found
+            found = "boolean" if types & {bool} and types <= {bool, NoneType} else found
+            if found is None or one.name in own or not one.init:
+                continue
+            value: Any = wrong[found][told[found] % len(wrong[found])]
+            told[found] += 1
+            yield case("option", {"of": kind, one.name: value}, f"`{one.name}` is {value!r}. ")
+
+
 def blocks() -> Iterator[Case]:
     """`fractal` blocks with a value of another type, outside its range, or unknown."""
     wrong: dict[str, list[Any]] = {
@@ -99,6 +118,7 @@ def blocks() -> Iterator[Case]:
         "tokenizer": [5, []],
         "vocabulary": [1],
         "weights": [["a"]],
+        "config": [3],
         "head": ["abc", [1, "2"], [math.nan], {"a": 1}],
         "chat": [1, "yes"],
         "chat_template_kwargs": [[], None, "x"],
@@ -128,7 +148,8 @@ def files() -> Iterator[Case]:
     rows = {
         "": "is empty",
         "\n\n": "is empty",
-        "{": "row 1: the line is invalid JSON",
+        "{": "row 1: the line begins a list or an object that goes on",
+        "[\n" + row: "row 1: the line begins a list or an object that goes on",
         row + "{'a': 1}\n": "row 2: the line is invalid JSON",
         row + "\n" + row: "row 2: the line is blank",
         "[1, 2]\n": "row 1: the row is list",
@@ -154,6 +175,7 @@ def files() -> Iterator[Case]:
         "{}": "holds no list",
         "3": "holds no list",
         "[1]": "row 1: the row is int",
+        row * 2: "rows.json has an object on each line; name it .jsonl",
         "[{}, 2]": "row 2: the row is int",
         "[": "the file is invalid JSON",
         '{"a": 1, "a": 2}': "the file has the name 'a' twice",
@@ -312,7 +334,7 @@ def case(reader: str, given: Any, says: str) -> Case:
 
 def cases() -> list[Case]:
     """All of them."""
-    return [one for made in (options, blocks, files, folders, patterns, results) for one in made()]
+    return [one for made in (options, kinds, blocks, files, folders, patterns, results) for one in made()]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,13 @@ from fractal_rm.ranges import check_ranges
 
 # The only environment variable that commands read.
 DATA_DIR_VARIABLE = "FRACTAL_RM_DATA"
-_ENDINGS = (".jsonl.gz", ".jsonl", ".json", ".parquet", ".csv", ".arrow")
+_ENDINGS = (".jsonl.gz", ".jsonl", ".json.gz", ".json", ".parquet", ".csv", ".tsv", ".arrow")
+
+
+# What commands leave unread that read prompts alone, and of these what a command without evaluation does.
+_UNREAD = {"test_file", "dataset_test_split", "label_scale"}
+_UNREAD |= {f"{one.name}_column" for one in fields(Columns) if one.name not in ("prompt", "label_scale")}
+_UNREAD_WITHOUT_EVALUATION = _UNREAD | {"eval_file", "dataset_eval_split", "strict"}
 
 
 # Choices of earlier versions, and what to use instead.
@@ -160,6 +166,22 @@ class DataArguments(ColumnArguments):
     def __post_init__(self) -> None:
         check_ranges(self)
         super().__post_init__()
+        usual = {one.name: one.default for one in fields(self)}
+        for split in ("train", "eval", "test"):
+            name = f"dataset_{split}_split"
+            if getattr(self, f"{split}_file") is not None and getattr(self, name) != usual[name]:
+                raise ValueError(f"`{name}` has no effect with `{split}_file`. Leave one of them out.")
+        if self.dataset_config is not None and self.dataset_name is None and self.dataset_format is None:
+            raise ValueError("`dataset_config` has no effect without `dataset_name`. Leave it out.")
+
+    def check_prompts_alone(self, command: str, *, evaluates: bool) -> None:
+        """Raise ValueError if an option is given that a command of prompts does not read."""
+        unread = _UNREAD if evaluates else _UNREAD_WITHOUT_EVALUATION
+        for one in fields(self):
+            if one.name in unread and getattr(self, one.name) != one.default:
+                raise ValueError(
+                    f"`{one.name}` has no effect in `fractal-rm {command}`, which reads prompts. Leave it out."
+                )
 
     def prompts(self, rows: Sequence[Any], source: str) -> list[Any]:
         """Rows with the prompt moved to the column `prompt`.
@@ -331,6 +353,10 @@ def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) 
     """
     table = is_table(path) and not (dataset_format == "fira" and path.suffix == ".tsv")
     if dataset_format is None:
+        if path.is_dir() and not table:
+            raise IsADirectoryError(f"{path} is a folder that `datasets` did not save. Give one of its files.")
+        if not table and not path.name.endswith(_ENDINGS):
+            raise ValueError(f"{path} has an unknown ending. Give a file that ends in one of {', '.join(_ENDINGS)}.")
         return open_table(path, limit) if table else open_jsonl(path, limit)
     return FORMATS[dataset_format].read(open_table(path) if table else path, source=str(path), limit=limit)
 

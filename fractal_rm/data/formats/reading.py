@@ -81,13 +81,25 @@ def csv_rows(path: Path, delimiter: str = "\t", limit: int | None = None) -> Ite
     kind = "tab-separated" if delimiter == "\t" else "comma-separated"
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(islice(csv.DictReader(file, delimiter=delimiter), limit), 2):
+            rows = csv.DictReader(file, delimiter=delimiter)
+            _check_header(list(rows.fieldnames or ()), path, kind)
+            for number, row in enumerate(islice(rows, limit), 2):
                 if None in row or None in row.values():
                     told = "the row has other cells than the header; quote cells, or mend it."
                     raise ValueError(f"{path}, row {number}: {told}")
                 yield number, row
     except (UnicodeDecodeError, csv.Error):
         raise ValueError(f"{path} is no {kind} file in UTF-8; write or download it again.") from None
+
+
+def _check_header(names: Sequence[str], path: Path, kind: str) -> None:
+    """Raise ValueError if a name comes twice, or all names are one cell because other signs separate them."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path}, row 1: the header has the name {twice!r} twice; rename one column.")
+    if len(names) == 1 and any(sign in names[0] for sign in ",;|\t"):
+        told = f"the header is one cell, {names[0]!r}; give a {kind} file (.csv has commas, .tsv tabs)."
+        raise ValueError(f"{path}, row 1: {told}")
 
 
 def _wrapped_rows(path: Path, key: str | None) -> list[Mapping[str, Any]]:

@@ -11,13 +11,12 @@ from typing import Any
 
 from fractal_rm.data.formats.reading import check_file, csv_rows
 from fractal_rm.data.rows import JsonLines, check_rows, spooled
+from fractal_rm.data.shapes import LISTS
 from fractal_rm.files import parse_json
 
 # The builder of `datasets.load_dataset` for an ending, and what stands between cells.
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-# Columns that hold lists, and numbers; other cells of a CSV file are text, or chats in JSON.
-_LISTS = ("steps", "completions", "step_labels", "labels", "teacher_scores")
 
 
 def open_table(path: Path, limit: int | None = None) -> Sequence[dict[str, Any]]:
@@ -65,6 +64,7 @@ class MappedRows(Sequence[dict[str, Any]]):
 
 def _from_datasets(path: Path, limit: int | None) -> Sequence[dict[str, Any]]:
     import datasets
+    import pyarrow.parquet
     from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
@@ -76,6 +76,8 @@ def _from_datasets(path: Path, limit: int | None) -> Sequence[dict[str, Any]]:
         if path.is_dir():
             found = load_from_disk(str(path))
         else:
+            if path.suffix == ".parquet" and not pyarrow.parquet.read_metadata(path).num_rows:
+                return []
             named: Any = {"path": _BUILDERS[path.suffix], "data_files": str(path), "split": "train"}
             if limit is not None:  # no more is read
                 return list(load_dataset(**named, streaming=True, trust_remote_code=False).take(limit))
@@ -101,7 +103,7 @@ def _cell(name: str, text: str) -> Any:
     if text.startswith("["):
         with suppress(ValueError):
             found = parse_json(text.encode(), "the cell")
-            if name in _LISTS or all(isinstance(one, dict) for one in found):
+            if name in LISTS or all(isinstance(one, dict) for one in found):
                 return found
     return text
 
