@@ -419,7 +419,8 @@ def _plain(completion: Any) -> str | None:
     """The text of a completion that is text or one assistant message; None for conversations and tool calls."""
     if isinstance(completion, str):
         return completion
-    content = completion[0].get("content") if len(completion) == 1 and not completion[0].get("tool_calls") else None
+    message = completion[0] if is_messages(completion) and len(completion) == 1 else {}
+    content = None if message.get("tool_calls") else message.get("content")
     return content if isinstance(content, str) else None
 
 

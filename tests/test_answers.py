@@ -1,6 +1,7 @@
 """The one reader of final answers: what is stated, what equals what, and who reads with it."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,23 @@ def test_the_last_number_counts_only_where_it_is_asked_for():
     assert last_number_answer(["?"] * 5, said, ["7"] * 5) == [1.0, 0.0, 0.0, 0.0, 1.0]
 
 
+def test_answers_are_texts_or_numbers_and_none_is_no_opinion():
+    assert gsm8k_answer(["?"] * 3, ["#### 0.5"] * 3, [0.5, 1, None]) == [1.0, 0.0, None]
+    with pytest.raises(TypeError, match=r"the answer of row 0 is \['42'\] \(list\), not text"):
+        gsm8k_answer(["?"], ["#### 42"], [["42"]])
+
+
+@pytest.mark.parametrize("unit", [" ", "\\boxed{", "#### a\n", "#### \n", "<|im_end|>\n", "<a ", "assistantanalysis"])
+def test_answers_are_read_in_linear_time(unit):
+    start = time.process_time()
+    read_answer(unit * (40_000 // len(unit)) + "x")
+    assert time.process_time() - start < 4
+
+
+def test_the_last_number_is_no_exponent():
+    assert read_answer("The area is 42 m², or 42 m^2.", last_number=True) == "42"
+
+
 def test_a_problem_in_words_and_a_line_of_a_solution_read_as_the_reward_does():
     problem = WordProblem("?", ((3, "+", 4, 7),))
     assert problem.check_answer("#### Final Answer\n7")
@@ -43,6 +61,13 @@ def test_a_problem_in_words_and_a_line_of_a_solution_read_as_the_reward_does():
 @given(st.permutations(HALVES), st.sampled_from(["3", "\u22123", "x"]))
 def test_equal_answers_are_one_group_in_any_order(halves, other):
     assert group_answers([*halves, other, None]) == [0] * len(halves) + [1, None]
+
+
+def test_a_power_is_one_group_with_its_number():
+    assert (
+        group_answers(["10^3", "1,000", "10³", "1e3", "cafe\u0301", "café", "42\u200b", "42"])
+        == [0] * 4 + [1] * 2 + [2] * 2
+    )
 
 
 def test_answers_that_differ_stay_apart():

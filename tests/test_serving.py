@@ -511,6 +511,16 @@ def test_a_client_is_a_trl_reward_function(url, model):
     assert found[:2] == pytest.approx(expected[:2], abs=1e-6)
     chats = [[{"role": "assistant", "content": text}] for text in completions]
     assert ours(prompts=PROMPTS, completions=chats) == found
+    call = [{"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"x": 2}}}]}]  # no content
+    told = [*call, {"role": "tool", "content": 5}]
+    odd = [call, [], told]
+    expected = local(PROMPTS, odd)
+    assert (expected[0] is None, expected[1:]) == (False, [None, None])
+    assert ours(PROMPTS, odd) == [pytest.approx(expected[0], abs=1e-6), None, None]
+    said = [one.error for one in ours.score(PROMPTS, odd)]
+    assert said[0] is None
+    assert "the response is empty" in said[1]
+    assert said[2] == model.score(PROMPTS, odd)[2].error
 
 
 def test_openrlhf_gets_a_reward_and_a_score_for_each_query(url, model):

@@ -37,7 +37,7 @@ from fractal_rm.data.bag import Bag
 from fractal_rm.data.prompts import read_completion, read_prompt
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import FractalReward, StepScores
-from fractal_rm.scorers.inputs import TokenInputs, prompt_text
+from fractal_rm.scorers.inputs import TokenInputs, context_text, prompt_text
 from fractal_rm.scorers.settings import FractalSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
@@ -113,6 +113,22 @@ def test_a_message_that_the_chat_template_leaves_out_is_refused(role):
         assert chat[0]["content"] in prompt_text(chat, kept, "{prompt}")
         with pytest.raises(ValueError, match=f"does not write messages of '{role}'"):
             prompt_text(chat, left, "{prompt}")
+
+
+def test_a_tool_may_answer_calls_only():
+    """As in Gemma 4: its template writes what a tool says behind `tool_calls`, and leaves it out otherwise."""
+    template = TURNS.replace(
+        "<|im_end|>", "{% if m.tool_calls %} calls {{ messages[loop.index].content }}{% endif %}<|im_end|>"
+    )
+    template = template.replace("in messages", "in messages if m.role != 'tool'").replace(
+        "messages[loop.index]", "messages[-1]"
+    )
+    tokenizer = turns_tokenizer(template=template)
+    call = {"type": "function", "function": {"name": "add", "arguments": {"x": 2}}}
+    chat = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "told"}]
+    assert "told" in prompt_text(chat, tokenizer, "{prompt}")
+    with pytest.raises(ValueError, match="does not write messages of 'tool'"):  # calls are a part of a turn's text
+        context_text(chat[2:], tokenizer)
 
 
 def test_columns_that_reach_no_chat_template_are_refused_before_sampling(tmp_path):
@@ -276,6 +292,34 @@ def test_control_tokens_that_somebody_wrote_are_text(row, special):
     assert texts_of(tokenizer, bag) == prompt_text(chat, tokenizer, "{prompt}") + row["text"]
     old = encoded(tokenizer, chat, row["text"], reading=1)
     assert sum(i in control for i in old.input_ids) > 3 or not special
+
+
+def test_a_control_token_that_the_template_reads_is_left_to_it():
+    """As in Qwen3 and DeepSeek: the template finds earlier thoughts by a control token, and leaves them out."""
+    template = TURNS.replace("m['content'] | trim", "m['content'].split('<step>')[-1] | trim")
+    tokenizer = turns_tokenizer(template=template)
+    chat = [
+        *QUESTION,
+        {"role": "assistant", "content": "Hm.<step>4.<|im_end|>"},
+        {"role": "user", "content": "<|im_start|>?"},
+    ]
+    text = prompt_text(chat, tokenizer, "{prompt}")
+    assert text == tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    control = set(tokenizer.convert_tokens_to_ids(CONTROL))
+    assert sum(i in control for i in encoded(tokenizer, chat, "5.").input_ids) == 2 * len(chat) + 1
+
+
+@pytest.mark.parametrize("odd", ["\ue0f5", "\ue0f5\ue0f5", "\uf3a7\ue0f5"])
+def test_characters_that_mark_places_may_stand_in_a_message(odd):
+    tokenizer = turns_tokenizer()
+    chat = [{"role": "user", "content": f"{odd}<|im_start|>{odd}"}]
+    assert prompt_text(chat, tokenizer, "{prompt}") == tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True
+    )
+    told = [{"role": "tool", "content": f"5{odd}6"}]
+    assert f"5{odd}6" in context_text(told, tokenizer)
+    control = set(tokenizer.convert_tokens_to_ids(CONTROL))
+    assert sum(i in control for i in encoded(tokenizer, chat, "5.").input_ids) == 3
 
 
 words = st.lists(st.sampled_from([*CONTROL, "<eos>", "<", "|im_start|>", "assistant\n", "a", " ", "\n"]), min_size=1)

@@ -309,7 +309,7 @@ def make_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
 def _check_reward_columns(rows: Sequence[Mapping[str, Any]], source: str, name: str) -> None:
     for number, row in enumerate(rows, 1):
         with naming(source, number):
-            if name == "gsm8k_answer" and not isinstance(row.get("answer"), str):
-                raise ValueError(f"`reward_function={name}` reads the column 'answer', a text; add it.")
+            if name == "gsm8k_answer" and not isinstance(row.get("answer"), str | int | float):
+                raise ValueError(f"`reward_function={name}` reads the column 'answer', a text or a number; add it.")
             if name == "exact_answer":
                 arithmetic.Problem.from_prompt("" if is_chat(row["prompt"]) else row["prompt"])

@@ -15,8 +15,8 @@ Prompt = str | list[dict[str, Any]]
 CONTEXT_ROLES = ("tool", "user", "system", "developer", "function", "ipython", "environment", "observation")
 # Keys of a model's thoughts outside the content of its message.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-# Types of a content's parts that are text: of chats, and of OpenAI's responses.
-_TEXT_PARTS = ("text", "input_text", "output_text")
+# Types of the parts of a content that are text, in both APIs of OpenAI.
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class RenderedPrompt(str):
@@ -119,7 +119,7 @@ def content_text(content: Any, what: str) -> str:
     """The text of a message's content: itself, or its parts of text joined.
 
     Args:
-        content: A text, or a list of parts `{"type": "text", "text": ...}`.
+        content: A text, or a list of parts: `{"type": "text", "text": ...}`, or texts.
         what: Its name in the sentence.
 
     Raises:
@@ -131,11 +131,14 @@ def content_text(content: Any, what: str) -> str:
         '2+2?'
     """
     if isinstance(content, list | tuple):
+        texts: list[Any] = []
         for number, part in enumerate(content, 1):
             kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-            if not isinstance(part, Mapping) or kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+            if not isinstance(part, str) and (not isinstance(part, Mapping) or kind not in TEXT_PARTS):
                 raise TypeError(f"part {number} of {what} is {kind!r}, not text; reward models read text only.")
-        content = "".join(part["text"] for part in content)
+            texts.append(part if isinstance(part, str) else part.get("text"))
+            check_text(texts[-1], f"part {number} of {what}")
+        content = "".join(texts)
     check_text(content, what)
     return content
 
@@ -281,8 +284,9 @@ def _said(message: Mapping[str, Any], number: int) -> str:
     if message["role"] != "assistant":
         return content_text(content, what)
     _check_calls(message, f"message {number} of the completion")
-    thought = next((str(message[key]) for key in REASONING_KEYS if str(message.get(key) or "").strip()), None)
-    parts = [f"<think>\n{thought.strip()}\n</think>\n"] if thought else []
+    key = next((key for key in REASONING_KEYS if message.get(key)), None)
+    thought = content_text(message[key], f"{key!r} of message {number} of the completion").strip() if key else ""
+    parts = [f"<think>\n{thought}\n</think>\n"] if thought else []
     parts += [text] if (text := content_text("" if content is None else content, what)) else []
     parts += [_call(call, number) for call in message.get("tool_calls") or ()]
     return "\n".join(parts)

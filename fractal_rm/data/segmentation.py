@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from fractal_rm.data.bag import Span, trim
 from fractal_rm.data.patterns import compiled
 from fractal_rm.data.prompts import Conversation, turns_of
-from fractal_rm.data.sentences import NEWLINE, OPENING_TAG, TAG, sentences
+from fractal_rm.data.sentences import NEWLINE, OPENING_TAG, is_marker, says_nothing, sentences
 
 Method = Literal["lines", "sentences", "turns", "separator", "pattern", "given"]
 Thinking = Literal["score", "skip"]
@@ -25,25 +25,48 @@ VERSION = 2
 # Share of one-step responses above which a segmentation probably does not fit, and the minimum number of responses.
 _UNCUT, _LOOKED_AT = 0.9, 200
 # Where models think before they answer: opening and closing marks.
+_THINK = "(?:seed:)?(?:think|thinking|thoughts?|reasoning|scratchpad)"
 THINKING = (
-    (re.compile(r"<(?:seed:)?(?:think|thinking|thought|reasoning)>", re.I),
-     re.compile(r"</(?:seed:)?(?:think|thinking|thought|reasoning)>", re.I)),
+    (re.compile(rf"(?<!`)<{_THINK}>", re.I), re.compile(rf"(?<!`)</{_THINK}>", re.I)),
     (re.compile(r"\[THINK\]"), re.compile(r"\[/THINK\]")),
     (re.compile("◁think▷"), re.compile("◁/think▷")),
-    (re.compile(r"<\|begin_of_thought\|>"), re.compile(r"<\|end_of_thought\|>")),
+    (re.compile(r"<\|(?:begin_of_thought|START_THINKING|inner_prefix)\|>"),
+     re.compile(r"<\|(?:end_of_thought|END_THINKING|inner_suffix)\|>")),
+    (re.compile(r"<\|channel>thought"), re.compile(r"<channel\|>")),
     (re.compile(r"<\|channel\|>\s*(?:analysis|commentary)"), re.compile(r"<\|channel\|>\s*final\s*<\|message\|>")),
+    # The same, decoded without special tokens.
+    (re.compile(r"(?:\A|assistant)analysis(?=[^\W\d_a-z])"), re.compile(r"assistantfinal(?![a-z])")),
 )  # fmt: skip
-# Lines that say nothing although they may hold letters: fences of code, environments and layout of LaTeX, tags.
-_FENCE = re.compile(r"(?P<run>`{3,}|~{3,})[ \t]*(?P<info>[\w+#.-]*)")
-_ENVIRONMENT = r"\{[^{}]*\}(?:\{[^{}]*\}|\[[^\[\]]*\])*"
-_LAYOUT = re.compile(
-    r"(?:\\(?:hline|newline|q?quad|displaystyle|centering|noindent|par|(?:big|med|small)skip|[vh]space\*?|(?:top|mid|bottom)rule"
-    r"|label|nonumber|notag|left|right|[bB]igg?[lr]?|item)(?![a-zA-Z])(?:\{[^{}]*\})?[^\w\\]*)+"
+# Calls of tools in the forms that models write. One that is never closed reaches to the end.
+_CALL = re.compile(
+    "|".join(
+        f"{opening}(?:.*?{closing}|.*)"
+        for opening, closing in (
+            (r"<(?P<tag>(?:tool|function)_calls?)>(?=\s*[{<\[]|\w+\s*[\n<])", "</(?P=tag)>"),
+            (r"<\|(?P<call>tool_calls?)(?P<section>_section)?_(?:start|begin)\|>", r"<\|(?P=call)(?P=section)?_end\|>"),
+            (r"<\uff5ctool▁calls▁begin\uff5c>", r"<\uff5ctool▁calls▁end\uff5c>"),
+            (r"<\|tool_call>", r"<tool_call\|>"),
+            (r"to=[\w.]{1,80}(?:[^\n<]{0,20}<\|\w{1,20}\|>){0,3}?[^\n<]{0,20}<\|message\|>", r"<\|call\|>"),
+            (r"<\|python_tag\|>", r"<\|eo[mt](?:_id)?\|>"),
+            (r"\[TOOL_CALLS\]", r"\Z"),
+            (r"\A(?=\s*\{\s*\"name\"\s*:.*\}\s*\Z)", r"\Z"),
+        )
+    ),
+    re.DOTALL,
 )
-_FRAME = re.compile(rf"{_FENCE.pattern}|\\(?:begin|end){_ENVIRONMENT}|{TAG.pattern}|{_LAYOUT.pattern}")
-_CALL = re.compile(r"<tool_call>.*?</tool_call>", re.DOTALL)
-# Those that belong to the line after them.
-_OPENER = re.compile(rf"\\\[|\\begin{_ENVIRONMENT}|{OPENING_TAG.pattern}|\\(?:left|item)(?![a-zA-Z])[^\w\\]*|[({{\[]+")
+# Lines that say nothing although they may hold letters: fences of code, environments and layout of LaTeX, tags.
+_FENCE = re.compile(r"[> \t]*(?P<run>`{3,}|~{3,})[ \t]*(?P<info>[^`\n]*)")
+_ENVIRONMENT = r"\{[^{}]*\}(?:\{(?:[^{}]|\{[^{}]*\})*\}|\[[^\[\]]*\])*"
+_LAYOUT = re.compile(
+    rf"\\(?:begin|end){_ENVIRONMENT}"
+    r"|\\(?:hline|newline|q?quad|displaystyle|centering|noindent|par|(?:big|med|small)skip|[vh]space\*?|(?:top|mid|bottom)rule"
+    r"|label|nonumber|notag|left|right|[bB]igg?[lr]?|item|normalsize|[lL]arge|small)(?![a-zA-Z])(?:\{[^{}]*\})?"
+)
+_RESULT = re.compile(r"\w+\.")
+# What belongs, at the end of such a line, to the line after it.
+_OPENER = re.compile(
+    rf"(?:\\\[|\\begin{_ENVIRONMENT}|{OPENING_TAG.pattern}|\\(?:left|item)(?![a-zA-Z])[^\w\\]*|[({{\[]+)\s*\Z"
+)
 
 
 @dataclass(frozen=True)
@@ -137,16 +160,24 @@ class Segmentation:
     def _cut(self, text: str) -> list[Span]:
         if self.method == "turns":
             return trim(text, [(0, len(text))])
+        if self.version > 1 and self.method in ("lines", "sentences"):
+            text = _CALL.sub(_masked, text)  # one line, and one sentence
         if self.method == "sentences":
-            spans = sentences(text, self.language, old_rules=self.version == 1)
-            return _join_calls(text, spans) if self.version > 1 else spans
+            return sentences(text, self.language, old_rules=self.version == 1)
         if self.pattern is not None:
             matches: Iterable[Any] = compiled(self.pattern).finditer(text)
         else:
             matches = re.finditer(re.escape(self.separator) if self.separator is not None else NEWLINE.pattern, text)
         edges = [0, *(edge for match in matches for edge in match.span()), len(text)]
         spans = trim(text, zip(edges[::2], edges[1::2], strict=True))
-        return _join_calls(text, _join_frames(text, spans)) if self.method == "lines" and self.version > 1 else spans
+        return _join_frames(text, spans) if self.method == "lines" and self.version > 1 else spans
+
+
+def _masked(match: re.Match[str]) -> str:
+    """A sentence of one word in place of a match, as long as it, without the white space at its ends."""
+    bare = match[0].strip()
+    start = match[0].index(bare)
+    return match[0][:start] + f"{'X' * (len(bare) - 1)}." + match[0][start + len(bare) :]
 
 
 def _join_frames(text: str, lines: list[Span]) -> list[Span]:
@@ -157,14 +188,17 @@ def _join_frames(text: str, lines: list[Span]) -> list[Span]:
     formula = False
     for start, end in lines:
         line = text[start:end]
-        fence, dollars = _FENCE.fullmatch(line), line == "$$"
+        fence, dollars = _FENCE.fullmatch(line), line.count("$$") % 2 == 1
         closes = fence is not None and not fence["info"] and bool(fences) and fence["run"].startswith(fences[-1])
-        opens = (fence and not closes) or (dollars and not formula) or bool(_OPENER.fullmatch(line))
         if fence:
             fences = fences[:-1] if closes else [*fences, fence["run"]]
         formula = formula != dollars
+        empty = fence is not None or says_nothing(_LAYOUT.sub("", line))
+        opens = empty and (bool(fence and not closes) or (dollars and formula) or bool(_OPENER.search(line)))
+        # "12." may be a result; nothing follows the last line.
+        opens = opens or (is_marker(line) and not _RESULT.fullmatch(line) and end < lines[-1][1])
         begin = start if waiting is None else waiting[0]
-        if any(map(str.isalnum, line)) and not _FRAME.fullmatch(line):
+        if not empty and not opens:
             joined.append((begin, end))
             waiting = None
         elif opens or waiting or not joined:
@@ -174,20 +208,6 @@ def _join_frames(text: str, lines: list[Span]) -> list[Span]:
     if waiting and joined:
         joined[-1] = (joined[-1][0], waiting[1])
     return joined if joined or waiting is None else [waiting]
-
-
-def _join_calls(text: str, spans: list[Span]) -> list[Span]:
-    """Join the lines of one tool call, `<tool_call> ... </tool_call>`."""
-    calls = [match.span() for match in _CALL.finditer(text)]
-    if not calls:
-        return spans
-    joined: list[Span] = []
-    for start, end in spans:
-        if joined and any(begin < joined[-1][1] and start < stop for begin, stop in calls):
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((start, end))
-    return joined
 
 
 def _thoughts(text: str) -> list[Span]:

@@ -18,10 +18,18 @@ from fractal_rm.data.bag import Span, trim
 
 NEWLINE = re.compile(r"\r\n|\r|\n")
 
-# Tags that stand alone, marks of thinking among them, say nothing; those that open something belong to what follows.
-TAG = re.compile(r"</?(?!tool_call>)[A-Za-z][\w:.-]*(?:\s[^<>\n]*)?/?>|\[/?THINK\]|◁/?think▷|<\|[^|<>\s]+\|>|&nbsp;")
+# Tags and special tokens, which say nothing, with the role or channel that stands after one; those that open something
+# belong to what follows.
+_ROLE = r"(?:(?:assistant|model|analysis|commentary|final|thought)\b)?"
+TAG = re.compile(
+    rf"(?:<start_of_turn>|<[|\uff5c][^<>\s]+>){_ROLE}|</?[A-Za-z][\w:.-]*(?:\s[^<>\n]*)?[/|]?>"
+    r"|\[/?THINK\]|◁/?think▷|<!--[^\n<]*-->|&nbsp;"
+)
 OPENING_TAG = re.compile(
-    r"<(?!(?:[bh]r|tool_call)\b)[A-Za-z][\w:.-]*(?:\s[^<>\n]*)?(?<!/)>|\[THINK\]|◁think▷|<\|(?:begin|start)[^|<>\s]*\|>"
+    r"(?:<start_of_turn>"
+    r"|<[|\uff5c](?!(?i:end)(?!_header))(?=[^<>\s]*(?i:begin|start|channel|message|header|prefix|assistant|chatbot|turn>))"
+    rf"[^<>\s]+>){_ROLE}|<(?!(?:[bh]r|eos|pad|\w*end\w*)\b)[A-Za-z][\w:.-]*(?:\s[^<>\n]*)?(?<!/)(?<!\|)>"
+    r"|\[THINK\]|◁think▷"
 )
 
 _TICKS = re.compile("`{3,}")
@@ -51,6 +59,8 @@ _MARKER = (
     r"[.:]?[*_]{0,3}"
 )
 _MARKER_ONLY = re.compile(_MARKER)
+_LONGEST_MARKER = 40
+_OPEN_END = re.compile(rf"(?:{OPENING_TAG.pattern})\s*\Z")
 
 # Places where a sentence-ending mark does not end a sentence. These marks are hidden from the splitter.
 _NO_END = re.compile(
@@ -64,9 +74,9 @@ _NO_END = re.compile(
 )
 # Abbreviations that version 1 did not know, and which end no sentence, or none before a number.
 _ABBREVIATED = re.compile(
-    r"(?<![\w.])(?:[Aa]pprox|[Zz]\.[ \u00a0]?[Bb]|[Dd]\.[ \u00a0]?h|[Uu]\.[ \u00a0]?a|bzw|vgl"
+    r"(?<!\S)(?:डॉ|रु|श्री|प्रो)\.|(?<![\w.])(?:[Aa]pprox|[Zz]\.[ \u00a0]?[Bb]|[Dd]\.[ \u00a0]?h|[Uu]\.[ \u00a0]?a|bzw|vgl"
     r"|[Тт]\.[ \u00a0]?е|[Нн]апр|p\.[ \u00a0]?ej)\."
-    r"|(?<![\w.])(?:Nr|Abb|Kap|Art|руб|стр|рис|гл)\.(?=[ \u00a0]*\d)"
+    r"|(?<![\w.])(?:Nr|Abb|Kap|Art|[Mm]ax|[Aa]vg|руб|стр|рис|гл)\.(?=[ \u00a0]*\d)"
 )
 # Markers of a list that runs on in its line, "Do: 1. Add. 2. Multiply.", once abbreviations are hidden ("Fig. 2. So").
 _INLINE_MARKER = re.compile(r"(?:(?<=[.!?;][ \t])\d{1,2}|(?<=:[ \t])1)[.)](?=[ \t]+[A-Z\[$\\(*])")
@@ -84,11 +94,17 @@ _WIDE_END = re.compile(r"[。！？][”’」』）]*(?=[ \t]*\d)")
 _ANSWER_NO = re.compile(
     r"(?:\b(?:is|are|was|were|be|says?|said)|[?:])[ \t]+no[.0](?=[ \t]+\d+[ \t]+[a-z])", re.IGNORECASE
 )
+# Rows of a table, and quotations in the middle of a Japanese sentence.
+_WHOLE = (re.compile(r"^[ \t]*\|.*\|[ \t]*\r?$", re.MULTILINE), re.compile(r"[。！？](?=[」』](?:と|って))"))
+# A thought or a turn that ends in its line.
+_TAG_END = re.compile(rf"(?<=[.!?…。！？])(?:\s*(?!{OPENING_TAG.pattern})(?:{TAG.pattern}))++(?![ \t]*[a-z])")
 # A variable before the full stop ("so x. Then") is not an initial: it is replaced by a digit.
 _VARIABLE = re.compile(r"(?<![\w.'’\\-])[a-z](?=\.\s+[A-Z0$\\])")
 # Text that sentencex cannot read: half of a surrogate pair, and a space of several bytes after a capital (1.0.32
 # panics).
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# Characters that are not seen, between sentences.
+_UNSEEN = re.compile("(?<=[.!?。！？])[\u200b\u200e\u200f\u2060\ufeff]")
 _WIDE_SPACE = re.compile(r"[^\S\x00-\x7f]")
 
 # What may stand between the mark that ends a sentence and the white space after it.
@@ -129,12 +145,12 @@ def sentences(text: str, language: str = "en", *, old_rules: bool = False) -> li
     formulas = [
         region for start, end in zip(edges[::2], edges[1::2], strict=True) for region in _formulas(text, start, end)
     ]
-    masked = _mask(text, fences, formulas, () if old_rules else (_ABBREVIATED,))
+    masked = _mask(text, fences, formulas, () if old_rules else (_ABBREVIATED, *_WHOLE))
     cuts = [0]
     if not old_rules:
         cuts += [match.start() for match in _WIDE_NUMBER.finditer(masked)]
-        cuts += [match.end() for mark in (_WIDE_END, _ANSWER_NO) for match in mark.finditer(masked)]
-        masked = _hide_list_numbers(text, _WIDE_NUMBER.sub(_hidden, masked))
+        cuts += [match.end() for mark in (_WIDE_END, _ANSWER_NO, _TAG_END) for match in mark.finditer(masked)]
+        masked = _hide_list_numbers(text, _UNSEEN.sub(" ", _WIDE_NUMBER.sub(_hidden, masked)))
     for start, end in _blocks(text, masked, {end for _, end in fences}):
         cuts += [start + cut for cut in _sentence_ends(masked[start:end], language)]
         cuts.append(end)
@@ -231,7 +247,7 @@ def _mask(text: str, fences: list[Span], formulas: list[Span], more: tuple[re.Pa
 
 def _hidden(match: re.Match[str]) -> str:
     """A match with zeros in place of marks that could end a sentence."""
-    return re.sub("[.!．]", "0", match[0])
+    return re.sub("[.!?．。！？]", "0", match[0])
 
 
 class _ListNumber(NamedTuple):
@@ -338,17 +354,25 @@ def _sentence_ends(masked: str, language: str) -> list[int]:
     return ends
 
 
+def says_nothing(piece: str) -> bool:
+    """Whether a piece has no letter or digit besides those of tags."""
+    return not any(map(str.isalnum, TAG.sub("", piece)))
+
+
+def is_marker(piece: str) -> bool:
+    """Whether a piece is only the marker of a list item, which belongs to the item."""
+    return len(piece) < _LONGEST_MARKER and bool(_MARKER_ONLY.fullmatch(piece))
+
+
 def _merge(text: str, spans: list[Span], *, old_rules: bool) -> list[Span]:
     """Join a list marker to what it opens, and a piece without letters or digits, or a mark of thinking, to another."""
     merged: list[Span] = []
     waiting: Span | None = None  # markers that wait for their step
     for start, end in spans:
         piece = text[start:end]
-        empty = not any(map(str.isalnum, piece)) or (not old_rules and bool(TAG.fullmatch(piece)))
+        empty = not any(map(str.isalnum, piece)) if old_rules else says_nothing(piece)
         begin = start if waiting is None else waiting[0]
-        opens = (len(piece) < 40 and _MARKER_ONLY.fullmatch(piece)) or (
-            not old_rules and bool(OPENING_TAG.fullmatch(piece))
-        )
+        opens = is_marker(piece) or (not old_rules and empty and bool(_OPEN_END.search(piece)))
         if opens or (empty and (waiting or not merged)):
             waiting = (begin, end)
         elif empty:

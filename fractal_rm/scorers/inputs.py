@@ -7,7 +7,7 @@ the score of the prefix that ends with it, for every tokenizer. Nothing is inser
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
@@ -67,10 +67,11 @@ class EncodedBag:
 
 # Matches a chat template that begins the answer for the policy.
 _THINK_OPENED = re.compile(r"<think>\s*$")
-# Unicode private-use characters, which ordinary text does not contain: one marks places while a template runs.
-_MARKS = ("\ue0f5", "\uf3a7", "\ueb19")
-# Two turns put before the turns whose rendering is tested.
+# A Unicode private-use character, which ordinary text does not contain: it marks places while a template runs.
+_MARK = "\ue0f5"
+# Two turns put before the turns whose rendering is tested, and the call that a tool answers.
 _DUMMY = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "."})
+_CALLING = {"tool_calls": [{"type": "function", "id": "000000000", "function": {"name": "name", "arguments": {}}}]}
 
 
 @lru_cache(maxsize=8)
@@ -92,7 +93,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str, size
         for token in tokenizer.added_tokens_decoder.values()
         if len(token.content) > 1 and token.content != tokenizer.unk_token and (token.special or token.content in turn)
     }
-    return re.compile(f"(?={'|'.join(map(re.escape, sorted(found)))})") if found else None
+    return re.compile(f"(?=({'|'.join(map(re.escape, sorted(found)))}))") if found else None
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
@@ -105,14 +106,30 @@ def _cuts(text: str, control: re.Pattern[str] | None) -> list[int]:
     return [] if control is None else [match.start() + 1 for match in control.finditer(text)]
 
 
-def _marked(value: Any, control: re.Pattern[str], mark: str) -> Any:
-    """A message value with a mark inside each control token that occurs in it as text."""
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a message value."""
     if isinstance(value, str):
-        edges = [0, *_cuts(value, control), len(value)]
-        return mark.join(value[start:end] for start, end in itertools.pairwise(edges))
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(one)
+
+
+def _mark_beside(*texts: str) -> str:
+    """A mark that stands in none of the texts."""
+    mark = _MARK
+    while any(mark in text for text in texts):
+        mark += _MARK
+    return mark
+
+
+def _marked(value: Any, token: str, mark: str) -> Any:
+    """A message value with a mark inside each occurrence of a control token."""
+    if isinstance(value, str):
+        return value.replace(token, token[0] + mark + token[1:])
     if isinstance(value, Mapping):
-        return {name: one if name == "role" else _marked(one, control, mark) for name, one in value.items()}
-    return [_marked(one, control, mark) for one in value] if isinstance(value, list | tuple) else value
+        return {name: one if name == "role" else _marked(one, token, mark) for name, one in value.items()}
+    return [_marked(one, token, mark) for one in value] if isinstance(value, list | tuple) else value
 
 
 def prompt_text(
@@ -153,30 +170,37 @@ def prompt_text(
         )
     for place, message in enumerate(prompt):
         _check_role(tokenizer, message["role"], first=place == 0)
-    begun, control = prompt[-1]["role"] == "assistant", control_tokens(tokenizer)
-    mark = next(mark for mark in _MARKS if mark not in repr(prompt))
-    messages: Any = list(prompt) if control is None else _marked(list(prompt), control, mark)
+    begun = prompt[-1]["role"] == "assistant"
     options = {"add_generation_prompt": not begun, "continue_final_message": begun}
-    text = _render(messages, tokenizer, {**(chat_template_kwargs or {}), **options})
-    if response.lstrip().startswith("<think>"):
-        text = _THINK_OPENED.sub("", text)
-    return _unmarked(text, mark)
+    text = _render(prompt, tokenizer, {**(chat_template_kwargs or {}), **options})
+    return _without_opened_thought(text) if response.lstrip().startswith("<think>") else text
+
+
+def _without_opened_thought(text: RenderedPrompt) -> RenderedPrompt:
+    return RenderedPrompt(_THINK_OPENED.sub("", text), text.cuts, chat=True)
 
 
 @lru_cache(maxsize=64)
-def _writes_role(tokenizer: PreTrainedTokenizerBase, chat_template: str, role: str, *, first: bool = False) -> bool:
+def _writes_role(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str, role: str, *, first: bool, called: bool
+) -> bool:
     """Whether a chat template writes what somebody of this role says. The second argument is for the cache."""
-    said = {"role": role, "name": "name", "content": _MARKS[0]}
-    chat = [said, *_DUMMY[:1]] if first else [*_DUMMY, said]
+    said = {"role": role, "name": "name", "tool_call_id": "000000000", "content": _MARK}
+    user, assistant = _DUMMY
+    chat = [said, user] if first else [user, assistant | _CALLING if called else assistant, said]
     try:
-        return _MARKS[0] in str(tokenizer.apply_chat_template(chat, tokenize=False))
+        return _MARK in str(tokenizer.apply_chat_template(chat, tokenize=False))
     except (TemplateError, TypeError, ValueError, KeyError):
         return True  # refused: rendering will raise the template's own message
 
 
-def _check_role(tokenizer: PreTrainedTokenizerBase, role: str, *, first: bool = False) -> None:
-    """Raise ValueError if the chat template leaves out what somebody of this role says."""
-    if role in ("user", "assistant") or _writes_role(tokenizer, repr(tokenizer.chat_template), role, first=first):
+def _check_role(tokenizer: PreTrainedTokenizerBase, role: str, *, first: bool = False, called: bool = True) -> None:
+    """Raise ValueError if the chat template leaves out what somebody of this role says, after `tool_calls` too."""
+    template = repr(tokenizer.chat_template)
+    ways = {False, called and not first}
+    if role in ("user", "assistant") or any(
+        _writes_role(tokenizer, template, role, first=first, called=way) for way in ways
+    ):
         return
     raise ValueError(
         f"The chat template does not write messages of {role!r}. Give them another role, or use a tokenizer whose "
@@ -208,16 +232,15 @@ def context_text(
         for message in messages
     ]
     for message in messages:
-        _check_role(tokenizer, message["role"])
-    turn, mark = [mark for mark in _MARKS if mark not in repr(messages)][:2]
-    control = control_tokens(tokenizer)
-    said: Any = messages if control is None else _marked(messages, control, mark)
-    chat = [_DUMMY[0], {"role": "assistant", "content": turn}, *said]
-    text = _render(chat, tokenizer, {**(chat_template_kwargs or {}), "add_generation_prompt": True})
-    if turn not in text:
+        _check_role(tokenizer, message["role"], called=False)  # the calls before it are a part of the turn's text
+    turn = _mark_beside(*_texts(messages))
+    chat = [_DUMMY[0], {"role": "assistant", "content": turn}, *messages]
+    rendered = _render(chat, tokenizer, {**(chat_template_kwargs or {}), "add_generation_prompt": True})
+    if turn not in rendered:
         raise ValueError("The chat template drops assistant messages before the last one. Use another template.")
-    text = text.rpartition(turn)[2]
-    return _unmarked(_THINK_OPENED.sub("", text) if response.lstrip().startswith("<think>") else text, mark)
+    start = rendered.rindex(turn) + len(turn)
+    text = RenderedPrompt(rendered[start:], tuple(cut - start for cut in rendered.cuts if cut > start), chat=True)
+    return _without_opened_thought(text) if response.lstrip().startswith("<think>") else text
 
 
 def with_context(
@@ -239,19 +262,27 @@ def with_context(
     return Conversation(response, response.turns, context)
 
 
-def _render(chat: Any, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
+def _render(chat: Sequence[Any], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> RenderedPrompt:
+    """A chat as its template writes it, with the places of control tokens that a message holds as text.
+
+    A token is left alone if the template reads it (`</think>`, where thoughts of earlier turns are left out).
+    """
+
+    def written(messages: Any) -> str:
+        return str(tokenizer.apply_chat_template(messages, **{**options, "tokenize": False}))
+
     try:
-        return str(tokenizer.apply_chat_template(chat, **{**options, "tokenize": False}))
+        text, control = written(list(chat)), control_tokens(tokenizer)
+        mark = _mark_beside(text, *_texts(chat))
+        held = set() if control is None else {token for one in _texts(chat) for token in control.findall(one)}
+        marked = [written(_marked(list(chat), token, mark)).split(mark) for token in sorted(held)]
     except (TemplateError, TypeError, ValueError, KeyError) as error:  # such as a system message, or two users in a row
         raise ValueError(
             f"The chat template refuses this chat ({str(error).rstrip('.')}). Change its messages."
         ) from error
-
-
-def _unmarked(text: str, mark: str) -> RenderedPrompt:
-    """A rendered text without the marks, with their positions."""
-    pieces = text.split(mark)
-    return RenderedPrompt("".join(pieces), tuple(itertools.accumulate(map(len, pieces[:-1]))), chat=True)
+    same = [pieces for pieces in marked if "".join(pieces) == text]
+    cuts = {cut for pieces in same for cut in itertools.accumulate(map(len, pieces[:-1]))}
+    return RenderedPrompt(text, tuple(sorted(cuts)), chat=True)
 
 
 def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

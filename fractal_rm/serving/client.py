@@ -94,14 +94,17 @@ class ScoringClient:
 
     def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
         """Score completions (texts, or chats that begin with the assistant) as TRL's trainers call it."""
-        return self.rewards(prompts, [one or "" for one in completions])
+        return self.rewards(prompts, completions)
 
     def _results(self, prompts: Any, responses: Any, spans: Any) -> list[dict[str, Any]]:
         if len(prompts) != len(responses):
             raise ValueError(
                 f"{len(prompts)} prompts came with {len(responses)} responses. Give one prompt a response."
             )
-        name = "responses" if all(isinstance(one, str) or is_messages(one) for one in responses) else "steps"
+        if all(isinstance(one, str) or is_messages(one) or not one for one in responses):
+            name, responses = "responses", [one or "" for one in responses]  # no message: an empty text
+        else:
+            name = "steps"
         results = []
         for start in range(0, len(prompts), _AT_A_TIME):
             part = slice(start, start + _AT_A_TIME)

@@ -20,24 +20,25 @@ from fractal_rm.reward_model import StepRewardModel, StepScores
 _NUMBER = re.compile(r"\Arow \d+: ")
 # Special tokens as tokenizers spell them, beside those that are named: marks of turns, starts, endings, padding.
 _MARK = re.compile(
-    r"<\|[^|<>\s]{1,60}\|>|<\uff5c[^\uff5c<>]{1,60}\uff5c>|</?s>|<(?:pad|bos|eos|unk)>|\[(?:PAD|CLS|SEP|BOS|EOS)\]"
+    r"<\|[^|<>\s]{1,60}\|?>|<[^|<>\s]{1,60}\|>|<\uff5c[^\uff5c<>]{1,60}\uff5c>|</?s>|<(?:pad|bos|eos|unk)>"
+    r"|<(?:start|end)_of_turn>|\[(?:PAD|CLS|SEP|BOS|EOS)\]"
 )
-# Vowels and endings of Korean syllables in the decomposed form, which are letters of their own.
-_JAMO = frozenset(map(chr, range(0x1160, 0x1200)))
+# Vowels and endings of Korean syllables in the decomposed form, and half-width voice marks of Japanese: parts of a
+# character that are letters of their own.
+_PARTS = frozenset(map(chr, [*range(0x1160, 0x1200), 0xFF9E, 0xFF9F]))
+# Characters that are not seen: format characters, and the choice of a picture for a sign.
+_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufe00-\ufe0f\ufeff]")
 # Characters of a query and a prompt in a message.
 _SHOWN = 80
 
 
 class Message(BaseModel):
-    """A message of a chat: `content` is a text, parts of text, or null beside `tool_calls`.
-
-    Further keys go to the chat template as they are.
-    """
+    """A message of a chat. Further keys go to the chat template as they are."""
 
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | list[dict[str, Any]] | None
+    content: Any = Field(default=None, description="A text, parts of text, or null beside `tool_calls`.")
 
 
 class ScoreRequest(BaseModel):
@@ -181,7 +182,8 @@ def read_openrlhf(request: OpenRLHFRequest, ends: Sequence[str]) -> list[Prompte
     """The responses of a request of OpenRLHF: what follows each prompt, without the special tokens `ends` at its end.
 
     OpenRLHF decodes a query from token ids, so it may differ from the prompt that was encoded: in white space, in
-    special tokens, in the Unicode form of characters. Where only these differ the prompt is found all the same.
+    special tokens, in characters that are not seen, in the Unicode form. Where only these differ the prompt is found
+    all the same.
 
     Raises:
         ValueError: If a query does not begin with its prompt: names the row. Nobody can tell then where the response
@@ -212,7 +214,7 @@ def read_openrlhf(request: OpenRLHFRequest, ends: Sequence[str]) -> list[Prompte
 
 def _prompt_end(query: str, prompt: str, marks: Sequence[str]) -> int | None:
     """Where in a query its prompt ends; None if it does not begin with it."""
-    before, exact, _ = query.partition(prompt)
+    before, exact, _ = query.partition(prompt) if prompt else ("", "", query)
     mark = re.compile("|".join([*map(re.escape, filter(None, marks)), _MARK.pattern]))
     if (exact or not prompt) and not mark.sub("", before).strip():
         return len(before) + len(exact)
@@ -225,17 +227,17 @@ def _prompt_end(query: str, prompt: str, marks: Sequence[str]) -> int | None:
 
 
 def _letters(text: str, mark: re.Pattern[str]) -> Iterator[tuple[str, int]]:
-    """What of a text is neither white space nor a special token, in one Unicode form, with the places behind."""
+    """What of a text is seen and no special token, in one Unicode form, with the places behind."""
     place = 0
     for between in [*mark.finditer(text), None]:
         stop = len(text) if between is None else between.start()
         while place < stop:
             start = place
             place += 1
-            while place < stop and (unicodedata.combining(text[place]) or text[place] in _JAMO):
+            while place < stop and (unicodedata.combining(text[place]) or text[place] in _PARTS):
                 place += 1  # an accent or a part of a syllable: one character in the composed form
             for letter in unicodedata.normalize("NFKC", text[start:place]):
-                if not letter.isspace():
+                if not letter.isspace() and not _UNSEEN.match(letter):
                     yield letter, place
         place = len(text) if between is None else between.end()
 

@@ -8,15 +8,17 @@ answers counts as having none.
 
 import functools
 import math
-import re
 import threading
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from fractal_rm.data.prompts import Conversation
+import regex as re  # unlike the standard library's, it counts the vowel signs of Indic scripts as letters
+
+from fractal_rm.data.prompts import TEXT_PARTS, Conversation
 from fractal_rm.data.segmentation import THINKING
+from fractal_rm.data.sentences import TAG
 
 MARK = "####"
 
@@ -26,10 +28,11 @@ _LARGEST_POWER = 300
 # Seconds that math-verify may take for an expression.
 _SECONDS = 10
 
-_MARKED = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
+# A mark with its line; a line of Markdown may close with the same signs.
+_MARKED = re.compile(r"(?<!#)####(?!#)[^\S\n\r\u2028]*([^\n\r\u2028]*)")
+_NOTHING = re.compile(rf"(?:\s|{TAG.pattern})*\Z")
+_CLOSED = re.compile(r"(?:^|\s)#+\s*$")
 _BOX = re.compile(r"\\(?:f?boxed|fbox)\s*")
-# Special tokens that end a response.
-_ENDING = re.compile(r"(?:\s*(?:<\|[^|<>\n]{1,40}\|>|</s>|<eos>|<end_of_turn>|<\uff5c[^\uff5c\n]{1,40}\uff5c>))+\s*$")
 _LABEL = re.compile(
     r"(?:(?:so|thus|hence|therefore),?\s+)?(?:(?:the|my|our)\s+)?(?:final\s+|correct\s+|numerical\s+)?"
     r"(?:answer|result)(?:\s+is)?|(?:最终)?答案(?:是|为)?|答え?",
@@ -46,19 +49,18 @@ _LIST = re.compile(r"[,;<>]")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _HEDGED = re.compile(r"\d.*\b(?:or|and/or|ou|oder|o|или)\b.*\d|\d.*或.*\d", re.I | re.S)
 
-_GROUPED = r"(?:\d{1,2}(?:,\d{2})+,\d{3}|\d{1,3}(?:(?:,|\{,\}|\\,|\\!|,\\!|[\u2019'\u00a0\u2009\u202f])\d{3})+)"
+_GROUPED = r"(?:\d{1,2}(?:,\d{2})+,\d{3}|\d{1,3}(?:(?:,|\{,\}|\\,|\\!|,\\!|[\u2019'])\d{3})+)"
 _UNSIGNED = rf"(?:(?:{_GROUPED}|\d+)(?:\.\d*)?|\.\d+)"
 _POWER = (
     r"(?:[eE]\s*\{?(?P<e>[-+]?\d+)\}?|\s*(?:\u00d7|x|\*|·|\\times|\\cdot)\s*10"
     r"\s*\^\s*\{?\s*(?P<ten>[-+]?\d+)\s*\}?)"
 )
 _FRACTION = (
-    r"(?:\\[dt]?frac\s*(?:\{\s*(?P<top>[-+]?\d+)\s*\}\s*\{\s*(?P<bottom>\d+)\s*\}|(?P<top1>\d)\s*(?P<bottom1>\d))"
-    r"|(?P<top2>\d+)\s*/\s*(?P<bottom2>\d+)|(?P<vulgar>[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]))"
+    rf"(?:\\[dtc]?frac\s*(?:\{{\s*(?P<top>[-+]?{_UNSIGNED})\s*\}}\s*\{{\s*(?P<bottom>{_UNSIGNED})\s*\}}"
+    r"|(?P<top1>\d)\s*(?P<bottom1>\d))"
+    rf"|(?P<top2>{_UNSIGNED})\s*/\s*(?P<bottom2>{_UNSIGNED})|(?P<vulgar>[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]))"
 )
-_CURRENCY = (
-    r"(?:(?:US|A|C|R|S|HK|NT|NZ)?\\?\$|[£€¥₹₩₽₺₫]|(?:USD|EUR|GBP|CHF|JPY|CNY|RMB|INR|CAD|AUD)(?![^\W\d_])|Rs\b\.?)"
-)
+_CURRENCY = r"(?:(?:US|A|C|R|S|HK|NT|NZ)?\\?\$|(?:USD|EUR|GBP|CHF|JPY|CNY|RMB|INR|CAD|AUD)(?![^\W\d_])|Rs\b\.?)"
 _VALUE = re.compile(
     rf"(?P<sign>[-+])?\s*{_CURRENCY}?\s*(?P<sign2>[-+])?\s*"
     rf"(?:(?P<whole>\d+)(?:\s+|\s*(?=[\\½-⅞¼-¾])){_FRACTION.replace('?P<', '?P<m_')}"
@@ -69,14 +71,15 @@ _WIDE_SCALES = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
 # What begins a unit and multiplies the number by more than is counted here, or by what depends on the language.
 _MULTIPLIER = re.compile(
     r"(?:lakhs?|crores?|mil|mille|mill?i[oó]n\w*|bill?i[oó]n\w*|mill?iard\w*|tausend\w*|тыс\w*|миллион\w*|миллиард\w*|млн|млрд"
-    r"|bn|mln|mrd|mio)\b|[十百千万萬亿億兆만억조](?<!千(?=[克米瓦卡赫帕焦伏升]))",
+    r"|bn|mln|mrd|mio|milhão|milhões|mily\w+|bin|tys|ribu|juta|nghìn|ngàn|triệu|tỷ|सौ|हज\u093c?ार|लाख|करोड\u093c?"
+    r"|مئة|ألف|آلاف|مليون|ملايين|مليار)\b|[十百千万萬亿億兆만억조](?<!千(?=[克米瓦卡赫帕焦伏升]))",
     re.I,
 )
 # What makes a bound, an estimate or a denial of the number before it.
 _WIDE_NO_UNIT = re.compile("[或至到不非错錯约約以多余半]|左右")
 _WIDE_DOUBT = re.compile("[错錯约約]")
 _UNIT = re.compile(
-    r"(?:°\s?[CF]?|\^?\\?circ|"
+    r"(?:°\s?[CF]?|\^?\\?circ|/?"
     r"[^\W\d_]{2,}(?:[-/.'\u2019][^\W\d_]+)*(?:\^?\{?[23²³]\}?)?\.?"
     r"|[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]|[mgslhLCFKNJWVA](?:/[a-zA-Z]+)?(?:\^?\{?[23²³]\}?)?)"
     r"(?:\s+(?:[^\W\d_]+(?:[-/.'\u2019][^\W\d_]+)*)(?:\^?\{?[23²³]\}?)?){0,4}"
@@ -119,6 +122,8 @@ _NO_UNIT = frozenset(
         "divided",
         "by",
         "mod",
+        "factorial",
+        "choose",
         "squared",
         "cubed",
         "half",
@@ -155,8 +160,17 @@ _NO_VALUE = re.compile(
     r"[!?±~≈→⇒⟶…]|[-=]>|\.\s*\.|\\(?:pm|mp|approx|sim(?:eq)?|cong|equiv|to|(?:long)?rightarrow|Rightarrow|implies|not|neg|[lc]?dots)"
     r"(?![a-zA-Z])|\d_|\d\s*:\s*\d|\b0[xXbBoO][0-9a-fA-F]|(?<!frac)(?<!frac\s)\d\s+\d+(?!\d*\s*/)"
 )
-# Signs of other keyboards for the same in ASCII.
-_ASCII = str.maketrans({chr(0xFF01 + i): chr(0x21 + i) for i in range(94)} | {"\u2044": "/", "\u2215": "/", "、": ","})
+# Signs of other keyboards for the same in ASCII: full-width, Arabic, spaces within a number.
+_ASCII = str.maketrans(
+    {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}
+    | dict(zip("\u2044\u2215、\u060c\u066b\u066c\u066a\u00a0\u2009\u202f", "//,,.,%   ", strict=True))
+)
+_SUPERSCRIPT = re.compile("[⁺⁻]?[⁰¹²³⁴-⁹]+")
+_RAISED = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
+# A variable or function to which an answer gives a value.
+_NAME = re.compile(r"[a-zA-Z](?:_\{?\w+\}?)?'?(?:\([\w, ]*\))?\s*(?:=|\\in(?![a-z])|∈)\s*(?=\S)")
+_FULL_STOPS = (".", "。", "।", "۔")
+_CHECK_MARKS = "✅✓✔☑\ufe0f"
 _QUOTES = (('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"), ("«", "»"), ("「", "」"))
 _DASH = re.compile(r"\s*[-–—*•][ \t]+")
 _SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d|\s*/)")
@@ -185,6 +199,7 @@ _MATH_NAMES = frozenset(
         "beta",
     ]
 )
+_NO_UNITS = _NO_UNIT | _DOUBTS | _MATH_NAMES - {"in", "deg", "sec"}
 
 
 # Where the answer stands ---------------------------------------------------------------------------------------------
@@ -210,7 +225,8 @@ def completion_text(completion: Any) -> str:
         if "role" in last:
             completion = last.get("content") if last["role"] == "assistant" else None
     if isinstance(completion, list | tuple):
-        texts = [part.get("text") if isinstance(part, Mapping) else part for part in completion]
+        parts = [part for part in completion if not isinstance(part, Mapping) or part.get("type", "text") in TEXT_PARTS]
+        texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
         return "".join(text for text in texts if isinstance(text, str))
     return completion if isinstance(completion, str) else ""
 
@@ -239,7 +255,6 @@ def read_answer(completion: Any, *, last_number: bool = False) -> str | None:
     text = _without_thoughts(completion_text(completion))
     if text is None:
         return None
-    text = _ENDING.sub("", text)
     found = [_unlabelled(statement) for statement in _statements(text)]
     found = [statement for statement in found if statement]
     if found:
@@ -248,7 +263,7 @@ def read_answer(completion: Any, *, last_number: bool = False) -> str | None:
         return first if sound and all(other == first or same_answer(other, first) for other in found[1:]) else None
     if not last_number:
         return None
-    numbers = re.findall(rf"(?<![\w.])-?{_UNSIGNED}(?!\w)", _plain(text))
+    numbers = re.findall(rf"(?<![\w.]|\^|\^{{-?)-?{_UNSIGNED}(?!\w)", _plain(text))
     return numbers[-1].rstrip(".") if numbers else None
 
 
@@ -266,15 +281,15 @@ def _statements(text: str) -> Iterator[str]:
     """Texts after marks and in boxes, in order; a box after a mark counts once."""
     taken: list[tuple[int, int]] = []
     for match in _MARKED.finditer(text):
-        content, end = match[1].strip(), match.end()
+        content, end = _CLOSED.sub("", match[1]).strip(), match.end()
         label = _LABEL.match(_bare(content))
         rest = _bare(content)[label.end() :].strip(" :\uff1a*=") if label else _bare(content)
         if not rest:
-            below = re.compile(r"\s*(?:(?:\\\[|\$\$)[ \t]*\n\s*|[-*•][ \t]+)?([^\n]+)").match(text, end)
+            below = re.compile(r"\s*(?:(?:\\\[|\$\$)[ \t]*\n\s*|[-*•][ \t]+)?([^\n\r\u2028]+)").match(text, end)
             if below and _number(_value_side(below[1])) is not None:
                 taken.append(below.span())
                 yield below[1]
-        elif not _is_heading(rest, text[end:]):
+        elif not _is_heading(rest, text, end):
             taken.append(match.span())
             yield content
     for match in _BOX.finditer(text):
@@ -284,21 +299,25 @@ def _statements(text: str) -> Iterator[str]:
                 yield content
 
 
-def _is_heading(content: str, after: str) -> bool:
-    """Whether the line of a mark is a heading: a word of headings first, a colon last, or words and then more text."""
+def _is_heading(content: str, text: str, end: int) -> bool:
+    """Whether the line of a mark, which ends here, is a heading: a word of headings first, a colon last, or words and
+    then more text."""
     if _HEADING.match(content) or content.endswith((":", "\uff1a")):
         return True
     words = _WORD.match(content.lstrip("*_ ")) and not _is_expression(content)
-    return bool(words) and bool(after.strip())
+    return bool(words) and not _NOTHING.match(text, end)
 
 
 def _braced(text: str, start: int) -> str | None:
-    """The content of the braces that begin at a position; None if they are not closed. Without braces, one token."""
+    """The content of the braces that begin at a position; None if they are not closed. Without braces, one token.
+
+    None too if it is too long for an answer: so the time is linear in the text.
+    """
     if not text.startswith("{", start):
         match = re.compile(r"[\w.]+").match(text, start)
         return match[0] if match else None
     depth = 0
-    for place in range(start, len(text)):
+    for place in range(start, min(start + _LONGEST, len(text))):
         if text[place] in "{}" and (place == 0 or text[place - 1] != "\\"):
             depth += 1 if text[place] == "{" else -1
             if depth == 0:
@@ -307,12 +326,13 @@ def _braced(text: str, start: int) -> str | None:
 
 
 def _bare(text: str) -> str:
-    """A statement without its markup: `**7**`, `$7$`, `\\(7\\)`, `\\boxed{7}`, `\\text{7}`, a full stop."""
+    """A statement without its markup: `**7**`, `$7$`, `\\(7\\)`, `\\boxed{7}`, `\\text{7}`, a full stop, tags, and
+    characters that are not seen."""
     before = None
-    text = text.strip()
+    text = unicodedata.normalize("NFC", re.sub(r"\p{Cf}", "", TAG.sub(" ", text)))
     while text != before:
         before = text
-        text = text.strip().strip("`").strip()
+        text = text.strip().strip("`").rstrip(_CHECK_MARKS).strip()
         for opening, closing in (
             ("**", "**"),
             ("__", "__"),
@@ -329,7 +349,7 @@ def _bare(text: str) -> str:
         match = re.match(r"\\(?:f?boxed|fbox|text|textbf|mathrm|mathbf)\s*(?=\{)", text)
         if match and (content := _braced(text, match.end())) is not None and text.endswith("}"):
             text = content if match.end() + len(content) + 2 == len(text) else text
-        if text.endswith((".", "。")) and not text.endswith(".."):
+        if text.endswith(_FULL_STOPS) and not text.endswith(".."):
             text = text[:-1]
         if text.endswith("**") and text.count("**") == 1:  # opened before the mark
             text = text[:-2]
@@ -339,9 +359,10 @@ def _bare(text: str) -> str:
 def _unlabelled(text: str) -> str:
     """A statement without "The answer is" or "Answer:" before it."""
     text = _bare(text)
-    label = _LABEL.match(text)
-    if label and label.end() < len(text) and not text[label.end()].isalnum():
-        rest = text[label.end() :].lstrip(" :\uff1a*=")
+    start = len(text) - len(text.lstrip("*_"))
+    label = _LABEL.match(text, start)
+    if label and label.end() < len(text) and not text[label.end()].isalpha():
+        rest = text[label.end() :].lstrip(" :\uff1a*_=")
         dash = _DASH.match(rest)
         return _bare(rest[dash.end() :] if dash else rest)
     return text
@@ -350,8 +371,8 @@ def _unlabelled(text: str) -> str:
 def _value_side(text: str) -> str:
     """An answer in the form for comparison: for an equation (`x = 7`, `3 + 4 = 7`) its right side, if that is a
     number."""
-    text = _unlabelled(text)
-    named = _NAMED.fullmatch(_plain(text))
+    text = _unlabelled(_plain(_bare(text)))
+    named = _NAMED.fullmatch(text)
     if (
         named
         and _number(named["rest"]) is not None
@@ -391,6 +412,10 @@ def same_answer(stated: str | None, answer: str | None) -> bool:
     left, right = _number(stated), _number(answer)
     if left is not None and right is not None:
         return bool(left & right)
+    if bool(_NAME.match(stated)) != bool(_NAME.match(answer)):
+        stated, answer = (_NAME.sub("", one, count=1) if _NAME.match(one) else one for one in (stated, answer))
+    # A number may be written in a way that only this module reads.
+    stated, answer = (one if value is None else str(min(value)) for one, value in ((stated, left), (answer, right)))
     first, second = _items(stated), _items(answer)
     if len(first) != len(second):
         return False
@@ -464,10 +489,14 @@ def _load_math_verify() -> None:
 
 
 def _plain(text: str) -> str:
-    """Digits of every script as ASCII, one minus sign, plain brackets of LaTeX."""
+    """Digits of every script as ASCII, one minus sign, one sign of currency, powers with `^`, no layout of LaTeX."""
     text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text.translate(_ASCII))
     text = re.sub("[\u2212\u2013\u2010\u2011\ufe63\uff0d]", "-", text)
-    text = re.sub(r"\\(?:left|right|displaystyle|;|:|quad)(?![a-zA-Z])", "", text)
+    text = re.sub(r"\p{Sc}", "$", text)
+    text = _SUPERSCRIPT.sub(lambda found: f"^{{{found[0].translate(_RAISED)}}}", text)
+    text = re.sub(r"(?<=[\w)])\*\*(?=[\d(-])", "^", text)
+    text = re.sub(r"√\s*(?:\(([^()]*)\)|(\d+|[a-zA-Z]))", r"\\sqrt{\1\2}", text)
+    text = re.sub(r"\\(?:left|right|displaystyle|;|:|quad|(?:text)?color\s*\{\w+\})(?![a-zA-Z])", "", text)
     text = re.sub(r"(?<=\d)(?:\\ |~)(?=\d{3}(?!\d))", " ", text)
     text = re.sub(r"(?<=[\w}%$°])(?:\\[,! ]|~)+(?!\d)", " ", text)
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}", r" \1 ", text)
@@ -476,12 +505,12 @@ def _plain(text: str) -> str:
 
 def _number(text: str) -> frozenset[Fraction] | None:
     """The values of a number, with or without a unit: two of a percentage, otherwise one; None: it is not a number."""
-    text = _SPACED.sub(lambda found: found[0].replace(" ", ""), _plain(text))
+    text = _SPACED.sub(lambda found: found[0].replace(" ", ""), text)
     match = _VALUE.match(text)
     if match is None or len(text) > _LONGEST or (match["sign"] and match["sign2"]) or _NO_VALUE.search(text):
         return None
     value = _value_of(match)
-    unit = text[match.end() :].strip()
+    unit = re.sub(r"\s*/\s*", "/", text[match.end() :].strip())
     note = re.search(r"\s*\(([^()\d]*)\)$", unit)
     if note and (_words_of(note[1]) & _DOUBTS or _WIDE_DOUBT.search(note[1])):
         return None
@@ -507,7 +536,7 @@ def _denied(words: str) -> bool:
     """Whether words make something else of the number beside them: a bound, an estimate, a denial, a multiple."""
     found = _words_of(words)
     singular = {word.removesuffix("s") for word in found}
-    return bool(found & (_NO_UNIT | _DOUBTS) or singular & _SCALES.keys() or _WIDE_NO_UNIT.search(words))
+    return bool(found & _NO_UNITS or singular & _SCALES.keys() or _WIDE_NO_UNIT.search(words))
 
 
 def _words_of(text: str) -> set[str]:
@@ -518,7 +547,7 @@ def _value_of(match: re.Match[str]) -> Fraction | None:
     """The value of a match of `_VALUE`, without its sign."""
     groups: dict[str, Any] = match.groupdict()
     if groups["number"] is not None:
-        number = Fraction(re.sub(r"[^\d.]", "", groups["number"]).rstrip(".") or "0")
+        number = _fraction(groups["number"])
         digits = str(groups["e"] or groups["ten"] or 0)
         power = int(digits) if len(digits) < 5 else math.inf
         return number * Fraction(10) ** int(power) if abs(power) <= _LARGEST_POWER else None
@@ -527,16 +556,21 @@ def _value_of(match: re.Match[str]) -> Fraction | None:
     if groups[f"{prefix}vulgar"]:
         return whole + Fraction(unicodedata.numeric(groups[f"{prefix}vulgar"])).limit_denominator(10)
     top, bottom = next(
-        (int(str(groups[f"{prefix}top{n}"])), int(str(groups[f"{prefix}bottom{n}"])))
+        (_fraction(groups[f"{prefix}top{n}"]), _fraction(groups[f"{prefix}bottom{n}"]))
         for n in ("", "1", "2")
         if groups[f"{prefix}top{n}"] is not None
     )
-    return whole + Fraction(top, bottom) if bottom else None
+    return whole + top / bottom if bottom else None
+
+
+def _fraction(digits: str) -> Fraction:
+    """The value of digits with separators of thousands and a point."""
+    sign = -1 if digits.startswith("-") else 1
+    return sign * Fraction(re.sub(r"[^\d.]", "", digits).rstrip(".") or "0")
 
 
 def _items(text: str) -> list[str]:
     """Items of a list, split at commas and semicolons outside of brackets, but not at a number's own separators."""
-    text = _plain(text)
     if _number(text) is not None:
         return [text]
     pairs = {"(": ")", "[": "]", "{": "}"}
@@ -557,14 +591,15 @@ def _items(text: str) -> list[str]:
 
 def _words(text: str) -> str:
     """Text as letters and digits compare: no case, no white space, no brackets around a single letter."""
-    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", _plain(text)).casefold()
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).casefold()
     return text[1:-1] if re.fullmatch(r"\([a-z]\)", text) else text
 
 
 def _is_expression(text: str) -> bool:
     """Whether a text is mathematics: no words but names of functions and commands of LaTeX."""
-    words = re.findall(r"[^\W\d_]{2,}", re.sub(r"\\[a-zA-Z]+", " ", _plain(text)))
-    return all(word.lower() in _MATH_NAMES for word in words) and not _NO_VALUE.search(_SPACED.sub("0", _plain(text)))
+    text = re.sub(r"\\[a-zA-Z]+", " ", bare := _plain(text))
+    words = re.findall(r"[^\W\d_]{2,}|[^\W\d_\p{Latin}\p{Greek}\p{Common}\p{Inherited}]", text)
+    return all(word.lower() in _MATH_NAMES for word in words) and not _NO_VALUE.search(_SPACED.sub("0", bare))
 
 
 def _equal_expressions(stated: str, answer: str) -> bool:
@@ -575,7 +610,7 @@ def _equal_expressions(stated: str, answer: str) -> bool:
     # math-verify limits its time with a signal, which only the main thread may set.
     seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
     left, right = (
-        parse(f"\\boxed{{{_plain(text)}}}", parsing_timeout=seconds, fallback_mode="no_fallback")  # type: ignore[arg-type]
+        parse(f"\\boxed{{{text}}}", parsing_timeout=seconds, fallback_mode="no_fallback")  # type: ignore[arg-type]
         for text in (stated, answer)
     )
     return bool(left and right) and bool(verify(right, left, timeout_seconds=seconds))  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """GSM8K: grade-school word problems with a number as the answer, from the hub or from a file."""
 
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -63,7 +64,7 @@ def read_gsm8k(rows: Iterable[Mapping[str, Any]], *, source: str, chat: bool = T
     return problems
 
 
-def gsm8k_answer(prompts: list[Any], completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
+def gsm8k_answer(prompts: list[Any], completions: list[Any], answer: list[Any], **kwargs: Any) -> list[float | None]:
     """TRL reward function: 1 if the completion states the column `answer` as its final answer, else 0.
 
     What counts as stated is the rule of [`~fractal_rm.tasks.answers.read_answer`]: behind `####` or boxed, exactly
@@ -72,11 +73,13 @@ def gsm8k_answer(prompts: list[Any], completions: list[Any], answer: list[str], 
     Args:
         prompts: Texts or chats; not read.
         completions: Texts, or chats, whose last message counts.
-        answer: Right answers, or reference solutions that state them in the same way.
+        answer: Right answers, as texts or numbers, or reference solutions that state them in the same way. Without one
+            (None) a completion gets None, which TRL leaves out.
         kwargs: Other columns; not read.
 
     Raises:
         ImportError: If math-verify is not installed.
+        TypeError: If an answer is neither text nor number.
 
     Example:
         >>> gsm8k_answer(["", ""], ["3 + 4 = 7.\\n#### 7", "I think it is 7."], ["7", "7"])
@@ -85,7 +88,9 @@ def gsm8k_answer(prompts: list[Any], completions: list[Any], answer: list[str], 
     return _rewards(completions, answer, last_number=False)
 
 
-def last_number_answer(prompts: list[Any], completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
+def last_number_answer(
+    prompts: list[Any], completions: list[Any], answer: list[Any], **kwargs: Any
+) -> list[float | None]:
     """As [`gsm8k_answer`], but if a completion marks no answer, its last number counts.
 
     It also rewards solutions that were cut off at the right moment.
@@ -97,9 +102,15 @@ def last_number_answer(prompts: list[Any], completions: list[Any], answer: list[
     return _rewards(completions, answer, last_number=True)
 
 
-def _rewards(completions: list[Any], answers: list[str], *, last_number: bool) -> list[float]:
+def _rewards(completions: list[Any], answers: list[Any], *, last_number: bool) -> list[float | None]:
     check_math_verify("The reward `gsm8k_answer`")
-    return [
-        float(same_answer(read_answer(completion, last_number=last_number), read_answer(gold) or gold))
-        for completion, gold in zip(completions, answers, strict=True)
-    ]
+    rewards: list[float | None] = []
+    for row, (completion, answer) in enumerate(zip(completions, answers, strict=True)):
+        if answer is None:
+            rewards.append(None)
+            continue
+        gold = str(answer) if isinstance(answer, numbers.Number) else answer
+        check_text(gold, f"the answer of row {row}")
+        stated = read_answer(completion, last_number=last_number)
+        rewards.append(float(same_answer(stated, read_answer(gold) or gold)))
+    return rewards
