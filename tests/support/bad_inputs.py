@@ -151,8 +151,8 @@ def files() -> Iterator[Case]:
     for content, says in rows.items():
         yield case("rows", content, f"rows.jsonl|{says}")
     for content, says in {
-        "{}": "holds no list",
-        "3": "holds no list",
+        "{}": "does not hold a list",
+        "3": "does not hold a list",
         "[1]": "row 1: the row is int",
         "[{}, 2]": "row 2: the row is int",
         "[": "the file is invalid JSON",
