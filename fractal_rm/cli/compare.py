@@ -30,23 +30,23 @@ class CompareArguments:
     """Arguments of `fractal-rm compare`."""
 
     output_dir: str = field(
-        default="runs/compare", metadata={"help": "Folder of base policies, reward models and rows."}
+        default="runs/compare", metadata={"help": "Folder of base policies, reward models and results."}
     )
     results: str | None = field(
-        default=None, metadata={"help": "The file of rows; default: `results.jsonl` in `output_dir`."}
+        default=None, metadata={"help": "File of results, one a line; default: `results.jsonl` in `output_dir`."}
     )
     chosen: str | None = field(
         default=None,
         metadata={
-            "help": "YAML file with the settings of each arm; default: `chosen.yaml` in `output_dir`, which `tune` "
-            "writes, or else the settings that docs/evidence.md uses."
+            "help": "YAML file with the options of each arm; default: `chosen.yaml` in `output_dir`, which `tune` "
+            "writes, or else the options that docs/evidence.md uses."
         },
     )
     settings: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Settings of the task, such as `easy`, `medium` or `hard`, in this order; default: all, and for "
-            "`tune` medium and branching."
+            "help": "Settings of the task, such as `easy`, `medium` or `hard`; default: all, and for `tune` medium and "
+            "branching."
         },
     )
     arms: list[str] | None = field(
@@ -56,13 +56,13 @@ class CompareArguments:
             "rewards); default: all."
         },
     )
-    seeds: int = field(default=10, metadata={"help": "Seeds of each arm."})
+    seeds: int = field(default=10, metadata={"help": f"Seeds of each arm. {_FIRST_LOOK}"})
     jobs: int = field(default=1, metadata={"help": "Processes, each with one thread."})
     tune: bool = field(
         default=False,
         metadata={
-            "help": "Run the trials of each arm on the tuning seed and write the best to `chosen`, instead "
-            "of the study."
+            "help": "Instead of the study, run the trials of each arm on the tuning seed and write the best "
+            "to `chosen`."
         },
     )
     smoke: bool = field(default=False, metadata={"help": "A tiny study, to see that everything runs."})

@@ -80,7 +80,7 @@ class PPOArguments(TaskArguments):
     value_model: str | None = field(
         default=None,
         metadata={
-            "help": "Value model: a path, `reward_model` or `shared`. For `advantage=gae`: a token classification "
+            "help": "Value model: path, `reward_model` or `shared`. For `advantage=gae`: a token classification "
             "model with one label, the reward model's backbone, or a head on the policy's backbone; default: a copy of "
             "the policy."
         },
