@@ -109,7 +109,11 @@ def run_comparison(arguments: CompareArguments, kind: type[Study] = Study) -> li
     study = study.with_chosen(chosen_file, arms) if given else study.with_tuned(arms)
     units = study.units(arguments.settings or list(CONDITIONS), arms, arguments.seeds)
     hint = "" if arguments.settings or arguments.arms else f" {_FIRST_LOOK}"
-    print(f"{len(units)} runs, a minute or more each; a stopped comparison goes on.{hint}", flush=True)
+    print(
+        f"{len(units)} runs, a minute or more each, after minutes for base policies and reward models. "
+        f"The same command continues a stopped comparison.{hint}",
+        flush=True,
+    )
     study.run_all(units, arguments.jobs)
     rows = study.rows()
     made = [f"## {name}\n\n{table}" for name, table in tables(rows, study.arms).items()]

@@ -83,7 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 if `doctor` finds a fault, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if not argv:
+        print(usage(), file=sys.stderr)
+        return BAD_INPUT
+    name, *rest = argv
     if name in ("-h", "--help", "--version"):
         print(f"fractal-rm {__version__}" if name == "--version" else usage())
         return 0
@@ -92,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             advice = did_you_mean(name, COMMANDS, f" Choose one of {', '.join(COMMANDS)}.")
-            raise ValueError(f"{f'Unknown command {name!r}' if name else 'There is no command'}.{advice}")
+            raise ValueError(f"Unknown command {name!r}.{advice}")
         if "--help" in rest or "-h" in rest:
             page = full_help if "all" in rest else short_help
             print(page(name, COMMANDS[name]))
