@@ -30,7 +30,7 @@ COMMANDS = {
     "score": "Score the steps of the responses in a file.",
     "evaluate": "Evaluate one or two step reward models on labelled responses or a benchmark.",
     "ppo": "Train a policy with PPO on step rewards, outcome rewards, or both.",
-    "compare": "Compare step rewards with outcome-only rewards on arithmetic tasks, over paired seeds.",
+    "compare": "Compare step rewards with the outcome alone on arithmetic, over paired seeds.",
     "serve": "Serve step scores over HTTP.",
     "report": "Make tables from a results.jsonl, or curves from PPO runs.",
 }
