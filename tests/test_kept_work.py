@@ -2,12 +2,13 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.stand_ins import save_policy, save_reward_model, solutions, write_jsonl
 
-from fractal_rm.cli.checks import print_table, refuse_finished_output
+from fractal_rm.cli.checks import checkpoint_to_resume, print_table, refuse_finished_output
 from fractal_rm.cli.evaluate import draw, why_absent
 from fractal_rm.cli.main import COMMANDS, main
 from fractal_rm.cli.ppo import closing
@@ -47,6 +48,22 @@ def test_a_finished_model_is_overwritten_on_request_only(trained, capsys):
     assert (folder / "rm" / "model.safetensors").read_bytes() == before
     refuse_finished_output(folder / "rm", overwrite=True)
     refuse_finished_output(folder, overwrite=False)  # rows, and no model
+
+
+@pytest.mark.parametrize(
+    ("holds", "options", "told"),
+    [
+        ("checkpoint-3/manifest.json", {}, True),
+        ("checkpoint-3/manifest.json", {"resume_from_checkpoint": "false"}, False),
+        ("checkpoint-3/manifest.json", {"overwrite_output_dir": True}, False),
+        ("rows.jsonl", {}, False),
+    ],
+)
+def test_a_repeated_command_says_that_it_could_go_on(tmp_path, capsys, holds, options, told):
+    write_jsonl(tmp_path / holds, [{}])
+    given = {"output_dir": str(tmp_path), "resume_from_checkpoint": None, "overwrite_output_dir": False} | options
+    assert checkpoint_to_resume(SimpleNamespace(**given)) is False
+    assert ("add `--resume_from_checkpoint true` to continue." in capsys.readouterr().err) == told
 
 
 def test_the_first_loss_is_logged_after_ten_steps_however_rare_logs_are(trained):

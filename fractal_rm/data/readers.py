@@ -35,10 +35,10 @@ def open_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> Sequen
             file: when the row is accessed.
     """
     path = Path(path)
-    if not path.name.endswith(_SUFFIXES):
-        raise ValueError(f"{path} has an unknown ending; give a file that ends in {', '.join(_SUFFIXES)}.")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; check the path.")
+    if not path.name.endswith(_SUFFIXES):
+        raise ValueError(f"{path} has an unknown ending; give a file that ends in {', '.join(_SUFFIXES)}.")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return open_json_lines(path, limit)
     with complete_gzip(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
