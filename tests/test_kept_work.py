@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.stand_ins import save_policy, save_reward_model, solutions, write_jsonl
+from transformers import Trainer, TrainingArguments
 
 from fractal_rm.cli.checks import checkpoint_to_resume, print_table, refuse_finished_output
 from fractal_rm.cli.evaluate import draw, why_absent
@@ -15,6 +16,7 @@ from fractal_rm.cli.ppo import closing
 from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation import kept_scores
 from fractal_rm.evaluation.intervals import Estimate
+from fractal_rm.hf.progress import RichProgress
 from fractal_rm.reward_model import StepRewardModel
 
 TINY = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "4", "--save_strategy", "no"]
@@ -69,6 +71,33 @@ def test_a_repeated_command_says_that_it_could_go_on(tmp_path, capsys, holds, op
 def test_the_first_loss_is_logged_after_ten_steps_however_rare_logs_are(trained):
     history = json.loads((trained[0] / "rm" / "metrics.json").read_text())["history"]
     assert [logs["step"] for logs in history if "loss" in logs] == [10]
+
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(1, 1)
+
+    def forward(self, x, labels=None):
+        return {"loss": (self.linear(x) - labels).square().mean(), "y": self.linear(x)}
+
+
+def test_an_evaluation_has_a_bar_until_it_ends(tmp_path, monkeypatch):
+    rows = [{"x": torch.ones(1), "labels": torch.ones(1)}] * 12
+    args = TrainingArguments(str(tmp_path), per_device_eval_batch_size=4, report_to=[], use_cpu=True)
+    trainer = Trainer(Line(), args, eval_dataset=rows)
+    with RichProgress(trainer, "PPO") as shown:
+        bars = []
+        advance = shown.progress.advance
+
+        def advanced(task):
+            advance(task)
+            bars.append([(bar.description, bar.completed, bar.total) for bar in shown.progress.tasks][1:])
+
+        monkeypatch.setattr(shown.progress, "advance", advanced)
+        trainer.evaluate()
+        assert bars == [[("Evaluation", batch, 3)] for batch in (1, 2, 3)]
+        assert [bar.description for bar in shown.progress.tasks] == ["PPO"]
 
 
 def test_the_end_of_train_says_how_good_the_model_is_and_what_comes_next(trained, capsys):
