@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,8 @@ from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation import kept_scores
 from fractal_rm.evaluation.intervals import Estimate
 from fractal_rm.hf.progress import RichProgress
+from fractal_rm.interrupts import interrupt
+from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_model import StepRewardModel
 
 TINY = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "4", "--save_strategy", "no"]
@@ -71,6 +74,16 @@ def test_a_repeated_command_says_that_it_could_go_on(tmp_path, capsys, holds, op
 def test_the_first_loss_is_logged_after_ten_steps_however_rare_logs_are(trained):
     history = json.loads((trained[0] / "rm" / "metrics.json").read_text())["history"]
     assert [logs["step"] for logs in history if "loss" in logs] == [10]
+
+
+def test_a_policy_is_saved_if_its_evaluation_is_interrupted(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(StepPPOTrainer, "evaluate", lambda self: interrupt(signal.SIGINT, None))
+    arguments = ["--model", str(models / "policy"), "--reward_model", str(models / "rm"), *TINY, "--bf16", "false"]
+    arguments += ["--task", "arithmetic", "--num_problems", "8", "--num_eval_problems", "4", "--num_generations", "1"]
+    arguments += ["--reward_function", "exact_answer", "--max_steps", "1", "--max_completion_length", "12"]
+    assert main(["ppo", *arguments, "--output_dir", str(tmp_path / "ppo")]) == 130
+    assert f"{tmp_path}/ppo holds the trained policy, but no metrics.json." in capsys.readouterr().err
+    assert (tmp_path / "ppo" / "model.safetensors").is_file()
 
 
 class Line(torch.nn.Module):
