@@ -124,9 +124,11 @@ def mutation_tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         shares = {"share": counts["killed"] / counts["mutants"], "low": low, "high": high}
         lines.append({"arm": name, "metrics": {**counts, **shares}})
     last = max(row["seed"] for row in rows)
-    survivors = [
-        f"- `{row['arm']}`, {said}" for row in rows if row["seed"] == last for said in row["config"]["survivors"]
-    ]
+    survivors = []
+    for row in rows:
+        for said in row["config"]["survivors"] if row["seed"] == last else []:
+            line, _, change = said.partition(": ")
+            survivors.append(f"- `{row['arm']}`, {line}: `` {change} ``")  # brackets in code would be links
     return {
         "mutation": markdown_table(lines, metrics=["mutants", "killed", "too_long", "share", "low", "high"]),
         "survivors": "\n".join(survivors) or "None.",

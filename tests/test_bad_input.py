@@ -266,7 +266,11 @@ def test_a_required_argument_is_named(commands):
 def test_an_unknown_command_is_answered_with_the_nearest(commands):
     assert "Unknown command 'trian'. Did you mean `train`?" in commands.fails("trian")
     assert "Choose one of quickstart, doctor, plan, sample, train," in commands.fails("dance")
-    assert "There is no command." in commands.fails()
+
+
+def test_without_a_command_all_are_listed(capsys):
+    assert main([]) == 2
+    assert "\n  train       Train a step reward model from response labels.\n" in capsys.readouterr().err
 
 
 def test_the_environments_data_folder_that_is_not_there_is_named(commands, monkeypatch):

@@ -325,6 +325,11 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
     assert re.search("no tokenizer that can be loaded|the tokenizer or its chat template is not", refusal(tmp_path))
 
 
+def test_a_mistyped_name_is_said_to_be_neither_a_folder_nor_on_the_hub():
+    with pytest.raises(ValueError, match=r"There is no folder polcy, and the hub does not give its tokenizer \("):
+        load_tokenizer("polcy", local_files_only=True)
+
+
 @pytest.mark.parametrize(("scorer", "head"), [("token", "score.weight"), ("likelihood", "lm_head.weight")])
 def test_a_missing_head_is_refused(tmp_path, scorer, head):
     save(tmp_path, scorer)

@@ -104,7 +104,7 @@ def test_every_split_can_be_asked_for_with_every_blank_filled_in(hub, name):
 
 def test_an_error_in_a_row_names_the_data_set_and_the_split(hub):
     hub([PROCESSBENCH[0] | {"label": 7}])
-    with pytest.raises(ValueError, match=r"processbench \(math\), row 1: the label is 7, no step of 2"):
+    with pytest.raises(ValueError, match=r"processbench \(math\), row 1: the label is 7, but there are 2 steps"):
         DataArguments(dataset_format="processbench", dataset_train_split="math").read("train")
 
 
@@ -164,7 +164,8 @@ def test_labels_that_mean_something_else_are_refused(tmp_path, capsys):
     command = ["--dataset_format", "multispanqa", "--output_dir", str(tmp_path / "out"), "--train_file", file]
     assert main(["train", "--model", model, *command]) != 0
     assert (
-        "A label of multispanqa is the max of its steps' labels, but `aggregation` is 'min'" in capsys.readouterr().err
+        "In multispanqa, a response's label is the max of its step labels, but `aggregation` is 'min'"
+        in capsys.readouterr().err
     )
     command = ["--dataset_format", "multispanqa", "--output", str(tmp_path / "m.json"), "--data", file]
     assert main(["evaluate", "--model", model, *command]) != 0

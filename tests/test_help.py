@@ -63,6 +63,19 @@ def test_help_is_one_screen(command, monkeypatch):
         assert f"lists {len(options_of(command).options) - len(wanted)} more" in lines[-1]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_sentence_of_the_help_is_cut_off(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    choices = {f"--{option.name}" for option in options_of(command).options if option.choices}
+    lines = [line.split() for line in short_help(command, COMMANDS[command]).splitlines() if line.startswith("  --")]
+    assert [words[0] for words in lines if "..." in words and words[0] not in choices] == []
+
+
+def test_choices_are_shown_where_the_help_is_shown_whole():
+    text = " ".join(short_help("score", COMMANDS["score"]).split())
+    assert "published the rows, docs/datasets.md: prm800k, processbench," in text
+
+
 def test_the_full_help_explains_every_option_with_ours_first():
     text = full_help("ppo", COMMANDS["ppo"])
     for option in options_of("ppo").options:

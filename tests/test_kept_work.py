@@ -2,18 +2,24 @@
 
 import json
 import math
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.stand_ins import save_policy, save_reward_model, solutions, write_jsonl
+from transformers import Trainer, TrainingArguments
 
-from fractal_rm.cli.checks import print_table, refuse_finished_output
+from fractal_rm.cli.checks import checkpoint_to_resume, print_table, refuse_finished_output
 from fractal_rm.cli.evaluate import draw, why_absent
 from fractal_rm.cli.main import COMMANDS, main
 from fractal_rm.cli.ppo import closing
 from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation import kept_scores
 from fractal_rm.evaluation.intervals import Estimate
+from fractal_rm.hf.progress import RichProgress
+from fractal_rm.interrupts import interrupt
+from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_model import StepRewardModel
 
 TINY = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "4", "--save_strategy", "no"]
@@ -49,9 +55,62 @@ def test_a_finished_model_is_overwritten_on_request_only(trained, capsys):
     refuse_finished_output(folder, overwrite=False)  # rows, and no model
 
 
+@pytest.mark.parametrize(
+    ("holds", "options", "told"),
+    [
+        ("checkpoint-3/manifest.json", {}, True),
+        ("checkpoint-3/manifest.json", {"resume_from_checkpoint": "false"}, False),
+        ("checkpoint-3/manifest.json", {"overwrite_output_dir": True}, False),
+        ("rows.jsonl", {}, False),
+    ],
+)
+def test_a_repeated_command_says_that_it_could_go_on(tmp_path, capsys, holds, options, told):
+    write_jsonl(tmp_path / holds, [{}])
+    given = {"output_dir": str(tmp_path), "resume_from_checkpoint": None, "overwrite_output_dir": False} | options
+    assert checkpoint_to_resume(SimpleNamespace(**given)) is False
+    assert ("add `--resume_from_checkpoint true` to continue." in capsys.readouterr().err) == told
+
+
 def test_the_first_loss_is_logged_after_ten_steps_however_rare_logs_are(trained):
     history = json.loads((trained[0] / "rm" / "metrics.json").read_text())["history"]
     assert [logs["step"] for logs in history if "loss" in logs] == [10]
+
+
+def test_a_policy_is_saved_if_its_evaluation_is_interrupted(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(StepPPOTrainer, "evaluate", lambda self: interrupt(signal.SIGINT, None))
+    arguments = ["--model", str(models / "policy"), "--reward_model", str(models / "rm"), *TINY, "--bf16", "false"]
+    arguments += ["--task", "arithmetic", "--num_problems", "8", "--num_eval_problems", "4", "--num_generations", "1"]
+    arguments += ["--reward_function", "exact_answer", "--max_steps", "1", "--max_completion_length", "12"]
+    assert main(["ppo", *arguments, "--output_dir", str(tmp_path / "ppo")]) == 130
+    assert f"{tmp_path}/ppo holds the trained policy, but no metrics.json." in capsys.readouterr().err
+    assert (tmp_path / "ppo" / "model.safetensors").is_file()
+
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(1, 1)
+
+    def forward(self, x, labels=None):
+        return {"loss": (self.linear(x) - labels).square().mean(), "y": self.linear(x)}
+
+
+def test_an_evaluation_has_a_bar_until_it_ends(tmp_path, monkeypatch):
+    rows = [{"x": torch.ones(1), "labels": torch.ones(1)}] * 12
+    args = TrainingArguments(str(tmp_path), per_device_eval_batch_size=4, report_to=[], use_cpu=True)
+    trainer = Trainer(Line(), args, eval_dataset=rows)
+    with RichProgress(trainer, "PPO") as shown:
+        bars = []
+        advance = shown.progress.advance
+
+        def advanced(task):
+            advance(task)
+            bars.append([(bar.description, bar.completed, bar.total) for bar in shown.progress.tasks][1:])
+
+        monkeypatch.setattr(shown.progress, "advance", advanced)
+        trainer.evaluate()
+        assert bars == [[("Evaluation", batch, 3)] for batch in (1, 2, 3)]
+        assert [bar.description for bar in shown.progress.tasks] == ["PPO"]
 
 
 def test_the_end_of_train_says_how_good_the_model_is_and_what_comes_next(trained, capsys):

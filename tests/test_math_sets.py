@@ -120,12 +120,16 @@ def test_full_solutions_change_nothing_where_the_solution_is_another_or_has_no_e
     [
         ({"label": {"steps": []}}, ValueError, "column 'question' is missing or null (found: 'label')"),
         (prm800k(step(rated("a", 2))), ValueError, "the rating of step 1 is 2; give -1, 0, 1 or null."),
-        (prm800k(GOOD, step(rated("a", 1), chosen=4)), ValueError, "step 2 chose completion 4 of 1; mend its index."),
+        (
+            prm800k(GOOD, step(rated("a", 1), chosen=4)),
+            ValueError,
+            "step 2 has chosen completion 4, but 1 completions; correct the index.",
+        ),
         (prm800k(step(rated(7, 1))), TypeError, "column 'completions.text' is int, not str"),
         (prm800k(GOOD) | {"label": {"steps": "a"}}, TypeError, "column 'label.steps' is str, not list"),
         (prm800k("a"), TypeError, "step 1 is str; make it an object with 'completions'."),
-        (prm800k({"completions": "ab"}), TypeError, "the completions of step 1 are no list of objects"),
-        (prm800k({"completions": [None]}), TypeError, "the completions of step 1 are no list of objects"),
+        (prm800k({"completions": "ab"}), TypeError, "the completions of step 1 are not a list of objects"),
+        (prm800k({"completions": [None]}), TypeError, "the completions of step 1 are not a list of objects"),
         ("a", TypeError, "the row is str; make it an object with named columns."),
     ],
 )
@@ -149,9 +153,7 @@ def test_a_file_gives_what_its_rows_give_and_names_itself(tmp_path):
 def test_the_stand_in_of_git_lfs_is_named(tmp_path):
     path = tmp_path / "phase2_test.jsonl"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:6b\nsize 12240719\n")
-    with pytest.raises(
-        ValueError, match=r"is a pointer of Git LFS, not the data; fetch the data with `git lfs pull`\."
-    ):
+    with pytest.raises(ValueError, match=r"is a Git LFS pointer, not the data; fetch the data with `git lfs pull`\."):
         read_prm800k(path)
 
 
@@ -207,7 +209,9 @@ def test_answer_labels_can_be_right_after_a_wrong_step():
 
 @pytest.mark.parametrize("first", [3, -2])
 def test_a_label_that_is_no_step_is_refused(first):
-    with pytest.raises(ValueError, match=rf"data, row 1: the label is {first}, no step of 3; give -1 or an index"):
+    with pytest.raises(
+        ValueError, match=rf"data, row 1: the label is {first}, but there are 3 steps; give -1 or an index"
+    ):
         read_processbench([processbench(label=first)])
 
 
@@ -348,5 +352,5 @@ def test_a_label_that_does_not_repeat_the_input_is_refused(label):
 
 
 def test_an_input_without_marks_is_refused():
-    with pytest.raises(ValueError, match=r"data, row 1: the input has no 'ки' where a step ends"):
+    with pytest.raises(ValueError, match=r"data, row 1: the input has no 'ки' at the end of a step"):
         read_math_shepherd([{"input": "1+1? Step 1: 2.", "label": "1+1? Step 1: 2."}])

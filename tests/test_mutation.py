@@ -74,10 +74,18 @@ def test_the_tables_hold_each_draw_and_the_survivors_of_the_last():
             "metrics": {"places": 40, "mutants": 4, "killed": 4 - len(left), "too_long": 1},
             "config": {"survivors": left},
         }
-        for seed, module, left in [(1, "bag", ["a"]), (1, "readers", []), (2, "bag", []), (2, "readers", ["b", "c"])]
+        for seed, module, left in [
+            (1, "bag", ["line 1: a"]),
+            (1, "readers", []),
+            (2, "bag", []),
+            (2, "readers", ["line 2: a[0]: 1 -> a[1]: 1", "line 3: b -> c"]),
+        ]
     ]
     made = mutation_tables(rows)
     low, high = interval_of_share(6 / 8, 8)
     assert f"| draw 2, data | 8 | 6 | 2 | 0.750 | {low:.3f} | {high:.3f} |" in made["mutation"].splitlines()
     assert "| draw 1, all | 8 | 7 | 2 | 0.875 |" in made["mutation"]
-    assert made["survivors"] == "- `data/readers`, b\n- `data/readers`, c"
+    assert made["survivors"].splitlines() == [
+        "- `data/readers`, line 2: `` a[0]: 1 -> a[1]: 1 ``",
+        "- `data/readers`, line 3: `` b -> c ``",
+    ]

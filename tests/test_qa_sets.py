@@ -90,8 +90,14 @@ def test_the_official_file_gives_both(tmp_path):
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        (feedback({"error type": "Irrelevant", "start": 5, "end": 400}), "the span 5 to 400 leaves the answer of 57"),
-        (feedback({"error type": "Irrelevant", "start": 5, "end": 5}), "the span 5 to 5 leaves the answer of 57"),
+        (
+            feedback({"error type": "Irrelevant", "start": 5, "end": 400}),
+            "the span 5 to 400 is empty or outside",
+        ),
+        (
+            feedback({"error type": "Irrelevant", "start": 5, "end": 5}),
+            "the span 5 to 5 is empty or outside",
+        ),
         (feedback(feedback=None), "column 'feedback' is missing or null"),
         (feedback(**{"prediction 1": " "}), "the response is empty"),
     ],

@@ -136,7 +136,7 @@ def test_minus_100_is_unknown_and_not_true():
 
 def test_a_label_that_does_not_follow_from_its_steps_is_asked_for():
     row = {"prompt": "p", "completions": STEPS, "labels": [1, None]}
-    assert "the label does not follow from the step labels" in refuse([row], ValueError)
+    assert "some step labels are unknown, so the label cannot be derived" in refuse([row], ValueError)
     assert read_bags([row], LINES, require_label=False)[0].label is None
 
 
@@ -372,7 +372,7 @@ GOOD = b'{"a": 1}\n'
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), ValueError, "row 1: the line is not UTF-8"),
         ("a.json", b'["\xff"]', ValueError, "the file is not UTF-8"),
         ("a.json", b'[{"a": 1},\n{"a" 2}]', ValueError, "the file is invalid JSON (Expecting ':' delimiter at line 2)"),
-        ("a.json", b'{"a": 1}', TypeError, "holds no list; make it a list of objects, or name it .jsonl"),
+        ("a.json", b'{"a": 1}', TypeError, "does not hold a list; give a list of objects, or name it .jsonl"),
         ("a.jsonl", GOOD + b"[1]\n", TypeError, "row 2: the row is list; make it a JSON object"),
         ("a.jsonl", GOOD + b"null\n", TypeError, "row 2: the row is NoneType; make it a JSON object"),
         ("a.json", b'[{"a": 1}, 3]', TypeError, "row 2: the row is int; make it a JSON object"),

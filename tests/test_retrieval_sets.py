@@ -219,7 +219,7 @@ def test_the_official_object_around_the_rows_is_opened(tmp_path):
     path.write_text(json.dumps({"version": 1.0, "data": [ROW]}), encoding="utf-8")
     assert read_multispanqa(path, negative_share=0) == read_multispanqa([ROW], negative_share=0)
     path.write_text('{"version": 1.0}', encoding="utf-8")
-    with pytest.raises(TypeError, match=r"valid\.json holds no list under 'data'; give the official file\."):
+    with pytest.raises(TypeError, match=r"valid\.json does not hold a list under 'data'; give the official file\."):
         read_multispanqa(path)
     path.write_text('{"version"', encoding="utf-8")
     with pytest.raises(ValueError, match=r"valid\.json is invalid JSON \("):
@@ -230,8 +230,8 @@ def test_the_official_object_around_the_rows_is_opened(tmp_path):
     ("changes", "sentence"),
     [
         ({"label": None}, "row 1: column 'label' is missing or null"),
-        ({"label": ["O"]}, "row 1: there are 1 labels for 21 tokens; give one each."),
-        ({"label": ["X"] * 21}, "row 1: the labels hold 'X'; give 'B', 'I' and 'O'."),
+        ({"label": ["O"]}, "row 1: there are 1 labels for 21 tokens; give one label for each token."),
+        ({"label": ["X"] * 21}, "row 1: the labels include 'X'; give only 'B', 'I' and 'O'."),
         ({"context": [], "label": []}, "row 1: the response is empty"),
     ],
 )

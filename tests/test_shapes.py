@@ -86,7 +86,7 @@ def test_cells_of_csv_files_stay_text(tmp_path):
     assert [bag.label for bag in bags] == [0.25, 1.0, None]
     assert bags[0].prompt == [{"role": "user", "content": "1+1?"}]
     path.write_text("prompt,response\n1+1?,2,3\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"rows.csv, row 2: the row has other cells than the header"):
+    with pytest.raises(ValueError, match=r"rows.csv, row 2: the row does not have as many cells as the header"):
         open_table(path)
 
 

@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^(?P<indent> *)(?P<marks>```+)[^\n]*\n.*?^(?P=indent)(?P=marks)[ ]*$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?P<mark>!?)\[(?P<label>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 
-# An interval or a deviation in a cell of a table: on phones a line breaks before it, not in it.
+# An interval or a deviation in a cell of a table: a line breaks before it, not in it.
 INTERVAL = re.compile(r"(?<=[\s>])(\[[^\[\]<>,]+, [^\[\]<>,]+\]|[\d.,]+ ± [\d.,]+)(?=\s*</td>)")
 
 # What a browser would fetch by itself from somewhere else.

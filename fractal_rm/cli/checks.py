@@ -99,10 +99,14 @@ def refuse_finished_output(folder: str | Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: Names the folder and what to do.
     """
-    if not overwrite and any(Path(folder).glob("*.safetensors")):
+    if not overwrite and _holds_model(folder):
         raise FileExistsError(
             f"{folder} already holds a finished model. Give another `output_dir`, or `--overwrite_output_dir true`."
         )
+
+
+def _holds_model(folder: str | Path) -> bool:
+    return any(Path(folder).glob("*.safetensors"))
 
 
 def check_matplotlib() -> None:
@@ -149,13 +153,19 @@ def checkpoint_to_resume(config: Any) -> str | bool:
     """
     from fractal_rm.hf.checkpoints import can_resume
 
-    wanted = config.resume_from_checkpoint
+    wanted, folder = config.resume_from_checkpoint, config.output_dir
+    if wanted is None and not config.overwrite_output_dir and can_resume(folder) and not _holds_model(folder):
+        print(
+            f"{folder} has a checkpoint, but training starts from the beginning: stop it and add "
+            "`--resume_from_checkpoint true` to continue.",
+            file=sys.stderr,
+        )
     if wanted is None or str(wanted).lower() in ("false", "none", "no"):
         return False
     if str(wanted).lower() in ("true", "yes"):
-        found = can_resume(config.output_dir)
-        if not found and not any(Path(config.output_dir).glob("stage-*")):
-            print(f"{config.output_dir} has no checkpoint: training starts from the beginning.", file=sys.stderr)
+        found = can_resume(folder)
+        if not found and not any(Path(folder).glob("stage-*")):
+            print(f"{folder} has no checkpoint: training starts from the beginning.", file=sys.stderr)
         return found
     if not Path(wanted).is_dir():
         raise FileNotFoundError(f"There is no checkpoint {wanted}. Give `resume_from_checkpoint` a folder, or `true`.")

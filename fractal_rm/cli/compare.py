@@ -30,23 +30,23 @@ class CompareArguments:
     """Arguments of `fractal-rm compare`."""
 
     output_dir: str = field(
-        default="runs/compare", metadata={"help": "Folder of base policies, reward models and rows."}
+        default="runs/compare", metadata={"help": "Folder of base policies, reward models and results."}
     )
     results: str | None = field(
-        default=None, metadata={"help": "The file of rows; default: `results.jsonl` in `output_dir`."}
+        default=None, metadata={"help": "File of results, one a line; default: `results.jsonl` in `output_dir`."}
     )
     chosen: str | None = field(
         default=None,
         metadata={
-            "help": "YAML file with the settings of each arm; default: `chosen.yaml` in `output_dir`, which `tune` "
-            "writes, or else the settings that docs/evidence.md uses."
+            "help": "YAML file with the options of each arm; default: `chosen.yaml` in `output_dir`, which `tune` "
+            "writes, or else the options that docs/evidence.md uses."
         },
     )
     settings: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Settings of the task, such as `easy`, `medium` or `hard`, in this order; default: all, and for "
-            "`tune` medium and branching."
+            "help": "Settings of the task, such as `easy`, `medium` or `hard`; default: all, and for `tune` medium and "
+            "branching."
         },
     )
     arms: list[str] | None = field(
@@ -56,13 +56,13 @@ class CompareArguments:
             "rewards); default: all."
         },
     )
-    seeds: int = field(default=10, metadata={"help": "Seeds of each arm."})
+    seeds: int = field(default=10, metadata={"help": f"Seeds of each arm. {_FIRST_LOOK}"})
     jobs: int = field(default=1, metadata={"help": "Processes, each with one thread."})
     tune: bool = field(
         default=False,
         metadata={
-            "help": "Run the trials of each arm on the tuning seed and write the best to `chosen`, instead "
-            "of the study."
+            "help": "Instead of the study, run the trials of each arm on the tuning seed and write the best "
+            "to `chosen`."
         },
     )
     smoke: bool = field(default=False, metadata={"help": "A tiny study, to see that everything runs."})
@@ -109,7 +109,11 @@ def run_comparison(arguments: CompareArguments, kind: type[Study] = Study) -> li
     study = study.with_chosen(chosen_file, arms) if given else study.with_tuned(arms)
     units = study.units(arguments.settings or list(CONDITIONS), arms, arguments.seeds)
     hint = "" if arguments.settings or arguments.arms else f" {_FIRST_LOOK}"
-    print(f"{len(units)} runs, a minute or more each; a stopped comparison goes on.{hint}", flush=True)
+    print(
+        f"{len(units)} runs, a minute or more each, after minutes for base policies and reward models. "
+        f"The same command continues a stopped comparison.{hint}",
+        flush=True,
+    )
     study.run_all(units, arguments.jobs)
     rows = study.rows()
     made = [f"## {name}\n\n{table}" for name, table in tables(rows, study.arms).items()]

@@ -79,7 +79,7 @@ class EvaluateArguments(ScoringArguments):
     )
     tune_on: Literal["gsm8k", "math", "olympiadbench", "omnimath"] = field(
         default="gsm8k",
-        metadata={"help": "processbench: subset whose gold labels choose a second threshold."},
+        metadata={"help": "Subset of processbench whose gold labels choose a second threshold."},
     )
     answer_pattern: str | None = field(
         default=None,

@@ -22,17 +22,17 @@ BAD_INPUT = 2
 _COMPLAINANTS = ("fractal_rm", "transformers", "trl", "peft", "datasets", "huggingface_hub", "accelerate")
 # Each command is the function of that name in the module of that name.
 COMMANDS = {
-    "quickstart": "The whole pipeline on arithmetic word problems: CPU, minutes, no network.",
-    "doctor": "Check versions and device, and how models read rows, before a run.",
-    "plan": "Memory and hours of a run on a GPU, before anything is loaded.",
+    "quickstart": "Run the whole pipeline on arithmetic word problems: CPU, minutes, no network.",
+    "doctor": "Before a run: check versions, the device, and how models read your rows.",
+    "plan": "Before a run: estimate its memory and hours on a GPU, without loading a model.",
     "sample": "Sample a policy's responses to prompts, and label them by their answers.",
     "train": "Train a step reward model from response labels.",
     "score": "Score the steps of the responses in a file.",
     "evaluate": "Evaluate one or two step reward models on labelled responses or a benchmark.",
     "ppo": "Train a policy with PPO on step rewards, outcome rewards, or both.",
-    "compare": "Dense against outcome-only rewards on arithmetic settings, over paired seeds.",
-    "serve": "Answer requests for step scores over HTTP.",
-    "report": "Tables from rows of results.jsonl, or curves from runs of PPO.",
+    "compare": "Compare step rewards with the outcome alone on arithmetic, over paired seeds.",
+    "serve": "Serve step scores over HTTP.",
+    "report": "Make tables from a results.jsonl, or curves from PPO runs.",
 }
 # Message of an interrupted command about the finished work.
 _GO_ON = dict.fromkeys(
@@ -83,7 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 if `doctor` finds a fault, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if not argv:
+        print(usage(), file=sys.stderr)
+        return BAD_INPUT
+    name, *rest = argv
     if name in ("-h", "--help", "--version"):
         print(f"fractal-rm {__version__}" if name == "--version" else usage())
         return 0
@@ -92,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             advice = did_you_mean(name, COMMANDS, f" Choose one of {', '.join(COMMANDS)}.")
-            raise ValueError(f"{f'Unknown command {name!r}' if name else 'There is no command'}.{advice}")
+            raise ValueError(f"Unknown command {name!r}.{advice}")
         if "--help" in rest or "-h" in rest:
             page = full_help if "all" in rest else short_help
             print(page(name, COMMANDS[name]))

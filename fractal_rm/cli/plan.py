@@ -80,7 +80,7 @@ class PlanArguments:
     )
     reward_dtype: Dtype = field(
         default="float32",
-        metadata={"help": "Type of the reward model's weights. float32 if all were trained."},
+        metadata={"help": "Type of the reward model's weights. It is float32 if training changed all weights."},
     )
     prompt_length: int = field(default=150, metadata={"help": "Tokens of a prompt."})
     max_completion_length: int = field(default=320, metadata={"help": "Tokens of a completion."})
@@ -96,7 +96,9 @@ class PlanArguments:
         default=False, metadata={"help": "vLLM frees its memory while the policy trains."}
     )
     max_steps: int = field(default=300, metadata={"help": "Updates of PPO."})
-    num_prompts: int = field(default=7473, metadata={"help": "Prompts of `fractal-rm sample`; default: GSM8K."})
+    num_prompts: int = field(
+        default=7473, metadata={"help": "Prompts for `fractal-rm sample`; the default is the size of GSM8K."}
+    )
     samples: int = field(default=4, metadata={"help": "Responses to each prompt, to train the reward model."})
     teraflops: float | None = field(
         default=None,

@@ -157,7 +157,8 @@ def _sample(arguments: SampleArguments, data: DataArguments) -> None:
         raise Interrupted(number, f"Interrupted. The same command goes on where {output} ends.") from None
     prompts = {_key(one.prompt) for one in asked}
     rows = [row for row in read_rows_of(output) if _key(row["prompt"]) in prompts]
-    print(f"{summary(rows, arguments.samples)}; {output} holds the responses.")
+    marked = arguments.task != "arithmetic"  # whose checker reads the last line
+    print(f"{summary(rows, arguments.samples, marked=marked)}; {output} holds the responses.")
 
 
 def _read_prompts(arguments: SampleArguments, data: DataArguments) -> tuple[list[Asked], int]:
@@ -287,13 +288,15 @@ def _rows_so_far(path: Path, arguments: SampleArguments) -> set[str]:
     return finished
 
 
-def summary(rows: Sequence[dict[str, Any]], samples: int) -> str:
-    """How many responses are right, as a sentence without its end.
+def summary(rows: Sequence[dict[str, Any]], samples: int, *, marked: bool = True) -> str:
+    """How many responses are right, as a sentence without its end; if answers are `marked`, how many have none.
 
     Example:
         >>> rows = [{"prompt": "a", "label": 1.0, "answer": "3"}, {"prompt": "a", "label": 0.0, "answer": None}]
         >>> summary(rows, 2)
         '2 responses to 1 prompts: 50.0 % right, pass@2 100.0 %, 50.0 % without an answer'
+        >>> summary(rows, 2, marked=False)
+        '2 responses to 1 prompts: 50.0 % right, pass@2 100.0 %'
     """
     right: dict[str, float] = {}
     for row in rows:
@@ -303,7 +306,5 @@ def summary(rows: Sequence[dict[str, Any]], samples: int) -> str:
     share = 100 * sum(row["label"] for row in rows) / (len(right) * samples)
     silent = 100 * sum(row["answer"] is None for row in rows) / len(rows)
     passed = 100 * sum(right.values()) / len(right)
-    return (
-        f"{len(rows)} responses to {len(right)} prompts: {share:.1f} % right, pass@{samples} {passed:.1f} %, "
-        f"{silent:.1f} % without an answer"
-    )
+    told = f"{len(rows)} responses to {len(right)} prompts: {share:.1f} % right, pass@{samples} {passed:.1f} %"
+    return f"{told}, {silent:.1f} % without an answer" if marked else told

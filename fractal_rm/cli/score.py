@@ -25,7 +25,8 @@ class ScoreArguments(ScoringArguments):
     input: str = field(
         metadata={
             "help": "Rows with `prompt` and `response` (or `completion`, or `steps`), and optionally `id`, `label` and "
-            "`step_labels`: .jsonl, .jsonl.gz or .json."
+            "`step_labels`; a .jsonl or .json file (also .gz), .parquet, .arrow, .csv or .tsv, or a folder that "
+            "`datasets` saved."
         }
     )
     output: str = field(

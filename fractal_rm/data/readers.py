@@ -1,6 +1,6 @@
 """Rows in, bags out: JSON files, TRL's data set formats and lists of steps.
 
-A defect is one sentence that names the source and the row (counted from 1) and says what to do.
+A bad row gets one sentence, which names the source and the row (counted from 1) and says what to do.
 """
 
 import gzip
@@ -19,25 +19,26 @@ from fractal_rm.data.segmentation import Segmentation, join_steps, locate_steps
 from fractal_rm.data.shapes import Columns, ratings_of, standard_row
 from fractal_rm.files import parse_json
 
-# TRL and transformers mark a label that is not known with this number.
+# TRL and transformers mark an unknown label with this number.
 UNKNOWN_LABEL = -100
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 
 
 def open_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> Sequence[dict[str, Any]]:
-    """Rows of a JSON file, as [`read_jsonl`]; those of a `.jsonl` file are parsed when they are asked for.
+    """Open the rows of a JSON file, as [`read_jsonl`] does, but parse the rows of a `.jsonl` file only when accessed.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        TypeError: If a row is not an object; of a `.jsonl` file, when the row is asked for.
-        ValueError: If the file is empty, is not UTF-8, is not JSON, or has another ending; likewise.
+        TypeError: If a row is not an object. For a `.jsonl` file: when the row is accessed.
+        ValueError: If the file is empty, is not UTF-8, is not JSON, or has another ending. For a bad row of a `.jsonl`
+            file: when the row is accessed.
     """
     path = Path(path)
-    if not path.name.endswith(_SUFFIXES):
-        raise ValueError(f"{path} has an unknown ending; give a file that ends in {', '.join(_SUFFIXES)}.")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; check the path.")
+    if not path.name.endswith(_SUFFIXES):
+        raise ValueError(f"{path} has an unknown ending; give a file that ends in {', '.join(_SUFFIXES)}.")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return open_json_lines(path, limit)
     with complete_gzip(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -47,7 +48,7 @@ def open_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> Sequen
         raise ValueError(f"{path} has an object on each line; name it .jsonl.")
     rows = parse_json(content, f"{path}: the file") if content.strip() else []
     if not isinstance(rows, list):
-        raise TypeError(f"{path} holds no list; make it a list of objects, or name it .jsonl if each line is one.")
+        raise TypeError(f"{path} does not hold a list; give a list of objects, or name it .jsonl if each line is one.")
     check_rows(rows, path)
     for row, record in enumerate(rows[:limit], 1):
         check_object(record, path, row)
@@ -58,9 +59,9 @@ def read_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> list[d
     """Read the rows of a JSON file.
 
     Args:
-        path: A `.jsonl` file with an object on each line, or a `.json` file with one list of objects; either may be
+        path: A `.jsonl` file with an object on each line, or a `.json` file with one list of objects. Either may be
             gzipped (`.gz`).
-        limit: Most rows, the first ones; the lines after them are not read. None: all of them.
+        limit: Read at most this many rows, from the start of the file. None: all of them.
 
     Returns:
         The rows. Row `n` of an error message is line `n` of a `.jsonl` file and item `n` of a `.json` file.
@@ -82,7 +83,7 @@ def read_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> list[d
 
 @contextmanager
 def naming(source: str, row: int) -> Iterator[None]:
-    """Put the source and the row before the sentence of an error."""
+    """Put the source and the row in front of an error message."""
     try:
         yield
     except TypeError as error:
@@ -101,27 +102,27 @@ def read_bags(
     num_grades: int | None = None,
     on_bad_row: Literal["stop", "skip"] = "stop",
 ) -> list[Bag]:
-    """Make bags of the rows of a data set; see `read_row` for the formats.
+    """Make bags from the rows of a data set; see [`read_row`] for the formats.
 
     Args:
-        records: Rows: a list, a `datasets.Dataset`, what `read_jsonl` returns.
-        segmentation: How a response that is not cut yet becomes steps.
+        records: The rows: a list, a `datasets.Dataset`, or what [`read_jsonl`] returns.
+        segmentation: How to cut a response into steps, if the row does not.
         source: Name of the data in error messages, such as the file.
         columns: Names of columns, and the scale of ratings.
-        require_label: Refuse a row without a label; otherwise its bag has the label None.
-        num_grades: For ordinal labels: how many grades there are.
+        require_label: Refuse a row without a label. If False, its bag has the label None.
+        num_grades: Number of grades, for ordinal labels.
         on_bad_row: `stop` raises at the first row that cannot be read; `skip` leaves such rows out and counts them.
 
     Returns:
-        One bag a row, and two for a preference: the chosen response first.
+        One bag for each row, and two for a preference: the chosen response first.
 
     Warns:
-        UserWarning: How many rows were skipped, and why the first one was.
+        UserWarning: If rows were skipped: how many, and why the first one was.
 
     Raises:
         TypeError: If a value has the wrong type.
         ValueError: If there are no rows, a column is missing, a value is out of range, or some prompts are texts and
-            others chats.
+            others are chats.
 
     Example:
         >>> row = {"prompt": "2+3*4?", "completion": "3*4=12.\\n2+12=14.", "label": True}
@@ -168,30 +169,30 @@ def read_row(
     require_label: bool = True,
     num_grades: int | None = None,
 ) -> list[Bag]:
-    """Make bags of one row, which has one of these formats; a column that is null counts as missing.
+    """Make bags from one row in one of the formats below. A column that is null counts as missing.
 
-    Other shapes are brought into these first ([`~fractal_rm.data.shapes.standard_row`]): preferences that hold their
-    prompt, `messages`, `question` and `answer`, step labels as turns of a conversation, columns of other names.
-
-    - Preference: `chosen` and `rejected`, each a text, a chat that begins with the assistant or a list of steps. (In a
-      row with `steps` too, they count only if its `aggregation` is `"native"` or `"preference"`.)
-    - Steps: `steps`, `label`, and optionally `step_labels` and `teacher_scores`. The response is the steps joined by
-      line breaks, or that of the column `response` or `completion` if there is one.
-    - Stepwise supervision: `completions` (a list of steps) and `labels` (one a step). A column `label` is the
-      response's label; without it, the response's label is the minimum of its step labels, if that is known.
+    - Preference: `chosen` and `rejected`, each a text, a chat that begins with the assistant, or a list of steps. (If
+      the row has `steps` too, they count only if its `aggregation` is `"native"` or `"preference"`.)
+    - Steps: `steps`, `label`, and optionally `step_labels` and `teacher_scores`. The response is the column `response`
+      or `completion` if there is one, and otherwise the steps joined by line breaks.
+    - Stepwise supervision: `completions` (a list of steps) and `labels` (one for each step). A column `label` is the
+      response's label. Without it, the response's label is the minimum of its step labels, if that is known.
     - Unpaired preference: `completion` or `response` (a text, or a chat that begins with the assistant) and `label`.
 
-    In a chat of several messages the turns of the assistant have steps, and the others are context.
+    Other shapes are converted to these first ([`~fractal_rm.data.shapes.standard_row`]): preferences that contain their
+    prompt, `messages`, `question` and `answer`, step labels as turns of a conversation, and columns with other names.
 
-    Labels are booleans or numbers in [0, 1], never rounded; step labels may also be null or -100: not known.
+    In a chat of several messages, steps are cut from the assistant's turns only; the other turns are context.
+
+    Labels are booleans or numbers in [0, 1], and are never rounded. A step label may also be null or -100: unknown.
 
     Args:
         record: The row.
-        segmentation: As for [`read_bags`], like all that follow.
+        segmentation: As in [`read_bags`], like all other arguments except `row`.
         row: Number of the row in error messages, from 1.
 
     Returns:
-        One bag, or the chosen and the rejected one of a preference.
+        One bag, or for a preference two: the chosen response and the rejected one.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -230,7 +231,7 @@ def read_row(
         if bag.label is None and "completions" in found and bag.step_labels is not None:
             bag = replace(bag, label=_minimum(bag.step_labels))
             if bag.label is None and require_label:
-                raise ValueError("the label does not follow from the step labels, some are unknown; add 'label'.")
+                raise ValueError("some step labels are unknown, so the label cannot be derived; add 'label'.")
         if bag.label is None and require_label:
             _column(found, "labels" if "completions" in found else "label", record)
         return [bag]
@@ -250,9 +251,9 @@ def _column(columns: Mapping[str, Any], name: str, record: Mapping[str, Any]) ->
 
 
 def _prompt(value: Any) -> Any:
-    """A chat without the keys that `datasets` fills with None where only other rows have them.
+    """Drop the keys of a chat that `datasets` filled with None because only other rows have them.
 
-    Content that is null stays: a message of tool calls alone has some, and no reader may take it for a missing key.
+    Null content stays: a message of tool calls alone has it, and that is not the same as a missing key.
     """
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
         return value
@@ -318,11 +319,11 @@ def _text(value: Any, what: str) -> str:
 
 
 def _check_message(message: Mapping[str, Any], what: str) -> None:
-    """Raise if a response's message says nothing, or holds a thought beside its content, which is not to get lost."""
+    """Raise if a response's message is empty, or has reasoning outside its content, which would be lost."""
     thought = next((key for key in REASONING_KEYS if str(message.get(key) or "").strip()), None)
     if thought is not None:
         raise ValueError(
-            f"the message of {what!r} has {thought!r}, which is not a part of its text; write it into the content, as "
+            f"the message of {what!r} has {thought!r}, which is not part of its text; move it into the content, as "
             "the chat template does (<think>...</think>), or remove it."
         )
     if message.get("content") is None and not message.get("tool_calls"):

@@ -36,7 +36,7 @@ class JsonLines(Sequence[dict[str, Any]]):
 
     Raises:
         TypeError: When a row is asked for that is not an object.
-        ValueError: If there are no rows; when a row is asked for that is blank, too long, or no JSON in UTF-8.
+        ValueError: If there are no rows; when a row is asked for that is blank, too long, or not JSON in UTF-8.
     """
 
     def __init__(self, file: IO[bytes], path: Path, limit: int | None = None) -> None:
@@ -108,7 +108,7 @@ def parse_line(line: bytes, path: Path, row: int) -> dict[str, Any]:
 
     Raises:
         TypeError: If it is not an object.
-        ValueError: If it is blank, too long, or no JSON in UTF-8.
+        ValueError: If it is blank, too long, or not JSON in UTF-8.
     """
     if len(line) > _LONGEST_LINE:
         most = f"{_LONGEST_LINE:,} bytes at most"

@@ -4,9 +4,18 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import has_length
 
 # A rollout logs about forty numbers; these show whether the model learns. `report_to` gets all of them.
 _SHOWN = ("loss", "reward", "kl", "completions/mean_length", "steps/score", "value/explained_variance")
@@ -25,7 +34,7 @@ FIRST_STEPS, FIRST_SECONDS = 10, 30.0
 
 
 class RichProgress(TrainerCallback):
-    """A bar and one line per log, in place of the bars and dictionaries that `transformers.Trainer` prints.
+    """Bars of training and evaluation and one line per log, in place of what `transformers.Trainer` prints.
 
     The first loss is logged after at most ten steps; in one process also after the first step that ends thirty seconds
     or more after the start.
@@ -52,6 +61,7 @@ class RichProgress(TrainerCallback):
             disable=bool(trainer.args.disable_tqdm) or not trainer.is_world_process_zero(),
         )
         self.task = self.progress.add_task(description, total=None)
+        self._evaluation: TaskID | None = None
         self._start, self._silent = time.monotonic(), False
 
     def __enter__(self) -> "RichProgress":
@@ -76,6 +86,20 @@ class RichProgress(TrainerCallback):
         if self._silent and (state.global_step >= FIRST_STEPS or waited):
             control.should_log = True
         return control
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._evaluation is None:
+            batches = kwargs["eval_dataloader"]
+            total = len(batches) if has_length(batches) else None
+            self._evaluation = self.progress.add_task("Evaluation", total=total)
+        self.progress.advance(self._evaluation)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._evaluation is not None:
+            self.progress.remove_task(self._evaluation)
+            self._evaluation = None
 
     def on_log(
         self,

@@ -46,7 +46,10 @@ class RunConfig:
 
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Replace the finished model or another run in `output_dir`; else such a folder is refused."},
+        metadata={
+            "help": "Replace a model or run in `output_dir`; otherwise a folder with a finished model or another run "
+            "is refused."
+        },
     )
 
     def check_amounts(self) -> None:

@@ -117,7 +117,9 @@ class StepPPOConfig(RunConfig, GRPOConfig):
         default=0.0, metadata={"help": "Subtracted at the last token of a completion that the length limit cut."}
     )
     step_weight: float = field(default=1.0, metadata={"help": "Weight of the step rewards."})
-    outcome_weight: float = field(default=1.0, metadata={"help": "Weight of the outcome rewards (`reward_funcs`)."})
+    outcome_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the outcome rewards; they are the `reward_funcs`."}
+    )
     step_reward_weights: list[float] | None = field(
         default=None,
         metadata={

@@ -75,8 +75,8 @@ class FractalConfig(RunConfig, TrainingArguments):
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Maximum number of tokens of prompt and response together; whole steps beyond it are left out and "
-            "counted. None: the model's maximum."
+            "help": "Most tokens of prompt and response together; whole steps beyond it are left out and counted. "
+            "None: the model's maximum."
         },
     )
     disable_dropout: bool = field(
@@ -122,11 +122,11 @@ class FractalConfig(RunConfig, TrainingArguments):
     )
     missed_good: float = field(
         default=0.0,
-        metadata={"help": "Share of good responses that are labelled bad; the bag loss corrects for it."},
+        metadata={"help": "Share of good responses labelled bad; the bag loss corrects for it."},
     )
     missed_bad: float = field(
         default=0.0,
-        metadata={"help": "Share of bad responses that are labelled good; the bag loss corrects for it."},
+        metadata={"help": "Share of bad responses labelled good; the bag loss corrects for it."},
     )
     easyllp_weight: float = field(
         default=0.0, metadata={"help": "Weight of the EasyLLP loss, for labels that are shares of good steps."}
@@ -204,8 +204,8 @@ class FractalConfig(RunConfig, TrainingArguments):
     head_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of the scorer's own parameters (weight and bias, or the head). None: ten times "
-            "`learning_rate`, because they start untrained while the backbone is pretrained."
+            "help": "Learning rate of the scorer's own parameters; they are its weight and bias, or its head. None: "
+            "ten times `learning_rate`, because they start untrained while the backbone is pretrained."
         },
     )
 

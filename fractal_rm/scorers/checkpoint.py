@@ -85,6 +85,11 @@ def load_tokenizer(path: str | Path, kind: Any = AutoTokenizer, **hub: Any) -> P
     try:
         tokenizer = kind.from_pretrained(path, trust_remote_code=False, **hub)
     except Exception as error:  # damaged files make libraries raise anything
+        if not Path(path).exists():
+            raise ValueError(
+                f"There is no folder {path}, and the hub does not give its tokenizer ({reason(error)}). Check the path "
+                "or hub id."
+            ) from error
         _check_config(path)
         raise ValueError(
             f"{path} has no tokenizer that can be loaded ({reason(error)}). Save one there, or give `processing_class`."

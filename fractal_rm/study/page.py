@@ -135,7 +135,7 @@ def draw_curves(
         # An arm may be missing on some settings.
         lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
         named = [lines[arm] for arm in arms if arm in lines]
-        figure.axes[0].legend(handles=named, fontsize=8.5, frameon=False)
+        figure.legend(handles=named, loc="outside upper center", ncols=2 * columns, fontsize=8.5, frameon=False)
         figure.supxlabel(along[0], fontsize=9, color=PICTURE.muted)
         figure.supylabel(label, fontsize=9, color=PICTURE.muted)
         save_figure(figure, path)

@@ -81,10 +81,13 @@ PPO_SETTINGS: Options = {
 class QuickstartArguments:
     """Arguments of `fractal-rm quickstart`."""
 
-    output_dir: str = field(default="runs/quickstart", metadata={"help": "Where models, rows and report go."})
+    output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder of models, results and report."})
     seed: int = field(default=0, metadata={"help": "Seed of data, models and training."})
     budget: Literal["small", "full"] = field(
-        default="small", metadata={"help": "`small`: minutes on two cores. `full`: longer training, smoother curves."}
+        default="small",
+        metadata={
+            "help": "How much to train. `small`: minutes on two cores. `full`: longer training, smoother curves."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -172,8 +172,8 @@ def files() -> Iterator[Case]:
     for content, says in rows.items():
         yield case("rows", content, f"rows.jsonl|{says}")
     for content, says in {
-        "{}": "holds no list",
-        "3": "holds no list",
+        "{}": "does not hold a list",
+        "3": "does not hold a list",
         "[1]": "row 1: the row is int",
         row * 2: "rows.json has an object on each line; name it .jsonl",
         "[{}, 2]": "row 2: the row is int",

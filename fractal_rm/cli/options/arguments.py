@@ -105,9 +105,7 @@ class ScoringArguments(ColumnArguments):
         default=None, metadata={"help": "Format in which the authors published the rows, docs/datasets.md."}
     )
     batch_size: int = field(default=32, metadata={"help": "Responses per forward pass."})
-    limit: int | None = field(
-        default=None, metadata={"help": "Read at most this many rows, from the start of the file."}
-    )
+    limit: int | None = field(default=None, metadata={"help": "Rows to read from the start of the file; default: all."})
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -156,7 +154,7 @@ class DataArguments(ColumnArguments):
         },
     )
     limit: int | None = field(
-        default=None, metadata={"help": "Read at most this many rows of each split, from its start."}
+        default=None, metadata={"help": "Rows to read from the start of each split; default: all."}
     )
     strict: bool = field(
         default=False,

@@ -11,7 +11,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fractal_rm.errors import did_you_mean
 from fractal_rm.files import read_yaml
@@ -78,11 +78,31 @@ ALIASES = {
     "reward_model_name_or_path": "reward_model",
     "reward_funcs": "reward_function",
 }
+# Options of other libraries whose own help is vague, or does not fit the line that they get on one screen.
+PLAIN = {
+    "learning_rate": "Initial learning rate",
+    "num_train_epochs": "Passes over the data",
+    "max_steps": "Updates, instead of `num_train_epochs`",
+    "gradient_accumulation_steps": "Batches per update",
+    "num_generations": "Completions of each prompt",
+    "max_completion_length": "Most tokens of a completion",
+    "use_vllm": "Generate completions with vLLM",
+    "bf16": "Mixed precision in bfloat16",
+    "seed": "Random seed",
+    "output_dir": "Folder of model, metrics and checkpoints",
+    "logging_steps": "Updates between two lines of the log",
+    "eval_strategy": "When to evaluate: no, steps, epoch",
+    "save_steps": "Updates between two checkpoints",
+    "resume_from_checkpoint": "Continue: `true`, or a checkpoint's folder",
+    "report_to": "Where to log, such as wandb",
+}
 # Narrowest and widest page, the columns of flags, and the lines of a screen.
 _NARROW, _WIDE, _FLAGS, SCREEN = 80, 120, 34, 50
 # Room for choices after a sentence, so that the first ones are visible.
 _A_CHOICE = 20
 _OURS = "fractal_rm"
+# How much of an option's help is shown: all, its first sentence, or one line.
+_Detail = Literal["whole", "sentence", "line"]
 
 
 class Option(NamedTuple):
@@ -119,14 +139,14 @@ def short_help(command: str, says: str) -> str:
     rest = len(known) - sum(map(len, groups.values()))
     more = f"`fractal-rm {command} --help all` {f'lists {rest} more' if rest else 'explains them in full'}."
 
-    def page(cut: bool) -> list[str]:
+    def page(detail: _Detail) -> list[str]:
         lines = [_usage(command), "", says]
         for title, names in groups.items():
-            lines += ["", f"{title}:", *(line for name in names for line in _lines(known[name], cut=cut))]
+            lines += ["", f"{title}:", *(line for name in names for line in _lines(known[name], detail))]
         return [*lines, "", f"{more} --config reads a YAML file; flags beat it."]
 
-    whole = page(cut=False)
-    return "\n".join(whole if len(whole) <= SCREEN else page(cut=True))
+    pages = (page(detail) for detail in ("whole", "sentence", "line"))
+    return "\n".join(next((lines for lines in pages if len(lines) <= SCREEN), page("line")))
 
 
 def full_help(command: str, says: str) -> str:
@@ -150,21 +170,28 @@ def _usage(command: str) -> str:
     return f"usage: fractal-rm {command} [--config file.yaml] [--any_flag value ...]"
 
 
-def _lines(option: Option, *, cut: bool) -> list[str]:
-    """An option: its flag, the beginning of its help, its default in brackets; cut to one line, or wrapped."""
+def _lines(option: Option, detail: _Detail) -> list[str]:
+    """An option: its flag, its help or the beginning of it, its default in brackets."""
     shown = "" if option.default == "false" else option.default
     default = " (required)" if option.required else f" [{shown}]" if shown else ""
-    text = option.help.partition(". ")[0].partition("; ")[0].rstrip(".")
+    text = option.help if option.owner.startswith(_OURS) else PLAIN.get(option.name, option.help)
+    if detail != "whole":
+        text = text.partition(". ")[0].partition("; ")[0]
+    text, cut = text.rstrip("."), detail == "line"
     flag = f"  --{option.name} ".ljust(_FLAGS)
     room = _width() - len(flag)
-    if option.choices:
+    if option.choices and detail == "whole":
+        sentence, dot, rest = text.partition(". ")
+        if any(choice not in text for choice in option.choices):
+            text = f"{sentence}: {', '.join(option.choices)}{dot}{rest}"
+    elif option.choices:
         sentence, choices = text.partition(": ")[0], ", ".join(option.choices)
         text = f"{sentence}: {choices}"
         if cut and len(text + default) > room and len(sentence + default) > room - _A_CHOICE:
             text = choices
     if cut:
         return [flag + textwrap.shorten(text, room - len(default), placeholder=" ...") + default]
-    first, *others = textwrap.wrap(text + default, room, break_long_words=False)
+    first, *others = textwrap.wrap(text + default, room, break_long_words=False, break_on_hyphens=False)
     return [flag + first, *(" " * len(flag) + line for line in others)]
 
 

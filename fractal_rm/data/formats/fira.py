@@ -27,30 +27,30 @@ def read_fira(data: PathLike, *, source: str | None = None, limit: int | None = 
     `documentId`, `queryId` and more), `documents.tsv` (`doc_id`, `doc_text`) and `queries.tsv` (`query_id`,
     `query_text`).
 
-    From each judge, a word gets the snippet's grade, 0 to 3, if the judge marked the word or marked nothing, else 0.
-    The grade of a word is the highest that any judge gives it, that of a step (sentence) the highest of its words, that
-    of a response the highest of its steps.
+    Each judge gives the snippet a grade from 0 to 3. A word gets that grade if the judge marked the word or marked
+    nothing at all, and otherwise 0. The grade of a word is the highest over all judges, the grade of a step (sentence)
+    is the highest of its words, and the grade of a response is the highest of its steps.
 
     Args:
-        data: File of the judgements, with `documents.tsv` and `queries.tsv` beside it.
+        data: File of the judgements, with `documents.tsv` and `queries.tsv` in the same folder.
         source: Name of the judgements in error messages.
-        limit: Most bags, the first ones.
+        limit: Return at most this many bags, the first ones.
 
     Returns:
-        One bag, with `num_grades` 4, for each snippet and query that was judged, in the order of the judgements.
+        One bag, with `num_grades` 4, for each judged pair of snippet and query, in the order of the judgements.
 
     Raises:
-        FileNotFoundError: If a file is not there.
+        FileNotFoundError: If one of the files is missing.
         ValueError: If a column, a document or a query is missing, or a grade or range cannot be read. Row 1 is the
             header.
 
     Source:
         Hofstätter et al., Fine-Grained Relevance Annotations, CIKM 2020 (arXiv 2008.05363);
         github.com/sebastian-hofstaetter/fira-trec-19-dataset (MIT licence). Grades as in FRACTAL (Makhija et al.,
-        ACL 2025), which reads only the first range of each judgement in its public code; all are read here.
+        ACL 2025), whose public code reads only the first range of each judgement; here all ranges are read.
     """
     if not isinstance(data, str | os.PathLike):
-        raise TypeError("FiRA is read from its three files; give the path of the judgements.")
+        raise TypeError("FiRA is read from three files; give the path of the judgements.")
     judgements, source = Path(data), source or str(data)
     documents, queries = judgements.with_name("documents.tsv"), judgements.with_name("queries.tsv")
     texts = _two_columns(documents, "doc_id", "doc_text")
@@ -69,7 +69,7 @@ def read_fira(data: PathLike, *, source: str | None = None, limit: int | None = 
     if not graded:
         raise ValueError(f"{source} has no rows; give at least one.")
     bags = []
-    # Judges of one snippet may stand anywhere in the file, so that all rows are read.
+    # Judgements of one snippet may be anywhere in the file, so all rows are read.
     for (query, document), judged in islice(graded.items(), limit):
         with naming(source, first_row[query, document]):
             text = texts[document]
@@ -92,7 +92,7 @@ def _two_columns(path: Path, key: str, value: str) -> dict[str, str]:
 
 
 def _judgement(row: Mapping[str, Any], text: str) -> tuple[int, list[Span]]:
-    """The grade of a judgement and the characters it is about."""
+    """The grade of a judgement, and the characters that it covers."""
     level, ranges = column(row, "relevanceLevel", str), column(row, "relevanceCharacterRanges", str)
     grade = _LEVEL.match(level)
     if grade is None:
@@ -111,5 +111,5 @@ def _judgement(row: Mapping[str, Any], text: str) -> tuple[int, list[Span]]:
 
 
 def _character(text: str, unit: int) -> int:
-    """Where a UTF-16 unit lies in a text: the annotation tool ran in a browser, which counts these."""
+    """Index of the character at a UTF-16 unit: the annotation tool ran in a browser, which counts UTF-16 units."""
     return len(text.encode("utf-16-le")[: 2 * unit].decode("utf-16-le", "ignore"))

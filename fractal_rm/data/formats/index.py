@@ -28,13 +28,13 @@ FormatName = Literal[
 
 @dataclass(frozen=True)
 class HubFiles:
-    """Where the Hub has a data set.
+    """Location of a data set on the Hub.
 
     Args:
-        path: Its id.
-        splits: Its splits.
-        data_file: The file of a split, with `{split}` in its name, if files are loaded by name.
-        field: Where the rows are in the file, if it is one object.
+        path: Id of the data set.
+        splits: Names of its splits.
+        data_file: File of a split, with `{split}` in its name, if files are loaded by name.
+        field: Key of the list of rows, if the file is one object.
     """
 
     path: str
@@ -43,7 +43,7 @@ class HubFiles:
     field: str | None = None
 
     def arguments(self, split: str) -> dict[str, Any]:
-        """Arguments of `datasets.load_dataset` for one split: the columns of the others need not be alike.
+        """Arguments of `datasets.load_dataset` that load one split only: other splits may have other columns.
 
         Raises:
             ValueError: If there is no such split.
@@ -61,9 +61,9 @@ class Format:
     """A format of official files.
 
     Args:
-        read: Makes bags of a file, or of rows: `read(data, source=..., limit=...)`.
-        meaning: How a response's label follows from the labels of its steps.
-        hub: Where the Hub has the data; None if it comes from elsewhere.
+        read: Makes bags from a file or from rows: `read(data, source=..., limit=...)`.
+        meaning: How a response's label follows from its step labels.
+        hub: Location of the data on the Hub; None if it is published elsewhere.
     """
 
     read: Callable[..., list[Bag]]
@@ -93,11 +93,11 @@ def check_meaning(name: FormatName, aggregation: str) -> None:
     """Raise unless an aggregation fits the labels of a format.
 
     Raises:
-        ValueError: If the labels mean something else.
+        ValueError: If the aggregation does not fit.
     """
     found = FORMATS[name].meaning
     if meaning(aggregation) != found:
         raise ValueError(
-            f"A label of {name} is the {found} of its steps' labels, but `aggregation` is {aggregation!r}. "
+            f"In {name}, a response's label is the {found} of its step labels, but `aggregation` is {aggregation!r}. "
             f"Set `aggregation={found}`, or use other data."
         )

@@ -8,28 +8,28 @@ from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.reading import Data, column, read_each
 from fractal_rm.data.segmentation import join_steps
 
-# Marks the end of a step in the input; the label has the sign of the step in its place.
+# Ends each step of the input. In the label, the sign of the step (+ or -) replaces it.
 _MARK = "ки"
 _FIRST_STEP = re.compile(r"\bStep 1\s*:")
 
 
 def read_math_shepherd(data: Data, *, source: str | None = None, limit: int | None = None) -> list[Bag]:
-    """Bags of Math-Shepherd: solutions of GSM8K and MATH, labelled by how often sampling goes on to the right answer.
+    """Bags of Math-Shepherd: solutions of GSM8K and MATH, with step labels from sampled continuations.
 
     Official file: `math-shepherd.jsonl`. A row has `input` (the problem, then steps that each end with "ки"), `label`
-    (the same text with "+" or "-" in the place of each "ки") and `task`. The first step begins at "Step 1:".
+    (the same text with "+" or "-" in place of each "ки") and `task`. The first step begins at "Step 1:".
 
-    Label of a step: 1 iff some solution that was sampled from it on reached the right answer; nobody looked at it.
+    Label of a step: 1 iff at least one continuation sampled from it reached the right answer; no person checked it.
     Label of a response: 1 iff all steps are +. Aggregation `"min"`.
 
     Returns:
-        One bag a row. The response is the text from "Step 1:" on, without the marks.
+        One bag for each row. The response is the text from "Step 1:" on, without the marks.
 
     Raises:
         ValueError: If a column is missing, or the label does not repeat the input.
 
     Warns:
-        UserWarning: If rows have no "Step 1:" and so no visible end of the problem; they are left out.
+        UserWarning: If rows have no "Step 1:", so that the end of the problem is unknown; they are left out.
 
     Source:
         Wang et al., Math-Shepherd, ACL 2024 (arXiv 2312.08935); huggingface.co/datasets/peiyi9979/Math-Shepherd, which
@@ -45,7 +45,7 @@ def read_math_shepherd(data: Data, *, source: str | None = None, limit: int | No
     def make(row: Mapping[str, Any], number: int) -> list[Bag]:
         pieces, gold = _signed_pieces(column(row, "input", str), column(row, "label", str))
         if not pieces:
-            raise ValueError(f"the input has no {_MARK!r} where a step ends; give the official file.")
+            raise ValueError(f"the input has no {_MARK!r} at the end of a step; give the official file.")
         begin = _FIRST_STEP.search(pieces[0])
         if begin is None or not pieces[0][: begin.start()].strip():
             return []
@@ -57,7 +57,7 @@ def read_math_shepherd(data: Data, *, source: str | None = None, limit: int | No
 
 
 def _signed_pieces(text: str, signed: str) -> tuple[list[str], list[float]]:
-    """The pieces between the marks, and the label of each, found at the same place of the signed text."""
+    """The pieces between the marks, and the label of each, read at the same position of the signed text."""
     pieces, gold, position = text.split(_MARK)[:-1], [], 0
     for number, piece in enumerate(pieces, 1):
         sign = signed[position + len(piece) : position + len(piece) + 1]

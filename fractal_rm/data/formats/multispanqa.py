@@ -17,19 +17,19 @@ def read_multispanqa(
     seed: int = 0,
     limit: int | None = None,
 ) -> list[Bag]:
-    """Bags of MultiSpanQA: paragraphs in which the spans that answer a question are marked, some cut to hold none.
+    """Bags of MultiSpanQA: paragraphs in which the spans that answer a question are marked, some cut to have none.
 
     Official files: `train.json` and `valid.json`, an object with the list `data`. A row has `id`, `question` and
-    `context` (lists of tokens) and `label` ("B", "I" or "O" a token). The hidden `test.json` has no labels.
+    `context` (lists of tokens) and `label` ("B", "I" or "O" for each token). The hidden `test.json` has no labels.
 
-    The response is the tokens joined by spaces. Label of a step (sentence): 1 iff it holds a token that is not "O".
-    Label of a response: 1 iff a step is 1. A share of the rows become negative: they are cut to their longest run of
-    sentences without any answer token. A row without such a sentence stays as it is, so slightly fewer are negative.
-    Negative responses are shorter: report what length alone achieves.
+    The response is the tokens joined by spaces. Label of a step (sentence): 1 iff it has a token that is not "O".
+    Label of a response: 1 iff any step is 1. A share of the rows is made negative: they are cut to their longest run of
+    sentences without an answer token. A row without such a sentence stays as it is, so slightly fewer are negative.
+    Negative responses are shorter, so report what length alone achieves.
 
     Args:
         negative_share: Share of the rows to cut; 0.5 as in FRACTAL.
-        seed: Draws these rows.
+        seed: Seed of the draw of these rows.
         limit: As in [`read_each`].
 
     Raises:
@@ -48,7 +48,7 @@ def read_multispanqa(
     if not 0 <= negative_share <= 1:
         raise ValueError(f"negative_share is {negative_share}; give a share from 0 to 1.")
     found, source = stream_rows(data, source, key="data")
-    rows = list(found)  # the file is one object, and the draw is from all of its rows
+    rows = list(found)  # the draw needs all rows, and the file is one object anyway
     cut = set(random.Random(seed).sample(range(1, len(rows) + 1), round(negative_share * len(rows))))
 
     def make(row: Mapping[str, Any], number: int) -> list[Bag]:
@@ -69,9 +69,9 @@ def read_multispanqa(
 def _answer_tokens(tokens: Sequence[str], labels: Sequence[str]) -> tuple[str, list[Span]]:
     """The tokens joined by spaces, and the spans of those in an answer."""
     if len(tokens) != len(labels):
-        raise ValueError(f"there are {len(labels)} labels for {len(tokens)} tokens; give one each.")
+        raise ValueError(f"there are {len(labels)} labels for {len(tokens)} tokens; give one label for each token.")
     if unknown := set(labels) - {"B", "I", "O"}:
-        raise ValueError(f"the labels hold {min(unknown, key=str)!r}; give 'B', 'I' and 'O'.")
+        raise ValueError(f"the labels include {min(unknown, key=str)!r}; give only 'B', 'I' and 'O'.")
     answers, start = [], 0
     for token, label in zip(tokens, labels, strict=True):
         if label != "O":

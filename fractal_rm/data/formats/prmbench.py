@@ -15,12 +15,13 @@ def read_prmbench(data: Data, *, source: str | None = None, limit: int | None = 
     `modified_process` (the steps) and `error_steps` (from 1), and the same solution without errors in
     `original_question` and `original_process`.
 
-    Label of a step: 0 iff it is in `error_steps`. Label of a response: 1 iff none is. Steps of the kinds `redundency`
-    and `circular` are not strictly wrong. The errors are a model's, not natural ones.
+    Label of a step: 0 iff it is in `error_steps`. Label of a response: 1 iff no step is. Steps of the kinds
+    `redundency` and `circular` are not strictly wrong. A model wrote the errors on purpose; they are not natural ones.
 
     Returns:
-        A bag a row, in front of each of the kind `redundency` its original solution, as a good response: the official
-        evaluation takes its good responses from there. The id of a bag is its kind (or `correct`) and `idx`.
+        One bag for each row. In front of each row of the kind `redundency` comes its original solution, as a good
+        response, because the official evaluation takes its good responses from there. The id of a bag is its kind (or
+        `correct`) and `idx`.
 
     Raises:
         ValueError: If a column is missing.

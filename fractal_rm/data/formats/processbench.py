@@ -16,16 +16,16 @@ def read_processbench(
     Official files: `gsm8k.json`, `math.json`, `olympiadbench.json`, `omnimath.json`. A row has `id`, `generator`,
     `problem`, `steps`, `final_answer_correct` and `label`: the index of the first wrong step, from 0, or -1.
 
-    Label of a step: 1 before the first wrong step, 0 at it, not known after it. Label of a response: 1 iff no step is
-    wrong; with `answer_labels`, whether its final answer is right, the label one has in practice (it is right after a
-    wrong step in some solutions). A test set: do not train on it.
+    Label of a step: 1 before the first wrong step, 0 at it, unknown after it. Label of a response: 1 iff no step is
+    wrong. With `answer_labels`: 1 iff the final answer is right, which is the label available in practice (some
+    solutions with a wrong step still reach the right answer). This is a test set: do not train on it.
 
     Args:
-        answer_labels: Take `final_answer_correct` as the response's label.
+        answer_labels: Use `final_answer_correct` as the response's label.
         limit: As in [`read_each`].
 
     Raises:
-        ValueError: If a column is missing, or the label is no step.
+        ValueError: If a column is missing, or the label is not the index of a step.
 
     Source:
         Zheng et al., ProcessBench, 2024 (arXiv 2412.06559); huggingface.co/datasets/Qwen/ProcessBench (Apache-2.0).
@@ -39,7 +39,7 @@ def read_processbench(
     def make(row: Mapping[str, Any], number: int) -> list[Bag]:
         steps, first = texts(row, "steps"), column(row, "label", int)
         if first not in range(-1, len(steps)):
-            raise ValueError(f"the label is {first}, no step of {len(steps)}; give -1 or an index from 0.")
+            raise ValueError(f"the label is {first}, but there are {len(steps)} steps; give -1 or an index from 0.")
         gold = [1.0] * len(steps) if first < 0 else [1.0] * first + [0.0] + [None] * (len(steps) - first - 1)
         label = column(row, "final_answer_correct", bool) if answer_labels else first < 0
         response, spans = join_steps(steps)

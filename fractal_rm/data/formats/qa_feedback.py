@@ -16,17 +16,17 @@ def read_qa_feedback(data: Data, *, source: str | None = None, limit: int | None
     """Bags of QA-Feedback, fine-grained: long answers in which people marked spans with errors.
 
     Official files: `train_feedback.json` and `dev_feedback.json`. A row has `question`, `passages` (each a title, then
-    sentences), `prediction 1` (the only answer that was marked) and `feedback.errors`, spans with `error type`, `start`
-    and `end` (characters, the end not included).
+    sentences), `prediction 1` (the only answer that was marked) and `feedback.errors`: spans with `error type`, `start`
+    and `end` (characters, the end excluded).
 
-    Label of a step (sentence): 0 iff a span of the type "Irrelevant" touches it; other types count as good. Label of a
+    Label of a step (sentence): 0 iff a span of the type "Irrelevant" overlaps it; other types count as good. Label of a
     response: the share of good steps (aggregation `"mean"`).
 
     Returns:
-        One bag a row; the prompt is the question followed by the passages. The id is the number of the row.
+        One bag for each row. The prompt is the question followed by the passages; the id is the number of the row.
 
     Raises:
-        ValueError: If a column is missing or a span leaves the answer.
+        ValueError: If a column is missing, or a span is empty or outside the answer.
 
     Source:
         Wu et al., Fine-Grained Human Feedback, NeurIPS 2023 (arXiv 2306.01693); github.com/allenai/FineGrainedRLHF
@@ -56,38 +56,39 @@ def _span(error: Mapping[str, Any], response: str) -> tuple[str, int, int]:
     start, end = (column(error, name, int, within="feedback.errors.") for name in ("start", "end"))
     if not 0 <= start < end <= len(response):
         found = f"{start} to {end}"
-        raise ValueError(f"the span {found} leaves the answer of {len(response)} characters; mend or drop it.")
+        raise ValueError(f"the span {found} is empty or outside the answer of {len(response)} characters; drop it.")
     return column(error, "error type", str, within="feedback.errors."), start, end
 
 
 def _prompt(row: Mapping[str, Any]) -> str:
-    """The question, then each passage on a line of its own after its title; white space in passages is one space."""
+    """The question, then each passage on a separate line after its title, with white space reduced to one space."""
     parts = [column(row, "question", str)]
     for number, passage in enumerate(column(row, "passages", list), 1):
         if not isinstance(passage, list) or not passage or not all(isinstance(text, str) for text in passage):
-            raise TypeError(f"passage {number} is no list of a title and sentences; give the official columns.")
+            raise TypeError(f"passage {number} is not a list of a title and sentences; give the official columns.")
         title, *text = passage
         parts.append(f"[{title}] {' '.join(' '.join(text).split())}")
     return "\n\n".join(parts)
 
 
 def read_qa_preferences(data: Data, *, source: str | None = None, limit: int | None = None) -> list[Bag]:
-    """Bags of QA-Feedback, preferences: which of two answers to a question people like better.
+    """Bags of QA-Feedback, preferences: which of two answers to a question people prefer.
 
-    Official files and columns: those of [`read_qa_feedback`], `prediction 1` to `prediction 4`, and `preference`: for
-    the pairs 1-2, 1-3, 1-4, 2-3, 2-4, 3-4 a 1 if the first is better, 2 if the second is, 0 for a tie.
+    Official files and columns: as in [`read_qa_feedback`], with `prediction 1` to `prediction 4`, and `preference`: one
+    number for each of the pairs 1-2, 1-3, 1-4, 2-3, 2-4, 3-4, which is 1 if the first answer is better, 2 if the second
+    is, and 0 for a tie.
 
-    Label of a response: 1 for the chosen, 0 for the rejected answer of a pair; ties are left out. No step is labelled.
-    Aggregation `"mean"`.
+    Label of a response: 1 for the chosen and 0 for the rejected answer of a pair; ties are left out. Steps have no
+    labels. Aggregation `"mean"`.
 
     Returns:
-        Two bags a comparison with one `pair_id`, the chosen answer first. The id is the row and the answer.
+        Two bags with one `pair_id` for each comparison, the chosen answer first. The id is the row and the answer.
 
     Raises:
         ValueError: If a column is missing, or `preference` is not six numbers from 0 to 2.
 
     Source:
-        As [`read_qa_feedback`], with its licence.
+        As in [`read_qa_feedback`], with the same licence.
 
     Example:
         >>> row = {"question": "Who?", "passages": [], "preference": [2, 0, 0, 0, 0, 0]}

@@ -1,7 +1,7 @@
-"""What the readers of official files share: rows of a file or a list, and errors that name file and row.
+"""Shared parts of the readers of official files: rows from a file or a list, and errors that name file and row.
 
-Every reader takes the data (a file, or rows) and the `source`, its name in messages. A value of the wrong type is a
-TypeError.
+Every reader takes the data (a file or rows) and `source`, the name of the data in messages. A value of the wrong type
+raises TypeError.
 """
 
 import csv
@@ -26,16 +26,16 @@ _LFS_POINTER = b"version https://git-lfs.github.com/"
 
 
 def stream_rows(data: Data, source: str | None, *, key: str | None = None) -> tuple[Iterable[Mapping[str, Any]], str]:
-    """Rows of a data set, read when they are asked for, and its name in error messages.
+    """Rows of a data set, read lazily, and its name in error messages.
 
     Args:
         data: A `.jsonl` or `.json` file (gzipped or not), or the rows themselves.
-        source: The name; None takes the path, or "data" for rows.
-        key: Where the list of rows is, if a `.json` file holds one object around it.
+        source: The name. None: the path of the file, or "data" for rows.
+        key: Key of the list of rows, if a `.json` file holds one object around the list.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        TypeError: If a file does not hold rows.
+        TypeError: If the file does not hold rows.
         ValueError: If a file cannot be read.
 
     Example:
@@ -53,31 +53,31 @@ def stream_rows(data: Data, source: str | None, *, key: str | None = None) -> tu
 
 
 def check_file(path: Path) -> None:
-    """Raise unless a path is a file that holds data, not the stand-in that `git clone` leaves without Git LFS.
+    """Raise if a path is not a file, or is a Git LFS pointer, which `git clone` without Git LFS leaves in its place.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is a pointer of Git LFS.
+        ValueError: If it is a Git LFS pointer.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; check the path.")
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise ValueError(f"{path} is a pointer of Git LFS, not the data; fetch the data with `git lfs pull`.")
+            raise ValueError(f"{path} is a Git LFS pointer, not the data; fetch the data with `git lfs pull`.")
 
 
 def csv_rows(path: Path, delimiter: str = "\t", limit: int | None = None) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a file of separated cells by the names of its header, with their numbers; the header is row 1.
+    """Rows of a CSV or TSV file as dictionaries, keyed by the header, each with its row number. The header is row 1.
 
-    Cells are text: a response `2` or `NA` is not converted. A row is read when it is asked for; with a limit, rows
-    after the first ones are not looked at.
+    Cells are text: a response `2` or `NA` is not converted. Rows are read lazily; with a limit, only the first ones are
+    read.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not UTF-8, or a row has other cells than the header.
+        ValueError: If it is not UTF-8, or a row does not have as many cells as the header.
     """
     check_file(path)
-    csv.field_size_limit(2**31 - 1)  # responses are longer than the 131,072 characters that Python allows at first
+    csv.field_size_limit(2**31 - 1)  # responses may be longer than Python's default limit of 131,072 characters
     kind = "tab-separated" if delimiter == "\t" else "comma-separated"
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -85,11 +85,11 @@ def csv_rows(path: Path, delimiter: str = "\t", limit: int | None = None) -> Ite
             _check_header(list(rows.fieldnames or ()), path, kind)
             for number, row in enumerate(islice(rows, limit), 2):
                 if None in row or None in row.values():
-                    told = "the row has other cells than the header; quote cells, or mend it."
+                    told = "the row does not have as many cells as the header; quote its cells, or correct it."
                     raise ValueError(f"{path}, row {number}: {told}")
                 yield number, row
     except (UnicodeDecodeError, csv.Error):
-        raise ValueError(f"{path} is no {kind} file in UTF-8; write or download it again.") from None
+        raise ValueError(f"{path} is not a {kind} file in UTF-8; write or download it again.") from None
 
 
 def _check_header(names: Sequence[str], path: Path, kind: str) -> None:
@@ -108,7 +108,7 @@ def _wrapped_rows(path: Path, key: str | None) -> list[Mapping[str, Any]]:
     found = parse_json(content, str(path))
     rows = found.get(key) if isinstance(found, dict) else found
     if not isinstance(rows, list):
-        raise TypeError(f"{path} holds no list under {key!r}; give the official file.")
+        raise TypeError(f"{path} does not hold a list under {key!r}; give the official file.")
     return rows
 
 
@@ -120,22 +120,22 @@ def read_each(
     left_out: str | None = None,
     limit: int | None = None,
 ) -> list[Bag]:
-    """Bags of all rows, in their order: what every reader of official files ends with.
+    """Bags of all rows, in order: the last call of most readers of official files.
 
     Args:
         data: A file, or rows, as in [`stream_rows`].
-        source: Name of the data in error messages, as there.
-        make: Bags of a row and its number, from 1. An empty list leaves the row out.
-        left_out: What rows without a bag have in common, for a warning; None if leaving out is the rule.
-        limit: Most bags; the rows after them are not read. Of a preference, both bags or none.
+        source: Name of the data in error messages, as in [`stream_rows`].
+        make: Makes bags from a row and its number, counted from 1. An empty list leaves the row out.
+        left_out: What is wrong with rows that give no bag, for a warning. None: leaving them out is normal.
+        limit: Return at most this many bags and read no further. A preference gives both of its bags or none.
 
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If a value has the wrong type.
-        ValueError: If a value is missing or wrong, or there is no row, or none gives a bag.
+        ValueError: If a value is missing or wrong, there are no rows, or no row gives a bag.
 
     Warns:
-        UserWarning: If rows are left out that should not be there.
+        UserWarning: If rows are left out and `left_out` says why.
     """
     rows, source = stream_rows(data, source)
     bags: list[Bag] = []
@@ -147,12 +147,12 @@ def read_each(
             new = make(row, number)
         bags += new
         missing += [] if new else [number]
-        if limit is not None and len(bags) > limit:  # one more tells whether a preference is cut
+        if limit is not None and len(bags) > limit:  # one bag more shows whether a preference is cut in two
             break
     if number == 0:
         raise ValueError(f"{source} has no rows; give at least one.")
     if not bags:
-        raise ValueError(f"None of the {number} rows of {source} gives a bag; check that it is the official file.")
+        raise ValueError(f"None of the {number} rows of {source} can be used; check that it is the official file.")
     if missing and left_out:
         warnings.warn(
             f"{source}: {len(missing)} of {number} rows {left_out} (first: row {missing[0]}); they are left out.",
@@ -162,7 +162,7 @@ def read_each(
 
 
 def first_bags(bags: list[Bag], limit: int | None) -> list[Bag]:
-    """The first bags; of a preference, both or none."""
+    """The first bags. A preference keeps both of its bags or none."""
     if limit is None or limit >= len(bags):
         return bags
     pair = bags[limit].pair_id
@@ -175,11 +175,11 @@ def column(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...], *, 
     Args:
         row: The row, or an object in it.
         name: Name of the column.
-        kind: What it must be.
-        within: Path of the object in the row, for the sentence: `"question."`.
+        kind: Type that the value must have.
+        within: Path of the object in the row, for error messages: `"question."`.
 
     Raises:
-        TypeError: If the value is of another kind, or the row is no object.
+        TypeError: If the value has another type, or the row is not an object.
         ValueError: If the column is missing or null.
 
     Example:
@@ -202,7 +202,7 @@ def column(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...], *, 
 
 
 def texts(row: Mapping[str, Any], name: str) -> list[str]:
-    """A column that is a list of texts, checked as by [`column`].
+    """A column that is a list of texts, checked as in [`column`].
 
     Example:
         >>> texts({"context": ["a", "b"]}, "context")
@@ -217,7 +217,7 @@ def texts(row: Mapping[str, Any], name: str) -> list[str]:
 
 
 def touches(step: Span, ranges: Sequence[Span]) -> bool:
-    """Whether a step shares a character with one of the ranges.
+    """Whether a step overlaps one of the ranges.
 
     Example:
         >>> touches((0, 4), [(4, 9)]), touches((0, 5), [(4, 9)])

@@ -1,4 +1,4 @@
-"""Parquet, CSV and Arrow files, and folders that `datasets` saved: rows as from a JSON file."""
+"""Rows of Parquet, CSV and Arrow files and of folders saved by `datasets`, in the form of rows of a JSON file."""
 
 import json
 import shutil
@@ -14,16 +14,16 @@ from fractal_rm.data.rows import JsonLines, check_rows, spooled
 from fractal_rm.data.shapes import LISTS
 from fractal_rm.files import parse_json
 
-# The builder of `datasets.load_dataset` for an ending, and what stands between cells.
+# Builder of `datasets.load_dataset` by file ending, and separator of cells by file ending.
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def open_table(path: Path, limit: int | None = None) -> Sequence[dict[str, Any]]:
-    """Rows of a file that [`is_table`], or of a folder of `Dataset.save_to_disk`: all of them, or the first ones.
+    """Open the rows of a table ([`is_table`]): all of them, or the first ones.
 
-    Cells of CSV files are text; lists and chats are written as JSON. Rows stay on disk: memory-mapped by `datasets`;
-    those of a CSV file in a temporary file.
+    Cells of CSV files are text; lists and chats are written as JSON. Rows stay on disk: `datasets` maps them into
+    memory, and rows of a CSV file go to a temporary file.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
@@ -43,7 +43,7 @@ class MappedRows(Sequence[dict[str, Any]]):
 
     Args:
         dataset: The data set.
-        folder: A temporary folder of its files, which goes when the rows do.
+        folder: Temporary folder of its files, deleted together with this object.
     """
 
     def __init__(self, dataset: Any, folder: str | None = None) -> None:
@@ -79,7 +79,7 @@ def _from_datasets(path: Path, limit: int | None) -> Sequence[dict[str, Any]]:
             if path.suffix == ".parquet" and not pyarrow.parquet.read_metadata(path).num_rows:
                 return []
             named: Any = {"path": _BUILDERS[path.suffix], "data_files": str(path), "split": "train"}
-            if limit is not None:  # no more is read
+            if limit is not None:  # reads only these rows
                 return list(load_dataset(**named, streaming=True, trust_remote_code=False).take(limit))
             cache = tempfile.mkdtemp()
             found = load_dataset(**named, cache_dir=cache, trust_remote_code=False)
@@ -97,7 +97,7 @@ def _from_datasets(path: Path, limit: int | None) -> Sequence[dict[str, Any]]:
 
 
 def _cell(name: str, text: str) -> Any:
-    """A cell of a CSV file: null if it is empty, a list or a chat if it is one in JSON, else text."""
+    """Value of a CSV cell: None if empty, a list or a chat if it holds one as JSON, and otherwise the text."""
     if not text:
         return None
     if text.startswith("["):
@@ -109,7 +109,7 @@ def _cell(name: str, text: str) -> Any:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a path is read by [`open_table`]: by its ending, or because `datasets` saved it."""
+    """Whether [`open_table`] reads a path: by its ending, or because it is a folder that `datasets` saved."""
     return (
         path.suffix in _BUILDERS | _DELIMITERS
         or (path / "state.json").is_file()
@@ -118,6 +118,6 @@ def is_table(path: Path) -> bool:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of the error that began it: `datasets` wraps it."""
+    """First line of the underlying error, which `datasets` wraps."""
     cause = error.__cause__ or error
     return str(cause).strip().partition("\n")[0].rstrip(".") or type(cause).__name__
