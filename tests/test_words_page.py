@@ -13,7 +13,14 @@ def run(arm, seed, solved, dataset="gsm_symbolic"):
             "seed": seed,
             "split": "held_out",
             "config": {"last": point == len(solved) - 1, "trial": None},
-            "metrics": {"rollouts": 64 * point, "accuracy": sum(right) / 8, "solved": right, "draws": 4},
+            "metrics": {
+                "rollouts": 64 * point,
+                "accuracy": sum(right) / 8,
+                "solved": right,
+                "draws": 4,
+                "step_accuracy": 0.25 * point,
+                "kl": 0.5 * seed + point,
+            },
         }
         for point, right in enumerate(solved)
     ]
@@ -28,7 +35,7 @@ def test_the_study_shows_means_and_paired_differences():
         *run("outcome_ppo", 0, [[0, 0], [1, 1], [4, 4]])[:2],  # not finished
     ]
     table = words_page.study(rows)
-    assert "| `gsm_symbolic` | `dense_outcome` | 2 | 128 | 0.0 | 50.0 | 100.0 |" in table
+    assert "| `gsm_symbolic` | `dense_outcome` | 2 | 128 | 0.0 | 50.0 | 100.0 | 50.0 | 2.25 |" in table
     assert "outcome_ppo" not in table
     (line,) = words_page.differences(rows).splitlines()[2:]
     # Every problem is 25 points ahead half-way, whichever are drawn.

@@ -119,14 +119,17 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def study(rows: Sequence[Row]) -> str:
-    """Accuracy of each arm of the study at its start, its middle and its end: the mean over seeds."""
+    """Accuracy of each arm at its start, its middle and its end, and how far it moved: means over seeds."""
     runs, lines = finished_runs(rows, benchmark="words"), []
     for (dataset, arm), seeds in runs.items():
         points = sorted(set.intersection(*(set(run) for run in seeds.values())))
         shown = [points[0], points[len(points) // 2], points[-1]]
         means = [np.mean([run[point]["accuracy"] for run in seeds.values()]) for point in shown]
-        lines.append([f"`{dataset}`", f"`{arm}`", str(len(seeds)), str(points[-1]), *(f"{100 * m:.1f}" for m in means)])
-    return table(["problems", "arm", "seeds", "rollouts", "start, %", "half-way, %", "end, %"], lines)
+        steps, kl = (np.mean([run[shown[-1]][name] for run in seeds.values()]) for name in ("step_accuracy", "kl"))
+        numbers = [*(f"{100 * mean:.1f}" for mean in [*means, steps]), f"{kl:.2f}"]
+        lines.append([f"`{dataset}`", f"`{arm}`", str(len(seeds)), str(points[-1]), *numbers])
+    header = ["problems", "arm", "seeds", "rollouts", "start, %", "half-way, %", "end, %", "right lines at the end, %"]
+    return table([*header, "KL at the end"], lines)
 
 
 def differences(rows: Sequence[Row]) -> str:
