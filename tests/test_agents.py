@@ -163,11 +163,8 @@ TOLD = [
     ([assistant("a"), tool([{"type": "image"}])], "image"),
     ([assistant("a", (None, {}))], "a tool call of message 1 of the completion has no name"),
     ([assistant([{"type": "text"}])], "part 1 of the content of message 1 of the completion is None"),
-    (
-        [assistant("a") | {"reasoning": {"summary": "b"}}],
-        "'reasoning' of message 1 of the completion is {'summary': 'b'}",
-    ),
-    ([None], "message 1 of the completion"),
+    ([assistant("a") | {"reasoning": {"summary": "b"}}], "'reasoning'"),
+    ([None], "step 1 is NoneType, not text"),
 ]
 
 

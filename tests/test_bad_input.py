@@ -246,11 +246,6 @@ def test_an_option_that_cannot_be_meant_is_named_before_anything_is_read(command
         ("sample", ["--eval_file", "x.jsonl", "--output", "o"], "`eval_file` has no effect in `fractal-rm sample`"),
         ("sample", ["--train_file", "o.jsonl", "--output", "o.jsonl"], "`train_file` and `output` name one file twice"),
         ("train", ["--dataset_config", "main"], "`dataset_config` has no effect without `dataset_name`"),
-        (
-            "train",
-            ["--train_file", "x.jsonl", "--dataset_train_split", "a"],
-            "`dataset_train_split` has no effect with",
-        ),
         ("report", ["--results", "a.md", "--output", "a.md"], "`results`, `output` and `figure` name one file twice"),
     ],
 )

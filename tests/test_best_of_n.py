@@ -148,7 +148,11 @@ def test_answers_come_from_a_pattern_or_a_column_or_are_not_known():
     ("row", "options", "sentence"),
     [
         ({"label": None}, {}, "data, row 1: column 'label' is null; fill it in or drop the row."),
-        ({"chosen": "7", "rejected": "8"}, {}, "data, row 1: preferences are not sampled solutions; give one response"),
+        (
+            {"chosen": "7", "rejected": "8"},
+            {},
+            "data, row 1: there are 'response' and 'chosen' and 'rejected'; name the response",
+        ),
         ({}, {"answer_pattern": "("}, "`answer_pattern`: The pattern '(' is not a regular expression: "),
         ({}, {"answer_pattern": "A"}, "`answer_pattern` 'A' has no group. Put the answer into brackets"),
     ],
@@ -157,6 +161,12 @@ def test_what_is_wrong_is_said(row, options, sentence):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the sentence is compared
         read_questions([rows([("7", 1)])[0] | row], LINES, **options)
     assert str(caught.value).startswith(sentence)
+
+
+def test_a_preference_is_no_sampled_solution():
+    row = {"prompt": "q", "chosen": "7", "rejected": "8"}
+    with pytest.raises(ValueError, match="data, row 1: preferences are not sampled solutions; give one response"):
+        read_questions([row], LINES)
 
 
 def test_choosing_for_no_question_is_refused():

@@ -104,7 +104,7 @@ def test_a_policy_with_a_reward_model_and_a_model_to_train_from_pass(models, cap
 
 def test_a_run_that_does_not_fit_and_rows_that_cannot_be_read_fail(models, tmp_path, capsys):
     rows = write_jsonl(tmp_path / "rows.jsonl", [*solutions(1), {"prompt": "q", "response": 3}])
-    argv = ["--gpu", "1GB", "--per_device_train_batch_size", "65536"]
+    argv = ["--gpu", "1GB", "--per_device_train_batch_size", "32768"]
     status, found = examined(capsys, "--model", str(models / "rm"), "--train_file", rows, *argv)
     assert status == 1
     assert found["rows"][0] == found["plan"][0] == "fail"

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from fractal_rm.cli.main import main
 from fractal_rm.cli.options.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.options.parser import parse
+from fractal_rm.cli.options.tasks import MAKE_PROMPTS
 from fractal_rm.cli.ppo import PPOArguments
 from fractal_rm.ppo.config import StepPPOConfig
 
@@ -81,7 +82,9 @@ def small(command: str, config: dict, stand_ins: Path) -> list[str]:
     flags += ["--max_steps", "2", "--logging_steps", "1", "--gradient_accumulation_steps", "1"]
     flags += ["--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "8"]
     if command == "ppo":
-        flags += ["--max_completion_length", "8", "--num_problems", "16", "--num_eval_problems", "8"]
+        flags += ["--max_completion_length", "8"]
+        if config.get("task") in MAKE_PROMPTS:
+            flags += ["--num_problems", "16", "--num_eval_problems", "8"]
         if "reward_model" in config:
             flags += ["--reward_model", str(stand_ins / "reward_model")]
     return flags

@@ -197,7 +197,7 @@ def test_a_request_that_is_larger_than_a_batch_is_scored_in_several(model):
         ({"prompts": ["a"], "steps": [["b"]], "spans": [None]}, 422, "`spans` belong to `responses`"),
         ({"prompts": ["a", "b"], "responses": ["b", 5]}, 422, "`responses[1]"),
         ({"prompts": ["a"], "responses": ["b"], "threshold": 1}, 422, "`threshold`"),
-        ({"prompts": [[{"role": "user"}]], "responses": ["b"]}, 422, "`prompts[0]"),
+        ({"prompts": [[{"content": "a"}]], "responses": ["b"]}, 422, "`prompts[0]"),
         ({"prompts": ["a"], "responses": ["b"], "rendered": "no"}, 422, "`rendered`"),
         ({"prompts": ["a"], "responses": ["b"], "spans": [[["0", 1]]]}, 422, "`spans[0]"),
         ({"prompts": ["a"], "responses": ["b"], "\ud800": 1}, 422, "unicode"),

@@ -34,6 +34,8 @@ _SYSTEM = ("system", "system_prompt")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 TEMPLATE_OPTIONS = ("tools", "chat_template_kwargs")
 _BACKGROUND = ("input", "context", "passage", "document", "history")
+# Columns that count the responses of a prompt, as RewardBench 2 has them.
+_COUNTS = ("num_correct", "num_incorrect", "num_rejected", "total_completions")
 # A column that rates one of the two responses of a preference.
 _RATING = re.compile(r"chosen.*(score|rating|reward|grade)|(score|rating|reward|grade).*chosen")
 # Columns by which rows of official files are known: their labels mean something else than those of other rows.
@@ -321,21 +323,22 @@ def _check_order(row: Mapping[str, Any]) -> None:
 
 
 def _check_responses(row: Mapping[str, Any]) -> None:
-    """Raise if there is a response beside a preference, or a list beside 'chosen' may hold several of them."""
+    """Raise if there is a response beside a preference, or its lists hold several responses, not steps."""
     more = next((name for name in ("completion", "response") if name in row), None)
     if more is not None:
         raise ValueError(
             f"there are {more!r} and 'chosen' and 'rejected'; name the response with --response_column {more}, or the "
             "preference with --chosen_column chosen."
         )
+    count = next((name for name in _COUNTS if name in row), None)
     sides = [row["chosen"], row["rejected"]]
-    if all(isinstance(side, list) and side and all(isinstance(one, str) for one in side) for side in sides):
-        counts = [len(side) for side in sides]
-        if min(counts) == 1 < max(counts):
-            raise ValueError(
-                f"'chosen' and 'rejected' are lists of {counts[0]} and {counts[1]} texts, which may be responses or "
-                "steps; give a row for each pair of responses, or a response of one step as a text."
-            )
+    if count is not None and all(
+        isinstance(side, list) and all(isinstance(one, str) for one in side) for side in sides
+    ):
+        raise ValueError(
+            f"'chosen' and 'rejected' are lists of texts, and {count!r} counts responses; give a row for each pair of "
+            "responses, or drop that column if the texts are steps."
+        )
 
 
 def _check_thoughts(record: Mapping[str, Any]) -> None:

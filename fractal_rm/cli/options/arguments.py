@@ -164,11 +164,6 @@ class DataArguments(ColumnArguments):
     def __post_init__(self) -> None:
         check_ranges(self)
         super().__post_init__()
-        usual = {one.name: one.default for one in fields(self)}
-        for split in ("train", "eval", "test"):
-            name = f"dataset_{split}_split"
-            if getattr(self, f"{split}_file") is not None and getattr(self, name) != usual[name]:
-                raise ValueError(f"`{name}` has no effect with `{split}_file`. Leave one of them out.")
         if self.dataset_config is not None and self.dataset_name is None and self.dataset_format is None:
             raise ValueError("`dataset_config` has no effect without `dataset_name`. Leave it out.")
 
