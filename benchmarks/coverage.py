@@ -77,7 +77,7 @@ def _share(part: int, whole: int) -> float:
 
 def coverage_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The last run: a line a room, all last."""
-    last = {row["arm"]: row for row in rows}
+    last = {row["arm"]: {**row, "arm": f"`{row['arm']}`"} for row in rows}
     return markdown_table(list(last.values()), metrics=["statements", "lines", "branches"])
 
 
