@@ -62,7 +62,7 @@ _LAYOUT = re.compile(
     r"|\\(?:hline|newline|q?quad|displaystyle|centering|noindent|par|(?:big|med|small)skip|[vh]space\*?|(?:top|mid|bottom)rule"
     r"|label|nonumber|notag|left|right|[bB]igg?[lr]?|item|normalsize|[lL]arge|small)(?![a-zA-Z])(?:\{[^{}]*\})?"
 )
-_RESULT = re.compile(r"\w+\.")
+_RESULT = re.compile(r"\w+\.|\d+:")
 # What belongs, at the end of such a line, to the line after it.
 _OPENER = re.compile(
     rf"(?:\\\[|\\begin{_ENVIRONMENT}|{OPENING_TAG.pattern}|\\(?:left|item)(?![a-zA-Z])[^\w\\]*|[({{\[]+)\s*\Z"
@@ -195,7 +195,7 @@ def _join_frames(text: str, lines: list[Span]) -> list[Span]:
         formula = formula != dollars
         empty = fence is not None or says_nothing(_LAYOUT.sub("", line))
         opens = empty and (bool(fence and not closes) or (dollars and formula) or bool(_OPENER.search(line)))
-        # "12." may be a result; nothing follows the last line.
+        # "12." may be a result, and "12:" a step that was left empty; nothing follows the last line.
         opens = opens or (is_marker(line) and not _RESULT.fullmatch(line) and end < lines[-1][1])
         begin = start if waiting is None else waiting[0]
         if not empty and not opens:
