@@ -15,7 +15,7 @@ REPORT = {
     "meta": {"version": "7.17"},
     "files": {
         "fractal_rm/data/bag.py": summary(8, 6, 2, 1),
-        "/home/fractal_rm/fractal_rm/data/formats/index.py": summary(2, 2, 2, 2),
+        "fractal_rm/fractal_rm/data/formats/index.py": summary(2, 2, 2, 2),
         "fractal_rm/files.py": summary(10, 10, 0, 0),
     },
 }

@@ -355,7 +355,7 @@ def _sentence_ends(masked: str, language: str) -> list[int]:
 
 
 def says_nothing(piece: str) -> bool:
-    """Whether a piece has no letter or digit besides those of tags."""
+    """Whether a piece lacks letters and digits outside of tags."""
     return not any(map(str.isalnum, TAG.sub("", piece)))
 
 

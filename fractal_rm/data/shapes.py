@@ -38,7 +38,7 @@ _BACKGROUND = ("input", "context", "passage", "document", "history")
 _COUNTS = ("num_correct", "num_incorrect", "num_rejected", "total_completions")
 # A column that rates one of the two responses of a preference.
 _RATING = re.compile(r"chosen.*(score|rating|reward|grade)|(score|rating|reward|grade).*chosen")
-# Columns by which rows of official files are known: their labels mean something else than those of other rows.
+# Columns by which rows of official files are known: their labels have another meaning than in other rows.
 _OFFICIAL = {
     "processbench": {"steps", "label", "final_answer_correct"},
     "prm800k": {"question", "label", "labeler"},
@@ -194,7 +194,7 @@ def _renamed(row: dict[str, Any], record: Mapping[str, Any], columns: Columns) -
 
 
 def _turns(value: Any) -> Any:
-    """A chat with the usual keys and roles, where it had those of ShareGPT; a message alone is a chat of one."""
+    """A chat with the usual keys and roles, where it had the keys of ShareGPT; a message alone is a chat of one."""
     if isinstance(value, Mapping) and ("role" in value or "from" in value):
         value = [value]
     return list(map(_turn, value)) if isinstance(value, list) else value
