@@ -68,6 +68,8 @@ ARMS: dict[str, Arm] = {
         WordsArm("scalar_outcome_group", steps="fractal", scalar=True, outcome=True, options=_options(**_GROUP)),
         # The ceiling of that pair: the checker's own steps.
         WordsArm("oracle_outcome_group", steps="oracle", outcome=True, options=_options(**_GROUP, center="response")),
+        # The ceiling of `dense_outcome_batch`.
+        WordsArm("oracle_outcome_batch", steps="oracle", outcome=True, options=_options(**_STEPS)),
         WordsArm("oracle", steps="oracle", options=_options(**_STEPS)),
         WordsArm("random_steps", steps="random_steps", options=_options(**_STEPS)),
     )
