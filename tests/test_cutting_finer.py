@@ -34,7 +34,7 @@ def config(**options):
 
 
 DEFAULT = config()
-LIMITED = {"default": DEFAULT, "min_form": config(**FORMS["min_form"]), "cap": config(**FORMS["cap"])}
+LIMITED = {"default": DEFAULT, **{form: config(**FORMS[form]) for form in ("min_form", "first_mistake", "cap")}}
 
 
 @st.composite

@@ -131,8 +131,10 @@ def test_a_policy_folder_without_a_tokenizer_is_refused_and_one_with_an_adapter_
 def test_a_reward_model_that_does_not_suit_the_shaping_is_refused_by_number():
     one, other = reward_model(), reward_model(aggregation="max")
     check_reward_models([one, other], settings(), PROMPTS)
-    with pytest.raises(ValueError, match=r"2 of 2 was trained with aggregation 'max': one good .* rewards the worst"):
+    with pytest.raises(ValueError, match=r"2 of 2 was trained with aggregation 'max': one good .* charges for bad"):
         check_reward_models([one, other], settings(shaping="min_form", step_lam=1.0), PROMPTS)
+    with pytest.raises(ValueError, match=r"`shaping='first_mistake'` charges for bad steps"):
+        check_reward_models([other], settings(shaping="first_mistake"), PROMPTS)
     check_reward_models([one, reward_model(aggregation="mean")], settings(shaping="min_form", step_lam=1.0), PROMPTS)
 
 

@@ -14,7 +14,7 @@ from fractal_rm.credit.kl import ADAPTIVE_KL_GAIN, AdaptiveKL, kl_estimates
 from fractal_rm.credit.moments import RunningMoments
 from fractal_rm.credit.shaping import LOG_ODDS_EPSILON, limit_step_rewards, shape_step_scores
 
-FORMS = ["raw", "centered", "log_odds", "delta", "min_form"]
+FORMS = ["raw", "centered", "log_odds", "delta", "min_form", "first_mistake"]
 LARGEST_LOG_ODDS = math.log((1 - LOG_ODDS_EPSILON) / LOG_ODDS_EPSILON)
 BOUNDS = {"raw": (0, 1), "centered": (-1, 1), "log_odds": (-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)}
 probability = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0, 1e-9]))
@@ -58,6 +58,7 @@ def test_each_form_is_its_plain_loop(rows, threshold):
         ),
         "delta": lambda row, t: row[t] - (row[t - 1] if t else threshold),
         "min_form": lambda row, t: min(row[t:]) - (min(row[t + 1 :]) if t + 1 < len(row) else 0.0),
+        "first_mistake": lambda row, t: -math.prod(row[:t]) * (1 - row[t]),
     }
     for form in FORMS:
         shaped = shape(rows, shaping=form, threshold=threshold, center="batch")
@@ -77,6 +78,16 @@ def test_differences_telescope_to_the_last_score(rows, threshold):
     for row, values in zip(rows, shape(rows, shaping="delta", threshold=threshold), strict=True):
         if row:
             assert sum(values) == pytest.approx(row[-1] - threshold, abs=1e-9)
+
+
+@given(responses)
+def test_the_first_mistake_costs_what_the_product_of_all_steps_lacks(rows):
+    for row, values in zip(rows, shape(rows, shaping="first_mistake"), strict=True):
+        assert sum(values) == pytest.approx(math.prod(row) - 1, abs=1e-9)
+
+
+def test_only_the_first_mistake_is_charged_where_labels_are_certain():
+    assert shape([[1.0, 1.0, 0.0, 1.0, 0.0]], shaping="first_mistake") == [[0.0, 0.0, -1.0, 0.0, 0.0]]
 
 
 @given(responses, st.integers(0, 3))

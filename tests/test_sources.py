@@ -56,8 +56,8 @@ def other_model() -> Any:
     return random_model("token", "gpt2", segmentation=Segmentation("pattern", pattern="(?<=b)"))
 
 
-def source(function: Any, *, bounded: bool = False) -> FunctionSource:
-    return FunctionSource(function, Segmentation(), bounded=bounded)
+def source(function: Any, *, bounded_by: str | None = None) -> FunctionSource:
+    return FunctionSource(function, Segmentation(), bounded_by=bounded_by)
 
 
 # Sums -----------------------------------------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ def test_what_a_function_returns_is_checked_and_the_row_named(returned, error, s
         return returned
 
     with pytest.raises(error, match=sentence) as caught:
-        source(own, bounded=True)(["q", "qa"], ["", "a\nb"])
+        source(own, bounded_by="log_odds")(["q", "qa"], ["", "a\nb"])
     assert "\n" not in str(caught.value)
 
 
@@ -372,8 +372,10 @@ def test_other_shapings_take_scores_of_any_scale(tmp_path):
     for shaping in ("raw", "centered", "delta", "min_form"):
         options = {"rollout_func": replay(RAGGED), "shaping": shaping, "step_lam": 1.0, "num_generations": 1}
         assert rollout(tmp_path, step_reward_funcs=lengths, **options)["advantages"].isfinite().all()
-    with pytest.raises(ValueError, match=r"`lengths` gave step 1 of row 0 .* the score 7, and `shaping='log_odds'`"):
-        rollout(tmp_path, step_reward_funcs=lengths, rollout_func=replay(RAGGED), shaping="log_odds")
+    for shaping in ("log_odds", "first_mistake"):
+        sentence = rf"`lengths` gave step 1 of row 0 .* the score 7, and `shaping='{shaping}'` needs probabilities"
+        with pytest.raises(ValueError, match=sentence):
+            rollout(tmp_path, step_reward_funcs=lengths, rollout_func=replay(RAGGED), shaping=shaping)
 
 
 # The page that describes it -------------------------------------------------------------------------------------------

@@ -353,6 +353,10 @@ def step_output(tmp_path: Path, **changed: Any) -> torch.Tensor:
         ),
         ({"shaping": "centered", "center": "threshold"}, lambda scores: [s - 0.5 for s in scores]),
         ({"shaping": "centered"}, lambda scores: [s - sum(scores) / len(scores) for s in scores]),
+        (
+            {"shaping": "first_mistake"},
+            lambda scores: [-math.prod(scores[:t]) * (1 - score) for t, score in enumerate(scores)],
+        ),
         ({"length_neutral": "mean"}, lambda scores: [s / len(scores) for s in scores]),
         (
             {"shaping": "centered", "center": "threshold", "length_neutral": "cap"},
@@ -1268,6 +1272,7 @@ def test_settings_out_of_range_are_named(name, value, sentence):
         ({"shaping": "min_form", "step_lam": 0.0}, r"but `step_lam` is 0\.0\. Set `step_lam` to 1"),
         ({"shaping": "min_form", "advantage": "group"}, r"but `step_gamma` is 0\.0\. Set `step_gamma` to 1"),
         ({"shaping": "delta", "length_neutral": "mean"}, r"pays a response one score at any length"),
+        ({"shaping": "first_mistake", "length_neutral": "cap"}, r"pays a response one score at any length"),
         (
             {"length_neutral": "cap"},
             r"`center='response'` makes the step rewards of a completion sum to 0 .* set `center` to",

@@ -43,6 +43,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "log_odds": {"shaping": "log_odds"},
     "delta": {"shaping": "delta"},
     "min_form": {"shaping": "min_form", "step_lam": 1.0},
+    "first_mistake": {"shaping": "first_mistake"},
 }
 
 

@@ -10,6 +10,7 @@ Shaping changes what a policy is rewarded for, so the table gives each form's to
 | `"log_odds"` | `log(s_t / (1 - s_t))`, in [-6.9, 6.9] | the log-odds that every step is good against every step bad |
 | `"delta"` | `s_t - s_(t-1)`, the first `s_1 - c`; in [-1, 1] | `s_S - c`: its last step's score |
 | `"min_form"` | `m_t - m_(t+1)`, where `m_t` is the minimum of `s_t ... s_S`, the last `s_S`; in [-1, 1] | `m_1` |
+| `"first_mistake"` | `-s_1 ... s_(t-1) (1 - s_t)`, in [-1, 0]: minus P(first mistake is step t) | `s_1 ... s_S - 1` |
 
 A policy chooses how its text is cut. Splitting a step, adding a filler line, repeating a line and changing the order
 never raise what a response earns
@@ -18,6 +19,7 @@ never raise what a response earns
 - with `"min_form"`, as long as a step's score does not depend on its position and the last piece of a split keeps the
   step's score: more scores have no higher minimum. A scorer that scores the halves of a wrong step higher than the
   whole breaks this;
+- with `"first_mistake"`, under the same condition: more factors of at most 1;
 - with `length_neutral="cap"` of [`limit_step_rewards`], under the same condition: more terms of 0 or less.
 
 With all other forms a response can earn more by more steps above the baseline or its mean, or by another last step.
@@ -29,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Shaping = Literal["raw", "centered", "log_odds", "delta", "min_form"]
+Shaping = Literal["raw", "centered", "log_odds", "delta", "min_form", "first_mistake"]
 Center = Literal["response", "batch", "group", "threshold"]
 LengthNeutral = Literal["none", "mean", "cap"]
 
@@ -75,8 +77,8 @@ def shape_step_scores(
         group_size: Completions per prompt, for `center="group"`. Rows of a group are consecutive.
 
     Returns:
-        Rewards, 0 at padding, in float32 or wider. With `"delta"`, `"min_form"` and `center="response"`, the rewards of
-        a response sum to a score, or to 0; clipping them breaks this.
+        Rewards, 0 at padding, in float32 or wider. With `"delta"`, `"min_form"`, `"first_mistake"` and
+        `center="response"`, the rewards of a response sum to a score, or to 0; clipping them breaks this.
 
     Raises:
         ValueError: If the form is unknown, or the rows are not whole groups.
@@ -85,6 +87,8 @@ def shape_step_scores(
         `"min_form"`: the return of PURE (Cheng et al., "Stop Summation: Min-Form Credit Assignment Is All Process
         Reward Model Needs for Reasoning", 2025), here exact, by differences, while PURE weighs by a softmax. `"delta"`:
         after Gao et al., "On Designing Effective RL Reward at Training Time for LLM Reasoning", 2024.
+        `"first_mistake"`: potential-based shaping (Ng et al., "Policy Invariance Under Reward Transformations", 1999);
+        the potential is the probability that all steps so far are good, as the aggregation `product` has it.
 
     Example:
         >>> scores, mask = torch.tensor([[0.75, 0.25, 0.5]]), torch.ones(1, 3, dtype=torch.bool)
@@ -92,6 +96,8 @@ def shape_step_scores(
         tensor([[ 0.2500, -0.5000,  0.2500]])
         >>> shape_step_scores(scores, mask, shaping="min_form")  # returns: 0.25, 0.25, 0.5
         tensor([[ 0.0000, -0.2500,  0.5000]])
+        >>> shape_step_scores(scores, mask, shaping="first_mistake")  # sums to 0.75 * 0.25 * 0.5 - 1
+        tensor([[-0.2500, -0.5625, -0.0938]])
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~mask, 0.0)
     if shaping == "raw":
@@ -107,7 +113,10 @@ def shape_step_scores(
         to_go = scores.masked_fill(~mask, torch.inf).flip(1)
         to_go = (to_go.cummin(dim=1).values if scores.shape[1] else to_go).flip(1).masked_fill(~mask, 0.0)
         return to_go - torch.cat([to_go, torch.zeros_like(start)], dim=1)[:, 1:]
-    raise ValueError(f"Unknown shaping {shaping!r}. Choose raw, centered, log_odds, delta or min_form.")
+    if shaping == "first_mistake":
+        good_so_far = scores.masked_fill(~mask, 1.0).cumprod(dim=1)
+        return good_so_far - torch.cat([torch.ones_like(start), good_so_far], dim=1)[:, :-1]
+    raise ValueError(f"Unknown shaping {shaping!r}. Choose raw, centered, log_odds, delta, min_form or first_mistake.")
 
 
 def limit_step_rewards(

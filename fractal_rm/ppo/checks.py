@@ -270,10 +270,10 @@ def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, 
     for number, model in enumerate(models, 1):
         which = f"Reward model {number} of {len(models)}" if len(models) > 1 else "The reward model"
         found = model.settings.aggregation
-        if args.shaping == "min_form" and meaning(found) == "max":
+        if args.shaping in ("min_form", "first_mistake") and meaning(found) == "max":
             raise ValueError(
                 f"{which} was trained with aggregation {found!r}: one good step makes a response good, but "
-                "`shaping='min_form'` rewards the worst step. Choose another shaping, or another model."
+                f"`shaping='{args.shaping}'` charges for bad steps. Choose another shaping, or another model."
             )
         if model.segmentation.method == "given":
             raise ValueError(

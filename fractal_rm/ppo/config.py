@@ -75,13 +75,14 @@ class StepPPOConfig(RunConfig, GRPOConfig):
             "steps changes nothing."
         },
     )
-    shaping: Literal["raw", "centered", "log_odds", "delta", "min_form"] = field(
+    shaping: Literal["raw", "centered", "log_odds", "delta", "min_form", "first_mistake"] = field(
         default="centered",
         metadata={
             "help": "Step score -> step reward: `raw` is P(step is good); `centered` subtracts a baseline (`center`), "
             "which suits a value model that starts at 0; `log_odds` is the logit of the score; `delta` is the score "
             "minus the previous step's score, so a response earns the score of its last step; `min_form` makes the "
-            "return of a step the lowest score from there on (PURE), exactly so without a discount."
+            "return of a step the lowest score from there on (PURE), exactly so without a discount; `first_mistake` "
+            "charges a step with the probability that it is the first mistake, so steps after a mistake cost nothing."
         },
     )
     center: Literal["response", "batch", "group", "threshold"] = field(
@@ -301,7 +302,7 @@ class StepPPOConfig(RunConfig, GRPOConfig):
                 f"`shaping='min_form'` works by the sum of later rewards, but `step_lam` is {self.step_lam}. "
                 "Set `step_lam` to 1."
             )
-        if self.shaping in ("delta", "min_form") and self.length_neutral != "none":
+        if self.shaping in ("delta", "min_form", "first_mistake") and self.length_neutral != "none":
             raise ValueError(
                 f"`shaping='{self.shaping}'` pays a response one score at any length, and "
                 f"`length_neutral='{self.length_neutral}'` would change that score. Leave `length_neutral` out."

@@ -103,12 +103,12 @@ class FunctionSource(StepRewardSource):
     Args:
         function: The function.
         segmentation: How completions become steps.
-        bounded: Whether the shaping needs scores in [0, 1].
+        bounded_by: The shaping, if it needs scores in [0, 1].
     """
 
-    def __init__(self, function: Callable[..., Any], segmentation: Segmentation, *, bounded: bool) -> None:
+    def __init__(self, function: Callable[..., Any], segmentation: Segmentation, *, bounded_by: str | None) -> None:
         super().__init__(get_callable_name(function))
-        self.function, self.segmentation, self.bounded = function, segmentation, bounded
+        self.function, self.segmentation, self.bounded_by = function, segmentation, bounded_by
         self.is_async = is_async_callable(function)
 
     def __call__(
@@ -171,10 +171,11 @@ class FunctionSource(StepRewardSource):
                     f"`{self.name}` gave step {number} of {where} the score {score}. Return a finite number, or "
                     "None for a step without an opinion."
                 )
-            if self.bounded and not 0.0 <= score <= 1.0:
+            if self.bounded_by and not 0.0 <= score <= 1.0:
                 raise ValueError(
-                    f"`{self.name}` gave step {number} of {where} the score {score:g}, and `shaping='log_odds'` "
-                    "needs probabilities. Return scores in [0, 1], or choose another shaping."
+                    f"`{self.name}` gave step {number} of {where} the score {score:g}, and "
+                    f"`shaping='{self.bounded_by}'` needs probabilities. Return scores in [0, 1], or choose another "
+                    "shaping."
                 )
             steps.append(Step(text[start:end], start, end, score))
         return steps
@@ -198,7 +199,8 @@ def make_sources(
     """
     segmentation = args.function_segmentation or (reward_models[0].segmentation if reward_models else Segmentation())
     sources: list[StepRewardSource] = [ModelSource(model, args.reward_model_batch_size) for model in reward_models]
-    sources += [FunctionSource(one, segmentation, bounded=args.shaping == "log_odds") for one in functions]
+    bounded_by = args.shaping if args.shaping in ("log_odds", "first_mistake") else None
+    sources += [FunctionSource(one, segmentation, bounded_by=bounded_by) for one in functions]
     weights = [1.0] * len(sources) if args.step_reward_weights is None else args.step_reward_weights
     if len(weights) != len(sources):
         raise ValueError(

@@ -68,6 +68,13 @@ ARMS: dict[str, Arm] = {
         WordsArm("scalar_outcome_group", steps="fractal", scalar=True, outcome=True, options=_options(**_GROUP)),
         # The ceiling of that pair: the checker's own steps.
         WordsArm("oracle_outcome_group", steps="oracle", outcome=True, options=_options(**_GROUP, center="response")),
+        # Only the first mistake is charged: what follows it is neither praised nor blamed by its steps.
+        WordsArm(
+            "dense_outcome_first", steps="fractal", outcome=True, options=_options(**_GROUP, shaping="first_mistake")
+        ),
+        WordsArm(
+            "oracle_outcome_first", steps="oracle", outcome=True, options=_options(**_GROUP, shaping="first_mistake")
+        ),
         # The ceiling of `dense_outcome_batch`.
         WordsArm("oracle_outcome_batch", steps="oracle", outcome=True, options=_options(**_STEPS)),
         WordsArm("oracle", steps="oracle", options=_options(**_STEPS)),
