@@ -133,7 +133,7 @@ def shapings(figure: "Figure") -> None:
     """Rewards of the steps by every form, from the same scores."""
     scores = torch.tensor([SCORES])
     mask = torch.ones_like(scores, dtype=torch.bool)
-    forms = ("centered", "raw", "log_odds", "delta", "min_form")
+    forms = ("centered", "raw", "log_odds", "delta", "min_form", "first_mistake")
     for number, name in enumerate(forms):
         rewards = shape_step_scores(scores, mask, shaping=name, center="threshold")[0]  # type: ignore[arg-type]
         axes = figure.add_subplot(1, len(forms), number + 1)
@@ -176,7 +176,7 @@ FIGURES: dict[str, tuple[Callable[["Figure"], None], tuple[float, float]]] = {
     "data_flow": (data_flow, (9.0, 3.2)),
     "placement": (placement, (8.0, 3.0)),
     "aggregation": (aggregations, (8.0, 4.4)),
-    "shaping": (shapings, (9.5, 2.6)),
+    "shaping": (shapings, (10.6, 2.6)),
     "advantages": (advantages, (9.0, 3.0)),
 }
 
