@@ -57,6 +57,7 @@ MIXES = {"fractal_mix_low": 0.3, "fractal_mix_high": 3.0}
 CANDIDATES: dict[str, tuple[tuple[str, Any], ...]] = {
     "response": (("center", "response"),),
     "min_form": (("shaping", "min_form"), ("step_lam", 1.0)),
+    "first_mistake": (("shaping", "first_mistake"),),
     "cap": (("length_neutral", "cap"),),
 }
 CANDIDATE_ARMS = {"fractal_mix": tuple(CANDIDATES), "fractal": ("response",)}
