@@ -39,13 +39,18 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=fa
 quickstart: $(VENV)/.installed-plots
 	$(OFFLINE) $(VENV)/bin/fractal-rm quickstart
 
-# Two processes, each with whole files: most of the time is trainings on one thread.
+# Two processes, each with whole files in the order of tests/conftest.py: most of the time is trainings on one thread.
 WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
+# pyright takes one core for a minute or more: it runs beside the tests, and its output follows theirs.
 test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
-	$(OFFLINE) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
+	@types=$$(mktemp); trap 'rm -f "$$types"' EXIT; \
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python > "$$types" 2>&1 & typing=$$!; \
+	$(OFFLINE) $(VENV)/bin/python -m pytest $(PARALLEL); tested=$$?; \
+	wait $$typing; typed=$$?; cat "$$types"; \
+	[ $$typed -eq 0 ] && exit $$tested
 
 # What it found last stands in SECURITY.md.
 audit: $(VENV)/.installed-audit
@@ -72,7 +77,7 @@ words: words-model
 
 # Both add a row to benchmarks/results/versions.jsonl; `python -m benchmarks.tables` shows it in docs/versions.md. Some
 # tests only: TESTS="tests/test_contract.py". Another Python than the oldest and the newest: PYTHON=/path/to/python3.12.
-TESTS ?= -n $(WORKERS) --dist loadfile --durations=15
+TESTS ?= $(PARALLEL)
 test-min: $(MIN_VENV)/.installed-test
 	$(OFFLINE) $(MIN_VENV)/bin/python -m benchmarks.versions --environment $@ $(TESTS)
 
@@ -129,6 +134,9 @@ clean:
 	rm -rf $(VENV) $(MIN_VENV) $(MAX_VENV) $(PPO_VENV) $(PRM_VENV) build dist .hypothesis .pytest_cache .ruff_cache
 	find fractal_rm tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
+# Most files that pip installs are never imported: Python compiles the others when they are, which takes a minute less.
+PIP_INSTALL := -m pip install --no-compile
+
 # The stamp is the last thing that is written: an environment that was interrupted half way is made again.
 %/.created:
 	@"$(PYTHON)" $(IS_NEW_ENOUGH) || { \
@@ -138,7 +146,7 @@ clean:
 	@touch $@
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
-	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[$*]'
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[$*]'
 	@touch $@
 
 # The lowest versions that pyproject.toml allows; what those need, and tools of tests, are the newest that suit them.
@@ -146,11 +154,11 @@ LOWEST := import tomllib; needed = tomllib.load(open('pyproject.toml', 'rb'))['p
     print(*(one.replace('>=', '==') for one in needed), sep='\n')
 $(MIN_VENV)/.installed-%: pyproject.toml Makefile | $(MIN_VENV)/.created
 	$(MIN_VENV)/bin/python -c "$(LOWEST)" > $(MIN_VENV)/constraints.txt
-	$(MIN_VENV)/bin/python -m pip install -c $(MIN_VENV)/constraints.txt -e '.[$*]'
+	$(MIN_VENV)/bin/python $(PIP_INSTALL) -c $(MIN_VENV)/constraints.txt -e '.[$*]'
 	@touch $@
 
 $(MAX_VENV)/.installed-%: pyproject.toml Makefile | $(MAX_VENV)/.created
-	$(MAX_VENV)/bin/python -m pip install --upgrade --upgrade-strategy eager -e '.[$*]'
+	$(MAX_VENV)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[$*]'
 	@touch $@
 
 # The pins of `make test` but for TRL. This package needs a newer TRL, so it goes in without its dependencies: all but its trainers work.

@@ -13,10 +13,12 @@ os.environ.update(
 # One thread, in the processes that tests start too: two on busy cores wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import functools
 import gc
 import random
 from pathlib import Path
 
+import accelerate.utils.imports
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,8 @@ from jaxtyping import install_import_hook
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# Mathematics on tensors: each call is checked against its annotated shapes. Before the modules are imported.
+# Mathematics on tensors: each call is checked against its annotated shapes. Before the modules are imported. A function
+# that is defined inside another is wrapped anew at every call of that one, which takes milliseconds.
 PURE_MODULES = (
     "objectives.aggregation",
     "objectives.bag_loss",
@@ -47,9 +50,45 @@ install_import_hook([f"fractal_rm.{module}" for module in PURE_MODULES], "bearty
 
 torch.set_num_threads(1)
 
+# For devices that are not there torch keeps the seed, with the stack of the call as text: milliseconds for each.
+for _devices in (torch.cuda, torch.xpu, torch.mtia):
+    if not _devices.is_available():
+        _devices.manual_seed_all = lambda seed: None
+
+# Accelerate looks for installed packages anew at every call, several times in every step of a training.
+_find = getattr(accelerate.utils.imports, "_is_package_available", None)
+if _find is not None:
+    accelerate.utils.imports._is_package_available = functools.cache(_find)
+
 # No deadline: a machine that is busy is not a bug. The same examples in every run: a test that passes, passes again.
 settings.register_profile("fractal_rm", deadline=None, derandomize=True)
 settings.load_profile("fractal_rm")
+
+
+# Files that take longest, longest first. With several processes they start first: otherwise one process still works on
+# the last of them when the others have nothing left.
+LONG_FILES = (
+    "test_compare_command.py",
+    "test_step_ppo_trainer.py",
+    "test_tutorial.py",
+    "test_speed_benchmarks.py",
+    "test_processes.py",
+    "test_words_recipe.py",
+    "test_quickstart.py",
+    "test_disaggregation.py",
+    "test_training_report.py",
+    "test_recipes.py",
+    "test_embedding.py",
+    "test_placement.py",
+    "test_what_is_read.py",
+    "test_stages.py",
+    "test_kill_resume.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

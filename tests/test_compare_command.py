@@ -24,6 +24,7 @@ from fractal_rm.study import study
 from fractal_rm.study.arms import LEARNING_RATES, OUTCOME_ONLY
 from fractal_rm.study.held_out import measure_start
 from fractal_rm.study.study import write_chosen
+from fractal_rm.tasks.arithmetic import conditions
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, Condition
 
 EASY = CONDITIONS["easy"].small()
@@ -51,6 +52,7 @@ def finished(tmp_path_factory):
     write_chosen(folder / "chosen.yaml", {name: ARMS[name].trials[0] for name in RUN if name not in LONGER}, "a test")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evidence_arms, "FURTHER", ("easy",))  # where arms beyond the core run
+        patch.setattr(conditions, "TOKENS_PER_STEP", 3)  # the small policy writes noise to the last token
         run_comparison(arguments(folder), Evidence)
         yield folder
 

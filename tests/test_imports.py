@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PURE_MODULES
+from conftest import LONG_FILES, PURE_MODULES
 from jaxtyping import TypeCheckError
 from support.documents import REPOSITORY, script
 
@@ -194,6 +194,10 @@ def test_an_unknown_name_is_refused_with_the_names_there_are():
 def test_a_pure_module_was_loaded_with_its_shapes_checked(name):
     loader = importlib.import_module(f"fractal_rm.{name}").__loader__
     assert type(loader).__module__.startswith("jaxtyping"), "it was imported before conftest.py installed the hook"
+
+
+def test_the_test_files_that_start_first_are_there():
+    assert [name for name in LONG_FILES if not (REPOSITORY / "tests" / name).is_file()] == []
 
 
 def test_a_wrong_shape_is_refused_in_tests():

@@ -152,6 +152,12 @@ def page_of(folder: Path, runs: list[Run], **options: Any) -> Page:
     return Page(folder / "page.html")
 
 
+@pytest.fixture(scope="module")
+def finished_page(finished, tmp_path_factory) -> Page:
+    """The page of the training, named as its folder."""
+    return page_of(tmp_path_factory.mktemp("page"), read_runs([finished.args.output_dir]))
+
+
 # A real run -----------------------------------------------------------------------------------------------------------
 
 
@@ -186,7 +192,7 @@ def test_lines_hold_what_the_trainer_logged(finished):
             assert line.low is line.high is None
 
 
-def test_an_alarm_is_in_the_log_and_in_its_panel_and_nowhere_else(finished, tmp_path):
+def test_an_alarm_is_in_the_log_and_in_its_panel_and_nowhere_else(finished, finished_page):
     alarm_at = max(SILENT) + 1  # the update that follows the rollout
     assert logged(finished, "guards/alarm/empty") == {alarm_at: 1.0}
     (run,) = read_runs([finished.args.output_dir])
@@ -195,10 +201,9 @@ def test_an_alarm_is_in_the_log_and_in_its_panel_and_nowhere_else(finished, tmp_
     for panel in panels(make_sections([run])).values():
         signals = [key.removeprefix("guards/") for key in panel.keys]
         assert [mark.update for mark in panel.marks] == [by_signal[s] for s in signals if s in by_signal]
-    page = page_of(tmp_path, [run])
-    assert f"empty</code> at update {alarm_at}" in page.source
-    assert "No alarm" not in page.source
-    labels = [a["aria-label"] or "" for tag, a in page.tags if tag == "svg" and a.get("role") == "img"]
+    assert f"empty</code> at update {alarm_at}" in finished_page.source
+    assert "No alarm" not in finished_page.source
+    labels = [a["aria-label"] or "" for tag, a in finished_page.tags if tag == "svg" and a.get("role") == "img"]
     (label,) = [label for label in labels if label.startswith("Share of empty responses")]
     assert label.endswith(f"Alarms at update {alarm_at}.")
 
@@ -265,8 +270,8 @@ def test_runs_that_lack_something_have_no_panel_of_it(tmp_path):
 # Pages and pictures ---------------------------------------------------------------------------------------------------
 
 
-def test_every_plot_is_a_valid_svg_with_a_name_and_identifiers_of_its_own(finished, tmp_path):
-    page = page_of(tmp_path, read_runs([finished.args.output_dir]))
+def test_every_plot_is_a_valid_svg_with_a_name_and_identifiers_of_its_own(finished_page):
+    page = finished_page
     found = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg role=.*?</svg>", page.source, re.DOTALL)]
     alone = sum(len(titles) == 1 for titles in PANELS.values())  # drawn for wide pages, and for phones
     assert alone == page.source.count('<div class="wide">') == page.source.count('<div class="phone">') > 0
@@ -277,8 +282,8 @@ def test_every_plot_is_a_valid_svg_with_a_name_and_identifiers_of_its_own(finish
     assert len(names) == len(set(names))
 
 
-def test_the_page_loads_nothing_and_runs_nothing(finished, tmp_path):
-    page = page_of(tmp_path, read_runs([finished.args.output_dir]))
+def test_the_page_loads_nothing_and_runs_nothing(finished_page):
+    page = finished_page
     targets = [a[name] for _, a in page.tags for name in ("src", "href", "xlink:href") if name in a]
     assert all(target and target.startswith("#") for target in targets)
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "img", "image", "iframe")]

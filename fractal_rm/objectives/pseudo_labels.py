@@ -185,6 +185,11 @@ def _true_labels(
     return labels * good + (1.0 - labels) * bad
 
 
+def _one_more(log_probs: Tensor) -> Tensor:
+    """Shift left: entry `c` becomes the old entry `c + 1`."""
+    return F.pad(log_probs[:, 1:], (0, 1), value=-torch.inf)
+
+
 def _posterior_of_count(
     logits: Float[Tensor, "B S"], good_free: Float[Tensor, " B"], free: Bool[Tensor, "B S"]
 ) -> Float[Tensor, "B S"]:
@@ -194,20 +199,16 @@ def _posterior_of_count(
     log_bad = F.logsigmoid(-logits).masked_fill(~free, 0.0)[:, :, None]
     counts = torch.arange(steps + 1, device=logits.device)
 
-    def one_more(log_probs: Tensor) -> Tensor:
-        """Shift left: entry `c` becomes the old entry `c + 1`."""
-        return F.pad(log_probs[:, 1:], (0, 1), value=-torch.inf)
-
     # remaining[i][:, c]: log P(steps i, i + 1, ... raise the count from c to good_free).
     remaining = [torch.where(counts == good_free[:, None], 0.0, -torch.inf).to(logits)]
     for i in reversed(range(steps)):
         rest = remaining[0]
-        remaining.insert(0, torch.logaddexp(rest + log_bad[:, i], one_more(rest) + log_good[:, i]))
+        remaining.insert(0, torch.logaddexp(rest + log_bad[:, i], _one_more(rest) + log_good[:, i]))
     # reached[:, c]: log P(c of the steps before i are good).
     reached = torch.where(counts == 0, 0.0, -torch.inf).to(logits).expand(bags, -1)
     joint = []
     for i in range(steps):
-        joint.append((reached + log_good[:, i] + one_more(remaining[i + 1])).logsumexp(dim=1))
+        joint.append((reached + log_good[:, i] + _one_more(remaining[i + 1])).logsumexp(dim=1))
         one_less = F.pad(reached[:, :-1], (1, 0), value=-torch.inf)
         reached = torch.logaddexp(reached + log_bad[:, i], one_less + log_good[:, i])
     evidence = remaining[0][:, :1]  # log P(good_free of the free steps are good)

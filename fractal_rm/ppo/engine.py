@@ -343,9 +343,9 @@ class Engine(Run, GRPOTrainer):
         self._hand_over.written = found[TOOL_MASK_PLACE]
         return found
 
-    def _text(self, ids: list[int], written: Sequence[int], completion: Any) -> str:
+    def _text(self, ids: list[int], written: Sequence[int], completion: Any, endings: set[int]) -> str:
         """A completion as it is scored: the policy's own text, with other messages as context."""
-        tokenizer, endings = self.tokenizer, self.ending_ids
+        tokenizer = self.tokenizer
         # Not TRL's texts: placement counts the characters of exactly this decoding.
         text = completion_text(ids, tokenizer, endings)
         if all(written):
@@ -370,7 +370,8 @@ class Engine(Run, GRPOTrainer):
         hand_over = self._hand_over
         written = hand_over.written or [[1] * len(ids) for ids in completion_ids_list]
         rows = zip(completion_ids_list, written, completions, strict=True)
-        hand_over.texts = [self._text(ids, mask, completion) for ids, mask, completion in rows]
+        endings = self.ending_ids  # once a rollout: accelerate looks for installed packages to unwrap a model
+        hand_over.texts = [self._text(ids, mask, completion, endings) for ids, mask, completion in rows]
         with self._keeping_rollout(prompts):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         is_outcome = self.is_outcome.to(rewards.device)
