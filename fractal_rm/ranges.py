@@ -48,7 +48,8 @@ _MOST, _MANY = 10**6, 2**20
 _TABLE: tuple[tuple[Range, str], ...] = (
     (
         Range(0, 1),
-        "gamma lam step_lam step_gamma score_threshold gold_fraction top_entropy_quantile ref_model_mixup_alpha min_p",
+        "gamma lam step_lam step_gamma score_threshold gold_fraction top_entropy_quantile ref_model_mixup_alpha min_p "
+        "warmup_ratio",
     ),
     # The next float above the highest score counts every step as wrong.
     (

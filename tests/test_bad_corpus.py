@@ -1,6 +1,7 @@
 """The corpus of bad input, and Hypothesis: each input gets one sentence, at once, and never another meaning."""
 
 import html.parser
+import importlib.metadata
 import json
 import math
 import re
@@ -12,10 +13,11 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from support.bad_inputs import CORPUS, cases, configurations
+from support.bad_inputs import CORPUS, cases, configurations, is_here, option_of
 
 from fractal_rm.cli.main import is_bad_input
 from fractal_rm.cli.report import report
@@ -94,8 +96,15 @@ def one_sentence(error: BaseException) -> str:
 
 
 def test_the_corpus_is_what_its_generator_writes():
-    lines = CORPUS.read_text(encoding="utf-8").splitlines()
-    assert lines == [json.dumps(one) for one in cases()]
+    lines, made = CORPUS.read_text(encoding="utf-8").splitlines(), cases()
+    written = [json.loads(line) for line in lines]
+    pins = re.findall(r"^(transformers|trl)==(.+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
+    if any(importlib.metadata.version(package) != version for package, version in pins):
+        # Written with those versions: elsewhere, compare the options that both have.
+        known = {option_of(one) for one in written}
+        lines = [line for line, one in zip(lines, written, strict=True) if is_here(one)]
+        made = [one for one in made if option_of(one) in known]
+    assert lines == [json.dumps(one) for one in made]
     assert len(lines) >= 300
     assert len(Counter(json.loads(line)["reader"] for line in lines)) == len(READERS)
 
@@ -107,7 +116,7 @@ def test_every_input_of_the_corpus_gets_its_sentence(reader, tmp_path, monkeypat
     silent, other = [], []
     for number, line in enumerate(CORPUS.read_text(encoding="utf-8").splitlines(), 1):
         one = json.loads(line)
-        if one["reader"] != reader:
+        if one["reader"] != reader or not is_here(one):
             continue
         folder = tmp_path / str(number)
         folder.mkdir()

@@ -91,7 +91,10 @@ def test_fields_that_are_named_exist_with_the_default_that_is_given(title, confi
         if row["here"] == NONE:
             assert row["our default"] == ""
         else:
-            assert row["our default"] == repr(ours[row["here"]]), row["here"]
+            default = ours[row["here"]]
+            if row["here"] == "gradient_checkpointing":  # off is None in some versions of transformers, False in others
+                default = default or None
+            assert row["our default"] == repr(default), row["here"]
 
 
 @pytest.mark.parametrize(("title", "config"), [("PPO", StepPPOConfig), ("PRM", FractalConfig)])

@@ -47,6 +47,16 @@ def adapted(model: LlamaForCausalLM, rank: int = 8) -> torch.nn.Module:
     return get_peft_model(model, LoraConfig(r=rank, lora_dropout=0.0, task_type="CAUSAL_LM"))
 
 
+def shared_heads_keep_a_square() -> bool:
+    """Whether attention with fewer key heads than query heads keeps a matrix of tokens by tokens for the backward pass:
+    an older torch does on a CPU. Plans are for GPUs."""
+    query, key = torch.ones(1, 2, 16, 8, requires_grad=True), torch.ones(1, 1, 16, 8, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape[-2:]), lambda none: none):
+        torch.nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+    return (16, 16) in kept
+
+
 # Sizes ----------------------------------------------------------------------------------------------------------------
 
 
@@ -104,16 +114,17 @@ def test_adapters_are_counted_as_peft_makes_them():
 def test_what_a_layer_keeps_is_what_a_forward_pass_keeps(dtype, computed, rank):
     run = Run(policy=SMALL, reward=None, dtype=dtype, computed=computed, lora_rank=rank, checkpointing=False)
     run = replace(run, prompt=100, completion=28, micro_batch=4)
+    small = replace(SMALL, kv_heads=SMALL.heads) if shared_heads_keep_a_square() else SMALL
 
     def kept(layers: int) -> float:
-        model = LlamaForCausalLM(config_of(replace(SMALL, layers=layers))).to(getattr(torch, dtype))
+        model = LlamaForCausalLM(config_of(replace(small, layers=layers))).to(getattr(torch, dtype))
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != computed):
             return plan_check.kept_bytes(model if rank is None else adapted(model, rank), run)
 
-    deeper = activation_bytes(replace(SMALL, layers=5), run) - activation_bytes(replace(SMALL, layers=3), run)
+    deeper = activation_bytes(replace(small, layers=5), run) - activation_bytes(replace(small, layers=3), run)
     assert deeper == pytest.approx(kept(5) - kept(3), rel=0.07)
-    whole = activation_bytes(SMALL, run)
-    assert activation_bytes(SMALL, replace(run, checkpointing=True)) < whole == pytest.approx(kept(2), rel=0.12)
+    whole = activation_bytes(small, run)
+    assert activation_bytes(small, replace(run, checkpointing=True)) < whole == pytest.approx(kept(2), rel=0.12)
 
 
 def test_a_trained_parameter_takes_16_bytes_in_float32_and_adapters_leave_the_rest_alone():

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import CAUSAL_FAMILIES, byte_tokenizer, make_model, reward_model, spaced_tokenizer
+from support.models import (
+    CAUSAL_FAMILIES,
+    byte_tokenizer,
+    make_model,
+    recomputes_activations,
+    reward_model,
+    spaced_tokenizer,
+)
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, BertConfig, T5Config, T5ForConditionalGeneration
 
@@ -296,13 +303,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(scorer):
     batch = batch_of(model, RESPONSES)
     model.scorer.train()
     gradients = []
+    # Names of two versions of transformers, of which the older one is deprecated in the newer.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(name for name in names if hasattr(model.scorer.base, name))
     for _ in range(2):
         torch.manual_seed(0)  # dropout
         model.scorer.zero_grad()
         model.scorer(**batch).sum().backward()
         gradients.append([p.grad.clone() for p in model.scorer.parameters() if p.grad is not None])
-        model.scorer.activation_checkpointing_enable()
-    assert model.scorer.base.is_activation_checkpointing
+        getattr(model.scorer, enable)()
+    assert recomputes_activations(model.scorer.base)
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 

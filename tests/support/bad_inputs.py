@@ -84,7 +84,7 @@ def kinds() -> Iterator[Case]:
     own = {"scorer", "aggregation", "segmentation", "thinking", "head_type", "reduction"}  # with sentences of their own
     wrong: dict[str, list[Any]] = {"number": ["1e-5", True, [1.0]], "boolean": ["false", 1], "choice": ["NONE", 3]}
     for kind, (cls, _) in configurations().items():
-        hints, told = get_type_hints(cls), dict.fromkeys(wrong, 0)
+        hints = get_type_hints(cls)
         for one in fields(cls):
             types = {hints[one.name], *get_args(hints[one.name])} - {type(None)}
             found = "choice" if get_origin(hints[one.name]) is Literal else None
@@ -92,8 +92,8 @@ def kinds() -> Iterator[Case]:
             found = "boolean" if types & {bool} and types <= {bool, NoneType} else found
             if found is None or one.name in own or not one.init:
                 continue
-            value: Any = wrong[found][told[found] % len(wrong[found])]
-            told[found] += 1
+            # By the name: other versions of the base classes have other options beside it.
+            value: Any = wrong[found][sum(one.name.encode()) % len(wrong[found])]
             yield case("option", {"of": kind, one.name: value}, f"`{one.name}` is {value!r}. ")
 
 
@@ -332,8 +332,22 @@ def case(reader: str, given: Any, says: str) -> Case:
     return {"reader": reader, "given": given, "says": says.split("|")}
 
 
+def option_of(one: Case) -> tuple[str, str] | None:
+    """The configuration and the option that a case gives; None for a case of another reader."""
+    if one["reader"] != "option":
+        return None
+    (name,) = one["given"].keys() - {"of"}
+    return one["given"]["of"], name
+
+
+def is_here(one: Case) -> bool:
+    """Whether the installed transformers and TRL have what a case gives: base classes gain and lose options."""
+    option = option_of(one)
+    return option is None or option[1] in {each.name for each in fields(configurations()[option[0]][0])}
+
+
 def cases() -> list[Case]:
-    """All of them."""
+    """All of them, for the installed versions of transformers and TRL."""
     return [one for made in (options, kinds, blocks, files, folders, patterns, results) for one in made()]
 
 

@@ -156,6 +156,11 @@ def reward_model(
     return StepRewardModel(make_scorer(model, fractal).eval(), tokenizer, fractal)
 
 
+def recomputes_activations(model: PreTrainedModel) -> bool:
+    """Whether a model recomputes activations in the backward pass; its property has two names in transformers 5."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def sums(count: int, *, seed: int = 0, chat: bool = False) -> list[dict[str, Any]]:
     """Rows of sums in one to four steps; a response is good if all of its steps are. Both labels occur."""
     rng = random.Random(seed)
