@@ -335,7 +335,7 @@ def test_the_benchmark_runs_at_the_size_of_a_smoke_test_in_two_processes(monkeyp
     benchmark = importlib.import_module("benchmarks.evidence.dense_vs_outcome")
     arms = ["outcome_ppo", "fractal"]
     benchmark.main(["--smoke", "true", "--jobs", "2", "--settings", "easy", "--arms", *arms])
-    assert "holds the rows" in capsys.readouterr().out
+    assert "/results.jsonl the rows." in capsys.readouterr().out
 
 
 def test_a_run_that_two_processes_come_to_is_done_once(tmp_path, monkeypatch):

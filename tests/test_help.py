@@ -73,7 +73,7 @@ def test_no_sentence_of_the_help_is_cut_off(command, monkeypatch):
 
 def test_choices_are_shown_where_the_help_is_shown_whole():
     text = " ".join(short_help("score", COMMANDS["score"]).split())
-    assert "published the rows, docs/datasets.md: prm800k, processbench," in text
+    assert "published rows, docs/datasets.md: prm800k, processbench," in text
 
 
 def test_the_full_help_explains_every_option_with_ours_first():
