@@ -237,7 +237,7 @@ def test_a_stopped_run_goes_on_with_the_scores_that_it_has(models, tmp_path, sto
     assert stopping.asked == [2, 2, 2, 2, 1]
     said = capsys.readouterr().err
     assert "Scoring" in said  # one bar over all
-    assert "before the run was stopped" not in said
+    assert "have scores already" not in said
     stopping.asked.clear()
     stopping.chunks = 2
     with pytest.raises(Stopped):
@@ -249,7 +249,7 @@ def test_a_stopped_run_goes_on_with_the_scores_that_it_has(models, tmp_path, sto
     stopping.chunks = -1
     assert main([*arguments, "--output", str(output)]) == 0
     assert stopping.asked == [2, 2, 1]
-    assert "4 of 9 responses were scored before the run was stopped." in capsys.readouterr().err
+    assert f"4 of 9 responses have scores already, in {output}.part." in capsys.readouterr().err
     assert not (tmp_path / "out.part").exists()
     if command == "score":
         assert output.read_text() == whole.read_text()
@@ -312,4 +312,7 @@ def test_a_narrow_table_cuts_no_name(capsys, monkeypatch):
     cells = "".join(line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│"))
     assert cells == "".join(names)
     print_table(columns, {name: ["0.123 [0.100, 0.150]"] * 3 for name in ("responses_per_second", "f1")})
-    assert "│ responses_per_second │" in capsys.readouterr().out  # in one piece where there is room
+    shown = capsys.readouterr().out
+    assert "│ responses_per_second │" in shown  # in one piece where there is room
+    assert " difference ┃" in shown
+    assert max(map(len, shown.splitlines())) <= 80

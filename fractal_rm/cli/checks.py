@@ -266,9 +266,9 @@ def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
 def print_table(columns: Iterable[str], rows: Mapping[str, Iterable[str]], *, of: str = "metric") -> None:
     """Print a table: names of the columns, cells by line, and what a line is (`of`)."""
     table, console = Table(), Console()
-    # Folded, not cut, so that names with the same beginning stay distinguishable in a narrow window.
-    least = min(max(map(len, rows), default=0), console.width // 3)
-    table.add_column(of, overflow="fold", min_width=least)
+    # In one piece if there is room, and else folded, not cut: names with the same beginning stay distinguishable.
+    short = max(map(len, rows), default=0) <= console.width // 3
+    table.add_column(of, overflow="fold", no_wrap=short)
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")
     for name, cells in rows.items():

@@ -55,7 +55,8 @@ class KeptScores:
         self.reused += reused
         console = Console(stderr=True)
         if reused:
-            console.print(f"{reused:,} of {len(keys):,} responses were scored before the run was stopped.")
+            told = f"{reused:,} of {len(keys):,} responses have scores already, in {self.path}."
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
         missing = [i for i, key in enumerate(keys) if key not in self._known]
         # Group similar lengths, as within a call: chunks of mixed lengths need more padding.
         missing.sort(key=lambda i: len(responses[i]))
