@@ -10,16 +10,22 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the work; the message says what was saved.
+    """A signal ended the work; the message says what was saved, and how to go on.
 
     Args:
         number: The signal.
-        message: A sentence for the user.
+        message: A sentence for the user: what was saved.
+        then: How to go on; a command that runs several trainings says it in its own words.
     """
 
-    def __init__(self, number: int, message: str = "Interrupted.") -> None:
-        super().__init__(message)
-        self.number = number
+    def __init__(self, number: int, message: str = "Interrupted.", then: str = "") -> None:
+        super().__init__(f"{message} {then}".rstrip())
+        self.number, self.message, self.then = number, message, then
+
+    @classmethod
+    def by(cls, end: KeyboardInterrupt, message: str, then: str = "") -> "Interrupted":
+        """The same interrupt with another message."""
+        return cls(end.number if isinstance(end, Interrupted) else signal.SIGINT, message, then)
 
     @property
     def status(self) -> int:

@@ -325,7 +325,7 @@ class StepRewardModel:
             results.append(StepScores(text, steps, bag_prob, fitting[i].num_steps - len(steps)))
         if errors:
             first = errors[min(errors)]
-            logger.warning("%d of %d responses were not scored. First: %s", len(errors), len(results), first)
+            logger.warning("Not scored: %d of %d responses. First: %s", len(errors), len(results), first)
         truncated = sum(bool(result.steps) and result.truncated_steps > 0 for result in results)
         if truncated:
             logger.warning(

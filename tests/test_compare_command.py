@@ -252,6 +252,7 @@ def test_without_a_file_of_settings_those_of_the_published_study_are_used(tmp_pa
     published = yaml.safe_load(Path("benchmarks/evidence/dense_vs_outcome.yaml").read_text(encoding="utf-8"))
     assert chosen == {arm: published[arm] for arm in study_arms.ARMS}
     assert f"{len(units)} runs, a minute or more each" in capsys.readouterr().out
+    assert (tmp_path / "report.md").read_text().split("\n\n")[1] == command.REPORT
     first = command._FIRST_LOOK.partition("--arms ")[2].partition(" --seeds")[0].split()
     assert set(first) < set(study_arms.ARMS)
     write_chosen(tmp_path / "chosen.yaml", {"oracle": {"lam": 0.5}}, "a test")
@@ -337,7 +338,7 @@ def test_the_benchmark_runs_at_the_size_of_a_smoke_test_in_two_processes(monkeyp
     benchmark = importlib.import_module("benchmarks.evidence.dense_vs_outcome")
     arms = ["outcome_ppo", "fractal"]
     benchmark.main(["--smoke", "true", "--jobs", "2", "--settings", "easy", "--arms", *arms])
-    assert "holds the rows" in capsys.readouterr().out
+    assert "/results.jsonl the rows." in capsys.readouterr().out
 
 
 def test_a_run_that_two_processes_come_to_is_done_once(tmp_path, monkeypatch):

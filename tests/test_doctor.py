@@ -51,8 +51,10 @@ def examined(capsys, *argv: str) -> tuple[int, dict[str, tuple[str, str]]]:
 def test_without_a_model_versions_names_and_device_are_looked_at(capsys):
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    *lines, more = lines
     assert [line[6:20].strip() for line in lines] == [*doctor.needed(), *OF_THE_MACHINE]
     assert all(line.startswith(("ok   ", "warn ")) for line in lines)
+    assert more.startswith("`--model` and `--train_file` also check")
     assert set(list(doctor.needed())[:6]) == {"torch", "transformers", "trl", "peft", "accelerate", "datasets"}
 
 

@@ -71,9 +71,20 @@ def test_no_sentence_of_the_help_is_cut_off(command, monkeypatch):
     assert [words[0] for words in lines if "..." in words and words[0] not in choices] == []
 
 
+@pytest.mark.parametrize("command", ["train", "ppo"])
+def test_an_option_with_choices_says_what_is_chosen(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = {line.split()[0]: line for line in short_help(command, COMMANDS[command]).splitlines() if "--" in line}
+    chosen = [one for one in options_of(command).options if one.choices and f"--{one.name}" in lines]
+    assert len(chosen) > 3
+    for one in chosen:
+        sentence = one.help.partition(": ")[0].partition(". ")[0].partition("; ")[0].rstrip(".")
+        assert sentence in lines[f"--{one.name}"], one.name
+
+
 def test_choices_are_shown_where_the_help_is_shown_whole():
     text = " ".join(short_help("score", COMMANDS["score"]).split())
-    assert "published the rows, docs/datasets.md: prm800k, processbench," in text
+    assert "published rows, docs/datasets.md: prm800k, processbench," in text
 
 
 def test_the_full_help_explains_every_option_with_ours_first():

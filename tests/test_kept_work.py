@@ -12,15 +12,17 @@ from transformers import Trainer, TrainingArguments
 
 from fractal_rm.cli.checks import checkpoint_to_resume, print_table, refuse_finished_output
 from fractal_rm.cli.evaluate import draw, why_absent
-from fractal_rm.cli.main import COMMANDS, main
+from fractal_rm.cli.main import COMMANDS, loading, main
 from fractal_rm.cli.ppo import closing
+from fractal_rm.cli.train import _closing
 from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation import kept_scores
 from fractal_rm.evaluation.intervals import Estimate
-from fractal_rm.hf.progress import RichProgress
-from fractal_rm.interrupts import interrupt
+from fractal_rm.hf.progress import RichProgress, bar_on_terminal
+from fractal_rm.interrupts import Interrupted, interrupt
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.reward_training.trainer import FractalTrainer
 
 TINY = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "4", "--save_strategy", "no"]
 
@@ -124,6 +126,34 @@ def test_the_end_of_train_says_how_good_the_model_is_and_what_comes_next(trained
     assert f"Next: fractal-rm score --model {folder}/rm --input {folder}/rows.jsonl --output" in said.out
 
 
+def test_without_step_labels_the_end_of_train_still_says_the_threshold(tmp_path):
+    said = _closing(tmp_path, {"eval": {"bag_auc": 0.75}}, 0.25, "rows.jsonl")
+    assert "Held-out AUC 0.75 (`eval`, `bag_auc`: 0.5 is chance); a step below 0.25 counts as wrong." in said
+
+
+def test_one_of_many_trainings_has_a_bar_on_a_terminal_alone(tmp_path, monkeypatch):
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(Line(), args)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    assert not isinstance(bar_on_terminal(trainer, "easy"), RichProgress)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    shown = bar_on_terminal(trainer, "easy")
+    assert isinstance(shown, RichProgress)
+    assert not shown.progress.disable
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: "the one with the bars")
+    assert not isinstance(bar_on_terminal(trainer, "easy"), RichProgress)
+
+
+def test_slow_imports_are_said_on_a_terminal_and_leave_no_line(monkeypatch, capsys):
+    with loading():
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with loading():
+        pass
+    assert capsys.readouterr().err == "Loading libraries ...\r\033[K"
+
+
 def test_the_end_of_ppo_names_rewards_and_alarms():
     history = [
         {"rewards/exact_answer/mean": 0.1, "rewards/step_reward_model/mean": 9.0, "steps/score": 0.5},
@@ -136,15 +166,39 @@ def test_the_end_of_ppo_names_rewards_and_alarms():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_interrupted_command_promises_only_flags_that_it_has(command, monkeypatch, capsys):
+    ends = [
+        KeyboardInterrupt(),
+        Interrupted(signal.SIGINT, "Interrupted after step 3.", "Add --resume_from_checkpoint."),
+    ]
+
     def interrupted(name, argv):
-        raise KeyboardInterrupt
+        raise ends.pop(0)
 
     monkeypatch.setattr("fractal_rm.cli.main.run", interrupted)
+    goes_on = command in ("quickstart", "score", "evaluate", "sample", "compare")
     assert main([command]) == 130
     said = capsys.readouterr().err
-    assert said.startswith("Interrupted.")
-    assert "--" not in said  # train, ppo and sample say how to go on once there is something to go on from
-    assert ("continues" in said) == (command in ("quickstart", "score", "evaluate", "compare"))
+    assert said.startswith("Interrupted. ")
+    assert "--" not in said  # train and ppo say how to go on once there is something to go on from
+    assert ("are kept; the same command continues" in said) == goes_on
+    assert main([command]) == 130  # while one of its trainings runs
+    said = capsys.readouterr().err
+    assert said.startswith("Interrupted after step 3. ")
+    assert ("--resume_from_checkpoint" in said) == (not goes_on)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_reward_model_is_saved_if_its_evaluation_is_interrupted(trained, tmp_path, monkeypatch, capsys, resumed):
+    monkeypatch.setattr(FractalTrainer, "finish", lambda self, *_, **__: interrupt(signal.SIGINT, None))
+    monkeypatch.setattr("fractal_rm.hf.checkpoints.can_resume", lambda folder: resumed)
+    _, arguments = trained
+    arguments = [str(tmp_path / "rm") if word.endswith("/rm") else word for word in arguments]
+    assert main([*arguments, "--max_steps", "1"]) == 130
+    said = capsys.readouterr().err
+    assert f"Interrupted while evaluating: {tmp_path}/rm holds the trained reward model, but no metrics.json." in said
+    flag = "evaluates it with --resume_from_checkpoint" if resumed else "trains again with --overwrite_output_dir"
+    assert f"The same command {flag} true." in said
+    assert (tmp_path / "rm" / "model.safetensors").is_file()
 
 
 # Scores of a stopped run ----------------------------------------------------------------------------------------------
@@ -173,7 +227,7 @@ def stopping(monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["score", "evaluate"])
-def test_a_stopped_run_goes_on_with_the_scores_that_it_has(models, tmp_path, stopping, command):
+def test_a_stopped_run_goes_on_with_the_scores_that_it_has(models, tmp_path, stopping, command, capsys):
     rows = write_jsonl(tmp_path / "in.jsonl", solutions(9))
     data = "--input" if command == "score" else "--data"
     arguments = [command, "--model", str(models / "rm"), data, rows]
@@ -181,6 +235,9 @@ def test_a_stopped_run_goes_on_with_the_scores_that_it_has(models, tmp_path, sto
     stopping.chunks = -1
     assert main([*arguments, "--output", str(whole)]) == 0
     assert stopping.asked == [2, 2, 2, 2, 1]
+    said = capsys.readouterr().err
+    assert "Scoring" in said  # one bar over all
+    assert "have scores already" not in said
     stopping.asked.clear()
     stopping.chunks = 2
     with pytest.raises(Stopped):
@@ -192,6 +249,7 @@ def test_a_stopped_run_goes_on_with_the_scores_that_it_has(models, tmp_path, sto
     stopping.chunks = -1
     assert main([*arguments, "--output", str(output)]) == 0
     assert stopping.asked == [2, 2, 1]
+    assert f"4 of 9 responses have scores already, in {output}.part." in capsys.readouterr().err
     assert not (tmp_path / "out.part").exists()
     if command == "score":
         assert output.read_text() == whole.read_text()
@@ -237,6 +295,10 @@ def test_why_a_metric_is_absent_is_said():
     ]
     known = [Bag("?", "a", ((0, 1),), label, step_labels=(1.0,)) for label in (1.0, 0.0)]
     assert why_absent({"step_auc": nothing}, known) == ["Not measured: step_auc. All 2 step labels are 1."]
+    assert why_absent({"bag_auc": nothing}, bags[:1])[0] == "Not measured: bag_auc. The only response has the label 1."
+    wrong = [Bag("?", "a b", ((0, 1), (2, 3)), 0.0, step_labels=(1.0, 0.0))] * 2
+    (said,) = why_absent({"f1": nothing}, wrong)
+    assert said.startswith("Not measured: f1. They need responses with a wrong step, and responses of which every step")
     assert why_absent({"bag_auc": Estimate(1.0, 1.0, 1.0)}, [*known, *bags]) == []
 
 
@@ -249,3 +311,8 @@ def test_a_narrow_table_cuts_no_name(capsys, monkeypatch):
     assert "…" not in shown
     cells = "".join(line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│"))
     assert cells == "".join(names)
+    print_table(columns, {name: ["0.123 [0.100, 0.150]"] * 3 for name in ("responses_per_second", "f1")})
+    shown = capsys.readouterr().out
+    assert "│ responses_per_second │" in shown  # in one piece where there is room
+    assert " difference ┃" in shown
+    assert max(map(len, shown.splitlines())) <= 80

@@ -202,7 +202,9 @@ def test_a_model_folder_is_planned_and_fits(tmp_path, capsys):
 
 def test_without_a_model_there_is_a_table_of_usual_ones(capsys):
     assert main(["plan", "--gpu", "RTX 4090", "--use_peft", "true"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().out
+    assert "hours of sampling, the reward model and 300 updates of 128 completions with at most 320 tokens." in shown
+    lines = shown.splitlines()
     fits = {name: next(line.split("│")[3].strip() for line in lines if name in line) for name in MODELS}
     assert fits["SmolLM2-135M"] == "yes"
     assert fits["Llama-3.1-70B"] == "no"

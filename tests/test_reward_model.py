@@ -129,9 +129,7 @@ def test_a_bad_response_is_reported_and_the_others_are_scored(model, caplog, res
     assert bad.steps == []
     assert math.isnan(bad.score)
     assert bad.error.startswith(f"row 1: {reason}")
-    assert [record.getMessage() for record in caplog.records] == [
-        f"1 of 3 responses were not scored. First: {bad.error}"
-    ]
+    assert [record.getMessage() for record in caplog.records] == [f"Not scored: 1 of 3 responses. First: {bad.error}"]
 
 
 def test_a_batch_of_bad_responses_only_is_reported_whole(model):

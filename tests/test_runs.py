@@ -21,11 +21,11 @@ from fractal_rm import ranges
 from fractal_rm.cli.main import COMMANDS, main
 from fractal_rm.cli.options.arguments import read_rows
 from fractal_rm.data.readers import read_jsonl
-from fractal_rm.files import locked
-from fractal_rm.hf.checkpoints import fault, last_checkpoint
+from fractal_rm.files import locked, write_atomic
+from fractal_rm.hf.checkpoints import STATE, fault, last_checkpoint
 from fractal_rm.hf.manifest import MANIFEST, write_manifest
 from fractal_rm.hf.runs import TIMED_FROM
-from fractal_rm.interrupts import Interrupted
+from fractal_rm.interrupts import Interrupted, interrupt
 
 # Logs after 3 and 6 steps, checkpoints after 2 and 4: one lies between two logs.
 SAVED = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 3, "max_steps": 4}
@@ -224,9 +224,24 @@ def test_a_policy_stops_between_two_rollouts(tmp_path):
 def test_a_second_signal_ends_it_at_once(tmp_path):
     trainer = reward_run(tmp_path, save_steps=100)
     trainer.add_callback(At(1, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]))
-    with pytest.raises(Interrupted, match="twice"):
+    with pytest.raises(Interrupted, match=r"twice: .* There is no checkpoint: the same command starts again\."):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
+    write_atomic(tmp_path / "checkpoint-1" / STATE, "{}")
+    write_atomic(tmp_path / "checkpoint-1" / MANIFEST, "{}")
+    assert trainer.stopping._then().startswith(
+        f"{tmp_path}/checkpoint-1 is the last checkpoint: the same command goes on"
+    )
+
+
+def test_without_checkpoints_a_signal_says_that_nothing_was_saved(tmp_path):
+    trainer = reward_run(tmp_path, save_strategy="no")
+    trainer.add_callback(At(1, lambda: interrupt(signal.SIGTERM, None)))
+    with pytest.raises(
+        Interrupted, match=r"after step 0\. Nothing was saved, because `save_strategy` is `no`"
+    ) as caught:
+        trainer.train()
+    assert caught.value.status == 143
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -65,12 +65,12 @@ def url(model) -> Iterator[str]:
         yield address
 
 
-def post(url: str, body: Any, path: str = "/score", **options: Any) -> tuple[int, Any]:
+def post(url: str, body: Any, path: str = "/score", kind: str = "application/json", **options: Any) -> tuple[int, Any]:
     """Status and JSON of a request; a body that is no bytes is written as JSON."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
     try:
         data = body if isinstance(body, bytes) or hasattr(body, "__next__") else json.dumps(body).encode()
-        connection.request("POST", path, data, {"Content-Type": "application/json"}, **options)
+        connection.request("POST", path, data, {"Content-Type": kind}, **options)
         answer = connection.getresponse()
         return answer.status, json.loads(answer.read())
     finally:
@@ -243,6 +243,14 @@ def test_a_body_that_does_not_arrive_is_given_up(model):
             said = connection.makefile("rb").read()
     assert said.startswith(b"HTTP/1.1 408")
     assert b"longer than 0.3 seconds to arrive" in said
+
+
+def test_a_body_without_its_type_is_refused_with_the_header_to_send(url):
+    asked = {"prompts": ["a"], "responses": ["b"]}
+    status, sentence = refusal(url, asked, kind="application/x-www-form-urlencoded")  # as curl -d
+    assert status == 422
+    assert sentence.endswith("Send it with the header `Content-Type: application/json`.")
+    assert "Input should be" in refusal(url, ["a"])[1]
 
 
 def test_other_paths_and_methods_are_refused(url):

@@ -302,7 +302,8 @@ def test_tables_are_made_of_any_rows_and_the_figure_is_drawn(tmp_path):
     assert line in plain["Against the better outcome-only arm"]
     assert "| fractal | 0.9" in plain["Accuracy at the end"]
     (said,) = (one for one in page.sentences(study(0.3)) if one.startswith("easy"))
-    assert said == "easy: fractal_mix ends +30.0 [+30.0, +30.0] points from outcome_grpo (seeds: 10)."
+    gain = "+30.0 [+30.0, +30.0] points (seeds: 10)"
+    assert said == f"easy: accuracy at the end, fractal_mix minus outcome_grpo: {gain}."
     assert not page.draw_curves(tmp_path / "curves.png", [])
     assert page.draw_curves(tmp_path / "curves.png", study(0.3))
     assert not evidence_page.draw_scores(tmp_path / "scores.png", [])

@@ -33,9 +33,19 @@ from fractal_rm.cli.checks import to_json
 from fractal_rm.cli.main import main
 from fractal_rm.credit.guards import LIMITS
 from fractal_rm.evaluation.intervals import interval_of_mean
-from fractal_rm.report.training_curves import ALARMS, MOST_POINTS, Panel, Section, early_ends, make_line, make_sections
+from fractal_rm.report.drawing import PAGE, new_figure
+from fractal_rm.report.training_curves import (
+    ALARMS,
+    MOST_POINTS,
+    Line,
+    Panel,
+    Section,
+    early_ends,
+    make_line,
+    make_sections,
+)
 from fractal_rm.report.training_history import Run, metrics_by_update, read_runs
-from fractal_rm.report.training_report import save_training_figure, write_training_report
+from fractal_rm.report.training_report import draw_panel, save_training_figure, write_training_report
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 SVG = "{http://www.w3.org/2000/svg}"
@@ -509,3 +519,17 @@ def test_without_matplotlib_the_extra_is_named_before_anything_is_read(folders, 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", "--runs", "none", "--output", "page.html"]) == 2
     assert 'pip install "fractal-rm[plots]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "values", [(5.5451, 5.5455), (0.0, 1.0), (0.0, 0.0), (3.0, 3.0), (-2e-16, 6e-16), (1e4, 1e4 + 1)]
+)
+def test_no_two_ticks_of_an_axis_read_the_same(values):
+    line = Line("ppo", 0, np.array([1, 9]), np.array(values), 1, None, None)
+    with new_figure(4.7, 2.3) as figure:
+        axes = figure.add_subplot()
+        draw_panel(axes, Panel("Entropy", ("entropy",), [line], []), PAGE, 9)
+        read = [axes.yaxis.get_major_formatter()(tick, None) for tick in axes.get_yticks()]
+    assert len(read) > 2
+    assert len(set(read)) == len(read)
+    assert max(map(len, read)) <= 12

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fractal_rm.files import locked
+from fractal_rm.interrupts import Interrupted
 from fractal_rm.scorers.folder import check_model_folder
 
 # What to do if a model of the quickstart is missing.
@@ -172,6 +173,27 @@ def checkpoint_to_resume(config: Any) -> str | bool:
     return wanted
 
 
+@contextlib.contextmanager
+def saving_trained(trainer: Any, what: str) -> Iterator[None]:
+    """Save a trained model if its evaluation, within the context, is interrupted: every step is done.
+
+    Raises:
+        Interrupted: Says what was saved.
+    """
+    from fractal_rm.hf.checkpoints import can_resume
+
+    try:
+        yield
+    except KeyboardInterrupt as end:
+        trainer.save_model()
+        folder = trainer.args.output_dir
+        then = "The same command evaluates it with --resume_from_checkpoint true."
+        if not can_resume(folder):
+            then = "The same command trains again with --overwrite_output_dir true."
+        told = f"Interrupted while evaluating: {folder} holds the trained {what}, but no metrics.json."
+        raise Interrupted.by(end, told, then) from None
+
+
 def report_contradictions(sentences: Sequence[str], *, strict: bool) -> None:
     """Print contradictions between rows as warnings.
 
@@ -243,14 +265,15 @@ def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
 
 def print_table(columns: Iterable[str], rows: Mapping[str, Iterable[str]], *, of: str = "metric") -> None:
     """Print a table: names of the columns, cells by line, and what a line is (`of`)."""
-    table = Table()
-    # Folded, not cut, so that names with the same beginning stay distinguishable in a narrow window.
-    table.add_column(of, overflow="fold")
+    table, console = Table(), Console()
+    # In one piece if there is room, and else folded, not cut: names with the same beginning stay distinguishable.
+    short = max(map(len, rows), default=0) <= console.width // 3
+    table.add_column(of, overflow="fold", no_wrap=short)
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")
     for name, cells in rows.items():
         table.add_row(name, *cells)
-    Console().print(table, markup=False)
+    console.print(table, markup=False)
 
 
 def number_cell(value: float | None) -> str:

@@ -22,6 +22,13 @@ TUNING_TASKS = ("medium", "branching")
 TUNING_SHARE, TUNING_POINTS = 0.6, (0.5, 1.0)
 SMOKE_BUDGET = Budget(rollouts_per_update=16, held_out=8, updates=2, points=(1.0,))
 SMOKE_STEPS = 2
+REPORT = (
+    "Every arm trains the same base policies on the same prompts, with the same number of rollouts. The first table "
+    "compares each arm with the better of the outcome-only arms: accuracy is in % of held-out problems; differences "
+    "are in points, paired over seeds, with 95 % bootstrap intervals if there are several seeds. The second table is "
+    "the share of held-out problems that are solved at the end: interquartile mean over seeds, with the number of "
+    "seeds in parentheses."
+)
 _FIRST_LOOK = "For a first look: --settings easy --arms outcome_ppo fractal_mix --seeds 2."
 
 
@@ -108,18 +115,21 @@ def run_comparison(arguments: CompareArguments, kind: type[Study] = Study) -> li
     given = arguments.chosen is not None or chosen_file.is_file()
     study = study.with_chosen(chosen_file, arms) if given else study.with_tuned(arms)
     units = study.units(arguments.settings or list(CONDITIONS), arms, arguments.seeds)
+    rows = study.rows()
+    done = sum(study.is_done(unit, rows) for unit in units)
     hint = "" if arguments.settings or arguments.arms else f" {_FIRST_LOOK}"
-    print(
-        f"{len(units)} runs, a minute or more each, after minutes for base policies and reward models. "
-        f"The same command continues a stopped comparison.{hint}",
-        flush=True,
-    )
+    takes = "a minute or more each, after minutes for base policies and reward models"
+    if arguments.smoke:
+        takes = "seconds each, at a size at which nothing is learned"
+    before = f" ({done} done before)" if done else ""
+    print(f"{len(units)} runs{before}, {takes}. The same command continues after Ctrl-C.{hint}", flush=True)
     study.run_all(units, arguments.jobs)
     rows = study.rows()
     made = [f"## {name}\n\n{table}" for name, table in tables(rows, study.arms).items()]
-    write_atomic(folder / "report.md", "\n\n".join(["# Dense against outcome-only rewards", *made]) + "\n")
-    draw_curves(folder / "curves.png", rows)
+    drawn = ["![Learning curves](curves.png)"] if draw_curves(folder / "curves.png", rows) else []
+    page = ["# Dense against outcome-only rewards", REPORT, *drawn, *made]
+    write_atomic(folder / "report.md", "\n\n".join(page) + "\n")
     for sentence in sentences(rows):
         print(sentence)
-    print(f"{results} holds the rows, {folder} report.md and curves.png.")
+    print(f"{folder / 'report.md'} has the tables, {folder / 'curves.png'} the curves, {results} the rows.")
     return rows

@@ -49,6 +49,8 @@ def doctor(argv: Sequence[str]) -> None:
             examination.check("device", check_device)
             examination.check("bfloat16", check_bfloat16)
             examine(examination, arguments, data)
+            if arguments.model is None and not examination.has_failed:
+                print("`--model` and `--train_file` also check that a model loads, and how it reads your rows.")
     if examination.has_failed:
         raise SystemExit(FAILED)
 

@@ -286,14 +286,20 @@ def why_absent(found: Mapping[str, Any], bags: Sequence[Bag]) -> list[str]:
     labels = {bag.label for bag in bags}
     if responses and len(labels) == 1:
         label = labels.pop()
-        which = "have no label" if label is None else f"have the label {label:g}"
-        sentences.append(f"Not measured: {', '.join(responses)}. All {len(bags)} responses {which}.")
+        which = "no label" if label is None else f"the label {label:g}"
+        every = f"All {len(bags)} responses have" if len(bags) > 1 else "The only response has"
+        sentences.append(f"Not measured: {', '.join(responses)}. {every} {which}.")
     known = [label for bag in bags for label in bag.step_labels or () if label is not None]
     steps = [name for name, one in found.items() if not name.startswith("bag_") and math.isnan(one.value)]
     if not known:
         sentences.append("No step metrics: no row has `step_labels`.")
     elif steps and len(set(known)) == 1:
         sentences.append(f"Not measured: {', '.join(steps)}. All {len(known)} step labels are {known[0]:g}.")
+    elif steps:
+        sentences.append(
+            f"Not measured: {', '.join(steps)}. They need responses with a wrong step, and responses of which every "
+            "step has a label and is right."
+        )
     return sentences
 
 

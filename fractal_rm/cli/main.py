@@ -9,7 +9,8 @@ import linecache
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from fractal_rm import __version__
@@ -34,10 +35,15 @@ COMMANDS = {
     "serve": "Serve step scores over HTTP.",
     "report": "Make tables from a results.jsonl, or curves from PPO runs.",
 }
-# Message of an interrupted command about the finished work.
-_GO_ON = dict.fromkeys(
-    ["quickstart", "score", "evaluate", "compare"], "The same command continues where this one stopped."
-)
+_ERASED_LINE = "\r\033[K"
+# What an interrupted command keeps and how to go on. `train` and `ppo` say it themselves: it depends on checkpoints.
+_GO_ON = {
+    "quickstart": "Finished stages are kept; the same command continues with the others.",
+    "compare": "Finished runs are kept; the same command continues with the others.",
+    "score": "Scores so far are kept; the same command continues.",
+    "evaluate": "Scores so far are kept; the same command continues.",
+    "sample": "Responses so far are kept; the same command continues.",
+}
 
 
 def usage() -> str:
@@ -58,7 +64,22 @@ def usage() -> str:
 
 def run(command: str, argv: Sequence[str]) -> None:
     """Import the module of one command and call it with its arguments."""
-    getattr(importlib.import_module(f"fractal_rm.cli.{command}"), command)(argv)
+    with loading():
+        module = importlib.import_module(f"fractal_rm.cli.{command}")
+    getattr(module, command)(argv)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Say on a terminal that libraries are loaded, which takes seconds; the line goes away."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print("Loading libraries ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print(_ERASED_LINE, end="", file=sys.stderr, flush=True)
 
 
 def is_bad_input(error: BaseException) -> bool:
@@ -113,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(end.code or 0)
     except KeyboardInterrupt as end:
         told = end if isinstance(end, Interrupted) else Interrupted(SIGNALS[0])
-        print(f"{told} {_GO_ON.get(name, '')}".rstrip(), file=sys.stderr)
+        then = _GO_ON.get(name) or told.then or "The same command starts again."
+        print(f"{told.message} {then}", file=sys.stderr)
         return told.status
     except Exception as error:
         if not is_bad_input(error):

@@ -276,3 +276,9 @@ def _print_models(arguments: PlanArguments, gpu: GPU) -> None:
         fits = "yes" if total <= gpu.usable * gpu.memory else "no"
         rows[name] = [f"{total / GIGABYTE:.1f}", fits, f"{sum(stage_hours(arguments, run, gpu).values()):.1f}"]
     print_table(["GB", f"fits {arguments.gpu}", "hours"], rows, of="model")
+    rollouts = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    print(
+        f"Memory of PPO, and hours of sampling, the reward model and {arguments.max_steps} updates of {rollouts} "
+        f"completions with at most {arguments.max_completion_length} tokens. Formulas, right within a factor of two at "
+        "best. `--parameters 1.5B` shows the parts, and what helps a run to fit."
+    )

@@ -1,7 +1,6 @@
 """`fractal-rm ppo`: train a policy on step rewards, outcome rewards, or both."""
 
 import re
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from fractal_rm.cli.checks import (
     print_metrics,
     refuse_finished_output,
     report_contradictions,
+    saving_trained,
     to_json,
     writing_folder,
 )
@@ -33,7 +33,6 @@ from fractal_rm.files import write_atomic
 from fractal_rm.hf.cards import policy_card
 from fractal_rm.hf.manifest import write_manifest
 from fractal_rm.hf.progress import RichProgress
-from fractal_rm.interrupts import Interrupted
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.report.rollout_pages import StepScoresCallback
@@ -182,13 +181,8 @@ def _ppo(arguments: PPOArguments, data: DataArguments, lora: LoraArguments, conf
         result = trainer.train(resume_from_checkpoint=checkpoint)
         metrics: dict[str, Any] = {"train": result.metrics}
         if held_out:
-            try:
+            with saving_trained(trainer, "policy"):
                 metrics["eval"] = trainer.evaluate()
-            except KeyboardInterrupt as end:  # every step is done
-                trainer.save_model()
-                number = end.number if isinstance(end, Interrupted) else signal.SIGINT
-                told = f"Interrupted while evaluating: {folder} holds the trained policy, but no metrics.json."
-                raise Interrupted(number, told) from None
     trainer.save_model()
     if trainer.is_world_process_zero():
         write_manifest(folder, trainer.identity, ())  # whose policy this is

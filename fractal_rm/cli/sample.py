@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -16,7 +15,6 @@ from fractal_rm.cli.options.tasks import MAKE_PROMPTS, TaskArguments, TaskName, 
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.errors import reason
 from fractal_rm.files import write_atomic
-from fractal_rm.interrupts import Interrupted
 from fractal_rm.tasks.answers import read_answer
 from fractal_rm.tasks.equations import step_labels
 from fractal_rm.tasks.task import Split
@@ -137,24 +135,23 @@ def _sample(arguments: SampleArguments, data: DataArguments) -> None:
         for number, batch in enumerate(_batches(texts, size))
         if any(_key(asked[i].prompt) not in finished for i in batch)
     ]
-    try:
-        for number, batch in track(pending, description="Sampling", console=Console(stderr=True)):
-            groups = sample_groups(
-                model,
-                tokenizer,
-                [texts[i] for i in batch],
-                samples=arguments.samples,
-                greedy=arguments.greedy,
-                max_new_tokens=max_new_tokens,
-                seed=1_000_003 * arguments.seed + number,
-            )
-            for i, responses in zip(batch, groups, strict=True):
-                if _key(asked[i].prompt) not in finished:
-                    last_number = arguments.answers == "last_number"
-                    _append(output, _rows(asked[i], responses, arguments.gold_steps, last_number=last_number))
-    except KeyboardInterrupt as end:
-        number = end.number if isinstance(end, Interrupted) else signal.SIGINT
-        raise Interrupted(number, f"Interrupted. The same command goes on where {output} ends.") from None
+    if not pending:
+        print(f"{output} has the responses to all {len(asked)} prompts already.")
+    bar = track(pending, description="Sampling", console=Console(stderr=True), disable=not pending)
+    for number, batch in bar:
+        groups = sample_groups(
+            model,
+            tokenizer,
+            [texts[i] for i in batch],
+            samples=arguments.samples,
+            greedy=arguments.greedy,
+            max_new_tokens=max_new_tokens,
+            seed=1_000_003 * arguments.seed + number,
+        )
+        for i, responses in zip(batch, groups, strict=True):
+            if _key(asked[i].prompt) not in finished:
+                last_number = arguments.answers == "last_number"
+                _append(output, _rows(asked[i], responses, arguments.gold_steps, last_number=last_number))
     prompts = {_key(one.prompt) for one in asked}
     rows = [row for row in read_rows_of(output) if _key(row["prompt"]) in prompts]
     marked = arguments.task != "arithmetic"  # whose checker reads the last line

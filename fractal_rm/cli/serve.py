@@ -81,6 +81,7 @@ def serve(argv: Sequence[str]) -> None:
         shown = f"[{host}]" if ":" in host else host
         print(f"{name} scores at http://{shown}:{listening.getsockname()[1]}/score; Ctrl-C ends it.", flush=True)
         run(app, listening, limits)
+    print("Stopped, after the requests in progress.")
 
 
 @contextlib.contextmanager

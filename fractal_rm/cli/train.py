@@ -15,6 +15,7 @@ from fractal_rm.cli.checks import (
     print_table,
     refuse_finished_output,
     report_contradictions,
+    saving_trained,
     to_json,
     writing_folder,
 )
@@ -103,14 +104,15 @@ def _train(arguments: TrainArguments, data: DataArguments, lora: LoraArguments, 
     checkpoint = checkpoint or _is_staged(trainer.args)
     with RichProgress(trainer, "Training"):
         trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.finish(bags.get("test"), data=data.name)
+    with saving_trained(trainer, "reward model"):
+        metrics = trainer.finish(bags.get("test"), data=data.name)
     trainer.save_model()
     if trainer.is_world_process_zero():
         write_manifest(folder, trainer.identity, ())  # whose model this is
         write_atomic(folder / "metrics.json", to_json(metrics | {"history": trainer.state.log_history}))
         print_metrics(metrics)
         print(f"{folder} holds the reward model, metrics.json and README.md.")
-        print(_closing(folder, metrics, data.eval_file or data.train_file))
+        print(_closing(folder, metrics, trainer.settings.threshold, data.eval_file or data.train_file))
     trainer.accelerator.end_training()  # a process that exits within a process group may abort
 
 
@@ -130,11 +132,11 @@ def _choose(count: int, model: str, config: FractalConfig, given: Mapping[str, A
     return trainer
 
 
-def _closing(folder: Path, metrics: Mapping[str, Mapping[str, Any]], rows: str | None) -> str:
+def _closing(folder: Path, metrics: Mapping[str, Mapping[str, Any]], threshold: float, rows: str | None) -> str:
     """The model's held-out metrics, and the command to view its scores."""
     if "eval" in metrics:
-        auc, threshold = (number_cell(metrics["eval"].get(name)) for name in ("bag_auc", "threshold"))
-        found = f"Held-out AUC {auc} (`eval`, `bag_auc`: 0.5 is chance); a step below {threshold} counts as wrong."
+        auc, below = number_cell(metrics["eval"].get("bag_auc")), number_cell(threshold)
+        found = f"Held-out AUC {auc} (`eval`, `bag_auc`: 0.5 is chance); a step below {below} counts as wrong."
     else:
         found = "Without held-out rows the model is not evaluated: give `--eval_file`."
     output = f"--output {folder}/scores.jsonl --html {folder}/scores.html"

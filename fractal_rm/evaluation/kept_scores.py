@@ -7,6 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import track
+
 from fractal_rm.reward_model import Step, StepRewardModel, StepScores
 
 # Number of responses scored between two writes.
@@ -48,11 +51,19 @@ class KeptScores:
     ) -> list[StepScores]:
         """Scores as [`~fractal_rm.reward_model.StepRewardModel.score`] gives them; `error` counts rows of its own."""
         keys = [self._key(row) for row in zip(prompts, responses, spans, strict=True)]
-        self.reused += sum(key in self._known for key in keys)
+        reused = sum(key in self._known for key in keys)
+        self.reused += reused
+        console = Console(stderr=True)
+        if reused:
+            told = f"{reused:,} of {len(keys):,} responses have scores already, in {self.path}."
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
         missing = [i for i, key in enumerate(keys) if key not in self._known]
         # Group similar lengths, as within a call: chunks of mixed lengths need more padding.
         missing.sort(key=lambda i: len(responses[i]))
-        for start in range(0, len(missing), CHUNK):
+        starts = range(0, len(missing), CHUNK)
+        if len(starts) > 1:  # one bar over all chunks, instead of one in each
+            options["progress"] = False
+        for start in track(starts, description="Scoring", console=console, disable=len(starts) <= 1):
             chunk = missing[start : start + CHUNK]
             asked = ([values[i] for i in chunk] for values in (prompts, responses))
             found = self._model.score(*asked, spans=[spans[i] for i in chunk], **options)

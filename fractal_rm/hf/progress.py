@@ -1,6 +1,9 @@
 """Progress of a training run on the screen: a bar, and a short line for each log."""
 
+import multiprocessing
+import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -33,6 +36,13 @@ _SHOWN_PREFIXES = (
 FIRST_STEPS, FIRST_SECONDS = 10, 30.0
 
 
+def bar_on_terminal(trainer: Trainer, description: str) -> AbstractContextManager[Any]:
+    """A bar for one of many trainings: on a terminal, in the process that the user started; elsewhere nothing."""
+    if sys.stderr.isatty() and multiprocessing.parent_process() is None:
+        return RichProgress(trainer, description, disable=False)
+    return nullcontext()
+
+
 class RichProgress(TrainerCallback):
     """Bars of training and evaluation and one line per log, in place of what `transformers.Trainer` prints.
 
@@ -44,9 +54,10 @@ class RichProgress(TrainerCallback):
     Args:
         trainer: The trainer to follow; its own screen callbacks are removed.
         description: Text before the bar.
+        disable: Show no bars; None: as `disable_tqdm` of the trainer says.
     """
 
-    def __init__(self, trainer: Trainer, description: str) -> None:
+    def __init__(self, trainer: Trainer, description: str, *, disable: bool | None = None) -> None:
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self)
@@ -58,7 +69,8 @@ class RichProgress(TrainerCallback):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
-            disable=bool(trainer.args.disable_tqdm) or not trainer.is_world_process_zero(),
+            disable=bool(trainer.args.disable_tqdm if disable is None else disable)
+            or not trainer.is_world_process_zero(),
         )
         self.task = self.progress.add_task(description, total=None)
         self._evaluation: TaskID | None = None

@@ -295,7 +295,7 @@ class _Stopping(TrainerCallback):
                 raise Interrupted(number)
             return
         if self.asked:
-            raise Interrupted(number, "Interrupted twice: training ended at once, without another checkpoint.")
+            raise Interrupted(number, "Interrupted twice: training ended at once.", self._then())
         self.asked = number
         os.write(2, b"Interrupted: a checkpoint is written after this step. Once more ends at once.\n")
 
@@ -307,7 +307,12 @@ class _Stopping(TrainerCallback):
             Interrupted: At the end, if there was one: it says what was saved.
         """
         if self.run.args.save_strategy == "no":
-            yield
+            try:
+                yield
+            except Interrupted as end:
+                told = f"Interrupted after step {self.run.state.global_step}."
+                then = "Nothing was saved, because `save_strategy` is `no`: the same command starts again."
+                raise Interrupted.by(end, told, then) from None
             return
         self.asked = 0
         with handled(self._ask):
@@ -315,9 +320,15 @@ class _Stopping(TrainerCallback):
         if self.asked:
             raise Interrupted(
                 self.asked,
-                f"Interrupted after step {self.run.state.global_step}: {self.run.args.output_dir} holds a checkpoint. "
+                f"Interrupted after step {self.run.state.global_step}: {self.run.args.output_dir} holds a checkpoint.",
                 "The same command goes on with --resume_from_checkpoint true.",
             )
+
+    def _then(self) -> str:
+        last = next(iter(checkpoints(str(self.run.args.output_dir))), None)
+        if last is None:
+            return "There is no checkpoint: the same command starts again."
+        return f"{last} is the last checkpoint: the same command goes on from it with --resume_from_checkpoint true."
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         asked: Any = torch.tensor(float(bool(self.asked)), device=args.device)

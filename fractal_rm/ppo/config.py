@@ -78,11 +78,12 @@ class StepPPOConfig(RunConfig, GRPOConfig):
     shaping: Literal["raw", "centered", "log_odds", "delta", "min_form", "first_mistake"] = field(
         default="centered",
         metadata={
-            "help": "Step score -> step reward: `raw` is P(step is good); `centered` subtracts a baseline (`center`), "
-            "which suits a value model that starts at 0; `log_odds` is the logit of the score; `delta` is the score "
-            "minus the previous step's score, so a response earns the score of its last step; `min_form` makes the "
-            "return of a step the lowest score from there on (PURE), exactly so without a discount; `first_mistake` "
-            "charges a step with the probability that it is the first mistake, so steps after a mistake cost nothing."
+            "help": "How step scores become rewards: `raw` is P(step is good); `centered` subtracts a baseline "
+            "(`center`), which suits a value model that starts at 0; `log_odds` is the logit of the score; `delta` is "
+            "the score minus the previous step's score, so a response earns the score of its last step; `min_form` "
+            "makes the return of a step the lowest score from there on (PURE), exactly so without a discount; "
+            "`first_mistake` charges a step with the probability that it is the first mistake, so steps after a "
+            "mistake cost nothing."
         },
     )
     center: Literal["response", "batch", "group", "threshold"] = field(
@@ -190,9 +191,9 @@ class StepPPOConfig(RunConfig, GRPOConfig):
     on_alarm: Literal["warn", "stop", "rollback"] = field(
         default="warn",
         metadata={
-            "help": "What happens when a sign of reward hacking (`guards/` in the logs) stays beyond its limit: "
-            "`warn` logs a warning; `stop` ends training after this step; `rollback` restores the weights of the last "
-            "checkpoint before the sign and halves `step_weight`."
+            "help": "At signs of reward hacking: `warn` logs a warning; `stop` ends training after this step; "
+            "`rollback` restores the weights of the last checkpoint before the sign and halves `step_weight`. The "
+            "signs are `guards/` in the logs; one counts when it stays beyond its limit."
         },
     )
     guard_reference_batches: int = field(

@@ -127,7 +127,10 @@ def next_commands(folder: Path) -> list[tuple[str, str]]:
             "--output scores.jsonl --html view.html",
             "Score responses and look at every step.",
         ),
-        ("fractal-rm ppo --config recipes/arithmetic/config.yaml", "PPO with your own settings on this task."),
+        (
+            "fractal-rm ppo --config recipes/arithmetic/config.yaml",
+            "PPO with your own settings on this task, in a clone of the repository.",
+        ),
         (
             f"fractal-rm train --model {folder}/policy --train_file {folder}/responses.jsonl --aggregation product "
             "--output_dir my_reward_model",

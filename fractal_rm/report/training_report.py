@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -36,6 +37,7 @@ MARKERS, MARKED = 8, 16
 # Of the height of the axes: what is left free below and above. A curve that varies by less than FLAT of its size is a
 # constant with rounding errors, and lies in the middle of axes of some height.
 MARGIN, FLAT, FLAT_MARGIN = 0.06, 1e-6, 0.1
+TICKS = 5  # of the axis of values
 # Shapes of the markers in the page's legend, around (18, 6).
 SHAPES = {
     "o": "M18 2a4 4 0 1 0 .01 0z",
@@ -141,9 +143,12 @@ def draw_panel(axes: Axes, panel: Panel, theme: Theme, last: int) -> None:
     margin = MARGIN * (high - low) if high - low > FLAT * size else FLAT_MARGIN * max(size, 0.5)
     axes.set(xlim=(0, 1.02 * last), ylim=(low - margin, high + margin))
     axes.locator_params(axis="x", nbins=5, integer=True)
-    axes.locator_params(axis="y", nbins=5)
+    axes.locator_params(axis="y", nbins=TICKS)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    top = max(map(abs, axes.get_ylim()))
+    step = (axes.get_ylim()[1] - axes.get_ylim()[0]) / TICKS
+    digits = max(4, math.ceil(math.log10(top / step)) + 2)  # so many that no two ticks read the same
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.{digits}g}")
     axes.set_xlabel("Update", fontsize=9)
     axes.tick_params(labelsize=9)
 

@@ -31,13 +31,18 @@ class FractalConfig(RunConfig, TrainingArguments):
     scorer: Literal["likelihood", "token", "embedding"] = field(
         default="likelihood",
         metadata={
-            "help": "How a model gives step logits: `likelihood` (a causal LM; weight * log-likelihood of the step + "
-            "bias), `token` (a token classification head at the step's last token; any backbone) or `embedding` (a "
-            "head on a frozen sentence encoder)."
+            "help": "What scores a step: `likelihood` (a causal LM; weight * log-likelihood of the step + bias), "
+            "`token` (a token classification head at the step's last token; any backbone) or `embedding` (a head on a "
+            "frozen sentence encoder)."
         },
     )
     aggregation: Aggregation = field(
-        default="min", metadata={"help": "How step probabilities become a response probability."}
+        default="min",
+        metadata={
+            "help": "How steps combine into a response score: `min` (the worst step decides), `max` (the best one "
+            "decides), `mean`, `product` (every step must be good), `noisy_or` (one good step is enough), `softmin` or "
+            "`softmax` (smooth `min` and `max`, see `sharpness`)."
+        },
     )
     sharpness: float = field(
         default=1.0,
@@ -48,7 +53,7 @@ class FractalConfig(RunConfig, TrainingArguments):
         metadata={"help": "Number of grades of ordinal labels, 0 to `num_grades - 1`. None: labels say good or bad."},
     )
     segmentation: Literal["lines", "sentences", "turns", "separator", "pattern", "given"] = field(
-        default="lines", metadata={"help": "How responses are cut into steps, unless the data has steps."}
+        default="lines", metadata={"help": "How responses are cut into steps; steps in the data are kept."}
     )
     separator: str | None = field(default=None, metadata={"help": "Text between steps, for `segmentation=separator`."})
     pattern: str | None = field(
@@ -187,8 +192,8 @@ class FractalConfig(RunConfig, TrainingArguments):
     pseudo_labels: Literal["none", "hard", "soft"] = field(
         default="none",
         metadata={
-            "help": "After the joint training, train on step labels that agree with the response labels: `hard` (the "
-            "most likely ones) or `soft` (probabilities given the response label)."
+            "help": "Train again, on inferred step labels: `hard` (the most likely ones that agree with the response "
+            "labels) or `soft` (probabilities given the response label)."
         },
     )
     pseudo_rounds: int = field(

@@ -191,7 +191,14 @@ async def _refuse_invalid(request: Request, error: Exception) -> JSONResponse:
     found = error.errors()[0]
     if found["type"] == "json_invalid":
         return JSONResponse({"detail": f"The body is not JSON ({found['ctx']['error']})."}, 400)
+    if found["loc"] == ("body",) and found["type"] == "model_attributes_type" and not _says_json(request):
+        sentence = "The body was not read as JSON. Send it with the header `Content-Type: application/json`."
+        return JSONResponse({"detail": sentence}, 422)
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found["loc"][1:]).lstrip(".")
     told = found["msg"].removeprefix("Value error, ").rstrip(".")
     sentence = f"{f'`{place}`' if place else 'The request'}: {told}. The schema is at /openapi.json."
     return JSONResponse({"detail": sentence}, 422)
+
+
+def _says_json(request: Request) -> bool:
+    return "json" in request.headers.get("content-type", "")

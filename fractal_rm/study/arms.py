@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.segmentation import Segmentation, Span
 from fractal_rm.files import made_once, seconds_of, write_atomic
+from fractal_rm.hf.progress import bar_on_terminal
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
@@ -240,6 +241,7 @@ class Assets:
         """Folder with responses of the base policy and their outcome labels in `rows.jsonl`."""
 
         def make(folder: Path) -> None:
+            print(f"Sampling labelled responses of {self.task.name}, seed {self.seed}.", flush=True)
             held_out = {problem.prompt for problem in self.task.problems("held_out", HELD_OUT, self.seed)}
             problems = unseen(self.task.problems("reward_model", self.task.responses, self.seed), held_out)
             found = label_responses(self.task, self.policy(), problems, self.seed)
@@ -272,7 +274,8 @@ class Assets:
         print(f"Making the reward model `{kind}` of {self.task.name}, seed {self.seed}.", flush=True)
         trainer = FractalTrainer(self.policy(), config, train_dataset=self.bags(kind))
         trainer.remove_callback(PrinterCallback)  # `Study` prints a line for each run
-        trainer.train()
+        with bar_on_terminal(trainer, f"reward model {kind}"):
+            trainer.train()
         trainer.save_model()
 
     def reward_model_folder(self, kind: str) -> Path:

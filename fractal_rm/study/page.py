@@ -32,7 +32,8 @@ def tables(rows: Rows, arms: Mapping[str, Any] = ARMS) -> dict[str, str]:
 def sentences(rows: Rows) -> list[str]:
     """What the default arm gains over the better outcome-only one: a line a setting."""
     return [
-        f"{setting}: {DEFAULT} ends {points(one.end).replace('*', '')} points from {one.rival} (seeds: {one.seeds})."
+        f"{setting}: accuracy at the end, {DEFAULT} minus {one.rival}: {points(one.end).replace('*', '')} points "
+        f"(seeds: {one.seeds})."
         for setting, one in comparisons(finished_runs(rows), DEFAULT).items()
     ]
 

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from fractal_rm.errors import did_you_mean
 from fractal_rm.evaluation.results import ResultsFile, has_row
 from fractal_rm.files import read_yaml, write_atomic
 from fractal_rm.hf.checkpoints import resume_or_clear
+from fractal_rm.hf.progress import bar_on_terminal
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.ranges import RANGES
@@ -129,7 +131,8 @@ def run_arm(
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Evaluations(steps, evaluate, clock))
-    trainer.train(resume_from_checkpoint=resume_or_clear(folder))
+    with bar_on_terminal(trainer, f"{task.name} seed {assets.seed} {arm.name}"):
+        trainer.train(resume_from_checkpoint=resume_or_clear(folder))
     if trainer.args.save_strategy != "no":
         trainer.save_model(str(assets.trained(arm)))
 
@@ -518,9 +521,14 @@ def run_units(run: Callable[[One], Any], units: Sequence[One], jobs: int) -> Non
             run(unit)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with context.Pool(jobs, initializer=_start_worker) as pool:
         for _ in pool.imap_unordered(run, units, chunksize=1):
             pass
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from fractal_rm.study.study import TUNING_SEED, Budget, Study, Unit, write_chose
 from fractal_rm.tasks.group_sampling import rollout_in_groups
 from fractal_rm.tasks.task import Task
 
-# Two trials an arm. A run has only 20 optimizer steps: at 6e-4 policies move by about one nat a response in all of them.
+# Two trials an arm. A run has only 20 optimizer steps, in which policies move by about one nat a response at 6e-4.
 RATES = (2e-3, 6e-4)
 # Layers and rank of the adapters that the policy trains, as in its fine-tuning.
 ADAPTED_LAYERS, RANK = 20, 16

@@ -102,7 +102,7 @@ class ScoringArguments(ColumnArguments):
         },
     )
     dataset_format: FormatName | None = field(
-        default=None, metadata={"help": "Format in which the authors published the rows, docs/datasets.md."}
+        default=None, metadata={"help": "Format of published rows, docs/datasets.md."}
     )
     batch_size: int = field(default=32, metadata={"help": "Responses per forward pass."})
     limit: int | None = field(default=None, metadata={"help": "Rows to read from the start of the file; default: all."})
@@ -140,8 +140,8 @@ class DataArguments(ColumnArguments):
     dataset_format: FormatName | None = field(
         default=None,
         metadata={
-            "help": "Format in which the authors published the rows, docs/datasets.md. Without a file or "
-            "`dataset_name` the copy on the hub is loaded."
+            "help": "Format of published rows, docs/datasets.md. Without a file or `dataset_name` the copy on the hub "
+            "is loaded."
         },
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})

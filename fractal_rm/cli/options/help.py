@@ -98,8 +98,6 @@ PLAIN = {
 }
 # Narrowest and widest page, the columns of flags, and the lines of a screen.
 _NARROW, _WIDE, _FLAGS, SCREEN = 80, 120, 34, 50
-# Room for choices after a sentence, so that the first ones are visible.
-_A_CHOICE = 20
 _OURS = "fractal_rm"
 # How much of an option's help is shown: all, its first sentence, or one line.
 _Detail = Literal["whole", "sentence", "line"]
@@ -185,10 +183,10 @@ def _lines(option: Option, detail: _Detail) -> list[str]:
         if any(choice not in text for choice in option.choices):
             text = f"{sentence}: {', '.join(option.choices)}{dot}{rest}"
     elif option.choices:
-        sentence, choices = text.partition(": ")[0], ", ".join(option.choices)
-        text = f"{sentence}: {choices}"
-        if cut and len(text + default) > room and len(sentence + default) > room - _A_CHOICE:
-            text = choices
+        sentence = text.partition(": ")[0]
+        text = f"{sentence}: {', '.join(option.choices)}"
+        if cut and len(f"{sentence}: {option.choices[0]}, ...{default}") > room:
+            text = sentence  # `--help all` lists the choices
     if cut:
         return [flag + textwrap.shorten(text, room - len(default), placeholder=" ...") + default]
     first, *others = textwrap.wrap(text + default, room, break_long_words=False, break_on_hyphens=False)

@@ -7,8 +7,10 @@ The one that the package ships (`SHIPPED_POLICY`, 0.2 M parameters, beliefs and 
 
 import argparse
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -17,6 +19,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -95,6 +98,13 @@ class _Demonstrations(Dataset):
             ids[i, : len(p) + len(r)] = torch.tensor(p + r)
             labels[i, len(p) : len(p) + len(r)] = torch.tensor(r)
         return {"input_ids": ids, "attention_mask": (ids != self.pad).long(), "labels": labels}
+
+
+class _Bar(ProgressCallback):
+    """A progress bar without the logged numbers."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 def train_base_policy(
@@ -186,6 +196,7 @@ def train_on_texts(
             report_to=[],
             seed=seed,
             train_sampling_strategy="sequential" if in_order else "random",
+            disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
             remove_unused_columns=False,
         ),
@@ -193,6 +204,8 @@ def train_on_texts(
         data_collator=data.collate,
     )
     trainer.remove_callback(PrinterCallback)  # dictionaries of numbers that nobody asked for
+    if sys.stderr.isatty():
+        trainer.add_callback(_Bar)
     trainer.train()
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
