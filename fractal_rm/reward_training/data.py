@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from fractal_rm.data.bag import Bag, truncate_bags
-from fractal_rm.data.prompts import REASONING_KEYS, is_chat
+from fractal_rm.data.prompts import REASONING_KEYS, is_chat, yields_names
 from fractal_rm.data.readers import read_bags
-from fractal_rm.data.rows import yields_names
 from fractal_rm.data.segmentation import common_gap
 from fractal_rm.data.shapes import Columns
 from fractal_rm.objectives.aggregation import GOOD, meaning
