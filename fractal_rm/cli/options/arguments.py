@@ -88,10 +88,8 @@ class ColumnArguments:
 
 
 @dataclass(kw_only=True)
-class ScoringArguments(ColumnArguments):
-    """Arguments of commands that score rows with a model."""
-
-    REMOVED = _REMOVED_FORMATS
+class RewardModelArguments:
+    """Arguments of commands whose model is a step reward model."""
 
     model: str = field(metadata={"help": "Step reward model: the folder that `fractal-rm train` wrote, or a hub id."})
     published: str | None = field(
@@ -101,6 +99,14 @@ class ScoringArguments(ColumnArguments):
             "`qwen-prm`, `skywork-prm`, `math-shepherd` or `rlhflow`."
         },
     )
+
+
+@dataclass(kw_only=True)
+class ScoringArguments(RewardModelArguments, ColumnArguments):
+    """Arguments of commands that score rows with a model."""
+
+    REMOVED = _REMOVED_FORMATS
+
     dataset_format: FormatName | None = field(
         default=None, metadata={"help": "Format in which the authors published the rows, docs/datasets.md."}
     )
