@@ -25,7 +25,7 @@ from fractal_rm.cli.options.arguments import (
     benchmark_from_hub,
     find_file,
     find_split,
-    read_published,
+    read_official,
     read_rows,
 )
 from fractal_rm.cli.options.parser import parse
@@ -168,7 +168,7 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
 
     if arguments.data is None:
         if arguments.dataset_format is not None:
-            rows, source = read_published(arguments.dataset_format, arguments.split)
+            rows, source = read_official(arguments.dataset_format, arguments.split)
             return drawn(rows), source
         if arguments.benchmark is None:
             raise ValueError("There is no data to evaluate on. Give `data`, or a `benchmark` that the hub has.")

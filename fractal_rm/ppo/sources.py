@@ -302,19 +302,21 @@ def finite_outcomes(function: Any, name: str) -> Any:
         @wraps(function, updated=())
         async def checked_later(prompts: Any, completions: Any, **arguments: Any) -> list[Any]:
             rewards = await function(prompts=prompts, completions=completions, **arguments)
-            return check_finite(rewards, name, prompts, completions)
+            return check_finite_rewards(rewards, name, prompts, completions)
 
         return checked_later
 
     @wraps(function, updated=())
     def checked(prompts: Any, completions: Any, **arguments: Any) -> list[Any]:
         rewards = function(prompts=prompts, completions=completions, **arguments)
-        return check_finite(rewards, name, prompts, completions)
+        return check_finite_rewards(rewards, name, prompts, completions)
 
     return checked
 
 
-def check_finite(rewards: Iterable[Any], name: str, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
+def check_finite_rewards(
+    rewards: Iterable[Any], name: str, prompts: Sequence[Any], completions: Sequence[Any]
+) -> list[Any]:
     """The rewards; raises ValueError if one is NaN or infinite, naming the function, row, prompt and completion."""
     rewards = list(rewards)
     for row, (reward, prompt, completion) in enumerate(zip(rewards, prompts, completions, strict=False)):
@@ -332,7 +334,7 @@ def check_model_outcomes(
     """Raise if a transformers reward model gave NaN or infinity (B, F): it never returns None."""
     for column, (function, name) in enumerate(zip(functions, names, strict=True)):
         if isinstance(function, nn.Module):
-            check_finite(rewards[:, column].tolist(), name, prompts, completions)
+            check_finite_rewards(rewards[:, column].tolist(), name, prompts, completions)
 
 
 def completion_in_words(row: int, prompt: Any, completion: Any) -> str:
