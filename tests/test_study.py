@@ -21,8 +21,9 @@ from fractal_rm.study import arms as shipped
 from fractal_rm.study import page
 from fractal_rm.study.arms import LEARNING_RATES, PPO_SETTINGS, TRAINING
 from fractal_rm.study.rivals import ScriptedRewardModel, oracle, random_steps
+from fractal_rm.study.run import Budget, Clock, Evaluations
 from fractal_rm.study.statistics import BENCHMARK, curves, finished_runs, interquartile_mean, latest
-from fractal_rm.study.study import TUNING_SEED, Budget, Clock, Evaluations, Study, Unit
+from fractal_rm.study.study import TUNING_SEED, Study, Unit
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, MAIN_CONDITIONS, form_tokenizer
 from fractal_rm.tasks.arithmetic.problems import Beliefs, read_problem
 

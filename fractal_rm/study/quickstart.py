@@ -26,8 +26,7 @@ from fractal_rm.report.quickstart_report import summarize, write_report
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.study.arms import Arm, Options, label_responses, load_policy
-from fractal_rm.study.held_out import measure
-from fractal_rm.study.study import Evaluations, make_trainer, quiet
+from fractal_rm.study.run import Evaluations, make_trainer, measure, quiet
 from fractal_rm.tasks.arithmetic.conditions import ShippedArithmetic
 from fractal_rm.tasks.task import Split, unseen
 
