@@ -233,9 +233,9 @@ class Quickstart:
             }
             self._append(arm, "validation", metrics, seconds)
 
-    def train_ppo(self, arm: Arm, settings: Options = PPO_SETTINGS) -> None:
+    def train_ppo(self, arm: Arm) -> None:
         """PPO from the base policy; the arms differ in their rewards only."""
-        points = self.train_policy(arm, settings)
+        points = self.train_policy(arm, PPO_SETTINGS)
         write_atomic(self.folder / "ppo" / arm.name / "curve.json", json.dumps(points))
         for point in points:
             seconds = point["seconds"]
