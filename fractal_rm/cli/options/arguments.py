@@ -23,9 +23,10 @@ DATA_DIR_VARIABLE = "FRACTAL_RM_DATA"
 _ENDINGS = (".jsonl.gz", ".jsonl", ".json.gz", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 
 
+_COLUMNS = [one.name for one in fields(Columns) if one.name != "label_scale"]
 # What commands leave unread that read prompts alone, and of these what a command without evaluation does.
 _UNREAD = {"test_file", "dataset_test_split", "label_scale"}
-_UNREAD |= {f"{one.name}_column" for one in fields(Columns) if one.name not in ("prompt", "label_scale")}
+_UNREAD |= {f"{name}_column" for name in _COLUMNS if name != "prompt"}
 _UNREAD_WITHOUT_EVALUATION = _UNREAD | {"eval_file", "dataset_eval_split", "strict"}
 
 
@@ -74,17 +75,8 @@ class ColumnArguments:
     @property
     def columns(self) -> Columns:
         """The names in the form that readers take."""
-        scale = self.label_scale
-        return Columns(
-            self.prompt_column,
-            self.response_column,
-            self.label_column,
-            self.chosen_column,
-            self.rejected_column,
-            self.steps_column,
-            self.step_labels_column,
-            label_scale=None if scale is None else tuple(scale),  # type: ignore[arg-type]
-        )
+        scale: Any = None if self.label_scale is None else tuple(self.label_scale)
+        return Columns(**{name: getattr(self, f"{name}_column") for name in _COLUMNS}, label_scale=scale)
 
 
 @dataclass(kw_only=True)
