@@ -86,8 +86,9 @@ class ModelSource(StepRewardSource):
     def __call__(
         self, prompts: list[Any], texts: list[str], template_options: Mapping[str, Any], /, **arguments: Any
     ) -> list[StepScores]:
-        options = {"batch_size": self.batch_size, "chat_template_kwargs": template_options}
-        found = self.reward_model.score(prompts, texts, progress=False, **options)
+        found = self.reward_model.score(
+            prompts, texts, batch_size=self.batch_size, progress=False, chat_template_kwargs=template_options
+        )
         for row, scored in enumerate(found):
             if not all(map(math.isfinite, scored.step_scores)):
                 raise NotFiniteReward(
