@@ -61,7 +61,7 @@ TESTS = {
     "data/formats/processbench": ("math_sets", "formats_hub"),
     "data/formats/qa_feedback": ("qa_sets",),
     "data/formats/reading": ("retrieval_sets", "math_sets", "qa_sets"),
-    "data/formats/tables": ("shapes",),
+    "data/formats/table_files": ("shapes",),
     "evaluation/benchmarks": ("formats_hub",),
     "evaluation/kept_scores": ("kept_work",),
     "evaluation/responses": ("evaluate",),

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from benchmarks.audit import audit_table
+from benchmarks.common.marks import replace_table
 from benchmarks.common.places import REPOSITORY, RESULTS
 from benchmarks.coverage import coverage_table
 from benchmarks.disaggregation.page import FIGURE, draw_figure
@@ -40,7 +41,7 @@ from fractal_rm.evaluation.intervals import interval_of_share
 from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.files import write_atomic
 from fractal_rm.report.plots import save_picture
-from fractal_rm.report.tables import markdown_table, replace_table
+from fractal_rm.report.tables import markdown_table
 from fractal_rm.study.page import NOTHING, draw_curves
 from fractal_rm.study.statistics import BENCHMARK
 

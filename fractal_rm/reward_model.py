@@ -31,8 +31,8 @@ from fractal_rm.data.prompts import (
     is_chat,
     is_messages,
     read_completion,
+    yields_names,
 )
-from fractal_rm.data.rows import yields_names
 from fractal_rm.data.segmentation import Segmentation, join_steps
 from fractal_rm.errors import reason
 from fractal_rm.files import write_atomic

@@ -21,7 +21,6 @@ from transformers import LlamaModel
 from fractal_rm.cli.main import main
 from fractal_rm.cli.ppo import make_dataset
 from fractal_rm.ppo.checks import check_reward_models
-from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.embedding import make_head
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
@@ -486,7 +485,7 @@ def test_an_embedding_reward_model_needs_no_chat_template(tmp_path):
     settings = FractalSettings(scorer="embedding")
     reward_model = StepRewardModel(make_head(settings.head_type, encoder.size, 1), encoder, settings)
     prompts = Dataset.from_dict({"prompt": [CHAT]})
-    check_reward_models([reward_model], StepPPOConfig(str(tmp_path), use_cpu=True, bf16=False), prompts)
+    check_reward_models([reward_model], prompts)
 
 
 CHAT = [{"role": "user", "content": "1+1?"}]

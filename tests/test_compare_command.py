@@ -20,9 +20,9 @@ from fractal_rm.cli import compare as command
 from fractal_rm.cli.compare import SMOKE_BUDGET, SMOKE_STEPS, CompareArguments, run_comparison
 from fractal_rm.evaluation.results import read_results
 from fractal_rm.study import arms as study_arms
-from fractal_rm.study import study
+from fractal_rm.study import run, study
 from fractal_rm.study.arms import LEARNING_RATES, OUTCOME_ONLY
-from fractal_rm.study.held_out import measure_start
+from fractal_rm.study.run import measure_start
 from fractal_rm.study.study import write_chosen
 from fractal_rm.tasks.arithmetic import conditions
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, Condition
@@ -122,10 +122,10 @@ def test_no_problem_that_policies_are_measured_on_is_labelled_or_trained_on(fini
         trained.extend(options["train_dataset"]["prompt"])
         raise InterruptedError
 
-    monkeypatch.setattr(study, "StepPPOTrainer", trainer)
+    monkeypatch.setattr(run, "StepPPOTrainer", trainer)
     budget = replace(SMOKE_BUDGET, held_out=64)
     with pytest.raises(InterruptedError):
-        study.run_arm(ARMS["oracle"], {}, assets, budget, print, tmp_path / "run")
+        run.run_arm(ARMS["oracle"], {}, assets, budget, print, tmp_path / "run")
     assert len(trained) == budget.updates * budget.rollouts_per_update // assets.ppo["num_generations"]
     assert not known & set(trained)
 

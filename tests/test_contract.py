@@ -1,6 +1,9 @@
 """TRL's private names that StepPPOTrainer relies on: present as written down, and doing what we expect of them."""
 
 import ast
+import functools
+import inspect
+import textwrap
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -236,6 +239,7 @@ def test_a_function_on_batches_that_is_gone_or_changed_is_named():
     utils = ModuleType("trl.trainer.utils")
     utils.shuffle_sequence_dict = lambda seq_dict, seed: seq_dict
     utils.use_adapter = lambda model, adapter_name: model
+    utils.get_callable_name = utils.is_async_callable = lambda func: func
     gone, changed = check_contract(utils=utils)
     assert "`trl.trainer.utils.split_tensor_dict` is gone" in gone
     assert "`trl.trainer.utils.shuffle_sequence_dict` takes (seq_dict, seed)" in changed
@@ -260,17 +264,58 @@ PPO = Path(trl_contract.__file__).parent
 OURS = {"values", "returns", "value_mask", "value_tokens", "rollout_logprobs", "rollout_entropies", "rollout_values"}
 
 
-def theirs() -> set[str]:
-    """Names of methods and attributes that TRL's trainer, or the one of transformers below it, has."""
-    return {name for parent in GRPOTrainer.__mro__[:-1] for name in vars(parent)} | set(trl_contract.ATTRIBUTES)
+@functools.cache
+def names_of(library: str) -> frozenset[str]:
+    """Methods of the trainers of a library below ours, and every attribute that they give themselves."""
+    found = set()
+    for parent in GRPOTrainer.__mro__[:-1]:
+        if parent.__module__.partition(".")[0] == library:
+            found |= {*vars(parent), *written_to_self(ast.parse(textwrap.dedent(inspect.getsource(parent))))}
+    return frozenset(found)
 
 
-def private_names(path: Path) -> set[str]:
-    """Private names of TRL's trainer in a module: attributes that it reads, and methods that it overrides."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    used |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    return {name for name in used & theirs() if name.startswith("_") and not name.startswith("__")}
+def written_to_self(tree: ast.AST) -> set[str]:
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return {one.attr for one in attributes if isinstance(one.ctx, ast.Store) and dotted(one.value) == "self"}
+
+
+def dotted(node: ast.expr) -> str:
+    """A name, or a chain of attributes, as it is written; empty for other expressions."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def names_used(code: str, *, of: tuple[str, ...] = ()) -> set[str]:
+    """Attributes that a module reads or writes, and functions that it defines; with `of`, attributes of these alone."""
+    nodes = list(ast.walk(ast.parse(code)))
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) if not of or dotted(node.value) in of}
+    functions = ast.FunctionDef | ast.AsyncFunctionDef
+    return read if of else read | {node.name for node in nodes if isinstance(node, functions)}
+
+
+def private_names(code: str) -> set[str]:
+    """Private names of TRL's trainer in a module, or of the one of transformers below it."""
+    theirs = names_of("trl") | names_of("transformers")
+    return {name for name in names_used(code) & theirs if name.startswith("_") and not name.startswith("__")}
+
+
+def own_attributes(code: str) -> set[str]:
+    """Attributes that TRL alone gives a trainer, where a module asks a trainer for them: public, but not documented."""
+    return names_used(code, of=("self", "trainer", "self.engine")) & (names_of("trl") - names_of("transformers"))
+
+
+def imported_functions(code: str) -> set[str]:
+    """Functions of `trl.trainer.utils` that a module calls or imports."""
+    tree = ast.parse(code)
+    imports = [
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == trl_utils.__name__
+    ]
+    return names_used(code, of=("trl_utils",)) | {alias.name for node in imports for alias in node.names}
+
+
+def code_of(*paths: Path) -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
 
 
 def keys(path: Path) -> set[str]:
@@ -291,27 +336,68 @@ def keys(path: Path) -> set[str]:
     return found
 
 
+PACKAGE, ENGINE = PPO.parent, (PPO / "engine.py", PPO.parent / "hf" / "runs.py")
+LISTED = {
+    *trl_contract.METHODS,
+    *trl_contract.ATTRIBUTES,
+    *trl_contract.CALLABLE_WITH,
+    *trl_contract.SET_IN_TRAINING,
+}
+
+
 def test_every_private_name_that_the_engine_uses_is_in_the_contract():
-    listed = {*trl_contract.METHODS, *trl_contract.ATTRIBUTES, *trl_contract.CALLABLE_WITH}
-    used = private_names(PPO / "engine.py") | private_names(PPO.parent / "hf" / "runs.py")
-    assert used - listed == set()
+    used = private_names(code_of(*ENGINE))
+    assert used - LISTED == set()
     assert {*trl_contract.METHODS, *trl_contract.CALLABLE_WITH} - used <= {"log", "_prepare_inputs"}
 
 
-def test_only_the_engine_names_private_methods_of_trl():
-    package = PPO.parent
-    # `_load_from_checkpoint` is a hook of transformers, which both trainers override.
-    elsewhere = {
-        path.relative_to(package).as_posix(): private_names(path) - {"_load_from_checkpoint"}
-        for path in sorted([*package.glob("ppo/**/*.py"), *package.glob("cli/*.py")])
-        if path.name != "engine.py"
+def test_every_attribute_that_trl_alone_sets_is_in_the_contract():
+    # Options of `GRPOConfig` are public; the trainer has some of them as attributes of the same name.
+    used = own_attributes(code_of(*(path for path in PPO.rglob("*.py") if path.name != "config.py")))
+    assert {"reward_weights", "tools"} <= used
+    assert {name for name in used if not name.startswith("_")} - LISTED == set()
+
+
+def test_every_function_of_trl_that_is_called_is_in_the_contract():
+    of_trl = [path for path in PACKAGE.rglob("*.py") if "trl.trainer" in code_of(path)]
+    assert imported_functions(code_of(*of_trl)) == trl_contract.FUNCTIONS.keys() - {
+        "split_tensor_dict",
+        "shuffle_sequence_dict",
     }
-    assert {path: names for path, names in elsewhere.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("self._last_loaded_step", private_names),  # set by a method of TRL's trainer
+        ("trainer._step += 1", private_names),
+        ("async def _generate_single_turn(self): ...", private_names),
+        ("self.engine.scale_rewards", own_attributes),
+        ("from trl.trainer.utils import pad", imported_functions),
+        ("trl_utils.pad(x)", imported_functions),
+    ],
+)
+def test_a_planted_use_of_another_name_is_found(code, found):
+    (name,) = found(code)
+    assert name not in LISTED | trl_contract.FUNCTIONS.keys()
+
+
+def test_only_the_engine_names_private_methods_of_trl():
+    others = [path for path in PACKAGE.rglob("*.py") if "ppo" in path.parts or "trainer." in code_of(path)]
+    others = [path for path in others if path not in ENGINE]
+    # The reward model's trainer stands on transformers alone; everywhere else a trainer is only one if it is called so.
+    others.remove(PACKAGE / "reward_training" / "trainer.py")
+    private = {
+        path.relative_to(PACKAGE).as_posix(): private_names(code := code_of(path))
+        & (names_used(code) if "ppo" in path.parts else names_used(code, of=("trainer",)))
+        for path in others
+    }
+    assert {path: names for path, names in private.items() if names} == {}
 
 
 def test_every_key_of_a_rollout_that_is_read_is_in_the_contract():
     returned = {key for keys in trl_contract.RETURNED_KEYS.values() for key in keys}
-    found = {key for path in PPO.glob("*.py") for key in keys(path)}
+    found = {key for path in PPO.rglob("*.py") for key in keys(path)}
     assert {"prompt_ids", "completion_mask", "old_per_token_logps"} <= found
     assert found - returned - OURS == set()
 

@@ -8,7 +8,7 @@ import pytest
 from support.stand_ins import save_encoder, save_reward_model, write_jsonl
 
 from fractal_rm.cli.main import main
-from fractal_rm.cli.options.arguments import DataArguments, benchmark_from_hub, load_published, read_rows
+from fractal_rm.cli.options.arguments import DataArguments, benchmark_from_hub, load_official, read_rows
 from fractal_rm.data.formats.index import FORMATS, FormatName
 from fractal_rm.data.formats.multispanqa import read_multispanqa
 from fractal_rm.data.formats.processbench import read_processbench
@@ -82,7 +82,7 @@ def test_nothing_is_loaded_where_a_file_is_given(hub, tmp_path):
 
 def test_splits_that_are_files_are_loaded_one_at_a_time(hub):
     calls = hub(MULTISPAN)
-    [bag] = read_multispanqa(list(load_published("multispanqa", "validation")), negative_share=0)
+    [bag] = read_multispanqa(list(load_official("multispanqa", "validation")), negative_share=0)
     assert bag.step_labels == (0.0, 1.0)
     file = "hf://datasets/Tugay/multispanqa/validation.json"
     assert calls == [{"path": "json", "data_files": file, "field": "data", "split": "train"}]
@@ -94,7 +94,7 @@ def test_every_split_can_be_asked_for_with_every_blank_filled_in(hub, name):
     calls = hub(ConnectionError("offline mode is enabled.\nmore"))
     for split in known.splits:
         with pytest.raises(ValueError, match=rf"^{known.path} cannot be loaded from the hub \(offline mode is"):
-            load_published(name, split)
+            load_official(name, split)
         file = calls[-1].get("data_files")
         if file is None:
             assert calls[-1] == {"path": known.path, "split": split}
@@ -117,7 +117,7 @@ def test_an_error_in_a_row_names_the_data_set_and_the_split(hub):
 )
 def test_what_the_hub_does_not_have_is_refused_with_what_there_is(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
-        load_published(*arguments)
+        load_official(*arguments)
 
 
 def test_a_limit_keeps_both_responses_of_a_preference_or_none(tmp_path):

@@ -30,7 +30,7 @@ from transformers import LlamaForSequenceClassification
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.ppo.checks import check_reward_models, check_setup, check_step_functions, wait_for_vllm
 from fractal_rm.ppo.config import StepPPOConfig
-from fractal_rm.ppo.sources import completion_in_words
+from fractal_rm.ppo.sources import completion_in_words, make_sources
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 PROMPTS = Dataset.from_dict({"prompt": ["q"] * 8})
@@ -130,20 +130,20 @@ def test_a_policy_folder_without_a_tokenizer_is_refused_and_one_with_an_adapter_
 
 def test_a_reward_model_that_does_not_suit_the_shaping_is_refused_by_number():
     one, other = reward_model(), reward_model(aggregation="max")
-    check_reward_models([one, other], settings(), PROMPTS)
+    make_sources([one, other], [], settings())
     with pytest.raises(ValueError, match=r"2 of 2 was trained with aggregation 'max': one good .* charges for bad"):
-        check_reward_models([one, other], settings(shaping="min_form", step_lam=1.0), PROMPTS)
+        make_sources([one, other], [], settings(shaping="min_form", step_lam=1.0))
     with pytest.raises(ValueError, match=r"`shaping='first_mistake'` charges for bad steps"):
-        check_reward_models([other], settings(shaping="first_mistake"), PROMPTS)
-    check_reward_models([one, reward_model(aggregation="mean")], settings(shaping="min_form", step_lam=1.0), PROMPTS)
+        make_sources([other], [], settings(shaping="first_mistake"))
+    make_sources([one, reward_model(aggregation="mean")], [], settings(shaping="min_form", step_lam=1.0))
 
 
 def test_a_reward_model_that_cannot_cut_or_write_a_chat_is_refused():
     given = reward_model(segmentation=Segmentation("given"))
     with pytest.raises(ValueError, match=r"was trained on data with given steps, so it cannot cut completions"):
-        check_reward_models([given], settings(), PROMPTS)
+        check_reward_models([given], PROMPTS)
     with pytest.raises(ValueError, match=r"tokenizer of reward model 2 of 2 has no chat template"):
-        check_reward_models([reward_model(chat=True), reward_model()], settings(), CHATS)
+        check_reward_models([reward_model(chat=True), reward_model()], CHATS)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from fractal_rm.evaluation.results import read_results
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.study import quickstart
 from fractal_rm.study.quickstart import ARMS, Amounts, Quickstart, QuickstartArguments
-from fractal_rm.study.study import quiet
+from fractal_rm.study.run import quiet
 
 TINY = Amounts(
     responses=192,

@@ -17,14 +17,14 @@ from support import fractal, step_ppo
 from support.models import sums
 from transformers import TrainerCallback
 
-from fractal_rm import ranges
+from fractal_rm import FractalConfig, FractalTrainer, StepPPOConfig, StepPPOTrainer, ranges
 from fractal_rm.cli.main import COMMANDS, main
 from fractal_rm.cli.options.arguments import read_rows
 from fractal_rm.data.readers import read_jsonl
 from fractal_rm.files import locked, write_atomic
 from fractal_rm.hf.checkpoints import STATE, fault, last_checkpoint
 from fractal_rm.hf.manifest import MANIFEST, write_manifest
-from fractal_rm.hf.runs import TIMED_FROM
+from fractal_rm.hf.runs import TIMED_FROM, Run, RunConfig
 from fractal_rm.interrupts import Interrupted, interrupt
 
 # Logs after 3 and 6 steps, checkpoints after 2 and 4: one lies between two logs.
@@ -52,6 +52,15 @@ def policy_run(folder: Path, **changed: Any) -> Any:
 
 
 RUNS = {"train": reward_run, "ppo": policy_run}
+
+
+@pytest.mark.parametrize(
+    ("kind", "shared"),
+    [(FractalTrainer, Run), (StepPPOTrainer, Run), (FractalConfig, RunConfig), (StepPPOConfig, RunConfig)],
+)
+def test_what_both_trainers_share_stands_before_every_class_of_a_library(kind, shared):
+    before = [base.__module__.partition(".")[0] for base in kind.__mro__[: kind.__mro__.index(shared)]]
+    assert set(before) == {"fractal_rm"}
 
 
 @pytest.fixture(scope="module", params=RUNS)

@@ -74,7 +74,7 @@ def test_a_preference_that_holds_its_prompt_is_cut_as_trl_cuts_it_but_for_three_
 
 
 def test_cells_of_csv_files_stay_text(tmp_path):
-    from fractal_rm.data.formats.tables import open_table
+    from fractal_rm.data.formats.table_files import open_table
 
     path = tmp_path / "rows.csv"
     chat = json.dumps([{"role": "user", "content": "1+1?"}]).replace('"', '""')
@@ -141,7 +141,7 @@ def test_tables_are_read_like_json(tmp_path, ending):
 
 
 def test_a_broken_table_is_one_sentence(tmp_path):
-    from fractal_rm.data.formats.tables import open_table
+    from fractal_rm.data.formats.table_files import open_table
 
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"no parquet")
@@ -161,7 +161,7 @@ def test_a_broken_table_is_one_sentence(tmp_path):
     ],
 )
 def test_a_header_that_names_no_column_clearly_is_refused(tmp_path, header, says):
-    from fractal_rm.data.formats.tables import open_table
+    from fractal_rm.data.formats.table_files import open_table
 
     path = tmp_path / "rows.csv"
     path.write_text(f"{header}\n1+1?,2,1\n", encoding="utf-8")

@@ -57,7 +57,8 @@ def other_model() -> Any:
 
 
 def source(function: Any, *, bounded_by: str | None = None) -> FunctionSource:
-    return FunctionSource(function, Segmentation(), bounded_by=bounded_by)
+    name = getattr(function, "__name__", "own")
+    return FunctionSource(name, 1.0, function, Segmentation(), bounded_by=bounded_by)
 
 
 # Sums -----------------------------------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def test_functions_cut_as_they_are_told_or_as_the_first_reward_model_or_by_lines
         models = options.pop("models", [])
         args = StepPPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
         made = make_sources(models, [lambda steps, **_: [[1.0] * len(row) for row in steps]], args)[-1]
-        return [[step.text for step in row.steps] for row in made(["q"], ["a\nbab"])]
+        return [[step.text for step in row.steps] for row in made(["q"], ["a\nbab"], {})]
 
     assert cut() == [["a", "bab"]]
     assert cut(models=[other_model()]) == [["a\nb", "ab"]]
@@ -259,7 +260,7 @@ def test_an_asynchronous_function_is_awaited(tmp_path):
 def test_arrays_and_tensors_are_scores_too():
     for kind in (torch.tensor, tuple, lambda row: torch.tensor(row).numpy()):
         made = source(lambda steps, kind=kind, **_: [kind([0.25] * len(row)) for row in steps])
-        (scored,) = made(["q"], ["a\nb"])
+        (scored,) = made(["q"], ["a\nb"], {})
         assert scored.score == 0.25
         assert scored.step_scores == [0.25, 0.25]
 
@@ -364,7 +365,7 @@ def test_what_a_function_returns_is_checked_and_the_row_named(returned, error, s
         return returned
 
     with pytest.raises(error, match=sentence) as caught:
-        source(own, bounded_by="log_odds")(["q", "qa"], ["", "a\nb"])
+        source(own, bounded_by="log_odds")(["q", "qa"], ["", "a\nb"], {})
     assert "\n" not in str(caught.value)
 
 

@@ -3,7 +3,6 @@
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training import stages
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.data import to_bags
-from fractal_rm.reward_training.stages import most_uncertain, plan, reveal_gold, step_targets
+from fractal_rm.reward_training.stages import most_uncertain, plan, revealed_gold, step_targets
 from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 
@@ -310,9 +309,8 @@ def test_the_share_is_rounded_up_and_counted_among_bags_that_have_gold_labels(en
 def test_the_rounding_of_floats_reads_no_further_bag(fraction, count):
     """0.07 * 100 is a little more than 7."""
     gold = [torch.ones(1) for _ in range(count)]
-    data: Any = SimpleNamespace(targets={"step_labels": [torch.full((1,), torch.nan) for _ in gold]})
-    reveal_gold(data, gold, range(count), config(gold_fraction=fraction))
-    assert sum(not row.isnan().item() for row in data.targets["step_labels"]) == round(fraction * count)
+    found = revealed_gold(gold, range(count), config(gold_fraction=fraction))
+    assert sum(not row.isnan().item() for row in found) == round(fraction * count)
 
 
 def test_the_seed_decides_which_bags_are_drawn(encoder, tmp_path):

@@ -12,7 +12,7 @@ from transformers import TrainerControl, TrainerState
 
 from benchmarks.evidence import page as evidence_page
 from benchmarks.evidence import statistics, study_page
-from benchmarks.evidence.arms import ARMS, Assets, Evidence, copy_label, result_spans
+from benchmarks.evidence.arms import ARMS, MAIN_CONDITIONS, Assets, Evidence, copy_label, result_spans
 from benchmarks.evidence.claims import claims as claims_of
 from benchmarks.evidence.claims import verdicts
 from fractal_rm.ppo.config import StepPPOConfig
@@ -21,9 +21,10 @@ from fractal_rm.study import arms as shipped
 from fractal_rm.study import page
 from fractal_rm.study.arms import LEARNING_RATES, PPO_SETTINGS, TRAINING
 from fractal_rm.study.rivals import ScriptedRewardModel, oracle, random_steps
+from fractal_rm.study.run import Budget, Clock, Evaluations
 from fractal_rm.study.statistics import BENCHMARK, curves, finished_runs, interquartile_mean, latest
-from fractal_rm.study.study import TUNING_SEED, Budget, Clock, Evaluations, Study, Unit
-from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, MAIN_CONDITIONS, form_tokenizer
+from fractal_rm.study.study import TUNING_SEED, Study, Unit
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, form_tokenizer
 from fractal_rm.tasks.arithmetic.problems import Beliefs, read_problem
 
 VALUES = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12)

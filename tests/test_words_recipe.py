@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.evidence import words_pictures
 from fractal_rm.cli import main as cli_main
 from fractal_rm.cli.options.tasks import make_task
-from fractal_rm.study.study import Evaluations, write_chosen
+from fractal_rm.study.run import Evaluations
+from fractal_rm.study.study import write_chosen
 
 pytest.importorskip("reasoning_gym", reason="needs the extra `gym`")
 

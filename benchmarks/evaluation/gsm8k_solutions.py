@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from benchmarks.common.floors import Rule, at_random, copied, few_new_words, position, score_by, short
+from benchmarks.common.marks import replace_table
 from benchmarks.common.places import REPOSITORY, RESULTS, default_encoder
 from benchmarks.evaluation.gains import gain_columns, has_gold, intervals
 from fractal_rm.data.bag import Bag
@@ -37,7 +38,7 @@ from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, k
 from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.evaluation.statistics import same_position_auc
 from fractal_rm.files import write_atomic
-from fractal_rm.report.tables import markdown_table, replace_table
+from fractal_rm.report.tables import markdown_table
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.scorers.checkpoint import load_model, load_tokenizer, make_scorer
 from fractal_rm.scorers.settings import FractalSettings

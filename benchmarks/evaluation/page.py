@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.common.marks import replace_table
 from fractal_rm.evaluation.processbench import SUBSETS
-from fractal_rm.report.tables import markdown_table, replace_table
+from fractal_rm.report.tables import markdown_table
 
 FIGURES = ("first_error_accuracy", "all_correct_accuracy", "f1")
 # Data sets of best-of-n, each with its tables.

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.evidence.arms import MAIN_CONDITIONS
 from benchmarks.evidence.statistics import Evidence, evidence
 from fractal_rm.study.statistics import Rows, finished_runs
-from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, MAIN_CONDITIONS
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
 # The claims: points of accuracy, and shares.
 GAIN, LONG_GAIN, LONG = 0.05, 0.15, 6

@@ -11,8 +11,9 @@ from collections import defaultdict
 
 from benchmarks.evidence.development_arguments import ROWS, TASKS, parse_arguments
 from fractal_rm.study.arms import ARMS, Arm, Options
+from fractal_rm.study.run import Budget
 from fractal_rm.study.statistics import latest
-from fractal_rm.study.study import Budget, Study, Unit
+from fractal_rm.study.study import Study, Unit
 
 _GAE: Options = {"advantage": "gae", "learning_rate": 8e-4}
 _ONLINE: Options = {"rm_update_every": 4, "rm_learning_rate": 5e-4}

@@ -27,7 +27,7 @@ from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.reward_model import StepRewardModel, StepScores
 from fractal_rm.study.arms import ARMS, FRACTAL, Assets, Options
 from fractal_rm.study.rivals import oracle
-from fractal_rm.study.study import Budget, quiet, run_arm
+from fractal_rm.study.run import Budget, quiet, run_arm
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
 ROWS = RESULTS / f"{LEARNING_ON}.jsonl"

@@ -23,9 +23,8 @@ from fractal_rm.evaluation.statistics import bag_metrics, step_auc
 from fractal_rm.reward_model import StepScores
 from fractal_rm.study.arms import FRACTAL, TRAINING, Recipe
 from fractal_rm.study.arms import Assets as ShippedAssets
-from fractal_rm.study.held_out import measure_start
 from fractal_rm.study.rivals import oracle
-from fractal_rm.study.study import quiet
+from fractal_rm.study.run import measure_start, quiet
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 from fractal_rm.tasks.task import Task
 

@@ -20,8 +20,8 @@ from benchmarks.evidence.arms import ARMS, Assets
 from benchmarks.evidence.dense_vs_outcome_reward_models import HELD_OUT, score_held_out, step_levels, step_metrics
 from benchmarks.evidence.page import STEP_SCORES
 from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.study.run import quiet
 from fractal_rm.study.statistics import finished_runs
-from fractal_rm.study.study import quiet
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
 

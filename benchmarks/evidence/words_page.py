@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.marks import replace_table
 from fractal_rm.evaluation.intervals import as_columns, paired_difference
-from fractal_rm.report.tables import replace_table
 from fractal_rm.study.statistics import finished_runs
 
 Row = Mapping[str, Any]

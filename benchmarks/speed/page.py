@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.marks import replace_table
 from benchmarks.speed.plan_page import CHECKED
 from fractal_rm.evaluation.results import ResultsFile
-from fractal_rm.report.tables import markdown_table, replace_table
+from fractal_rm.report.tables import markdown_table
 
 SPEED = ("ours", "rival", "ratio", "ratio_low", "ratio_high", "cpu_time_ratio", "peak_memory_ratio")
 PREFIXES = (*SPEED, "tokens_ratio", "ratio_over_tokens_ratio")

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from fractal_rm.report.tables import markdown_table, replace_table
+from benchmarks.common.marks import replace_table
+from fractal_rm.report.tables import markdown_table
 
 # What memory and time are spent on, and their sums.
 MEMORY = ("weights", "gradients", "optimizer", "value", "reference", "reward", "activations", "generation", "total")

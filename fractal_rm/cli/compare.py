@@ -13,7 +13,8 @@ from fractal_rm.evaluation.results import portable_command
 from fractal_rm.files import write_atomic
 from fractal_rm.ranges import check_ranges
 from fractal_rm.study.page import draw_curves, sentences, tables
-from fractal_rm.study.study import Budget, Study, write_chosen
+from fractal_rm.study.run import Budget
+from fractal_rm.study.study import Study, write_chosen
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
 # Long chains and another form of problem: a learning rate that suits one may be too high for the other.

@@ -25,13 +25,14 @@ from fractal_rm.cli.options.arguments import (
     benchmark_from_hub,
     find_file,
     find_split,
-    read_published,
+    read_official,
     read_rows,
 )
 from fractal_rm.cli.options.parser import parse
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.contradictions import contradictions
 from fractal_rm.data.formats.index import check_meaning
+from fractal_rm.data.readers import JSON_ENDINGS
 from fractal_rm.data.segmentation import warn_of_uncut_responses
 from fractal_rm.data.shapes import Columns
 from fractal_rm.evaluation.benchmarks import SPEED, Benchmark, BenchmarkName, as_learned, measure, read_benchmark
@@ -168,7 +169,7 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
 
     if arguments.data is None:
         if arguments.dataset_format is not None:
-            rows, source = read_published(arguments.dataset_format, arguments.split)
+            rows, source = read_official(arguments.dataset_format, arguments.split)
             return drawn(rows), source
         if arguments.benchmark is None:
             raise ValueError("There is no data to evaluate on. Give `data`, or a `benchmark` that the hub has.")
@@ -184,8 +185,7 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
     source = f"{arguments.data} ({arguments.split})" if split else path.name
     files = [path]
     if path.is_dir():  # official files, one a subset
-        ends = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-        files = sorted(file for file in path.iterdir() if file.name.endswith(ends))
+        files = sorted(file for file in path.iterdir() if file.name.endswith(JSON_ENDINGS))
         if not files:
             raise FileNotFoundError(f"{path} has no .json or .jsonl file. Give a file, or a folder of the subsets.")
     return [row for file in files for row in drawn(read_rows(file, arguments.dataset_format, None))], source

@@ -8,24 +8,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fractal_rm.cli.checks import check_models, load_reward_model
+from fractal_rm.cli.options.arguments import RewardModelArguments
 from fractal_rm.cli.options.parser import parse
 from fractal_rm.ranges import check_ranges
 from fractal_rm.serving.access import Access, read_token
 from fractal_rm.serving.limits import Limits
 
 
-@dataclass
-class ServeArguments:
+@dataclass(kw_only=True)
+class ServeArguments(RewardModelArguments):
     """Arguments of `fractal-rm serve`."""
 
-    model: str = field(metadata={"help": "Step reward model: the folder that `fractal-rm train` wrote, or a hub id."})
-    published: str | None = field(
-        default=None,
-        metadata={
-            "help": "Format of a published process reward model, if its files do not tell: `trl` (or `trl:SEPARATOR`), "
-            "`qwen-prm`, `skywork-prm`, `math-shepherd` or `rlhflow`."
-        },
-    )
     host: str = field(
         default="127.0.0.1",
         metadata={"help": "Address to listen on. 0.0.0.0 lets other machines use the server."},

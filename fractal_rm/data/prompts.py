@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -223,6 +224,11 @@ def check_learned_kind(prompts: Iterable[Any], chat: bool | None, *, where: str 
 def is_messages(value: Any) -> bool:
     """Whether a value is a chat with messages: a list of objects, not of texts."""
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(one, Mapping) for one in value)
+
+
+def yields_names(given: Any) -> bool:
+    """Whether iterating gives names or characters instead of entries: texts, paths, dictionaries, data frames."""
+    return isinstance(given, str | os.PathLike | Mapping) or hasattr(given, "columns")
 
 
 def read_completion(completion: Any) -> str:

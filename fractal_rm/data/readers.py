@@ -22,7 +22,7 @@ from fractal_rm.files import parse_json
 # TRL and transformers mark an unknown label with this number.
 UNKNOWN_LABEL = -100
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+JSON_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 
 
 def open_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> Sequence[dict[str, Any]]:
@@ -37,8 +37,8 @@ def open_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> Sequen
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; check the path.")
-    if not path.name.endswith(_SUFFIXES):
-        raise ValueError(f"{path} has an unknown ending; give a file that ends in {', '.join(_SUFFIXES)}.")
+    if not path.name.endswith(JSON_ENDINGS):
+        raise ValueError(f"{path} has an unknown ending; give a file that ends in {', '.join(JSON_ENDINGS)}.")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return open_json_lines(path, limit)
     with complete_gzip(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:

@@ -10,7 +10,7 @@ import os
 import tempfile
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
@@ -133,11 +133,6 @@ def check_rows(rows: Sequence[Any], path: Path) -> None:
     """Raise ValueError if a file has no rows."""
     if not len(rows):
         raise ValueError(f"{path} is empty; give a file with at least one row.")
-
-
-def yields_names(given: Any) -> bool:
-    """Whether iterating gives names or characters instead of entries: texts, paths, dictionaries, data frames."""
-    return isinstance(given, str | os.PathLike | Mapping) or hasattr(given, "columns")
 
 
 @contextmanager

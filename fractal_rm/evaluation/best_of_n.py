@@ -21,7 +21,7 @@ from fractal_rm.evaluation.intervals import Measurement
 from fractal_rm.evaluation.statistics import Statistic, mean_of
 from fractal_rm.objectives.aggregation import GOOD
 from fractal_rm.reward_model import StepScores
-from fractal_rm.tasks.answers import completion_text, group_answers, read_answer
+from fractal_rm.tasks.answers import group_answers, last_message_text, read_answer
 
 # Maximum number of subsets per question for votes, which have no closed form.
 VOTE_DRAWS = 500
@@ -93,7 +93,7 @@ def _answers(rows: Sequence[Mapping[str, Any]], bags: Sequence[Bag], pattern: st
         raise ValueError(f"`answer_pattern`: {error}") from None
     if search.groups < 1:
         raise ValueError(f"`answer_pattern` {pattern!r} has no group. Put the answer into brackets: `Answer: (.*)`.")
-    found = [[match[1] for match in search.finditer(completion_text(bag.response))] for bag in bags]
+    found = [[match[1] for match in search.finditer(last_message_text(bag.response))] for bag in bags]
     return [matches[-1].strip() if matches and matches[-1] is not None else None for matches in found]
 
 

@@ -111,9 +111,9 @@ def measure_responses(scored: Sequence[StepScores], bags: Sequence[Bag], thresho
     }
     if highest > 0:
         metrics["bag_mae"] = statistics.absolute_error_of(highest * probs, highest * labels)
-    pairs = _pairs(scored, bags)
-    if pairs:
-        counts["pair_accuracy"] = sum(better > worse for better, worse in pairs) / len(pairs)
+    pairs = pairs_of(bags)
+    if pairs:  # an unscored response is never better
+        counts["pair_accuracy"] = sum(scored[a].score > scored[b].score for a, b in pairs) / len(pairs)
     within = _within_prompts(probs, labels, bags)
     if within is not None and not pairs:
         counts["within_prompt_auc"] = within
@@ -173,10 +173,10 @@ def _within_prompts(probs: np.ndarray, labels: np.ndarray, bags: Sequence[Bag]) 
     return float(known.mean()) if len(known) else None
 
 
-def _pairs(scored: Sequence[StepScores], bags: Sequence[Bag]) -> list[tuple[float, float]]:
-    """Scores of the chosen and the rejected response of each preference; an unscored response is never better."""
-    sides: dict[str, dict[float | None, float]] = {}
-    for result, bag in zip(scored, bags, strict=True):
+def pairs_of(bags: Sequence[Bag]) -> list[tuple[int, int]]:
+    """Rows of the chosen and the rejected response of each preference that has both."""
+    sides: dict[str, dict[float | None, int]] = {}
+    for row, bag in enumerate(bags):
         if bag.pair_id is not None:
-            sides.setdefault(bag.pair_id, {})[bag.label] = result.score
+            sides.setdefault(bag.pair_id, {})[bag.label] = row
     return [(found[1.0], found[0.0]) for found in sides.values() if found.keys() >= {0.0, 1.0}]

@@ -1,1 +1,1 @@
-"""What both trainers share with transformers: checkpoints, logs, length buckets, processes, cards."""
+"""What both trainers share with transformers: runs, checkpoints, logs, length buckets, cards."""

@@ -2,7 +2,7 @@
 
 [`Run`] stands before a `transformers.Trainer` among the base classes. Checkpoints get a manifest
 ([`fractal_rm.hf.manifest`]) and what `Trainer` forgets (losses and metrics since the last log); Ctrl-C and SIGTERM end
-a run with a checkpoint; a training that diverges stops ([`fractal_rm.hf.divergence`]).
+a run with a checkpoint; a training that diverges stops ([`fractal_rm.hf.finite`]).
 """
 
 import json
@@ -25,8 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 
 from fractal_rm.files import parse_json, write_atomic
 from fractal_rm.hf.checkpoints import STATE, check_same_run, checkpoints, find_checkpoint, whole_or_absent
-from fractal_rm.hf.divergence import FiniteTraining
-from fractal_rm.hf.finite_logs import log_finite
+from fractal_rm.hf.finite import FiniteTraining, log_finite
 from fractal_rm.hf.manifest import MANIFEST, Identity, identity_of, write_manifest
 from fractal_rm.interrupts import Interrupted, handled
 from fractal_rm.scorers.checkpoint import check_finite_weights

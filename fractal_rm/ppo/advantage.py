@@ -11,10 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fractal_rm.credit.advantages import gae, global_advantages, group_step_advantages, step_lambdas, whiten
-from fractal_rm.hf.processes import all_reduce, masks_of_all, rows_of_all
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rewards import has_outcomes, whitened_rewards
-from fractal_rm.ppo.rollout import RolloutBatch
+from fractal_rm.ppo.rollout import RolloutBatch, all_reduce, masks_of_all, rows_of_all
 from fractal_rm.ppo.value_model import ValueLearning, explained_variance
 
 

@@ -8,21 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import AutoConfig
-from trl.trainer.utils import get_callable_name
+from trl.trainer import utils as trl_utils
 
-from fractal_rm.data.prompts import is_chat
-from fractal_rm.data.rows import yields_names
-from fractal_rm.data.segmentation import warn_of_uncut_responses
+from fractal_rm.data.prompts import is_chat, yields_names
 from fractal_rm.data.shapes import TEMPLATE_OPTIONS
 from fractal_rm.errors import reason
 from fractal_rm.hf.parallelism import check_online_training, check_separate_value_model, check_whole_model
-from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.ppo.config import StepPPOConfig
-from fractal_rm.ppo.rollout import RolloutBatch
-from fractal_rm.ppo.sources import StepRewardSource
+from fractal_rm.ppo.sources import numbered
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import check_finite, load_tokenizer
 from fractal_rm.scorers.folder import check_model_folder
@@ -83,7 +78,7 @@ def load_checked(
     models = [
         one if isinstance(one, StepRewardModel) else StepRewardModel.from_pretrained(one) for one in reward_models
     ]
-    check_reward_models(models, args, train_dataset)
+    check_reward_models(models, train_dataset)
     sets = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
     _check_readable(models, args, [train_dataset, *sets], tools, environments)
     if reward_model_dataset is not None and not args.rm_update_every:
@@ -259,22 +254,15 @@ def wait_for_vllm(url: str, seconds: float) -> None:
         time.sleep(_PAUSE)
 
 
-def check_reward_models(models: Sequence[StepRewardModel], args: StepPPOConfig, train_dataset: Any) -> None:
-    """Check that reward models suit the configuration and the prompts; streaming data sets are not read.
+def check_reward_models(models: Sequence[StepRewardModel], train_dataset: Any) -> None:
+    """Check that reward models suit the prompts; streaming data sets are not read.
 
     Raises:
-        ValueError: If a model does not suit the shaping, cannot cut a completion into steps, was trained on texts while
-            the prompts are chats (or vice versa), or has no chat template.
+        ValueError: If a model cannot cut a completion into steps, was trained on texts while the prompts are chats (or
+            vice versa), or has no chat template.
     """
     prompts = _first_prompt(train_dataset)
-    for number, model in enumerate(models, 1):
-        which = f"Reward model {number} of {len(models)}" if len(models) > 1 else "The reward model"
-        found = model.settings.aggregation
-        if args.shaping in ("min_form", "first_mistake") and meaning(found) == "max":
-            raise ValueError(
-                f"{which} was trained with aggregation {found!r}: one good step makes a response good, but "
-                f"`shaping='{args.shaping}'` charges for bad steps. Choose another shaping, or another model."
-            )
+    for which, model in numbered(models):
         if model.segmentation.method == "given":
             raise ValueError(
                 f"{which} was trained on data with given steps, so it cannot cut completions into steps. Train it "
@@ -304,8 +292,7 @@ def _check_readable(
                 f"The data has a column {lost[0]!r}, which reaches neither the chat template of the policy nor that of "
                 "reward models. Give `tools` to the trainer and others as `chat_template_kwargs`, and drop the column."
             )
-    for number, model in enumerate(models, 1):
-        which = f"Reward model {number} of {len(models)}" if len(models) > 1 else "The reward model"
+    for which, model in numbered(models):
         if (tools or environments) and isinstance(model.settings, PublishedSettings):
             given = "tools" if tools else "environment_factory"
             raise ValueError(
@@ -315,45 +302,6 @@ def _check_readable(
         for dataset in datasets:
             prompts = dataset[0:_READ_PROMPTS]["prompt"] if "prompt" in _columns(dataset) else []
             model.check_readable(prompts, chat_template_kwargs=options, which=which)
-
-
-def check_earning(batch: RolloutBatch, args: StepPPOConfig, *, step: int) -> None:
-    """Stop a run that learns nothing: no step has a reward on any process, and no outcome function judged anything.
-
-    Guards (`on_alarm`) handle a policy that stops writing later; one that writes nothing in its first rollout is
-    refused here. Completions that TRL masks (`mask_truncated_completions`) are ignored.
-
-    Raises:
-        ValueError: Counts the completions, and why none of them has a reward.
-    """
-    weights = (batch.function_weights * batch.is_outcome).to(batch.function_rewards.device)
-    judged = bool(args.outcome_weight) and bool((~batch.function_rewards.isnan() & (weights != 0)).any())
-    marking = [one for one in batch.steps if one.weight and args.step_weight]
-    paid = any(end is not None for one in marking for row in one.ends for end in row)
-    used = batch.mask.any(dim=1).tolist()
-    written = [bool(text.strip()) for text, keep in zip(batch.texts, used, strict=True) if keep]
-    failed = [one for rows in batch.scores.values() for one in rows if not one.judged]
-    reasons = [one.error or f"{one.truncated_steps} steps are beyond `max_length`" for one in failed[:1]]
-    charged = bool(args.kl_coef) and not args.step_weight  # training on the KL penalty alone was requested
-    everyone = gather_object([(judged or paid or charged, sum(used), sum(written), sum(batch.unscored), reasons)])
-    earned, count, texts, unscored = (sum(one[place] for one in everyone) for place in range(4))
-    if earned or not count or (not texts and step):
-        return
-    first = next((f" (first: {one[4][0].rstrip('.')})" for one in everyone if one[4]), "")
-    raise ValueError(
-        f"The rollout of step {step} has no reward, so nothing would be learned: of {count} completions "
-        f"{count - texts} are empty, {unscored} could not be scored to their end{first}, no other has a step with a "
-        "reward, and no outcome function judged one. Check what the policy writes, `max_length` of the reward model, "
-        "and the weights of the rewards."
-    )
-
-
-def warn_of_uncut_completions(batch: RolloutBatch, sources: Sequence[StepRewardSource]) -> None:
-    """Warn if a source left almost every completion of a rollout as one step, although another rule finds several."""
-    for source in sources:
-        read = [(one.response, one.spans) for one in batch.scores[source.name] if one.steps and one.judged]
-        if read:
-            warn_of_uncut_responses(read, source.segmentation)
 
 
 def check_step_functions(functions: Sequence[Callable[..., Any]], args: StepPPOConfig, train_dataset: Any) -> None:
@@ -388,9 +336,10 @@ def check_step_functions(functions: Sequence[Callable[..., Any]], args: StepPPOC
         try:
             signature.bind(**dict.fromkeys(passed)) if columns else signature.bind_partial(**dict.fromkeys(passed))
         except TypeError as error:
+            name = trl_utils.get_callable_name(function)
             raise TypeError(
-                f"`{get_callable_name(function)}` cannot be called with {', '.join(sorted(passed))}: {error}. Let it "
-                "take the columns it reads and `steps` by name, and the others as `**kwargs`."
+                f"`{name}` cannot be called with {', '.join(sorted(passed))}: {error}. Let it take the columns it "
+                "reads and `steps` by name, and the others as `**kwargs`."
             ) from None
 
 

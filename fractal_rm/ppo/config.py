@@ -7,6 +7,9 @@ from typing import Any, Literal
 from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl.trainer.grpo_config import GRPOConfig
 
+from fractal_rm.credit.advantages import Baseline
+from fractal_rm.credit.kl import KLEstimator
+from fractal_rm.credit.shaping import Center, LengthNeutral, Shaping
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.hf.runs import RunConfig
 from fractal_rm.ranges import check_ranges
@@ -67,7 +70,7 @@ class StepPPOConfig(RunConfig, GRPOConfig):
             "with 1 also with every later score, which favours short or long responses."
         },
     )
-    group_baseline: Literal["step", "token"] = field(
+    group_baseline: Baseline = field(
         default="step",
         metadata={
             "help": "Baseline of `advantage=group`: `step` is the group's mean reward per step, subtracted once per "
@@ -75,7 +78,7 @@ class StepPPOConfig(RunConfig, GRPOConfig):
             "steps changes nothing."
         },
     )
-    shaping: Literal["raw", "centered", "log_odds", "delta", "min_form", "first_mistake"] = field(
+    shaping: Shaping = field(
         default="centered",
         metadata={
             "help": "How step scores become rewards: `raw` is P(step is good); `centered` subtracts a baseline "
@@ -86,7 +89,7 @@ class StepPPOConfig(RunConfig, GRPOConfig):
             "mistake cost nothing."
         },
     )
-    center: Literal["response", "batch", "group", "threshold"] = field(
+    center: Center = field(
         default="response",
         metadata={
             "help": "Baseline of `shaping=centered`: `response` is the mean over the completion's own steps, so its "
@@ -108,7 +111,7 @@ class StepPPOConfig(RunConfig, GRPOConfig):
     step_reward_clip: float | None = field(
         default=None, metadata={"help": "Largest absolute reward of a step, before `step_weight`; None: no limit."}
     )
-    length_neutral: Literal["none", "mean", "cap"] = field(
+    length_neutral: LengthNeutral = field(
         default="none",
         metadata={
             "help": "What more steps earn: `mean` divides a step's reward by the number of steps; `cap` makes every "
@@ -149,7 +152,7 @@ class StepPPOConfig(RunConfig, GRPOConfig):
             "and `global`; 0: none. `beta` adds it to the loss instead."
         },
     )
-    kl_estimator: Literal["k1", "k3"] = field(
+    kl_estimator: KLEstimator = field(
         default="k1", metadata={"help": "`k1`: the log-ratio; `k3`: never negative, lower variance."}
     )
     kl_target: float | None = field(

@@ -109,15 +109,18 @@ ATTRIBUTES = {
 SET_IN_TRAINING = {
     "current_gradient_accumulation_steps": ("_run_epoch", "_inner_training_loop"),
     "_globalstep_last_logged": ("_inner_training_loop",),
+    "_initial_global_step": ("_inner_training_loop",),
     "_total_loss_scalar": ("_inner_training_loop",),
     "_tr_loss": ("_inner_training_loop",),
 }
 
-# Functions of `trl.trainer.utils`, with their parameters.
+# Functions of `trl.trainer.utils`, with their parameters. TRL itself calls the first two on our batches.
 FUNCTIONS = {
     "split_tensor_dict": ("tensor_dict", "num_chunks"),
     "shuffle_sequence_dict": ("seq_dict",),
     "use_adapter": ("model", "adapter_name"),
+    "get_callable_name": ("func",),
+    "is_async_callable": ("func",),
 }
 
 

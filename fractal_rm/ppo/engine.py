@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer import utils as trl_utils
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.utils import use_adapter
 
 from fractal_rm.credit.kl import kl_estimates
 from fractal_rm.credit.placement import completion_text, token_end_characters, turn_spans
@@ -32,11 +32,10 @@ from fractal_rm.hf.checkpoints import named_write_errors
 from fractal_rm.hf.denormals import flush_denormals
 from fractal_rm.hf.length_buckets import LengthBuckets, bucketed_log_probs, may_be_sorted
 from fractal_rm.hf.parallelism import is_sharded
-from fractal_rm.hf.processes import share_metrics
 from fractal_rm.hf.runs import Run
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.contract import TOOL_MASK_PLACE, check_contract
-from fractal_rm.ppo.rollout import RolloutBatch, policy_mask
+from fractal_rm.ppo.rollout import RolloutBatch, policy_mask, share_metrics
 from fractal_rm.ppo.sources import (
     NotFiniteReward,
     StepRewardSource,
@@ -70,6 +69,7 @@ class _HandOver:
     """Values stored between a call into TRL and the line after it.
 
     Attributes:
+        template_options: Arguments of the policy's chat template, for reward models.
         prompts: Prompts of the completions that were judged.
         completion_ids: Their token ids, without padding.
         written: For each of them, which tokens the policy sampled (not tool output). None: all.
@@ -80,6 +80,7 @@ class _HandOver:
         known: Log-probabilities and entropies that TRL gets instead of the next forward pass.
     """
 
+    template_options: Mapping[str, Any] = field(default_factory=dict)
     prompts: list[Any] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
     written: list[list[int]] | None = None
@@ -105,8 +106,11 @@ class _SourceFunction:
         log_extra: Callable[[str, list[str]], None] | None = None,
         **arguments: Any,
     ) -> list[float | None]:
-        found: Any = self.source(prompts, self._hand_over().texts, log_extra=log_extra, **arguments)
-        return self._hand(found, log_extra)
+        return self._hand(self._ask(prompts, log_extra, arguments), log_extra)
+
+    def _ask(self, prompts: list[Any], log_extra: Any, arguments: Mapping[str, Any]) -> Any:
+        known = self._hand_over()
+        return self.source(prompts, known.texts, known.template_options, log_extra=log_extra, **arguments)
 
     def _hand(self, found: Sequence[StepScores], log_extra: Any) -> list[float | None]:
         self._hand_over().scores[self.source.name] = found
@@ -117,8 +121,7 @@ class _SourceFunction:
 
 class _AsyncSourceFunction(_SourceFunction):
     async def __call__(self, prompts: list[Any], log_extra: Any = None, **arguments: Any) -> list[float | None]:  # type: ignore[override]
-        found: Any = self.source(prompts, self._hand_over().texts, log_extra=log_extra, **arguments)
-        return self._hand(await found, log_extra)
+        return self._hand(await self._ask(prompts, log_extra, arguments), log_extra)
 
 
 class Engine(Run, GRPOTrainer):
@@ -241,7 +244,7 @@ class Engine(Run, GRPOTrainer):
 
     def sample(self, inputs: Any) -> RolloutBatch:
         """Let TRL generate and judge completions, and measure the KL divergence if it is requested or free."""
-        self._hand_over = hand_over = _HandOver()
+        self._hand_over = hand_over = _HandOver(self.args.template_options(self.tools))
         try:
             output = super()._generate_and_score_completions(inputs)
         except RuntimeError as error:
@@ -297,7 +300,8 @@ class Engine(Run, GRPOTrainer):
         rows = self.args.per_device_train_batch_size
         adapter: Any = nullcontext()
         if self.ref_model is None:
-            adapter = use_adapter(self.policy, adapter_name="ref" if "ref" in self.policy.peft_config else None)
+            name = "ref" if "ref" in self.policy.peft_config else None
+            adapter = trl_utils.use_adapter(self.policy, adapter_name=name)
         model = self.model if self.ref_model is None else self.ref_model
         with torch.no_grad(), adapter:
             return self._logprobs_of(model, batch, batch_size=rows)[0]

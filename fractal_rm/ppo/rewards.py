@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from fractal_rm.credit.advantages import whiten
@@ -14,9 +15,8 @@ from fractal_rm.credit.kl import AdaptiveKL
 from fractal_rm.credit.moments import RunningMoments
 from fractal_rm.credit.placement import place_outcome, place_step_rewards, step_end_tokens, token_end_characters
 from fractal_rm.credit.shaping import limit_step_rewards, shape_step_scores
-from fractal_rm.hf.processes import all_reduce, rows_of_all
 from fractal_rm.ppo.config import StepPPOConfig
-from fractal_rm.ppo.rollout import RolloutBatch, ShapedSteps, TokenRewards
+from fractal_rm.ppo.rollout import RolloutBatch, ShapedSteps, TokenRewards, all_reduce, rows_of_all
 from fractal_rm.reward_model import StepScores
 
 logger = logging.getLogger(__name__)
@@ -223,6 +223,37 @@ def place_rewards(
     if args.missing_eos_penalty:
         others = others - place_outcome(penalties, mask)
     return batch.plus(learned=mask, rewards=TokenRewards(step_weight * steps, others, ends, penalties, step_weight))
+
+
+def check_earning(batch: RolloutBatch, args: StepPPOConfig, *, step: int) -> None:
+    """Stop a run that learns nothing: no step has a reward on any process, and no outcome function judged anything.
+
+    Guards (`on_alarm`) handle a policy that stops writing later; one that writes nothing in its first rollout is
+    refused here. Completions that TRL masks (`mask_truncated_completions`) are ignored.
+
+    Raises:
+        ValueError: Counts the completions, and why none of them has a reward.
+    """
+    weights = (batch.function_weights * batch.is_outcome).to(batch.function_rewards.device)
+    judged = bool(args.outcome_weight) and bool((~batch.function_rewards.isnan() & (weights != 0)).any())
+    marking = [one for one in batch.steps if one.weight and args.step_weight]
+    paid = any(end is not None for one in marking for row in one.ends for end in row)
+    used = batch.mask.any(dim=1).tolist()
+    written = [bool(text.strip()) for text, keep in zip(batch.texts, used, strict=True) if keep]
+    failed = [one for rows in batch.scores.values() for one in rows if not one.judged]
+    reasons = [one.error or f"{one.truncated_steps} steps are beyond `max_length`" for one in failed[:1]]
+    charged = bool(args.kl_coef) and not args.step_weight  # training on the KL penalty alone was requested
+    everyone = gather_object([(judged or paid or charged, sum(used), sum(written), sum(batch.unscored), reasons)])
+    earned, count, texts, unscored = (sum(one[place] for one in everyone) for place in range(4))
+    if earned or not count or (not texts and step):
+        return
+    first = next((f" (first: {one[4][0].rstrip('.')})" for one in everyone if one[4]), "")
+    raise ValueError(
+        f"The rollout of step {step} has no reward, so nothing would be learned: of {count} completions "
+        f"{count - texts} are empty, {unscored} could not be scored to their end{first}, no other has a step with a "
+        "reward, and no outcome function judged one. Check what the policy writes, `max_length` of the reward model, "
+        "and the weights of the rewards."
+    )
 
 
 def has_outcomes(batch: RolloutBatch, args: StepPPOConfig) -> bool:

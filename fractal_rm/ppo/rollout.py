@@ -2,17 +2,24 @@
 
 Every stage takes a batch and returns a batch with more fields set. Shapes: B completions of this process, T tokens of
 the longest one, P columns of prompts, F reward functions.
+
+With several processes, each has the same number of consecutive rows. Means and deviations are those of the whole batch,
+and completions of one prompt may be on several processes: the functions at the end tell a process of the others' rows.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from fractal_rm.credit.placement import Placement
 from fractal_rm.reward_model import StepScores
+
+Row = TypeVar("Row")
 
 
 class ShapedSteps(NamedTuple):
@@ -169,3 +176,40 @@ def mean_outcomes(rewards: Tensor, weights: Tensor) -> Tensor:
     """
     said = weights.to(rewards.device).expand_as(rewards).masked_fill(rewards.isnan(), 0.0)
     return (said * rewards.nan_to_num()).sum(dim=1) / said.sum(dim=1)
+
+
+# The rows of other processes ------------------------------------------------------------------------------------------
+
+
+def rows_of_all(rows: Sequence[Row]) -> tuple[list[Row], slice]:
+    """The rows of all processes in order, and the slice of them that belongs to this process.
+
+    Args:
+        rows: Plain values of this process; every process has the same number.
+    """
+    first = PartialState().process_index * len(rows)
+    return gather_object(list(rows)), slice(first, first + len(rows))
+
+
+def masks_of_all(mask: Tensor, accelerator: Accelerator) -> Tensor:
+    """The masks (B, T) of all processes in order, padded with False to the longest."""
+    padded: Any = accelerator.pad_across_processes(mask.int(), dim=1)
+    gathered: Any = accelerator.gather(padded)
+    return gathered.bool()
+
+
+def all_reduce(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
+    """A function that adds up a tensor over all processes."""
+
+    def summed(total: Tensor) -> Tensor:
+        everyone: Any = accelerator.reduce(total, reduction="sum")
+        return everyone
+
+    return summed
+
+
+def share_metrics(metrics: dict[str, list[float]]) -> None:
+    """Extend each process's lists of numbers to log by all other processes' numbers, so that all log the same mean."""
+    everyone: list[dict[str, list[float]]] = gather_object([dict(metrics)])
+    for name in dict.fromkeys(name for one in everyone for name in one):
+        metrics[name] = [value for one in everyone for value in one.get(name, [])]

@@ -7,16 +7,18 @@ completion's steps with their scores. They are independent of each other and of 
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
-from trl.trainer.utils import get_callable_name, is_async_callable
+from trl.trainer import utils as trl_utils
 
 from fractal_rm.data.bag import Span
-from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.data.segmentation import Segmentation, warn_of_uncut_responses
+from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.ppo.config import StepPPOConfig
+from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.reward_model import Step, StepRewardModel, StepScores
 
 # Characters of a prompt or a completion in a message.
@@ -31,9 +33,9 @@ class StepRewardSource(ABC):
 
     Args:
         name: Its name in logs.
+        weight: Its weight among the sources.
 
     Attributes:
-        weight: Its weight among the sources.
         gives_probabilities: Whether scores are P(step is good), as the guards need.
         is_async: Whether TRL must await it.
         segmentation: How it cuts completions into steps.
@@ -43,18 +45,19 @@ class StepRewardSource(ABC):
     is_async = False
     segmentation: Segmentation
 
-    def __init__(self, name: str) -> None:
-        self.name, self.weight = name, 1.0
+    def __init__(self, name: str, weight: float = 1.0) -> None:
+        self.name, self.weight = name, weight
 
     @abstractmethod
     def __call__(
-        self, prompts: list[Any], texts: list[str], **arguments: Any
+        self, prompts: list[Any], texts: list[str], template_options: Mapping[str, Any], /, **arguments: Any
     ) -> list[StepScores] | Awaitable[list[StepScores]]:
         """Score completions.
 
         Args:
             prompts: Their prompts.
             texts: The completions.
+            template_options: Arguments of the policy's chat template in addition to the messages.
             arguments: What TRL passes to reward functions: `completions`, `completion_ids`, columns of the data set.
 
         Returns:
@@ -65,24 +68,27 @@ class StepRewardSource(ABC):
 class ModelSource(StepRewardSource):
     """A reward model. Its number for a completion is P(response is good).
 
+    Its chat template gets the same arguments as the policy's.
+
     Args:
+        name: Its name in logs.
+        weight: Its weight among the sources.
         reward_model: The model.
         batch_size: Responses per forward pass; None: the model's own setting.
-
-    Attributes:
-        chat_template_kwargs: Arguments of chat templates in addition to the messages: the same as the policy's.
     """
 
     gives_probabilities = True
 
-    def __init__(self, reward_model: StepRewardModel, batch_size: int | None) -> None:
-        super().__init__("step_reward_model")
+    def __init__(self, name: str, weight: float, reward_model: StepRewardModel, batch_size: int | None) -> None:
+        super().__init__(name, weight)
         self.reward_model, self.batch_size, self.segmentation = reward_model, batch_size, reward_model.segmentation
-        self.chat_template_kwargs: dict[str, Any] = {}
 
-    def __call__(self, prompts: list[Any], texts: list[str], **arguments: Any) -> list[StepScores]:
-        options = {"batch_size": self.batch_size, "chat_template_kwargs": self.chat_template_kwargs}
-        found = self.reward_model.score(prompts, texts, progress=False, **options)
+    def __call__(
+        self, prompts: list[Any], texts: list[str], template_options: Mapping[str, Any], /, **arguments: Any
+    ) -> list[StepScores]:
+        found = self.reward_model.score(
+            prompts, texts, batch_size=self.batch_size, progress=False, chat_template_kwargs=template_options
+        )
         for row, scored in enumerate(found):
             if not all(map(math.isfinite, scored.step_scores)):
                 raise NotFiniteReward(
@@ -101,18 +107,28 @@ class FunctionSource(StepRewardSource):
     step or a completion means no opinion: it is then ignored.
 
     Args:
+        name: Its name in logs.
+        weight: Its weight among the sources.
         function: The function.
         segmentation: How completions become steps.
         bounded_by: The shaping, if it needs scores in [0, 1].
     """
 
-    def __init__(self, function: Callable[..., Any], segmentation: Segmentation, *, bounded_by: str | None) -> None:
-        super().__init__(get_callable_name(function))
+    def __init__(
+        self,
+        name: str,
+        weight: float,
+        function: Callable[..., Any],
+        segmentation: Segmentation,
+        *,
+        bounded_by: str | None,
+    ) -> None:
+        super().__init__(name, weight)
         self.function, self.segmentation, self.bounded_by = function, segmentation, bounded_by
-        self.is_async = is_async_callable(function)
+        self.is_async = trl_utils.is_async_callable(function)
 
     def __call__(
-        self, prompts: list[Any], texts: list[str], **arguments: Any
+        self, prompts: list[Any], texts: list[str], template_options: Mapping[str, Any], /, **arguments: Any
     ) -> list[StepScores] | Awaitable[list[StepScores]]:
         spans = [self.segmentation(text) for text in texts]
         steps = [[text[a:b] for a, b in cut] for text, cut in zip(texts, spans, strict=True)]
@@ -187,33 +203,66 @@ def as_list(given: Any) -> list[Any]:
 
 
 def make_sources(
-    reward_models: Sequence[StepRewardModel], functions: Sequence[Any], args: StepPPOConfig, taken: Sequence[str] = ()
+    reward_models: Sequence[StepRewardModel],
+    functions: Sequence[Any],
+    args: StepPPOConfig,
+    outcomes: Sequence[Any] = (),
 ) -> list[StepRewardSource]:
     """The sources of step rewards with their weights and names, the reward models first.
 
     Functions get steps by `step_segmentation`; without it, by the first reward model's segmentation, or lines. A name
-    that occurs more than once, also among outcome rewards (`taken`), gets a number.
+    that occurs more than once, also among those of the outcome functions, gets a number.
 
     Raises:
-        ValueError: If the number of weights differs from the number of sources.
+        ValueError: If the number of weights differs from the number of sources, or a model does not suit the shaping.
     """
     segmentation = args.function_segmentation or (reward_models[0].segmentation if reward_models else Segmentation())
-    sources: list[StepRewardSource] = [ModelSource(model, args.reward_model_batch_size) for model in reward_models]
     bounded_by = args.shaping if args.shaping in ("log_odds", "first_mistake") else None
-    sources += [FunctionSource(one, segmentation, bounded_by=bounded_by) for one in functions]
-    weights = [1.0] * len(sources) if args.step_reward_weights is None else args.step_reward_weights
-    if len(weights) != len(sources):
+    count = len(reward_models) + len(functions)
+    weights = [1.0] * count if args.step_reward_weights is None else args.step_reward_weights
+    if len(weights) != count:
         raise ValueError(
             f"`step_reward_weights` has {len(weights)} numbers for {len(reward_models)} reward models and "
             f"{len(functions)} `step_reward_funcs`. Give one each, in this order."
         )
-    counts, seen = Counter([*taken, *(source.name for source in sources)]), Counter()
-    for source, weight in zip(sources, weights, strict=True):
-        source.weight = weight
-        if counts[source.name] > 1:
-            seen[source.name] += 1
-            source.name += f"_{seen[source.name]}"
+    for which, model in numbered(reward_models):
+        found = model.settings.aggregation
+        if args.shaping in ("min_form", "first_mistake") and meaning(found) == "max":
+            raise ValueError(
+                f"{which} was trained with aggregation {found!r}: one good step makes a response good, but "
+                f"`shaping='{args.shaping}'` charges for bad steps. Choose another shaping, or another model."
+            )
+    usual = ["step_reward_model"] * len(reward_models) + list(map(trl_utils.get_callable_name, functions))
+    names = _apart(usual, map(trl_utils.get_callable_name, outcomes))
+    sources: list[StepRewardSource] = []
+    for name, weight, source in zip(names, weights, [*reward_models, *functions], strict=True):
+        if isinstance(source, StepRewardModel):
+            sources.append(ModelSource(name, weight, source, args.reward_model_batch_size))
+        else:
+            sources.append(FunctionSource(name, weight, source, segmentation, bounded_by=bounded_by))
     return sources
+
+
+def _apart(names: Sequence[str], taken: Iterable[str]) -> Iterator[str]:
+    """The names, with a number behind each one that occurs more than once or is taken."""
+    counts, seen = Counter([*taken, *names]), Counter[str]()
+    for name in names:
+        seen[name] += 1
+        yield f"{name}_{seen[name]}" if counts[name] > 1 else name
+
+
+def numbered(models: Sequence[StepRewardModel]) -> Iterator[tuple[str, StepRewardModel]]:
+    """Reward models with what messages call them."""
+    for number, model in enumerate(models, 1):
+        yield f"Reward model {number} of {len(models)}" if len(models) > 1 else "The reward model", model
+
+
+def warn_of_uncut_completions(batch: RolloutBatch, sources: Sequence[StepRewardSource]) -> None:
+    """Warn if a source left almost every completion of a rollout as one step, although another rule finds several."""
+    for source in sources:
+        read = [(one.response, one.spans) for one in batch.scores[source.name] if one.steps and one.judged]
+        if read:
+            warn_of_uncut_responses(read, source.segmentation)
 
 
 def step_lines(scored: StepScores) -> str:
@@ -257,24 +306,26 @@ def finite_outcomes(function: Any, name: str) -> Any:
     """
     if isinstance(function, nn.Module):
         return function
-    if is_async_callable(function):
+    if trl_utils.is_async_callable(function):
 
         @wraps(function, updated=())
         async def checked_later(prompts: Any, completions: Any, **arguments: Any) -> list[Any]:
             rewards = await function(prompts=prompts, completions=completions, **arguments)
-            return check_finite(rewards, name, prompts, completions)
+            return check_finite_rewards(rewards, name, prompts, completions)
 
         return checked_later
 
     @wraps(function, updated=())
     def checked(prompts: Any, completions: Any, **arguments: Any) -> list[Any]:
         rewards = function(prompts=prompts, completions=completions, **arguments)
-        return check_finite(rewards, name, prompts, completions)
+        return check_finite_rewards(rewards, name, prompts, completions)
 
     return checked
 
 
-def check_finite(rewards: Iterable[Any], name: str, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
+def check_finite_rewards(
+    rewards: Iterable[Any], name: str, prompts: Sequence[Any], completions: Sequence[Any]
+) -> list[Any]:
     """The rewards; raises ValueError if one is NaN or infinite, naming the function, row, prompt and completion."""
     rewards = list(rewards)
     for row, (reward, prompt, completion) in enumerate(zip(rewards, prompts, completions, strict=False)):
@@ -292,7 +343,7 @@ def check_model_outcomes(
     """Raise if a transformers reward model gave NaN or infinity (B, F): it never returns None."""
     for column, (function, name) in enumerate(zip(functions, names, strict=True)):
         if isinstance(function, nn.Module):
-            check_finite(rewards[:, column].tolist(), name, prompts, completions)
+            check_finite_rewards(rewards[:, column].tolist(), name, prompts, completions)
 
 
 def completion_in_words(row: int, prompt: Any, completion: Any) -> str:

@@ -12,19 +12,18 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl.trainer.utils import get_callable_name
 
 from fractal_rm.credit.kl import AdaptiveKL
 from fractal_rm.hf.manifest import adapter_settings, model_fingerprint, rows_fingerprint
 from fractal_rm.ppo.advantage import ESTIMATORS, Given
 from fractal_rm.ppo.alarms import Alarms, guard_inputs
-from fractal_rm.ppo.checks import check_earning, check_engine, load_checked, warn_of_uncut_completions
+from fractal_rm.ppo.checks import check_engine, load_checked
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.engine import Engine
 from fractal_rm.ppo.online.online_reward import OnlineReward
-from fractal_rm.ppo.rewards import StepShaper, charge_kl, judgement_metrics, place_rewards
+from fractal_rm.ppo.rewards import StepShaper, charge_kl, check_earning, judgement_metrics, place_rewards
 from fractal_rm.ppo.rollout import RolloutBatch
-from fractal_rm.ppo.sources import ModelSource, as_list, make_sources
+from fractal_rm.ppo.sources import ModelSource, as_list, make_sources, warn_of_uncut_completions
 from fractal_rm.ppo.value_model import (
     ValueGradients,
     ValueLearning,
@@ -129,8 +128,7 @@ class StepPPOTrainer(Engine):
             tools=kwargs.get("tools"),
             environments=kwargs.get("environment_factory"),
         )
-        taken = [get_callable_name(function) for function in outcomes]
-        self.sources = make_sources(models, step_functions, args, taken)
+        self.sources = make_sources(models, step_functions, args, outcomes)
         self.value_learning: ValueLearning | None = None
         self.online_reward: OnlineReward | None = None
         super().__init__(
@@ -153,9 +151,6 @@ class StepPPOTrainer(Engine):
         self.add_callback(self.alarms)
         for scoring in models:
             scoring.scorer.to(self.accelerator.device)
-        for source in self.sources:
-            if isinstance(source, ModelSource):
-                source.chat_template_kwargs = self.args.template_options(self.tools)
         if self.args.rm_update_every:
             self.online_reward = OnlineReward(
                 models[0], self.args, reward_model_dataset, self.reward_weights, self.accelerator

@@ -6,11 +6,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
-from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.data.segmentation import Method, Segmentation, Thinking
 from fractal_rm.hf.runs import RunConfig
 from fractal_rm.objectives.aggregation import Aggregation, meaning
+from fractal_rm.objectives.preferences import PreferenceForm
+from fractal_rm.objectives.priors import Distance, Schedule
 from fractal_rm.ranges import check_ranges
-from fractal_rm.scorers.settings import FractalSettings
+from fractal_rm.scorers.settings import FractalSettings, HeadType, Reduction, ScorerKind
 
 
 @dataclass
@@ -28,7 +30,7 @@ class FractalConfig(RunConfig, TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Always False: the collator needs all columns that the trainer prepared."}
     )
-    scorer: Literal["likelihood", "token", "embedding"] = field(
+    scorer: ScorerKind = field(
         default="likelihood",
         metadata={
             "help": "What scores a step: `likelihood` (a causal LM; weight * log-likelihood of the step + bias), "
@@ -52,14 +54,14 @@ class FractalConfig(RunConfig, TrainingArguments):
         default=None,
         metadata={"help": "Number of grades of ordinal labels, 0 to `num_grades - 1`. None: labels say good or bad."},
     )
-    segmentation: Literal["lines", "sentences", "turns", "separator", "pattern", "given"] = field(
+    segmentation: Method = field(
         default="lines", metadata={"help": "How responses are cut into steps; steps in the data are kept."}
     )
     separator: str | None = field(default=None, metadata={"help": "Text between steps, for `segmentation=separator`."})
     pattern: str | None = field(
         default=None, metadata={"help": "Regular expression between steps, for `segmentation=pattern`."}
     )
-    thinking: Literal["score", "skip"] = field(
+    thinking: Thinking = field(
         default="score",
         metadata={
             "help": "Whether text in `<think> ... </think>` is cut into steps (`score`) or read without being cut "
@@ -91,10 +93,10 @@ class FractalConfig(RunConfig, TrainingArguments):
             "(`lora_dropout`) and of the embedding scorer's head stays on."
         },
     )
-    reduction: Literal["sum", "mean"] = field(
+    reduction: Reduction = field(
         default="sum", metadata={"help": "Likelihood scorer: add or average the log-probabilities of a step's tokens."}
     )
-    head_type: Literal["pair", "mlp", "set"] = field(
+    head_type: HeadType = field(
         default="pair",
         metadata={
             "help": "Embedding scorer: `pair` (compares a step with the prompt; docs/disaggregation.md), `mlp` (the "
@@ -118,7 +120,7 @@ class FractalConfig(RunConfig, TrainingArguments):
     bag_weight: float = field(
         default=1.0, metadata={"help": "Weight of the bag loss (response labels) and of the preference loss."}
     )
-    preference_loss: Literal["bradley_terry", "ratio"] = field(
+    preference_loss: PreferenceForm = field(
         default="bradley_terry",
         metadata={
             "help": "Loss of preferences: `bradley_terry` (on aggregated logits) or `ratio` (the paper's: the chosen "
@@ -182,11 +184,11 @@ class FractalConfig(RunConfig, TrainingArguments):
         default=0.0,
         metadata={"help": "Weight of the hybrid prior: a model that is first fitted on the gold fraction alone."},
     )
-    prior_distance: Literal["cross_entropy", "absolute"] = field(
+    prior_distance: Distance = field(
         default="cross_entropy",
         metadata={"help": "Distance between scores and prior targets (the correlation prior has its own)."},
     )
-    prior_schedule: Literal["constant", "linear", "cosine"] = field(
+    prior_schedule: Schedule = field(
         default="constant", metadata={"help": "Whether priors keep their weight or decay to 0 during training."}
     )
     pseudo_labels: Literal["none", "hard", "soft"] = field(

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from fractal_rm.data.bag import Bag, truncate_bags
-from fractal_rm.data.prompts import REASONING_KEYS, is_chat
+from fractal_rm.data.prompts import REASONING_KEYS, is_chat, yields_names
 from fractal_rm.data.readers import read_bags
-from fractal_rm.data.rows import yields_names
 from fractal_rm.data.segmentation import common_gap
 from fractal_rm.data.shapes import Columns
 from fractal_rm.objectives.aggregation import GOOD, meaning
@@ -264,7 +263,7 @@ class BagDataset(torch.utils.data.Dataset):
             logger.warning("%s: %s", source, count)
             encoded = inputs.encode(kept)
         self.bags, self.encoded, self.truncation = kept, encoded, count
-        self.targets: dict[str, list[Tensor]] = {"step_labels": [gold_labels(bag) for bag in kept]}
+        self.targets: dict[str, list[Tensor]] = {"step_labels": [gold_targets(bag) for bag in kept]}
         self.items = items_of(kept)
 
     def __len__(self) -> int:
@@ -292,7 +291,7 @@ class BagDataset(torch.utils.data.Dataset):
                 logger.debug("%s: %s", self._source, count)
                 encoded = self._inputs.encode(kept)
             if kept:
-                return _item(kept, encoded, {"step_labels": [gold_labels(bag) for bag in kept]})
+                return _item(kept, encoded, {"step_labels": [gold_targets(bag) for bag in kept]})
         raise ValueError(
             f"{self._source}: no later row fits into `max_length={self._settings.max_length}` tokens with its label. "
             "Raise it."
@@ -323,7 +322,7 @@ def items_of(bags: Sequence[Bag]) -> list[list[int]]:
     return [sorted(rows, key=lambda row: -float(bags[row].label or 0.0)) for rows in pairs.values()]
 
 
-def gold_labels(bag: Bag) -> Tensor:
+def gold_targets(bag: Bag) -> Tensor:
     """Gold step labels (S,), NaN where unknown."""
     return known_or_nan(bag.step_labels, len(bag.step_spans))
 

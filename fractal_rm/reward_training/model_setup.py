@@ -1,6 +1,7 @@
 """Preparing a model for training: source, dropout, adapters, learning rates."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ def make_trainable(
     settings: FractalSettings,
     tokenizer: PreTrainedTokenizerBase | None,
     peft_config: Any | None,
-) -> tuple[StepScorer, Processor]:
-    """The scorer at the start of its training, and its tokenizer or sentence encoder.
+) -> tuple[StepScorer, Processor, FractalSettings]:
+    """The scorer at the start of its training, its tokenizer or sentence encoder, and its complete settings.
 
     Args:
         model: Path, hub id or instance.
         args: Says where embeddings are cached, and whether dropout is off.
-        settings: Names the scorer; its `max_length` is filled in from the model.
+        settings: Names the scorer. Without a `max_length`, the returned ones have that of the model.
         tokenizer: The caller's tokenizer; None: the model's own.
         peft_config: The caller's configuration of adapters; None: the whole model is trained.
 
@@ -55,7 +56,7 @@ def make_trainable(
         encoder = model
         if not isinstance(encoder, SentenceEncoder):
             encoder = SentenceEncoder(encoder, cache_dir=args.embedding_cache, dtype=args.encoder_dtype)
-        return make_head(settings.head_type, encoder.size, settings.num_grades or 1), encoder
+        return make_head(settings.head_type, encoder.size, settings.num_grades or 1), encoder, settings
     if isinstance(model, SentenceEncoder):
         raise ValueError(
             f"The {settings.scorer} scorer got a sentence encoder. Set `scorer=embedding`, or give another model."
@@ -79,11 +80,11 @@ def make_trainable(
     padding: Any = tokenizer.pad_token_id
     model.config.pad_token_id = padding
     if settings.max_length is None:
-        settings.max_length = longest_input(model, tokenizer)
+        settings = replace(settings, max_length=longest_input(model, tokenizer))
     if args.disable_dropout:
         disable_dropout(model)  # before adapters, whose dropout was requested
     wrapped = model if peft_config is None else add_adapter(model, peft_config, settings)
-    return make_scorer(wrapped, settings), tokenizer
+    return make_scorer(wrapped, settings), tokenizer, settings
 
 
 def disable_dropout(model: nn.Module) -> None:

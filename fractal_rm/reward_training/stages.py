@@ -101,15 +101,8 @@ def split_logits(logits: Tensor, data: BagDataset, num_grades: int | None) -> li
     return list(parts) if num_grades is None else [part.view(-1, width) for part in parts]
 
 
-def withhold_gold(data: BagDataset) -> list[Tensor]:
-    """Remove the gold step labels from the targets, and return them."""
-    gold = data.targets["step_labels"]
-    data.targets["step_labels"] = [torch.full_like(row, torch.nan) for row in gold]
-    return gold
-
-
-def reveal_gold(data: BagDataset, gold: Sequence[Tensor], order: Sequence[int], args: FractalConfig) -> None:
-    """Add gold step labels to the targets, for a share of the bags that have any, in the given order.
+def revealed_gold(gold: Sequence[Tensor], order: Sequence[int], args: FractalConfig) -> list[Tensor]:
+    """Gold step labels (S,) for a share of the bags that have any, the first ones in an order; NaN for the others.
 
     Raises:
         ValueError: If no bag has gold step labels.
@@ -120,8 +113,8 @@ def reveal_gold(data: BagDataset, gold: Sequence[Tensor], order: Sequence[int], 
             "`instance_weight` and `gold_fraction` ask for gold step labels, but the training data has none. Add a "
             "column `step_labels`, or set `instance_weight=0`."
         )
-    for row in known[: math.ceil(round(args.gold_fraction * len(known), _DIGITS))]:
-        data.targets["step_labels"][row] = gold[row]
+    read = set(known[: math.ceil(round(args.gold_fraction * len(known), _DIGITS))])
+    return [labels if row in read else torch.full_like(labels, torch.nan) for row, labels in enumerate(gold)]
 
 
 def most_uncertain(logits: Sequence[Tensor], num_grades: int | None) -> list[int]:

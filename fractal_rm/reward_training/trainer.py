@@ -63,10 +63,9 @@ from fractal_rm.reward_training.stages import (
     most_uncertain,
     plan,
     read_finished,
-    reveal_gold,
+    revealed_gold,
     split_logits,
     step_targets,
-    withhold_gold,
     write_finished,
 )
 from fractal_rm.reward_training.trials import (
@@ -166,7 +165,9 @@ class FractalTrainer(Run):
                 # Not even to decide which long responses to keep.
                 bags["train"] = [replace(bag, step_labels=None) for bag in bags["train"]]
         set_seed(args.seed)  # adapters and heads are created before Trainer sets the seed
-        scorer, self.processor = make_trainable(model, args, self.settings, processing_class, peft_config)
+        scorer, self.processor, self.settings = make_trainable(
+            model, args, self.settings, processing_class, peft_config
+        )
         template = getattr(self.processor, "chat_template", None)
         for name, found in bags.items():
             check_reasoning(found, str(template or ""), source=f"{name} data")
@@ -298,10 +299,11 @@ class FractalTrainer(Run):
         shares = [bag.label for bag in data.bags if bag.label is not None and bag.pair_id is None]
         self._base_rate = float(np.mean(shares)) if shares else 0.5
         if args.instance_weight:
-            self.withheld = withhold_gold(data)
+            self.withheld = data.targets["step_labels"]
+            data.targets["step_labels"] = [torch.full_like(row, torch.nan) for row in self.withheld]
             drawn = np.random.default_rng(args.seed).permutation(len(data.bags)).tolist()
             if plan(args)[0].reads_gold:
-                reveal_gold(data, self.withheld, drawn, args)
+                data.targets["step_labels"] = revealed_gold(self.withheld, drawn, args)
 
     @property
     def scorer(self) -> StepScorer:
@@ -369,7 +371,8 @@ class FractalTrainer(Run):
             history += [entry | {"stage": stage.name} for entry in self.state.log_history]
             handed = split_logits(logits, data, args.num_grades)
             if not stage.reads_gold:
-                reveal_gold(data, self.withheld, most_uncertain(handed, args.num_grades), args)
+                order = most_uncertain(handed, args.num_grades)
+                data.targets["step_labels"] = revealed_gold(self.withheld, order, args)
             if stage.kind == "gold":
                 data.targets["hybrid"] = hybrid_targets(data, handed, args.num_grades)
         self.state.log_history = history

@@ -18,7 +18,7 @@ import numpy as np
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.evaluation.intervals import Measurement, differences
-from fractal_rm.evaluation.responses import response_labels
+from fractal_rm.evaluation.responses import pairs_of, response_labels
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.evaluation.statistics import Statistic, absolute_error_of, auc_of, mean_of
 from fractal_rm.objectives.aggregation import GOOD, Aggregation, Meaning, meaning
@@ -145,7 +145,7 @@ def response_statistic(scores: Sequence[float], bags: Sequence[Bag], folds: Sequ
         error = absolute_error_of(found, labels)
         return Statistic(len(bags), lambda weights: -error(weights))
     paired, hits = np.array([bag.pair_id is not None for bag in bags]), np.full(len(bags), np.nan)
-    for better, worse in _pairs(bags):
+    for better, worse in pairs_of(bags):
         hits[better] = float(found[better] > found[worse])
     parts = [
         (auc_of(found, np.where((fold == one) & ~paired, labels, np.nan)), int(((fold == one) & ~paired).sum()))
@@ -175,21 +175,12 @@ def response_value(scores: Sequence[float], bags: Sequence[Bag]) -> float:
     return response_statistic(scores, bags).value
 
 
-def _pairs(bags: Sequence[Bag]) -> list[tuple[int, int]]:
-    """Rows of the chosen and the rejected response of each preference that has both."""
-    sides: defaultdict[str, dict[float | None, int]] = defaultdict(dict)
-    for row, bag in enumerate(bags):
-        if bag.pair_id is not None:
-            sides[bag.pair_id][bag.label] = row
-    return [(found[1.0], found[0.0]) for found in sides.values() if found.keys() >= {0.0, 1.0}]
-
-
 def _evidence(bags: Sequence[Bag]) -> int:
     """Number of responses that can compare configurations: for labels, twice the rarer label."""
     if any(bag.num_grades is not None for bag in bags):
         return len(bags)
     good, bad = _counts(bags)
-    return 2 * min(good, bad) + len(_pairs(bags))
+    return 2 * min(good, bad) + len(pairs_of(bags))
 
 
 def _counts(bags: Sequence[Bag]) -> tuple[int, int]:
@@ -243,7 +234,7 @@ def make_judge(train: Sequence[Bag], validation: Sequence[Bag] | None, *, seed: 
         return Judge(held_out, None, list(train))
     bags = [*train, *held_out]
     good, bad = _counts(bags)
-    graded, pairs = any(bag.num_grades is not None for bag in bags), len(_pairs(bags))
+    graded, pairs = any(bag.num_grades is not None for bag in bags), len(pairs_of(bags))
     if graded and len({bag.label for bag in bags}) == 1:
         raise ValueError(
             f"All {len(bags)} responses have the same grade, so configurations cannot be compared. Add responses with "

@@ -26,8 +26,7 @@ from fractal_rm.report.quickstart_report import summarize, write_report
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.study.arms import Arm, Options, label_responses, load_policy
-from fractal_rm.study.held_out import measure
-from fractal_rm.study.study import Evaluations, make_trainer, quiet
+from fractal_rm.study.run import Evaluations, make_trainer, measure, quiet
 from fractal_rm.tasks.arithmetic.conditions import ShippedArithmetic
 from fractal_rm.tasks.task import Split, unseen
 
@@ -234,9 +233,9 @@ class Quickstart:
             }
             self._append(arm, "validation", metrics, seconds)
 
-    def train_ppo(self, arm: Arm, settings: Options = PPO_SETTINGS) -> None:
+    def train_ppo(self, arm: Arm) -> None:
         """PPO from the base policy; the arms differ in their rewards only."""
-        points = self.train_policy(arm, settings)
+        points = self.train_policy(arm, PPO_SETTINGS)
         write_atomic(self.folder / "ppo" / arm.name / "curve.json", json.dumps(points))
         for point in points:
             seconds = point["seconds"]

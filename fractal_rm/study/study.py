@@ -1,239 +1,39 @@
-"""The study: one run, in which an arm trains a policy on a task with a seed, and all runs in one or several processes.
+"""The study: which runs there are, their rows in a file, and all of them in one or several processes.
 
-A policy is measured at fixed numbers of rollouts, and each measurement is a row. A run that has its last row is done.
+Each measurement of a run is a row, and a run that has its last row is done. On a seed of its own, trials choose the
+options of each arm.
 """
 
-import json
 import math
 import multiprocessing
 import shutil
 import signal
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar, cast, get_args, get_type_hints
 
-import datasets
 import torch
-import transformers
 import yaml
 from filelock import FileLock, Timeout
-from transformers import PrinterCallback, TrainerCallback, TrainerState
 
 from fractal_rm.errors import did_you_mean
 from fractal_rm.evaluation.results import ResultsFile, has_row
 from fractal_rm.files import read_yaml, write_atomic
-from fractal_rm.hf.checkpoints import resume_or_clear
-from fractal_rm.hf.progress import bar_on_terminal
 from fractal_rm.ppo.config import StepPPOConfig
-from fractal_rm.ppo.trainer import StepPPOTrainer
 from fractal_rm.ranges import RANGES
-from fractal_rm.reward_model import FractalReward, StepRewardModel
 from fractal_rm.study.arms import ARMS, LEARNING_RATES, OUTCOME_ONLY, TUNED, Arm, Assets, Options
-from fractal_rm.study.held_out import Metrics, mean_score, measure, measure_start, response_logprobs
-from fractal_rm.study.rivals import WholeResponseReward
+from fractal_rm.study.run import Budget, quiet, run_arm
 from fractal_rm.study.statistics import BENCHMARK, latest
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
-from fractal_rm.tasks.task import Task, unseen
+from fractal_rm.tasks.task import Task
 
-# Shares of the updates after which a policy is measured.
-POINTS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
-# Held-out responses from which the distance to the base policy is estimated.
-KL_RESPONSES = 64
 One = TypeVar("One")
 # Trials use seeds that are never reported; they differ in their problems, samples and reward models.
 TUNING_SEED = 1000
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much a run does.
-
-    Args:
-        rollouts_per_update: Completions in an update.
-        held_out: Problems that a policy is measured on.
-        draws: Sampled responses to each of them.
-        updates: Policy updates; None: the task's.
-        points: Shares of the updates after which the policy is measured, beside the start.
-    """
-
-    rollouts_per_update: int = 64
-    held_out: int = 256
-    draws: int = 1
-    updates: int | None = None
-    points: tuple[float, ...] = POINTS
-
-
-def run_arm(
-    arm: Arm, options: Options, assets: Assets, budget: Budget, report: Callable[[Metrics], None], folder: Path
-) -> None:
-    """Train a policy with an arm's rewards and report its metrics at each evaluation point, the start included.
-
-    Args:
-        arm: Where rewards come from.
-        options: Settings of [`StepPPOConfig`] that were chosen for it.
-        assets: Policy and reward models.
-        budget: How much to do.
-        report: Takes the metrics of each point.
-        folder: Where the trainer writes; a run that left a checkpoint there goes on from it.
-    """
-    task, kind = assets.task, arm.judge
-    updates, rollouts = budget.updates or task.updates, budget.rollouts_per_update
-    judge = assets.reward_model(kind) if kind else None
-    held_out = task.problems("held_out", budget.held_out, assets.seed)
-    count = updates * rollouts // assets.ppo["num_generations"]
-    problems = unseen(task.problems("train", 2 * count, assets.seed), {problem.prompt for problem in held_out})
-    (reference, tokenizer), clock, cost = assets.load_policy(), Clock(folder / "seconds.json"), assets.cost(kind)
-    parts = -(-rollouts // assets.micro_batch)
-    trainer = make_trainer(
-        arm,
-        assets.ppo
-        | {"max_completion_length": task.max_new_tokens}
-        | options
-        | {"max_steps": updates, "per_device_train_batch_size": rollouts // parts, "seed": assets.seed}
-        | ({"gradient_accumulation_steps": parts, "steps_per_generation": parts} if parts > 1 else {}),
-        assets.policy(),
-        judge,
-        assets.outcome(arm, judge),
-        [problem.prompt for problem in problems[:count]],
-        folder,
-        # A model that learns on goes on with the responses that it was trained on, too.
-        responses=assets.bags(kind) if kind and options.get("rm_update_every") else None,
-        **assets.trainer_arguments(options),
-    )
-    steps = sorted({max(round(share * updates), 1) for share in budget.points})
-
-    def evaluate(step: int) -> None:
-        with clock.stopped():
-            model: Any = trainer.model
-            if step:
-                # Greedy decoding in the middle and at the end: it is as dear as sampling.
-                greedy = step in (steps[-1] / 2, steps[-1])
-                found, texts = measure(model, tokenizer, task, held_out, greedy=greedy, draws=budget.draws)
-            else:
-                found, texts = measure_start(assets, budget.held_out, budget.draws)
-            prompts, some = [problem.prompt for problem in held_out], slice(KL_RESPONSES)
-            logprobs = [response_logprobs(m, tokenizer, prompts[some], texts[some]) for m in (model, reference)]
-            found |= {
-                "rollouts": step // trainer.num_iterations * rollouts,
-                "rm_score": mean_score(judge, prompts, texts),
-                "kl": (logprobs[0] - logprobs[1]).mean().item(),
-                "alarms": trainer.alarms.guards.raised,
-                "seconds": clock.seconds,
-            }
-            found.pop("step_accuracy_greedy", None)
-            report(found | cost)
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Evaluations(steps, evaluate, clock))
-    with bar_on_terminal(trainer, f"{task.name} seed {assets.seed} {arm.name}"):
-        trainer.train(resume_from_checkpoint=resume_or_clear(folder))
-    if trainer.args.save_strategy != "no":
-        trainer.save_model(str(assets.trained(arm)))
-
-
-def make_trainer(
-    arm: Arm,
-    options: Options,
-    policy: Path,
-    judge: StepRewardModel | Path | None,
-    outcome: Callable[..., list[float]],
-    prompts: Sequence[str],
-    folder: Path,
-    *,
-    responses: Any = None,
-    **arguments: Any,
-) -> StepPPOTrainer:
-    """The trainer of an arm: its options, the base policy, what judges it, the outcome reward for arms that have one.
-
-    Args:
-        arm: Where rewards come from.
-        options: Settings of [`StepPPOConfig`].
-        policy: Folder of the base policy.
-        judge: What scores responses or their steps.
-        outcome: The outcome reward, for arms that have one.
-        prompts: Of the training.
-        folder: Where the trainer writes.
-        responses: Labelled responses, for a reward model that learns on.
-        arguments: Further arguments of [`StepPPOTrainer`].
-    """
-    functions: list[Any] = [outcome] if arm.outcome else []
-    if arm.scores_responses and isinstance(judge, StepRewardModel):
-        functions.append(WholeResponseReward(judge) if arm.response_model else FractalReward(judge))
-    return StepPPOTrainer(
-        model=str(policy),
-        reward_model=None if arm.scores_responses else judge,
-        reward_funcs=functions or None,
-        args=StepPPOConfig(output_dir=str(folder), **options),
-        reward_model_dataset=responses,
-        train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-        **arguments,
-    )
-
-
-class Evaluations(TrainerCallback):
-    """Evaluates a policy before its training and after some updates.
-
-    Args:
-        steps: Numbers of the updates.
-        evaluate: Takes the number of updates so far.
-        clock: Kept with every checkpoint, if there is one.
-    """
-
-    def __init__(self, steps: Iterable[int], evaluate: Callable[[int], None], clock: "Clock | None" = None) -> None:
-        self.steps, self.evaluate, self.clock = frozenset(steps), evaluate, clock
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self.evaluate(0)
-        elif self.clock is not None:
-            self.clock.resume(state.global_step)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step in self.steps:
-            self.evaluate(state.global_step)
-        if self.clock is not None and control.should_save:  # before the checkpoint, which may be the last thing
-            self.clock.save(state.global_step)
-
-
-class Clock:
-    """Processor seconds of a training since its first evaluation, evaluations excluded.
-
-    Args:
-        file: Where they are kept when a run is stopped.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.seconds, self.file = 0.0, file
-        self._since: float | None = None
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Leave out what is done in the block."""
-        if self._since is not None:
-            self.seconds += time.process_time() - self._since
-        yield
-        self._since = time.process_time()
-
-    def save(self, step: int) -> None:
-        """Keep the seconds until the end of a step."""
-        with self.stopped():
-            write_atomic(self.file, json.dumps(self._kept() | {str(step): self.seconds}))
-
-    def resume(self, step: int) -> None:
-        """Go on from the seconds that were kept at the end of a step."""
-        self.seconds, self._since = self._kept()[str(step)], time.process_time()
-
-    def _kept(self) -> dict[str, float]:
-        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
-
-
-# Many runs -----------------------------------------------------------------------------------------------------------
 
 
 class Unit(NamedTuple):
@@ -529,23 +329,3 @@ def run_units(run: Callable[[One], Any], units: Sequence[One], jobs: int) -> Non
 def _start_worker() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the libraries' own bars and notes; errors still come through."""
-    notes = transformers.utils.logging
-    before = notes.get_verbosity(), notes.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    notes.set_verbosity_error()
-    notes.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        notes.set_verbosity(before[0])
-        if before[1]:
-            notes.enable_progress_bar()
-        if not before[2]:
-            datasets.enable_progress_bars()

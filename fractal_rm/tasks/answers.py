@@ -205,16 +205,16 @@ _NO_UNITS = _NO_UNIT | _DOUBTS | _MATH_NAMES - {"in", "deg", "sec"}
 # Where the answer stands ---------------------------------------------------------------------------------------------
 
 
-def completion_text(completion: Any) -> str:
+def last_message_text(completion: Any) -> str:
     """The text of a completion: for a chat its last message, for content in parts its text parts.
 
     A completion without text (no message, `content` that is None) gives an empty text, never an error. So does a chat
     that ends in tool output, which the policy did not answer.
 
     Example:
-        >>> completion_text([{"role": "assistant", "content": [{"type": "text", "text": "#### 3"}]}])
+        >>> last_message_text([{"role": "assistant", "content": [{"type": "text", "text": "#### 3"}]}])
         '#### 3'
-        >>> completion_text([{"role": "assistant", "content": None, "tool_calls": []}])
+        >>> last_message_text([{"role": "assistant", "content": None, "tool_calls": []}])
         ''
     """
     if isinstance(completion, Conversation):
@@ -252,7 +252,7 @@ def read_answer(completion: Any, *, last_number: bool = False) -> str | None:
         >>> read_answer("So she has 7 pens."), read_answer("So she has 7 pens.", last_number=True)
         (None, '7')
     """
-    text = _without_thoughts(completion_text(completion))
+    text = _without_thoughts(last_message_text(completion))
     if text is None:
         return None
     found = [_unlabelled(statement) for statement in _statements(text)]

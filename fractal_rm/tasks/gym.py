@@ -117,7 +117,6 @@ class GymTask(Task):
             and `gsm_symbolic_hard` (four and more).
         model: Folder or hub id of the base policy.
         options: Options of the data set, as the library names them.
-        max_new_tokens: The longest response.
 
     Raises:
         ImportError: If reasoning-gym or math-verify is not installed.
@@ -125,9 +124,9 @@ class GymTask(Task):
             verifier accepts.
     """
 
-    def __init__(
-        self, name: str, *, model: str = "", options: dict[str, Any] | None = None, max_new_tokens: int = 160
-    ) -> None:
+    max_new_tokens = 160
+
+    def __init__(self, name: str, *, model: str = "", options: dict[str, Any] | None = None) -> None:
         try:
             import reasoning_gym
             from reasoning_gym.factory import DATASETS
@@ -140,7 +139,7 @@ class GymTask(Task):
             alike = difflib.get_close_matches(name, {**DATASETS, **GSM_SYMBOLIC}, n=3, cutoff=0.5)
             near = f" Nearest: {', '.join(alike)}." if alike else f" It has {len(DATASETS)}, such as gsm_symbolic."
             raise ValueError(f"reasoning-gym has no data set {name!r}.{near}")
-        self.name, self.model, self.max_new_tokens = name, model, max_new_tokens
+        self.name, self.model = name, model
         self._options = dict(options or {})
         self._create = reasoning_gym.create_dataset
         self._made: dict[str, GymProblem] = {}

@@ -182,7 +182,6 @@ class WordProblems(Task):
     Args:
         folder: Holds `train.jsonl[.gz]` and `test.jsonl[.gz]`.
         model: Folder or hub id of the base policy.
-        max_new_tokens: The longest response.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -191,10 +190,11 @@ class WordProblems(Task):
     """
 
     name = "word_problems"
+    max_new_tokens = 64
 
-    def __init__(self, folder: str | Path, *, model: str = "", max_new_tokens: int = 64) -> None:
+    def __init__(self, folder: str | Path, *, model: str = "") -> None:
         check_math_verify("The task `word_problems`")
-        self.model, self.max_new_tokens = model, max_new_tokens
+        self.model = model
         self._train, self._test = (self._read(Path(folder), split) for split in ("train", "test"))
         self._made: dict[str, WordProblem] = {}
 

@@ -24,7 +24,8 @@ from fractal_rm.cli.options.tasks import TaskArguments, make_task
 from fractal_rm.evaluation.results import portable_command
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.study.arms import PPO_SETTINGS, Arm, Assets, Options, Recipe
-from fractal_rm.study.study import TUNING_SEED, Budget, Study, Unit, write_chosen
+from fractal_rm.study.run import Budget
+from fractal_rm.study.study import TUNING_SEED, Study, Unit, write_chosen
 from fractal_rm.tasks.group_sampling import rollout_in_groups
 from fractal_rm.tasks.task import Task
 

@@ -157,13 +157,14 @@ def load_scoring(path: str, published: str | None) -> tuple[StepRewardModel, str
     Raises:
         ValueError: If the model cannot be used.
     """
-    config = PreTrainedConfig.get_config_dict(path)[0]
-    if "fractal" in config or find_reading(path, config, published) is not None:
+    known = PreTrainedConfig.get_config_dict(path)[0]
+    if "fractal" in known or find_reading(path, known, published) is not None:
         return load_reward_model(path, published=published), f"{path} is a step reward model and loads."
     kind = "likelihood" if is_causal(_config(path)) else "token"
     settings = FractalSettings(scorer=kind)
     # Nothing is trained: the configuration says only how a model is loaded.
-    scorer, processor = make_trainable(path, FractalConfig("unused", use_cpu=True, bf16=False), settings, None, None)
+    config = FractalConfig("unused", use_cpu=True, bf16=False)
+    scorer, processor, settings = make_trainable(path, config, settings, None, None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = StepRewardModel(scorer.to(device).eval(), processor, settings)
     return model, f"{path} loads as the start of a step reward model (scorer {kind})."

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.index import FORMATS, FormatName
-from fractal_rm.data.formats.tables import is_table, open_table
+from fractal_rm.data.formats.table_files import is_table, open_table
 from fractal_rm.data.readers import naming, open_jsonl
 from fractal_rm.data.shapes import Columns, prompt_row
 from fractal_rm.errors import reason
@@ -23,9 +23,10 @@ DATA_DIR_VARIABLE = "FRACTAL_RM_DATA"
 _ENDINGS = (".jsonl.gz", ".jsonl", ".json.gz", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 
 
+_COLUMNS = [one.name for one in fields(Columns) if one.name != "label_scale"]
 # What commands leave unread that read prompts alone, and of these what a command without evaluation does.
 _UNREAD = {"test_file", "dataset_test_split", "label_scale"}
-_UNREAD |= {f"{one.name}_column" for one in fields(Columns) if one.name not in ("prompt", "label_scale")}
+_UNREAD |= {f"{name}_column" for name in _COLUMNS if name != "prompt"}
 _UNREAD_WITHOUT_EVALUATION = _UNREAD | {"eval_file", "dataset_eval_split", "strict"}
 
 
@@ -74,24 +75,13 @@ class ColumnArguments:
     @property
     def columns(self) -> Columns:
         """The names in the form that readers take."""
-        scale = self.label_scale
-        return Columns(
-            self.prompt_column,
-            self.response_column,
-            self.label_column,
-            self.chosen_column,
-            self.rejected_column,
-            self.steps_column,
-            self.step_labels_column,
-            label_scale=None if scale is None else tuple(scale),  # type: ignore[arg-type]
-        )
+        scale: Any = None if self.label_scale is None else tuple(self.label_scale)
+        return Columns(**{name: getattr(self, f"{name}_column") for name in _COLUMNS}, label_scale=scale)
 
 
 @dataclass(kw_only=True)
-class ScoringArguments(ColumnArguments):
-    """Arguments of commands that score rows with a model."""
-
-    REMOVED = _REMOVED_FORMATS
+class RewardModelArguments:
+    """Arguments of commands whose model is a step reward model."""
 
     model: str = field(metadata={"help": "Step reward model: the folder that `fractal-rm train` wrote, or a hub id."})
     published: str | None = field(
@@ -101,6 +91,14 @@ class ScoringArguments(ColumnArguments):
             "`qwen-prm`, `skywork-prm`, `math-shepherd` or `rlhflow`."
         },
     )
+
+
+@dataclass(kw_only=True)
+class ScoringArguments(RewardModelArguments, ColumnArguments):
+    """Arguments of commands that score rows with a model."""
+
+    REMOVED = _REMOVED_FORMATS
+
     dataset_format: FormatName | None = field(
         default=None, metadata={"help": "Format of published rows, docs/datasets.md."}
     )
@@ -205,7 +203,7 @@ class DataArguments(ColumnArguments):
             return read_rows(find_file(file, self.data_dir), self.dataset_format, self.limit), file
         name = getattr(self, f"dataset_{split}_split")
         if self.dataset_name is None:
-            return self._published(name, split)
+            return self._official(name, split)
         found = find_split(self.dataset_name, name, self.data_dir)
         if found is not None:
             return read_rows(found, self.dataset_format, self.limit), str(found)
@@ -233,7 +231,7 @@ class DataArguments(ColumnArguments):
         rows = rows if self.limit is None else list(islice(rows, self.limit))
         return (FORMATS[self.dataset_format].read(rows, source=source) if self.dataset_format else rows), source
 
-    def _published(self, name: str, split: str) -> tuple[Sequence[Any], str] | None:
+    def _official(self, name: str, split: str) -> tuple[Sequence[Any], str] | None:
         """The hub's copy of the data of a format, if no file is named; a split to evaluate on need not be there."""
         if self.dataset_format is None or self.train_file or self.eval_file or self.test_file:
             return None
@@ -242,7 +240,7 @@ class DataArguments(ColumnArguments):
         hub = FORMATS[self.dataset_format].hub
         if split != "train" and hub is not None and name not in hub.splits:
             return None
-        return read_published(self.dataset_format, name, self.limit)
+        return read_official(self.dataset_format, name, self.limit)
 
     @property
     def name(self) -> str:
@@ -354,7 +352,7 @@ def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) 
     return FORMATS[dataset_format].read(open_table(path) if table else path, source=str(path), limit=limit)
 
 
-def load_published(dataset_format: FormatName, split: str, limit: int | None = None) -> list[Any]:
+def load_official(dataset_format: FormatName, split: str, limit: int | None = None) -> list[Any]:
     """The official rows of a split of a data set on the hub: the first ones.
 
     Raises:
@@ -366,10 +364,10 @@ def load_published(dataset_format: FormatName, split: str, limit: int | None = N
     return list(islice(load_from_hub(hub.path, "Download its files, and give them.", **hub.arguments(split)), limit))
 
 
-def read_published(dataset_format: FormatName, split: str, limit: int | None = None) -> tuple[list[Bag], str]:
-    """Bags of the rows of [`load_published`], and their name in messages."""
+def read_official(dataset_format: FormatName, split: str, limit: int | None = None) -> tuple[list[Bag], str]:
+    """Bags of the rows of [`load_official`], and their name in messages."""
     source = f"{dataset_format} ({split})"
-    return FORMATS[dataset_format].read(load_published(dataset_format, split, limit), source=source), source
+    return FORMATS[dataset_format].read(load_official(dataset_format, split, limit), source=source), source
 
 
 def benchmark_from_hub(benchmark: str) -> list[list[Any]]:
@@ -381,4 +379,4 @@ def benchmark_from_hub(benchmark: str) -> list[list[Any]]:
     known = FORMATS.get(benchmark)  # type: ignore[arg-type]
     if known is None or known.hub is None:
         raise ValueError(f"{benchmark} is not on the hub. Give `data`: a file with rows.")
-    return [load_published(benchmark, split) for split in known.hub.splits]  # type: ignore[arg-type]
+    return [load_official(benchmark, split) for split in known.hub.splits]  # type: ignore[arg-type]

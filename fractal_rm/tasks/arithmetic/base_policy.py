@@ -32,15 +32,14 @@ SHIPPED_POLICY = Path(__file__).parent / "policy"
 
 # "2:" and " 7" are one token each, so that looking up a change takes one step of attention.
 PIECES = "[0-9]+:| ?[0-9]| ?[A-Za-z']+|[^A-Za-z0-9]"
+# Maximum number of tokens.
+_TOKENS = 384
 
 
-def make_tokenizer(
-    vocab_size: int = 384, *, texts: Sequence[str] | None = None, pieces: str = PIECES
-) -> PreTrainedTokenizerFast:
+def make_tokenizer(*, texts: Sequence[str] | None = None, pieces: str = PIECES) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the task's own text; digits stay single tokens.
 
     Args:
-        vocab_size: Maximum number of tokens.
         texts: What it is trained on; None: responses to chains of changes.
         pieces: Regular expression of pieces that no token crosses.
     """
@@ -58,7 +57,7 @@ def make_tokenizer(
         rng = random.Random("tokenizer")
         texts = [p.prompt + Beliefs(0.0).respond(p, rng) for p in make_problems(500, seed=-1)]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=_TOKENS,
         special_tokens=["<pad>", "<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -112,8 +111,6 @@ def train_base_policy(
     beliefs: Beliefs,
     *,
     seed: int = 0,
-    min_steps: int = 3,
-    max_steps: int = 6,
     num_texts: int = 25600,
     hidden_size: int = 64,
     num_layers: int = 3,
@@ -124,14 +121,12 @@ def train_base_policy(
         output_dir: Where the ordinary Hugging Face folder goes.
         beliefs: The policy's beliefs.
         seed: Seed of the weights and the training text.
-        min_steps: Fewest changes in a problem.
-        max_steps: Most changes in a problem.
         num_texts: Size of the training text, seen once.
         hidden_size: Width of the model.
         num_layers: Depth of the model.
     """
     rng = random.Random(f"demonstrations-{seed}")
-    problems = make_problems(num_texts, seed=1_000_000 + seed, min_steps=min_steps, max_steps=max_steps)
+    problems = make_problems(num_texts, seed=1_000_000 + seed)
     texts = [(p.prompt, beliefs.respond(p, rng)) for p in problems]
     train_on_texts(output_dir, texts, make_tokenizer(), seed=seed, hidden_size=hidden_size, num_layers=num_layers)
 

@@ -180,10 +180,10 @@ def _mixed(count: int, longest: Mapping[Kind, int], seed: int) -> list[AnyProble
     ]
 
 
-def in_batches(texts: list[tuple[str, str]], rng: random.Random, size: int = 32) -> list[tuple[str, str]]:
-    """Texts in batches of like length, the batches in random order."""
+def in_batches(texts: list[tuple[str, str]], rng: random.Random) -> list[tuple[str, str]]:
+    """Texts in batches of like length, 32 each, the batches in random order."""
     texts = sorted(texts, key=lambda text: len(text[1]))
-    batches = [texts[start : start + size] for start in range(0, len(texts), size)]
+    batches = [texts[start : start + 32] for start in range(0, len(texts), 32)]
     rng.shuffle(batches)
     return [text for batch in batches for text in batch]
 
@@ -208,5 +208,3 @@ CONDITIONS = {
         Condition("noise_20", "chain", 3, 6, 0.2, strength=0.8, flipped=0.2),
     )
 }
-# The six of the claim; the noise test stands beside them.
-MAIN_CONDITIONS = ("easy", "medium", "hard", "distractors", "branching", "shift")
