@@ -104,9 +104,9 @@ def rows_of(benchmark: str) -> list[dict[str, Any]]:
     return ResultsFile(RESULTS / f"{benchmark}.jsonl").rows()
 
 
-def cutting_table() -> str:
-    """Which forms of step rewards pay for cuts: a line a form, data set by data set."""
-    rows = rows_of("cutting_finer")
+def cutting_table(dataset: str) -> str:
+    """Which forms of step rewards pay for cuts: a line a form."""
+    rows = [row for row in rows_of("cutting_finer") if row["dataset"] == dataset]
     shown = ["responses", *(f"{cut}_{what}" for cut in CUTS for what in ("rising", "change"))]
     return markdown_table(rows, metrics=shown) if rows else NOTHING
 
@@ -226,7 +226,11 @@ def documents() -> dict[Path, str]:
         online: replace_table(online.read_text(encoding="utf-8"), "online_reward", online_table()),
         evaluation: evaluation_page(evaluation.read_text(encoding="utf-8"), *judged),
         readme: replace_table(words_page(pages[readme], rows_of("words")), "quickstart", short),
-        shaping: replace_table(shaping.read_text(encoding="utf-8"), "cutting_finer", cutting_table()),
+        shaping: replace_table(
+            replace_table(shaping.read_text(encoding="utf-8"), "cutting_finer", cutting_table("arithmetic")),
+            "cutting_finer gsm_symbolic",
+            cutting_table("gsm_symbolic"),
+        ),
         aggregation: replace_table(
             aggregation.read_text(encoding="utf-8"), "long_responses", markdown_table(rows_of("long_responses"))
         ),
