@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,11 +32,13 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class Decoder(Protocol):
     """The part of a `transformers` tokenizer that placement needs."""
 
-    @property
-    def eos_token_id(self) -> int | None: ...
+    if TYPE_CHECKING:  # `isinstance` does not see what `__getattr__` of a tokenizer finds since Python 3.12
 
-    @property
-    def pad_token_id(self) -> int | None: ...
+        @property
+        def eos_token_id(self) -> int | None: ...
+
+        @property
+        def pad_token_id(self) -> int | None: ...
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any: ...
 
