@@ -396,7 +396,7 @@ def test_only_the_engine_names_private_methods_of_trl():
 
 
 def test_every_key_of_a_rollout_that_is_read_is_in_the_contract():
-    returned = {key for keys in trl_contract.RETURNED_KEYS.values() for key in keys}
+    returned = {key for names in trl_contract.RETURNED_KEYS.values() for key in names}
     found = {key for path in PPO.rglob("*.py") for key in keys(path)}
     assert {"prompt_ids", "completion_mask", "old_per_token_logps"} <= found
     assert found - returned - OURS == set()

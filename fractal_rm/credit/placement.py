@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,11 +33,13 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class Decoder(Protocol):
     """The part of a `transformers` tokenizer that placement needs."""
 
-    @property
-    def eos_token_id(self) -> int | None: ...
+    if TYPE_CHECKING:  # `isinstance` does not see what `__getattr__` of a tokenizer finds since Python 3.12
 
-    @property
-    def pad_token_id(self) -> int | None: ...
+        @property
+        def eos_token_id(self) -> int | None: ...
+
+        @property
+        def pad_token_id(self) -> int | None: ...
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any: ...
 

@@ -94,8 +94,9 @@ _WIDE_END = re.compile(r"[。！？][”’」』）]*(?=[ \t]*\d)")
 _ANSWER_NO = re.compile(
     r"(?:\b(?:is|are|was|were|be|says?|said)|[?:])[ \t]+no[.0](?=[ \t]+\d+[ \t]+[a-z])", re.IGNORECASE
 )
+_TABLE_ROW = re.compile(r"^[ \t]*\|.*\|[ \t]*\r?$", re.MULTILINE)
 # Rows of a table, and quotations in the middle of a Japanese sentence.
-_WHOLE = (re.compile(r"^[ \t]*\|.*\|[ \t]*\r?$", re.MULTILINE), re.compile(r"[。！？](?=[」』](?:と|って))"))
+_WHOLE = (_TABLE_ROW, re.compile(r"[。！？](?=[」』](?:と|って))"))
 # A thought or a turn that ends in its line.
 _TAG_END = re.compile(rf"(?<=[.!?…。！？])(?:\s*(?!{OPENING_TAG.pattern})(?:{TAG.pattern}))++(?![ \t]*[a-z])")
 # A variable before the full stop ("so x. Then") is not an initial: it is replaced by a digit.
@@ -152,7 +153,8 @@ def sentences(text: str, language: str = "en", *, old_rules: bool = False) -> li
         cuts += [match.end() for mark in (_WIDE_END, _ANSWER_NO, _TAG_END) for match in mark.finditer(masked)]
         masked = _hide_list_numbers(text, _UNSEEN.sub(" ", _WIDE_NUMBER.sub(_hidden, masked)))
     for start, end in _blocks(text, masked, {end for _, end in fences}):
-        cuts += [start + cut for cut in _sentence_ends(masked[start:end], language)]
+        if old_rules or not _TABLE_ROW.fullmatch(masked, start, end):  # sentencex cuts before the second "(5)" of a row
+            cuts += [start + cut for cut in _sentence_ends(masked[start:end], language)]
         cuts.append(end)
     return _merge(text, trim(text, pairwise(sorted(set(cuts)))), old_rules=old_rules)
 
