@@ -21,6 +21,7 @@ PAIRS = (
     ("dense_outcome_group", "scalar_outcome_group"),
     ("oracle_outcome_group", "outcome_grpo"),
     ("oracle_outcome_group", "dense_outcome_group"),
+    ("oracle_outcome_first", "outcome_grpo"),
 )
 
 
