@@ -3,7 +3,7 @@
 Every stage takes a batch and returns a batch with more fields set. Shapes: B completions of this process, T tokens of
 the longest one, P columns of prompts, F reward functions.
 
-With several processes, each has the same number of consecutive rows. Means and deviations are those of the whole batch,
+With several processes, each has the same number of consecutive rows. Means and deviations are over the whole batch,
 and completions of one prompt may be on several processes: the functions at the end tell a process of the others' rows.
 """
 

@@ -211,7 +211,7 @@ def make_sources(
     """The sources of step rewards with their weights and names, the reward models first.
 
     Functions get steps by `step_segmentation`; without it, by the first reward model's segmentation, or lines. A name
-    that occurs more than once, also among those of the outcome functions, gets a number.
+    that occurs more than once, also among the outcome functions, gets a number.
 
     Raises:
         ValueError: If the number of weights differs from the number of sources, or a model does not suit the shaping.

@@ -264,7 +264,7 @@ def measure(
             right, and there is no greedy decoding.
 
     Returns:
-        Metrics, those of greedy decoding with `_greedy` behind their names; the first sampled response to each problem.
+        Metrics; greedy decoding has `_greedy` behind the names; the first sampled response to each problem.
     """
     found: Metrics = {"accuracy_greedy": None, "step_accuracy_greedy": None}
     prompts = [problem.prompt for problem in problems]

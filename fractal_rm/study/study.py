@@ -1,6 +1,6 @@
 """The study: which runs there are, their rows in a file, and all of them in one or several processes.
 
-Each measurement of a run is a row, and a run that has its last row is done. On a seed of its own, trials choose the
+Each measurement of a run is a row, and a run that has its last row is done. On a separate seed, trials choose the
 options of each arm.
 """
 
