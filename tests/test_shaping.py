@@ -131,6 +131,7 @@ def test_what_stands_at_padding_changes_nothing_and_gets_no_gradient(rows, noise
     for form in FORMS:
         noisy = scores.masked_fill(~mask, noise).requires_grad_()
         shaped = shape_step_scores(noisy, mask, shaping=form)
+        assert not shaped[~mask].any()
         limited = limit_step_rewards(shaped, mask, clip=0.7, length_neutral="mean")
         plain = limit_step_rewards(shape_step_scores(scores, mask, shaping=form), mask, clip=0.7, length_neutral="mean")
         assert torch.equal(limited, plain)
