@@ -65,12 +65,31 @@ def test_heads_read_what_answers_tell_of_steps():
     prompts = [str(i // 4) for i in range(200)]
     pairs = words_heads.pairs_of(right, prompts)
     assert all(prompts[i] == prompts[j] and right[i] > right[j] for i, j in pairs.tolist())
-    for learned_from in (None, pairs):
-        head = words_heads.Head(7, 1e-3, [0]).fit(features, torch.tensor(right, dtype=torch.float32), learned_from)
+    mask = features.mask
+    answers = words_heads.of_answers(torch.tensor(right, dtype=torch.float32), mask)
+    spans = tuple((place, place + 1) for place in range(4))
+    gold = [Bag("p", "abcd", spans, None, tuple(row)) for row in good.astype(float).tolist()]
+    for loss in (
+        answers,
+        words_heads.of_pairs(pairs, mask),
+        words_heads.of_steps(words_heads.gold_targets(gold, mask, 1.0)),
+        words_heads.weighted(answers, words_heads.of_steps(words_heads.gold_targets(gold, mask, 0.1)), 0.5),
+    ):
+        head = words_heads.Head(7, 1e-3, [0]).fit(features, loss)
         whole, steps = head.scores(features)
         assert auc_of(steps, list(good.astype(float))).value > 0.99
         assert words_heads.within_prompts(whole, right, prompts) > 0.99
     assert words_heads.within_prompts(-whole, right, prompts) < 0.01
+
+
+def test_gold_labels_are_read_for_their_share_of_responses_only():
+    bags = [Bag("p", "ab", ((0, 1), (1, 2)), None, (1.0, None)) for _ in range(40)]
+    mask = torch.ones(40, 2, dtype=torch.bool)
+    found = words_heads.gold_targets(bags, mask, 0.1)
+    assert (~found.isnan()).sum(0).tolist() == [4, 0]
+    assert words_heads.of_steps(found)(torch.full((40, 2), 20.0)) < 1e-6
+    unread = [Bag("p", "ab", ((0, 1), (1, 2)), None)] * 40
+    assert words_heads.gold_targets(unread, mask, 1.0).isnan().all()
 
 
 def test_tokens_belong_to_the_step_they_stand_in(tmp_path):
@@ -93,7 +112,7 @@ def test_a_vote_and_its_difference():
     assert found["bag_auc_over_likelihood"] == -1.0
 
 
-def test_the_benchmark_runs_on_what_sample_writes(tmp_path):
+def test_the_benchmark_runs_on_what_sample_writes(tmp_path, monkeypatch):
     pytest.importorskip("reasoning_gym", reason="needs the extra `gym`")
     policy, reward_model = save_policy(tmp_path / "policy"), save_reward_model(tmp_path / "reward_model")
     files = {}
@@ -115,10 +134,14 @@ def test_the_benchmark_runs_on_what_sample_writes(tmp_path):
     files["train"].write_text("".join(json.dumps(row) + "\n" for row in right))
     flags = ["--validation", str(files["train"]), "--data", f"gsm_symbolic={files['held_out']}", "--policy", policy]
     flags += ["--train", str(files["train"]), "--features", str(tmp_path / "features"), "--results", str(results)]
+    monkeypatch.setattr(words_heads, "PENALTIES", (0.01,))
     for _ in range(2):  # once with forward passes, once with what was kept of them
         words_heads.main(flags)
-    rows = [json.loads(line)["metrics"] for line in results.read_text().splitlines()][-8:]
-    assert [row["first_error_accuracy"] for row in rows[:4]] == [row["first_error_accuracy"] for row in rows[4:]]
+    rows = [json.loads(line) for line in results.read_text().splitlines()][-16:]
+    assert [row["arm"] for row in rows[:8]] == [row["arm"] for row in rows[8:]]
+    assert rows[7]["arm"] == "frozen_states_supervised"
+    found = [row["metrics"]["first_error_accuracy"] for row in rows]
+    assert found[:8] == found[8:]
     unlabelled = tmp_path / "unlabelled.jsonl"
     unlabelled.write_text(json.dumps({"prompt": "p", "completion": "a", "label": 1.0}) + "\n")
     with pytest.raises(ValueError, match="has no step labels"):

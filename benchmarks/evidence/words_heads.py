@@ -8,20 +8,29 @@ The policy stays as it is. Linear heads read what it computes at each step, and 
 - `frozen_states`: these and the hidden states at the end of the step, learned by the bag loss.
 - `frozen_states_pairs`: the same, learned from pairs of a right and a wrong response to one prompt, so that nothing is
   gained by knowing which prompts are easy.
+- `frozen_states_likelihood_prior`: `frozen_states`, drawn to the step scores of `frozen_likelihood`.
+- `frozen_states_pseudo_labels`: the most likely step labels under `frozen_likelihood`, given the answers, learned as
+  if they were known.
+
+Two arms learn from gold step labels as well, and only where the responses to train on have them
+(`fractal-rm sample --gold_steps true`); nothing else reads these labels:
+
+- `frozen_states_gold_10`: `frozen_states`, and the gold step labels of a tenth of the responses.
+- `frozen_states_supervised`: the gold step labels of all responses, the ceiling of these heads.
 
     python -m benchmarks.evidence.words_heads --policy runs/words/policy/model \
         --train runs/words/solutions/train.jsonl --validation runs/words/solutions/validation.jsonl \
         --data gsm_symbolic=runs/words/held_out.jsonl --features runs/words/features
 
-Layer and penalty are those with the best AUC of validation responses, for pairs the best one among responses to the
-same prompt. Features are kept in a folder, so only the first run needs the forward passes. Rows go to
+Layer, penalty and weights are those with the best AUC of validation responses, for pairs the best one among responses
+to the same prompt. Features are kept in a folder, so only the first run needs the forward passes. Rows go to
 `benchmarks/results/words.jsonl`.
 """
 
 import argparse
 import math
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,18 +47,21 @@ from benchmarks.evidence.words_reward_models import comparisons, judge, policy_l
 from fractal_rm.cli.sample import read_rows_of
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.evaluation.best_of_n import read_questions
+from fractal_rm.evaluation.best_of_n import Questions, read_questions
 from fractal_rm.evaluation.intervals import Measurement, as_columns, estimates
 from fractal_rm.evaluation.responses import choose_threshold
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.evaluation.statistics import auc_of
 from fractal_rm.objectives.aggregation import bag_log_probs
 from fractal_rm.objectives.bag_loss import bag_loss
+from fractal_rm.objectives.pseudo_labels import pseudo_labels
 from fractal_rm.reward_model import Step, StepScores
 
 LAYERS = (10, 15, 20, 25, 30)
 PENALTIES = (3e-3, 1e-2, 3e-2, 1e-1)
 CONFIDENCE = ("log_prob", "lowest", "mean_entropy", "highest_entropy", "behind_the_likeliest", "tokens")
+PRIOR_WEIGHTS = (0.1, 0.5)
+GOLD_SHARE = 0.1
 MISSED_BAD = 0.02
 BATCH = 32
 # Of the numbers of the tokens: few of them, so little is needed.
@@ -133,6 +145,10 @@ def kept(path: Path, model: Any, tokenizer: Any, bags: Sequence[Bag]) -> Feature
     return found
 
 
+# What a head minimizes, of the logits of steps (R, S).
+Loss = Callable[[Tensor], Tensor]
+
+
 class Head:
     """A linear head on standardized features."""
 
@@ -146,8 +162,8 @@ class Head:
     def _standardized(self, features: Features) -> Tensor:
         return torch.tensor((self._columns(features) - self.mean) / self.deviation, dtype=torch.float32)
 
-    def fit(self, features: Features, labels: Tensor, pairs: Tensor | None) -> "Head":
-        """Learn from labels of responses (R,), or from pairs (P, 2) of a better and a worse response."""
+    def fit(self, features: Features, loss: Loss) -> "Head":
+        """Minimize a loss of the logits of steps (R, S)."""
         columns = self._columns(features)
         self.mean, self.deviation = columns.mean(0), columns.std(0) + 1e-6
         self.linear = nn.Linear(columns.shape[1], 1)
@@ -158,29 +174,71 @@ class Head:
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            logits = in_rows(self.linear(inputs)[:, 0], mask)
-            if pairs is None:
-                noise = (0.0, MISSED_BAD)
-                loss = bag_loss(logits, labels, mask, aggregation="product", label_noise=noise).mean()
-            else:
-                good, bad = bag_log_probs(logits, mask, aggregation="product")
-                odds = good - bad
-                loss = F.softplus(odds[pairs[:, 1]] - odds[pairs[:, 0]]).mean() + 1e-4 * self.linear.bias.square().sum()
             light, heavy = self.linear.weight[0].tensor_split([len(self.numbers)])
-            loss = loss + _LIGHT * light.square().sum() + self.penalty * heavy.square().sum()
-            loss.backward()
-            return loss
+            penalty = _LIGHT * (light.square().sum() + 0.1 * self.linear.bias.square().sum())
+            total = loss(in_rows(self.linear(inputs)[:, 0], mask)) + penalty + self.penalty * heavy.square().sum()
+            total.backward()
+            return total
 
         optimizer.step(closure)
         return self
 
     @torch.no_grad()
+    def logits(self, features: Features) -> Tensor:
+        """Logits of the steps (R, S)."""
+        return in_rows(self.linear(self._standardized(features))[:, 0], features.mask)
+
+    @torch.no_grad()
     def scores(self, features: Features) -> tuple[np.ndarray, list[np.ndarray]]:
         """P(good) of responses (R,), and of the steps of each."""
-        mask = features.mask
-        logits = in_rows(self.linear(self._standardized(features))[:, 0], mask)
+        logits, mask = self.logits(features), features.mask
         good, _ = bag_log_probs(logits, mask, aggregation="product")
         return good.exp().numpy(), [row[: int(n)].sigmoid().numpy() for row, n in zip(logits, mask.sum(1), strict=True)]
+
+
+def of_answers(right: Tensor, mask: Tensor) -> Loss:
+    """The bag loss of right and wrong responses (R,)."""
+
+    def loss(logits: Tensor) -> Tensor:
+        return bag_loss(logits, right, mask, aggregation="product", label_noise=(0.0, MISSED_BAD)).mean()
+
+    return loss
+
+
+def of_pairs(pairs: Tensor, mask: Tensor) -> Loss:
+    """Pairs (P, 2) of a better and a worse response."""
+
+    def loss(logits: Tensor) -> Tensor:
+        good, bad = bag_log_probs(logits, mask, aggregation="product")
+        odds = good - bad
+        return F.softplus(odds[pairs[:, 1]] - odds[pairs[:, 0]]).mean()
+
+    return loss
+
+
+def of_steps(targets: Tensor) -> Loss:
+    """Targets of steps (R, S), NaN where there is none."""
+    known = ~targets.isnan()
+
+    def loss(logits: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits[known], targets[known])
+
+    return loss
+
+
+def weighted(first: Loss, second: Loss, weight: float) -> Loss:
+    """The first loss and a share of the second."""
+    return lambda logits: (1 - weight) * first(logits) + weight * second(logits)
+
+
+def gold_targets(bags: Sequence[Bag], mask: Tensor, share: float) -> Tensor:
+    """Gold labels of the steps (R, S) of a share of responses, NaN elsewhere."""
+    found = torch.full(mask.shape, torch.nan)
+    order = torch.randperm(len(bags), generator=torch.Generator().manual_seed(0)).tolist()
+    for row in order[: round(share * len(bags))]:
+        labels = [math.nan if label is None else label for label in bags[row].step_labels or ()]
+        found[row, : len(labels)] = torch.tensor(labels)
+    return found
 
 
 def in_rows(values: Tensor, mask: Tensor) -> Tensor:
@@ -226,6 +284,102 @@ def pairs_of(labels: np.ndarray, prompts: Sequence[str]) -> Tensor:
     return torch.tensor(found)
 
 
+@dataclass(frozen=True)
+class Arm:
+    """What a head learns from; the best of its shapes and losses is kept.
+
+    Args:
+        shapes: Layer, penalty and numbers of the heads that are tried.
+        losses: The losses that each is tried with.
+        worth: What a head is chosen by, of the validation responses.
+    """
+
+    shapes: Sequence[tuple[int | None, float, Sequence[int]]]
+    losses: Sequence[Loss]
+    worth: Callable[[Head], float]
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Responses of a file with what the policy computes at their steps.
+
+    A policy writes many responses more than once: features, labels and prompts are those of the R different ones.
+
+    Args:
+        questions: All of them.
+        places: For each of them its place among the different ones.
+        different: Where the different ones stand first (R,).
+        features: Of the different ones.
+    """
+
+    questions: Questions
+    places: Sequence[int]
+    different: Sequence[int]
+    features: Features
+
+    @property
+    def bags(self) -> list[Bag]:
+        """The different responses."""
+        return [self.questions.bags[i] for i in self.different]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """1 for a right one, 0 for a wrong one (R,)."""
+        return self.questions.right[list(self.different)].astype(float)
+
+    @property
+    def prompts(self) -> list[str]:
+        """Their prompts."""
+        return [str(bag.prompt) for bag in self.bags]
+
+    def scored(self, head: Head) -> list[StepScores]:
+        """Scores of all responses."""
+        whole, steps = head.scores(self.features)
+        return [made(bag, float(whole[i]), steps[i]) for bag, i in zip(self.questions.bags, self.places, strict=True)]
+
+
+def with_features(questions: Questions, path: Path, model: Any, tokenizer: Any) -> Responses:
+    """Responses with their features, which are read from the file if it is there."""
+    first = first_places([(str(bag.prompt), bag.response) for bag in questions.bags])
+    different = sorted(set(first))
+    features = kept(path, model, tokenizer, [questions.bags[i] for i in different])
+    return Responses(questions, [different.index(i) for i in first], different, features)
+
+
+def make_arms(train: Responses, validation: Responses) -> dict[str, Arm]:
+    """The arms of the docstring; those with gold step labels if all training responses have them."""
+    features, right = train.features, torch.tensor(train.labels, dtype=torch.float32)
+    mask = features.mask
+
+    def responses_auc(head: Head) -> float:
+        return auc_of(head.scores(validation.features)[0], validation.labels).value
+
+    def within_auc(head: Head) -> float:
+        return within_prompts(head.scores(validation.features)[0], validation.labels, validation.prompts)
+
+    answers, pairs = of_answers(right, mask), of_pairs(pairs_of(train.labels, train.prompts), mask)
+    likelihood = Head(None, 0.0, [0]).fit(features, answers).logits(features)
+    prior = of_steps(likelihood.sigmoid().masked_fill(~mask, torch.nan))
+    guessed = pseudo_labels(likelihood, right, mask, aggregation="product", label_noise=(0.0, MISSED_BAD))
+    pseudo = of_steps(guessed.masked_fill(~mask, torch.nan))
+    numbers = range(len(CONFIDENCE))
+    with_states = [(layer, penalty, numbers) for layer in sorted(features.states) for penalty in PENALTIES]
+    drawn = [weighted(answers, prior, weight) for weight in PRIOR_WEIGHTS]
+    arms = {
+        "frozen_likelihood": Arm([(None, 0.0, [0])], [answers], responses_auc),
+        "frozen_confidence": Arm([(None, 0.0, numbers)], [answers], responses_auc),
+        "frozen_states": Arm(with_states, [answers], responses_auc),
+        "frozen_states_pairs": Arm(with_states, [pairs], within_auc),
+        "frozen_states_likelihood_prior": Arm(with_states, drawn, responses_auc),
+        "frozen_states_pseudo_labels": Arm(with_states, [pseudo], responses_auc),
+    }
+    if all(bag.step_labels is not None for bag in train.bags):
+        tenth, supervised = (of_steps(gold_targets(train.bags, mask, share)) for share in (GOLD_SHARE, 1.0))
+        arms["frozen_states_gold_10"] = Arm(with_states, [weighted(answers, tenth, 0.5)], responses_auc)
+        arms["frozen_states_supervised"] = Arm(with_states, [supervised], responses_auc)
+    return arms
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--policy", type=Path, required=True)
@@ -238,58 +392,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = ResultsFile(arguments.results)
     tokenizer = AutoTokenizer.from_pretrained(arguments.policy, trust_remote_code=False)
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.policy, dtype=torch.bfloat16, trust_remote_code=False)
-    # Step labels are not read here: a response is right or wrong.
-    rows = [{k: v for k, v in row.items() if k != "step_labels"} for row in read_rows_of(arguments.train)]
-    known = {
+    rows = read_rows_of(arguments.train)
+    questions = {
         "train": read_questions(rows, Segmentation("lines"), source=str(arguments.train)),
         "validation": read(arguments.validation),
         **{name: read(Path(path)) for name, _, path in (one.partition("=") for one in arguments.data)},
     }
-    places, features, labels, prompts = {}, {}, {}, {}
-    for name, questions in known.items():
-        # A policy writes many responses more than once.
-        places[name] = first_places([(str(bag.prompt), bag.response) for bag in questions.bags])
-        different = sorted(set(places[name]))
-        features[name] = kept(
-            arguments.features / f"{name}.npz", model, tokenizer, [questions.bags[i] for i in different]
-        )
-        places[name] = [different.index(i) for i in places[name]]
-        labels[name] = questions.right[different].astype(float)
-        prompts[name] = [str(questions.bags[i].prompt) for i in different]
-    right, pairs = torch.tensor(labels["train"], dtype=torch.float32), pairs_of(labels["train"], prompts["train"])
-
-    def responses_auc(head: Head) -> float:
-        return auc_of(head.scores(features["validation"])[0], labels["validation"]).value
-
-    def within_auc(head: Head) -> float:
-        return within_prompts(head.scores(features["validation"])[0], labels["validation"], prompts["validation"])
-
-    layers, numbers = sorted(features["train"].states), range(len(CONFIDENCE))
-    with_states = [(layer, penalty, numbers) for layer in layers for penalty in PENALTIES]
-    arms = {
-        "frozen_likelihood": ([(None, 0.0, [0])], None, responses_auc),
-        "frozen_confidence": ([(None, 0.0, numbers)], None, responses_auc),
-        "frozen_states": (with_states, None, responses_auc),
-        "frozen_states_pairs": (with_states, pairs, within_auc),
+    known = {
+        name: with_features(found, arguments.features / f"{name}.npz", model, tokenizer)
+        for name, found in questions.items()
     }
+    train, validation = known.pop("train"), known.pop("validation")
     rivals: dict[str, Measurement] = {}
-    for arm, (tries, learned_from, worth) in arms.items():
+    for arm, learned in make_arms(train, validation).items():
         start = time.monotonic()
-        head = max((Head(*one).fit(features["train"], right, learned_from) for one in tries), key=worth)
-
-        def scored(name: str, head: Head = head) -> list[StepScores]:
-            whole, steps = head.scores(features[name])
-            return [made(bag, float(whole[i]), steps[i]) for bag, i in zip(known[name].bags, places[name], strict=True)]
-
-        threshold = choose_threshold(scored("validation"), known["validation"].bags, aggregation="product")
-        config = {"layer": head.layer, "penalty": head.penalty, "tried": len(tries), "policy": arguments.policy}
-        for name in known.keys() - {"train", "validation"}:
-            questions = known[name]
-            measured, policy = judge(scored(name), questions, threshold), policy_level(questions)
+        heads = [Head(*shape).fit(train.features, loss) for shape in learned.shapes for loss in learned.losses]
+        head = max(heads, key=learned.worth)
+        threshold = choose_threshold(validation.scored(head), validation.questions.bags, aggregation="product")
+        config = {"layer": head.layer, "penalty": head.penalty, "tried": len(heads), "policy": arguments.policy}
+        for name, responses in known.items():
+            measured = judge(responses.scored(head), responses.questions, threshold)
+            policy = policy_level(responses.questions)
             rivals.setdefault(name, measured)  # the first arm is the likelihood
             found = {**as_columns(estimates(measured)), **comparisons(measured, policy, rivals[name])}
             found |= {**measured.counts, **as_columns(estimates(policy))}
-            found["responses_trained_on"] = len(right)
+            found["responses_trained_on"] = len(train.different)
             results.append(
                 benchmark="words", arm=arm, dataset=name, seed=0, split="held_out", metrics=found, config=config,
                 seconds=time.monotonic() - start,
