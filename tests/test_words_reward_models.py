@@ -92,6 +92,18 @@ def test_gold_labels_are_read_for_their_share_of_responses_only():
     assert words_heads.gold_targets(unread, mask, 1.0).isnan().all()
 
 
+def test_responses_written_twice_agree_and_are_learned_from_once(tmp_path):
+    rows = [("1\n2", 0), ("1\n3", 1), ("1\n2", 2)]
+    bags = [Bag("p0", text, ((0, 1), (2, 3)), float(number == 1)) for text, number in rows]
+    asked = words_heads.Questions(bags, [[0, 1, 2]], None)
+    features = words_heads.Features(np.zeros((4, 6)), {}, np.array([2, 2]))
+    np.savez(tmp_path / "f.npz", numbers=features.numbers, counts=features.counts)
+    found = words_heads.with_features(asked, tmp_path / "f.npz", None, None)
+    assert (found.places, found.different, found.labels.tolist()) == ([0, 1, 0], [0, 1], [0.0, 1.0])
+    shares = np.exp(found.features.numbers[:, 6]) - 0.1
+    assert np.allclose(shares, [1.0, 0.5, 1.0, 0.0])
+
+
 def test_tokens_belong_to_the_step_they_stand_in(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(save_policy(tmp_path / "policy"))
     bag = Bag("ab", "c\n---\nde", ((0, 5), (6, 8)), None)
@@ -137,11 +149,10 @@ def test_the_benchmark_runs_on_what_sample_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(words_heads, "PENALTIES", (0.01,))
     for _ in range(2):  # once with forward passes, once with what was kept of them
         words_heads.main(flags)
-    rows = [json.loads(line) for line in results.read_text().splitlines()][-16:]
-    assert [row["arm"] for row in rows[:8]] == [row["arm"] for row in rows[8:]]
-    assert rows[7]["arm"] == "frozen_states_supervised"
-    found = [row["metrics"]["first_error_accuracy"] for row in rows]
-    assert found[:8] == found[8:]
+    rows = [json.loads(line) for line in results.read_text().splitlines() if '"frozen_' in line]
+    assert rows[9]["arm"] == "frozen_states_supervised"
+    found = [(row["arm"], row["metrics"]["first_error_accuracy"]) for row in rows]
+    assert found[:10] == found[10:]
     unlabelled = tmp_path / "unlabelled.jsonl"
     unlabelled.write_text(json.dumps({"prompt": "p", "completion": "a", "label": 1.0}) + "\n")
     with pytest.raises(ValueError, match="has no step labels"):

@@ -8,6 +8,9 @@ The policy stays as it is. Linear heads read what it computes at each step, and 
 - `frozen_states`: these and the hidden states at the end of the step, learned by the bag loss.
 - `frozen_states_pairs`: the same, learned from pairs of a right and a wrong response to one prompt, so that nothing is
   gained by knowing which prompts are easy.
+- `frozen_agreement`: what the other responses to the same prompt say of the step: two numbers, the shares of them with
+  the same result, and with the same results up to this step (`fractal_rm.tasks.agreement`). No hidden states.
+- `frozen_likelihood_agreement`: these and the log-likelihood.
 - `frozen_states_likelihood_prior`: `frozen_states`, drawn to the step scores of `frozen_likelihood`.
 - `frozen_states_pseudo_labels`: the most likely step labels under `frozen_likelihood`, given the answers, learned as
   if they were known.
@@ -31,7 +34,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +59,11 @@ from fractal_rm.objectives.aggregation import bag_log_probs
 from fractal_rm.objectives.bag_loss import bag_loss
 from fractal_rm.objectives.pseudo_labels import pseudo_labels
 from fractal_rm.reward_model import Step, StepScores
+from fractal_rm.tasks.agreement import agreement, result_agreement
 
 LAYERS = (10, 15, 20, 25, 30)
 PENALTIES = (3e-3, 1e-2, 3e-2, 1e-1)
+AGREEMENT = ("log_agreement", "log_result_agreement")
 CONFIDENCE = ("log_prob", "lowest", "mean_entropy", "highest_entropy", "behind_the_likeliest", "tokens")
 PRIOR_WEIGHTS = (0.1, 0.5)
 GOLD_SHARE = 0.1
@@ -66,6 +71,8 @@ MISSED_BAD = 0.02
 BATCH = 32
 # Of the numbers of the tokens: few of them, so little is needed.
 _LIGHT = 1e-3
+# What a step that nobody shares counts as, about one response of eight.
+_UNSHARED = 0.1
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,8 @@ class Features:
     """What a policy computes at the steps of responses.
 
     Args:
-        numbers: The numbers named in `CONFIDENCE` (N, 6), of all N steps, response after response.
+        numbers: The numbers named in `CONFIDENCE` (N, 6), and those of `AGREEMENT` where a prompt's responses are known
+            (N, 8), of all N steps, response after response.
         states: Hidden states at the last token of each step, by layer (N, H).
         counts: Steps of each response (R,).
     """
@@ -338,12 +346,22 @@ class Responses:
         return [made(bag, float(whole[i]), steps[i]) for bag, i in zip(self.questions.bags, self.places, strict=True)]
 
 
+def agreements(questions: Questions) -> np.ndarray:
+    """The numbers named in `AGREEMENT` of the steps of all responses (N, 2), which are those to each prompt."""
+    prompts, steps = [str(bag.prompt) for bag in questions.bags], [bag.steps for bag in questions.bags]
+    shares = [np.concatenate(rule(prompts, steps)) for rule in (agreement, result_agreement)]
+    return np.log(np.stack(shares, axis=1) + _UNSHARED)
+
+
 def with_features(questions: Questions, path: Path, model: Any, tokenizer: Any) -> Responses:
     """Responses with their features, which are read from the file if it is there."""
     first = first_places([(str(bag.prompt), bag.response) for bag in questions.bags])
     different = sorted(set(first))
     features = kept(path, model, tokenizer, [questions.bags[i] for i in different])
-    return Responses(questions, [different.index(i) for i in first], different, features)
+    counts = [len(bag.steps) for bag in questions.bags]
+    shared = np.split(agreements(questions), np.cumsum(counts)[:-1])
+    numbers = np.concatenate([features.numbers, np.concatenate([shared[i] for i in different])], axis=1)
+    return Responses(questions, [different.index(i) for i in first], different, replace(features, numbers=numbers))
 
 
 def make_arms(train: Responses, validation: Responses) -> dict[str, Arm]:
@@ -363,11 +381,14 @@ def make_arms(train: Responses, validation: Responses) -> dict[str, Arm]:
     guessed = pseudo_labels(likelihood, right, mask, aggregation="product", label_noise=(0.0, MISSED_BAD))
     pseudo = of_steps(guessed.masked_fill(~mask, torch.nan))
     numbers = range(len(CONFIDENCE))
+    shared = range(len(CONFIDENCE), len(CONFIDENCE) + len(AGREEMENT))
     with_states = [(layer, penalty, numbers) for layer in sorted(features.states) for penalty in PENALTIES]
     drawn = [weighted(answers, prior, weight) for weight in PRIOR_WEIGHTS]
     arms = {
         "frozen_likelihood": Arm([(None, 0.0, [0])], [answers], responses_auc),
         "frozen_confidence": Arm([(None, 0.0, numbers)], [answers], responses_auc),
+        "frozen_agreement": Arm([(None, 0.0, shared)], [answers], responses_auc),
+        "frozen_likelihood_agreement": Arm([(None, 0.0, [0, *shared])], [answers], responses_auc),
         "frozen_states": Arm(with_states, [answers], responses_auc),
         "frozen_states_pairs": Arm(with_states, [pairs], within_auc),
         "frozen_states_likelihood_prior": Arm(with_states, drawn, responses_auc),

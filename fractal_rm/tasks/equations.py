@@ -1,6 +1,6 @@
 """Check the lines of a solution in words: do their equations hold, and do their results belong to a reference?
 
-Only for evaluation, and for a reward model trained on step labels as a ceiling.
+Checks are only for evaluation, and for a reward model trained on step labels as a ceiling.
 
 A line is right if each equation in it holds, and the last number of each of its equations is one of the reference
 solution. A line without an equation is right if its numbers are known: from the question or from the reference. The
@@ -54,6 +54,17 @@ def numbers(text: str) -> set[float]:
             value = float(match["number"].replace(",", ""))
             found |= {value, value / 100} if match["percent"] else {value}
     return found
+
+
+def last_number(text: str) -> float | None:
+    """The last number of a text, without sign; None if there is none.
+
+    Example:
+        >>> last_number("She pays 3 * $1,200 = $3,600."), last_number("So be it.")
+        (3600.0, None)
+    """
+    found = [match["number"] for match in _TOKEN.finditer(_UNIT.sub(" ", text)) if match["number"]]
+    return float(found[-1].replace(",", "")) if found else None
 
 
 def _tokens(text: str) -> list[str]:
