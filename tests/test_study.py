@@ -20,7 +20,7 @@ from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.study import arms as shipped
 from fractal_rm.study import page
 from fractal_rm.study.arms import LEARNING_RATES, PPO_SETTINGS, TRAINING
-from fractal_rm.study.rivals import ScriptedRewardModel, oracle, random_steps
+from fractal_rm.study.rivals import ScriptedRewardModel, one_by_one, oracle, random_steps
 from fractal_rm.study.run import Budget, Clock, Evaluations
 from fractal_rm.study.statistics import BENCHMARK, curves, finished_runs, interquartile_mean, latest
 from fractal_rm.study.study import TUNING_SEED, Study, Unit
@@ -473,22 +473,24 @@ def test_rules_score_every_line_as_a_reward_model_would():
     bad = good.replace(f"Answer: {problem.answer}", "Answer: x")
     prompts = [problem.prompt] * 3
     for rule in (oracle(CONDITIONS["easy"]), random_steps, copy_label(CONDITIONS["easy"])):
-        scored = ScriptedRewardModel(rule).score(prompts, [good, bad, " \n"])
+        scored = ScriptedRewardModel(one_by_one(rule)).score(prompts, [good, bad, " \n"])
         assert [len(row.steps) for row in scored] == [len(good.split("\n"))] * 2 + [0]
         assert all(0 <= score <= 1 for row in scored for score in row.step_scores)
         assert scored[2].error
         assert "".join(good[a:b] for a, b in scored[0].spans) == good.replace("\n", "")
-    known = ScriptedRewardModel(oracle(CONDITIONS["easy"])).score(prompts[:2], [good, bad])
+    compared = ScriptedRewardModel(lambda _, steps: [[len(steps) / 4] * len(cut) for cut in steps])
+    assert [row.score for row in compared.score(prompts, [good, "\n", bad])[::2]] == [0.5, 0.5]
+    known = ScriptedRewardModel(one_by_one(oracle(CONDITIONS["easy"]))).score(prompts[:2], [good, bad])
     assert known[0].step_scores == [1.0] * len(known[0].steps)
     assert known[1].step_scores == [1.0] * (len(known[1].steps) - 1) + [0.0]
-    copied = ScriptedRewardModel(copy_label(CONDITIONS["easy"])).score(prompts[:2], [good, bad])
+    copied = ScriptedRewardModel(one_by_one(copy_label(CONDITIONS["easy"]))).score(prompts[:2], [good, bad])
     assert [set(row.step_scores) for row in copied] == [{1.0}, {0.0}]
 
 
 def test_the_oracle_agrees_with_the_checker_on_text_with_strange_line_ends():
     prompt = CONDITIONS["branching"].problems("train", 1, 0)[0].prompt
     for text in ("Mia: 3\r\nTom: 4", "Mia: 3\x0bTom: 4\x85x", "\n\n a \n"):
-        (scored,) = ScriptedRewardModel(oracle(CONDITIONS["branching"])).score([prompt], [text])
+        (scored,) = ScriptedRewardModel(one_by_one(oracle(CONDITIONS["branching"]))).score([prompt], [text])
         assert len(scored.steps) == len(scored.spans) > 0
 
 

@@ -129,7 +129,7 @@ class ImplicitRewardModel(ScriptedRewardModel):
     """
 
     def __init__(self, model: ImplicitReward, learning_rate: float, batch_size: int) -> None:
-        super().__init__(lambda prompt, response: [])
+        super().__init__(lambda prompts, steps: [])
         self.model, self.learning_rate, self.batch_size = model, learning_rate, batch_size
 
     def learning_from(self, outcome: Callable[..., list[float]]) -> Callable[..., list[float]]:

@@ -20,7 +20,7 @@ from fractal_rm.hf.progress import bar_on_terminal
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
-from fractal_rm.study.rivals import Rule, ScriptedRewardModel, oracle, random_steps
+from fractal_rm.study.rivals import Rule, ScriptedRewardModel, one_by_one, oracle, random_steps
 from fractal_rm.tasks.task import Problem, Task, sample_responses, unseen
 
 Options = dict[str, Any]
@@ -290,7 +290,7 @@ class Assets:
     def reward_model(self, kind: str) -> StepRewardModel:
         """A reward model of a kind, or a rule in its place."""
         if kind in self.rules:
-            return ScriptedRewardModel(self.rules[kind](self.task))
+            return ScriptedRewardModel(one_by_one(self.rules[kind](self.task)))
         return StepRewardModel.from_pretrained(self.reward_model_folder(kind), device="cpu", batch_size=64)
 
     def outcome(self, arm: Arm, judge: StepRewardModel | None) -> Callable[..., list[float]]:

@@ -13,12 +13,14 @@ from fractal_rm.tasks.task import Task
 
 # Prompt and the texts of the steps -> a score in [0, 1] for each step.
 Rule = Callable[[str, list[str]], list[float]]
+# The same of many responses at once, which may be compared.
+GroupRule = Callable[[Sequence[str], Sequence[list[str]]], list[list[float]]]
 
 
 class ScriptedRewardModel(StepRewardModel):
     """Scores steps, one a line, by a rule."""
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: GroupRule) -> None:
         self.rule, self.settings, self.processor = rule, FractalSettings(segmentation=Segmentation("lines")), None
         self.scorer: Any = nn.Identity()
 
@@ -29,15 +31,19 @@ class ScriptedRewardModel(StepRewardModel):
 
     def score(self, prompts: Sequence[Any], responses: Sequence[Any], **kwargs: Any) -> list[StepScores]:
         """Scores as those of a reward model; a response scores as its worst step."""
-        return [self._score(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
+        spans = [self.settings.segmentation(text) if text.strip() else [] for text in responses]
+        rows = [row for row, cut in enumerate(spans) if cut]
+        steps = [[responses[row][a:b] for a, b in spans[row]] for row in rows]
+        found = [StepScores(text, error="The response is empty.") for text in responses]
+        for row, cut, scores in zip(rows, steps, self.rule([prompts[row] for row in rows], steps), strict=True):
+            scored = zip(cut, spans[row], scores, strict=True)
+            found[row] = StepScores(responses[row], [Step(text, *span, one) for text, span, one in scored], min(scores))
+        return found
 
-    def _score(self, prompt: str, text: str) -> StepScores:
-        spans = self.settings.segmentation(text) if text.strip() else []
-        if not spans:
-            return StepScores(text, error="The response is empty.")
-        scores = self.rule(prompt, [text[a:b] for a, b in spans])
-        steps = [Step(text[a:b], a, b, score) for (a, b), score in zip(spans, scores, strict=True)]
-        return StepScores(text, steps, min(scores))
+
+def one_by_one(rule: Rule) -> GroupRule:
+    """A rule that looks at one response at a time."""
+    return lambda prompts, steps: [rule(prompt, cut) for prompt, cut in zip(prompts, steps, strict=True)]
 
 
 def oracle(task: Task) -> Rule:

@@ -24,8 +24,10 @@ from fractal_rm.cli.options.tasks import TaskArguments, make_task
 from fractal_rm.evaluation.results import portable_command
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.study.arms import PPO_SETTINGS, Arm, Assets, Options, Recipe
+from fractal_rm.study.rivals import ScriptedRewardModel
 from fractal_rm.study.run import Budget
 from fractal_rm.study.study import TUNING_SEED, Study, Unit, write_chosen
+from fractal_rm.tasks.agreement import agreement
 from fractal_rm.tasks.group_sampling import rollout_in_groups
 from fractal_rm.tasks.task import Task
 
@@ -78,6 +80,8 @@ ARMS: dict[str, Arm] = {
         ),
         # The ceiling of `dense_outcome_batch`.
         WordsArm("oracle_outcome_batch", steps="oracle", outcome=True, options=_options(**_STEPS)),
+        # What other responses to the same prompt agree with: no model and no label.
+        WordsArm("agreement_outcome", steps="agreement", outcome=True, options=_options(**_STEPS)),
         WordsArm("oracle", steps="oracle", options=_options(**_STEPS)),
         WordsArm("random_steps", steps="random_steps", options=_options(**_STEPS)),
     )
@@ -119,6 +123,8 @@ class WordsAssets(Assets):
 
     def reward_model(self, kind: str) -> StepRewardModel:
         """The reward model in bfloat16, or a rule in its place."""
+        if kind == "agreement":
+            return ScriptedRewardModel(agreement)
         if kind in self.rules:
             return super().reward_model(kind)
         folder = self.reward_model_folder(kind)
