@@ -10,7 +10,7 @@ from fractal_rm.evaluation.intervals import as_columns, paired_difference
 from fractal_rm.study.statistics import finished_runs
 
 Row = Mapping[str, Any]
-DATASETS = ("gsm_symbolic", "gsm_symbolic_unseen", "gsm_symbolic_hard", "word_problems")
+DATASETS = ("gsm_symbolic", "gsm_symbolic_fresh", "gsm_symbolic_unseen", "gsm_symbolic_hard", "word_problems")
 NONE_YET = "No rows yet."
 # Which arm is ahead of which: with a value model, and with the baseline of a prompt's responses.
 PAIRS = (
@@ -22,6 +22,8 @@ PAIRS = (
     ("oracle_outcome_group", "outcome_grpo"),
     ("oracle_outcome_group", "dense_outcome_group"),
     ("oracle_outcome_first", "outcome_grpo"),
+    ("dense_outcome_batch", "outcome_grpo"),
+    ("agreement_outcome", "outcome_grpo"),
 )
 
 
@@ -108,9 +110,11 @@ def reward_models(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The reward model beside the policy's own likelihood, for README."""
+    """The reward model beside the policy's own likelihood, for README: problems that both have judged."""
+    arms = ("untrained_likelihood", "fractal", "frozen_likelihood_agreement")
+    judged = {row["dataset"] for row in rows if row["arm"] == "fractal"}
     lines = []
-    for row in last(rows, lambda row: row["arm"] in ("fractal", "untrained_likelihood")):
+    for row in last(rows, lambda row: row["arm"] in arms and row["dataset"] in judged):
         metrics = row["metrics"]
         shown = [score(metrics, "within_bag_auc"), percent(metrics, "first_error_accuracy")]
         shown += [percent(metrics, "best_of_8"), percent(metrics, "best_of_8_over_majority", signed=True)]
