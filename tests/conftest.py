@@ -112,6 +112,16 @@ def _seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def quick_spawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are spawned come from a server that has imported the trainers: as fresh, and seconds sooner."""
+    from benchmarks.common.killable import CONTEXT
+    from benchmarks.speed.kill_and_resume import IMPORTED
+
+    CONTEXT.set_forkserver_preload(IMPORTED)
+    monkeypatch.setattr("multiprocessing.get_context", lambda method: CONTEXT)
+
+
 @pytest.fixture(scope="session")
 def data_dir(request: pytest.FixtureRequest) -> Path:
     """The folder of the real data sets; a test that wants it skips where there is none."""

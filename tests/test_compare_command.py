@@ -334,7 +334,7 @@ def test_tuning_finds_the_rate_with_the_outcome_only_arms_and_runs_an_arms_trial
     assert not chosen
 
 
-def test_the_benchmark_runs_at_the_size_of_a_smoke_test_in_two_processes(monkeypatch, capsys):
+def test_the_benchmark_runs_at_the_size_of_a_smoke_test_in_two_processes(quick_spawn, capsys):
     benchmark = importlib.import_module("benchmarks.evidence.dense_vs_outcome")
     arms = ["outcome_ppo", "fractal"]
     benchmark.main(["--smoke", "true", "--jobs", "2", "--settings", "easy", "--arms", *arms])

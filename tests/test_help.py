@@ -1,12 +1,13 @@
 """Help and unknown names: short, complete, and answered without the libraries that options configure."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
 import pytest
 from conftest import REPOSITORY
-from support.documents import script
+from support.documents import documents, script
 
 from fractal_rm.cli.main import COMMANDS, main
 from fractal_rm.cli.options import help as help_module
@@ -48,6 +49,14 @@ def test_options_read_from_source_are_those_of_the_dataclasses(live, command):
     assert options_of(command).complete
     removed = {name for kind in kinds for name in getattr(kind, "REMOVED", {})}
     assert set(options_of(command).removed) == removed
+
+
+def test_every_option_of_our_own_stands_in_a_document():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in documents() if path.name != "CHANGELOG.md")
+    read = [option for command in COMMANDS for option in options_of(command).options]
+    own = {option.name for option in read if option.owner.startswith("fractal_rm")}
+    assert len(own) > 150
+    assert own - set(re.findall(r"\w+", text)) == {"remove_unused_columns"}  # never but False
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -112,11 +112,13 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path):
 
 def test_state_and_manifest_are_written_after_everything_else(tmp_path, monkeypatch):
     written: list[Any] = []
-    trainer = make(tmp_path, reward_model=reward_model(), max_steps=2, **RESUMABLE)
+    trainer = make(tmp_path, reward_model=reward_model(), max_steps=4, save_total_limit=1, **RESUMABLE)
     monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: written.append("everyone is here"))
     save = trainer.state.save_to_json
 
     def saved(path: str) -> None:
+        assert trainer.args.save_total_limit is None  # until this checkpoint is whole
+        assert (tmp_path / "checkpoint-2").is_dir()
         written.append(sorted(file.name for file in Path(path).parent.iterdir()))
         save(path)
 
@@ -125,8 +127,10 @@ def test_state_and_manifest_are_written_after_everything_else(tmp_path, monkeypa
     before = written.index("everyone is here")
     assert {"optimizer.pt", "rng_state.pth", "step_ppo_state.json", "value_model"} <= set(written[before + 1])
     assert not {STATE, MANIFEST} & set(written[before + 1])
-    held = json.loads((tmp_path / "checkpoint-2" / MANIFEST).read_text())["files"]
+    held = json.loads((tmp_path / "checkpoint-4" / MANIFEST).read_text())["files"]
     assert {STATE, "value_model/model.safetensors", "pending_logs.json"} <= held.keys()
+    assert trainer.args.save_total_limit == 1
+    assert not (tmp_path / "checkpoint-2").exists()
 
 
 def test_a_run_that_was_killed_after_its_last_checkpoint_makes_no_step_more(tmp_path):

@@ -255,7 +255,7 @@ def test_bad_input_gets_one_sentence(flags, sentence, capsys):
 # The check ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_smoke_run_of_the_check_writes_rows_and_the_table(tmp_path):
+def test_a_smoke_run_of_the_check_writes_rows_and_the_table(quick_spawn, tmp_path):
     results = tmp_path / "plan_check.jsonl"
     plan_check.main(["--smoke", "--arms", "all weights", "--results", str(results)])
     (row,) = read_results(results)

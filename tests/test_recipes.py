@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 from fractal_rm.cli.main import main
 from fractal_rm.cli.options.arguments import DataArguments, LoraArguments
 from fractal_rm.cli.options.parser import parse
-from fractal_rm.cli.options.tasks import MAKE_PROMPTS
 from fractal_rm.cli.ppo import PPOArguments
 from fractal_rm.ppo.config import StepPPOConfig
 
@@ -83,7 +82,7 @@ def small(command: str, config: dict, stand_ins: Path) -> list[str]:
     flags += ["--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "8"]
     if command == "ppo":
         flags += ["--max_completion_length", "8"]
-        if config.get("task") in MAKE_PROMPTS:
+        if "num_problems" in config:
             flags += ["--num_problems", "16", "--num_eval_problems", "8"]
         if "reward_model" in config:
             flags += ["--reward_model", str(stand_ins / "reward_model")]

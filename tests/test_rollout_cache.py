@@ -18,6 +18,7 @@ from support.step_ppo import (
 )
 
 from fractal_rm.ppo.engine import Engine
+from fractal_rm.ppo.trainer import StepPPOTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 
@@ -53,17 +54,17 @@ def test_the_same_is_learned_with_half_of_the_forward_passes(tmp_path, policy_fo
     assert more == Counter(policy=6, value=6)
 
 
-def test_rows_are_followed_through_the_shuffle(tmp_path, policy_folder, monkeypatch):
+class Unfollowed(StepPPOTrainer):
+    """As if the forward pass of the rollout had not been shuffled with the rest."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        flipped = {name: inputs[name].flip(0) for name in ("rollout_logprobs", "rollout_values")}
+        return super().compute_loss(model, inputs | flipped, *args, **kwargs)
+
+
+def test_rows_are_followed_through_the_shuffle(tmp_path, policy_folder):
     kept, _ = learn(tmp_path / "kept", model=policy_folder)
-    compute = Engine._compute_loss
-
-    def in_order_of_the_rollout(self: Engine, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """As if the forward of the rollout had not been shuffled with the rest."""
-        fixed = {name: inputs[name].flip(0) for name in ("rollout_logprobs", "rollout_values") if name in inputs}
-        return compute(self, model, inputs | fixed)
-
-    monkeypatch.setattr(Engine, "_compute_loss", in_order_of_the_rollout)
-    unfollowed, _ = learn(tmp_path / "unfollowed", model=policy_folder)
+    unfollowed, _ = learn(tmp_path / "unfollowed", model=policy_folder, trainer=Unfollowed)
     assert not same(kept, unfollowed, atol=1e-3)
 
 

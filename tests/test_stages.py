@@ -412,9 +412,14 @@ FULL = GOLD | {
 
 
 @pytest.fixture(scope="module")
-def whole(encoder, tmp_path_factory) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def whole_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture(scope="module")
+def whole(encoder, whole_folder) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Weights and log of a run that nothing stopped."""
-    trainer = train(tmp_path_factory.mktemp("whole"), encoder, **FULL)
+    trainer = train(whole_folder, encoder, **FULL)
     return weights(trainer), trainer.state.log_history
 
 
@@ -452,11 +457,10 @@ def test_a_single_checkpoint_is_refused_where_there_are_several_stages(encoder, 
 
 
 @pytest.mark.parametrize("finished", range(1, 6))
-def test_a_run_that_is_stopped_between_stages_goes_on(encoder, tmp_path, whole, finished):
-    train(tmp_path, encoder, **FULL)
-    for stage in plan(config(**FULL))[finished:]:
-        shutil.rmtree(tmp_path / stage.name)
-    again = make(tmp_path, encoder, **FULL)
+def test_a_run_that_is_stopped_between_stages_goes_on(encoder, whole, whole_folder, finished):
+    for stage in plan(config(**FULL))[finished:]:  # they are made again
+        shutil.rmtree(whole_folder / stage.name)
+    again = make(whole_folder, encoder, **FULL)
     result = again.train(resume_from_checkpoint=True)
     assert equal(weights(again), whole[0])
     assert losses(again.state.log_history) == losses(whole[1])

@@ -198,18 +198,14 @@ class Run(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         # Older checkpoints go when this one is whole, and not before.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with whole_or_absent(folder, writes=self.args.should_save):
-                super()._save_checkpoint(model, trial)
-                if self.args.should_save:
-                    write_manifest(folder, self.identity, (path for path in folder.rglob("*") if path.is_file()))
-        finally:
-            self.args.save_total_limit = limit
+        with lent(self.args, save_total_limit=None), whole_or_absent(folder, writes=self.args.should_save):
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                write_manifest(folder, self.identity, (path for path in folder.rglob("*") if path.is_file()))
         if self.args.should_save:
             rotate_checkpoints(
                 str(self.args.output_dir),
-                limit,
+                self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
@@ -260,6 +256,17 @@ class Run(Trainer):
                 if name in logs:
                     logs[name] = round(logs[name] * share, 3)
             logs[TIMED_FROM] = self.timed_from
+
+
+@contextmanager
+def lent(args: TrainingArguments, **values: Any) -> Iterator[None]:
+    """Other values of options within the context. `Trainer` reads these options itself, where it has no argument."""
+    before = {name: getattr(args, name) for name in values}
+    vars(args).update(values)
+    try:
+        yield
+    finally:
+        vars(args).update(before)
 
 
 def train_output(state: TrainerState) -> TrainOutput:

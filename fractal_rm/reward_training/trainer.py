@@ -35,7 +35,7 @@ from fractal_rm.hf.denormals import flush_denormals
 from fractal_rm.hf.length_buckets import bucketed_step_logits
 from fractal_rm.hf.manifest import adapter_settings, model_fingerprint
 from fractal_rm.hf.parallelism import check_unsharded
-from fractal_rm.hf.runs import Run, train_output
+from fractal_rm.hf.runs import Run, lent, train_output
 from fractal_rm.objectives.calibration import fit_temperature
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.config import FractalConfig
@@ -381,14 +381,10 @@ class FractalTrainer(Run):
     def _train_in_folder(self, stage: Stage, folder: Path, resume: bool, **kwargs: Any) -> tuple[Any, Tensor]:
         """Train a stage in its folder; returns the result of `Trainer.train`, and the concatenated logits for the next
         stage."""
-        args = self.args
-        output, args.output_dir = args.output_dir, str(folder)
-        set_seed(args.seed)  # a stage must not depend on whether earlier stages ran in this process
+        set_seed(self.args.seed)  # a stage must not depend on whether earlier stages ran in this process
         self.optimizer = self.lr_scheduler = None
-        try:
+        with lent(self.args, output_dir=str(folder)):
             result = self._train_stage(stage, resume, **kwargs)
-        finally:
-            args.output_dir = output
         logits = torch.cat([row.flatten() for row in self.step_logits(self.data)]).cpu()
         if self.is_world_process_zero():
             write_finished(folder, Finished(self.state, self._trainable(), logits), self.identity)

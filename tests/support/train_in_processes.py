@@ -1,6 +1,7 @@
 """Trainings that `test_processes.py` runs in one process and in two: the same batches, split.
 
-Run by `accelerate launch`; each process trains every case, and the first writes what came out.
+As a script: two processes of one group, as `accelerate launch` makes them, after imports that both share. Each trains
+every case, and the first writes what came out.
 """
 
 import itertools
@@ -34,7 +35,7 @@ from support.step_ppo import (
     value_model,
 )
 
-PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+PROCESSES = 2 if __name__ == "__main__" else 1
 
 
 def rollouts(*, silent: Sequence[int] = ()) -> Callable[..., dict[str, Any]]:
@@ -146,6 +147,14 @@ def train_all(folder: Path) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    train_all(Path(sys.argv[1]))
+    work = Path(sys.argv[1])
+    second = os.fork()
+    rank = 0 if second else 1
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    # By a file: two launches at once cannot want the same port.
+    torch.distributed.init_process_group("gloo", init_method=f"file://{work}/group", rank=rank, world_size=2)
+    train_all(work)
     # Threads of gloo that outlive the interpreter call into it and abort: two of sixty launches of a small training.
     PartialState().destroy_process_group()
+    if rank == 0:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]))
