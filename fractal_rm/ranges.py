@@ -259,8 +259,8 @@ def check_ranges(config: Any) -> None:
             _check_type(one.name, given, hint)
         if all(get_origin(leaf) is Literal for leaf in leaves - {type(None)}):
             choices = [choice for leaf in leaves for choice in get_args(leaf)] + [None] * (type(None) in leaves)
-            is_list = isinstance(given, list) and list in map(get_origin, (hint, *get_args(hint)))
-            for value in given if is_list else [given]:
+            takes_list = list in [get_origin(part) for part in (hint, *get_args(hint))]
+            for value in given if takes_list and isinstance(given, list) else [given]:
                 if value not in choices:
                     raise ValueError(wrong_choice(one.name, value, choices))
         numbers = given if isinstance(given, list | tuple) else [given]
