@@ -1,4 +1,4 @@
-"""Question: how long is the help of each command, and how long does it take until it, or an answer to a typo, is there?
+"""Question: how long is the help of each command, and how long does it, or the answer to a typo, take?
 
     python -m benchmarks.first_hour
 
@@ -15,10 +15,12 @@ from pathlib import Path
 
 from benchmarks.common.places import RESULTS
 from fractal_rm.cli.main import COMMANDS
+from fractal_rm.cli.options.help import options_of
 from fractal_rm.evaluation.results import ResultsFile
 
 WIDTH = 80
-# What is asked: the arguments after the command; the last one is a flag that no command has.
+# What is asked: the arguments after the command; the last one is a flag that no command has. Commands with choices are
+# also given a wrong one.
 CALLS = {"help": ["--help"], "help_all": ["--help", "all"], "typo": ["--modle", "x"]}
 
 
@@ -44,6 +46,10 @@ def main() -> None:
     given = parser.parse_args()
     results = ResultsFile(given.results)
     calls = {(name, call): [name, *flags] for name in COMMANDS for call, flags in CALLS.items()}
+    for name in COMMANDS:
+        chosen = next((option.name for option in options_of(name).options if option.choices), None)
+        if chosen is not None:
+            calls[name, "choice"] = [name, f"--{chosen}", "x"]
     for (name, call), argv in {**calls, ("fractal-rm", "typo"): ["trian"]}.items():
         start = time.perf_counter()
         metrics = measure(argv, given.tries)

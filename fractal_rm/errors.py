@@ -20,6 +20,17 @@ def did_you_mean(unknown: str, names: Iterable[str], otherwise: str = "") -> str
     return f" Did you mean `{found[0]}`?" if found else otherwise
 
 
+def wrong_choice(name: str, value: object, choices: Iterable[object]) -> str:
+    """The sentences about a value that an option does not have.
+
+    Example:
+        >>> wrong_choice("scorer", "tokn", ["likelihood", "token"])
+        "`scorer` is 'tokn'. Did you mean `token`? Choose one of likelihood, token."
+    """
+    known = [str(choice) for choice in choices]
+    return f"`{name}` is {value!r}.{did_you_mean(str(value), known)} Choose one of {', '.join(known)}."
+
+
 def reason(error: Exception) -> str:
     """The first line of an error's message, as part of a sentence; the error's name if it has no message.
 

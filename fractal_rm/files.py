@@ -40,9 +40,9 @@ def parse_json(content: bytes, what: str) -> Any:
         raise ValueError(f"{what} is not UTF-8 (byte {error.start}); save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at line {error.lineno}" if error.lineno > 1 else f"{error.msg} at column {error.colno}"
-        raise ValueError(f"{what} is invalid JSON ({reason}); mend or delete it.") from None
+        raise ValueError(f"{what} is invalid JSON ({reason}); fix or delete it.") from None
     except (ValueError, RecursionError):  # a number of thousands of digits, a thousand brackets
-        raise ValueError(f"{what} is JSON that Python cannot hold; mend or delete it.") from None
+        raise ValueError(f"{what} is JSON that Python cannot hold; fix or delete it.") from None
 
 
 class _TwiceError(Exception):
@@ -78,9 +78,9 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or "it cannot be parsed"
-        raise ValueError(f"{path}{where} is invalid YAML: {reason}. Mend the line.") from None
+        raise ValueError(f"{path}{where} is invalid YAML: {reason}. Fix the line.") from None
     except (ValueError, RecursionError, TypeError, OverflowError) as error:  # dates, depth, keys that are lists
-        raise ValueError(f"{path} is YAML that cannot be read ({str(error)[:200]}). Mend it.") from None
+        raise ValueError(f"{path} is YAML that cannot be read ({str(error)[:200]}). Fix it.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a mapping. Write one `name: value` a line.")
     return content

@@ -12,6 +12,8 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from fractal_rm.errors import wrong_choice
+
 
 class Range(NamedTuple):
     """Numbers from `low` to `high`; an open end is excluded.
@@ -250,14 +252,17 @@ def check_ranges(config: Any) -> None:
     """
     hints = get_type_hints(type(config))
     for one in fields(config):
-        given, leaves = getattr(config, one.name, None), set(_leaves(hints[one.name]))
+        given, hint = getattr(config, one.name, None), hints[one.name]
+        leaves = set(_leaves(hint))
         is_text = isinstance(given, str | os.PathLike | bool)  # a path may be given for a text
         if leaves <= _PLAIN or (leaves <= _PLAIN | {str} and not is_text):
-            _check_type(one.name, given, hints[one.name])
+            _check_type(one.name, given, hint)
         if all(get_origin(leaf) is Literal for leaf in leaves - {type(None)}):
             choices = [choice for leaf in leaves for choice in get_args(leaf)] + [None] * (type(None) in leaves)
-            if given not in choices:
-                raise ValueError(f"`{one.name}` is {given!r}. Choose one of {', '.join(map(str, choices))}.")
+            takes_list = list in [get_origin(part) for part in (hint, *get_args(hint))]
+            for value in given if takes_list and isinstance(given, list) else [given]:
+                if value not in choices:
+                    raise ValueError(wrong_choice(one.name, value, choices))
         numbers = given if isinstance(given, list | tuple) else [given]
         for place, value in enumerate(numbers, 1):
             if isinstance(value, bool) or not isinstance(value, int | float):

@@ -197,7 +197,7 @@ def test_a_mistake_in_the_configuration_file_is_named(commands, text, sentence):
         (["--learning-rat", "1"], "unknown flag --learning-rat. Did you mean `learning_rate`?"),
         (["--learning_rat=1"], "unknown flag --learning_rat. Did you mean `learning_rate`?"),
         (["--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
-        (["--scorer", "head"], "invalid choice: 'head'"),
+        (["--scorer", "head"], "fractal-rm: train: `scorer` is 'head'. Choose one of likelihood, token, embedding."),
         (["stray"], "'stray' stands alone, without a flag before it"),
         (["--config"], "argument --config: expected one argument"),
         (["--config", "none.yaml"], "There is no file none.yaml."),

@@ -16,6 +16,7 @@ from filelock import FileLock
 from benchmarks.common.implicit import ImplicitReward
 from benchmarks.evidence import arms as evidence_arms
 from benchmarks.evidence.arms import ARMS, Assets, Evidence
+from benchmarks.evidence.dense_vs_outcome import EvidenceArguments
 from fractal_rm.cli import compare as command
 from fractal_rm.cli.compare import SMOKE_BUDGET, SMOKE_STEPS, CompareArguments, run_comparison
 from fractal_rm.evaluation.results import read_results
@@ -43,7 +44,7 @@ VARYING = ("seconds", "rm_seconds")
 def arguments(folder, **changes):
     """For a run in a folder that is named `smoke`, where smoke runs go."""
     known = {"output_dir": str(folder.parent), "smoke": True, "seeds": 1, "settings": ["easy"], "arms": RUN}
-    return CompareArguments(**known | changes)
+    return EvidenceArguments(**known | changes)
 
 
 @pytest.fixture(scope="module")
@@ -383,12 +384,12 @@ def test_two_processes_share_runs_and_wait_for_each_other_at_the_end(tmp_path, m
 
 
 def test_bad_arguments_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"There is no setting 'eazy'\. Did you mean `easy`\?"):
+    with pytest.raises(ValueError, match=r"`settings` is 'eazy'\. Did you mean `easy`\? Choose one of easy, medium, "):
         arguments(tmp_path / "smoke", settings=["eazy"])
     with pytest.raises(ValueError, match=r"There is no arm 'fractal_mx'\. Did you mean `fractal_mix`\?"):
         run_comparison(arguments(tmp_path / "smoke", arms=["fractal_mx"]))
-    with pytest.raises(ValueError, match=r"There is no arm 'implicit'.*-m benchmarks\.evidence\."):
-        run_comparison(arguments(tmp_path / "smoke", arms=["implicit"]))
+    with pytest.raises(ValueError, match=r"`arms` is 'implicit'\. Choose one of outcome_grpo, "):
+        CompareArguments(arms=["oracle", "implicit"])
     with pytest.raises(ValueError, match="`jobs` is 0"):
         arguments(tmp_path / "smoke", jobs=0)
     with pytest.raises(FileNotFoundError, match=r"chosen\.yaml is not a file"):

@@ -166,7 +166,7 @@ def test_a_tokenizer_that_loses_characters_is_told(bags):
         [*bags, Bag("q", "A = B", ((0, 5),), None)], wordpiece_tokenizer(), "the model"
     )
     assert told.status == "warn"
-    assert "5 of 5 responses come back otherwise" in told.says
+    assert "changes 5 of 5 responses" in told.says
     assert model_checks.check_round_trip(bags, byte_tokenizer(merges=True), "the model").status == "ok"
 
 
@@ -189,7 +189,7 @@ def test_a_model_that_looks_ahead_fails(bags, monkeypatch):
     forward = TokenScorer.forward
     ahead = lambda self, **batch: forward(self, **batch) + 0.01 * batch["attention_mask"].sum(1, keepdim=True)  # noqa: E731
     monkeypatch.setattr(TokenScorer, "forward", ahead)
-    with pytest.raises(ValueError, match=r"Response \d: step 1 scores otherwise in one pass"):
+    with pytest.raises(ValueError, match=r"Response \d: step 1 scores differently in one pass"):
         model_checks.check_one_pass(bags, model)
     nan = lambda self, **batch: forward(self, **batch) * torch.nan  # noqa: E731
     monkeypatch.setattr(TokenScorer, "forward", nan)

@@ -11,7 +11,7 @@ from support.documents import documents, script
 
 from fractal_rm.cli.main import COMMANDS, main
 from fractal_rm.cli.options import help as help_module
-from fractal_rm.cli.options.help import ALIASES, COMMON, SCREEN, full_help, options_of, short_help
+from fractal_rm.cli.options.help import ALIASES, COMMON, PLAIN, SCREEN, full_help, options_of, short_help
 from fractal_rm.cli.options.parser import CommandParser
 
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft")
@@ -38,10 +38,12 @@ def test_options_read_from_source_are_those_of_the_dataclasses(live, command):
             option, action = read[field.name], actions[field.name]
             assert option.required == bool(action.required), field.name
             ours = option.owner.startswith("fractal_rm")
+            read_all = ours or field.name in ("eval_strategy", "lr_scheduler_type", "train_sampling_strategy")
+            assert option.choices in (tuple(map(str, action.choices or ())), *([] if read_all else [()])), field.name
+            assert option.is_list == (action.nargs == "+") or not ours, field.name
             if not ours and field.name not in shown:
                 continue  # only its name is needed, and the full help where the source tells it
             assert option.help == " ".join(str(action.help).replace("%%", "%").split()), field.name
-            assert option.choices == tuple(map(str, action.choices or ())) or not ours, field.name
             if field.name != "output_dir" or command in ("compare", "quickstart"):
                 value = action.default
                 default = "" if value is None or action.required else str(value)
@@ -85,6 +87,7 @@ def test_an_option_with_choices_says_what_is_chosen(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = {line.split()[0]: line for line in short_help(command, COMMANDS[command]).splitlines() if "--" in line}
     chosen = [one for one in options_of(command).options if one.choices and f"--{one.name}" in lines]
+    chosen = [one for one in chosen if one.name not in PLAIN]
     assert len(chosen) > 3
     for one in chosen:
         sentence = one.help.partition(": ")[0].partition(". ")[0].partition("; ")[0].rstrip(".")
@@ -108,6 +111,7 @@ def test_the_full_help_explains_every_option_with_ours_first():
 def answered() -> tuple[str, str]:
     """Output and errors of commands that need no library, in one process that says which of them it imported."""
     calls = [["ppo", "--help"], ["train", "--help", "all"], ["train", "-h"], ["ppo", "--modle", "x"], ["trian"]]
+    calls += [["compare", "--arms", "oracle", "fractal_mx"]]
     code = (
         f"import sys; from fractal_rm.cli.main import main; print([main(argv) for argv in {calls}]);"
         f"print('imported', [name for name in {HEAVY} if name in sys.modules])"
@@ -118,9 +122,10 @@ def answered() -> tuple[str, str]:
 
 def test_help_and_a_typo_import_no_heavy_library(answered):
     output, errors = answered
-    assert output.endswith("[0, 0, 0, 2, 2]\nimported []\n")
+    assert output.endswith("[0, 0, 0, 2, 2, 2]\nimported []\n")
     assert "unknown flag --modle. Did you mean `model`?" in errors
     assert "Unknown command 'trian'. Did you mean `train`?" in errors
+    assert "compare: `arms` is 'fractal_mx'. Did you mean `fractal_mix`? Choose one of outcome_grpo, " in errors
 
 
 @pytest.mark.parametrize(
@@ -134,18 +139,38 @@ def test_help_and_a_typo_import_no_heavy_library(answered):
         (["--config", "typo.yaml"], "typo.yaml: unknown key 'modle'. Did you mean `model`?"),
         (["--config=typo.yaml"], "typo.yaml: unknown key 'modle'. Did you mean `model`?"),
         (["--config", "none.yaml"], "There is no file none.yaml."),
+        (["--shaping", "delt"], "fractal-rm: ppo: `shaping` is 'delt'. Did you mean `delta`? Choose one of raw, "),
+        (["--shaping=x"], "fractal-rm: ppo: `shaping` is 'x'. Choose one of raw, "),
+        (["--eval_strategy", "stepz"], "`eval_strategy` is 'stepz'. Did you mean `steps`? Choose one of no, steps, ep"),
+        (["--dataset_format", "aquamuse"], "`dataset_format` is 'aquamuse'. Its files hold good summaries only"),
+        (["--config", "choice.yaml"], "choice.yaml: `shaping` is 'delt'. Did you mean `delta`?"),
     ],
 )
 def test_an_unknown_name_is_answered_before_the_command_is_imported(flags, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "typo.yaml").write_text("modle: x\n")
+    (tmp_path / "choice.yaml").write_text("shaping: delt\n")
     monkeypatch.setattr("fractal_rm.cli.main.run", lambda *_: pytest.fail("the command was imported"))
     assert main(["ppo", *flags]) == 2
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_misspelt_flag_and_wrong_choice_is_answered_at_once(command, monkeypatch, capsys):
+    monkeypatch.setattr("fractal_rm.cli.main.run", lambda *_: pytest.fail("the command was imported"))
+    known = options_of(command)
+    for option in known.options:
+        misspelt = f"{option.name}q"
+        assert main([command, f"--{misspelt}", "1"]) == 2
+        assert f"unknown flag --{misspelt}. Did you mean `" in capsys.readouterr().err
+        if option.choices:
+            right = option.choices[:1] if option.is_list else ()
+            assert main([command, f"--{option.name}", *right, "qqq"]) == 2
+            assert f"{command}: `{option.name}` is 'qqq'. Choose one of " in capsys.readouterr().err
+
+
 def test_known_names_reach_the_command(tmp_path, monkeypatch):
-    (tmp_path / "good.yaml").write_text("model_name_or_path: x\nlearning_rate: 1\n")
+    (tmp_path / "good.yaml").write_text("model_name_or_path: x\nlearning_rate: 1\neval_strategy: no\nkl_coef: null\n")
     given = [
         "--config",
         str(tmp_path / "good.yaml"),
@@ -154,6 +179,9 @@ def test_known_names_reach_the_command(tmp_path, monkeypatch):
         "y",
         "--step_separator",
         "-- ",
+        "--center",
+        "batch",
+        "stray",
     ]
     seen = []
     monkeypatch.setattr("fractal_rm.cli.main.run", lambda *call: seen.append(call))

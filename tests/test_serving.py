@@ -651,7 +651,9 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path, capsys):
     )
     expected = StepRewardModel.from_pretrained(folder).score([chat], RESPONSES[:1])[0].score
     assert found == ["rm", pytest.approx(expected, abs=1e-6)]
-    assert f"scores at http://127.0.0.1:{port}/score" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"scores at http://127.0.0.1:{port}/score" in said
+    assert said.endswith("\nStopped, after the requests in progress.\n")
 
 
 def test_a_port_that_is_taken_is_one_sentence(tmp_path, capsys):

@@ -1,10 +1,14 @@
 """The statistics of the comparison, against independent computations, and its plan of runs."""
 
 import json
+import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -23,8 +27,8 @@ from fractal_rm.study.arms import LEARNING_RATES, PPO_SETTINGS, TRAINING
 from fractal_rm.study.rivals import ScriptedRewardModel, one_by_one, oracle, random_steps
 from fractal_rm.study.run import Budget, Clock, Evaluations
 from fractal_rm.study.statistics import BENCHMARK, curves, finished_runs, interquartile_mean, latest
-from fractal_rm.study.study import TUNING_SEED, Study, Unit
-from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, form_tokenizer
+from fractal_rm.study.study import TUNING_SEED, Study, Unit, run_units
+from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, ConditionName, form_tokenizer
 from fractal_rm.tasks.arithmetic.problems import Beliefs, read_problem
 
 VALUES = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12)
@@ -418,6 +422,38 @@ def test_the_arm_that_knows_of_flipped_labels_runs_where_labels_are_flipped_as_l
     assert blind["budget"] == told["budget"]
     known = {"missed_good": 0.2, "missed_bad": pytest.approx(0.1 * 0.8 + 0.9 * 0.2)}
     assert told["reward_model"] == blind["reward_model"] | known
+
+
+def test_the_choices_of_the_command_are_the_arms_and_settings_that_there_are():
+    assert get_args(shipped.ArmName) == tuple(shipped.ARMS)
+    assert get_args(ConditionName) == tuple(CONDITIONS)
+
+
+class InThisProcess:
+    """A pool of processes whose only process is this one."""
+
+    def __init__(self, jobs, initializer):
+        self.before = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+        initializer()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before[0])
+        torch.set_num_threads(self.before[1])
+
+    def imap_unordered(self, run, units, chunksize):
+        return map(run, units)
+
+
+def test_ctrl_c_is_left_to_the_process_that_started_the_others(monkeypatch):
+    monkeypatch.setattr("multiprocessing.get_context", lambda method: SimpleNamespace(Pool=InThisProcess))
+    seen = []
+    run_units(lambda unit: seen.append((unit, signal.getsignal(signal.SIGINT), torch.get_num_threads())), [7, 8], 2)
+    assert seen == [(7, signal.SIG_IGN, 1), (8, signal.SIG_IGN, 1)]
+    run_units(lambda unit: seen.append(signal.getsignal(signal.SIGINT)), [9], 1)
+    assert seen[-1] is not signal.SIG_IGN
 
 
 def test_an_unknown_arm_is_named():

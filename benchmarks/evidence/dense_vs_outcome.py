@@ -15,6 +15,7 @@ This is `fractal-rm compare` with further arms and the files of this repository.
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.common.places import RESULTS
@@ -28,8 +29,15 @@ from fractal_rm.study.study import write_chosen
 CHOSEN = Path(__file__).with_name("dense_vs_outcome.yaml")
 
 
+@dataclass
+class EvidenceArguments(CompareArguments):
+    """Arguments of `fractal-rm compare`, with further arms."""
+
+    arms: list[str] | None = field(default=None, metadata={"help": "Rewards to compare; default: all."})
+
+
 def main(argv: Sequence[str]) -> None:
-    (arguments,) = parse("compare", [CompareArguments], argv)
+    (arguments,) = parse("compare", [EvidenceArguments], argv)
     if not arguments.smoke:
         name = "dense_vs_outcome_tuning" if arguments.tune else "dense_vs_outcome"
         arguments.results = arguments.results or str(RESULTS / f"{name}.jsonl")

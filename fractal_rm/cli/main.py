@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fractal_rm import __version__
-from fractal_rm.cli.options.help import check_names, full_help, short_help
+from fractal_rm.cli.options.help import check_arguments, full_help, short_help
 from fractal_rm.errors import did_you_mean
 from fractal_rm.interrupts import SIGNALS, Interrupted, handled, interrupt
 
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             page = full_help if "all" in rest else short_help
             print(page(name, COMMANDS[name]))
             return 0
-        check_names(name, rest)  # before the seconds that imports take
+        check_arguments(name, rest)  # before the seconds that imports take
         with warnings.catch_warnings():
             # Users can change neither: TRL passes an argument that transformers has renamed, and a default of
             # transformers has no effect without a GPU.

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
@@ -85,6 +85,17 @@ class Arm:
 
 LEARNING_ON = (("rm_update_every", 4), ("rm_learning_rate", 5e-4))
 OUTCOME_ONLY = ("outcome_grpo", "outcome_ppo")
+ArmName = Literal[
+    "outcome_grpo",
+    "outcome_ppo",
+    "fractal",
+    "fractal_mix",
+    "fractal_online",
+    "orm",
+    "supervised",
+    "oracle",
+    "random_steps",
+]
 CEILING = "supervised"
 
 ARMS = {

@@ -1,7 +1,7 @@
 """The study: which runs there are, their rows in a file, and all of them in one or several processes.
 
-Each measurement of a run is a row, and a run that has its last row is done. On a separate seed, trials choose the
-options of each arm.
+Each measurement of a run is a row. A run is done once its last measurement has a row. On a separate seed, trials choose
+the options of each arm.
 """
 
 import math
@@ -52,14 +52,14 @@ class Study:
     Args:
         results: The file of rows.
         work: Folder of policies and reward models.
-        budget: Of a run.
+        budget: Budget of a run.
         chosen: Options of each arm.
         tasks: The tasks by their names.
         arms: The arms by their names.
         assets: How their reward models are made.
-        split: What rows that are not trials say of the problems that they are measured on.
+        split: Split that rows of the study name; rows of trials name `tuning`.
         reward_model_steps: Optimizer steps of a reward model; -1: as many as its epochs have.
-        benchmark: What rows say that they belong to.
+        benchmark: Name of the benchmark in the rows.
     """
 
     results: Path
@@ -84,11 +84,11 @@ class Study:
         return self.budget.updates or self.tasks[unit.task].updates
 
     def tuned_as(self, arm: str) -> str:
-        """The arm whose trials choose the options of an arm: its own."""
+        """The arm whose trials choose the options of this arm: the arm itself."""
         return arm
 
     def rates(self, arm: str, rate: float) -> Sequence[float]:
-        """Learning rates of the trials of an arm: the one of the study."""
+        """Learning rates of the trials of an arm: the study's single rate."""
         return (rate,)
 
     def trials_at(self, arm: str, rates: Sequence[float]) -> list[int]:
@@ -97,13 +97,11 @@ class Study:
         return [number for rate in rates for number, trial in enumerate(trials) if trial["learning_rate"] == rate]
 
     def check_arms(self, names: Iterable[str]) -> None:
-        """Raise ValueError if a name is that of no arm."""
+        """Raise ValueError if an arm of that name does not exist."""
         unknown = next((name for name in names if name not in self.arms), None)
         if unknown is not None:
             raise ValueError(
-                f"There is no arm {unknown!r}.{did_you_mean(unknown, self.arms)} Choose from "
-                f"{', '.join(self.arms)}. The further rivals of "
-                "docs/evidence.md are run by `python -m benchmarks.evidence.dense_vs_outcome` in a clone."
+                f"There is no arm {unknown!r}.{did_you_mean(unknown, self.arms)} Choose from {', '.join(self.arms)}."
             )
 
     # Runs ------------------------------------------------------------------------------------------------------------
@@ -115,10 +113,10 @@ class Study:
         return replace(self.budget, updates=self.updates(unit))
 
     def config(self, unit: Unit) -> dict[str, Any]:
-        """What a run is made with, as its rows say it; a row has also whether it is the `last` one of its run."""
+        """Settings of a run, as its rows hold them; rows also say whether they are the `last` of their run."""
         task, kind = self.tasks[unit.task], self.arms[unit.arm].judge
         budget = asdict(self._budget(unit))
-        if budget["draws"] == 1:  # as rows say it that are older than this field
+        if budget["draws"] == 1:  # rows that are older than this field lack it
             del budget["draws"]
         config = {**self._options(unit), "budget": budget, "trial": unit.trial}
         recipe = self.assets.recipes(task).get(kind or "")
@@ -131,9 +129,9 @@ class Study:
         return has_row(rows, dataset=unit.task, seed=unit.seed, arm=unit.arm, config=last)
 
     def run(self, unit: Unit, *, wait: bool = True) -> None:
-        """Do a run, unless it is done; one that was stopped goes on from its checkpoint, or starts again without one.
+        """Do a run, unless it is done. A stopped run resumes from its checkpoint; without one, it starts again.
 
-        If another process does it, wait until that has ended, or leave it to that process.
+        If another process is doing it, wait for that process, or leave the run to it.
         """
         locks = self.work / "locks"
         locks.mkdir(parents=True, exist_ok=True)
@@ -175,18 +173,18 @@ class Study:
         print(f"{unit.task} seed {unit.seed} {unit.arm}: {time.monotonic() - start:.0f} s", flush=True)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows so far, those of other processes included."""
+        """All rows so far, including rows of other processes."""
         return ResultsFile(self.results).rows()
 
     def run_all(self, units: Sequence[Unit], jobs: int) -> None:
         """Do the runs that are not done, in their order, in `jobs` processes with one thread each.
 
-        Runs that other processes do come last: they are waited for, and taken over from one that was killed.
+        Runs that other processes are doing come last: wait for them, and take them over if their process was killed.
         """
         for wait in (False, True):
             rows = self.rows()
             done = {unit for unit in units if self.is_done(unit, rows)}
-            for unit in done:  # killed after its last row, and before it had tidied up
+            for unit in done:  # killed between its last row and its tidying up
                 shutil.rmtree(self._running(unit), ignore_errors=True)
             run_units(partial(self.run, wait=wait), [unit for unit in units if unit not in done], jobs)
 
@@ -291,7 +289,7 @@ def read_chosen(path: Path) -> dict[str, Options]:
             raise ValueError(f"{path}: {arm!r} has {type(options).__name__} in place of options. Write `name: value`.")
         for name, value in options.items():
             if name not in known:
-                raise ValueError(f"{path}: {arm} has the option {name!r}, which StepPPOConfig does not know. Mend it.")
+                raise ValueError(f"{path}: {arm} has the option {name!r}, which StepPPOConfig does not know. Fix it.")
             if value is None and type(None) in get_args(hints[name]):
                 continue
             default = known[name].default

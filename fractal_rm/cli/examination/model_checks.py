@@ -185,7 +185,7 @@ def read_rows(data: DataArguments, patients: Patients) -> Finding:
     found = replace(data, limit=data.limit or _ROWS).read("train")
     if found is None:
         return Finding(
-            "There are none, so nothing is known of how the models read them. Give `train_file` or `dataset_name`.",
+            "No rows are given, so how the models read them is not checked. Give `train_file` or `dataset_name`.",
             status="warn",
         )
     rows, source = found
@@ -258,14 +258,14 @@ def check_round_trip(bags: Sequence[Bag], tokenizer: Any, whose: str) -> Finding
         if text != bag.response:
             changed.append((number, str(bag.response), text))
     if not changed:
-        return Finding(f"All responses come back from the tokens of {whose} as they were.")
+        return Finding(f"Encoding and decoding with the tokenizer of {whose} changes no response.")
     number, before, after = changed[0]
     pairs = zip(before, after, strict=False)
     place = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(before), len(after)))
     return Finding(
-        f"{len(changed)} of {len(bags)} responses come back otherwise from the tokens of {whose} (first: number "
-        f"{number}, at character {place}: {before[place : place + 12]!r} becomes {after[place : place + 12]!r}). No "
-        "score can depend on what is lost there: use another tokenizer if it matters.",
+        f"Encoding and decoding with the tokenizer of {whose} changes {len(changed)} of {len(bags)} responses (first: "
+        f"number {number}, at character {place}: {before[place : place + 12]!r} becomes "
+        f"{after[place : place + 12]!r}). No score can depend on what is lost: use another tokenizer if it matters.",
         status="warn",
     )
 
@@ -344,7 +344,7 @@ def check_one_pass(bags: Sequence[Bag], reward: StepRewardModel) -> Finding:
     worst = apart[row, step]
     if not worst <= _TOLERANCE.get(next(reward.scorer.parameters()).dtype, _TOLERANCE[torch.float32]):
         raise ValueError(
-            f"Response {row + 1}: step {step + 1} scores otherwise in one pass than as the end of its prefix (logits "
+            f"Response {row + 1}: step {step + 1} scores differently in one pass and as the end of its prefix (logits "
             f"differ by {worst:.1e} of their size). The model looks ahead, or attention ignores the mask: load it with "
             "`attn_implementation='eager'` and compare."
         )

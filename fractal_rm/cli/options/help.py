@@ -10,10 +10,11 @@ import importlib.util
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fractal_rm.errors import did_you_mean
+from fractal_rm.errors import did_you_mean, wrong_choice
 from fractal_rm.files import read_yaml
 
 # The most used options, by group, which `fractal-rm <command> --help` shows. Other commands show all options.
@@ -111,6 +112,7 @@ class Option(NamedTuple):
     default: str  # as shown; empty: none
     required: bool
     choices: tuple[str, ...]
+    is_list: bool
     owner: str  # `package.Class`
 
 
@@ -197,11 +199,11 @@ def _width() -> int:
     return min(max(shutil.get_terminal_size((_NARROW, 24)).columns, _NARROW), _WIDE)
 
 
-# Unknown names --------------------------------------------------------------------------------------------------------
+# Unknown names and choices --------------------------------------------------------------------------------------------
 
 
-def check_names(command: str, argv: Sequence[str]) -> None:
-    """Raise if the command does not know a flag or a key of the configuration file.
+def check_arguments(command: str, argv: Sequence[str]) -> None:
+    """Raise if the command does not know a flag, a key of the configuration file, or a choice.
 
     Raises:
         OSError: If the configuration file is missing.
@@ -210,9 +212,9 @@ def check_names(command: str, argv: Sequence[str]) -> None:
     known = options_of(command)
     if not known.complete:
         return  # the parser says it later
-    names = {*known.names, "config"}
+    names, chosen = {*known.names, "config"}, {option.name: option for option in known.options if option.choices}
     for place, word in enumerate(argv):
-        flag, _, value = word.partition("=")
+        flag, equals, value = word.partition("=")
         name = flag[2:].replace("-", "_")
         if not flag.startswith("--") or not name or " " in flag:
             continue
@@ -220,10 +222,30 @@ def check_names(command: str, argv: Sequence[str]) -> None:
             raise ValueError(
                 f"fractal-rm {command}: unknown flag {flag}.{hint(command, name, known.names, known.removed)}"
             )
+        given = [value] if equals else list(takewhile(lambda word: not word.startswith("-"), argv[place + 1 :]))
         if name == "config":
-            for path in [value] if value else argv[place + 1 : place + 2]:
-                for key in read_config(path).keys() - names:
+            for path in given[:1]:
+                config = read_config(path)
+                for key in config.keys() - names:
                     raise ValueError(unknown_key(command, path, key, known.names, known.removed))
+                for key in config.keys() & chosen.keys():
+                    values = config[key] if isinstance(config[key], list) else [config[key]]
+                    _check_choices(path, chosen[key], values, known.removed)
+        elif name in chosen:
+            _check_choices(f"fractal-rm {command}", chosen[name], given, known.removed)
+
+
+def _check_choices(place: str, option: Option, given: Sequence[object], removed: Mapping[str, str]) -> None:
+    """Raise if one of the texts that an option is given is not a choice; the parser judges everything else."""
+    for value in given if option.is_list else given[:1]:
+        if isinstance(value, str) and value not in option.choices:
+            raise ValueError(f"{place}: {not_a_choice(option.name, value, option.choices, removed)}")
+
+
+def not_a_choice(name: str, value: object, choices: Iterable[object], removed: Mapping[str, str]) -> str:
+    """The sentences about a value that an option does not have, or no longer."""
+    advice = removed.get(f"{name}={value}")
+    return wrong_choice(name, value, choices) if advice is None else f"`{name}` is {value!r}. {advice}"
 
 
 def with_aliases(names: Sequence[str]) -> list[str]:
@@ -321,18 +343,32 @@ def _option(module: _Module, node: ast.AnnAssign, name: str, scope: Mapping[str,
         " ".join(str(metadata.get("help") or "").replace("%%", "%").split()),
         shown,
         not given.keys() & {"default", "default_factory"},
-        _choices(module, node.annotation),
+        tuple(map(str, metadata.get("choices") or ())) or _choices(module, node.annotation),
+        ast.unparse(node.annotation).startswith("list["),
         owner,
     )
 
 
 def _choices(module: _Module, node: ast.expr) -> tuple[str, ...]:
-    """The choices of an annotation that is a `Literal`, perhaps named elsewhere or with None; () of another one."""
+    """The choices of an annotation that is a `Literal` or an enumeration; () of another one.
+
+    It may be named elsewhere, in a list, or one of two with None or a text.
+    """
     if isinstance(node, ast.BinOp):
+        parts = ast.unparse(node).split(" | ")
+        if "str" in parts and any("[" in part for part in parts):
+            return ()  # any text, unless the other part is an enumeration
         return _choices(module, node.left) or _choices(module, node.right)
     if isinstance(node, ast.Name):
-        place = _definition(module, node.id)
-        return _choices(place[0], place[1]) if place is not None and isinstance(place[1], ast.Subscript) else ()
+        match _definition(module, node.id):
+            case (there, ast.Subscript() as alias):
+                return _choices(there, alias)
+            case (_, ast.ClassDef(bases=[base]) as kind) if ast.unparse(base).endswith("Enum"):
+                values = [one.value for one in kind.body if isinstance(one, ast.Assign)]
+                return tuple(str(value.value) for value in values if isinstance(value, ast.Constant))
+        return ()
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "list":
+        return _choices(module, node.slice)
     if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
         values = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         return tuple(str(_value(module, value, {})) for value in values)

@@ -8,11 +8,11 @@ import argparse
 import os
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from trl.scripts.utils import TrlParser
 
-from fractal_rm.cli.options.help import ALIASES, hint, read_config, unknown_key, with_aliases
+from fractal_rm.cli.options.help import ALIASES, hint, not_a_choice, read_config, unknown_key, with_aliases
 
 
 def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
@@ -58,7 +58,17 @@ class CommandParser(TrlParser):
             action = self._option_string_actions.get(f"--{name}")
             if action is not None:
                 self._option_string_actions |= dict.fromkeys((f"--{alias}", f"--{alias.replace('_', '-')}"), action)
+        self._set_choices_of_lists()
         self._set_default_output()
+
+    def _set_choices_of_lists(self) -> None:
+        """Check each item of a list of choices, which `transformers` does for single ones only."""
+        for name, kind in self._hints.items():
+            for part in (kind, *get_args(kind)):
+                (item,) = get_args(part) if get_origin(part) is list else (None,)
+                if get_origin(item) is Literal:
+                    action = self._option_string_actions[f"--{name}"]
+                    action.type, action.choices = str, get_args(item)
 
     def _set_default_output(self) -> None:
         """Without `--output_dir` a run gets a new folder, named after the command and the time."""
@@ -84,9 +94,8 @@ class CommandParser(TrlParser):
         raise ValueError(f"{self.prog}: {' '.join(message.split()).rstrip('.')}. {self.advice}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if advice := self._removed.get(f"{action.dest}={value}"):
-            raise argparse.ArgumentError(action, advice)
-        super()._check_value(action, value)
+        if action.choices is not None and value not in action.choices:
+            raise ValueError(f"{self.prog}: {not_a_choice(action.dest, value, action.choices, self._removed)}")
 
     def read_config(self, path: str) -> None:
         """Make the values of a YAML file the defaults, checked as flags are.
@@ -132,7 +141,5 @@ class CommandParser(TrlParser):
             what = f"{value!r}, which is not of type {kind}"
             raise ValueError(f"{path}: `{action.dest}` is {what}. {self.advice}") from None
         if action.choices is not None and converted not in action.choices:
-            known = f"Choose one of {', '.join(map(str, action.choices))}."
-            advice = self._removed.get(f"{action.dest}={converted}", known)
-            raise ValueError(f"{path}: `{action.dest}` is {value!r}. {advice}")
+            raise ValueError(f"{path}: {not_a_choice(action.dest, value, action.choices, self._removed)}")
         return converted

@@ -36,7 +36,7 @@ def check_reward_function(name: str) -> None:
             body = ast.parse(Path(path).read_bytes(), filename=path).body
         except SyntaxError as error:
             raise ValueError(
-                f"`reward_function={name}`: {path} is not valid Python (line {error.lineno}: {error.msg}). Mend it."
+                f"`reward_function={name}`: {path} is not valid Python (line {error.lineno}: {error.msg}). Fix it."
             ) from None
         defined = [one.name for one in body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
         if function not in defined:

@@ -22,6 +22,7 @@ from fractal_rm.tasks.arithmetic.problems import (
 )
 from fractal_rm.tasks.task import Split, Task
 
+ConditionName = Literal["easy", "medium", "hard", "distractors", "branching", "shift", "noise_10", "noise_20"]
 Kind = Literal["chain", "distracted", "branching"]
 MAKERS = {"chain": make_problems, "distracted": make_distracted_problems, "branching": make_branching_problems}
 # " ->" is one token too: a fifth fewer tokens to sample.
