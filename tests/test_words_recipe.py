@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.evidence import words_pictures
 from fractal_rm.cli import main as cli_main
 from fractal_rm.cli.options.tasks import make_task
+from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.study.run import Evaluations
 from fractal_rm.study.study import write_chosen
 
@@ -216,14 +217,25 @@ def rows_of(work):
     return [json.loads(line) for line in (work / "words.jsonl").read_text().splitlines()]
 
 
-def test_the_study_tunes_and_runs_every_arm(work):
+# An arm of each kind: the outcome alone, one score, a form of shaping, a score that compares responses, noise.
+KINDS = ("dense_outcome", "outcome_grpo", "scalar_outcome", "oracle_outcome_first", "agreement_outcome", "random_steps")
+
+
+@pytest.mark.parametrize("arm", study.ARMS)
+def test_the_settings_of_every_arm_are_a_configuration(arm, tmp_path):
+    for trial in study.ARMS[arm].trials:
+        args = StepPPOConfig(str(tmp_path), **{**study.WordsAssets.ppo, **trial})
+        assert args.learning_rate in study.RATES
+        assert args.num_generations == 8
+
+
+def test_the_study_tunes_and_runs_arms_of_every_kind(work):
     study.main(["--work", str(work), *SMALL, "--tune", "--arms", "dense_outcome"])
     study.main(["--work", str(work), *SMALL, "--seeds", "1", "--arms", "dense_outcome"])
-    others = [arm for arm in study.ARMS if arm != "dense_outcome"]
-    study.main(["--work", str(work), *SMALL, "--seeds", "1", "--arms", *others, "--learning_rate", "1e-3"])
+    study.main(["--work", str(work), *SMALL, "--seeds", "1", "--arms", *KINDS[1:], "--learning_rate", "1e-3"])
     rows = [row for row in rows_of(work) if row["split"] == "held_out"]
-    assert {row["arm"] for row in rows} == set(study.ARMS)
-    for arm in study.ARMS:
+    assert {row["arm"] for row in rows} == set(KINDS)
+    for arm in KINDS:
         metrics = [row["metrics"] for row in rows if row["arm"] == arm]
         assert [one["rollouts"] for one in metrics] == [0, 8, 16]
         assert all(one["accuracy"] == sum(one["solved"]) / 6 for one in metrics)
