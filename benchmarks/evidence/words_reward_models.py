@@ -130,7 +130,9 @@ def comparisons(measured: Measurement, policy: Measurement, rival: Measurement |
     found = {"best_of_8_over_majority": differences(best, vote)["gain"]}
     if rival is not None:
         compared = ("within_bag_auc", "bag_auc", "within_prompt_auc", "first_error_accuracy", "best_of_8")
-        found |= {f"{name}_over_likelihood": differences(measured, rival)[name] for name in compared}
+        statistics = {name: measured.statistics[name] for name in compared}
+        gains = differences(replace(measured, statistics=statistics), rival)
+        found |= {f"{name}_over_likelihood": gain for name, gain in gains.items()}
     return as_columns(found)
 
 
