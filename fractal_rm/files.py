@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -79,15 +80,23 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or "it cannot be parsed"
         raise ValueError(f"{path}{where} is invalid YAML: {reason}. Mend the line.") from None
-    except (ValueError, RecursionError, TypeError, OverflowError) as error:  # dates, depth, keys that are lists
+    # Dates, depth, keys that are lists, and values that are not of the type that their tag says.
+    except (ValueError, RecursionError, TypeError, OverflowError, LookupError, AttributeError) as error:
         raise ValueError(f"{path} is YAML that cannot be read ({str(error)[:200]}). Mend it.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a mapping. Write one `name: value` a line.")
     return content
 
 
+# Numbers that YAML 1.1 reads in base 8 or 60: `010` is 8 and `1:30` is 90.
+_OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader without keys that come twice, and without aliases, which can grow without end."""
+    """PyYAML's safe loader without keys that come twice, and without aliases, which can grow without end.
+
+    Numbers are decimal, or say their base by `0x` or `0b`.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
@@ -104,6 +113,24 @@ class _StrictLoader(yaml.SafeLoader):
                 raise ConstructorError(None, None, problem, key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        _check_decimal(node)
+        return super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: Any) -> float:
+        _check_decimal(node)
+        return super().construct_yaml_float(node)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_float)
+
+
+def _check_decimal(node: Any) -> None:
+    if _OTHER_BASE.fullmatch(node.value):
+        problem = f"`{node.value}` is not a decimal number; write one, or quote a text"
+        raise ConstructorError(None, None, problem, node.start_mark)
 
 
 def remove_abandoned(folder: Path, names: str) -> None:
@@ -139,18 +166,31 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     if target.is_symlink() or (target.exists() and not target.is_file()):
-        yield target
+        with _naming(target):
+            yield target
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent, glob.escape(target.name))
     temporary = target.with_name(f".{target.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        with _naming(target):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Let an error of the system name a file, which it does not when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is not None:
+            error.filename = str(target)
+        raise
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -209,7 +249,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
     except Timeout:
         owner = ""
         with suppress(FileNotFoundError):  # it has ended meanwhile
-            owner = file.read_text(encoding="utf-8")
+            owner = file.read_text(encoding="utf-8", errors="replace")
         named = f" {owner}" if owner else ""
         raise OSError(f"Another process{named} writes {what}. Wait until it ends, or choose another place.") from None
     try:
