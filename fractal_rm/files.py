@@ -18,6 +18,11 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 
+# Most brackets of JSON inside each other, and what is no bracket of it.
+_DEEPEST = 500
+_BRACKET, _JSON_TEXT = re.compile(rb"[\[\]{}]"), re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
 def parse_json(content: bytes, what: str) -> Any:
     """What JSON in UTF-8 says.
 
@@ -34,6 +39,8 @@ def parse_json(content: bytes, what: str) -> Any:
         ValueError: the line has the name 'a' twice in an object; leave one of them.
     """
     try:
+        if _is_deep(content):
+            raise RecursionError
         return json.loads(content.decode("utf-8-sig").strip(), object_pairs_hook=_named_once)
     except _TwiceError as error:
         raise ValueError(f"{what} has the name {error.args[0]!r} twice in an object; leave one of them.") from None
@@ -44,6 +51,18 @@ def parse_json(content: bytes, what: str) -> Any:
         raise ValueError(f"{what} is invalid JSON ({reason}); mend or delete it.") from None
     except (ValueError, RecursionError):  # a number of thousands of digits, a thousand brackets
         raise ValueError(f"{what} is JSON that Python cannot hold; mend or delete it.") from None
+
+
+def _is_deep(content: bytes) -> bool:
+    """Whether brackets stand too deep in each other; where Python gives up depends on its version."""
+    if content.count(b"[") + content.count(b"{") <= _DEEPEST:
+        return False
+    depth = 0
+    for bracket in _BRACKET.findall(_JSON_TEXT.sub(b"", content)):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > _DEEPEST:
+            return True
+    return False
 
 
 class _TwiceError(Exception):
@@ -166,14 +185,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     if target.is_symlink() or (target.exists() and not target.is_file()):
-        with _naming(target):
+        with naming_file(target):
             yield target
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent, glob.escape(target.name))
     temporary = target.with_name(f".{target.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
-        with _naming(target):
+        with naming_file(target):
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -183,7 +202,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def _naming(target: Path) -> Iterator[None]:
+def naming_file(target: Path) -> Iterator[None]:
     """Let an error of the system name a file, which it does not when the disk is full."""
     try:
         yield
