@@ -239,7 +239,7 @@ def _measure(
     if first:
         warn_of_uncut_responses([(bag.response, bag.step_spans) for bag in benchmark.bags], model.segmentation)
     measured = measure(model, benchmark, threshold=threshold)
-    if model.reused:
+    if kept is not None and model.reused:
         counts = {name: value for name, value in measured.counts.items() if name not in SPEED}
         measured = replace(measured, counts=counts)
     return measured, benchmark.bags
