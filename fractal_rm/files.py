@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,10 @@ import yaml
 from filelock import FileLock, Timeout
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
+
+# Most brackets of JSON inside each other, and what is no bracket of it.
+_DEEPEST = 500
+_BRACKET, _JSON_TEXT = re.compile(rb"[\[\]{}]"), re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 def parse_json(content: bytes, what: str) -> Any:
@@ -33,6 +38,8 @@ def parse_json(content: bytes, what: str) -> Any:
         ValueError: the line has the name 'a' twice in an object; leave one of them.
     """
     try:
+        if _is_deep(content):
+            raise RecursionError
         return json.loads(content.decode("utf-8-sig").strip(), object_pairs_hook=_named_once)
     except _TwiceError as error:
         raise ValueError(f"{what} has the name {error.args[0]!r} twice in an object; leave one of them.") from None
@@ -43,6 +50,18 @@ def parse_json(content: bytes, what: str) -> Any:
         raise ValueError(f"{what} is invalid JSON ({reason}); fix or delete it.") from None
     except (ValueError, RecursionError):  # a number of thousands of digits, a thousand brackets
         raise ValueError(f"{what} is JSON that Python cannot hold; fix or delete it.") from None
+
+
+def _is_deep(content: bytes) -> bool:
+    """Whether brackets stand too deep in each other; where Python gives up depends on its version."""
+    if content.count(b"[") + content.count(b"{") <= _DEEPEST:
+        return False
+    depth = 0
+    for bracket in _BRACKET.findall(_JSON_TEXT.sub(b"", content)):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > _DEEPEST:
+            return True
+    return False
 
 
 class _TwiceError(Exception):
@@ -79,15 +98,23 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or "it cannot be parsed"
         raise ValueError(f"{path}{where} is invalid YAML: {reason}. Fix the line.") from None
-    except (ValueError, RecursionError, TypeError, OverflowError) as error:  # dates, depth, keys that are lists
+    # Dates, depth, keys that are lists, and values that are not of the type that their tag says.
+    except (ValueError, RecursionError, TypeError, OverflowError, LookupError, AttributeError) as error:
         raise ValueError(f"{path} is YAML that cannot be read ({str(error)[:200]}). Fix it.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a mapping. Write one `name: value` a line.")
     return content
 
 
+# Numbers that YAML 1.1 reads in base 8 or 60: `010` is 8 and `1:30` is 90.
+_OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader without keys that come twice, and without aliases, which can grow without end."""
+    """PyYAML's safe loader without keys that come twice, and without aliases, which can grow without end.
+
+    Numbers are decimal, or say their base by `0x` or `0b`.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
@@ -104,6 +131,24 @@ class _StrictLoader(yaml.SafeLoader):
                 raise ConstructorError(None, None, problem, key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        _check_decimal(node)
+        return super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: Any) -> float:
+        _check_decimal(node)
+        return super().construct_yaml_float(node)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_float)
+
+
+def _check_decimal(node: Any) -> None:
+    if _OTHER_BASE.fullmatch(node.value):
+        problem = f"`{node.value}` is not a decimal number; write one, or quote a text"
+        raise ConstructorError(None, None, problem, node.start_mark)
 
 
 def remove_abandoned(folder: Path, names: str) -> None:
@@ -139,18 +184,31 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     if target.is_symlink() or (target.exists() and not target.is_file()):
-        yield target
+        with naming_file(target):
+            yield target
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent, glob.escape(target.name))
     temporary = target.with_name(f".{target.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        with naming_file(target):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_file(target: Path) -> Iterator[None]:
+    """Let an error of the system name a file, which it does not when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is not None:
+            error.filename = str(target)
+        raise
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -209,7 +267,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
     except Timeout:
         owner = ""
         with suppress(FileNotFoundError):  # it has ended meanwhile
-            owner = file.read_text(encoding="utf-8")
+            owner = file.read_text(encoding="utf-8", errors="replace")
         named = f" {owner}" if owner else ""
         raise OSError(f"Another process{named} writes {what}. Wait until it ends, or choose another place.") from None
     try:

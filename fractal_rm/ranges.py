@@ -123,7 +123,7 @@ _TABLE: tuple[tuple[Range, str], ...] = (
         "eval_accumulation_steps torch_empty_cache_steps guard_reference_batches guard_patience rm_update_steps "
         "rm_replay_size ref_model_sync_steps lora_r lora_alpha max_new_tokens samples prompt_length max_queued "
         "max_responses vllm_tensor_parallel_size dataloader_prefetch_factor ddp_bucket_cap_mb "
-        "max_tool_calling_iterations",
+        "max_tool_calling_iterations pad_to_multiple_of",
     ),
     (
         Range(1, 1000, whole=True),

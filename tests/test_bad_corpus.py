@@ -33,7 +33,7 @@ from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.study.study import read_chosen
 
 # Options of base classes whose numbers change nothing in our runs, or are checked by the base class itself.
-UNRANGED = {"pad_to_multiple_of", "entropy_target"}
+UNRANGED = {"entropy_target"}
 # Of the block: checked against the versions that this package knows, and as finite.
 UNRANGED |= {"reading", "format_version", "head"}
 

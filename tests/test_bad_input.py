@@ -1,11 +1,14 @@
 """Bad input: one sentence that says what, where and what to do; exit status 2; nothing trained, nothing written."""
 
+import errno
 import json
+import resource
 import sys
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from filelock import FileLock
 from support.stand_ins import (
     byte_tokenizer,
     gsm8k_problems,
@@ -18,8 +21,9 @@ from support.stand_ins import (
 )
 from transformers import LlamaModel
 
-from fractal_rm.cli.main import main
+from fractal_rm.cli.main import main, sentence
 from fractal_rm.cli.ppo import make_dataset
+from fractal_rm.files import locked
 from fractal_rm.ppo.checks import check_reward_models
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.embedding import make_head
@@ -606,3 +610,54 @@ def test_a_report_of_an_unknown_kind_is_refused(commands):
 def test_a_metric_that_is_nowhere_is_refused(commands):
     results = commands.file([{"arm": "a", "metrics": {"accuracy": 1.0}}])
     assert "No row has the metric 'speed'" in commands.fails("report", "--results", results, "--metrics", "speed")
+
+
+# The system -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left", "o.md"), "o.md: No space left. Free space, and run the command again."),
+        (OSError(errno.EDQUOT, "Quota exceeded"), "Quota exceeded. Free space, and run the command again."),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "o.md"),
+            "o.md: Permission denied. Check the path and its permissions, and run the command again.",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", ""),
+            "'': No such file. Check the path and its permissions, and run the command again.",
+        ),
+        (KeyError("The metric 'a' is unknown."), "The metric 'a' is unknown."),
+        (ValueError("unknown option"), "unknown option."),
+        (ConnectionError("There is no server.\n Start it."), "There is no server. Start it."),
+    ],
+)
+def test_an_error_of_the_system_says_where_and_what_to_do(error, said):
+    assert sentence(error) == said
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_file_before(commands):
+    rows = commands.file([{"benchmark": "b", "arm": "a", "seed": 0, "metrics": {"auc": 0.5}}], "results.jsonl")
+    output = commands.folder / "tables.md"
+    output.write_text("as it was")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15, hard))
+    try:
+        said = commands.fails("report", "--results", rows, "--output", str(output))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"{output}: File too large. Free space, and run the command again." in said
+
+
+def test_a_lock_whose_owner_wrote_no_number_is_one_sentence(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"\xff\xfe")
+    with FileLock(tmp_path / ".lock"):
+        (tmp_path / ".lock").write_bytes(b"\xff\xfe")
+        with pytest.raises(OSError, match=r"Another process .* writes there"), locked(tmp_path / ".lock", "there"):
+            pass
+
+
+def test_a_variable_of_a_launcher_that_is_no_number_is_one_sentence(commands, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert "The environment variable WORLD_SIZE is 'two'. Unset it, or start with" in commands.fails("ppo")

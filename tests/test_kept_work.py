@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -257,6 +258,15 @@ def test_a_stopped_run_goes_on_with_the_scores_that_it_has(models, tmp_path, sto
         one, other = (json.loads(path.read_text()) for path in (output, whole))
         assert {name: value for name, value in other.items() if name in one} == one
         assert other.keys() - one.keys() == {"seconds", "responses_per_second"}  # not of all responses
+
+
+@pytest.mark.parametrize(("command", "data"), [("score", "--input"), ("evaluate", "--data")])
+def test_beside_a_device_no_scores_are_kept_and_a_full_one_is_named(models, tmp_path, command, data, capsys):
+    rows = write_jsonl(tmp_path / "in.jsonl", solutions(3))
+    assert main([command, "--model", str(models / "rm"), data, rows, "--output", "/dev/null"]) == 0
+    assert main([command, "--model", str(models / "rm"), data, rows, "--output", "/dev/full"]) == 2
+    assert "/dev/full: No space left on device. Free space, and run the command again." in capsys.readouterr().err
+    assert not Path("/dev/full.part").exists()
 
 
 def test_scores_of_another_model_or_other_steps_are_never_taken(models, tmp_path):

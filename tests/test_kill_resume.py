@@ -13,7 +13,7 @@ from support.step_ppo import RESUMABLE, logs, make, reward_model, same, weights
 from benchmarks import faults
 from benchmarks.speed import kill_and_resume as benchmark
 from fractal_rm.hf.checkpoints import STATE, fault, find_checkpoint, last_checkpoint
-from fractal_rm.hf.manifest import MANIFEST, write_manifest
+from fractal_rm.hf.manifest import MANIFEST, changes, write_manifest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS = 6
@@ -91,6 +91,25 @@ def test_a_file_that_is_not_as_it_was_written_is_named(tmp_path, name, harm):
     assert name in str(fault(path))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"run": [], "files": {}}',
+        '{"run": {}, "files": []}',
+        '{"run": {}, "files": {"a": 3}}',
+        '{"run": {}, "files": {"a": {"bytes": "1"}}}',
+        "[" * 9000,
+        "\udcff",
+    ],
+)
+def test_a_manifest_of_another_shape_is_one_that_cannot_be_read(tmp_path, content):
+    path = checkpoint(tmp_path, 3)
+    (path / MANIFEST).write_bytes(content.encode(errors="surrogateescape"))
+    assert fault(path) == "its manifest.json is missing or cannot be read"
+
+
 def test_a_part_of_a_checkpoint_is_refused_by_its_name(tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
     with pytest.raises(ValueError, match=r"checkpoint-4 is not a complete checkpoint: its manifest\.json is missing"):
@@ -108,6 +127,11 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path):
     checkpoint(tmp_path, 4)
     with pytest.raises(ValueError, match=r"checkpoint-4 belongs to another run: `seed` was 0 and is 1\."):
         find_checkpoint(True, tmp_path, {"seed": 1})
+
+
+def test_an_identity_of_another_shape_differs():
+    assert changes({"max_steps": "x"}, {"max_steps": 4}) == ["`max_steps` was 'x' and is 4"]
+    assert changes({"max_steps": None}, {"max_steps": 4}) == ["`max_steps` was None and is 4"]
 
 
 def test_state_and_manifest_are_written_after_everything_else(tmp_path, monkeypatch):

@@ -1,29 +1,35 @@
 """A run is what it says it is: whose checkpoints it takes, what it reports after a pause, and how it is stopped."""
 
+import copy
 import math
 import os
 import resource
 import shutil
 import signal
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from filelock import FileLock
+from peft import LoraConfig
 from safetensors.torch import load_file
 from support import fractal, step_ppo
-from support.models import sums
+from support.models import byte_tokenizer, make_model, sums
+from support.stand_ins import save_policy
 from transformers import TrainerCallback
 
 from fractal_rm import FractalConfig, FractalTrainer, StepPPOConfig, StepPPOTrainer, ranges
 from fractal_rm.cli.main import COMMANDS, main
 from fractal_rm.cli.options.arguments import read_rows
+from fractal_rm.cli.options.reward_functions import load_reward_function
 from fractal_rm.data.readers import read_jsonl
 from fractal_rm.files import locked, write_atomic
 from fractal_rm.hf.checkpoints import STATE, fault, last_checkpoint
-from fractal_rm.hf.manifest import MANIFEST, write_manifest
+from fractal_rm.hf.manifest import MANIFEST, changes, identity_of, write_manifest
 from fractal_rm.hf.runs import TIMED_FROM, Run, RunConfig
 from fractal_rm.interrupts import Interrupted, interrupt
 
@@ -48,7 +54,8 @@ def reward_run(folder: Path, **changed: Any) -> Any:
 
 def policy_run(folder: Path, **changed: Any) -> Any:
     given = {"reward_model": step_ppo.reward_model(), "num_generations": 2} | SAVED
-    return step_ppo.make(folder, eval_dataset=Dataset.from_dict({"prompt": ["q", "qa"]}), **given | changed)
+    given["eval_dataset"] = Dataset.from_dict({"prompt": ["q", "qa"]})
+    return step_ppo.make(folder, **given | changed)
 
 
 RUNS = {"train": reward_run, "ppo": policy_run}
@@ -126,6 +133,102 @@ def test_a_run_that_is_resumed_as_another_one_is_refused_by_what_differs(whole):
     for number, (key, changed) in enumerate(CHANGES[kind]):
         with pytest.raises(ValueError, match=rf"checkpoint-\d belongs to another run: .*`{key}` was"):
             make(folder, **changed).train(resume_from_checkpoint=ways[number % 3])
+
+
+# Every other option is part of what a run is, also one that a later version adds.
+MAY_CHANGE = """
+dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_timeout
+disable_tqdm do_eval do_predict do_train embedding_cache enable_jit_checkpoint eval_accumulation_steps eval_delay
+eval_do_concat_batches eval_on_start eval_steps eval_strategy eval_use_gather_object hub_always_push hub_model_id
+hub_private_repo hub_revision hub_strategy hub_token local_rank log_completions log_completions_hub_repo log_level
+log_level_replica log_multimodal log_on_each_node log_unique_prompts logging_dir logging_first_step
+logging_nan_inf_filter logging_steps logging_strategy num_completions_to_print num_generations_eval num_train_epochs
+output_dir overwrite_output_dir per_device_eval_batch_size project push_to_hub report_to resume_from_checkpoint run_name
+save_on_each_node save_only_model save_steps save_strategy save_total_limit skip_memory_metrics trackio_bucket_id
+trackio_space_id trackio_static_space_id vllm_gpu_memory_utilization vllm_group_port vllm_server_base_url
+vllm_server_host vllm_server_port vllm_server_timeout
+"""
+
+
+class AsJson:
+    def to_json(self) -> str:
+        return "another"
+
+
+@pytest.mark.parametrize("kind", [FractalConfig, StepPPOConfig])
+def test_every_option_makes_another_run_or_is_named_as_one_that_may_change(tmp_path, kind):
+    args = kind(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    (tmp_path / "another").write_text("{}")
+    values = {"max_steps": 1, "deepspeed": str(tmp_path / "another"), "parallelism_config": AsJson()}
+    before, found = identity_of(args, {}), set()
+    for one in fields(kind):
+        other = copy.copy(args)
+        setattr(other, one.name, values.get(one.name, "another"))
+        if not changes(before, identity_of(other, {})):
+            found.add(one.name)
+    assert found == set(MAY_CHANGE.split()) & {one.name for one in fields(kind)}
+
+
+def test_steps_may_be_added_and_not_taken_away():
+    assert changes({"max_steps": 4}, {"max_steps": 3}) == ["`max_steps` was 4 and is 3"]
+    assert not changes({"max_steps": 4}, {"max_steps": 5})
+
+
+def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [0.0 for _ in completion_ids]
+
+
+def rewards_of_another_file(folder: Path) -> Any:
+    """A function of the same name in a file of a user."""
+    (folder / "mine.py").write_text("def reward(completion_ids, **_):\n    return [1.0 for _ in completion_ids]\n")
+    return load_reward_function(f"{folder / 'mine.py'}:reward")
+
+
+def adapted_value(folder: Path, rank: int) -> dict[str, Any]:
+    adapter = LoraConfig(r=rank, target_modules=["q_proj"])
+    return {"reward_funcs": reward, "value_model": step_ppo.value_model(), "value_peft_config": adapter}
+
+
+def learning_judge(folder: Path, label: float) -> dict[str, Any]:
+    rows = [{"prompt": f"{i}?", "completion": "a", "label": label * (i % 2)} for i in range(32)]
+    return {"reward_funcs": reward, "rm_update_every": 1, "reward_model_dataset": rows}
+
+
+def file_of_deepspeed(folder: Path, stage: int) -> Any:
+    (folder / "deepspeed.json").write_text(f'{{"stage": {stage}}}')
+    return SimpleNamespace(to_dict=dict, deepspeed=str(folder / "deepspeed.json"))
+
+
+MATERIALS = {
+    "reward_sources": lambda folder, first: {"reward_funcs": reward if first else rewards_of_another_file(folder)},
+    "value_adapter": lambda folder, first: adapted_value(folder, 2 if first else 4),
+    "reward_model_data": lambda folder, first: learning_judge(folder, 1.0 if first else 0.5),
+    "eval_data": lambda folder, first: {
+        "advantage": "group",
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "eval_dataset": Dataset.from_dict({"prompt": ["q", "qa" if first else "qb"]}),
+    },
+}
+
+
+@pytest.mark.parametrize("name", MATERIALS)
+def test_a_policy_of_other_rewards_adapters_or_data_is_another_run(tmp_path, name):
+    one, other = (policy_run(tmp_path, **MATERIALS[name](tmp_path, first)).identity for first in (True, False))
+    assert [told.split()[0] for told in changes(one, other)] == [f"`{name}`"]
+
+
+def test_the_content_of_a_file_of_deepspeed_and_of_a_reference_model_is_part_of_a_run(tmp_path):
+    one, other = (identity_of(file_of_deepspeed(tmp_path, stage), {}) for stage in (2, 3))
+    assert len(changes(one, other)) == 1
+    reference, found = tmp_path / "reference", []
+    for seed in (0, 1):
+        make_model("likelihood", "llama", seed=seed).save_pretrained(reference)
+        byte_tokenizer(merges=True).save_pretrained(reference)
+        given = {"likelihood_prior_weight": 1.0, "reference_model": str(reference)}
+        found.append(reward_run(tmp_path / "run", **given).identity)
+    assert [told.split()[0] for told in changes(*found)] == ["`prior_models`"]
 
 
 def test_a_checkpoint_of_a_model_alone_is_no_run_to_go_on_from(copied):
@@ -355,6 +458,29 @@ def test_amounts_that_train_nothing_are_refused(tmp_path, changed, message):
         if kind == "ppo" or "num_iterations" not in changed:
             with pytest.raises(ValueError, match=message):
                 make(tmp_path, **changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("optim_args", "a"),
+        ("optim_args", "=,=="),
+        ("lr_scheduler_kwargs", {"nope": 1}),
+        ("lr_scheduler_kwargs", {"num_cycles": "a"}),
+    ],
+)
+def test_options_that_libraries_read_late_are_named(tmp_path, name, value):
+    given = {name: value, "lr_scheduler_type": "cosine"}
+    for make in RUNS.values():
+        with pytest.raises(ValueError, match=rf"`{name}` is .*, which cannot be used \(.*\)\. Correct it"):
+            make(tmp_path, **given).create_optimizer_and_scheduler(4)
+
+
+def test_an_option_that_the_model_does_not_know_is_named(tmp_path):
+    save_policy(tmp_path / "policy")
+    given = {"model": str(tmp_path / "policy"), "model_init_kwargs": {"nope": 1}}
+    with pytest.raises(ValueError, match=r"`model_init_kwargs` is .*'nope': 1.*, which cannot be used \(.*'nope'\)"):
+        policy_run(tmp_path / "run", **given)
 
 
 def test_options_of_adapters_without_adapters_are_refused(tmp_path, capsys):

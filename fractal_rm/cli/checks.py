@@ -240,9 +240,9 @@ def load_reward_model(
     return model if keep is None else KeptScores(model, keep, path)
 
 
-def kept_beside(output: str) -> Path:
-    """The file with a command's scores until its output is written."""
-    return Path(f"{output}.part")
+def kept_beside(output: str) -> Path | None:
+    """The file with a command's scores until its output is written; None beside a device or a pipe."""
+    return Path(f"{output}.part") if Path(output).is_file() or not Path(output).exists() else None
 
 
 def to_json(values: Any) -> str:

@@ -143,7 +143,8 @@ def _measure_all(arguments: EvaluateArguments) -> None:
         record["compare_to"] = {"model": arguments.compare_to, **written[1]}
         record["difference"] = as_columns(gains)
     write_atomic(arguments.output, to_json(record))
-    kept_beside(arguments.output).unlink(missing_ok=True)
+    if (kept := kept_beside(arguments.output)) is not None:
+        kept.unlink(missing_ok=True)
     _print(source, measured, found, gains)
     for sentence in why_absent(found[0], bags) if arguments.benchmark is None else ():
         print(sentence)
@@ -238,7 +239,7 @@ def _measure(
     if first:
         warn_of_uncut_responses([(bag.response, bag.step_spans) for bag in benchmark.bags], model.segmentation)
     measured = measure(model, benchmark, threshold=threshold)
-    if model.reused:
+    if kept is not None and model.reused:
         counts = {name: value for name, value in measured.counts.items() if name not in SPEED}
         measured = replace(measured, counts=counts)
     return measured, benchmark.bags

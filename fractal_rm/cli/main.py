@@ -4,8 +4,10 @@ The exit status is 0, or one sentence on standard error says what was wrong, whe
 traceback.
 """
 
+import errno
 import importlib
 import linecache
+import os
 import sys
 import traceback
 import warnings
@@ -21,6 +23,8 @@ from fractal_rm.interrupts import SIGNALS, Interrupted, handled, interrupt
 BAD_INPUT = 2
 # Packages that raise errors about their input. An error raised elsewhere is a bug.
 _COMPLAINANTS = ("fractal_rm", "transformers", "trl", "peft", "datasets", "huggingface_hub", "accelerate")
+# Errors of the system about a full disk, a quota, or the largest size of a file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Each command is the function of that name in the module of that name.
 COMMANDS = {
     "quickstart": "Run the whole pipeline on arithmetic word problems: CPU, minutes, no network.",
@@ -89,12 +93,35 @@ def is_bad_input(error: BaseException) -> bool:
     """
     if isinstance(error, OSError):
         return True
-    if not isinstance(error, ValueError | TypeError | ImportError):
+    if not isinstance(error, ValueError | TypeError | ImportError | KeyError):
         return False
     frame = traceback.extract_tb(error.__traceback__)[-1]
     path = Path(frame.filename).parts
     raised = linecache.getline(frame.filename, frame.lineno or 0).lstrip().startswith("raise ")
     return raised and any(package in path for package in _COMPLAINANTS)
+
+
+def _check_processes() -> None:
+    """Raise unless the variables of a launcher, which libraries read while they are imported, are numbers."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        value = os.environ.get(name, "0")
+        if not value.removeprefix("-").isdecimal():
+            raise ValueError(
+                f"The environment variable {name} is {value!r}. Unset it, or start with `accelerate launch`, which "
+                "sets it."
+            )
+
+
+def sentence(error: BaseException) -> str:
+    """What is printed of an error about the input; one of the system gets its place, and what to do."""
+    full = isinstance(error, OSError) and error.errno in _FULL
+    if not isinstance(error, OSError) or error.strerror is None or not (full or error.filename is not None):
+        told = error.args[0] if isinstance(error, KeyError) else error
+        text = " ".join(str(told).split()).removeprefix("fractal-rm ")
+        return text if text.endswith((".", "?", "!", ")")) else f"{text}."
+    place = "" if error.filename is None else f"{error.filename or repr('')}: "
+    advice = "Free space" if full else "Check the path and its permissions"
+    return f"{place}{error.strerror}. {advice}, and run the command again."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             page = full_help if "all" in rest else short_help
             print(page(name, COMMANDS[name]))
             return 0
+        _check_processes()
         check_arguments(name, rest)  # before the seconds that imports take
         with warnings.catch_warnings():
             # Users can change neither: TRL passes an argument that transformers has renamed, and a default of
@@ -140,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not is_bad_input(error):
             raise
-        print(f"fractal-rm: {' '.join(str(error).split()).removeprefix('fractal-rm ')}", file=sys.stderr)
+        print(f"fractal-rm: {sentence(error)}", file=sys.stderr)
         return BAD_INPUT
     finally:
         warnings.formatwarning = formatwarning

@@ -66,7 +66,8 @@ def _score(arguments: ScoreArguments) -> None:
     if len(errors) > _NAMED_ROWS:
         print(f"... and {len(errors) - _NAMED_ROWS} more, see {arguments.output}.", file=sys.stderr)
     write_atomic(arguments.output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    reward_model.forget()
+    if kept is not None:
+        reward_model.forget()
     threshold = reward_model.settings.threshold
     if arguments.html is not None:
         names = (arguments.model, arguments.compare_to) if arguments.compare_to is not None else None

@@ -32,7 +32,7 @@ class Pattern:
         self._shown = repr(pattern if len(pattern) <= _SHOWN else f"{pattern[:_SHOWN]}...")
         try:
             self._pattern = regex.compile(pattern)
-        except (regex.error, RecursionError, OverflowError) as error:
+        except (regex.error, RecursionError, OverflowError, ValueError) as error:  # flags that exclude each other
             told = str(error) or type(error).__name__
             raise ValueError(f"The pattern {self._shown} is not a regular expression: {told}.") from None
         self._late = 0

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from fractal_rm.files import naming_file
 from fractal_rm.reward_model import Step, StepRewardModel, StepScores
 
 # Number of responses scored between two writes.
@@ -80,5 +81,5 @@ class KeptScores:
     def _keep(self, found: dict[str, StepScores]) -> None:
         self._known |= found
         lines = "".join(json.dumps([key, asdict(one)]) + "\n" for key, one in found.items())
-        with self.path.open("ab") as file:  # the first line break ends a truncated line
+        with naming_file(self.path), self.path.open("ab") as file:  # the first line break ends a truncated line
             file.write(b"\n" + lines.encode())

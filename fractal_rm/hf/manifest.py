@@ -6,7 +6,9 @@ differ from its manifest, it is damaged; if its identity differs, it belongs to 
 """
 
 import hashlib
+import inspect
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,8 +71,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder; None if it is missing or unreadable."""
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return found if isinstance(found["run"], dict) and isinstance(found["files"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = isinstance(found["run"], dict) and all(isinstance(one["bytes"], int) for one in found["files"].values())
+        return found if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -122,6 +125,8 @@ def identity_of(args: TrainingArguments, materials: Mapping[str, Any]) -> Identi
         for name, value in args.to_dict().items()
         if name not in _FREE and not name.startswith(_FREE_BEGINNINGS)
     }
+    if isinstance(args.deepspeed, str) and os.path.isfile(args.deepspeed):  # and not an encoded text
+        settings["deepspeed_file"] = hashlib.blake2b(Path(args.deepspeed).read_bytes(), digest_size=8).hexdigest()
     return json.loads(json.dumps({**settings, **materials}, default=str))
 
 
@@ -137,7 +142,7 @@ def changes(before: Identity, now: Identity) -> list[str]:
     found = []
     for name in before.keys() & now.keys():
         old, new = before[name], now[name]
-        grown = name == "max_steps" and new >= old > 0
+        grown = name == "max_steps" and isinstance(old, int) and new >= old > 0
         if old != new and not grown:
             found.append(f"`{name}` was {old!r} and is {new!r}")
     return sorted(found)
@@ -155,6 +160,18 @@ def model_fingerprint(model: nn.Module) -> str:
             for end in (flat[:_VALUES], flat[-_VALUES:]):
                 digest.update(end.float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def function_fingerprint(function: Any) -> str | None:
+    """Fingerprint of the source of a user's function; None for other objects, and for functions of this package."""
+    inner = inspect.unwrap(function)
+    if not inspect.isroutine(inner) or (inner.__module__ or "").startswith("fractal_rm."):
+        return None
+    try:
+        source = inspect.getsource(inner)
+    except (OSError, TypeError):  # typed at a prompt, or compiled
+        return None
+    return hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
 
 
 def adapter_settings(model: Any) -> dict[str, Any] | None:

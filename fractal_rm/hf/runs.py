@@ -13,17 +13,20 @@ import signal
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
-from fractal_rm.files import parse_json, write_atomic
+from fractal_rm.errors import reason
+from fractal_rm.files import parse_json, read_json, write_atomic
 from fractal_rm.hf.checkpoints import STATE, check_same_run, checkpoints, find_checkpoint, whole_or_absent
 from fractal_rm.hf.finite import FiniteTraining, log_finite
 from fractal_rm.hf.manifest import MANIFEST, Identity, identity_of, write_manifest
@@ -37,6 +40,15 @@ _PENDING = "pending_logs"
 
 # Options that are objects or paths of files with them.
 _OR_FILES = {"accelerator_config", "fsdp_config", "deepspeed"}
+
+
+def _object_or_file(name: str, given: str) -> Any:
+    """What an option says that is an object in JSON, or for some options a file with one."""
+    if name not in _OR_FILES or given.startswith("{"):
+        return parse_json(given.encode(), f"`{name}`")
+    if not Path(given).is_file():
+        raise ValueError(f"`{name}` is {given!r}, which is neither an object nor a file. Give one, or leave it out.")
+    return read_json(given)
 
 
 @dataclass
@@ -68,12 +80,39 @@ class RunConfig:
         """Raise ValueError for an option that is not an object with named values, although it should be one."""
         args: Any = self
         for name in args._VALID_DICT_FIELDS:
-            value = None if name in _OR_FILES else getattr(args, name)
-            if isinstance(value, str):  # transformers parses it
-                setattr(args, name, value.strip())
-                value = parse_json(value.encode(), f"`{name}`")
+            value = getattr(args, name)
+            if isinstance(value, str):
+                value = value.strip()
+                setattr(args, name, value)  # transformers parses it
+                if name == "deepspeed" and not value.startswith("{"):
+                    continue  # a file, or an encoded text
+                value = _object_or_file(name, value)
+            elif name in _OR_FILES and not isinstance(value, Mapping):
+                continue
             if not (value is None or (isinstance(value, Mapping) and all(isinstance(key, str) for key in value))):
                 raise ValueError(f"`{name}` is {value!r}. Give an object with named values, or leave it out.")
+            known = [one.name for one in fields(AcceleratorConfig)]
+            unknown = [key for key in value or () if name == "accelerator_config" and key not in known]
+            if unknown:
+                raise ValueError(f"`{name}` has no option {unknown[0]!r}. Choose among {', '.join(known)}.")
+
+    def check_compilation(self) -> None:
+        """Raise ValueError for a backend or a mode of `torch.compile` that does not exist."""
+        args: Any = self
+        if args.torch_compile_backend is not None:
+            backends = [one.value.lower() for one in DynamoBackend]
+            if args.torch_compile_backend.lower() not in backends:
+                raise ValueError(
+                    f"`torch_compile_backend` is {args.torch_compile_backend!r}. Choose one of {', '.join(backends)}."
+                )
+        if args.torch_compile_mode is not None:
+            from torch._inductor import list_mode_options  # takes a second to import
+
+            modes = list(list_mode_options())
+            if args.torch_compile_mode not in modes:
+                raise ValueError(
+                    f"`torch_compile_mode` is {args.torch_compile_mode!r}. Choose one of {', '.join(modes)}."
+                )
 
     def check_evaluation(self, dataset: Any) -> None:
         """Raise ValueError if evaluations are wanted and there is no data for them."""
@@ -193,6 +232,18 @@ class Run(Trainer):
         last = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         return math.inf if last is None else last
 
+    # Options that libraries read late ---------------------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; a wrong `optim_args` is named."""
+        with naming_option("optim_args", self.args.optim_args):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; wrong `lr_scheduler_kwargs` are named."""
+        with naming_option("lr_scheduler_kwargs", self.args.lr_scheduler_kwargs):
+            return super().create_scheduler(*args, **kwargs)
+
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -267,6 +318,30 @@ def lent(args: TrainingArguments, **values: Any) -> Iterator[None]:
         yield
     finally:
         vars(args).update(before)
+
+
+@contextmanager
+def naming_option(
+    name: str, value: Any, *, kinds: tuple[type[Exception], ...] = (TypeError, ValueError)
+) -> Iterator[None]:
+    """Let an error of a library name the option that it is about, if that is given.
+
+    Args:
+        name: The option.
+        value: What it is.
+        kinds: Of the errors.
+
+    Raises:
+        ValueError: Names the option, its value, and what the library says.
+    """
+    try:
+        yield
+    except kinds as error:
+        if not value:
+            raise
+        raise ValueError(
+            f"`{name}` is {value!r}, which cannot be used ({reason(error)}). Correct it, or leave it out."
+        ) from error
 
 
 def train_output(state: TrainerState) -> TrainOutput:

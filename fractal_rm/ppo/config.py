@@ -251,6 +251,7 @@ class StepPPOConfig(RunConfig, GRPOConfig):
         check_ranges(self)
         self.check_amounts()
         self.check_objects()
+        self.check_compilation()
         one_each = self.num_generations == 1
         if one_each and self.advantage == "group":
             raise ValueError(

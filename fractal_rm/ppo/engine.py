@@ -32,7 +32,7 @@ from fractal_rm.hf.checkpoints import named_write_errors
 from fractal_rm.hf.denormals import flush_denormals
 from fractal_rm.hf.length_buckets import LengthBuckets, bucketed_log_probs, may_be_sorted
 from fractal_rm.hf.parallelism import is_sharded
-from fractal_rm.hf.runs import Run
+from fractal_rm.hf.runs import Run, naming_option
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.contract import TOOL_MASK_PLACE, check_contract
 from fractal_rm.ppo.rollout import RolloutBatch, policy_mask, share_metrics
@@ -165,7 +165,7 @@ class Engine(Run, GRPOTrainer):
         scorers = [kinds[source.is_async](source, lambda: self._hand_over) for source in sources]
         if reward_processing_classes is not None:
             reward_processing_classes = [*as_list(reward_processing_classes), *[None] * len(sources)]
-        with complete_models():
+        with complete_models(), naming_option("model_init_kwargs", args.model_init_kwargs, kinds=(TypeError,)):
             super().__init__(
                 reward_funcs=[*reward_funcs, *scorers],
                 args=args,

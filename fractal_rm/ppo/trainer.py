@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fractal_rm.credit.kl import AdaptiveKL
-from fractal_rm.hf.manifest import adapter_settings, model_fingerprint, rows_fingerprint
+from fractal_rm.hf.manifest import adapter_settings, function_fingerprint, model_fingerprint, rows_fingerprint
 from fractal_rm.ppo.advantage import ESTIMATORS, Given
 from fractal_rm.ppo.alarms import Alarms, guard_inputs
 from fractal_rm.ppo.checks import check_engine, load_checked
@@ -23,7 +23,7 @@ from fractal_rm.ppo.engine import Engine
 from fractal_rm.ppo.online.online_reward import OnlineReward
 from fractal_rm.ppo.rewards import StepShaper, charge_kl, check_earning, judgement_metrics, place_rewards
 from fractal_rm.ppo.rollout import RolloutBatch
-from fractal_rm.ppo.sources import ModelSource, as_list, make_sources, warn_of_uncut_completions
+from fractal_rm.ppo.sources import FunctionSource, ModelSource, as_list, make_sources, warn_of_uncut_completions
 from fractal_rm.ppo.value_model import (
     ValueGradients,
     ValueLearning,
@@ -255,14 +255,23 @@ class StepPPOTrainer(Engine):
         judges = [[model_fingerprint(model.scorer), repr(model.settings)] for model in scored]
         if self.args.rm_update_every:  # it learns in place, and checkpoints store it
             judges = judges[1:]
+        outcomes = [
+            function for function, ours in zip(self.reward_funcs, self.is_outcome.tolist(), strict=True) if ours
+        ]
+        scoring = [source.function for source in self.sources if isinstance(source, FunctionSource)]
         return {
             "train_data": rows_fingerprint(self.train_dataset),
             "model": model_fingerprint(self.policy),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "adapter": adapter_settings(self.policy),
             "rewards": self.reward_func_names,
+            "reward_sources": [function_fingerprint(function) for function in (*outcomes, *scoring)],
             "reward_models": judges,
             "value_model": None if self.value_learning is None else model_fingerprint(self.value_model),
+            "value_adapter": adapter_settings(self.value_model),
+            # Only if they decide what is learned, or which weights are kept.
+            **({} if self.online_reward is None else {"reward_model_data": self.online_reward.original_data}),
+            **({"eval_data": rows_fingerprint(self.eval_dataset)} if self.args.load_best_model_at_end else {}),
         }
 
     def _statistics(self) -> dict[str, Any]:

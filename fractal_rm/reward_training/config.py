@@ -221,10 +221,16 @@ class FractalConfig(RunConfig, TrainingArguments):
         check_ranges(self)
         self.check_amounts()
         self.check_objects()
+        self.check_compilation()
         super().__post_init__()
         # Without an accelerator, torch warns about every data loader that pins memory.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         self.remove_unused_columns = False
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                "`neftune_noise_alpha` is for language models alone: it does not reach a scorer's embeddings. Leave it "
+                "out."
+            )
         if self.bag_weight == self.instance_weight == self.easyllp_weight == 0:
             raise ValueError(
                 "`bag_weight`, `instance_weight` and `easyllp_weight` are all 0: nothing would be learned. Set one."

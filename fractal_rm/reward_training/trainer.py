@@ -85,6 +85,7 @@ from fractal_rm.scorers.checkpoint import (
     processor_fingerprint,
     save_scorer,
 )
+from fractal_rm.scorers.folder import weights_fingerprint
 from fractal_rm.scorers.likelihood import LikelihoodScorer
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 
@@ -287,6 +288,11 @@ class FractalTrainer(Run):
             "model": model_fingerprint(self.scorer),
             "tokenizer": processor_fingerprint(self.processor),
             "adapter": adapter_settings(self.scorer.model),
+            "prior_models": {
+                name: weights_fingerprint(sorted(Path(path).rglob("*.safetensors")))
+                for name in ("prior_encoder", "reference_model")
+                if (path := getattr(self.args, name)) is not None and Path(path).is_dir()
+            },
         }
 
     def _encoded(self, bags: list[Bag], source: str, **options: Any) -> BagDataset:

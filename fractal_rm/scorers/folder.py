@@ -5,6 +5,7 @@ It reads JSON and safetensors headers, in milliseconds for any model size.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -49,6 +50,8 @@ def check_model_folder(path: str | Path, advice: str) -> None:
     config: Any = read_json(files["config.json"]) if files["config.json"].is_file() else {}
     if not isinstance(config, dict):
         raise ValueError(f"{files['config.json']} is {type(config).__name__}, not an object. Restore the model's file.")
+    if (name := _undefined(config)) is not None:
+        raise ValueError(f"{files['config.json']}: `{name}` is NaN. Restore the file that belongs to the weights.")
     depth = _depth(config, files["config.json"])
     names = _weight_names(folder)
     stacks: dict[str, set[str]] = {}
@@ -75,6 +78,15 @@ def _check_modules(file: Path) -> None:
             f"{file} names the module {foreign.get('type')!r}, which is code from the folder and is never run. Give "
             "an encoder built from modules of sentence-transformers."
         )
+
+
+def _undefined(value: Any, name: str = "") -> str | None:
+    """Name of the first NaN in a configuration; None if there is none. Infinity is the usual value of some limits."""
+    if isinstance(value, float) and math.isnan(value):
+        return name
+    items = value if isinstance(value, list) else []
+    inner = value.items() if isinstance(value, dict) else [(name, one) for one in items]
+    return next((found for key, one in inner if (found := _undefined(one, key)) is not None), None)
 
 
 def _depth(config: Mapping[str, Any], file: Path) -> int | None:

@@ -4,6 +4,7 @@
 draws a random number for each entry of the vocabulary. On a CPU that dominates the time of a small model.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,6 +83,8 @@ def sample_group_ids(
     batch = tokenizer.pad({"input_ids": prompt_ids}, return_tensors="pt", padding_side="left").to(device)  # type: ignore[arg-type]
     mask: Any = batch["attention_mask"]
     cache = DynamicCache(config=model.config)
+    known = inspect.signature(model.forward).parameters  # transformers before 5.24 has the other name
+    state: Any = {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
     was_training = model.training
     model.eval()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -89,9 +92,8 @@ def sample_group_ids(
         input_ids=batch["input_ids"],
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
         logits_to_keep=1,
+        **state,
     ).logits[:, -1]
     cache.batch_repeat_interleave(samples)
     logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
@@ -115,8 +117,7 @@ def sample_group_ids(
             input_ids=tokens[:, None],
             attention_mask=mask,
             position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
+            **state,
         ).logits[:, -1]
         position = position + 1
     model.train(was_training)

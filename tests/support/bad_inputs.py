@@ -97,6 +97,27 @@ def kinds() -> Iterator[Case]:
             yield case("option", {"of": kind, one.name: value}, f"`{one.name}` is {value!r}. ")
 
 
+def objects() -> Iterator[Case]:
+    """Options that are objects, or files with one, as a command line gives them."""
+    for name in ("accelerator_config", "fsdp_config"):
+        for value, says in {
+            "{": "is invalid JSON",
+            '{"a": 1, "a": 2}': "has the name 'a' twice",
+            "none.json": "is 'none.json', which is neither an object nor a file",
+            "": "is '', which is neither an object nor a file",
+        }.items():
+            yield case("option", {"of": "FractalConfig", name: value}, f"`{name}` {says}")
+    yield case("option", {"of": "FractalConfig", "accelerator_config": {"x": 1}}, "has no option 'x'. Choose among")
+    unknown = '{"split_batch": true}'
+    yield case("option", {"of": "StepPPOConfig", "accelerator_config": unknown}, "option 'split_batch'. Choose")
+    yield case("option", {"of": "StepPPOConfig", "deepspeed": '{"a": '}, "`deepspeed` is invalid JSON")
+    for name in ("torch_compile_backend", "torch_compile_mode"):
+        yield case("option", {"of": "FractalConfig", name: "x"}, f"`{name}` is 'x'. Choose one of ")
+    yield case("option", {"of": "FractalConfig", "neftune_noise_alpha": 5.0}, "is for language models alone")
+    for value in ("[1]", "3", '"a"'):
+        yield case("option", {"of": "StepPPOConfig", "generation_kwargs": value}, "Give an object with named values")
+
+
 def blocks() -> Iterator[Case]:
     """`fractal` blocks with a value of another type, outside its range, or unknown."""
     wrong: dict[str, list[Any]] = {
@@ -208,6 +229,17 @@ def files() -> Iterator[Case]:
         "a: \x01": "invalid YAML",
         "%FOO\n---\n---\n": "a.yaml",
         "a: 'b": "is invalid YAML",
+        "a: 010": "line 1 is invalid YAML: `010` is not a decimal number; write one, or quote a text",
+        "a: -0_7": "`-0_7` is not a decimal number",
+        "b: 1\na: 1:30": "line 2 is invalid YAML: `1:30` is not a decimal number",
+        "a: 1:30.5": "`1:30.5` is not a decimal number",
+        "a: !!bool y": "cannot be read",
+        "a: !!int ''": "cannot be read",
+        "a: !!float x": "cannot be read",
+        "a: !!timestamp x": "cannot be read",
+        "a: !!binary a": "is invalid YAML",
+        "<<: 3": "expected a mapping or list of mappings for merging",
+        "---\na: 1\n---\nb: 2": "found another document",
     }.items():
         yield case("yaml", content, f"a.yaml|{says}")
     for content, says in {
@@ -248,6 +280,8 @@ def folders() -> Iterator[Case]:
         '{"num_hidden_layers": [2]}': "`num_hidden_layers` is [2]",
         '{"text_config": {"num_hidden_layers": 7}}': "says 7 layers",
         '{"n_layers": 1e9}': "`n_layers` is 1000000000.0",
+        '{"rms_norm_eps": NaN}': "`rms_norm_eps` is NaN",
+        '{"rope_parameters": {"factors": [1, NaN]}}': "`factors` is NaN",
     }.items():
         yield case("folder", {"config": config, "weights": weights}, f"config.json|{says}")
     for content, says in {
@@ -295,6 +329,11 @@ def patterns() -> Iterator[Case]:
         "(?<=a+": "is not a regular expression",
         "\\": "is not a regular expression",
         "(" * 900: "is not a regular expression",
+        "(?u)a(?L)": "is not a regular expression",
+        "\\L<words>": "is not a regular expression",
+        "(?1)": "is not a regular expression",
+        "\\p{none}": "is not a regular expression",
+        "a{99999999999999999999}": "is not a regular expression",
         "a" * 3000: "The pattern has 3,000 characters",
         "(a|a)*$": "takes longer than",
         "(a|aa)+$": "takes longer than",
@@ -348,7 +387,7 @@ def is_here(one: Case) -> bool:
 
 def cases() -> list[Case]:
     """All of them, for the installed versions of transformers and TRL."""
-    return [one for made in (options, kinds, blocks, files, folders, patterns, results) for one in made()]
+    return [one for made in (options, kinds, objects, blocks, files, folders, patterns, results) for one in made()]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from fractal_rm.ppo.online.replay import ReplayBuffer, draw, is_held_out, outcom
 from fractal_rm.ppo.online.updater import RewardModelUpdater
 from fractal_rm.ppo.rollout import RolloutBatch
 from fractal_rm.reward_model import StepRewardModel, StepScores
-from fractal_rm.reward_training.data import BagDataset, Records, to_bags
+from fractal_rm.reward_training.data import BagDataset, Records, content_fingerprint, to_bags
 from fractal_rm.scorers.checkpoint import load_scorer
 
 _MODEL_FOLDER = "reward_model"
@@ -123,6 +123,13 @@ class OnlineReward:
             )
         learned, held_out = (self.learner.encode(sides[side], source) for side in (False, True))
         return learned, held_out
+
+    @property
+    def original_data(self) -> str | None:
+        """Fingerprint of the original responses; None without any."""
+        if self.original is None or self.original_held_out is None:
+            return None
+        return content_fingerprint([*self.original.bags, *self.original_held_out.bags])
 
     # Rollouts -----------------------------------------------------------------------------------------------------
 
