@@ -282,7 +282,7 @@ class StepPPOConfig(RunConfig, GRPOConfig):
         if self.scale_rewards not in ("group", "batch", "none", True, False):
             raise ValueError(f"`scale_rewards` is {self.scale_rewards!r}. Choose one of group, batch, none.")
         # TRL refuses others only after the first rollout; its help is where the names of the installed version stand.
-        losses = re.findall(r"'(\w+)'", GRPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
+        losses = re.findall(r"(?<!=)'(\w+)'", GRPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
         for name, known in (("loss_type", losses), ("importance_sampling_level", ["token", "sequence"])):
             if (given := getattr(self, name)) not in known:
                 raise ValueError(f"`{name}` is {given!r}. Choose one of {', '.join(dict.fromkeys(known))}.")
