@@ -282,7 +282,7 @@ def _steps(
         response, spans = _answer(_list(columns[listed], listed), listed, segmentation)
     elif names:
         texts = columns[names[0]]
-        if isinstance(texts, list) and texts and not is_messages(texts):
+        if isinstance(texts, list) and texts and all(isinstance(one, str) for one in texts):
             raise TypeError(
                 f"{names[0]!r} is a list of texts: if they are the steps of one response, name the column 'steps'; if "
                 "they are several responses, give each a row of its own."
