@@ -140,6 +140,48 @@ def test_slime_gets_advantages_of_each_token_in_place(engine, model, tmp_path):
         assert torch.equal(advantages, returns)
 
 
+TOOL_MASKS = [[1] * 3 + [0] * 4 + [1] * (len(row) - 7) for row in ids()]
+
+
+def test_outputs_of_tools_are_refused_where_the_engines_mask_them(engine, model, tmp_path):
+    """At both ends of a mask nothing is missing: others wrote what comes before and after."""
+    _, registered = engine("verl_steps")
+    lengths = padded([[1] * len(row) for row in ids()])
+    attention = torch.cat([torch.ones(4, 3, dtype=torch.long), lengths], dim=1)
+    batch = {"prompts": torch.zeros(4, 3, dtype=torch.long), "responses": padded(ids()), "attention_mask": attention}
+    manager = registered["fractal_steps"](WORDS, num_examine=1)
+    sentence = "Completion 0 holds tokens that the policy did not write, such as a tool's output"
+    chats = {"raw_prompt": np.array([CHAT] * 4 + [None], dtype=object)[:4]}
+    with pytest.raises(ValueError, match=sentence):
+        manager(SimpleNamespace(batch=batch | {"response_mask": padded(TOOL_MASKS)}, non_tensor_batch=chats))
+    ends = [[0, *[1] * (len(row) - 2), 0] for row in ids()]
+    assert manager(SimpleNamespace(batch=batch | {"response_mask": padded(ends)}, non_tensor_batch=chats)).any()
+
+    class Generator:
+        async def generate(self, input_batch: Any) -> dict[str, Any]:
+            return {"response_ids": ids(), "rewards": [1.0] * 4, "loss_masks": TOOL_MASKS}
+
+    with pytest.raises(ValueError, match=sentence):
+        asyncio.run(engine("skyrl_steps")[0].StepRewardGenerator(Generator(), WORDS).generate({"prompts": [CHAT] * 4}))
+    WORDS.save_pretrained(tmp_path)
+    data = {"tokens": [[5, *row] for row in ids()], "response_lengths": [len(row) for row in ids()]}
+    with pytest.raises(ValueError, match=sentence):
+        engine("slime_steps")[0].step_advantages(
+            SimpleNamespace(hf_checkpoint=str(tmp_path)), data | {"loss_masks": TOOL_MASKS}
+        )
+
+
+def test_a_completion_that_is_read_in_part_has_no_steps(engine):
+    engine("skyrl_steps")
+    prompt = WORDS(WORDS.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True))["input_ids"]
+    short = reward_model("token", "llama", byte_tokenizer(chat=True), chat=True, max_length=len(prompt) + 12)
+    found = short.score([CHAT] * len(TEXTS), TEXTS)
+    placed = sys.modules["step_rewards"].placed_scores([CHAT] * len(TEXTS), ids(), WORDS, short)
+    assert [one.judged for one in found].count(False) not in (0, len(TEXTS))
+    assert [bool(one.scores) for one in placed] == [one.judged for one in found]
+    assert any(one.truncated_steps and one.step_scores for one in found)
+
+
 def test_what_nothing_can_be_learned_from_stops_the_engine(engine, monkeypatch):
     module, _ = engine("skyrl_steps")
     shared = sys.modules["step_rewards"]

@@ -92,6 +92,8 @@ def test_a_trainer_is_not_made(tmp_path, monkeypatch, options, error, sentence):
         ({"step_reward_weights": [1.0, math.nan]}, r"Number 2 of `step_reward_weights` is nan\. Give a number from"),
         ({"step_separator": "##"}, r"`step_separator` is '##' with `step_segmentation=None`\. Give it if and only if"),
         ({"scale_rewards": "maybe"}, r"`scale_rewards` is 'maybe'\. Choose one of group, batch, none\."),
+        ({"loss_type": "dr-grpo"}, r"`loss_type` is 'dr-grpo'\. Choose one of grpo, dr_grpo, (\w+, )+vespo\."),
+        ({"importance_sampling_level": "sentence"}, r"level` is 'sentence'\. Choose one of token, sequence\."),
         ({"chat_template_kwargs": 3}, r"`chat_template_kwargs` is 3\. Give an object with named values"),
         ({"generation_kwargs": "{a"}, r"`generation_kwargs` is invalid JSON"),
         ({"step_segmentation": "pattern"}, r"`step_pattern` is None with `step_segmentation='pattern'`\. Give it"),

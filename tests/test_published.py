@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from fractal_rm.cli.main import main
 from fractal_rm.data.prompts import RenderedPrompt
 from fractal_rm.reward_model import StepRewardModel
-from fractal_rm.scorers.published import PUBLISHED
+from fractal_rm.scorers.published import PUBLISHED, find_reading
 
 QUESTION = "Ada has 3 pens and buys 2."
 RESPONSES = ["First 3+2=5.\nThen 5-1=4.\nSo it is 4.", "It is 22.", "3+2=5.\n5*2=10."]
@@ -315,6 +315,18 @@ def test_what_is_no_such_model_is_told(tmp_path):
         StepRewardModel.from_pretrained(tmp_path, published="rlhflow")
     with pytest.raises(ValueError, match=r"weights of the published model qwen-prm are missing"):
         StepRewardModel.from_pretrained(tmp_path, published="qwen-prm")
+
+
+def test_a_token_classifier_whose_label_1_is_not_good_is_asked_about():
+    config = {"architectures": ["LlamaForTokenClassification"], "id2label": {"0": "good", "1": "bad"}}
+    with pytest.raises(ValueError, match=r"with the labels .*'1': 'bad'.*, of which 1 would be read as good"):
+        find_reading("somewhere", config, None)
+    assert find_reading("somewhere", config, "trl") is PUBLISHED["trl"]
+    for names in ({}, {"0": "LABEL_0", "1": "LABEL_1"}, {0: "bad", 1: "Good"}):
+        assert find_reading("somewhere", config | {"id2label": names}, None) is PUBLISHED["trl"]
+    assert find_reading("somewhere", config | {"id2label": {"0": "a", "1": "b", "2": "c"}}, None) is None
+    with pytest.raises(ValueError, match=r"Unknown reading 'trl:'"):
+        find_reading("somewhere", config, "trl:")
 
 
 def test_the_reading_is_told_once_and_other_prompts_are_refused(tmp_path, caplog):

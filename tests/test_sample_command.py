@@ -7,7 +7,8 @@ import pytest
 from support.stand_ins import gsm8k_problems, save_policy, write_jsonl
 
 from fractal_rm.cli.main import main
-from fractal_rm.cli.sample import Asked, _rows, read_rows_of
+from fractal_rm.cli.options.arguments import DataArguments
+from fractal_rm.cli.sample import Asked, SampleArguments, _prompts_of_rows, _rows, read_rows_of
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.arithmetic.problems import Problem
@@ -88,6 +89,19 @@ def test_a_file_of_problems_is_labelled_by_its_answers(tmp_path):
     found = read_rows_of(tmp_path / "out.jsonl")
     assert len(found) == 6
     assert all(row["label"] == 0.0 and row["prompt"][0]["role"] == "user" for row in found)
+
+
+def test_answers_are_texts_or_numbers(tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "?", "answer": answer} for answer in (42, 0.5, "#### 7")])
+    arguments = SampleArguments(model="m", output="o")
+    asked = _prompts_of_rows(arguments, DataArguments(train_file=rows))
+    said = ["#### 42.0", "#### 1/2", "#### 7"]
+    assert [[one.is_right(text) for text in said] for one in asked] == [
+        [row == place for place in range(3)] for row in range(3)
+    ]
+    rows = write_jsonl(tmp_path / "more.jsonl", [{"prompt": "?", "answer": True}])
+    with pytest.raises(ValueError, match=r"row 1: a row needs `prompt`, and `answer` as text or number"):
+        _prompts_of_rows(arguments, DataArguments(train_file=rows))
 
 
 @pytest.mark.parametrize(

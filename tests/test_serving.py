@@ -196,6 +196,8 @@ def test_a_request_that_is_larger_than_a_batch_is_scored_in_several(model):
         ({"prompts": ["a"]}, 422, "one of `responses` and `steps`"),
         ({"prompts": ["a"], "steps": [["b"]], "spans": [None]}, 422, "`spans` belong to `responses`"),
         ({"prompts": ["a", "b"], "responses": ["b", 5]}, 422, "`responses[1]"),
+        ({"prompts": ["a", "b"], "responses": ["b", ["c"]]}, 422, "`responses`: entry 1 is a list of steps; send"),
+        ({"prompts": ["a", "b"], "steps": [["c"], "b"]}, 422, "`steps`: entry 1 is a text; send texts as `responses`"),
         ({"prompts": ["a"], "responses": ["b"], "threshold": 1}, 422, "`threshold`"),
         ({"prompts": [[{"content": "a"}]], "responses": ["b"]}, 422, "`prompts[0]"),
         ({"prompts": ["a"], "responses": ["b"], "rendered": "no"}, 422, "`rendered`"),

@@ -195,12 +195,15 @@ def _prompts_of_rows(arguments: SampleArguments, data: DataArguments) -> list[As
     reward = last_number_answer if arguments.answers == "last_number" else gsm8k_answer
     reward([], [], [])  # says now if math-verify is missing
 
-    def judge(answer: str) -> Callable[[str], bool]:
+    def judge(answer: str | float) -> Callable[[str], bool]:
         return lambda response: reward([""], [response], [answer])[0] == 1.0
 
     for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("answer"), str) or row.get("prompt") is None:
-            raise ValueError(f"{source}, row {number}: a row needs `prompt`, and `answer` as text, to be labelled.")
+        answer = row.get("answer")
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float) or row.get("prompt") is None:
+            raise ValueError(
+                f"{source}, row {number}: a row needs `prompt`, and `answer` as text or number, to be labelled."
+            )
     return [Asked(row["prompt"], judge(row["answer"]), lambda _: None) for row in rows]
 
 

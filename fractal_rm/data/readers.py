@@ -281,7 +281,13 @@ def _steps(
     elif listed is not None:
         response, spans = _answer(_list(columns[listed], listed), listed, segmentation)
     elif names:
-        response, spans = _answer(columns[names[0]], names[0], segmentation)
+        texts = columns[names[0]]
+        if isinstance(texts, list) and texts and all(isinstance(one, str) for one in texts):
+            raise TypeError(
+                f"{names[0]!r} is a list of texts: if they are the steps of one response, name the column 'steps'; if "
+                "they are several responses, give each a row of its own."
+            )
+        response, spans = _answer(texts, names[0], segmentation)
     else:
         raise ValueError(
             f"there is no response (found: {', '.join(map(repr, record))}); add a column 'completion' or 'response', "

@@ -38,7 +38,7 @@ THINKING = (
     (re.compile(r"(?:\A|assistant)analysis(?=[^\W\d_a-z])"), re.compile(r"assistantfinal(?![a-z])")),
 )  # fmt: skip
 # Calls of tools in the forms that models write. One that is never closed reaches to the end.
-_CALL = re.compile(
+TOOL_CALL = re.compile(
     "|".join(
         f"{opening}(?:.*?{closing}|.*)"
         for opening, closing in (
@@ -60,7 +60,8 @@ _ENVIRONMENT = r"\{[^{}]*\}(?:\{(?:[^{}]|\{[^{}]*\})*\}|\[[^\[\]]*\])*"
 _LAYOUT = re.compile(
     rf"\\(?:begin|end){_ENVIRONMENT}"
     r"|\\(?:hline|newline|q?quad|displaystyle|centering|noindent|par|(?:big|med|small)skip|[vh]space\*?|(?:top|mid|bottom)rule"
-    r"|label|nonumber|notag|left|right|[bB]igg?[lr]?|item|normalsize|[lL]arge|small)(?![a-zA-Z])(?:\{[^{}]*\})?"
+    r"|label|tag\*?|[hv]fill|nonumber|notag|left|right|[bB]igg?[lr]?|item|normalsize|[lL]arge|small)(?![a-zA-Z])"
+    r"(?:\{[^{}]*\})?|\\[a-zA-Z]+(?=\{\s*\Z)"  # a command whose argument begins on the next line
 )
 _RESULT = re.compile(r"\w+\.|\d+:")
 # What belongs, at the end of such a line, to the line after it.
@@ -161,7 +162,7 @@ class Segmentation:
         if self.method == "turns":
             return trim(text, [(0, len(text))])
         if self.version > 1 and self.method in ("lines", "sentences"):
-            text = _CALL.sub(_masked, text)  # one line, and one sentence
+            text = TOOL_CALL.sub(_masked, text)  # one line, and one sentence
         if self.method == "sentences":
             return sentences(text, self.language, old_rules=self.version == 1)
         if self.pattern is not None:

@@ -75,17 +75,33 @@ _NO_END = re.compile(
 # Abbreviations that version 1 did not know, and which end no sentence, or none before a number.
 _ABBREVIATED = re.compile(
     r"(?<!\S)(?:डॉ|रु|श्री|प्रो)\.|(?<![\w.])(?:[Aa]pprox|[Zz]\.[ \u00a0]?[Bb]|[Dd]\.[ \u00a0]?h|[Uu]\.[ \u00a0]?a|bzw|vgl"
-    r"|[Тт]\.[ \u00a0]?е|[Нн]апр|p\.[ \u00a0]?ej)\."
-    r"|(?<![\w.])(?:Nr|Abb|Kap|Art|[Mm]ax|[Aa]vg|руб|стр|рис|гл)\.(?=[ \u00a0]*\d)"
+    r"|[Тт]\.[ \u00a0]?е|[Нн]апр|p\.[ \u00a0]?ej|[SD]ra|Srta|Sig|[Cc]\.[ \u00a0]?-à-d)\."
+    r"|(?<![\w.])(?:EE\.[ \u00a0]?UU|Mio|Mrd)\.(?=[ \u00a0]+(?:[a-zäöü]|Euro\b|Dollar\b|Franken\b))"
+    r"|(?<![\w.])(?:Nr|Abb|Kap|Art|[Mm]ax|[Aa]vg|[Aa]pt|[Pp]ágs?|Mon|Tues?|Wed|Thurs?|Fri|Sat|Sun|руб|[Сс]тр|[Рр]ис|[Гг]л"
+    r"|[Тт]абл)\.(?=[ \u00a0]*\d)"
+    r"|(?<![\w.])(?:[Vv]ol|[Cc]h|[Ss]ec|[Pp]t|[Bb]k)\.(?=[ \u00a0]+[IVX]+\b)"
+    r"|(?<=\d[ \u00a0])(?:г|тыс|млн|млрд)\.(?=[ \u00a0]+[а-я])|(?<=\bи[ \u00a0])т\.(?=[ \u00a0]?[дп]\.)"
+)
+# German ordinals ("am 3. Mai", "der 2. und 3. Platz"), which no beginning of a sentence follows.
+_ORDINAL = re.compile(
+    r"(?<![\w.])(?<!\bI )(?:[AaIi]m|[Vv]om|[Zz]u[mr]|[Bb]eim|[Dd]e[rmns]|[Dd]as|[Dd]ie|[Dd]iese[rmns]?|[Jj]ede[rmns]?"
+    r"|[Ii]hr|[Ss]ein|[Ee]in(?:e[rmns]?)?)[ \u00a0]+\d{1,2}\."
+    r"(?:[ \u00a0]+(?:und|oder|bis)(?:[ \u00a0]+zu[mr])?[ \u00a0]+\d{1,2}\.)?(?=[ \u00a0]+"
+    r"(?!(?:D(?:as|er|ie|en|em|ann|anach|aher|araus|amit|adurch|a|ies\w*|och|eshalb)|Also|Somit|Folglich|Insgesamt"
+    r"|Schließlich|Zuletzt|Zuerst|Zusammen|Nun|Jetzt|Hier|Nach|Es|Er|Sie|Wir|Ich|Man|So|Und|Aber|Wenn|Weil|Als|Am|Im|In"
+    r"|Für|Mit|Von|Zu|Auf|Bei|Ein\w*|Jed\w+|Ihr\w*|Sein\w*|Was|Wie|Fertig|Ende|Noch|Ist|Sind)\b)[A-ZÄÖÜ][a-zäöüß]+)"
 )
 # Markers of a list that runs on in its line, "Do: 1. Add. 2. Multiply.", once abbreviations are hidden ("Fig. 2. So").
 _INLINE_MARKER = re.compile(r"(?:(?<=[.!?;][ \t])\d{1,2}|(?<=:[ \t])1)[.)](?=[ \t]+[A-Z\[$\\(*])")
 # Numbers in a list of things that runs on ("1. a pizza, 2. a pie", "i. one and ii. two"), and what stands before them.
 _ROMAN = [tens + one for tens in ("", "x") for one in ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x")]
 _ROMAN_VALUES = {numeral: value for value, numeral in enumerate(_ROMAN, 1)}
-_LIST_NUMBER = re.compile(r"(?:(?<![\w.])|(?<=[\u3040-\u9fff]))(\d{1,2}|[ivx]{1,5}|[IVX]{1,5})[.)](?=[ \t]+[^\W\d_])")
-_LIST_COMMA = re.compile(r"(?:[,;:、，；：]|\b(?:and|or))[ \t]*\Z")
-_NO_OPERATOR = re.compile(r"[^\W\d_][ \t]*\Z|[,;:、，；：)\]][ \t]*\Z")
+_LIST_NUMBER = re.compile(
+    r"(?:(?<![\w.*])|(?<=[\u3040-\u9fff]))(?P<bold>\*{0,3})(?P<value>\d{1,2}|[ivx]{1,5}|[IVX]{1,5})[.)](?P=bold)"
+    r"(?=[ \t]+[^\W\d_])"
+)
+_LIST_COMMA = re.compile(r"(?:[,;:、，；：&]|\b(?:and|or|und|oder|et|ou|y|и))[ \t]*\Z")
+_NO_OPERATOR = re.compile(r"[^\W\d_][ \t]*\Z|[,;:、，；：&)\]][ \t]*\Z")
 # Numbers of Chinese steps, which stand behind a full stop without a space ("先加。2. 再乘。"): they open a sentence.
 _WIDE_NUMBER = re.compile(r"(?<=[。！？；])[ \t]*\d{1,2}[.．、](?![ \t]*\d)")
 # The end of a sentence before any other number, which sentencex takes for a mark inside it ("共有5。3是素数。").
@@ -95,8 +111,8 @@ _ANSWER_NO = re.compile(
     r"(?:\b(?:is|are|was|were|be|says?|said)|[?:])[ \t]+no[.0](?=[ \t]+\d+[ \t]+[a-z])", re.IGNORECASE
 )
 _TABLE_ROW = re.compile(r"^[ \t]*\|.*\|[ \t]*\r?$", re.MULTILINE)
-# Rows of a table, and quotations in the middle of a Japanese sentence.
-_WHOLE = (_TABLE_ROW, re.compile(r"[。！？](?=[」』](?:と|って))"))
+# Rows of a table, quotations in the middle of a Japanese sentence, full-width numbers of steps.
+_WHOLE = (_TABLE_ROW, re.compile(r"[。！？](?=[」』](?:と|って))"), re.compile(r"^[ \t]*\d{1,3}．(?!\d)", re.MULTILINE))
 # A thought or a turn that ends in its line.
 _TAG_END = re.compile(rf"(?<=[.!?…。！？])(?:\s*(?!{OPENING_TAG.pattern})(?:{TAG.pattern}))++(?![ \t]*[a-z])")
 # A variable before the full stop ("so x. Then") is not an initial: it is replaced by a digit.
@@ -146,7 +162,7 @@ def sentences(text: str, language: str = "en", *, old_rules: bool = False) -> li
     formulas = [
         region for start, end in zip(edges[::2], edges[1::2], strict=True) for region in _formulas(text, start, end)
     ]
-    masked = _mask(text, fences, formulas, () if old_rules else (_ABBREVIATED, *_WHOLE))
+    masked = _mask(text, fences, formulas, () if old_rules else (_ABBREVIATED, _ORDINAL, *_WHOLE))
     cuts = [0]
     if not old_rules:
         cuts += [match.start() for match in _WIDE_NUMBER.finditer(masked)]
@@ -282,7 +298,7 @@ def _lines_of_numbers(text: str) -> list[list[_ListNumber]]:
     lines: list[list[_ListNumber]] = [[]]
     line = seen = 0
     for match in _LIST_NUMBER.finditer(text):
-        start, end, word = match.start(), match.end(), match[1]
+        start, end, word = match.start(), match.end(), match["value"]
         value = int(word) if word.isdigit() else _ROMAN_VALUES.get(word.lower())
         if value is None:
             continue

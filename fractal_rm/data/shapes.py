@@ -127,6 +127,9 @@ def standard_row(record: Mapping[str, Any], columns: Columns | None = None) -> d
         if isinstance(row.get(name), str) and row[name].lstrip().startswith("["):
             with suppress(ValueError):
                 row[name] = parse_json(row[name].encode(), repr(name))
+    for name in ("step_labels", "labels"):
+        if isinstance(row.get(name), list):
+            row[name] = list(map(_as_number, row[name]))
     row = _from_chat(row)
     if "steps" in row and isinstance(row.get("labels"), list) and not {"completions", "step_labels"} & row.keys():
         usual = (
@@ -142,6 +145,7 @@ def standard_row(record: Mapping[str, Any], columns: Columns | None = None) -> d
         row = _without_inner_prompt(row)
     elif columns.response is None and columns.steps is None:
         _check_thoughts(record)
+    row = _without_repetition(row)
     if columns.prompt is None:
         row = _whole_prompt(row, record)
     if "label" in row:
@@ -220,6 +224,11 @@ def _from_chat(row: dict[str, Any]) -> dict[str, Any]:
     The last answer is the last message, with the calls and outputs of tools that led to it.
     """
     names = [name for name in _CHATS if name in row]
+    if names and not _is_chat(row[names[0]]) and not {*_OWN_RESPONSES, *_RESPONSES} & row.keys():
+        raise ValueError(
+            f"{names[0]!r} is not a list of messages with 'role' and 'content' (or 'from' and 'value'); write it so, "
+            "or name prompt and response with --prompt_column and --response_column."
+        )
     if not names or not _is_chat(row[names[0]]):
         return row
     if any(name in row for name in _OWN_RESPONSES):
@@ -418,6 +427,17 @@ def _without_inner_prompt(row: dict[str, Any]) -> dict[str, Any]:
             )
         return row | {"prompt": chosen[:place], "chosen": chosen[place:], "rejected": rejected[place:]}
     return row
+
+
+def _without_repetition(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with texts that do not begin with its prompt, if the prompt is a chat written as text."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not _TURN.search(prompt):
+        return row
+    texts = {name: row[name] for name in ("completion", "response", "chosen", "rejected") if name in row}
+    if not texts or not all(isinstance(text, str) and text.startswith(prompt) for text in texts.values()):
+        return row
+    return row | {name: text[len(prompt) :] for name, text in texts.items()}
 
 
 def _end_of_prompt(chosen: str, rejected: str) -> int:

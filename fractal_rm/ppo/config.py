@@ -1,6 +1,7 @@
 """Configuration of [`StepPPOTrainer`]."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -281,6 +282,11 @@ class StepPPOConfig(RunConfig, GRPOConfig):
         """Refuse options that would have no effect, or another effect than their name says."""
         if self.scale_rewards not in ("group", "batch", "none", True, False):
             raise ValueError(f"`scale_rewards` is {self.scale_rewards!r}. Choose one of group, batch, none.")
+        # TRL refuses others only after the first rollout; its help is where the names of the installed version stand.
+        losses = re.findall(r"(?<!=)'(\w+)'", GRPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
+        for name, known in (("loss_type", losses), ("importance_sampling_level", ["token", "sequence"])):
+            if (given := getattr(self, name)) not in known:
+                raise ValueError(f"`{name}` is {given!r}. Choose one of {', '.join(dict.fromkeys(known))}.")
         if getattr(self, "trust_remote_code", False) or "trust_remote_code" in str(self.model_init_kwargs):
             raise ValueError(
                 "`trust_remote_code` would run code from a model's folder, which this package never does. Leave it out."

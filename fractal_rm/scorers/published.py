@@ -151,6 +151,10 @@ class PublishedSettings(FractalSettings):
     published: Published = field(default_factory=lambda: PUBLISHED["trl"])
 
 
+# Names of the label 1 of a step that is good.
+_GOOD = ("label_1", "1", "good", "correct", "right", "positive", "true", "yes", "+")
+
+
 def find_reading(path: str | Path, config: dict[str, Any], published: str | Published | None) -> Published | None:
     """The reading of a folder or hub id: the requested one, or the one identified by config and name.
 
@@ -164,13 +168,13 @@ def find_reading(path: str | Path, config: dict[str, Any], published: str | Publ
         The reading; None if none is identified.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or label 1 of a token classifier has a name of another meaning than good.
     """
     if isinstance(published, Published):
         return published
     if published is not None:
-        name, _, separator = published.partition(":")
-        if name not in PUBLISHED or (separator and name != "trl"):
+        name, colon, separator = published.partition(":")
+        if name not in PUBLISHED or (colon and (name != "trl" or not separator)):
             raise ValueError(
                 f"Unknown reading {published!r}. `published` is one of {', '.join(PUBLISHED)}, or trl:SEPARATOR."
             )
@@ -183,8 +187,14 @@ def find_reading(path: str | Path, config: dict[str, Any], published: str | Publ
     for reading in PUBLISHED.values():
         if set(architectures) & set(reading.architectures) or parts & {name.lower() for name in reading.names}:
             return reading
-    labels = len(config.get("id2label") or "ab")  # transformers omits the default 2
-    if labels == 2 and any(name.endswith("ForTokenClassification") for name in architectures):
+    labels = {str(number): str(name) for number, name in (config.get("id2label") or {}).items()}
+    two = len(labels) in (0, 2)  # transformers omits the default 2
+    if two and any(name.endswith("ForTokenClassification") for name in architectures):
+        if labels.get("1", "good").lower() not in _GOOD:
+            raise ValueError(
+                f"{path} is a token classifier with the labels {labels}, of which 1 would be read as good. Give "
+                "`published='trl'` if it is a reward model and label 1 is good; otherwise give another model."
+            )
         return PUBLISHED["trl"]
     return None
 

@@ -10,7 +10,16 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fractal_rm.data.bag import Span
 from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
@@ -66,6 +75,23 @@ class ScoreRequest(BaseModel):
     rendered: StrictBool = Field(
         default=False, description="The prompts are texts as the policy reads them: no template is applied to them."
     )
+
+    @field_validator("responses", "steps", mode="before")
+    @classmethod
+    def _of_one_kind(cls, given: Any, info: ValidationInfo) -> Any:
+        """Lists of steps are `steps`, texts and chats `responses`: a request has one of them."""
+        if not isinstance(given, list):
+            return given
+        listed = [isinstance(one, list) and any(isinstance(part, str) for part in one) for one in given]
+        if info.field_name == "responses" and any(listed):
+            raise ValueError(
+                f"entry {listed.index(True)} is a list of steps; send lists of steps as `steps` in a request of their "
+                "own, or join them to a text"
+            )
+        text = next((row for row, one in enumerate(given) if isinstance(one, str)), None)
+        if info.field_name == "steps" and text is not None:
+            raise ValueError(f"entry {text} is a text; send texts as `responses` in a request of their own")
+        return given
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "ScoreRequest":

@@ -17,7 +17,7 @@ from typing import Any
 import regex as re  # unlike the standard library's, it counts the vowel signs of Indic scripts as letters
 
 from fractal_rm.data.prompts import TEXT_PARTS, Conversation
-from fractal_rm.data.segmentation import THINKING
+from fractal_rm.data.segmentation import THINKING, TOOL_CALL
 from fractal_rm.data.sentences import TAG
 
 MARK = "####"
@@ -60,12 +60,21 @@ _FRACTION = (
     r"|(?P<top1>\d)\s*(?P<bottom1>\d))"
     rf"|(?P<top2>{_UNSIGNED})\s*/\s*(?P<bottom2>{_UNSIGNED})|(?P<vulgar>[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]))"
 )
+# A decimal with digits that repeat: 0.\overline{3}, 0.\bar 3, 0.\dot{1}4\dot{2}, 0.(3).
+_REPEATING = re.compile(
+    r"(?P<whole>\d*)\.(?P<once>\d*)(?:\\(?:overline|bar)\s*(?:\{(?P<r>\d+)\}|(?P<r1>\d))"
+    r"|\\dot\s*(?:\{(?P<r2>\d)\}|(?P<r3>\d))(?:(?P<more>\d*)\\dot\s*(?:\{(?P<r4>\d)\}|(?P<r5>\d)))?|\((?P<r6>\d+)\))"
+)
 _CURRENCY = r"(?:(?:US|A|C|R|S|HK|NT|NZ)?\\?\$|(?:USD|EUR|GBP|CHF|JPY|CNY|RMB|INR|CAD|AUD)(?![^\W\d_])|Rs\b\.?)"
 _VALUE = re.compile(
     rf"(?P<sign>[-+])?\s*{_CURRENCY}?\s*(?P<sign2>[-+])?\s*"
     rf"(?:(?P<whole>\d+)(?:\s+|\s*(?=[\\½-⅞¼-¾])){_FRACTION.replace('?P<', '?P<m_')}"
     rf"|{_FRACTION}|(?P<number>{_UNSIGNED}){_POWER}?)\s*{_CURRENCY}?"
 )
+_MONEY = re.compile(_CURRENCY)
+# A letter that multiplies an amount of money: $5k, $1.2M.
+_SHORT = re.compile(r"k|mn?|bn?", re.I)
+_SHORT_SCALES = {"k": 10**3, "m": 10**6, "b": 10**9}
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _WIDE_SCALES = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
 # What begins a unit and multiplies the number by more than is counted here, or by what depends on the language.
@@ -235,9 +244,9 @@ def read_answer(completion: Any, *, last_number: bool = False) -> str | None:
     """The final answer that a response states, as written; None if it states none, or several.
 
     An answer is the text after `####` on its line, or on the next line if the mark is alone or before "Final Answer",
-    or the content of `\\boxed{}`. Headings (`#### Step 2: divide by 7`) and thinking (`<think>...</think>`) state
-    nothing; after an unclosed thinking block there is no answer. Statements must be equal by [`same_answer`]; "41 or
-    42" is not a statement.
+    or the content of `\\boxed{}`. Headings (`#### Step 2: divide by 7`), thinking (`<think>...</think>`) and calls of
+    tools state nothing; after an unclosed thinking block there is no answer. Statements must be equal by
+    [`same_answer`]; "41 or 42" is not a statement.
 
     Args:
         completion: Text, or a chat whose last message is read.
@@ -268,13 +277,13 @@ def read_answer(completion: Any, *, last_number: bool = False) -> str | None:
 
 
 def _without_thoughts(text: str) -> str | None:
-    """What follows the last thought; None if the last thought is not closed."""
+    """What follows the last thought, without calls of tools; None if the last thought is not closed."""
     for opening, closing in THINKING:
         ends = [match.end() for match in closing.finditer(text)]
         text = text[ends[-1] :] if ends else text
         if opening.search(text):
             return None
-    return text
+    return TOOL_CALL.sub("\n", text)
 
 
 def _statements(text: str) -> Iterator[str]:
@@ -337,6 +346,7 @@ def _bare(text: str) -> str:
             ("**", "**"),
             ("__", "__"),
             ("*", "*"),
+            ("_", "_"),
             ("$$", "$$"),
             ("\\(", "\\)"),
             ("\\[", "\\]"),
@@ -506,6 +516,7 @@ def _plain(text: str) -> str:
 def _number(text: str) -> frozenset[Fraction] | None:
     """The values of a number, with or without a unit: two of a percentage, otherwise one; None: it is not a number."""
     text = _SPACED.sub(lambda found: found[0].replace(" ", ""), text)
+    text = _REPEATING.sub(_repeated, text)
     match = _VALUE.match(text)
     if match is None or len(text) > _LONGEST or (match["sign"] and match["sign2"]) or _NO_VALUE.search(text):
         return None
@@ -515,6 +526,10 @@ def _number(text: str) -> frozenset[Fraction] | None:
     if note and (_words_of(note[1]) & _DOUBTS or _WIDE_DOUBT.search(note[1])):
         return None
     unit = (unit[: note.start()] if note else unit).rstrip(".").strip()
+    if (short := _SHORT.fullmatch(unit)) and _MONEY.search(match[0]):
+        value, unit = value and value * _SHORT_SCALES[short[0][0].lower()], ""
+    if unit == "K" and not text[match.end() - 1].isspace() and text[match.end() :].startswith("K"):
+        return None  # kelvin, or thousands
     if value is None or (unit and not text[match.end() - 1].isspace() and unit[0] in "!?=<>±"):
         return None
     if match["sign"] or match["sign2"]:
@@ -530,6 +545,14 @@ def _number(text: str) -> frozenset[Fraction] | None:
     if unit and (_denied(unit.removesuffix("times")) or _MULTIPLIER.match(unit) or not _UNIT.fullmatch(unit)):
         return None
     return frozenset({value, value / 100} if percent else {value})
+
+
+def _repeated(match: re.Match[str]) -> str:
+    """A decimal with digits that repeat, as a fraction."""
+    again = "".join(match[name] or "" for name in ("r", "r1", "r2", "r3", "more", "r4", "r5", "r6"))
+    once, power = match["whole"] + match["once"], 10 ** len(match["once"])
+    top = int(once + again) - int(once or "0")
+    return f"{top}/{power * (10 ** len(again) - 1)}"
 
 
 def _denied(words: str) -> bool:

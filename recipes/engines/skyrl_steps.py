@@ -24,7 +24,8 @@ class StepRewardGenerator:
         """As the generator's; `rewards` is a `list[list[float]]` of the lengths of `response_ids`.
 
         Raises:
-            ValueError: If there are not as many prompts as responses, or nothing can be scored.
+            ValueError: If there are not as many prompts as responses, `loss_masks` say that others wrote a part of a
+                response, or nothing can be scored.
         """
         output = await self.generator.generate(input_batch, *args, **kwargs)
         ids, prompts = output["response_ids"], input_batch["prompts"]
@@ -32,6 +33,6 @@ class StepRewardGenerator:
             raise ValueError(
                 f"{len(ids)} responses came for {len(prompts)} prompts. Set `generator.step_wise_trajectories` off."
             )
-        placed = placed_scores(prompts, ids, self.tokenizer, from_environment())
+        placed = placed_scores(prompts, ids, self.tokenizer, from_environment(), output.get("loss_masks"))
         rewards = token_rewards(placed, list(map(len, ids)), baseline=mean_score(placed))
         return output | {"rewards": rewards}

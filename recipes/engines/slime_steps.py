@@ -25,15 +25,16 @@ def step_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         rollout_data: `tokens` (prompt and response of each sample), `response_lengths` and `loss_masks`.
 
     Raises:
-        ValueError: If nothing can be scored.
+        ValueError: If `loss_masks` say that others wrote a part of a response, or nothing can be scored.
     """
     tokenizer = _tokenizer(args.hf_checkpoint)
     lengths = list(map(int, rollout_data["response_lengths"]))
     texts = [torch.as_tensor(row).tolist() for row in rollout_data["tokens"]]
     split = [(row[: len(row) - length], row[len(row) - length :]) for row, length in zip(texts, lengths, strict=True)]
     prompts = [RenderedPrompt(tokenizer.decode(prompt)) for prompt, _ in split]
-    placed = placed_scores(prompts, [response for _, response in split], tokenizer, from_environment())
     masks = [torch.as_tensor(mask).bool().cpu() for mask in rollout_data["loss_masks"]]
+    written = [mask.tolist() for mask in masks]
+    placed = placed_scores(prompts, [response for _, response in split], tokenizer, from_environment(), written)
     padded = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
     advantages = group_advantages(placed, padded, [tuple(prompt) for prompt, _ in split])
     rows = [

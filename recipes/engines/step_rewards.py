@@ -41,7 +41,11 @@ def from_environment() -> ScoringClient:
 
 
 def placed_scores(
-    prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], tokenizer: Any, scoring: ScoringClient
+    prompts: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+    tokenizer: Any,
+    scoring: ScoringClient,
+    masks: Sequence[Sequence[int]] | None = None,
 ) -> list[Placed]:
     """Score the steps of completions and find the tokens at which they end.
 
@@ -50,13 +54,21 @@ def placed_scores(
         completion_ids: Sampled ids of each completion, without padding.
         tokenizer: The policy's.
         scoring: The server.
+        masks: For each completion, 1 where the policy wrote the token.
 
     Returns:
-        The steps of each completion; none of one that cannot be scored.
+        The steps of each completion; none of one that cannot be scored, or not to its end.
 
     Raises:
-        ValueError: If no completion with text is scored: nothing could be learned.
+        ValueError: If no completion with text is scored: nothing could be learned. If others wrote between tokens of
+            the policy: a tool's output would be scored as steps.
     """
+    for row, mask in enumerate(masks or ()):
+        if "10" in "".join(str(int(bool(one))) for one in mask).strip("0"):
+            raise ValueError(
+                f"Completion {row} holds tokens that the policy did not write, such as a tool's output, between its "
+                "own: they would be scored as steps. Train on rollouts of one turn, or with `StepPPOTrainer`."
+            )
     texts = [completion_text(ids, tokenizer) for ids in completion_ids]
     found = scoring.score(list(prompts), texts)
     written = [one for one, text in zip(found, texts, strict=True) if text.strip()]
@@ -65,6 +77,8 @@ def placed_scores(
     pieces: dict[int, str] = {}
     return [
         Placed(one.step_scores, step_end_tokens(token_end_characters(ids, tokenizer, pieces), one.spans))
+        if one.judged
+        else Placed([], [])
         for one, ids in zip(found, completion_ids, strict=True)
     ]
 

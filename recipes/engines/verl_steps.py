@@ -36,7 +36,8 @@ class StepRewardManager:
         """Score a `DataProto` with `prompts`, `responses` and `attention_mask`, and chats in `raw_prompt`.
 
         Raises:
-            ValueError: If the data holds no `raw_prompt`, or nothing can be scored.
+            ValueError: If the data holds no `raw_prompt`, `response_mask` says that others wrote a part of a response,
+                or nothing can be scored.
         """
         responses = data.batch["responses"]
         real = data.batch["attention_mask"][:, data.batch["prompts"].shape[-1] :].bool()
@@ -44,7 +45,9 @@ class StepRewardManager:
             raise ValueError("The batch holds no `raw_prompt`. Set `data.return_raw_chat=True`.")
         prompts = [[dict(message) for message in chat] for chat in data.non_tensor_batch["raw_prompt"]]
         ids = [row[mask].tolist() for row, mask in zip(responses, real, strict=True)]
-        placed = placed_scores(prompts, ids, self.tokenizer, from_environment())
+        written = data.batch.get("response_mask", None)  # `in` is no question to a TensorDict
+        masks = None if written is None else [row[mask].tolist() for row, mask in zip(written, real, strict=True)]
+        placed = placed_scores(prompts, ids, self.tokenizer, from_environment(), masks)
         kept = [Placed([max(score, _LEAST) for score in one.scores], one.ends) for one in placed]
         rewards = torch.zeros(responses.shape, dtype=torch.float32, device=responses.device)
         for row, (values, mask) in enumerate(zip(token_rewards(kept, list(map(len, ids))), real, strict=True)):
