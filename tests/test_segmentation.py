@@ -389,6 +389,7 @@ UNITS = [
         "(a. B ",
     ),
     *("😀. ", "-\n", "and\n", "A\n", "#", "*", "_", "\\a{x. ", "a", "a. B", "``''", "> ", "。", "\r", "Step  "),
+    *("?-", "<!", "!" * 999 + "-"),
     *("<tool_call>{", "to=a", "to=a<|b|>", "<!--", ".</b>", "<a ", "|a. b"),
 ]
 
@@ -398,6 +399,12 @@ def test_two_hundred_thousand_characters_are_cut_in_linear_time(unit):
     text = unit * (200_000 // len(unit))  # quadratic work would take minutes: this test would not come back
     assert all(not gap.strip() for gap in gaps(text, sentences(text)))
     assert gaps(text, Segmentation()(text))
+
+
+def test_marks_inside_a_long_run_of_punctuation_end_nothing():
+    assert cut("So. " + "?-" * 300 + " Then. It is " + "!" * 300 + " Well.") == [
+        *("So.", "?-" * 300 + " Then.", "It is " + "!" * 300, "Well.")
+    ]
 
 
 @given(st.lists(texts.filter(str.strip), min_size=1, max_size=5))

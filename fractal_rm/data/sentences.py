@@ -106,6 +106,8 @@ _NO_OPERATOR = re.compile(r"[^\W\d_][ \t]*\Z|[,;:、，；：&)\]][ \t]*\Z")
 _WIDE_NUMBER = re.compile(r"(?<=[。！？；])[ \t]*\d{1,2}[.．、](?![ \t]*\d)")
 # The end of a sentence before any other number, which sentencex takes for a mark inside it ("共有5。3是素数。").
 _WIDE_END = re.compile(r"[。！？][”’」』）]*(?=[ \t]*\d)")
+# A run of punctuation that is nobody's: `sentencex` is quadratic over marks inside of it.
+_NOISE = re.compile(r"[^\w\s]{200,}")
 # "no" as an answer, which sentencex takes for "number": "The answer is no. 5 is odd."
 _ANSWER_NO = re.compile(
     r"(?:\b(?:is|are|was|were|be|says?|said)|[?:])[ \t]+no[.0](?=[ \t]+\d+[ \t]+[a-z])", re.IGNORECASE
@@ -356,12 +358,18 @@ def _blocks(text: str, masked: str, fence_ends: set[int]) -> list[Span]:
     return [*blocks, (start, len(masked))]
 
 
+def _without_marks(noise: re.Match[str]) -> str:
+    """The run with zeros for its marks, but for those at its end."""
+    inside = noise[0].rstrip(".!?")
+    return re.sub("[.!?]", "0", inside) + noise[0][len(inside) :]
+
+
 def _sentence_ends(masked: str, language: str) -> list[int]:
     """Where `sentencex` ends a sentence in a block, mended: behind closing marks, and never inside a word."""
     if not masked.strip() or (masked.isascii() and not re.search("[.!?]", masked)):
         return []
     ends = []
-    for boundary in get_sentence_boundaries(language, masked):
+    for boundary in get_sentence_boundaries(language, _NOISE.sub(_without_marks, masked)):
         end = boundary["end_index"]
         if not masked[end - 1].isspace():
             before = masked[end - 1]
