@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
-# Most brackets of JSON inside each other, and what is no bracket of it.
+# Most brackets of JSON inside each other, and what does not count as a bracket of it.
 _DEEPEST = 500
 _BRACKET, _JSON_TEXT = re.compile(rb"[\[\]{}]"), re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 

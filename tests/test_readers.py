@@ -48,7 +48,7 @@ def check_sentence(error):
     assert "\n" not in sentence
     assert not re.search(r"\. [A-Z]", sentence)
     assert re.search(
-        r"[;,] (or )?(add|bring|choose|drop|escape|fill|give|leave|make|mend|move|name|rescale|remove|save|"
+        r"[;,] (or )?(add|bring|choose|drop|escape|fill|fix|give|leave|make|mend|move|name|rescale|remove|save|"
         r"write|check|delete|copy)\b",
         sentence,
     ), sentence
