@@ -9,7 +9,7 @@
 # `make bench-disaggregation DATA_DIR=...` (docs/disaggregation.md), `make bench-evidence` (docs/evidence.md),
 # `make docs` (the site of the documentation, in build/site), `make faults` (docs/runs.md), `make words` (recipes/words: a
 # real language model), `make audit` (SECURITY.md: bandit, pip-audit, schemathesis, licences, bill of materials),
-# `make coverage` and `make mutation` (docs/testing.md).
+# `make engines` (recipes/engines against verl), `make coverage` and `make mutation` (docs/testing.md).
 # Another Python: `make test PYTHON=/path/to/python3.12`.
 
 VENV := .venv
@@ -21,6 +21,9 @@ PPO_TRL := 1.12.0
 PPO_VENV := .venv-peer
 PRM_TRL := 1.13.0
 PRM_VENV := .venv-peer-prm
+# The last verl whose reward managers may return a reward for each token.
+VERL := 0.7.0
+VERL_VENV := .venv-verl
 
 # The first interpreter that runs and is new enough: a name on PATH alone proves nothing (pyenv has shims for all).
 CANDIDATES := python3.11 python3.12 python3.13 python3 python
@@ -32,7 +35,7 @@ endif
 # Nothing here needs the network once pip is done, and nothing is to be sent anywhere.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test audit faults docs words words-model test-min test-max contract-oldest peer-env bench-disaggregation bench-speed bench-evidence coverage mutation clean
+.PHONY: quickstart test audit faults docs words words-model test-min test-max contract-oldest peer-env bench-disaggregation bench-speed bench-evidence engines coverage mutation clean
 .SECONDARY:   # keeps the .created stamps
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -90,6 +93,10 @@ contract-oldest: $(MIN_VENV)/.installed-test
 
 peer-env: $(PPO_VENV)/.installed-peer $(PRM_VENV)/.installed-peer
 
+# recipes/engines against the engine itself, on a CPU; torch without CUDA saves gigabytes: PIP_EXTRA_INDEX_URL.
+engines: $(VERL_VENV)/.installed-verl
+	$(OFFLINE) PYTHONPATH=recipes/engines $(VERL_VENV)/bin/python recipes/engines/check_verl.py
+
 # Hours on two cores; goes on where it was. DATA_DIR names the folder of the data sets.
 DATA_DIR ?= $(FRACTAL_RM_DATA)
 bench-disaggregation: $(VENV)/.installed-test
@@ -131,7 +138,7 @@ mutation: $(VENV)/.installed-mutation
 	$(VENV)/bin/python -m benchmarks.tables
 
 clean:
-	rm -rf $(VENV) $(MIN_VENV) $(MAX_VENV) $(PPO_VENV) $(PRM_VENV) build dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MIN_VENV) $(MAX_VENV) $(PPO_VENV) $(PRM_VENV) $(VERL_VENV) build dist .hypothesis .pytest_cache .ruff_cache
 	find fractal_rm tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Most files that pip installs are never imported: Python compiles the others when they are, which takes a minute less.
@@ -159,6 +166,12 @@ $(MIN_VENV)/.installed-%: pyproject.toml Makefile | $(MIN_VENV)/.created
 
 $(MAX_VENV)/.installed-%: pyproject.toml Makefile | $(MAX_VENV)/.created
 	$(MAX_VENV)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[$*]'
+	@touch $@
+
+# verl needs an older transformers than this package's trainers: the package goes in without its dependencies.
+$(VERL_VENV)/.installed-verl: Makefile | $(VERL_VENV)/.created
+	$(VERL_VENV)/bin/python -m pip install verl==$(VERL) "transformers<5" torch pillow jaxtyping sentencex regex
+	$(VERL_VENV)/bin/python -m pip install --no-deps -e .
 	@touch $@
 
 # The pins of `make test` but for TRL. This package needs a newer TRL, so it goes in without its dependencies: all but its trainers work.

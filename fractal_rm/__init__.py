@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fractal_rm.data.bag import Bag
     from fractal_rm.data.readers import read_bags
+    from fractal_rm.data.scores import StepScores
     from fractal_rm.data.segmentation import Segmentation
     from fractal_rm.ppo.config import StepPPOConfig
     from fractal_rm.ppo.trainer import StepPPOTrainer
     from fractal_rm.report.rollout_pages import StepScoresCallback
-    from fractal_rm.reward_model import FractalReward, StepRewardModel, StepScores
+    from fractal_rm.reward_model import FractalReward, StepRewardModel
     from fractal_rm.reward_training.config import FractalConfig
     from fractal_rm.reward_training.trainer import FractalTrainer
     from fractal_rm.serving.client import ScoringClient
@@ -48,7 +49,7 @@ _MODULES = {
     "StepPPOConfig": "fractal_rm.ppo.config",
     "StepPPOTrainer": "fractal_rm.ppo.trainer",
     "StepRewardModel": "fractal_rm.reward_model",
-    "StepScores": "fractal_rm.reward_model",
+    "StepScores": "fractal_rm.data.scores",
     "StepScoresCallback": "fractal_rm.report.rollout_pages",
     "read_bags": "fractal_rm.data.readers",
 }

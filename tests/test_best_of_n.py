@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.best_of_n import (
     Questions,
@@ -21,7 +22,6 @@ from fractal_rm.evaluation.best_of_n import (
     solution_scores,
 )
 from fractal_rm.evaluation.intervals import estimates
-from fractal_rm.reward_model import Step, StepScores
 
 samples = st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=7)
 LINES = Segmentation("lines")

@@ -16,11 +16,12 @@ from benchmarks.evidence import cutting_finer
 from benchmarks.evidence.cutting_finer import CUTS, FORMS, in_halves, measure, score_cuts, sums_in_batches
 from fractal_rm.credit.advantages import gae
 from fractal_rm.credit.shaping import shape_step_scores
+from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.results import read_results
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rewards import step_rewards
-from fractal_rm.reward_model import Step, StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 
 Steps = list[tuple[str, ...]]
 # Words are scored, and steps are rows of words. Other responses of the batch stand beside the one that is cut anew.

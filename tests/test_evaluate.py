@@ -11,13 +11,14 @@ from support.stand_ins import save_policy, save_reward_model, solutions
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_bags
+from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, measure_responses, score_bags
 from fractal_rm.evaluation.score_rows import score_rows
 from fractal_rm.objectives.aggregation import AGGREGATIONS, meaning
 from fractal_rm.report.terminal import show_steps
 from fractal_rm.report.viewer import write_viewer
-from fractal_rm.reward_model import Step, StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
 

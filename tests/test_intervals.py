@@ -13,6 +13,7 @@ from sklearn.metrics import accuracy_score, brier_score_loss, mean_absolute_erro
 from support.stand_ins import solutions
 
 from fractal_rm.data.readers import read_bags
+from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.intervals import (
     Measurement,
@@ -40,7 +41,6 @@ from fractal_rm.evaluation.statistics import (
     risk_coverage_curve,
     same_position_auc_of,
 )
-from fractal_rm.reward_model import Step, StepScores
 
 coarse = st.integers(0, 8).map(lambda n: n / 8)  # ties are common
 label = st.sampled_from([0.0, 1.0, math.nan])

@@ -7,9 +7,9 @@ import pytest
 from sklearn.metrics import f1_score
 
 from fractal_rm.data.readers import read_jsonl
+from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.evaluation.intervals import estimates
 from fractal_rm.evaluation.prmbench import KINDS, Solutions, measure_prmbench, read_solutions
-from fractal_rm.reward_model import Step, StepScores
 
 
 def official(kind: str, number: int, errors: list[int]) -> dict:

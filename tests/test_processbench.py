@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fractal_rm.data.readers import read_jsonl
+from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.evaluation.intervals import estimates
 from fractal_rm.evaluation.processbench import (
     SUBSETS,
@@ -21,7 +22,6 @@ from fractal_rm.evaluation.processbench import (
 )
 from fractal_rm.evaluation.responses import evaluate_scores
 from fractal_rm.evaluation.statistics import hit_range
-from fractal_rm.reward_model import Step, StepScores
 
 coarse = st.integers(0, 6).map(lambda n: n / 6)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, roc_auc_score, roc_curve
 
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.evaluation import responses as responses_module
 from fractal_rm.evaluation.intervals import Estimate, paired_difference
 from fractal_rm.evaluation.statistics import (
@@ -23,7 +24,6 @@ from fractal_rm.evaluation.statistics import (
     values_of,
     within_bag_auc,
 )
-from fractal_rm.reward_model import Step, StepScores
 
 NAN = float("nan")
 score = st.integers(0, 8).map(lambda n: n / 8)  # coarse, so that ties are common

@@ -9,7 +9,7 @@ import numpy as np
 import torch.nn.functional as F
 
 from fractal_rm.data.bag import Bag
-from fractal_rm.reward_model import Step, StepScores
+from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.scorers.embedding import EmbeddingInputs
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 

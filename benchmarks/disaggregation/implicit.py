@@ -7,8 +7,8 @@ import numpy as np
 
 from benchmarks.common.implicit import ImplicitReward
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.scores import StepScores
 from fractal_rm.evaluation.statistics import bag_metrics
-from fractal_rm.reward_model import StepScores
 
 # Trials, as many as other arms have: learning rate, weight of the log-ratio.
 EPOCHS, BATCH_SIZE = 3, 64

@@ -43,12 +43,12 @@ from benchmarks.disaggregation.data import LOADERS, Data, whole_responses
 from benchmarks.disaggregation.gains import write_gains
 from benchmarks.disaggregation.implicit import implicit_scores
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.scores import StepScores
 from fractal_rm.evaluation import statistics as metrics
 from fractal_rm.evaluation.intervals import Measurement, estimates
 from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, score_bags
 from fractal_rm.evaluation.responses import gold_labels as gold
 from fractal_rm.evaluation.results import ResultsFile
-from fractal_rm.reward_model import StepScores
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
 from fractal_rm.reward_training.trials import Attempt, best, response_value, run_trials, trial_options

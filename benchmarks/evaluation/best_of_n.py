@@ -32,13 +32,14 @@ from benchmarks.evaluation.judged_models import (
     train,
 )
 from fractal_rm.data.readers import read_jsonl
+from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.benchmarks import as_learned, score_whole
 from fractal_rm.evaluation.best_of_n import Questions, measure_best_of_n, read_questions
 from fractal_rm.evaluation.intervals import Measurement, as_columns, differences, estimates
 from fractal_rm.evaluation.responses import score_bags
 from fractal_rm.evaluation.results import ResultsFile
-from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
 PROBLEMS, SAMPLES, PROBLEM_SEED = 200, 64, 21

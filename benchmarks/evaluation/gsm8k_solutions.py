@@ -33,13 +33,14 @@ from benchmarks.common.places import REPOSITORY, RESULTS, default_encoder
 from benchmarks.evaluation.gains import gain_columns, has_gold, intervals
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_bags, read_jsonl
+from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, known_steps, score_bags
 from fractal_rm.evaluation.results import ResultsFile, read_results
 from fractal_rm.evaluation.statistics import same_position_auc
 from fractal_rm.files import write_atomic
 from fractal_rm.report.tables import markdown_table
-from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import load_model, load_tokenizer, make_scorer
 from fractal_rm.scorers.settings import FractalSettings
 

@@ -24,12 +24,13 @@ from benchmarks.common.places import RESULTS, default_encoder
 from benchmarks.evaluation.judged_models import EMBEDDING, data_dir_of, encoder, models_at_hand, solutions, train
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import read_jsonl
+from fractal_rm.data.scores import StepScores
 from fractal_rm.evaluation.benchmarks import as_learned
 from fractal_rm.evaluation.intervals import as_columns, estimates
 from fractal_rm.evaluation.processbench import SUBSETS, Cases, measure_processbench, read_cases
 from fractal_rm.evaluation.responses import choose_threshold, score_bags
 from fractal_rm.evaluation.results import ResultsFile
-from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 
 RANDOM_SEEDS = range(5)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from benchmarks.common.implicit import ImplicitReward, ImplicitRewardModel
+from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import Segmentation, Span
-from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.study import arms as shipped
 from fractal_rm.study.arms import FRACTAL, LAMBDAS, LEARNING_ON, LEARNING_RATES, OUTCOME_ONLY, TRAINING, Arm, Recipe
 from fractal_rm.study.rivals import Rule

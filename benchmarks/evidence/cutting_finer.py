@@ -22,10 +22,11 @@ from typing import Any
 from benchmarks.common.places import RESULTS
 from fractal_rm.cli.options.arguments import read_rows
 from fractal_rm.data.prompts import read_completion
+from fractal_rm.data.scores import StepScores
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rewards import step_rewards
-from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 
 BENCHMARK = "cutting_finer"
 FILLER = ("Let us go on.", "We keep this in mind.", "This is the next part.")

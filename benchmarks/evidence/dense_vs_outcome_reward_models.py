@@ -18,9 +18,9 @@ from tqdm import tqdm
 from benchmarks.evidence.arms import IMPLICIT, Assets
 from benchmarks.evidence.development_arguments import ROWS, TASKS, parse_arguments
 from benchmarks.evidence.page import REWARD_MODELS
+from fractal_rm.data.scores import StepScores
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.evaluation.statistics import bag_metrics, step_auc
-from fractal_rm.reward_model import StepScores
 from fractal_rm.study.arms import FRACTAL, TRAINING, Recipe
 from fractal_rm.study.arms import Assets as ShippedAssets
 from fractal_rm.study.rivals import oracle

@@ -49,6 +49,7 @@ from benchmarks.common.places import RESULTS
 from benchmarks.evidence.words_reward_models import comparisons, judge, policy_level, read
 from fractal_rm.cli.sample import read_rows_of
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.best_of_n import Questions, read_questions
 from fractal_rm.evaluation.intervals import Measurement, as_columns, estimates
@@ -58,7 +59,6 @@ from fractal_rm.evaluation.statistics import auc_of
 from fractal_rm.objectives.aggregation import bag_log_probs
 from fractal_rm.objectives.bag_loss import bag_loss
 from fractal_rm.objectives.pseudo_labels import pseudo_labels
-from fractal_rm.reward_model import Step, StepScores
 from fractal_rm.tasks.agreement import agreement, result_agreement
 
 LAYERS = (10, 15, 20, 25, 30)

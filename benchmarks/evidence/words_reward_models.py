@@ -27,6 +27,7 @@ from benchmarks.common.floors import Rule, at_random, few_new_words, position, s
 from benchmarks.common.places import RESULTS
 from fractal_rm.cli.sample import read_rows_of
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.best_of_n import Questions, measure_best_of_n, read_questions
 from fractal_rm.evaluation.intervals import Measurement, as_columns, differences, estimates
@@ -41,7 +42,7 @@ from fractal_rm.evaluation.statistics import (
     ratio_of,
     same_position_auc,
 )
-from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.checkpoint import load_model, load_tokenizer, make_scorer
 from fractal_rm.scorers.settings import FractalSettings
 

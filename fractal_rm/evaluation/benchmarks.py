@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.prompts import is_chat
+from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.best_of_n import measure_best_of_n, read_questions
 from fractal_rm.evaluation.intervals import Measurement
 from fractal_rm.evaluation.prmbench import measure_prmbench, read_solutions
 from fractal_rm.evaluation.processbench import TUNED_ON, measure_processbench, missing_cases, read_cases
 from fractal_rm.evaluation.responses import score_bags
-from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 
 # What [`measure`] reports about scoring itself.
 SPEED = ("seconds", "responses_per_second")

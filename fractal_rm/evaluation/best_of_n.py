@@ -16,11 +16,11 @@ from fractal_rm.data.bag import Bag
 from fractal_rm.data.contradictions import prompt_key
 from fractal_rm.data.patterns import compiled
 from fractal_rm.data.readers import read_bags
+from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.intervals import Measurement
 from fractal_rm.evaluation.statistics import Statistic, mean_of
 from fractal_rm.objectives.aggregation import GOOD
-from fractal_rm.reward_model import StepScores
 from fractal_rm.tasks.answers import group_answers, last_message_text, read_answer
 
 # Maximum number of subsets per question for votes, which have no closed form.

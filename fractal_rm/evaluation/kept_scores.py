@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.files import naming_file
-from fractal_rm.reward_model import Step, StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 
 # Number of responses scored between two writes.
 CHUNK = 256

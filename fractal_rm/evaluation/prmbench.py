@@ -12,12 +12,12 @@ import numpy as np
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.prmbench import read_prmbench
 from fractal_rm.data.readers import read_bags
+from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.intervals import Measurement
 from fractal_rm.evaluation.responses import gold_labels, known_steps, measure_responses, ranking_of
 from fractal_rm.evaluation.statistics import Statistic, average_of, bag_aucs, mean_of, ratio_of
 from fractal_rm.objectives.aggregation import GOOD
-from fractal_rm.reward_model import StepScores
 
 # Kinds of error under the paper's three headings. The last one has no error: right in another way.
 CATEGORIES = {

@@ -14,11 +14,11 @@ import numpy as np
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.processbench import read_processbench
 from fractal_rm.data.readers import read_bags
+from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.intervals import Measurement
 from fractal_rm.evaluation.responses import gold_labels, measure_responses, ranking_of
 from fractal_rm.evaluation.statistics import Statistic, as_points, average_of, first_wrong, hit_range, hit_rates
-from fractal_rm.reward_model import StepScores
 
 # Cases of the official subsets: with a wrong step, without one.
 SUBSETS = {"gsm8k": (207, 193), "math": (594, 406), "olympiadbench": (661, 339), "omnimath": (759, 241)}

@@ -7,11 +7,12 @@ import numpy as np
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.contradictions import prompt_key
+from fractal_rm.data.scores import StepScores
 from fractal_rm.evaluation import statistics
 from fractal_rm.evaluation.intervals import Measurement
 from fractal_rm.evaluation.statistics import Statistic, as_points, reliability_curve
 from fractal_rm.objectives.aggregation import GOOD, Aggregation, meaning
-from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 
 # Metrics that `measure_responses` adds to `evaluate_scores`.
 _ADDED = ("bag_brier", "bag_aurc", "step_brier", "step_ece", "within_prompt_auc")

@@ -7,10 +7,11 @@ from typing import Any
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.readers import read_row
+from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import warn_of_uncut_responses
 from fractal_rm.data.shapes import Columns
 from fractal_rm.evaluation.responses import score_bags
-from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.inputs import prompt_text
 from fractal_rm.scorers.published import PublishedSettings
 

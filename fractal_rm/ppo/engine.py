@@ -27,6 +27,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from fractal_rm.credit.kl import kl_estimates
 from fractal_rm.credit.placement import completion_text, token_end_characters, turn_spans
 from fractal_rm.data.prompts import Conversation, contexts_of, is_chat
+from fractal_rm.data.scores import StepScores
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.checkpoints import named_write_errors
 from fractal_rm.hf.denormals import flush_denormals
@@ -44,7 +45,6 @@ from fractal_rm.ppo.sources import (
     finite_outcomes,
     step_lines,
 )
-from fractal_rm.reward_model import StepScores
 from fractal_rm.scorers.checkpoint import check_finite_weights, complete_models, replaced_folder
 
 # TRL makes a reference model only for its own penalty, and only checks whether `beta` is 0.

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from trl.trainer import utils as trl_utils
 
 from fractal_rm.data.bag import Span
+from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.data.segmentation import Segmentation, warn_of_uncut_responses
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rollout import RolloutBatch
-from fractal_rm.reward_model import Step, StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 
 # Characters of a prompt or a completion in a message.
 _SHOWN = 200

@@ -23,7 +23,8 @@ from pydantic import (
 
 from fractal_rm.data.bag import Span
 from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
-from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.data.scores import StepScores
+from fractal_rm.reward_model import StepRewardModel
 
 # A batch numbers the rows of several requests; the reader of an answer knows those of one.
 _NUMBER = re.compile(r"\Arow \d+: ")

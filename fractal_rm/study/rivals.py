@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.data.segmentation import Segmentation
-from fractal_rm.reward_model import Step, StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.tasks.task import Task
 

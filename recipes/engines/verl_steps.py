@@ -1,9 +1,10 @@
 """Dense step rewards in verl: a reward manager with scores of tokens, and an advantage estimator for them.
 
 VERL_USE_EXTERNAL_MODULES=verl_steps FRACTAL_RM_URL=http://reward-machine:8000 PYTHONPATH=recipes/engines \
-    python -m verl.trainer.main_ppo reward_model.reward_manager=fractal_steps \
-    algorithm.adv_estimator=fractal_step_group data.return_raw_chat=True ...
+    python -m verl.trainer.main_ppo reward_manager.name=fractal_steps reward_model.use_reward_loop=False \
+    algorithm.adv_estimator=fractal_step_group ...
 
+For verl 0.7.0 (`make engines`). Later ones keep one number a response, and give estimators neither tokens nor texts.
 verl's own group estimator compares the sums of the rewards of completions, so more steps earn more.
 """
 

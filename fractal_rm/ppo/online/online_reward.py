@@ -17,13 +17,14 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 
 from fractal_rm.data.bag import Bag
+from fractal_rm.data.scores import StepScores
 from fractal_rm.files import write_atomic
 from fractal_rm.objectives.aggregation import GOOD
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.online.replay import ReplayBuffer, draw, is_held_out, outcome_labels
 from fractal_rm.ppo.online.updater import RewardModelUpdater
 from fractal_rm.ppo.rollout import RolloutBatch
-from fractal_rm.reward_model import StepRewardModel, StepScores
+from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.reward_training.data import BagDataset, Records, content_fingerprint, to_bags
 from fractal_rm.scorers.checkpoint import load_scorer
 
