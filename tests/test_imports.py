@@ -171,6 +171,20 @@ def test_using_the_data_half_of_the_package_does_not_import_trl():
     assert run_python(code) == "False"
 
 
+def test_a_client_needs_none_of_our_version_of_transformers():
+    # Engines that people train with pin older ones: the client and what places scores on tokens work beside them.
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from fractal_rm import ScoringClient, StepScores\n"
+        "import fractal_rm.credit.advantages, fractal_rm.credit.placement\n"
+        "step = {'text': 'a', 'start': 0, 'end': 1, 'score': 0.5}\n"
+        "found = {'score': None, 'steps': [step], 'truncated_steps': 0, 'error': None}\n"
+        "ScoringClient._ask = lambda self, path, body: {'results': [found] * len(body['prompts'])}\n"
+        "print(ScoringClient('http://127.0.0.1:1').score(['p'], ['a'])[0].spans)"
+    )
+    assert run_python(code) == "[(0, 1)]"
+
+
 def test_public_names_are_listed_before_they_are_loaded():
     code = "import fractal_rm; print(set(fractal_rm.__all__) <= set(dir(fractal_rm)), 'Bag' in vars(fractal_rm))"
     assert run_python(code) == "True False"
