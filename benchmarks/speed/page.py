@@ -12,6 +12,8 @@ from fractal_rm.report.tables import markdown_table
 SPEED = ("ours", "rival", "ratio", "ratio_low", "ratio_high", "cpu_time_ratio", "peak_memory_ratio")
 PREFIXES = (*SPEED, "tokens_ratio", "ratio_over_tokens_ratio")
 STAGES = "stages_of_"
+# Splits of a real language model, which has tables of its own.
+REAL = "135M"
 
 
 def page(document: str, results: Path) -> str:
@@ -25,11 +27,18 @@ def page(document: str, results: Path) -> str:
     def rows(name: str) -> list[dict[str, Any]]:
         return ResultsFile(results / f"{name}.jsonl").rows()
 
-    ppo, scoring = rows("ppo_speed"), rows("scoring_speed")
+    def is_real(row: Mapping[str, Any]) -> bool:
+        return row["split"].startswith(REAL)
+
+    timed = {name: rows(name) for name in ("ppo_speed", "rm_speed", "scoring_speed")}
+    real = [row for name in timed for row in timed[name] if is_real(row)]
+    ppo, reward_models, scoring = ([row for row in timed[name] if not is_real(row)] for name in timed)
     tables = {
         "ppo_speed": _table([row for row in ppo if not row["arm"].startswith(STAGES)], SPEED),
         "ppo_stages": _table([row for row in ppo if row["arm"].startswith(STAGES)]),
-        "rm_speed": _table(rows("rm_speed"), SPEED),
+        "real_speed": _table([row for row in real if not row["arm"].startswith(STAGES)], SPEED),
+        "real_stages": _table([row for row in real if row["arm"].startswith(STAGES)]),
+        "rm_speed": _table(reward_models, SPEED),
         "scoring_speed": _table([row for row in scoring if row["arm"] != "alignment"], PREFIXES),
         "alignment": _table([row for row in scoring if row["arm"] == "alignment"]),
         "plan_check": _table(rows("plan_check"), CHECKED),
