@@ -8,9 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fractal_rm.data.bag import Bag
+    from fractal_rm.data.bag import Bag, StepScores
     from fractal_rm.data.readers import read_bags
-    from fractal_rm.data.scores import StepScores
     from fractal_rm.data.segmentation import Segmentation
     from fractal_rm.ppo.config import StepPPOConfig
     from fractal_rm.ppo.trainer import StepPPOTrainer
@@ -49,7 +48,7 @@ _MODULES = {
     "StepPPOConfig": "fractal_rm.ppo.config",
     "StepPPOTrainer": "fractal_rm.ppo.trainer",
     "StepRewardModel": "fractal_rm.reward_model",
-    "StepScores": "fractal_rm.data.scores",
+    "StepScores": "fractal_rm.data.bag",
     "StepScoresCallback": "fractal_rm.report.rollout_pages",
     "read_bags": "fractal_rm.data.readers",
 }

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.credit.advantages import GROUP_EPSILON
 from fractal_rm.credit.placement import completion_text
-from fractal_rm.data.bag import Bag, Span
+from fractal_rm.data.bag import Bag, Span, Step, StepScores
 from fractal_rm.data.prompts import (
     Conversation,
     Prompt,
@@ -33,7 +33,6 @@ from fractal_rm.data.prompts import (
     read_completion,
     yields_names,
 )
-from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.data.segmentation import Segmentation, join_steps
 from fractal_rm.errors import reason
 from fractal_rm.files import write_atomic

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_rm.data.scores import Step, StepScores
+from fractal_rm.data.bag import Step, StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.best_of_n import (
     Questions,

@@ -16,7 +16,7 @@ from benchmarks.evidence import cutting_finer
 from benchmarks.evidence.cutting_finer import CUTS, FORMS, in_halves, measure, score_cuts, sums_in_batches
 from fractal_rm.credit.advantages import gae
 from fractal_rm.credit.shaping import shape_step_scores
-from fractal_rm.data.scores import Step, StepScores
+from fractal_rm.data.bag import Step, StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.results import read_results
 from fractal_rm.ppo.config import StepPPOConfig

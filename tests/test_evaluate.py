@@ -9,9 +9,8 @@ import pytest
 from rich.console import Console
 from support.stand_ins import save_policy, save_reward_model, solutions
 
-from fractal_rm.data.bag import Bag
+from fractal_rm.data.bag import Bag, Step, StepScores
 from fractal_rm.data.readers import read_bags
-from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, measure_responses, score_bags
 from fractal_rm.evaluation.score_rows import score_rows

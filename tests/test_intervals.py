@@ -12,8 +12,8 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import accuracy_score, brier_score_loss, mean_absolute_error, roc_auc_score
 from support.stand_ins import solutions
 
+from fractal_rm.data.bag import Step, StepScores
 from fractal_rm.data.readers import read_bags
-from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.intervals import (
     Measurement,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
+from fractal_rm.data.bag import Step, StepScores
 from fractal_rm.data.readers import read_jsonl
-from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.evaluation.intervals import estimates
 from fractal_rm.evaluation.prmbench import KINDS, Solutions, measure_prmbench, read_solutions
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fractal_rm.data.bag import Step, StepScores
 from fractal_rm.data.readers import read_jsonl
-from fractal_rm.data.scores import Step, StepScores
 from fractal_rm.evaluation.intervals import estimates
 from fractal_rm.evaluation.processbench import (
     SUBSETS,

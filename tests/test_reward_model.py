@@ -13,7 +13,7 @@ from support.models import byte_tokenizer, make_model, reward_model
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from fractal_rm.credit.advantages import GROUP_EPSILON
-from fractal_rm.data.scores import Step, StepScores
+from fractal_rm.data.bag import Step, StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.score_rows import score_rows
 from fractal_rm.reward_model import FractalReward, StepRewardModel, probabilities

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, roc_auc_score, roc_curve
 
-from fractal_rm.data.bag import Bag
-from fractal_rm.data.scores import Step, StepScores
+from fractal_rm.data.bag import Bag, Step, StepScores
 from fractal_rm.evaluation import responses as responses_module
 from fractal_rm.evaluation.intervals import Estimate, paired_difference
 from fractal_rm.evaluation.statistics import (

@@ -33,9 +33,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from fractal_rm.cli.main import main
 from fractal_rm.credit.placement import completion_text
-from fractal_rm.data.bag import Bag
+from fractal_rm.data.bag import Bag, StepScores
 from fractal_rm.data.prompts import read_completion, read_prompt
-from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import FractalReward
 from fractal_rm.scorers.inputs import TokenInputs, context_text, prompt_text

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch.nn.functional as F
 
-from fractal_rm.data.bag import Bag
-from fractal_rm.data.scores import Step, StepScores
+from fractal_rm.data.bag import Bag, Step, StepScores
 from fractal_rm.scorers.embedding import EmbeddingInputs
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fractal_rm.data.bag import Bag
-from fractal_rm.data.scores import Step, StepScores
+from fractal_rm.data.bag import Bag, Step, StepScores
 from fractal_rm.scorers.checkpoint import load_model, load_tokenizer, make_scorer
 from fractal_rm.scorers.inputs import TokenInputs
 from fractal_rm.scorers.settings import FractalSettings

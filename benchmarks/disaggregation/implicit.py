@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common.implicit import ImplicitReward
-from fractal_rm.data.bag import Bag
-from fractal_rm.data.scores import StepScores
+from fractal_rm.data.bag import Bag, StepScores
 from fractal_rm.evaluation.statistics import bag_metrics
 
 # Trials, as many as other arms have: learning rate, weight of the log-ratio.

@@ -42,8 +42,7 @@ from benchmarks.disaggregation.arms import HARD, PACES, Options, arms, derived_a
 from benchmarks.disaggregation.data import LOADERS, Data, whole_responses
 from benchmarks.disaggregation.gains import write_gains
 from benchmarks.disaggregation.implicit import implicit_scores
-from fractal_rm.data.bag import Bag
-from fractal_rm.data.scores import StepScores
+from fractal_rm.data.bag import Bag, StepScores
 from fractal_rm.evaluation import statistics as metrics
 from fractal_rm.evaluation.intervals import Measurement, estimates
 from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, score_bags

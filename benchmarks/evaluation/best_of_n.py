@@ -31,8 +31,8 @@ from benchmarks.evaluation.judged_models import (
     solutions,
     train,
 )
+from fractal_rm.data.bag import StepScores
 from fractal_rm.data.readers import read_jsonl
-from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.benchmarks import as_learned, score_whole
 from fractal_rm.evaluation.best_of_n import Questions, measure_best_of_n, read_questions

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fractal_rm.data.bag import Bag
-from fractal_rm.data.scores import StepScores
+from fractal_rm.data.bag import Bag, StepScores
 from fractal_rm.evaluation.intervals import DRAWS, Estimate, Measurement, as_columns, differences, estimates
 from fractal_rm.evaluation.responses import gold_labels, known_steps, measure_responses
 from fractal_rm.evaluation.statistics import Statistic, bag_aucs, mean_of, same_position_auc_of

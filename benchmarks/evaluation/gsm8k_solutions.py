@@ -31,9 +31,8 @@ from benchmarks.common.floors import Rule, at_random, copied, few_new_words, pos
 from benchmarks.common.marks import replace_table
 from benchmarks.common.places import REPOSITORY, RESULTS, default_encoder
 from benchmarks.evaluation.gains import gain_columns, has_gold, intervals
-from fractal_rm.data.bag import Bag
+from fractal_rm.data.bag import Bag, StepScores
 from fractal_rm.data.readers import read_bags, read_jsonl
-from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.responses import choose_threshold, evaluate_scores, known_steps, score_bags
 from fractal_rm.evaluation.results import ResultsFile, read_results

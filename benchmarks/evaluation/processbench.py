@@ -22,9 +22,8 @@ from typing import Any
 from benchmarks.common.floors import Rule, at_random, few_new_words, position, score_by, short
 from benchmarks.common.places import RESULTS, default_encoder
 from benchmarks.evaluation.judged_models import EMBEDDING, data_dir_of, encoder, models_at_hand, solutions, train
-from fractal_rm.data.bag import Bag
+from fractal_rm.data.bag import Bag, StepScores
 from fractal_rm.data.readers import read_jsonl
-from fractal_rm.data.scores import StepScores
 from fractal_rm.evaluation.benchmarks import as_learned
 from fractal_rm.evaluation.intervals import as_columns, estimates
 from fractal_rm.evaluation.processbench import SUBSETS, Cases, measure_processbench, read_cases

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from benchmarks.common.implicit import ImplicitReward, ImplicitRewardModel
-from fractal_rm.data.scores import StepScores
+from fractal_rm.data.bag import StepScores
 from fractal_rm.data.segmentation import Segmentation, Span
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.study import arms as shipped

@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks.common.places import RESULTS
 from fractal_rm.cli.options.arguments import read_rows
+from fractal_rm.data.bag import StepScores
 from fractal_rm.data.prompts import read_completion
-from fractal_rm.data.scores import StepScores
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rewards import step_rewards

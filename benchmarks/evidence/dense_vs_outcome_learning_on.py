@@ -23,7 +23,7 @@ import yaml
 from benchmarks.common.places import RESULTS
 from benchmarks.evidence.dense_vs_outcome_reward_models import label_metrics, step_levels, step_metrics
 from benchmarks.evidence.page import LEARNING_ON
-from fractal_rm.data.scores import StepScores
+from fractal_rm.data.bag import StepScores
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.study.arms import ARMS, FRACTAL, Assets, Options

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from benchmarks.evidence.arms import IMPLICIT, Assets
 from benchmarks.evidence.development_arguments import ROWS, TASKS, parse_arguments
 from benchmarks.evidence.page import REWARD_MODELS
-from fractal_rm.data.scores import StepScores
+from fractal_rm.data.bag import StepScores
 from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.evaluation.statistics import bag_metrics, step_auc
 from fractal_rm.study.arms import FRACTAL, TRAINING, Recipe

@@ -48,8 +48,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.common.places import RESULTS
 from benchmarks.evidence.words_reward_models import comparisons, judge, policy_level, read
 from fractal_rm.cli.sample import read_rows_of
-from fractal_rm.data.bag import Bag
-from fractal_rm.data.scores import Step, StepScores
+from fractal_rm.data.bag import Bag, Step, StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.best_of_n import Questions, read_questions
 from fractal_rm.evaluation.intervals import Measurement, as_columns, estimates

@@ -26,8 +26,7 @@ import torch
 from benchmarks.common.floors import Rule, at_random, few_new_words, position, score_by, short
 from benchmarks.common.places import RESULTS
 from fractal_rm.cli.sample import read_rows_of
-from fractal_rm.data.bag import Bag
-from fractal_rm.data.scores import StepScores
+from fractal_rm.data.bag import Bag, StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.best_of_n import Questions, measure_best_of_n, read_questions
 from fractal_rm.evaluation.intervals import Measurement, as_columns, differences, estimates

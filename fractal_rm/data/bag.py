@@ -1,4 +1,4 @@
-"""Bags: a response with one label, cut into steps; and truncation of responses that are too long.
+"""Bags: a response with one label, cut into steps; truncation of responses that are too long; scores of a response.
 
 Everything is checked when a `Bag` is made, so no later stage checks it again. If a bag comes from a file, the reader
 adds the file and the row to the message.
@@ -9,7 +9,7 @@ import math
 import reprlib
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fractal_rm.data.prompts import Conversation, Prompt, RenderedPrompt, check_text, read_prompt, shortened
@@ -93,6 +93,54 @@ class Bag:
     def steps(self) -> list[str]:
         """Texts of the steps."""
         return [self.response[start:end] for start, end in self.step_spans]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a response: its text, its characters `start:end` of the response, and P(step is good)."""
+
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """Scores of one response.
+
+    Args:
+        response: The response as scored.
+        steps: Its steps with scores in [0, 1].
+        score: Aggregated P(response is good); NaN if the response could not be scored.
+        truncated_steps: Steps beyond `max_length`, left out of `steps` and `score`.
+        error: Why the response could not be scored, else None.
+        empty: Whether the response has no step, so there was nothing to score.
+    """
+
+    response: str
+    steps: list[Step] = field(default_factory=list)
+    score: float = math.nan
+    truncated_steps: int = 0
+    error: str | None = None
+    empty: bool = False
+
+    @property
+    def judged(self) -> bool:
+        """Whether every step has a score. The unscored rest of a truncated response is of unknown quality."""
+        if self.empty or not self.response.strip():
+            return True
+        return self.error is None and not self.truncated_steps
+
+    @property
+    def step_scores(self) -> list[float]:
+        """The scores alone."""
+        return [step.score for step in self.steps]
+
+    @property
+    def spans(self) -> list[Span]:
+        """The characters alone."""
+        return [(step.start, step.end) for step in self.steps]
 
 
 def warn_of_equal_labels(bags: Sequence[Bag]) -> None:

@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fractal_rm.data.bag import Bag
+from fractal_rm.data.bag import Bag, StepScores
 from fractal_rm.data.prompts import is_chat
-from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.best_of_n import measure_best_of_n, read_questions
 from fractal_rm.evaluation.intervals import Measurement

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fractal_rm.data.bag import Bag
+from fractal_rm.data.bag import Bag, StepScores
 from fractal_rm.data.contradictions import prompt_key
 from fractal_rm.data.patterns import compiled
 from fractal_rm.data.readers import read_bags
-from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.intervals import Measurement
 from fractal_rm.evaluation.statistics import Statistic, mean_of

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from fractal_rm.data.scores import Step, StepScores
+from fractal_rm.data.bag import Step, StepScores
 from fractal_rm.files import naming_file
 from fractal_rm.reward_model import StepRewardModel
 

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fractal_rm.data.bag import Bag
+from fractal_rm.data.bag import Bag, StepScores
 from fractal_rm.data.formats.processbench import read_processbench
 from fractal_rm.data.readers import read_bags
-from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.evaluation.intervals import Measurement
 from fractal_rm.evaluation.responses import gold_labels, measure_responses, ranking_of

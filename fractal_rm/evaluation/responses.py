@@ -5,9 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fractal_rm.data.bag import Bag
+from fractal_rm.data.bag import Bag, StepScores
 from fractal_rm.data.contradictions import prompt_key
-from fractal_rm.data.scores import StepScores
 from fractal_rm.evaluation import statistics
 from fractal_rm.evaluation.intervals import Measurement
 from fractal_rm.evaluation.statistics import Statistic, as_points, reliability_curve

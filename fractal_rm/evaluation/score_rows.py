@@ -4,10 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fractal_rm.data.bag import Bag
+from fractal_rm.data.bag import Bag, StepScores
 from fractal_rm.data.prompts import is_chat
 from fractal_rm.data.readers import read_row
-from fractal_rm.data.scores import StepScores
 from fractal_rm.data.segmentation import warn_of_uncut_responses
 from fractal_rm.data.shapes import Columns
 from fractal_rm.evaluation.responses import score_bags

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fractal_rm.credit.guards import Alarm, GuardInputs, Guards, measure_rollouts, most_frequent, word_places
-from fractal_rm.data.scores import StepScores
+from fractal_rm.data.bag import StepScores
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rollout import RolloutBatch, mean_outcomes
 

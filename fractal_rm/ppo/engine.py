@@ -26,8 +26,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from fractal_rm.credit.kl import kl_estimates
 from fractal_rm.credit.placement import completion_text, token_end_characters, turn_spans
+from fractal_rm.data.bag import StepScores
 from fractal_rm.data.prompts import Conversation, contexts_of, is_chat
-from fractal_rm.data.scores import StepScores
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.checkpoints import named_write_errors
 from fractal_rm.hf.denormals import flush_denormals

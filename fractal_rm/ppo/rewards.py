@@ -15,7 +15,7 @@ from fractal_rm.credit.kl import AdaptiveKL
 from fractal_rm.credit.moments import RunningMoments
 from fractal_rm.credit.placement import place_outcome, place_step_rewards, step_end_tokens, token_end_characters
 from fractal_rm.credit.shaping import limit_step_rewards, shape_step_scores
-from fractal_rm.data.scores import StepScores
+from fractal_rm.data.bag import StepScores
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.ppo.rollout import RolloutBatch, ShapedSteps, TokenRewards, all_reduce, rows_of_all
 

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from fractal_rm.credit.placement import Placement
-from fractal_rm.data.scores import StepScores
+from fractal_rm.data.bag import StepScores
 
 Row = TypeVar("Row")
 

@@ -14,8 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from trl.trainer import utils as trl_utils
 
-from fractal_rm.data.bag import Span
-from fractal_rm.data.scores import Step, StepScores
+from fractal_rm.data.bag import Span, Step, StepScores
 from fractal_rm.data.segmentation import Segmentation, warn_of_uncut_responses
 from fractal_rm.objectives.aggregation import meaning
 from fractal_rm.ppo.config import StepPPOConfig

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from fractal_rm import __version__
-from fractal_rm.data.scores import StepScores
+from fractal_rm.data.bag import StepScores
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.serving.access import Access, Gate
 from fractal_rm.serving.batching import Batcher

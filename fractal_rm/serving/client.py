@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from fractal_rm.data.prompts import RenderedPrompt, is_messages
 
 if TYPE_CHECKING:
-    from fractal_rm.data.bag import Span
+    from fractal_rm.data.bag import Span, StepScores
     from fractal_rm.data.prompts import Prompt
-    from fractal_rm.data.scores import StepScores
 
 # Responses in a request, more than a forward pass holds; fewer where the server takes no more.
 _AT_A_TIME = 256
@@ -73,8 +72,8 @@ class ScoringClient:
             ValueError: If the server refuses the request; its sentence.
             ConnectionError: If there is no answer after all tries.
         """
+        from fractal_rm.data.bag import Step, StepScores
         from fractal_rm.data.prompts import read_completion
-        from fractal_rm.data.scores import Step, StepScores
 
         scored = []
         for given, found in zip(responses, self._results(prompts, responses, spans), strict=True):

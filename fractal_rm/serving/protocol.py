@@ -21,9 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from fractal_rm.data.bag import Span
+from fractal_rm.data.bag import Span, StepScores
 from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
-from fractal_rm.data.scores import StepScores
 from fractal_rm.reward_model import StepRewardModel
 
 # A batch numbers the rows of several requests; the reader of an answer knows those of one.

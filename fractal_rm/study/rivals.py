@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fractal_rm.data.scores import Step, StepScores
+from fractal_rm.data.bag import Step, StepScores
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.settings import FractalSettings

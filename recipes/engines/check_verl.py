@@ -24,7 +24,7 @@ from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.ppo.reward import compute_reward, load_reward_manager
 
 from fractal_rm.credit.advantages import group_step_advantages
-from fractal_rm.data.scores import Step, StepScores
+from fractal_rm.data.bag import Step, StepScores
 from fractal_rm.data.segmentation import Segmentation
 
 TEXTS = ["3*4=12.\n2+12=14.", "It is 20.", "2+3=5.\n5*4=20.\nSo 20.", "14."]

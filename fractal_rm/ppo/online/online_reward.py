@@ -16,8 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 
-from fractal_rm.data.bag import Bag
-from fractal_rm.data.scores import StepScores
+from fractal_rm.data.bag import Bag, StepScores
 from fractal_rm.files import write_atomic
 from fractal_rm.objectives.aggregation import GOOD
 from fractal_rm.ppo.config import StepPPOConfig
