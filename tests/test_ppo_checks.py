@@ -26,6 +26,7 @@ from support.step_ppo import (
     train,
 )
 from transformers import LlamaForSequenceClassification
+from trl import GRPOConfig
 
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.ppo.checks import check_reward_models, check_setup, check_step_functions, wait_for_vllm
@@ -104,6 +105,13 @@ def test_a_trainer_is_not_made(tmp_path, monkeypatch, options, error, sentence):
 def test_a_configuration_is_not_made(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         settings(**options)
+
+
+def test_losses_are_not_refused_where_the_help_of_trl_does_not_name_them(monkeypatch):
+    field = StepPPOConfig.__dataclass_fields__["loss_type"]
+    monkeypatch.setattr(field, "metadata", {"help": "Which loss is used."})
+    monkeypatch.setattr(GRPOConfig.__dataclass_fields__["loss_type"], "metadata", {"help": "Which loss is used."})
+    assert settings(loss_type="newer").loss_type == "newer"
 
 
 def test_batches_of_evaluation_hold_whole_groups():

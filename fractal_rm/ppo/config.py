@@ -283,9 +283,11 @@ class StepPPOConfig(RunConfig, GRPOConfig):
         if self.scale_rewards not in ("group", "batch", "none", True, False):
             raise ValueError(f"`scale_rewards` is {self.scale_rewards!r}. Choose one of group, batch, none.")
         # TRL refuses others only after the first rollout; its help is where the names of the installed version stand.
-        losses = re.findall(r"(?<!=)'(\w+)'", GRPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
+        field_of_trl = GRPOConfig.__dataclass_fields__["loss_type"]
+        losses = re.findall(r"(?<!=)'(\w+)'", field_of_trl.metadata["help"])
         for name, known in (("loss_type", losses), ("importance_sampling_level", ["token", "sequence"])):
-            if (given := getattr(self, name)) not in known:
+            readable = name != "loss_type" or field_of_trl.default in losses  # another TRL may word its help otherwise
+            if readable and (given := getattr(self, name)) not in known:
                 raise ValueError(f"`{name}` is {given!r}. Choose one of {', '.join(dict.fromkeys(known))}.")
         if getattr(self, "trust_remote_code", False) or "trust_remote_code" in str(self.model_init_kwargs):
             raise ValueError(
