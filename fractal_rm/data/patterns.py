@@ -15,6 +15,8 @@ SECONDS = 1.0
 _TRIES = 3
 # Longer patterns are probably data, and take long to compile.
 _LONGEST = 2_000
+# A group that calls a group or the whole pattern: it can fill the memory in two seconds, which has no limit.
+_CALL = regex.compile(r"\(\?(?:R|[-+]?\d+|&\w+|P>\w+)\)")
 # Characters of a pattern shown in a message.
 _SHOWN = 80
 
@@ -23,7 +25,7 @@ class Pattern:
     """A regular expression with a time limit. Made by [`compiled`].
 
     Raises:
-        ValueError: If it is invalid or too long.
+        ValueError: If it is invalid, too long or calls itself.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -35,6 +37,10 @@ class Pattern:
         except (regex.error, RecursionError, OverflowError, ValueError) as error:  # flags that exclude each other
             told = str(error) or type(error).__name__
             raise ValueError(f"The pattern {self._shown} is not a regular expression: {told}.") from None
+        if call := _CALL.search(pattern):
+            raise ValueError(
+                f"The pattern {self._shown} calls itself ({call[0]}), which can fill the memory; write it without."
+            )
         self._late = 0
 
     @property
