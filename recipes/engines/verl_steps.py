@@ -46,7 +46,7 @@ class StepRewardManager:
             raise ValueError("The batch holds no `raw_prompt`. Set `data.return_raw_chat=True`.")
         prompts = [[dict(message) for message in chat] for chat in data.non_tensor_batch["raw_prompt"]]
         ids = [row[mask].tolist() for row, mask in zip(responses, real, strict=True)]
-        written = data.batch.get("response_mask", None)  # `in` is no question to a TensorDict
+        written = data.batch.get("response_mask", None)  # a TensorDict does not support `in`
         masks = None if written is None else [row[mask].tolist() for row, mask in zip(written, real, strict=True)]
         placed = placed_scores(prompts, ids, self.tokenizer, from_environment(), masks)
         kept = [Placed([max(score, _LEAST) for score in one.scores], one.ends) for one in placed]
