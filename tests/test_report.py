@@ -14,7 +14,7 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 from support.pages import Page
@@ -88,6 +88,7 @@ def report() -> QuickstartReport:
 # The viewer
 
 
+@settings(max_examples=30)
 @given(
     st.lists(
         st.lists(st.text(st.characters(), min_size=1).filter(str.strip), min_size=1, max_size=4), min_size=1, max_size=3

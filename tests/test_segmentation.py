@@ -395,8 +395,8 @@ UNITS = [
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=ascii)
-def test_two_hundred_thousand_characters_are_cut_in_linear_time(unit):
-    text = unit * (200_000 // len(unit))  # quadratic work would take minutes: this test would not come back
+def test_a_hundred_thousand_characters_are_cut_in_linear_time(unit):
+    text = unit * (100_000 // len(unit))  # quadratic work would take minutes: this test would not come back
     assert all(not gap.strip() for gap in gaps(text, sentences(text)))
     assert gaps(text, Segmentation()(text))
 
