@@ -58,6 +58,16 @@ def test_a_seed_gives_the_same_responses_and_leaves_the_global_generator(policy)
     assert first != sample_groups(model, tokenizer, prompts, samples=4, seed=2)
 
 
+def test_the_head_never_gets_a_slice(policy):
+    # torch on a CPU multiplies a slice by one copy of the head's weights for each row, if they are frozen and bfloat16.
+    model, tokenizer = policy
+    contiguous = []
+    handle = model.lm_head.register_forward_pre_hook(lambda head, given: contiguous.append(given[0].is_contiguous()))
+    sample_groups(model, tokenizer, [p.prompt for p in make_problems(3, seed=5)], samples=2, max_new_tokens=3)
+    handle.remove()
+    assert contiguous == [True, True, True]
+
+
 def test_a_policy_that_never_ends_is_cut_off(policy):
     model, tokenizer = policy
     prompt = make_problems(1, seed=2)[0].prompt

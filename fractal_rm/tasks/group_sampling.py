@@ -92,7 +92,9 @@ def sample_group_ids(
         input_ids=batch["input_ids"],
         attention_mask=mask,
         position_ids=positions,
-        logits_to_keep=1,
+        # A tensor copies the states; an integer slices them, and then torch on a CPU copies frozen bfloat16 weights of
+        # the head once for each row: 1.8 GB and seconds for 32 rows of a model with 135 M parameters.
+        logits_to_keep=torch.tensor([mask.size(1) - 1], device=device),
         **state,
     ).logits[:, -1]
     cache.batch_repeat_interleave(samples)
