@@ -28,7 +28,7 @@ PAIRS = (
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first two columns are text."""
+    """A Markdown table whose first two columns are aligned to the left."""
     if not lines:
         return NONE_YET
     marks = ["---" if place < 2 else "---:" for place in range(len(header))]
@@ -157,6 +157,17 @@ def differences(rows: Sequence[Row]) -> str:
                 shown.append(percent(as_columns({"gain": found}), "gain", signed=True))
             lines.append([f"`{dataset}`", f"`{arm}` - `{rival}`", str(len(seeds)), *shown])
     return table(["problems", "difference", "seeds", "half-way, points", "end, points"], lines)
+
+
+def arithmetic(rows: Sequence[Row], *, rollouts: int = 1280) -> str:
+    """Accuracy of `outcome_grpo` in the arithmetic study, at its start and after as many rollouts as a run on words."""
+    lines = []
+    for (setting, arm), seeds in finished_runs(rows, benchmark="dense_vs_outcome").items():
+        if arm == "outcome_grpo" and all(rollouts in run for run in seeds.values()):
+            start, end = (np.mean([run[n]["accuracy"] for run in seeds.values()]) for n in (0, rollouts))
+            numbers = [f"{100 * start:.1f}", f"{100 * end:.1f}", f"{100 * (end - start):+.1f}"]
+            lines.append([f"`{setting}`", str(len(seeds)), *numbers])
+    return table(["setting", "seeds", "start, %", f"after {rollouts:,} rollouts, %", "gain, points"], lines)
 
 
 def _solved(metrics: Mapping[str, Any]) -> np.ndarray:
