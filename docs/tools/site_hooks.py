@@ -27,6 +27,10 @@ LINK = re.compile(r"(?P<mark>!?)\[(?P<label>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 # An interval or a deviation in a cell of a table: a line breaks before it, not in it.
 INTERVAL = re.compile(r"(?<=[\s>])(\[[^\[\]<>,]+, [^\[\]<>,]+\]|[\d.,]+ ± [\d.,]+)(?=\s*</td>)")
 
+# A flag of a command in code: a browser would break a line after its hyphens.
+FLAG = re.compile(r"(?<=[\s>])(--[a-z][\w-]*)(?=[\s<])")
+CODE = re.compile(r"<code[^>]*>.*?</code>", re.DOTALL)
+
 # What a browser would fetch by itself from somewhere else.
 FETCHED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"(?:https?:)?//[^\"]*")
 
@@ -176,19 +180,22 @@ def on_page_markdown(markdown: str, *, page: "Page", config: "MkDocsConfig", fil
     return with_contents(markdown)
 
 
-def with_whole_intervals(html: str) -> str:
-    """HTML whose style sheet can keep the intervals of tables in one piece.
+def with_unbroken(html: str) -> str:
+    """HTML whose style sheet can keep the intervals of tables, and the flags in code, in one piece.
 
     Example:
-        >>> with_whole_intervals("<td>0.5 [0.4, 0.6]</td>")
-        '<td>0.5 <span class="interval">[0.4, 0.6]</span></td>'
+        >>> with_unbroken("<td>0.5 [0.4, 0.6]</td>")
+        '<td>0.5 <span class="unbroken">[0.4, 0.6]</span></td>'
+        >>> with_unbroken("<code>train --bf16 false</code>")
+        '<code>train <span class="unbroken">--bf16</span> false</code>'
     """
-    return INTERVAL.sub(r'<span class="interval">\1</span>', html)
+    unbroken = r'<span class="unbroken">\1</span>'
+    return CODE.sub(lambda code: FLAG.sub(unbroken, code[0]), INTERVAL.sub(unbroken, html))
 
 
 def on_page_content(html: str, *, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
-    """Mark intervals in tables."""
-    return with_whole_intervals(html)
+    """Mark what no line may break."""
+    return with_unbroken(html)
 
 
 def on_post_page(output: str, *, page: "Page", config: "MkDocsConfig") -> str:
