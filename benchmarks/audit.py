@@ -1,10 +1,11 @@
-"""What do scanners find: bandit in the sources, pip-audit in what is installed, schemathesis in the scoring server?
+"""What do scanners find: bandit in the sources, pip-audit in installed packages, schemathesis in the scoring server?
 
     python -m benchmarks.audit          # with the extra `audit`; `make audit` installs it
 
 bandit leaves out the rules that SECURITY.md explains. pip-audit looks up known vulnerabilities; packages for which it
-reaches no data are counted. schemathesis sends requests that follow the schema of a server with an untrained model, and
-requests that do not. Rows go to `benchmarks/results/audit.jsonl`; the exit status is 1 if anything was found.
+cannot reach the database are counted. schemathesis sends requests that follow the schema of a server with an untrained
+model, and requests that do not. Rows go to `benchmarks/results/audit.jsonl`; the exit status is 1 if anything was
+found.
 """
 
 import argparse
@@ -24,8 +25,8 @@ from fractal_rm.evaluation.results import ResultsFile
 
 # Rules of bandit that are left out; SECURITY.md has the reason of each.
 EXPLAINED = ("B101", "B105", "B106", "B310", "B311", "B404", "B506", "B603", "B607", "B615", "B704")
-# A check of schemathesis that is left out: requests that follow the schema are refused where they break a rule that a
-# schema cannot express; its description lists those.
+# A check of schemathesis that is left out: requests may follow the schema and still be refused, because a schema cannot
+# express every rule; its description lists these rules.
 NOT_CHECKED = ("positive_data_acceptance",)
 EXAMPLES = 100
 

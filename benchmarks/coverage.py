@@ -1,9 +1,9 @@
 """Question: which share of the package's lines and branches does the suite run?
 
     make coverage
-    python -m benchmarks.coverage --report coverage.json    what `coverage json` wrote of a run that was made before
+    python -m benchmarks.coverage --report coverage.json    from the output of `coverage json` of an earlier run
 
-Processes that tests start are counted too. A row for each room and one for all goes to
+Processes that tests start are counted too. One row for each room and one for all go to
 `benchmarks/results/coverage.jsonl`; docs/testing.md shows the last run.
 """
 

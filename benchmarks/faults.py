@@ -1,14 +1,14 @@
-"""Does a command that is killed at any moment, and run again, end as if nothing had happened?
+"""Does a command that is killed at any moment, and run again, end with the result of an undisturbed run?
 
 Each command runs once undisturbed. Then, chain after chain, the same command is killed with SIGKILL three times and
-runs to its end: once at a random moment, once while it prepares, once while it does what it is most easily hurt by: it
-writes a checkpoint, embeds, or appends rows. The rival is the undisturbed run: weights byte by byte, rows without their
-times; and nothing may be left over or stand twice.
+runs to its end: one kill at a random moment, one while it prepares, one while it is most vulnerable (it writes a
+checkpoint, embeds, or appends rows). The rival is the undisturbed run: weights are compared byte by byte, rows without
+their times; nothing may be left over or occur twice.
 
     python -m benchmarks.faults --kills 30
 
-Appends a row for each chain to `benchmarks/results/faults.jsonl`, and goes on with the kills that have none; an hour or
-so on an idle core.
+Appends a row for each chain to `benchmarks/results/faults.jsonl`, and continues with the chains that have no row; about
+an hour on an idle core.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from fractal_rm.tasks.arithmetic.problems import Beliefs, make_problems
 
 # Kills in a chain, before the command runs to its end.
 KILLS = ("random", "preparing", "writing")
-# Names of files and folders that only a process that was killed leaves.
+# Names of files and folders that only a killed process leaves.
 LEFT_OVER = ("**/*.partial", "**/.writing-*", "**/running/*", "**/*.tmp")
 TIMES = ("seconds", "finished_at", "command", "commit")
 TINY = Amounts(
@@ -170,7 +170,7 @@ def seen(folder: Path, patterns: tuple[str, ...]) -> set[tuple[str, int]]:
     """Files with their sizes."""
     found = set()
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
-        with contextlib.suppress(OSError):  # gone meanwhile
+        with contextlib.suppress(OSError):  # it has ended meanwhile
             found.add((str(path), path.stat().st_size))
     return found
 
@@ -259,7 +259,7 @@ def main() -> None:
     results, seconds = ResultsFile(arguments.results), {}
     with tempfile.TemporaryDirectory() as place:
         while left := [name for name in arguments.commands if kills(results, name) < arguments.kills]:
-            for name in left:  # in turn, so that a benchmark that is stopped has tried all of them
+            for name in left:  # in turn: a stopped benchmark has tried all of them
                 folder = Path(place) / name
                 if name not in seconds:
                     commands()[name].prepare(folder / "whole")

@@ -1,9 +1,9 @@
-"""Question: how long is the help of each command, and how long does it, or the answer to a typo, take?
+"""Question: how long is the help of each command, and how long do the help and the answer to a typo take?
 
     python -m benchmarks.first_hour
 
-Each call is a new process. Seconds are those of the wall clock and of the processor (`cpu_seconds`, which other work on
-the machine does not change): the least of some tries. Rows go to `benchmarks/results/first_hour.jsonl`.
+Each call is a new process. Seconds are wall time and processor time (`cpu_seconds`, which other work on the machine
+does not change), each the minimum of several tries. Rows go to `benchmarks/results/first_hour.jsonl`.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from fractal_rm.cli.options.help import options_of
 from fractal_rm.evaluation.results import ResultsFile
 
 WIDTH = 80
-# What is asked: the arguments after the command; the last one is a flag that no command has. Commands with choices are
-# also given a wrong one.
+# The calls: arguments after the command; the last one is a flag that no command has. Commands with choices also get a
+# wrong choice.
 CALLS = {"help": ["--help"], "help_all": ["--help", "all"], "typo": ["--modle", "x"]}
 
 

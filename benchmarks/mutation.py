@@ -5,16 +5,16 @@ cosmic-ray, and runs the examples and the test files of the module. Rival: no ch
 
     python -m benchmarks.mutation --share 0.05 --seed 1
 
-Appends a row for each module to `benchmarks/results/mutation.jsonl`: about two processor seconds a mutant. How:
+Appends a row for each module to `benchmarks/results/mutation.jsonl`: about two processor seconds per mutant. How:
 
-- Every place counts alike, however many operators fit it; one of them is drawn.
+- Every place has the same probability, however many operators fit it; one of them is drawn.
 - Arithmetic is exchanged with arithmetic, bitwise with bitwise, and `is` with `is not`: exchanging `+` with `<<`, or
   `==` with `is`, fails everywhere or nowhere, and says nothing about tests. Annotations are left alone.
-- A mutant that needs more than a minute of processor time counts as killed, as one does that fails a test.
-- A mutant that survives shows that the tests pass. Where none does, those that killed are run without a change.
+- A mutant is killed if a test fails, or if it needs more than a minute of processor time.
+- A surviving mutant shows that the tests pass. If none survives, the tests that killed run again without a change.
 
-Libraries are imported once. Each mutant runs in a fork that reads the changed source in place of the file: no file is
-edited. Tests that start processes of their own see the code unchanged.
+Libraries are imported once. Each mutant runs in a fork that reads the changed source instead of the file: no file is
+edited. Tests that start further processes see the unchanged code.
 """
 
 import argparse
@@ -74,7 +74,7 @@ ARITHMETIC = {"Add", "Sub", "Mul", "Div", "FloorDiv", "Mod", "Pow"}
 BITWISE = {"BitAnd", "BitOr", "BitXor"}
 IDENTITY = {"Is", "IsNot"}
 
-# A mutant may compute for ever, wait for ever, or ask for all of the memory. A busy machine makes many seconds of one.
+# A mutant may loop or wait forever, or ask for all memory. On a busy machine one processor second takes many seconds.
 PROCESSOR_SECONDS, WALL_SECONDS, MEMORY = 60, 3600, 8 * 2**30
 
 
@@ -254,7 +254,7 @@ def _in_fork(tests: Sequence[str], file: Path | None, source: str, folder: str) 
     if file is not None:
         read_instead(file, source)
     imported_early = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
-    # Pytest would read files that it is given itself, to rewrite their assertions: the mutant would never be seen.
+    # Pytest would itself read the files that it is given, to rewrite their assertions, and bypass the mutant.
     options = ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "-W", imported_early]
     options.append(f"--basetemp={folder}/tests")
     return int(pytest.main([*options, *tests], plugins=[_Failures(f"{folder}/failed.txt")]))
@@ -270,7 +270,7 @@ def measure(results: ResultsFile, module: str, share: float, seed: int) -> dict[
     mutants = draw(source, found, max(1, round(share * len(found))), random.Random(f"{seed} {module}"))
     ended = [run_tests(tests, file, mutant.source) for mutant in mutants]
     survivors = [mutant.said for mutant, end in zip(mutants, ended, strict=True) if end.status == 0]
-    # A file that cannot be imported stands for itself: the module's examples import it.
+    # A file that cannot be imported runs as itself: the module's examples import it.
     killers = sorted({end.failed if "::" in end.failed else tests[0] for end in ended})
     if not survivors and run_tests(killers).status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise ValueError(f"{killers} fail without a change, so what they kill says nothing. Mend them first.")
@@ -299,7 +299,7 @@ def main() -> None:
     for library in LIBRARIES:
         importlib.import_module(library)
     gc.collect()
-    gc.freeze()  # forks collect garbage of their own only
+    gc.freeze()  # forks collect only their own garbage
     results = ResultsFile(arguments.results)
     for module in arguments.modules:
         if not results.has(arm=module, seed=arguments.seed):

@@ -1,7 +1,7 @@
-"""Does the scoring server go on answering while somebody sends what is unfinished, too much, or endless?
+"""Does the scoring server keep answering while a client sends unfinished, oversized or endless requests?
 
-The server of the command line runs as a process with 256 descriptors, and is attacked in one way after another.
-Meanwhile `GET /health` is asked again and again, each time over a new connection. The rival is that server undisturbed.
+The server runs as a process with 256 file descriptors, and is attacked in one way after another. Meanwhile `GET
+/health` is requested again and again, each time over a new connection. The rival is the undisturbed server.
 
     python -m benchmarks.server_limits
 
@@ -32,7 +32,7 @@ from fractal_rm.serving.limits import Limits, count_values
 
 DESCRIPTORS, HEADERS, BODIES = 256, 300, 30
 BODY, CHAT = 15_000_000, 14_500_000
-# Seconds between two questions, the longest that an answer may take, and how long an undisturbed server is asked.
+# Seconds between two requests, the longest time for an answer, and how long an undisturbed server is measured.
 PAUSE, PATIENCE, UNDISTURBED = 0.05, 60.0, 3.0
 # Each `a` doubles what Python's `re` tries.
 ENDLESS, LINE = "(a|a)*$", "a" * 60 + "!"

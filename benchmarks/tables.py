@@ -178,7 +178,7 @@ def documents() -> dict[Path, str]:
     shown = ["accuracy", "accuracy_greedy", "step_accuracy", "step_auc", "within_bag_auc", "rollouts"]
     readme, quickstart = REPOSITORY / "README.md", REPOSITORY / "docs" / "quickstart.md"
     short = markdown_table(last_rows("quickstart.jsonl", QUICKSTART_ARMS), metrics=shown)
-    # One line a seed: a mean over a policy that learned and one that did not would describe neither.
+    # One line per seed: a mean over a policy that learned and one that did not would describe neither.
     own = [
         row | {"arm": f"{row['arm']}, seed {row['seed']}"}
         for row in last_rows("quickstart_own_policy.jsonl", QUICKSTART_ARMS)
@@ -191,7 +191,7 @@ def documents() -> dict[Path, str]:
     disaggregation = filled(parts, disaggregation_tables(read_results(RESULTS / "disaggregation.jsonl")))
     scale = REPOSITORY / "docs" / "scale.md"
     plan = scale_page(scale.read_text(encoding="utf-8"), read_results(RESULTS / "scale_plan.jsonl"))
-    # One line a trainer: shares of the runs, and the mean step of the last whole checkpoint when they were killed.
+    # One line per trainer: shares of the runs, and the mean step of the last complete checkpoint when they were killed.
     moments = read_results(RESULTS / "kill_and_resume.jsonl")
     killed = markdown_table(moments, metrics=["equal", "files_that_differ", "checkpoint_torn", "checkpoint_step"])
     runs = REPOSITORY / "docs" / "runs.md"

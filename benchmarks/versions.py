@@ -1,10 +1,10 @@
-"""Question: does the suite pass with the lowest and with the newest versions of the packages that are allowed?
+"""Question: does the suite pass with the lowest and with the newest allowed versions of all packages?
 
-    make test-min    the lowest version that pyproject.toml allows of every package that this one needs
+    make test-min    the lowest version that pyproject.toml allows, for every dependency
     make test-max    the newest that pip finds
-    python -m benchmarks.versions --environment test-min tests/test_contract.py    some tests, where this runs
+    python -m benchmarks.versions --environment test-min tests/test_contract.py    some tests, in this environment
 
-Runs pytest, whose arguments come behind the options, and adds a row with the counts and all versions to
+Runs pytest, whose arguments come after the options, and adds a row with the counts and all versions to
 `benchmarks/results/versions.jsonl`; docs/versions.md shows the last row of each environment and choice of tests.
 """
 

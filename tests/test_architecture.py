@@ -29,7 +29,7 @@ def test_the_page_and_the_picture_show_the_rooms_and_imports_that_there_are(page
 
 
 def test_the_page_says_how_many_circles_and_upward_imports_there_are(page):
-    name = "circles, upward imports"
+    name = "circular imports, upward imports"
     found = re.escape(architecture.static_counts(architecture.PACKAGE)[name])
     assert re.search(rf"^\| {name} \|.*\| {found} \|$", page, re.MULTILINE), REWRITE
 

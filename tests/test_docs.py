@@ -7,6 +7,7 @@ import pytest
 from support.documents import FENCE, REPOSITORY, blocks, commands, documents
 
 FIRST_SCREEN = 60  # lines
+CODE_WIDTH = 80  # characters that fit beside navigation and contents at 1,280 pixels
 LINK = re.compile(r"!?\[[^\]]*\]\(\s*<?([^)>\s]+)|(?:src|href|srcset)=\"([^\"\s]+)")
 
 
@@ -43,9 +44,10 @@ def test_relative_links_lead_to_files(document):
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_python_blocks_compile(document):
+def test_python_blocks_compile_and_are_not_wrapped_by_the_site(document):
     for number, body in enumerate(blocks(document.read_text(encoding="utf-8"), "python"), start=1):
         compile(body, f"{document.name}, Python block {number}", "exec")
+        assert [line for line in body.splitlines() if len(line) > CODE_WIDTH] == []
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(REPOSITORY)))

@@ -1,4 +1,4 @@
-"""Step scores that need no learning: what any trained scorer has to beat.
+"""Step scores that need no learning: baselines that any trained scorer has to beat.
 
 Each rule gives the steps of a response scores in [0, 1]; a response scores as the mean of its steps.
 """

@@ -20,7 +20,7 @@ from fractal_rm.scorers.inputs import TokenInputs
 from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.study.rivals import ScriptedRewardModel
 
-# Responses that are scored at once.
+# Responses per forward pass.
 SCORED_AT_ONCE = 64
 
 

@@ -1,4 +1,4 @@
-"""A server of the command line that runs as a process, and a model for it that nobody has trained."""
+"""The scoring server as a process, and an untrained model for it."""
 
 import re
 import resource

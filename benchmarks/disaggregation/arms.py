@@ -1,6 +1,6 @@
 """Arms of the benchmark `disaggregation`: for each, the configurations that compete on validation bag labels.
 
-Every arm has the same number of trials, so that none wins by more trials: two sets of learning rates and epochs, times
+Every arm has the same number of trials, so none wins by having more: two sets of learning rates and epochs, times
 two variants of the arm. All arms of the embedding scorer use the head `pair`, which scores each step separately. The
 head whose steps see each other (`set`) fits response labels better but ranks steps worse, because any step can carry
 the information of all; bag labels would choose it for the wrong reason. It and the paper's head (`mlp`) have separate
@@ -35,11 +35,11 @@ def arms(data: Data) -> dict[str, list[Options]]:
     """Arms that are trained, each with its trials; options are those of `FractalConfig`."""
     hard, soft = {"aggregation": HARD[data.rule]}, {"aggregation": SOFT[data.rule]}
     if data.num_grades is not None:
-        # The maximum of grades is exact already: there is nothing softer, and no other way to aggregate them.
+        # The maximum of grades is already exact: there is no softer form and no other aggregation.
         hard = soft = {"aggregation": "max", "num_grades": data.num_grades}
     paper, ours = prior_variants(data)
     pseudo_hard = {"pseudo_labels": "hard"}
-    # Of preferences and of grades only hard pseudo-labels are defined.
+    # Preferences and grades have hard pseudo-labels only.
     only_hard = data.preferences or data.num_grades is not None
     pseudo_soft = pseudo_hard if only_hard else {"pseudo_labels": "soft"}
     going_on = {"pseudo_bag_weight": 1.0, "pseudo_start": "warm"}
@@ -88,11 +88,11 @@ def prior_variants(data: Data) -> tuple[Options, Options]:
         return likelihood, {**likelihood, "prior_schedule": "linear"}
     paper = {"cosine_prior_weight": 0.1, "correlation_prior_weight": 0.1}
     if data.num_grades is not None:
-        # These grades say how wrong a step is: the same belief, that good steps are close to the question, turns round.
+        # These grades say how wrong a step is, so the belief that good steps are close to the question is reversed.
         paper = {"negated_cosine_prior_weight": 0.1, "correlation_prior_weight": 0.1}
         return paper, {"correlation_prior_weight": 0.2, "prior_schedule": "linear"}
     if data.rule == "min" and data.name not in ("summedits", "aquamuse_swap"):
-        # Steps of a proof are not made of the question's words: similar steps get similar scores, and that is all.
+        # Steps of a proof need not resemble the question: only the prior that similar steps get similar scores is used.
         return paper, {"correlation_prior_weight": 0.2, "prior_schedule": "linear"}
     return paper, {"cosine_prior_weight": 0.5, "teacher_prior_weight": 0.5}
 

@@ -17,7 +17,7 @@ from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.arithmetic.conditions import ShippedArithmetic
 from fractal_rm.tasks.arithmetic.problems import make_problems
 
-# Larger training splits are cut to their first rows: a run takes seconds, and the sets can be compared.
+# Larger training splits are cut to their first rows, so a run takes seconds and the sets can be compared.
 MOST_TRAINING_BAGS = 1500
 SPLITS = ("train", "validation", "test")
 # From the folder of the sets, the work folder, and the most responses a split may have.

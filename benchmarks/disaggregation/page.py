@@ -10,11 +10,11 @@ from fractal_rm.report.tables import MISSING, format_number, markdown_table
 
 Rows = Sequence[Mapping[str, Any]]
 
-# Where the ceiling of a data set is that has no gold step labels to train on, but the test steps of another.
+# Data sets without gold step labels for training that share the test steps, and so the ceiling, of another set.
 CEILING_OF = {"qa_feedback_preferences": "qa_feedback"}
 PLAIN = ("bag_min", "bag_max", "bag_mean")
 GOLD_SHARES = (0, 1, 5, 10, 20, 50)
-# Arms that response labels may choose among: what `fractal-rm train` can be, in one or several parts.
+# Arms that response labels may choose among: configurations of `fractal-rm train`.
 CHOICES = (*PLAIN, "bag_product", "bag_noisy_or", "bag_priors", "pseudo_hard", "pseudo_soft", "fractal")
 FIGURE = "disaggregation.png"
 

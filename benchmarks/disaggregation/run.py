@@ -2,15 +2,15 @@
 
 Rivals of FRACTAL: scores that need no learning, a response-level model applied to steps, plain bag losses, LCA pooling,
 the implicit process reward, EasyLLP; ceilings: gold fractions and full supervision. Data: ten real sets in this
-package's schema (one of them twice, with the noisy labels that people have) and the arithmetic task.
+package's schema (one of them twice, the second time with realistic noisy labels) and the arithmetic task.
 
     python -m benchmarks.disaggregation.run --data-dir DATA --jobs 2
 
 Each arm has the same number of trials, chosen on response labels of the validation split (the supervised ceiling: on
 its step labels); then five seeds of the chosen configuration, whose test scores are read once. The arm `chosen` is the
 result of `fractal-rm train --trials 8`: its own list, evaluation and rule. Rows go to
-`benchmarks/results/disaggregation.jsonl` as they are made; a killed run continues where it was. Step scores of the test
-splits stay in the work folder, from which `--gains` compares arms, paired over responses.
+`benchmarks/results/disaggregation.jsonl` as they are made; a killed run continues where it stopped. Step scores of the
+test splits stay in the work folder, from which `--gains` compares arms, paired over responses.
 """
 
 import argparse
@@ -56,7 +56,7 @@ from fractal_rm.study.study import run_units
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
 SEEDS = range(5)
-# The seed of trials is none of those that are reported.
+# The seed of trials is never reported.
 TUNING_SEED = 1000
 TRAINING: Options = {
     "segmentation": "given",
@@ -265,7 +265,7 @@ def measure(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float)
     found = evaluate_scores(scored, bags, threshold)
     steps, labels = [result.step_scores for result in scored], [gold(bag) for bag in bags]
     if "step_mae" in found:
-        # A share of the highest grade is no probability, and these grades count from right to wrong.
+        # A share of the highest grade is not a probability, and these grades go from right to wrong.
         for name in ("first_error_accuracy", "all_correct_accuracy", "f1", "bag_ece", "bag_accuracy"):
             del found[name]
     else:
@@ -291,7 +291,7 @@ def units(bench: Disaggregation, datasets: Sequence[str], wanted: Sequence[str] 
         data = bench.data(name)
         names = ["floor_copy", "floor_overlap", "floor_position", "floor_length", "floor_random", "floor_cosine"]
         if data.num_grades is not None:
-            names.append("floor_constant")  # an error needs a constant beside it, as an AUC has its 0.5
+            names.append("floor_constant")  # an error needs a constant as reference, as an AUC has 0.5
         names += [*arms(data), "chosen", *(["implicit"] if data.scorer == "likelihood" else [])]
         found += [Unit(name, arm) for arm in names if wanted is None or arm in wanted]
     return found

@@ -61,7 +61,7 @@ class SolutionsJudge:
     def __init__(self, dataset: str, questions: Questions, results: ResultsFile) -> None:
         self.dataset, self.questions, self.results = dataset, questions, results
         constant = measure_best_of_n(score_by(lambda bag: [0.5] * len(bag.steps), questions.bags), questions)
-        # What the vote and the ceiling reach is the same beside every model.
+        # The vote and the ceiling are the same for every model.
         self.rival = self.pick(constant, "majority")
         for arm, reading in (("floor_random", "own"), ("floor_majority", "majority"), ("ceiling_pass", "pass")):
             self.append(arm, None, self.pick(constant, reading), {}, 0.0)

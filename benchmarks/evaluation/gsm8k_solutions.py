@@ -1,7 +1,7 @@
 """How well do outcome labels alone teach step scores on real solutions?
 
 Two step reward models, `recipes/gsm8k_solutions/{token,likelihood}.yaml`, learn from 3,718 solutions of GSM8K
-questions, each with one label: was the final answer right. They are evaluated on the responses of the test split, and
+questions, each with one label: was the final answer right? They are evaluated on the responses of the test split, and
 on the steps of the GSM8K part of ProcessBench, where people marked the first wrong step. Rivals: scores that need no
 learning (random, position, length, word overlap with the prompt, the response's own outcome) and the language model
 before it saw a label.
@@ -46,7 +46,7 @@ from fractal_rm.scorers.settings import FractalSettings
 RECIPE = REPOSITORY / "recipes" / "gsm8k_solutions"
 DATASETS = ("gsm8k_solutions", "processbench_gsm8k", "processbench_gsm8k_unseen")
 RANDOM_SEEDS = range(5)
-# Log-likelihoods reach -200, where a sigmoid in float32 knows no order any more; the order is all that is used.
+# Log-likelihoods reach -200, where a sigmoid in float32 loses the order, and only the order is used.
 UNTRAINED_TEMPERATURE = 100.0
 # What a row shows of the settings of a run.
 SHOWN_SETTINGS = (

@@ -87,7 +87,7 @@ class CasesJudge:
         start = time.monotonic()
         threshold = choose_threshold(score_by(rule, self.validation), self.validation)
         if arm in ("floor_none", "floor_first"):
-            threshold = 0.5  # what the rule says is what is called
+            threshold = 0.5  # what the rule says is the prediction
         self.append(arm, seed, score_by(rule, self.cases.bags), threshold, start, {})
 
     def model(self, arm: str, seed: int | None, model: StepRewardModel, config: Mapping[str, Any]) -> None:

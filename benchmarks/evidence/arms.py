@@ -17,19 +17,19 @@ from fractal_rm.study.study import Study, Unit
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 from fractal_rm.tasks.task import Task
 
-# The six of the claim; the noise test stands beside them.
+# The six settings of the claims; the noise test is separate.
 MAIN_CONDITIONS = ("easy", "medium", "hard", "distractors", "branching", "shift")
-# Tasks on which the arms beyond the core run too: long problems, and those on which step scores can be gamed.
+# Tasks for the arms beyond the core: long problems, and problems on which step scores can be gamed.
 FURTHER = ("medium", "branching")
 FURTHER_SEEDS = 5
-# Sums of later rewards are what the min-form is about: credit must reach back to the first step.
+# The min-form depends on sums of later rewards: credit must reach back to the first step.
 _SUMS = ({"advantage": "group", "step_gamma": 1.0}, {"advantage": "gae", "step_lam": 1.0})
-# A difference to the step before: all later ones together are the last step's score, the nearest one is the step's own.
+# Differences to the step before: all later ones add up to the last step's score, the nearest one is the step's own.
 _NEAR_OR_ALL = ({"advantage": "gae", "step_lam": 0.2}, {"advantage": "gae", "step_lam": 1.0})
 # The log-ratio itself is the reward: the log-odds of the score that is its sigmoid.
 _LOG_ODDS = (("shaping", "log_odds"),)
 RESULT = re.compile(r"(?:->|:)( \d)$", re.MULTILINE)
-# The implicit process reward: as many steps on as many responses as the others. `beta` tells its recipes from theirs.
+# The implicit process reward: the same numbers of steps and responses as the others. `beta` marks its recipes.
 IMPLICIT: Recipe = {"learning_rate": 3e-4, "beta": 0.1, "epochs": 16, "batch_size": 32}
 
 
@@ -54,9 +54,9 @@ class Further(Arm):
     times: int | None = None
 
 
-# Arms that are `fractal_mix`, where steps and outcome weigh the same, with another weight of the outcome.
+# `fractal_mix`, where steps and outcome have equal weights, with another weight for the outcome.
 MIXES = {"fractal_mix_low": 0.3, "fractal_mix_high": 3.0}
-# Forms of step rewards of which some sum or bound does not grow with the number of steps.
+# Forms of step rewards with a sum or bound that does not grow with the number of steps.
 CANDIDATES: dict[str, tuple[tuple[str, Any], ...]] = {
     "response": (("center", "response"),),
     "min_form": (("shaping", "min_form"), ("step_lam", 1.0)),
@@ -65,7 +65,7 @@ CANDIDATES: dict[str, tuple[tuple[str, Any], ...]] = {
 }
 CANDIDATE_ARMS = {"fractal_mix": tuple(CANDIDATES), "fractal": ("response",)}
 LONGER = {name: f"{name}_long" for name in OUTCOME_ONLY}
-# So many times its updates take an outcome-only arm about as long as a reward model and a run with its scores.
+# With this many times the updates, an outcome-only arm takes about as long as a reward model and a run with it.
 TIMES = {"outcome_grpo": 4, "outcome_ppo": 3}
 AS_LONG = {name: f"{name}_{times}x" for name, times in TIMES.items()}
 _EVERYWHERE = tuple(CONDITIONS)
@@ -86,9 +86,9 @@ ARMS: dict[str, Arm] = {
             Further(name, steps="fractal", outcome=True, options=(("outcome_weight", weight),))
             for name, weight in MIXES.items()
         ),
-        # As many trials as an outcome-only arm has, where the rate of the study is what suits those.
+        # As many trials as an outcome-only arm, because the study's rate is the one that suits the outcome-only arms.
         Further("fractal_mix_own_rate", steps="fractal", outcome=True, own_rate=True, conditions=MAIN_CONDITIONS),
-        # What a step earns where cutting finer must not pay: candidates for the default, with the settings of its arm.
+        # Rewards that cutting finer must not raise: candidates for the default, with the settings of its arm.
         *(
             Further(
                 f"{like}_{name}",
@@ -104,10 +104,10 @@ ARMS: dict[str, Arm] = {
             for name, options in CANDIDATES.items()
             if name in names
         ),
-        # Where step scores end when they are trained on for as long as outcomes: whether what they teach has a ceiling.
+        # Do step scores have a ceiling? Training for as long as the outcome-only arms.
         Further("fractal_mix_4x", steps="fractal", outcome=True, like="fractal_mix", times=4),
         _CORE["fractal_online"],
-        # Outcomes teach the reward model and are no reward: what learning on does for step scores alone.
+        # Outcomes train the reward model but are not rewards: the effect of continued learning on step scores.
         Further("fractal_online_steps", steps="fractal", outcome=True, options=(*LEARNING_ON, ("outcome_weight", 0.0))),
         *(_CORE[name] for name in ("orm", "supervised", "oracle", "random_steps")),
         Further("copy_label", steps="copy_label"),
@@ -115,12 +115,12 @@ ARMS: dict[str, Arm] = {
         Further("fractal_delta", steps="fractal", options=(("shaping", "delta"),), variants=_NEAR_OR_ALL),
         Further("fractal_min_form", steps="fractal", options=(("shaping", "min_form"),), variants=_SUMS),
         Further("fractal_log_odds", steps="fractal", options=_LOG_ODDS),
-        # Steps alone, and of each step only what it states: how a careless choice of what to score is gamed.
+        # Steps only, and only the result of each step: how a careless choice of what to score is gamed.
         Further("fractal_result_token", steps="result_token"),
         Further("lca", steps="lca"),
         Further("implicit", steps="implicit", options=_LOG_ODDS),
         Further("implicit_mix", steps="implicit", outcome=True, options=_LOG_ODDS),
-        # PRIME: the same, learning on; its credit is the sum of all later log-ratios, or reaches to near steps.
+        # PRIME: the same with continued learning; credit is the sum of all later log-ratios, or reaches to near steps.
         Further(
             "implicit_online",
             steps="implicit",

@@ -30,7 +30,7 @@ from fractal_rm.reward_model import StepRewardModel
 
 BENCHMARK = "cutting_finer"
 FILLER = ("Let us go on.", "We keep this in mind.", "This is the next part.")
-# Rewards that differ by less are equal but for rounding.
+# Rewards that differ by less are equal up to rounding.
 ROUNDING = 1e-9
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     reward_model = StepRewardModel.from_pretrained(arguments.reward_model)
     kept, scores = score_cuts(reward_model, rows, group)
     for name, options in FORMS.items():
-        # Where it trains decides nothing here: a processor, so that the script runs on any machine.
+        # The device does not matter here: a CPU, so the script runs on any machine.
         args = StepPPOConfig("unused", use_cpu=True, bf16=False, report_to=[], **options)
         results.append(
             benchmark=BENCHMARK,

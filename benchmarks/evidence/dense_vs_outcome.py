@@ -9,7 +9,7 @@ response label at every step. Same base policies, prompts, rollouts and updates 
     python -m benchmarks.evidence.dense_vs_outcome --smoke true  # minutes; rows and models in a temporary folder
 
 This is `fractal-rm compare` with further arms and the files of this repository. Rows go to
-`benchmarks/results/dense_vs_outcome.jsonl` as they are made; a killed run continues where it was.
+`benchmarks/results/dense_vs_outcome.jsonl` as they are made; a killed run continues where it stopped.
 """
 
 import sys

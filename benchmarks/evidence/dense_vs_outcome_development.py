@@ -26,7 +26,7 @@ VARIANTS: dict[str, tuple[Arm, Options]] = {
     "mix": (ARMS["fractal_mix"], {}),
     "mix_0.3": (ARMS["fractal_mix"], {"outcome_weight": 0.3}),
     "mix_online": (ARMS["fractal_mix"], _ONLINE),
-    # Forms of step rewards of which some sum or bound does not grow with the number of steps.
+    # Forms of step rewards with a sum or bound that does not grow with the number of steps.
     "mix_response": (ARMS["fractal_mix"], {"center": "response"}),
     "mix_min_form": (ARMS["fractal_mix"], {"shaping": "min_form", "step_lam": 1.0}),
     "mix_cap": (ARMS["fractal_mix"], {"length_neutral": "cap"}),

@@ -1,8 +1,8 @@
-"""Question: how does a reward model change that keeps learning, where that does harm (`fractal_online` on `hard`)?
+"""Question: how does a reward model change when continued learning does harm (`fractal_online` on `hard`)?
 
 Runs of the study are repeated. At each evaluation their reward model scores the policy's responses to the held-out
-problems: how well its scores rank them (bag AUC, which also decides whether an update is kept), how well they fit the
-labels (negative log-likelihood), and the scores of right and wrong steps. The checker's step labels are used for
+problems. Rows have the ranking (bag AUC, which also decides whether an update is kept), the fit to the labels (negative
+log-likelihood), and the scores of right and wrong steps. The checker's step labels are used for
 evaluation only. `frozen` is `fractal_mix`, whose model does not change.
 
     python -m benchmarks.evidence.dense_vs_outcome_learning_on --settings hard --seeds 0 6 8
@@ -32,7 +32,7 @@ from fractal_rm.study.run import Budget, quiet, run_arm
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
 ROWS = RESULTS / f"{LEARNING_ON}.jsonl"
-# Each is an arm of the study, with its settings but for these.
+# Each is an arm of the study, with these settings changed.
 VARIANTS: dict[str, tuple[str, Options]] = {
     "frozen": ("fractal_mix", {}),
     "online": ("fractal_online", {}),
@@ -101,7 +101,7 @@ def run(assets: WatchedAssets, variant: str, chosen: Mapping[str, Options], budg
 
     with quiet(), tempfile.TemporaryDirectory() as folder:
         run_arm(ARMS[VARIANTS[variant][0]], options, assets, budget, report, Path(folder))
-    for metrics in rows:  # at the end, so that a run is there or not
+    for metrics in rows:  # written at the end, so a run is complete or absent
         ResultsFile(results).append(
             benchmark=LEARNING_ON,
             arm=variant,

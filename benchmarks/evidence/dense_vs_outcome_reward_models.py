@@ -37,7 +37,7 @@ RECIPES: dict[str, Recipe] = {
     "fractal_8x5e-4": {**_PLAIN, "num_train_epochs": 8, "learning_rate": 5e-4},
     "fractal_8x3e-4": {**_PLAIN, "num_train_epochs": 8},
     "fractal_16x2e-4": {**_PLAIN, "learning_rate": 2e-4},
-    # For `noise_20`: fewer passes over the labels, and knowing the share of flipped ones, as `fractal_flips` does.
+    # For `noise_20`: fewer passes over the labels, and a known share of flipped labels, as in `fractal_flips`.
     "fractal_4x3e-4": {**_PLAIN, "num_train_epochs": 4},
     "flips_20": _FLIPS_20,
     "flips_20_4x3e-4": {**_FLIPS_20, "num_train_epochs": 4},

@@ -32,7 +32,7 @@ def trained_models(results: Path) -> list[tuple[str, int, str]]:
         for (setting, arm), seeds in finished_runs(read_results(results)).items()
         for seed in seeds
     }
-    # Gold labels are of lines; what `result_token` scores are parts of them.
+    # Gold labels are for lines; `result_token` scores parts of lines.
     return sorted(
         (setting, seed, kind)
         for setting, seed, kind in found

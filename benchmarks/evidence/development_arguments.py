@@ -10,7 +10,7 @@ from fractal_rm.tasks.task import Task
 
 ROWS = RESULTS / "dense_vs_outcome_development.jsonl"
 FIRST_SEED = 2000
-# The settings of the study, and the task of the quickstart, whose base policy the package ships: nothing to make first.
+# The settings of the study, and the task of the quickstart, whose base policy the package ships.
 TASKS: dict[str, Task] = {**CONDITIONS, ShippedArithmetic.name: ShippedArithmetic()}
 
 

@@ -1,9 +1,9 @@
 """Question: which response reward still separates responses with many steps?
 
 Simulated: every step is good with a probability around .88, which varies from step to step; a reward model that knows
-it rewards the responses of a group of 8, and GRPO turns these rewards into advantages. Rewards: the product of the
-steps (what `FractalReward` gives with `aggregation="product"`), its logarithm (`scale="log"`), their minimum, their
-mean. The result is the mean size of an advantage: about .77 if the scale of the rewards does not matter.
+this probability rewards the responses of a group of 8, and GRPO turns these rewards into advantages. Rewards: the
+product of the steps (what `FractalReward` gives with `aggregation="product"`), its logarithm (`scale="log"`), their
+minimum, their mean. The result is the mean size of an advantage: about .77 if the scale of the rewards does not matter.
 
     python -m benchmarks.evidence.long_responses
 
@@ -23,7 +23,7 @@ from fractal_rm.objectives.aggregation import Aggregation, bag_log_probs
 BENCHMARK = "long_responses"
 LENGTHS = (5, 10, 20, 40, 80, 150, 300)
 GROUP, GROUPS, SEED = 8, 500, 0
-# A beta distribution: its mean, and how many observations it is worth (a standard deviation of .07).
+# A beta distribution: its mean, and its number of pseudo-observations (a standard deviation of .07).
 MEAN, CONCENTRATION = 0.88, 20.0
 
 

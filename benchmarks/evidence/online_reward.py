@@ -25,7 +25,7 @@ from fractal_rm.study.quickstart import PPO_SETTINGS, Amounts, Quickstart, Quick
 from fractal_rm.tasks.task import sample_responses
 
 AMOUNTS = Amounts(responses=384, updates=32, evaluate_every=8, held_out=384, validation=100)
-# One completion a prompt, and no value model: every rollout is another problem for the reward model to learn from.
+# One completion per prompt, and no value model: every rollout is a different problem for the reward model.
 SETTINGS = PPO_SETTINGS | {
     "advantage": "global",
     "num_generations": 1,

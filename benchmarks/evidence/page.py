@@ -1,4 +1,4 @@
-"""Tables beside the study: trials on development seeds, and evaluations of its reward models."""
+"""Tables in addition to the study: trials on development seeds, and evaluations of its reward models."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from fractal_rm.study.statistics import Curves, Rows, latest
 REWARD_MODELS = "dense_vs_outcome_reward_models"
 STEP_SCORES = "dense_vs_outcome_step_scores"
 LEARNING_ON = "dense_vs_outcome_learning_on"
-# Arms whose score is drawn beside the truth; of the last one's steps only the result is scored.
+# Arms whose score is drawn next to the truth; the last one scores only the results of steps.
 SCORED = (DEFAULT, "fractal", "orm", "fractal_result_token")
 # Arms whose accuracy is drawn against seconds.
 TIMED = (DEFAULT, f"{DEFAULT}_4x", *AS_LONG.values())
 COMPARED_TO = "mix"
-# Rollouts at which a model that learns on is shown: after its first two updates, and at the end.
+# Rollouts at which a model that keeps learning is shown: after its first two updates, and at the end.
 SHOWN = (640, 2560)
 
 

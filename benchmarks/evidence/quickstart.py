@@ -1,5 +1,5 @@
 """Question: with equal rollouts, do dense step rewards beat outcome-only rewards on the arithmetic task, and
-which of them hold up?
+which forms do?
 
 Rival: the arm `outcome` (PPO with the exact checker's outcome reward only). For every seed a policy is made, responses
 are sampled and labelled by outcome, a reward model is trained, and PPO runs once per arm from the same policy on the

@@ -19,9 +19,9 @@ DEFAULT_ARMS = (DEFAULT, f"{DEFAULT}_own_rate", "fractal", "fractal_online")
 REFERENCE = "fractal"
 # Shares of the rollouts at which a table shows the accuracy: after 10, 20 and 40 updates of the study.
 PROGRESS = (0.25, 0.5, 1.0)
-# What `evidence` says of arms.
+# Results of `evidence`, for several arms.
 Found = Mapping[str, Mapping[str, Evidence]]
-UNDECIDED = "No setting has the five seeds yet that an interval takes."
+UNDECIDED = "No setting has five seeds yet, which an interval needs."
 
 
 def tables(rows: Rows) -> dict[str, str]:

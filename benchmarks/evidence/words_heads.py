@@ -1,22 +1,22 @@
-"""Question: does the policy know more of its steps than its likelihood says, and do answers alone bring it out?
+"""Question: does the policy know more about its steps than its likelihood says, and do answer labels bring it out?
 
-The policy stays as it is. Linear heads read what it computes at each step, and learn from right and wrong answers:
+The policy is frozen. Linear heads read its features of each step, and learn from right and wrong answers:
 
 - `frozen_likelihood`: the log-likelihood of the step, with a scale and an offset.
-- `frozen_confidence`: six numbers of the step's tokens: log-likelihood, its lowest, mean and highest entropy, how far
-  the tokens are behind the likeliest ones, how many they are.
-- `frozen_states`: these and the hidden states at the end of the step, learned by the bag loss.
-- `frozen_states_pairs`: the same, learned from pairs of a right and a wrong response to one prompt, so that nothing is
-  gained by knowing which prompts are easy.
-- `frozen_agreement`: what the other responses to the same prompt say of the step: two numbers, the shares of them with
+- `frozen_confidence`: six statistics of the step's tokens: log-likelihood, lowest, mean and highest entropy, distance
+  to the most likely tokens, number of tokens.
+- `frozen_states`: these and the hidden states at the end of the step, trained with the bag loss.
+- `frozen_states_pairs`: the same, trained on pairs of a right and a wrong response to one prompt: knowing which prompts
+  are easy does not help.
+- `frozen_agreement`: agreement with the other responses to the same prompt: two numbers, the shares of responses with
   the same result, and with the same results up to this step (`fractal_rm.tasks.agreement`). No hidden states.
 - `frozen_likelihood_agreement`: these and the log-likelihood.
-- `frozen_states_likelihood_prior`: `frozen_states`, drawn to the step scores of `frozen_likelihood`.
+- `frozen_states_likelihood_prior`: `frozen_states`, with the step scores of `frozen_likelihood` as prior.
 - `frozen_states_pseudo_labels`: the most likely step labels under `frozen_likelihood`, given the answers, learned as
   if they were known.
 
-Two arms learn from gold step labels as well, and only where the responses to train on have them
-(`fractal-rm sample --gold_steps true`); nothing else reads these labels:
+Two arms also learn from gold step labels, if the training responses have them (`fractal-rm sample --gold_steps true`);
+nothing else reads these labels:
 
 - `frozen_states_gold_10`: `frozen_states`, and the gold step labels of a tenth of the responses.
 - `frozen_states_supervised`: the gold step labels of all responses, the ceiling of these heads.
@@ -25,8 +25,8 @@ Two arms learn from gold step labels as well, and only where the responses to tr
         --train runs/words/solutions/train.jsonl --validation runs/words/solutions/validation.jsonl \
         --data gsm_symbolic=runs/words/held_out.jsonl --features runs/words/features
 
-Layer, penalty and weights are those with the best AUC of validation responses, for pairs the best one among responses
-to the same prompt. Features are kept in a folder, so only the first run needs the forward passes. Rows go to
+Layer, penalty and weights have the best AUC on validation responses (for pairs, the best AUC among responses to the
+same prompt). Features are kept in a folder, so only the first run needs the forward passes. Rows go to
 `benchmarks/results/words.jsonl`.
 """
 
@@ -68,9 +68,9 @@ PRIOR_WEIGHTS = (0.1, 0.5)
 GOLD_SHARE = 0.1
 MISSED_BAD = 0.02
 BATCH = 32
-# Of the numbers of the tokens: few of them, so little is needed.
+# Penalty for the token statistics: there are few, so it can be small.
 _LIGHT = 1e-3
-# What a step that nobody shares counts as, about one response of eight.
+# Share for a step that no other response has: about one response of eight.
 _UNSHARED = 0.1
 
 
@@ -152,7 +152,7 @@ def kept(path: Path, model: Any, tokenizer: Any, bags: Sequence[Bag]) -> Feature
     return found
 
 
-# What a head minimizes, of the logits of steps (R, S).
+# The loss of a head, from the logits of steps (R, S).
 Loss = Callable[[Tensor], Tensor]
 
 

@@ -12,7 +12,7 @@ from fractal_rm.study.statistics import finished_runs
 Row = Mapping[str, Any]
 DATASETS = ("gsm_symbolic", "gsm_symbolic_fresh", "gsm_symbolic_unseen", "gsm_symbolic_hard", "word_problems")
 NONE_YET = "No rows yet."
-# Which arm is ahead of which: with a value model, and with the baseline of a prompt's responses.
+# Pairs of arms to compare: with a value model, and with the group baseline.
 PAIRS = (
     ("dense_outcome", "outcome_grpo"),
     ("dense_outcome", "outcome_ppo"),

@@ -2,8 +2,8 @@
 
     python -m benchmarks.evidence.words_pictures --work runs/words --arm dense_outcome
 
-The answers are decoded greedily for the first held-out problems of a seed, whatever they are. They are rows of
-`benchmarks/results/words_answers.jsonl`; without `--work` the pictures are drawn from the rows that there are.
+The answers are decoded greedily for the first held-out problems of a seed, without selection. They are rows of
+`benchmarks/results/words_answers.jsonl`; without `--work` the pictures are drawn from the existing rows.
 """
 
 import argparse

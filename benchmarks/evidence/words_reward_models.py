@@ -1,14 +1,14 @@
-"""Question: what does a reward model that saw answers only know of the steps of a real language model?
+"""Question: what does a reward model trained on answers only know about the steps of a real language model?
 
-Its own policy's samples, `fractal-rm sample --gold_steps true`, are judged: within-bag AUC and the first wrong step
-against the floors, best-of-n against the majority. The first floor is the policy's log-likelihood as it is: a reward
-model has to know more than the policy does.
+It is evaluated on samples of its policy (`fractal-rm sample --gold_steps true`): within-bag AUC and the first wrong
+step against the floors, best-of-n against the majority. The first floor is the policy's log-likelihood: a reward model
+has to know more than the policy.
 
     python -m benchmarks.evidence.words_reward_models --validation runs/words/solutions/validation.jsonl \
         --data gsm_symbolic=runs/words/held_out.jsonl gsm_symbolic_unseen=runs/words/held_out_unseen.jsonl \
         --policy runs/words/policy/model --models fractal=runs/words/reward_model
 
-One row an arm and data set goes to `benchmarks/results/words.jsonl`. Thresholds are chosen on the validation responses
+One row per arm and data set goes to `benchmarks/results/words.jsonl`. Thresholds are chosen on the validation responses
 by their labels; `..._over_majority` and `..._over_likelihood` are paired differences. Intervals are bootstraps over
 prompts.
 """
@@ -47,8 +47,8 @@ from fractal_rm.scorers.settings import FractalSettings
 
 SAMPLES = 8
 LIKELIHOOD, MAJORITY = "untrained_likelihood", "majority"
-# Rules that learn nothing. Labels end at the first wrong line, so "early is good" ranks every bag rightly: of the
-# position, the first error and pairs at the same position are what can be compared.
+# Rules that learn nothing. Labels end at the first wrong line, so "early is good" ranks every bag correctly: compare
+# with this rule only by the first error and by pairs at the same position.
 FLOORS: dict[str, Rule] = {
     "floor_random": at_random(0),
     "floor_position": position,
@@ -146,7 +146,7 @@ def read(path: Path) -> Questions:
     if not rows or not all("step_labels" in row for row in rows):
         raise ValueError(f"{path} has no step labels. Sample with `--gold_steps true`.")
     found = read_questions(rows, Segmentation("lines"), source=str(path))
-    return replace(found, answers=[row["answer"] for row in rows])  # also where no response states one
+    return replace(found, answers=[row["answer"] for row in rows])  # also if no response states one
 
 
 def main(argv: Sequence[str] | None = None) -> None:

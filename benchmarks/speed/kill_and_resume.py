@@ -43,11 +43,11 @@ from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.arithmetic.problems import Beliefs, make_problems
 
-# What a trainer reads at the start and never changes, or writes for people: names of folders, versions, dates.
+# Files that a trainer reads at the start and never changes, or writes for people: names of folders, versions, dates.
 NOT_COMPARED = ("training_args.bin", "README.md", STATE, MANIFEST)
 # Ends of the names of logged numbers that are times.
 TIMES = ("step_time", "runtime", "per_second")
-# What takes long to import.
+# Slow imports.
 IMPORTED = [
     "fractal_rm.reward_training.trainer",
     "fractal_rm.ppo.trainer",
@@ -173,7 +173,7 @@ def start(kind: str, folder: Path, steps: int, hold_after: float = float("inf"))
 
 def finish(kind: str, folder: Path, steps: int) -> float:
     """Let a run come to its end; its seconds."""
-    process, _held = start(kind, folder, steps)  # an event lives as long as somebody holds it
+    process, _held = start(kind, folder, steps)  # an event lives as long as it is referenced
     return killable.finish(process, f"The run in {folder}")
 
 
@@ -248,7 +248,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         lasts: dict[str, float] = {}
         for kind in TRAINERS:
-            finish(kind, Path(work) / kind / "whole", arguments.steps)  # the server's start is no part of a run
+            finish(kind, Path(work) / kind / "whole", arguments.steps)  # the server's start is not part of a run
             lasts[kind] = finish(kind, Path(work) / kind / "timed", arguments.steps)
         for moment in range(arguments.moments):
             share = rng.random()
@@ -264,7 +264,7 @@ def measure(results: ResultsFile, kind: str, work: Path, steps: int, moment: int
         found = kill(kind, folder, steps, after=after, in_save=in_save)
         if found["killed"]:
             break
-        after /= 2  # it was over before its time: this machine is faster now
+        after /= 2  # it ended before it could be killed: this machine is faster now
         shutil.rmtree(folder)
     finish(kind, folder, steps)
     differ = differences(folder / f"checkpoint-{steps}", work / "whole" / f"checkpoint-{steps}")

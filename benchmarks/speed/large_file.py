@@ -63,7 +63,7 @@ def measure(argv: list[str], package: Path, patience: float) -> dict[str, Any]:
         process.wait()
     after = os.times()
     done = process.returncode == 0
-    # Linux keeps the most of all children that ended: the arm with the small file comes first.
+    # Linux keeps the maximum over all ended children, so the arm with the small file comes first.
     return {
         "seconds": time.perf_counter() - start if done else None,
         "cpu_seconds": sum(after[2:4]) - sum(before[2:4]),

@@ -62,7 +62,7 @@ def make_trainer(arm: Arm, models: Path, folder: str, given: argparse.Namespace)
     args = StepPPOConfig(
         output_dir=folder,
         max_steps=given.updates + 1,
-        learning_rate=1e-9,  # the policy stays what it is, so every update is like the others
+        learning_rate=1e-9,  # the policy does not change, so all updates are alike
         per_device_train_batch_size=given.rollouts,
         gradient_accumulation_steps=1,
         num_generations=1 if has_value else 2,
@@ -121,7 +121,7 @@ def kept_bytes(model: Any, run: Run) -> float:
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)  # a place in memory that is used again would be counted once
+        alive.append(tensor)  # memory that is reused would be counted once
         return tensor
 
     alive: list[torch.Tensor] = []

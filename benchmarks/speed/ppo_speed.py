@@ -37,9 +37,9 @@ class Arm(NamedTuple):
 
 ARMS = {
     "trl_ppo_1.12": Arm("dense", "trl_ppo"),
-    # TRL's own place for it since GRPO.
+    # As in TRL since GRPO.
     "trl_ppo_1.12_kl_in_loss": Arm("dense", "trl_ppo", kl="loss"),
-    # TRL 1.12 has no such option: values from the forward passes of the policy that there are anyway.
+    # TRL 1.12 has no such option: values come from forward passes that the policy needs anyway.
     "trl_ppo_1.12_shared_value": Arm("shared", "trl_ppo"),
     "dense_over_outcome": Arm("dense", "outcome"),
     "dense_over_rule": Arm("dense", "rule"),

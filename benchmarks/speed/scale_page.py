@@ -16,7 +16,7 @@ def scale_page(text: str, rows: list[dict[str, Any]]) -> str:
         planned = [row for row in rows if row["dataset"] == size]
         held = [f"{part}_gb" for part in MEMORY]
         text = replace_table(text, f"scale_memory_{size}", markdown_table(planned, metrics=[*held, "fits"]))
-        # Of a plan and its arm the later row counts, as in every table.
+        # The latest row of a plan and arm counts, as in every table.
         fitting = [row for row in planned if row["metrics"]["fits"]]
         spent = markdown_table(fitting, metrics=[f"{part}_s" for part in TIME])
         text = replace_table(text, f"scale_time_{size}", spent)

@@ -46,10 +46,10 @@ from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 
 GIGABYTE = 1e9
 SMALL = Shape(layers=2, hidden=64, intermediate=176, heads=4, kv_heads=2, vocabulary=384)
-# Large enough that its state stands out of the memory of the libraries.
+# Large enough that its state is visible above the memory of the libraries.
 MIDDLE = Shape(layers=6, hidden=512, intermediate=1408, heads=8, kv_heads=4, vocabulary=8192)
 POLICIES = {"7B": LLAMA_7B, "70B": LLAMA_70B}
-# Name of a plan -> how the policy is laid out, whether there is a value model of its own, whether there is a reference.
+# Name of a plan -> layout of the policy, whether it has a separate value model, whether it has a reference.
 PLANS: dict[str, tuple[Plan, bool, bool]] = {
     "ddp, gae": ("ddp", True, False),
     "lora ddp, gae": ("lora", True, True),
@@ -119,7 +119,7 @@ def count_bytes() -> dict[str, float]:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     moments = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
-    # A head of its own, without a bias, is what the value model is made with.
+    # The value model has a separate head without a bias.
     value = shape.backbone + sum(p.numel() for p in trainer.value_model.score.parameters())
     return {
         "policy_weight_bytes": float(sum(p.nbytes for p in trainer.model.parameters())),
@@ -136,7 +136,7 @@ def measure_training(queue: Any) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     ids = torch.randint(2, 300, (2, 64))
-    torch.ones(64, 64).matmul(torch.ones(64, 64)).sum()  # what the libraries allocate once
+    torch.ones(64, 64).matmul(torch.ones(64, 64)).sum()  # memory that the libraries allocate once
     before = resident()
     model = LlamaForCausalLM(config(MIDDLE))
     optimizer = torch.optim.AdamW(model.parameters())

@@ -1,7 +1,7 @@
 """The shipped policy inside a larger network: it writes the same text at the cost of a model of that size.
 
-Random weights would write random tokens, without steps and without an end, and a speed measured on those would say
-little. Here all added parts are multiplied by 0 before they are used.
+Random weights would write random tokens, without steps and without an end, and their speed would say little. Here all
+added parts are multiplied by 0 before they are used.
 """
 
 import copy

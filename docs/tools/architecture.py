@@ -1,11 +1,11 @@
-"""The architecture, measured: rooms and imports from the source, and the files that a value passes, by running.
+"""Measures the architecture: rooms and imports from the source, and the files that a value passes through.
 
-    python docs/tools/architecture.py            prints what docs/architecture.md says of the package
+    python docs/tools/architecture.py            prints the generated part of docs/architecture.md
     python docs/tools/architecture.py --write    writes that part of docs/architecture.md, and its picture
 
-Imports are read with `ast` and need no library. They do not say which files a value passes, so routes are counted by
-running: a tiny training under `sys.setprofile`, from one named event to another. `tests/test_imports.py` uses the same
-functions.
+Imports are read with `ast` and need no library. They do not say which files a value passes through, so routes are
+counted in a run: a tiny training under `sys.setprofile`, from one named event to another. `tests/test_imports.py` uses
+the same functions.
 """
 
 import argparse
@@ -41,14 +41,14 @@ ROWS = (
 )
 ROW_OF = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
 
-# The package before it was divided into rooms (commit 14d4937), counted by this script, and what was to be reached.
+# The package before it was divided into rooms (commit 14d4937), counted by this script, and the aims.
 COUNTS: dict[str, tuple[str, str]] = {
     "files from a label to the loss": ("15", "10"),
     "files from a response's text to the policy's loss": ("23", "14"),
     "files from a YAML key to its effect": ("5 to 9", "4"),
     "files from `fractal-rm compare` to a row, before the trainers": ("22", "14"),
     "largest flat folder of the package": ("45", "15"),
-    "circles, upward imports": ("1, 2", "0, 0"),
+    "circular imports, upward imports": ("1, 2", "0, 0"),
     "lines of the package": ("23,389", "21,500"),
     "modules imported by exactly one other": ("43", "each an idea"),
 }
@@ -187,7 +187,7 @@ def largest_folder(package: Path) -> tuple[str, int]:
 # An event: `("call" or "return", qualified name of a function)`.
 Event = tuple[str, str]
 
-# Files that run on the way of a value without its passing through them, each with the reason. All else counts.
+# Files that run during a route although the value does not pass through them, with reasons. All others count.
 BESIDE: dict[str, dict[str, str]] = {
     "label": {
         "reward_training/config.py": "reads no data",
@@ -258,12 +258,12 @@ def functions_run(
                 return
             state = "on"
         ours = code.co_filename.startswith(folder)
-        # A function, and not the body of a module or class; a comprehension belongs to the function around it.
+        # A function, not the body of a module or class; a comprehension belongs to its function.
         if ours and code.co_flags & inspect.CO_OPTIMIZED and not code.co_name.startswith("<"):
             seen.setdefault(code)
         if here == ends or (isinstance(ends, Path) and ours and event == "return" and _has_content(ends)):
             state = "over"
-            sys.setprofile(None)  # the rest of the run is nobody's concern
+            sys.setprofile(None)  # the rest of the run does not matter
 
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         sys.setprofile(watch)
@@ -411,7 +411,7 @@ def rooms_table(package: Path) -> str:
         lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
         said = ast.get_docstring(ast.parse(known[room].read_text(encoding="utf-8"))) or BOXES.get(room, ("",))[0]
         rows.append([f"`{room}`", said.splitlines()[0].rstrip("."), str(len(paths)), f"{lines:,}"])
-    return table(["room", "what it is", "files", "lines"], rows, right=(2, 3))
+    return table(["room", "contents", "files", "lines"], rows, right=(2, 3))
 
 
 def static_counts(package: Path) -> dict[str, str]:
@@ -421,7 +421,7 @@ def static_counts(package: Path) -> dict[str, str]:
     folder, files = largest_folder(package)
     return {
         "largest flat folder of the package": f"{files} (`{folder}`)",
-        "circles, upward imports": f"{len(rounds)}, {len(upward_imports(package))}",
+        "circular imports, upward imports": f"{len(rounds)}, {len(upward_imports(package))}",
         "lines of the package": f"{lines_of(package):,}",
         "modules imported by exactly one other": str(len(only_importers(graph))),
     }
@@ -449,12 +449,12 @@ def block(package: Path, runs: Runs) -> str:
     counts = routes | static_counts(package)
     rows = [[name, before, wanted, counts[name]] for name, (before, wanted) in COUNTS.items()]
     return "\n\n".join(
-        [rooms_table(package), table(["", "before", "to reach", "now"], rows, right=(1, 2, 3)), "The routes:", listed]
+        [rooms_table(package), table(["", "before", "aim", "now"], rows, right=(1, 2, 3)), "The routes:", listed]
     )
 
 
 # The picture: boxes in rows, arrows from importing rooms up to imported ones. An arrow that follows from two others is
-# left out. The colours change with the reader's; the ground is drawn, so that they also suit a page of another mode.
+# left out. Colours follow the reader's mode; the background is drawn, so the picture also suits a page in another mode.
 _WIDTH, _BOX, _ROW, _MARGIN = 900, (158, 46), 92, 24
 _STYLE = """
   .ground { fill: #ffffff } .box { fill: #f6f4fb; stroke: #5b3a8e; stroke-width: 1.5 }
@@ -466,8 +466,8 @@ _STYLE = """
     .name { fill: #f0eee8 } .note { fill: #a9afb8 } .arrow { stroke: #8f959d } .head { fill: #8f959d }
   }
 """.strip("\n")
-# What a box says below the room's name, and the share of the width at which it stands: arrows that pass rows run up in
-# the column of the room they lead to, which is kept free.
+# The text of a box below the room's name, and its position as a share of the width: arrows that pass rows run up in the
+# column of the room they lead to, which is kept free.
 BOXES = {
     "objectives": ("what is learned", 0.12),
     "credit": ("scores to advantages", 0.74),

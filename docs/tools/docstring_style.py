@@ -1,4 +1,4 @@
-"""Docstrings of this package as mkdocstrings wants them: its headings of sections, and its links."""
+"""Turns this package's docstrings into the form that mkdocstrings reads: section headings and links."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""The figures of docs/concepts.md: what they show is computed by the package, on one invented example.
+"""The figures of docs/concepts.md, computed by the package from one invented example.
 
 `python docs/tools/figures.py [OUTPUT_DIR]` draws them (default: docs/figures).
 """
@@ -171,7 +171,7 @@ def advantages(figure: "Figure") -> None:
             axes.legend(fontsize=8.5, frameon=False)
 
 
-# Name of the file -> how it is drawn, and its size in inches.
+# File name -> the function that draws it, and its size in inches.
 FIGURES: dict[str, tuple[Callable[["Figure"], None], tuple[float, float]]] = {
     "data_flow": (data_flow, (9.0, 3.2)),
     "placement": (placement, (8.0, 3.0)),

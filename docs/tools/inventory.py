@@ -1,4 +1,4 @@
-"""What is installed beside this package: a table of licences, and a software bill of materials (CycloneDX 1.5).
+"""The installed packages: a table of licences, and a software bill of materials (CycloneDX 1.5).
 
     python docs/tools/inventory.py --sbom build/sbom.json
 

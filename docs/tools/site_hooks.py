@@ -1,4 +1,4 @@
-"""What mkdocs does not do by itself: pages from outside docs/, a reference that is generated, links that fit.
+"""Hooks of mkdocs: pages from outside docs/, a generated reference, and links between pages of the site.
 
 mkdocs calls the functions `on_...`. In the site, docs/x is x, and every other file of the repository keeps its path.
 """
@@ -27,12 +27,16 @@ LINK = re.compile(r"(?P<mark>!?)\[(?P<label>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 # An interval or a deviation in a cell of a table: a line breaks before it, not in it.
 INTERVAL = re.compile(r"(?<=[\s>])(\[[^\[\]<>,]+, [^\[\]<>,]+\]|[\d.,]+ ± [\d.,]+)(?=\s*</td>)")
 
-# What a browser would fetch by itself from somewhere else.
+# A flag of a command in code: a browser would break a line after its hyphens.
+FLAG = re.compile(r"(?<=[\s>])(--[a-z][\w-]*)(?=[\s<])")
+CODE = re.compile(r"<code[^>]*>.*?</code>", re.DOTALL)
+
+# Tags for which a browser would fetch something from another site.
 FETCHED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"(?:https?:)?//[^\"]*")
 
 
 def site_path(path: str) -> str:
-    """Where a file of the repository stands in the site; a module is its page of the reference.
+    """Path of a repository file in the site; for a module, its page in the reference.
 
     Example:
         >>> site_path("docs/data.md"), site_path("recipes"), site_path("fractal_rm/objectives/bag_loss.py")
@@ -45,7 +49,7 @@ def site_path(path: str) -> str:
 
 
 def links(text: str) -> list[str]:
-    """Targets of the relative links in Markdown, code left aside."""
+    """Targets of the relative links in Markdown, except in code."""
     targets = [found["target"] for found in LINK.finditer(FENCE.sub("", text))]
     return [target for target in targets if not re.match(r"[a-z]+:|#|//", target)]
 
@@ -101,7 +105,7 @@ def recipe_list(recipes: dict[str, str]) -> str:
 
 
 def notebook_page(path: Path) -> str:
-    """A notebook as Markdown: its text as it is, its code as blocks, and where to get it."""
+    """A notebook as Markdown: its text unchanged, its code as blocks, and a link to the notebook."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     parts = [
         "".join(cell["source"]) if cell["cell_type"] == "markdown" else f"```python\n{''.join(cell['source'])}\n```"
@@ -112,13 +116,13 @@ def notebook_page(path: Path) -> str:
 
 @functools.cache
 def generated_pages() -> dict[str, str]:
-    """Pages that stand in no file: place in the site -> Markdown."""
+    """Generated pages: path in the site -> Markdown."""
     notebooks = sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb"))
     return {f"notebooks/{path.stem}.md": notebook_page(path) for path in notebooks} | site_reference.pages()
 
 
 def on_config(config: "MkDocsConfig") -> "MkDocsConfig":
-    """Add what is generated to the navigation."""
+    """Add generated pages to the navigation."""
     recipes = sorted(pages_outside_docs().keys() - {"README.md", "CHANGELOG.md", "recipes/README.md"})
     generated = list(generated_pages())
     assert config.nav is not None
@@ -132,7 +136,7 @@ def on_config(config: "MkDocsConfig") -> "MkDocsConfig":
 
 
 def on_files(files: "Files", *, config: "MkDocsConfig") -> "Files":
-    """Add pages from outside docs/, the files that pages link to, and what is generated."""
+    """Add pages from outside docs/, the files that pages link to, and generated pages."""
     from mkdocs.structure.files import File
 
     outside = pages_outside_docs()
@@ -176,23 +180,26 @@ def on_page_markdown(markdown: str, *, page: "Page", config: "MkDocsConfig", fil
     return with_contents(markdown)
 
 
-def with_whole_intervals(html: str) -> str:
-    """HTML whose style sheet can keep the intervals of tables in one piece.
+def with_unbroken(html: str) -> str:
+    """HTML whose style sheet can keep the intervals of tables, and the flags in code, in one piece.
 
     Example:
-        >>> with_whole_intervals("<td>0.5 [0.4, 0.6]</td>")
-        '<td>0.5 <span class="interval">[0.4, 0.6]</span></td>'
+        >>> with_unbroken("<td>0.5 [0.4, 0.6]</td>")
+        '<td>0.5 <span class="unbroken">[0.4, 0.6]</span></td>'
+        >>> with_unbroken("<code>train --bf16 false</code>")
+        '<code>train <span class="unbroken">--bf16</span> false</code>'
     """
-    return INTERVAL.sub(r'<span class="interval">\1</span>', html)
+    unbroken = r'<span class="unbroken">\1</span>'
+    return CODE.sub(lambda code: FLAG.sub(unbroken, code[0]), INTERVAL.sub(unbroken, html))
 
 
 def on_page_content(html: str, *, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
-    """Mark intervals in tables."""
-    return with_whole_intervals(html)
+    """Mark what no line may break."""
+    return with_unbroken(html)
 
 
 def on_post_page(output: str, *, page: "Page", config: "MkDocsConfig") -> str:
-    """Refuse a page that would fetch something from somewhere else when it is read."""
+    """Refuse a page that would fetch something from another site."""
     from mkdocs.exceptions import PluginError
 
     found = FETCHED.search(output)

@@ -1,4 +1,4 @@
-"""The reference of the site: what comes from docstrings, and tables of what fields of configurations say of themselves.
+"""The reference of the site: pages from docstrings, and tables from the help of configuration fields.
 
 `python docs/tools/site_reference.py OUTPUT_DIR` writes the pages as Markdown.
 """
@@ -16,11 +16,11 @@ from fractal_rm.cli.main import COMMANDS, run
 from fractal_rm.files import write_atomic
 
 PACKAGE = Path(fractal_rm.__file__).parent
-# Where each public name stands, for links: the name alone -> the name that mkdocstrings gives it.
+# Targets of links to public names: the short name -> the name that mkdocstrings uses.
 PUBLIC = {name: f"fractal_rm.{name}" for name in fractal_rm.__all__ if not name.startswith("__")}
-# Commands have a page of their own, and the quickstart is a script.
+# Commands have a separate page, and the quickstart is a script.
 _NO_PAGE = ("__init__",)
-# Rooms whose modules are functions for everybody.
+# Rooms whose modules have public functions.
 _ROOMS = ("objectives", "credit", "data")
 
 

@@ -1,9 +1,9 @@
 """Checks verl_steps.py against the verl that is installed; no server and no GPU.
 
-    make engines    # in an environment of its own
+    make engines    # in a separate environment
 
-verl finds the reward manager and the estimator under their names, calls the one on a batch of its own type, and gives
-what it returns to the other. Step scores come from a rule in the place of the server.
+verl finds the reward manager and the estimator by their names, calls the manager on a batch of its own type, and passes
+the result to the estimator. Step scores come from a rule instead of a server.
 """
 
 import os
@@ -41,7 +41,7 @@ def rule(texts: list[str]) -> list[StepScores]:
 
 
 class Scoring:
-    """In the place of the client of a server."""
+    """Stands in for the client of a server."""
 
     def score(self, prompts: list[object], texts: list[str]) -> list[StepScores]:
         return rule(texts)

@@ -6,11 +6,11 @@ from step_rewards import from_environment, mean_score, placed_scores, token_rewa
 
 
 class StepRewardGenerator:
-    """Replaces the rewards of another generator's output by step rewards.
+    """Replaces the rewards in another generator's output with step rewards.
 
     In the experiment class: `def get_generator(self, cfg, tokenizer, client): return StepRewardGenerator(
-    super().get_generator(cfg, tokenizer, client), tokenizer)`. A step earns its score less the mean of the batch, so
-    that what cannot be scored earns the mean. More steps above the mean earn more: watch the number of steps.
+    super().get_generator(cfg, tokenizer, client), tokenizer)`. A step earns its score minus the mean of the batch;
+    what cannot be scored earns the mean. More steps above the mean earn more: watch the number of steps.
 
     Args:
         generator: A `GeneratorInterface`.
@@ -24,7 +24,7 @@ class StepRewardGenerator:
         """As the generator's; `rewards` is a `list[list[float]]` of the lengths of `response_ids`.
 
         Raises:
-            ValueError: If there are not as many prompts as responses, `loss_masks` say that others wrote a part of a
+            ValueError: If the numbers of prompts and responses differ, `loss_masks` say that others wrote a part of a
                 response, or nothing can be scored.
         """
         output = await self.generator.generate(input_batch, *args, **kwargs)

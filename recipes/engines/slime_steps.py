@@ -16,9 +16,9 @@ def _tokenizer(path: str) -> Any:
 
 
 def step_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
-    """Write `advantages` and `returns`: those of steps against the steps of the same prompt's responses.
+    """Write `advantages` and `returns`: each step against the steps of the same prompt's responses.
 
-    Groups are told by equal prompts; of a prompt whose responses lie on several ranks, each compares its own.
+    Equal prompts form a group. If the responses to a prompt are on several ranks, each rank compares its own.
 
     Args:
         args: slime's; `hf_checkpoint` names the policy's tokenizer.
@@ -44,5 +44,5 @@ def step_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
 
 
 def _like(rollout_data: dict[str, Any]) -> list[torch.Tensor]:
-    """Tensors of the device that slime expects advantages on."""
+    """Tensors on the device where slime expects advantages."""
     return [torch.as_tensor(mask) for mask in rollout_data.get("log_probs") or rollout_data["loss_masks"]]

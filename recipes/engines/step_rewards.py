@@ -17,7 +17,7 @@ URL_VARIABLE = "FRACTAL_RM_URL"
 
 
 class Placed(NamedTuple):
-    """Scores of a completion's steps in [0, 1], and the token at which each step ends; None: at none."""
+    """Scores of a completion's steps in [0, 1], and the token at which each step ends; None if at no token."""
 
     scores: list[float]
     ends: list[int | None]
@@ -57,7 +57,7 @@ def placed_scores(
         masks: For each completion, 1 where the policy wrote the token.
 
     Returns:
-        The steps of each completion; none of one that cannot be scored, or not to its end.
+        The steps of each completion; no steps if it cannot be scored, or not to its end.
 
     Raises:
         ValueError: If no completion with text is scored: nothing could be learned. If others wrote between tokens of
@@ -84,7 +84,7 @@ def placed_scores(
 
 
 def token_rewards(placed: Sequence[Placed], lengths: Sequence[int], *, baseline: float = 0.0) -> list[list[float]]:
-    """A reward for each token of each completion: the score less a baseline where a step ends, 0 elsewhere."""
+    """A reward for each token of each completion: the score minus a baseline where a step ends, 0 elsewhere."""
     rewards = [[0.0] * length for length in lengths]
     for row, (scores, ends) in zip(rewards, placed, strict=True):
         for score, end in zip(scores, ends, strict=True):
@@ -94,7 +94,7 @@ def token_rewards(placed: Sequence[Placed], lengths: Sequence[int], *, baseline:
 
 
 def mean_score(placed: Sequence[Placed]) -> float:
-    """Mean of the steps that are known, 0 without any: with it as baseline, what is not known earns the mean."""
+    """Mean of the scored steps, 0 without any: with it as baseline, an unscored completion earns the mean."""
     scores = [score for one in placed for score in one.scores]
     return sum(scores) / len(scores) if scores else 0.0
 

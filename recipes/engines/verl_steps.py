@@ -4,8 +4,8 @@ VERL_USE_EXTERNAL_MODULES=verl_steps FRACTAL_RM_URL=http://reward-machine:8000 P
     python -m verl.trainer.main_ppo reward_manager.name=fractal_steps reward_model.use_reward_loop=False \
     algorithm.adv_estimator=fractal_step_group ...
 
-For verl 0.7.0 (`make engines`). Later ones keep one number a response, and give estimators neither tokens nor texts.
-verl's own group estimator compares the sums of the rewards of completions, so more steps earn more.
+For verl 0.7.0 (`make engines`). Later versions keep one number per response, and give estimators neither tokens nor
+texts. verl's own group estimator compares the sums of the rewards of completions, so more steps earn more.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from step_rewards import Placed, from_environment, group_advantages, placed_scor
 from verl.trainer.ppo.core_algos import register_adv_est
 from verl.workers.reward_manager import register
 
-# Keeps a step that scores 0 apart from a token at which no step ends.
+# Distinguishes a step that scores 0 from a token at which no step ends.
 _LEAST = 1e-6
 
 
@@ -63,7 +63,7 @@ def step_group_advantages(
     """Advantages of steps against the steps of the same prompt's responses (B, T), twice: as returns too.
 
     Raises:
-        ValueError: If there is no `index`, which says whose responses belong together.
+        ValueError: If there is no `index`, which says which responses belong together.
     """
     if index is None:
         raise ValueError("verl passed no `index` (the `uid` of prompts), so groups are not known.")

@@ -15,13 +15,13 @@ from fractal_rm import FractalReward
 from fractal_rm.tasks.arithmetic.problems import exact_answer, make_problems
 
 TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
-# Seeds of the problem lists, apart from each other.
+# Seeds of the problem lists: they must differ.
 TRAIN_SEED, EVAL_SEED = 3_000_000, 4_000_000
 
 
 @dataclass
 class Arguments:
-    """What the script needs beside TRL's configuration."""
+    """What the script needs in addition to TRL's configuration."""
 
     model: str = field(metadata={"help": "The policy: path or hub id of a causal language model."})
     reward_model: str = field(metadata={"help": "The step reward model: folder or hub id."})
@@ -30,7 +30,7 @@ class Arguments:
 
 
 def prompts(count: int, *, seed: int) -> Dataset:
-    """Word problems, one a row."""
+    """Word problems, one per row."""
     return Dataset.from_list([{"prompt": problem.prompt} for problem in make_problems(count, seed=seed)])
 
 

@@ -1,7 +1,7 @@
 """Trains a small language model on worked solutions, from which this recipe's likelihood scorer starts.
 
 It learns from `<data_dir>/math_text.jsonl.gz`, with a byte-level tokenizer that splits numbers into digits. Texts
-are written and tokenized the way the scorer will see responses: "Question: ...\\nAnswer: " and then one step a line.
+are written and tokenized as the scorer will see responses: "Question: ...\\nAnswer: ", then one step per line.
 
     python recipes/gsm8k_solutions/train_lm.py --data_dir DATA --output_dir runs/gsm8k_solutions/lm
 
@@ -35,9 +35,9 @@ from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.scorers.inputs import TokenInputs
 from fractal_rm.scorers.settings import FractalSettings
 
-# Sources of the text: worked solutions that share no problem with the data that the recipe is judged on. Left out are
-# asdiv, svamp and mawps_* (answers without steps), prm800k_steps (holds wrong steps), prmbench_correct (shares problems
-# with ProcessBench), bbm_arithmetic and tora_examples (no question and answer).
+# Sources of the text: worked solutions that share no problem with the evaluation data. Left out are asdiv, svamp and
+# mawps_* (answers without steps), prm800k_steps (has wrong steps), prmbench_correct (shares problems with
+# ProcessBench), bbm_arithmetic and tora_examples (no question and answer).
 SOURCES = ("gsm8k_train", "aqua_dev")
 TEMPLATE = "Question: {prompt}\nAnswer: "
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -48,7 +48,7 @@ CALCULATOR = re.compile(r"<<[^>]*>>")
 
 
 def split_text(text: str) -> tuple[str, str] | None:
-    """Question and answer of a text, written as solutions are; None if it is no question with an answer.
+    """Question and answer of a text, written as solutions are; None if it is not a question with an answer.
 
     GSM8K's calculator notes are taken out, and its "#### 72" becomes the "A: 72" in which sampled solutions end.
 
@@ -64,7 +64,7 @@ def split_text(text: str) -> tuple[str, str] | None:
 
 
 def read_texts(data_dir: str, sources: Sequence[str]) -> list[tuple[str, str]]:
-    """Questions with answers from the sources, without those that are asked in the evaluation."""
+    """Questions with answers from the sources, without the questions of the evaluation."""
     asked = evaluation_questions(data_dir)
     texts, asked_count = [], 0
     for row in read_jsonl(Path(data_dir) / "math_text.jsonl.gz"):
@@ -73,17 +73,17 @@ def read_texts(data_dir: str, sources: Sequence[str]) -> list[tuple[str, str]]:
             asked_count += 1
         elif split is not None:
             texts.append(split)
-    print(f"{len(texts)} texts; {asked_count} left out that are asked in the evaluation")
+    print(f"{len(texts)} texts; {asked_count} left out because the evaluation asks them")
     return texts
 
 
 def key(question: str) -> str:
-    """A question without case, punctuation and spacing, to find it again in another data set."""
+    """A question without case, punctuation and spacing, to find it in another data set."""
     return re.sub(r"\W+", " ", question.lower()).strip()
 
 
 def evaluation_questions(data_dir: str) -> set[str]:
-    """Questions that the recipe is judged on."""
+    """Questions on which the recipe is evaluated."""
     paths = [Path(data_dir) / name / "test.jsonl.gz" for name in ("gsm8k_solutions", "processbench")]
     return {key(row["prompt"]) for path in paths if path.is_file() for row in read_jsonl(path)}
 
@@ -121,7 +121,7 @@ def train_tokenizer(texts: Iterable[tuple[str, str]], vocab_size: int) -> PreTra
 def pack(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """Token ids of all texts, one after the other, in rows of `BLOCK`.
 
-    Tokenized by [`TokenInputs`], as the scorer does: no token reaches over the end of a step or of the prompt.
+    Tokenized by [`TokenInputs`], as in the scorer: no token crosses the end of a step or of the prompt.
     """
     lines = Segmentation()
     bags = [Bag(question, answer, tuple(lines(answer)), label=None) for question, answer in texts]
@@ -155,12 +155,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", default=os.environ.get("FRACTAL_RM_DATA"), help="holds math_text.jsonl.gz")
     parser.add_argument("--output_dir", default="runs/gsm8k_solutions/lm")
     parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--minutes", type=float, default=25, help="end after so many minutes at the latest")
+    parser.add_argument("--minutes", type=float, default=25, help="end after this many minutes at the latest")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--vocab_size", type=int, default=3072)
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--max_steps", type=int, default=-1, help="end after so many steps")
+    parser.add_argument("--max_steps", type=int, default=-1, help="end after this many steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, default=True, help="--no-bf16 on old processors"

@@ -2,8 +2,8 @@
 
     python recipes/words/measure.py runs/words/held_out.jsonl --arm sft --results benchmarks/results/words.jsonl
 
-Intervals are over prompts. Responses with `step_labels` (`--gold_steps true`) also tell how many right answers were
-reached through a wrong line: the share of luck, `missed_bad` of a reward model.
+Intervals are over prompts. With `step_labels` (`--gold_steps true`) it also counts right answers that were reached
+through a wrong line: the share of luck, `missed_bad` of a reward model.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from fractal_rm.evaluation.statistics import mean_of, ratio_of
 
 
 def measure(rows: Sequence[dict[str, Any]], samples: int) -> Measurement:
-    """Metrics of sampled responses; a response that was blank, and is in no row, is wrong."""
+    """Metrics of sampled responses; a blank response, which has no row, counts as wrong."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(json.dumps(row["prompt"]), []).append(row)
@@ -49,7 +49,7 @@ def measure(rows: Sequence[dict[str, Any]], samples: int) -> Measurement:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("file", help="what `fractal-rm sample` wrote")
+    parser.add_argument("file", help="file that `fractal-rm sample` wrote")
     parser.add_argument("--arm", default="sft", help="name of the policy in the rows")
     parser.add_argument("--dataset", default="gsm_symbolic")
     parser.add_argument("--results", help="append the row to this file")

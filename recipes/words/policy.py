@@ -31,10 +31,10 @@ from fractal_rm.tasks.gym import demonstrations
 CHECKPOINT_EVERY = 25
 SHOW_EVERY = 10
 WARMUP = 0.05
-# Batches whose texts are sorted by length together, so that little of a batch is padding.
+# Number of batches whose texts are sorted by length together, so batches have little padding.
 SORTED_BATCHES = 16
 
-# A drill is so many calculations of reference solutions, one a line: most mistakes of a small model are wrong results.
+# Calculations of reference solutions in a drill, one per line: most mistakes of a small model are wrong results.
 DRILL_PROMPT, DRILL_LINES = "Calculate.\n", 12
 CALCULATION = re.compile(r"(?<![\d.,*/+-])(\d+) ?([-+*/]) ?(\d+) ?= ?(\d+)(?![\d.,]*\d)")
 
@@ -42,22 +42,22 @@ Row = tuple[list[int], list[int]]  # token ids of the prompt, and of the solutio
 
 
 def tokenize(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """Token ids of prompts and solutions, apart from each other: no token reaches over the end of the prompt."""
+    """Token ids of prompts and solutions, tokenized separately: no token crosses the end of the prompt."""
     prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
     solutions = tokenizer([solution for _, solution in texts], add_special_tokens=False)["input_ids"]
     return [(p, [*s, tokenizer.eos_token_id]) for p, s in zip(prompts, solutions, strict=True)]  # type: ignore[list-item]
 
 
 def drills(solutions: Sequence[str], count: int, seed: int) -> list[tuple[str, str]]:
-    """Texts of calculations that stand in solutions, in random order.
+    """Texts of calculations from solutions, in random order.
 
     Raises:
-        ValueError: If the solutions hold too few.
+        ValueError: If the solutions have too few calculations.
     """
     found = [" ".join((a, sign, b, "=", c)) for text in solutions for a, sign, b, c in CALCULATION.findall(text)]
     if len(found) < count * DRILL_LINES:
         raise ValueError(
-            f"{len(solutions)} solutions hold {len(found)} calculations; {count} drills need {count * DRILL_LINES}. "
+            f"{len(solutions)} solutions have {len(found)} calculations; {count} drills need {count * DRILL_LINES}. "
             "Lower `drills`, or raise `solutions`."
         )
     random.Random(seed).shuffle(found)
@@ -66,7 +66,7 @@ def drills(solutions: Sequence[str], count: int, seed: int) -> list[tuple[str, s
 
 
 def batches(rows: Sequence[Row], size: int, epochs: int, seed: int) -> Iterator[list[Row]]:
-    """Batches of like length in random order; the same arguments give the same batches."""
+    """Batches of similar length in random order; the same arguments give the same batches."""
     rng = random.Random(seed)
     for _ in range(epochs):
         order = list(range(len(rows)))
@@ -137,7 +137,7 @@ def train(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
     chosen = TaskArguments(task=arguments.task, task_name=arguments.task_name or None)
     task = make_task(chosen, DataArguments(data_dir=arguments.data_dir), arguments.model)
-    # Drills are made of further solutions, about two calculations each that are written plainly.
+    # Drills come from further solutions, which have about two plainly written calculations each.
     wanted = arguments.solutions + arguments.drills * DRILL_LINES
     texts = demonstrations(task.problems("train", wanted if arguments.drills else arguments.solutions, arguments.seed))
     drilled = drills([solution for _, solution in texts[arguments.solutions :]], arguments.drills, arguments.seed)
@@ -165,7 +165,7 @@ def train(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             raise ValueError(f"{checkpoint} is from a run with other settings. Choose another output_dir or remove it.")
         load_tensors(checkpoint, model, optimizer)
         done, seconds, losses = state["step"], state["seconds"], state["losses"]
-        print(f"Goes on from step {done} of {steps}.", flush=True)
+        print(f"Continues from step {done} of {steps}.", flush=True)
 
     before, tokens, start = seconds, 0, time.monotonic()
     for step, batch in enumerate(batches(rows, arguments.batch_size, arguments.epochs, arguments.seed)):
@@ -197,7 +197,7 @@ def train(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def save_checkpoint(file: Path, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Write the adapter and the optimizer as tensors, and the rest as JSON in the metadata of the same file."""
+    """Write the adapter and the optimizer as tensors, and everything else as JSON in the metadata of that file."""
     tensors = {f"weights/{name}": value.contiguous() for name, value in get_peft_model_state_dict(model).items()}
     for number, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{name}": value.contiguous() for name, value in values.items()}
@@ -206,7 +206,7 @@ def save_checkpoint(file: Path, model: Any, optimizer: torch.optim.Optimizer, st
 
 
 def read_state(file: Path) -> dict[str, Any]:
-    """What [`save_checkpoint`] wrote beside the tensors."""
+    """What [`save_checkpoint`] wrote in addition to the tensors."""
     with safe_open(file, "pt") as opened:
         return json.loads(opened.metadata()["state"])
 
@@ -245,23 +245,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default="runs/words/smollm2-135m", help="folder or hub id of a causal LM")
     parser.add_argument("--output_dir", default="runs/words/policy")
-    parser.add_argument("--adapter", default="", help="go on from the adapter in this folder, with a new schedule")
+    parser.add_argument("--adapter", default="", help="continue from the adapter in this folder, with a new schedule")
     parser.add_argument("--task", default="reasoning_gym", choices=["reasoning_gym", "word_problems"])
     parser.add_argument("--task_name", default="gsm_symbolic", help="data set with solutions; empty for word_problems")
     parser.add_argument("--data_dir", help="folder of word_problems")
     parser.add_argument("--solutions", type=int, default=3200, help="0: no training; `adapter` is merged into `model`")
-    parser.add_argument("--drills", type=int, default=0, help="texts of calculations that are learned beside solutions")
+    parser.add_argument("--drills", type=int, default=0, help="texts of calculations to learn in addition to solutions")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--layers", type=int, default=20, help="upper layers that get adapters")
     parser.add_argument("--lora_r", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--max_steps", type=int, default=-1, help="end after so many steps")
+    parser.add_argument("--max_steps", type=int, default=-1, help="end after this many steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     if not arguments.solutions and not (Path(arguments.adapter or "-") / "adapter_config.json").is_file():
-        sys.exit("policy: `solutions` is 0, so there is nothing to learn from. Give `adapter`, a folder to be merged.")
+        sys.exit("policy: `solutions` is 0, so there is nothing to learn from. Give `adapter`, a folder to merge.")
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -21,11 +21,11 @@ RECIPE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much a budget does.
+    """Amounts of a budget.
 
     Args:
         prompts: Prompts whose responses the reward model learns from, eight each.
-        judged: Held-out prompts that the reward model is judged on, eight responses each.
+        judged: Held-out prompts on which the reward model is evaluated, eight responses each.
         study: Flags of `study.py`.
         tuned: Whether learning rates are chosen by trials first.
     """
@@ -49,12 +49,12 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and what says that it is finished.
+    """A command, and the file that shows that it has finished.
 
     Args:
         name: What it does.
         command: The command after `python`.
-        done: A file that is there when it is; None: the command itself goes on where it was.
+        done: A file that exists when it has finished; None: the command itself continues where it stopped.
         threads: Of each process, on a CPU.
     """
 
@@ -81,7 +81,7 @@ def steps(base: Path, work: Path, amounts: Amounts, device: str, threads: int) -
     train += ["--model", str(policy), "--data_dir", str(work), "--output_dir", str(reward_model)]
     if device == "cuda":
         train += ["--use_cpu", "false"]
-    else:  # the same batches in parts: a quarter of the memory
+    else:  # the same batches in parts need a quarter of the memory
         train += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4"]
         train += ["--per_device_eval_batch_size", "8"]
     if any(reward_model.glob("checkpoint-*")):
@@ -121,7 +121,7 @@ def run_step(step: Step, device: str) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", type=Path, default=Path("runs/words/smollm2-135m"), help="folder of the base model")
-    parser.add_argument("--work", type=Path, default=Path("runs/words"), help="folder of all results, one a budget")
+    parser.add_argument("--work", type=Path, default=Path("runs/words"), help="folder of all results, by budget")
     parser.add_argument("--budget", choices=list(BUDGETS), default="small")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dry_run", action="store_true", help="show the commands and run none")
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base, work, amounts = arguments.model, arguments.work / arguments.budget, BUDGETS[arguments.budget]
     if not (base / "config.json").is_file():
         sys.exit(f"run: {base} holds no model. Run `make words-model` first, or give `--model`.")
-    # More threads than this help little: a forward of this model is many small steps.
+    # More threads help little: a forward pass of this model is many small steps.
     threads = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     start = time.monotonic()
     for number, step in enumerate(steps(base, work, amounts, arguments.device, threads), 1):
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print("  finished before", flush=True)
             continue
         if code := run_step(step, arguments.device):
-            sys.exit(f"run: step {number} ({step.name}) ended with status {code}. Start again to go on from there.")
+            sys.exit(f"run: step {number} ({step.name}) ended with status {code}. Start again to continue from there.")
     if not arguments.dry_run:
         print("\n" + summary(work / "words.jsonl"))
 

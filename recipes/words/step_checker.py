@@ -20,7 +20,7 @@ from fractal_rm.evaluation.results import ResultsFile
 from fractal_rm.tasks.equations import numbers
 from fractal_rm.tasks.gym import GymProblem, GymTask
 
-# A calculation of two numbers, as it can be written anew with another operand.
+# A calculation of two numbers that can be rewritten with another operand.
 SIMPLE = re.compile(r"(?<![\d./*+-])(?<![*+/-] )(\d+) ?([-+*]) ?(\d+) ?= ?(\d+)(?![\d.%]| ?[-+*/=])")
 NUMBER = re.compile(r"(?<![\d.,])\d+")
 
@@ -62,9 +62,9 @@ def changed(number: int, rng: random.Random) -> int:
 
 
 def measure(task: GymTask, count: int, seed: int) -> tuple[dict[str, float], list[str]]:
-    """Shares of right lines and of found errors, with the cases that were missed."""
+    """Shares of right lines and of found errors, with the missed cases."""
     rng = random.Random(seed)
-    problems = list(itertools.islice(task.draws(seed, count), count))  # sound or not: as the library makes them
+    problems = list(itertools.islice(task.draws(seed, count), count))  # the library's own, with defects
     right = total = 0
     missed: list[str] = []
     found: dict[str, list[bool]] = {"result": [], "operand": [], "answer": []}

@@ -1,7 +1,7 @@
 """Question: do step rewards learned from answers alone train a real language model better than the answers themselves?
 
-    python recipes/words/study.py --tune --jobs 2    # two learning rates an arm, on a seed that is never reported
-    python recipes/words/study.py --jobs 2           # the study; goes on where it was stopped
+    python recipes/words/study.py --tune --jobs 2    # two learning rates per arm, on a seed that is never reported
+    python recipes/words/study.py --jobs 2           # the study; continues where it stopped
 
 It uses the results of the earlier steps of README.md in the work folder: the fine-tuned policy (`policy/model`) and the
 reward model (`reward_model`). All arms start from the same policy and see the same prompts for a seed; a policy trains
@@ -31,12 +31,12 @@ from fractal_rm.tasks.agreement import agreement
 from fractal_rm.tasks.group_sampling import rollout_in_groups
 from fractal_rm.tasks.task import Task
 
-# Two trials an arm. A run has only 20 optimizer steps, in which policies move by about one nat a response at 6e-4.
+# Two trials per arm. A run has only 20 optimizer steps, in which policies move by about one nat per response at 6e-4.
 RATES = (2e-3, 6e-4)
 # Layers and rank of the adapters that the policy trains, as in its fine-tuning.
 ADAPTED_LAYERS, RANK = 20, 16
-# Credit of a step's reward reaches back to the steps before it and fades; a value head reads the policy's own states.
-# Without an outcome, steps have to say which responses are better: their baseline is the batch's (`PPO_SETTINGS`).
+# The credit of a step's reward reaches back to earlier steps and fades; a value head reads the policy's states.
+# Without an outcome, steps must say which responses are better: the batch is their baseline (`PPO_SETTINGS`).
 _STEPS = {"advantage": "gae", "step_lam": 0.2}
 _GROUP = {"advantage": "group", "scale_rewards": "group"}
 
@@ -47,7 +47,7 @@ class WordsArm(Arm):
 
     @property
     def trials(self) -> list[Options]:
-        """What competes on the tuning seed."""
+        """The configurations that compete on the tuning seed."""
         return [{**dict(self.options), "learning_rate": rate} for rate in RATES]
 
 
@@ -62,7 +62,7 @@ ARMS: dict[str, Arm] = {
         WordsArm("outcome_ppo", outcome=True, options=_options(advantage="gae", lam=1.0)),
         WordsArm("dense", steps="fractal", options=_options(**_STEPS)),
         WordsArm("dense_outcome", steps="fractal", outcome=True, options=_options(**_STEPS, center="response")),
-        # The baseline of the arithmetic study's rows: more steps above it earn more.
+        # The baseline of the arithmetic study: more steps above it earn more.
         WordsArm("dense_outcome_batch", steps="fractal", outcome=True, options=_options(**_STEPS)),
         # The same reward model and the same outcomes, but one number at the end of a response.
         WordsArm("scalar_outcome", steps="fractal", scalar=True, outcome=True, options=_options(**_STEPS)),
@@ -71,7 +71,7 @@ ARMS: dict[str, Arm] = {
         WordsArm("scalar_outcome_group", steps="fractal", scalar=True, outcome=True, options=_options(**_GROUP)),
         # The ceiling of that pair: the checker's own steps.
         WordsArm("oracle_outcome_group", steps="oracle", outcome=True, options=_options(**_GROUP, center="response")),
-        # Only the first mistake is charged: what follows it is neither praised nor blamed by its steps.
+        # Only the first mistake is penalized: later steps get no reward and no penalty.
         WordsArm(
             "dense_outcome_first", steps="fractal", outcome=True, options=_options(**_GROUP, shaping="first_mistake")
         ),
@@ -80,7 +80,7 @@ ARMS: dict[str, Arm] = {
         ),
         # The ceiling of `dense_outcome_batch`.
         WordsArm("oracle_outcome_batch", steps="oracle", outcome=True, options=_options(**_STEPS)),
-        # What other responses to the same prompt agree with: no model and no label.
+        # Agreement with other responses to the same prompt: no model and no label.
         WordsArm("agreement_outcome", steps="agreement", outcome=True, options=_options(**_STEPS)),
         WordsArm("oracle", steps="oracle", options=_options(**_STEPS)),
         WordsArm("random_steps", steps="random_steps", options=_options(**_STEPS)),
@@ -99,7 +99,7 @@ class WordsAssets(Assets):
         "save_steps": 2,
         "save_total_limit": 1,
     }
-    # Rollouts whose logits are in memory at a time: 49,152 of them a token.
+    # Rollouts whose logits are in memory at a time: 49,152 logits per token.
     micro_batch: ClassVar[int] = 4 if device == "cpu" else 16
 
     def __init__(self, folder: Path, task: Task, seed: int, max_steps: int = -1) -> None:
@@ -132,7 +132,7 @@ class WordsAssets(Assets):
         return StepRewardModel.from_pretrained(folder, device=self.device, batch_size=batch, dtype=torch.bfloat16)
 
     def trainer_arguments(self, options: Options) -> dict[str, Any]:
-        """Adapters, a value head on the policy's own states, and on a CPU a sampler that is made for it."""
+        """Adapters, a value head on the policy's states, and on a CPU a sampler made for CPUs."""
         depth = AutoConfig.from_pretrained(self.policy(), trust_remote_code=False).num_hidden_layers
         adapters = LoraConfig(
             r=RANK,
@@ -180,11 +180,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=20)
-    parser.add_argument("--rollouts", type=int, default=64, help="rollouts an update")
-    parser.add_argument("--held_out", type=int, default=150, help="problems that a policy is measured on")
+    parser.add_argument("--rollouts", type=int, default=64, help="rollouts per update")
+    parser.add_argument("--held_out", type=int, default=150, help="problems on which a policy is evaluated")
     parser.add_argument("--draws", type=int, default=4, help="sampled responses to each of them")
     parser.add_argument("--learning_rate", type=float, help="of all arms, in place of the rates in `chosen`")
-    parser.add_argument("--tune", action="store_true", help="choose learning rates, by half of the updates")
+    parser.add_argument("--tune", action="store_true", help="choose learning rates, with half of the updates")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
     arguments = parser.parse_args(argv)
     work: Path = arguments.work
