@@ -66,28 +66,19 @@ class _Forward(NamedTuple):
 
 @dataclass
 class _HandOver:
-    """Values stored between a call into TRL and the line after it.
+    """Values stored between a call into TRL and the line after it."""
 
-    Attributes:
-        template_options: Arguments of the policy's chat template, for reward models.
-        prompts: Prompts of the completions that were judged.
-        completion_ids: Their token ids, without padding.
-        written: For each of them, which tokens the policy sampled (not tool output). None: all.
-        texts: Their texts; conversations if tools or users wrote in between.
-        function_rewards: Rewards of this process (B, F).
-        scores: Steps and scores, by the name of the source.
-        forwards: Forward passes of the policy, in TRL's order.
-        known: Log-probabilities and entropies that TRL gets instead of the next forward pass.
-    """
-
+    # Arguments of the policy's chat template, for reward models.
     template_options: Mapping[str, Any] = field(default_factory=dict)
-    prompts: list[Any] = field(default_factory=list)
-    completion_ids: list[list[int]] = field(default_factory=list)
+    prompts: list[Any] = field(default_factory=list)  # prompts of the judged completions
+    completion_ids: list[list[int]] = field(default_factory=list)  # their token ids, without padding
+    # For each of them, which tokens the policy sampled (not tool output). None: all.
     written: list[list[int]] | None = None
-    texts: list[str] = field(default_factory=list)
-    function_rewards: Tensor = field(default_factory=lambda: torch.empty(0))
-    scores: dict[str, Sequence[StepScores]] = field(default_factory=dict)
-    forwards: list[_Forward] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)  # their texts; conversations if tools or users wrote in between
+    function_rewards: Tensor = field(default_factory=lambda: torch.empty(0))  # rewards of this process (B, F)
+    scores: dict[str, Sequence[StepScores]] = field(default_factory=dict)  # steps and scores by source name
+    forwards: list[_Forward] = field(default_factory=list)  # forward passes of the policy, in TRL's order
+    # Log-probabilities and entropies that TRL gets instead of the next forward pass.
     known: tuple[Tensor, Tensor] | None = None
 
 

@@ -27,21 +27,13 @@ Curve = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a plot: real ones for a picture, stand-ins for a page, which `to_svg` turns into CSS.
+    """Colours of a plot: real ones for a picture, stand-ins for a page, which `to_svg` turns into CSS."""
 
-    Attributes:
-        ink: Text.
-        muted: Axes, ticks and less important text.
-        rule: Grid lines.
-        paper: The background.
-        series: Lines, one colour each.
-    """
-
-    ink: str
-    muted: str
-    rule: str
-    paper: str
-    series: tuple[str, ...]
+    ink: str  # text
+    muted: str  # axes, ticks and less important text
+    rule: str  # grid lines
+    paper: str  # the background
+    series: tuple[str, ...]  # lines, one colour each
 
 
 PICTURE = Theme("#1c1e21", "#5d636b", "#dcdcd6", "#ffffff", ("#5b3a8e", "#6f747b", "#0b7a5e", "#a35200"))

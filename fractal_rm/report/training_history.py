@@ -20,19 +20,12 @@ ALARM = "guards/alarm/"
 
 @dataclass(frozen=True)
 class Run:
-    """The log of one training.
+    """The log of one training."""
 
-    Attributes:
-        name: What the run is called; runs of one name are seeds of one group.
-        folder: Where it was found, as it was given.
-        file: What was read there.
-        metrics: For each metric its finite numbers by update.
-    """
-
-    name: str
-    folder: str
-    file: str
-    metrics: Mapping[str, Mapping[int, float]]
+    name: str  # runs with the same name are seeds of one group
+    folder: str  # as it was given
+    file: str  # the file that was read there
+    metrics: Mapping[str, Mapping[int, float]]  # finite values of each metric by update
 
     @property
     def last_update(self) -> int:
