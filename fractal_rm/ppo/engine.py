@@ -456,8 +456,9 @@ class Engine(Run, GRPOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         if self.accelerator.num_processes > 1:
             share_metrics(metrics)
-        for name in [name for name, values in metrics.items() if not math.isfinite(_mean(values))]:
-            del metrics[name]  # TRL would log None or infinity
+        for name, values in list(metrics.items()):
+            if not torch.tensor(values, dtype=torch.float64).nanmean().isfinite():
+                del metrics[name]  # TRL would log None or infinity
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -507,11 +508,6 @@ def _weights(args: StepPPOConfig, outcomes: int, sources: int) -> list[float] | 
             "the weights of step rewards are `step_weight` and `step_reward_weights`."
         )
     return [*(weights or [1.0] * outcomes), *[0.0] * sources] if sources else weights
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
 
 
 def backbone(policy: Any) -> nn.Module:
