@@ -7,6 +7,7 @@ the same on every machine. matplotlib is imported inside the functions, since it
 from __future__ import annotations
 
 import html
+import importlib.util
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,6 +56,12 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+def check_matplotlib() -> None:
+    """Raise ImportError if matplotlib is not installed; call it before long work that ends with plots."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('Plots need matplotlib, which is not installed: pip install "fractal-rm[plots]".')
+
+
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Figure]:
     """Give an empty figure (inches), to draw and save inside the `with` block, whatever the settings of the user are.
@@ -62,11 +69,10 @@ def new_figure(width: float, height: float) -> Iterator[Figure]:
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    try:
-        import matplotlib.style
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Plots need matplotlib, which is not installed: pip install "fractal-rm[plots]".') from error
+    check_matplotlib()
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
     with matplotlib.style.context(["default", SETTINGS]):
         yield Figure(figsize=(width, height))
 
