@@ -76,16 +76,11 @@ class SampleArguments(TaskArguments):
 
 @dataclass
 class Asked:
-    """A prompt, and how its responses are checked.
+    """A prompt, with checks of its responses."""
 
-    Args:
-        prompt: Text or chat.
-        is_right: Whether the final answer of a response is right.
-        check_steps: Whether each line is right; it gives None if the task cannot tell.
-    """
-
-    prompt: Any
-    is_right: Callable[[str], bool]
+    prompt: Any  # text or chat
+    is_right: Callable[[str], bool]  # checks the final answer of a response
+    # Checks each line of a response; returns None if the task cannot check steps.
     check_steps: Callable[[str], Sequence[bool] | None]
 
 

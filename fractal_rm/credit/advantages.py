@@ -4,7 +4,6 @@ Interior masked tokens (the output of a tool) are not decisions of the policy. R
 credit from later tokens passes over them as if they were not there.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -190,9 +189,10 @@ def global_advantages(
 
 
 class _Step(NamedTuple):
-    """A step that was placed: its row, last token, reward, and number of real tokens."""
+    """A placed step: its row, first and last token, reward, and number of real tokens."""
 
     row: int
+    start: int
     end: int
     reward: float
     tokens: int
@@ -206,10 +206,10 @@ def _placed_steps(
     for reward, end in zip(rewards, ends, strict=True):
         if end is None:
             continue
-        last = steps[-1].end if steps else -1
-        if end < last:
+        start = steps[-1].end + 1 if steps else 0
+        if end < start - 1:
             raise ValueError(f"Step ends of row {row} decrease: {list(ends)}. Pass the steps in the order of the text.")
-        steps.append(_Step(row, end, reward, real_before[end + 1] - real_before[last + 1]))
+        steps.append(_Step(row, start, end, reward, real_before[end + 1] - real_before[start]))
     return steps
 
 
@@ -221,24 +221,6 @@ def _centred(steps: Sequence[_Step], baseline: str, *, scale: bool) -> list[floa
     if scale and len(steps) > 1:
         centred = centred / (reward.std() + GROUP_EPSILON)
     return centred.tolist()
-
-
-def _by_row_and_end(steps: Sequence[_Step], rewards: Sequence[float]) -> dict[int, dict[int, float]]:
-    """Rewards of each row by token; rewards on the same token add up."""
-    rewards_at: defaultdict[int, dict[int, float]] = defaultdict(dict)
-    for step, reward in zip(steps, rewards, strict=True):
-        rewards_at[step.row][step.end] = rewards_at[step.row].get(step.end, 0.0) + reward
-    return rewards_at
-
-
-def _fill_to_go(advantages: Float[Tensor, " T"], rewards_at: dict[int, float], gamma: float) -> None:
-    """Write the discounted sum of the rewards from a step on to the step's tokens; steps in order of their ends."""
-    ends = list(rewards_at)
-    starts = [0, *(end + 1 for end in ends[:-1])]
-    to_go = 0.0
-    for start, end in reversed(list(zip(starts, ends, strict=True))):
-        to_go = rewards_at[end] + gamma * to_go
-        advantages[start : end + 1] = to_go
 
 
 def group_step_advantages(
@@ -307,7 +289,13 @@ def group_step_advantages(
         ]
         if not steps:
             continue
-        centred = _centred(steps, baseline, scale=scale)
-        for row, rewards_at in _by_row_and_end(steps, centred).items():
-            _fill_to_go(advantages[row], rewards_at, gamma)
+        to_go, later = 0.0, steps[-1]
+        for step, reward in reversed(list(zip(steps, _centred(steps, baseline, scale=scale), strict=True))):
+            if step.row != later.row:
+                to_go = 0.0
+            elif step.end < later.end:  # steps that end on the same token are one, whose rewards add up
+                to_go *= gamma
+            to_go += reward
+            advantages[step.row, step.start : step.end + 1] = to_go
+            later = step
     return advantages.to(mask.device).masked_fill(~mask, 0.0)

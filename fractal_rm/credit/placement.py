@@ -10,7 +10,6 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -46,10 +45,6 @@ class Decoder(Protocol):
 
 def _decode(token_ids: Sequence[int], tokenizer: Any) -> str:
     return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def _decode_part(token_ids: Sequence[int], tokenizer: Any, start: int, stop: int) -> str:
-    return _decode(token_ids[start:stop], tokenizer)
 
 
 def _which_are_text(token_ids: Sequence[int], tokenizer: Decoder, endings: Collection[int] | None) -> list[bool]:
@@ -124,10 +119,13 @@ def token_end_characters(
         pieces[token_id] = _decode([token_id], tokenizer)
     texts = [pieces[token_id] for token_id in text_ids]
 
+    def decode(start: int, stop: int) -> str:
+        return _decode(text_ids[start:stop], tokenizer)
+
     if REPLACEMENT not in text and "".join(texts) == text:
         complete = [0, *accumulate(map(len, texts))]
     else:
-        decode, broken = partial(_decode_part, text_ids, tokenizer), _broken(text_ids, texts, tokenizer)
+        broken = _broken(text_ids, texts, tokenizer)
         complete = _complete_by_runs(broken, text, decode) or _complete_by_prefixes(len(text_ids), text, decode)
     complete[-1] = len(text)
     return [complete[seen] for seen in accumulate(map(int, is_text))]

@@ -1,21 +1,16 @@
 """NaN and infinite values: a training run stops before it trains on them or saves them, and logs leave them out."""
 
-import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from fractal_rm.files import replacing
-
-logger = logging.getLogger(__name__)
-# An undefined metric is harmless; NaN in one of these is not.
-_VITAL = ("loss", "grad_norm")
 
 
 class FiniteTraining(TrainerCallback):
@@ -42,9 +37,7 @@ class FiniteTraining(TrainerCallback):
         if not loss.isfinite().all():
             self.stop("loss", loss.detach().float().mean().item())
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         optimizer = kwargs.get("optimizer")
         if optimizer is None or getattr(self.trainer.accelerator, "scaler", None) is not None:
             return
@@ -53,9 +46,7 @@ class FiniteTraining(TrainerCallback):
         if not norm.isfinite():
             self.stop("gradient norm", norm.item())
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.batches.clear()
 
     def stop(self, what: str, value: float) -> None:
@@ -72,32 +63,6 @@ class FiniteTraining(TrainerCallback):
             f"The {what} of step {step} is {value}: training diverges, and stops before it corrupts the weights. "
             f"{folder} keeps the batch ({name}-*.safetensors). Lower `learning_rate`, and resume from a checkpoint."
         )
-
-
-def log_finite(
-    log: Callable[[dict[str, float], float | None], None],
-    logs: dict[str, float],
-    start_time: float | None,
-    *,
-    step: int,
-) -> None:
-    """Log finite numbers, leave out the rest, and warn about a NaN or infinite loss at an optimizer step.
-
-    TRL logs None for unknown numbers, undefined metrics are NaN, and diverging training logs NaN. Each tracker drops
-    these or fails in its own way, and strict JSON does not allow them. `logs`, which `evaluate` returns, keeps its NaN
-    and gets what the parent class's `log` adds.
-    """
-    kept = finite(logs)
-    for name in _VITAL:
-        if name in logs and name not in kept:
-            logger.warning(
-                "`%s` is %s at step %d: training diverges. Lower `learning_rate`, or go back to a checkpoint.",
-                name,
-                logs[name],
-                step,
-            )
-    log(kept, start_time)
-    logs.update(kept)
 
 
 def finite(logs: Mapping[str, Any]) -> dict[str, Any]:

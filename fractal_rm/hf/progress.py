@@ -16,7 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
@@ -83,44 +83,30 @@ class RichProgress(TrainerCallback):
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
         self._start, self._silent = time.monotonic(), state.global_step == 0 and args.logging_strategy != "no"
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.progress.update(self.task, completed=state.global_step)
         # Logging gathers the loss of all processes, and their clocks differ.
         waited = args.world_size == 1 and time.monotonic() - self._start >= FIRST_SECONDS
         if self._silent and (state.global_step >= FIRST_STEPS or waited):
             control.should_log = True
-        return control
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._evaluation is None:
             batches = kwargs["eval_dataloader"]
             total = len(batches) if has_length(batches) else None
             self._evaluation = self.progress.add_task("Evaluation", total=total)
         self.progress.advance(self._evaluation)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._evaluation is not None:
             self.progress.remove_task(self._evaluation)
             self._evaluation = None
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self._silent = self._silent and "loss" not in (logs or {})
         shown = {
             name: float(value)

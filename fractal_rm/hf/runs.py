@@ -6,6 +6,7 @@ a run with a checkpoint; a training that diverges stops ([`fractal_rm.hf.finite`
 """
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -21,14 +22,14 @@ from typing import Any
 import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from fractal_rm.errors import reason
 from fractal_rm.files import parse_json, read_json, write_atomic
 from fractal_rm.hf.checkpoints import STATE, check_same_run, checkpoints, find_checkpoint, whole_or_absent
-from fractal_rm.hf.finite import FiniteTraining, log_finite
+from fractal_rm.hf.finite import FiniteTraining, finite
 from fractal_rm.hf.manifest import MANIFEST, Identity, identity_of, write_manifest
 from fractal_rm.interrupts import Interrupted, handled
 from fractal_rm.scorers.checkpoint import check_finite_weights
@@ -36,8 +37,7 @@ from fractal_rm.scorers.checkpoint import check_finite_weights
 # Says of a log that its times, and what it counts a second, are those since this step: of the last part of a run.
 TIMED_FROM = "train_timed_from_step"
 _PENDING = "pending_logs"
-
-
+logger = logging.getLogger(__name__)
 # Options that are objects or paths of files with them.
 _OR_FILES = {"accelerator_config", "fsdp_config", "deepspeed"}
 
@@ -292,12 +292,27 @@ class Run(Trainer):
         self.restore_pending_logs(sums["metrics"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `transformers.Trainer`, numbers that are finite only; the times of a resumed run say what they are."""
+        """As in `transformers.Trainer`, but only finite numbers, with a warning about a NaN or infinite loss.
+
+        TRL logs None for unknown numbers, undefined metrics are NaN, and diverging training logs NaN. Each tracker
+        drops these or fails in its own way, and strict JSON does not allow them. `logs`, which `evaluate` returns,
+        keeps its NaN and gets what the parent class's `log` adds.
+        """
         norm = logs.get("grad_norm", 0.0)
         if not math.isfinite(norm) and getattr(self.accelerator, "scaler", None) is None:
             self.finite.stop("gradient norm", norm)
         self._mark_times(logs)
-        log_finite(super().log, logs, start_time, step=self.state.global_step)
+        kept = finite(logs)
+        for name in ("loss", "grad_norm"):  # other undefined metrics are harmless
+            if name in logs and name not in kept:
+                logger.warning(
+                    "`%s` is %s at step %d: training diverges. Lower `learning_rate`, or go back to a checkpoint.",
+                    name,
+                    logs[name],
+                    self.state.global_step,
+                )
+        super().log(kept, start_time)
+        logs.update(kept)
 
     def _mark_times(self, logs: dict[str, Any]) -> None:
         """Correct the speeds of a resumed run, which are of its last part, and say since when."""
@@ -355,9 +370,7 @@ class _Restoring(TrainerCallback):
     def __init__(self, run: Run) -> None:
         self.run = run
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.run.restore_sums()
 
 
@@ -411,7 +424,7 @@ class _Stopping(TrainerCallback):
             return "There is no checkpoint: the same command starts again."
         return f"{last} is the last checkpoint: the same command goes on from it with --resume_from_checkpoint true."
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         asked: Any = torch.tensor(float(bool(self.asked)), device=args.device)
         if args.world_size > 1:  # all of them, or none
             asked = self.run.accelerator.reduce(asked, reduction="sum")

@@ -18,19 +18,12 @@ from fractal_rm.ppo.value_model import ValueLearning, explained_variance
 
 
 class Given(NamedTuple):
-    """What an estimator needs in addition to the rollout.
-
-    Attributes:
-        args: The configuration.
-        accelerator: For reductions over all processes.
-        group_size: Completions per prompt; the completions of one prompt may be spread over processes.
-        value_learning: The value model in training, for the estimator that has one.
-    """
+    """What an estimator needs in addition to the rollout."""
 
     args: StepPPOConfig
-    accelerator: Accelerator
-    group_size: int
-    value_learning: ValueLearning | None
+    accelerator: Accelerator  # for reductions over all processes
+    group_size: int  # completions per prompt; they may be spread over processes
+    value_learning: ValueLearning | None  # for the estimator with a value model
 
 
 def by_gae(batch: RolloutBatch, given: Given) -> RolloutBatch:

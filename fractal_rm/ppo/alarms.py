@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fractal_rm.credit.guards import Alarm, GuardInputs, Guards, measure_rollouts, most_frequent, word_places
@@ -68,12 +68,10 @@ class Alarms(TrainerCallback):
     def step_weight(self) -> float:
         return self._scale * self.args.step_weight
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.checkpoints[state.global_step] = self._folder(state.global_step)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step:  # resumed: a checkpoint does not list itself
             self.on_save(args, state, control)
 

@@ -9,6 +9,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections.abc import Iterator
 from types import ModuleType
 
 import trl
@@ -157,52 +158,39 @@ def check_contract(trainer_class: type = GRPOTrainer, utils: ModuleType = trl_ut
     return tuple(f"{sentence}. {advice}" for sentence in moved)
 
 
-def _moved_signatures(owner: type | ModuleType, expected: dict[str, tuple[str, ...]]) -> list[str]:
-    moved = []
+def _moved_signatures(owner: type | ModuleType, expected: dict[str, tuple[str, ...]]) -> Iterator[str]:
     for name, parameters in expected.items():
-        function = getattr(owner, name, None)
+        function, wanted = getattr(owner, name, None), f"expected it to take ({', '.join(parameters)})"
         if not callable(function):
-            moved.append(f"`{owner.__name__}.{name}` is gone, expected it to take ({', '.join(parameters)})")
+            yield f"`{owner.__name__}.{name}` is gone, {wanted}"
             continue
         found = tuple(parameter for parameter in inspect.signature(function).parameters if parameter != "self")
         if found != parameters:
-            moved.append(
-                f"`{owner.__name__}.{name}` takes ({', '.join(found)}), expected it to take ({', '.join(parameters)})"
-            )
-    return moved
+            yield f"`{owner.__name__}.{name}` takes ({', '.join(found)}), {wanted}"
 
 
-def _moved_calls(trainer_class: type) -> list[str]:
-    moved = []
+def _moved_calls(trainer_class: type) -> Iterator[str]:
     for caller, callee in CALLS:
         for tree in _syntax(trainer_class, caller):
-            called = {
-                node.func.attr
-                for node in ast.walk(tree)
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-            }
-            if callee not in called:
-                moved.append(f"`{trainer_class.__name__}.{caller}` does not call `{callee}`, expected it to")
-    return moved
+            called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+            if callee not in [function.attr for function in called if isinstance(function, ast.Attribute)]:
+                yield f"`{trainer_class.__name__}.{caller}` does not call `{callee}`, expected it to"
 
 
-def _refused_calls(trainer_class: type) -> list[str]:
-    moved = []
+def _refused_calls(trainer_class: type) -> Iterator[str]:
     for name, (positional, keywords) in CALLABLE_WITH.items():
         method = getattr(trainer_class, name, None)
         if not callable(method):
-            moved.append(f"`{trainer_class.__name__}.{name}` is gone, expected it to take ({', '.join(positional)})")
+            yield f"`{trainer_class.__name__}.{name}` is gone, expected it to take ({', '.join(positional)})"
             continue
         try:
             inspect.signature(method).bind(None, *positional, **dict.fromkeys(keywords))
         except TypeError as error:
             found = ", ".join((*positional, *keywords))
-            moved.append(f"`{trainer_class.__name__}.{name}` cannot be called with ({found}): {error}")
-    return moved
+            yield f"`{trainer_class.__name__}.{name}` cannot be called with ({found}): {error}"
 
 
-def _moved_results(trainer_class: type) -> list[str]:
-    moved = []
+def _moved_results(trainer_class: type) -> Iterator[str]:
     for (method, caller), count in UNPACKED.items():
         for tree in _syntax(trainer_class, caller):
             found = {
@@ -213,82 +201,64 @@ def _moved_results(trainer_class: type) -> list[str]:
             }
             if found - {count}:
                 owner = trainer_class.__name__
-                moved.append(f"`{owner}.{caller}` unpacks {sorted(found)} values of `{method}`, expected {count}")
-    return moved
+                yield f"`{owner}.{caller}` unpacks {sorted(found)} values of `{method}`, expected {count}"
 
 
-def _moved_tool_mask(trainer_class: type) -> list[str]:
-    moved = []
+def _moved_tool_mask(trainer_class: type) -> Iterator[str]:
     for tree in _syntax(trainer_class, "_generate"):
-        values = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
-        if not any(isinstance(value, ast.Tuple) and _names_tool_mask(value.elts) for value in values):
-            moved.append(
+        returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+        masks = [value.elts[TOOL_MASK_PLACE:][:1] for value in returned if isinstance(value, ast.Tuple)]
+        if not any(ast.unparse(mask) == "tool_mask" for found in masks for mask in found):
+            yield (
                 f"`{trainer_class.__name__}._generate` does not return `tool_mask` as value {TOOL_MASK_PLACE + 1}, "
                 "expected it to"
             )
-    return moved
 
 
-def _names_tool_mask(values: list[ast.expr]) -> bool:
-    return len(values) > TOOL_MASK_PLACE and ast.unparse(values[TOOL_MASK_PLACE]) == "tool_mask"
+def _moved_keys(trainer_class: type) -> Iterator[str]:
+    tables = ((RETURNED_KEYS, _written_keys, "return the key {!r}"), (READ_KEYS, _read_keys, "read `inputs[{!r}]`"))
+    for table, keys_of, does in tables:
+        for method, keys in table.items():
+            for tree in _syntax(trainer_class, method):
+                found = keys_of(tree)
+                for key in keys:
+                    if key not in found:
+                        yield f"`{trainer_class.__name__}.{method}` does not {does.format(key)}, expected it to"
 
 
-def _moved_keys(trainer_class: type) -> list[str]:
-    moved = []
-    for method, keys in RETURNED_KEYS.items():
-        for tree in _syntax(trainer_class, method):
-            moved += [
-                f"`{trainer_class.__name__}.{method}` does not return the key {key!r}, expected it to"
-                for key in keys
-                if key not in _written_keys(tree)
-            ]
-    for method, keys in READ_KEYS.items():
-        for tree in _syntax(trainer_class, method):
-            moved += [
-                f"`{trainer_class.__name__}.{method}` does not read `inputs[{key!r}]`, expected it to"
-                for key in keys
-                if key not in _read_keys(tree)
-            ]
-    return moved
-
-
-def _moved_attributes(trainer_class: type) -> list[str]:
+def _moved_attributes(trainer_class: type) -> Iterator[str]:
     values: dict[str, list[ast.expr]] = {}
     for parent in inspect.getmro(trainer_class):
         for tree in _syntax(parent, "__init__") if "__init__" in vars(parent) else []:
             for name, value in _assignments(tree):
                 values.setdefault(name, []).append(value)
-    moved = []
     for name, keys in ATTRIBUTES.items():
         if name not in values:
-            moved.append(f"`{trainer_class.__name__}.{name}` is not set by a constructor, expected it to be")
+            yield f"`{trainer_class.__name__}.{name}` is not set by a constructor, expected it to be"
             continue
         found = {key for value in values[name] for key in _written_keys(value)}
         missing = [repr(key) for key in keys if key not in found]
         if missing:
-            moved.append(f"`{trainer_class.__name__}.{name}` has no key {', '.join(missing)}, expected it to")
+            yield f"`{trainer_class.__name__}.{name}` has no key {', '.join(missing)}, expected it to"
     for name, methods in SET_IN_TRAINING.items():
         trees = [tree for method in methods for tree in _syntax(trainer_class, method)]
         if not any(name == found for tree in trees for found, _ in _assignments(tree)):
-            moved.append(f"`{trainer_class.__name__}.{name}` is not set in training, expected it to be")
-    return moved
+            yield f"`{trainer_class.__name__}.{name}` is not set in training, expected it to be"
 
 
-def _moved_advantages(trainer_class: type) -> list[str]:
+def _moved_advantages(trainer_class: type) -> Iterator[str]:
     # TRL adds the token axis to advantages of shape (B,) and leaves shape (B, T) unchanged.
-    moved = []
     for tree in _syntax(trainer_class, "_compute_loss"):
-        branches = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
         if not any(
-            ast.unparse(branch.test) in ("advantages.dim() == 1", "advantages.ndim == 1")
-            and "advantages.unsqueeze" in ast.unparse(branch)
-            for branch in branches
+            ast.unparse(node.test) in ("advantages.dim() == 1", "advantages.ndim == 1")
+            and "advantages.unsqueeze" in ast.unparse(node)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If)
         ):
-            moved.append(
+            yield (
                 f"`{trainer_class.__name__}._compute_loss` adds the token axis to advantages whatever their shape, "
                 "expected it to accept advantages of shape (B, T)"
             )
-    return moved
 
 
 def _syntax(owner: type, name: str) -> list[ast.AST]:

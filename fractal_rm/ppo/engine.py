@@ -66,28 +66,19 @@ class _Forward(NamedTuple):
 
 @dataclass
 class _HandOver:
-    """Values stored between a call into TRL and the line after it.
+    """Values stored between a call into TRL and the line after it."""
 
-    Attributes:
-        template_options: Arguments of the policy's chat template, for reward models.
-        prompts: Prompts of the completions that were judged.
-        completion_ids: Their token ids, without padding.
-        written: For each of them, which tokens the policy sampled (not tool output). None: all.
-        texts: Their texts; conversations if tools or users wrote in between.
-        function_rewards: Rewards of this process (B, F).
-        scores: Steps and scores, by the name of the source.
-        forwards: Forward passes of the policy, in TRL's order.
-        known: Log-probabilities and entropies that TRL gets instead of the next forward pass.
-    """
-
+    # Arguments of the policy's chat template, for reward models.
     template_options: Mapping[str, Any] = field(default_factory=dict)
-    prompts: list[Any] = field(default_factory=list)
-    completion_ids: list[list[int]] = field(default_factory=list)
+    prompts: list[Any] = field(default_factory=list)  # prompts of the judged completions
+    completion_ids: list[list[int]] = field(default_factory=list)  # their token ids, without padding
+    # For each of them, which tokens the policy sampled (not tool output). None: all.
     written: list[list[int]] | None = None
-    texts: list[str] = field(default_factory=list)
-    function_rewards: Tensor = field(default_factory=lambda: torch.empty(0))
-    scores: dict[str, Sequence[StepScores]] = field(default_factory=dict)
-    forwards: list[_Forward] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)  # their texts; conversations if tools or users wrote in between
+    function_rewards: Tensor = field(default_factory=lambda: torch.empty(0))  # rewards of this process (B, F)
+    scores: dict[str, Sequence[StepScores]] = field(default_factory=dict)  # steps and scores by source name
+    forwards: list[_Forward] = field(default_factory=list)  # forward passes of the policy, in TRL's order
+    # Log-probabilities and entropies that TRL gets instead of the next forward pass.
     known: tuple[Tensor, Tensor] | None = None
 
 
@@ -465,8 +456,9 @@ class Engine(Run, GRPOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         if self.accelerator.num_processes > 1:
             share_metrics(metrics)
-        for name in [name for name, values in metrics.items() if not math.isfinite(_mean(values))]:
-            del metrics[name]  # TRL would log None or infinity
+        for name, values in list(metrics.items()):
+            if not torch.tensor(values, dtype=torch.float64).nanmean().isfinite():
+                del metrics[name]  # TRL would log None or infinity
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -516,11 +508,6 @@ def _weights(args: StepPPOConfig, outcomes: int, sources: int) -> list[float] | 
             "the weights of step rewards are `step_weight` and `step_reward_weights`."
         )
     return [*(weights or [1.0] * outcomes), *[0.0] * sources] if sources else weights
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
 
 
 def backbone(policy: Any) -> nn.Module:

@@ -32,27 +32,16 @@ LAUNCH_MS = 1.2
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense Llama-like model.
-
-    Args:
-        layers: Decoder layers.
-        hidden: Width.
-        intermediate: Width of the gated feed-forward part.
-        heads: Attention heads.
-        kv_heads: Key and value heads.
-        vocabulary: Tokens.
-        tied: Whether input and output embeddings are the same.
-        head_width: Width of an attention head; None: the heads share the model's width.
-    """
+    """A dense Llama-like model."""
 
     layers: int
     hidden: int
-    intermediate: int
+    intermediate: int  # width of the gated feed-forward part
     heads: int
     kv_heads: int
     vocabulary: int
-    tied: bool = False
-    head_width: int | None = None
+    tied: bool = False  # input and output embeddings are the same
+    head_width: int | None = None  # width of an attention head; None: the heads share the model's width
 
     @property
     def query_width(self) -> int:
@@ -148,23 +137,16 @@ def nearest_model(parameters: float) -> str:
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU, from its data sheet.
+    """A GPU, from its data sheet."""
 
-    Args:
-        memory: Bytes.
-        operations: Dense bf16 operations a second, without sparsity.
-        bandwidth: Bytes of memory a second.
-        used: Share of the operations that training reaches: an assumption (PaLM reports .46 and Llama 3 .38 to .43 of
-            the peak for pretraining; Chowdhery et al., 2022; Grattafiori et al., 2024).
-        read: Share of the bandwidth that generation reaches: an assumption.
-        usable: Share of the memory that a run may use; the rest is for fragmentation and libraries: an assumption.
-    """
-
-    memory: float = 80e9
-    operations: float = 989e12
-    bandwidth: float = 3.35e12
+    memory: float = 80e9  # bytes
+    operations: float = 989e12  # dense bf16 operations a second, without sparsity
+    bandwidth: float = 3.35e12  # bytes of memory a second
+    # Share of the operations that training reaches: an assumption (PaLM reports .46 and Llama 3 .38 to .43 of the peak
+    # for pretraining; Chowdhery et al., 2022; Grattafiori et al., 2024).
     used: float = 0.35
-    read: float = 0.6
+    read: float = 0.6  # share of the bandwidth that generation reaches: an assumption
+    # Share of the memory that a run may use; the rest is for fragmentation and libraries: an assumption.
     usable: float = 0.9
 
 
@@ -186,43 +168,28 @@ GPUS: dict[str, GPU] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A run of PPO: models, and the options of `fractal-rm ppo` that memory and time depend on.
-
-    Args:
-        policy: Sizes of the policy.
-        reward: Sizes of the reward model; None: there is none.
-        value: Value model: `own` (a backbone of the policy's size), `shared` (a head on the policy), or `none`.
-        lora_rank: Rank of the adapters that are trained, on policy and value model; None: all weights are.
-        dtype: Of the policy's and value model's weights; with `float32` a GPU computes in bf16 by autocast.
-        reward_dtype: Of the reward model's weights.
-        prompt: Tokens of a prompt.
-        completion: Tokens of a completion.
-        rollouts: Completions in an update.
-        micro_batch: Completions that are trained on at once.
-        generated: Completions that are generated at once.
-        checkpointing: Whether activations are recomputed.
-        reference: Whether there is a reference model; with adapters, it is the policy without them.
-        vllm: Share of the GPU's memory that vLLM takes in the same process; None: transformers generates.
-        sleep: Whether vLLM frees its memory while the policy trains.
-        computed: Type that models compute in; bf16 on a GPU.
-    """
+    """A run of PPO: models, and the options of `fractal-rm ppo` that memory and time depend on."""
 
     policy: Shape
-    reward: Shape | None
+    reward: Shape | None  # None: no reward model
+    # Value model: `own` (a backbone of the policy's size), `shared` (a head on the policy), or `none`.
     value: Literal["own", "shared", "none"] = "none"
+    # Rank of the adapters of policy and value model; None: all weights are trained.
     lora_rank: int | None = None
+    # Type of the policy's and value model's weights; with `float32` a GPU computes in bf16 by autocast.
     dtype: Dtype = "float32"
-    reward_dtype: Dtype = "float32"
-    prompt: int = 150
-    completion: int = 320
-    rollouts: int = 128
-    micro_batch: int = 8
-    generated: int = 128
-    checkpointing: bool = True
-    reference: bool = False
+    reward_dtype: Dtype = "float32"  # type of the reward model's weights
+    prompt: int = 150  # tokens of a prompt
+    completion: int = 320  # tokens of a completion
+    rollouts: int = 128  # completions in an update
+    micro_batch: int = 8  # completions per forward and backward pass
+    generated: int = 128  # completions generated at once
+    checkpointing: bool = True  # recompute activations
+    reference: bool = False  # a reference model; with adapters, it is the policy without them
+    # Share of the GPU's memory that vLLM takes in the same process; None: transformers generates.
     vllm: float | None = None
-    sleep: bool = False
-    computed: Dtype = "bfloat16"
+    sleep: bool = False  # vLLM frees its memory while the policy trains
+    computed: Dtype = "bfloat16"  # type that models compute in; bf16 on a GPU
 
     @property
     def length(self) -> int:

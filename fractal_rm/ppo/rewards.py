@@ -110,7 +110,9 @@ class StepShaper:
             ends = [step_end_tokens(at, result.spans) for at, result in zip(token_ends, scored, strict=True)]
             scores = [result.step_scores for result in scored]
             self._check_baseline(scores, batch)
-            rewards = self.rewards(scores, self.moments[name], group_size=group_size)
+            # Baselines and deviations are over the batch, and a group may span processes: each process shapes all rows.
+            everyone, ours = rows_of_all([list(row) for row in scores])
+            rewards = step_rewards(everyone, self.args, group_size=group_size, moments=self.moments[name])[ours]
             placement = place_step_rewards(rewards, ends, batch.mask)
             steps.append(ShapedSteps(self.weights[name], rewards, ends, placement, judged))
             if len(steps) == 1:  # the watched source
@@ -138,22 +140,6 @@ class StepShaper:
                 "nothing says which completions are better. Give `reward_funcs`, or set `center='batch'` or "
                 "`shaping='min_form'`."
             )
-
-    def rewards(
-        self, step_scores: Sequence[Sequence[float]], moments: RunningMoments, *, group_size: int
-    ) -> list[list[float]]:
-        """Rewards from a source's scores, in the same layout.
-
-        Baselines and deviations are computed over the batch of all processes, and a group may span several: every
-        process shapes all rows and keeps its own.
-
-        Args:
-            step_scores: Score of every step of every completion of this process.
-            moments: Moments of the source, updated if `normalize_step_rewards` is set.
-            group_size: Completions per prompt.
-        """
-        everyone, ours = rows_of_all([list(row) for row in step_scores])
-        return step_rewards(everyone, self.args, group_size=group_size, moments=moments)[ours]
 
     def state_dict(self) -> dict[str, Any]:
         """Running statistics of each source, for JSON."""

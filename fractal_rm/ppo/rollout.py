@@ -23,95 +23,60 @@ Row = TypeVar("Row")
 
 
 class ShapedSteps(NamedTuple):
-    """Step rewards of one source, before the source's weight.
-
-    Attributes:
-        weight: Weight of the source.
-        rewards: Reward of every step of every completion.
-        ends: Token at which each step ends; None where the step could not be placed.
-        placement: The rewards on tokens (B, T), with the audit.
-        judged: For each completion, whether the source read all of it; others are not trained on.
-    """
+    """Step rewards of one source, before the source's weight."""
 
     weight: float
-    rewards: list[list[float]]
-    ends: list[list[int | None]]
-    placement: Placement
-    judged: list[bool]
+    rewards: list[list[float]]  # reward of every step of every completion
+    ends: list[list[int | None]]  # token at which each step ends; None where the step could not be placed
+    placement: Placement  # the rewards on tokens (B, T), with the audit
+    judged: list[bool]  # for each completion, whether the source read all of it; others are not trained on
 
 
 class TokenRewards(NamedTuple):
-    """Token rewards, in two parts because each part has its own lambda (`step_lam`, `lam`).
+    """Token rewards, in two parts because each part has its own lambda (`step_lam`, `lam`)."""
 
-    Attributes:
-        steps: Rewards of steps (B, T), weighted.
-        others: Rewards of outcomes, endings and the KL penalty (B, T), weighted.
-        step_ends: Tokens at which the steps of each row end.
-        penalties: Penalty of a completion without an end (B,).
-        step_weight: Weight that `steps` were multiplied by.
-    """
-
-    steps: Tensor
-    others: Tensor
-    step_ends: list[list[int | None]]
-    penalties: Tensor
-    step_weight: float
+    steps: Tensor  # rewards of steps (B, T), weighted
+    others: Tensor  # rewards of outcomes, endings and the KL penalty (B, T), weighted
+    step_ends: list[list[int | None]]  # tokens at which the steps of each row end
+    penalties: Tensor  # penalty of each completion cut at the length limit (B,)
+    step_weight: float  # weight that `steps` were multiplied by
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Completions of this process, with all results so far.
+    """Completions of this process, with all results so far."""
 
-    Attributes:
-        prompts: Their prompts, texts or chats.
-        completion_ids: Sampled token ids, without padding.
-        texts: The completions as text: `completion_text` of the ids; step spans are character offsets into it. A
-            [`~fractal_rm.data.prompts.Conversation`] if a tool or an environment wrote in between.
-        function_rewards: Reward of each function (B, F), NaN where it returned None.
-        function_weights: Weight of each reward function (F,); sources of step rewards have 0.
-        is_outcome: Which functions judge outcomes instead of scoring steps (F,).
-        scores: Steps and scores of every completion, by the name of the source; the first source is the watched one.
-        tokens: TRL's dictionary of the rollout: what an update needs in addition to advantages.
-        mask: True where the policy wrote a token (B, T); tool outputs and padding are False.
-        outcome_advantages: TRL's group advantages of the outcomes (B,).
-        written: For each token id of `completion_ids` whether the policy sampled it; None: all of them.
-        logprobs: Log-probabilities of the sampling policy (B, T), if they were computed.
-        kl: KL divergence from the reference at each token (B, T), if it is part of the reward or free.
-        state_values: Values at all positions (B, P + T) from a head on the policy's states, if a forward pass computed
-            them.
-        steps: Shaped step rewards, one entry per source.
-        rewards: Token rewards.
-        values: Values of the states before the tokens (B, T).
-        returns: Targets of the value model (B, T).
-        advantages: Advantages for the policy loss (B, T).
-        learned: True where a token is trained on (B, T): `mask` without completions that no outcome function judged,
-            or that a source of step rewards could not read to the end.
-        for_update: Tensors that the update needs in addition to `tokens`, by their names in a minibatch.
-        metrics: Numbers to log, by name.
-    """
-
-    prompts: list[Any]
-    completion_ids: list[list[int]]
+    prompts: list[Any]  # texts or chats
+    completion_ids: list[list[int]]  # sampled token ids, without padding
+    # The completions as text: `completion_text` of the ids; step spans are character offsets into it. A
+    # [`~fractal_rm.data.prompts.Conversation`] if a tool or an environment wrote in between.
     texts: list[str]
-    function_rewards: Tensor
-    function_weights: Tensor
-    is_outcome: Tensor
+    function_rewards: Tensor  # reward of each function (B, F), NaN where it returned None
+    function_weights: Tensor  # weight of each reward function (F,); sources of step rewards have 0
+    is_outcome: Tensor  # which functions judge outcomes instead of scoring steps (F,)
+    # Steps and scores of every completion, by the name of the source; the first source is the watched one.
     scores: Mapping[str, Sequence[StepScores]]
-    tokens: dict[str, Any]
-    mask: Tensor
-    outcome_advantages: Tensor
+    tokens: dict[str, Any]  # TRL's dictionary of the rollout: what an update needs in addition to advantages
+    mask: Tensor  # True where the policy wrote a token (B, T); tool outputs and padding are False
+    outcome_advantages: Tensor  # TRL's group advantages of the outcomes (B,)
+    # Whether the policy sampled each token of `completion_ids`; None: all of them.
     written: Sequence[Sequence[int]] | None = None
-    logprobs: Tensor | None = None
+    logprobs: Tensor | None = None  # log-probabilities of the sampling policy (B, T), if they were computed
+    # KL divergence from the reference at each token (B, T), if it is part of the reward or free.
     kl: Tensor | None = None
+    # Values at all positions (B, P + T) from a head on the policy's states, if a forward pass computed them.
     state_values: Tensor | None = None
-    steps: Sequence[ShapedSteps] = ()
+    steps: Sequence[ShapedSteps] = ()  # shaped step rewards, one entry per source
     rewards: TokenRewards | None = None
-    values: Tensor | None = None
-    returns: Tensor | None = None
-    advantages: Tensor | None = None
+    values: Tensor | None = None  # values of the states before the tokens (B, T)
+    returns: Tensor | None = None  # targets of the value model (B, T)
+    advantages: Tensor | None = None  # advantages for the policy loss (B, T)
+    # True where a token is trained on (B, T): `mask` without completions that no outcome function judged, or that a
+    # source of step rewards could not read to the end.
     learned: Tensor | None = None
+    # Tensors that the update needs in addition to `tokens`, by their names in a minibatch.
     for_update: Mapping[str, Tensor] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)  # numbers to log, by name
 
     def plus(
         self, metrics: Mapping[str, float] | None = None, for_update: Mapping[str, Tensor] | None = None, **made: Any

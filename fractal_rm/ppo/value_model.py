@@ -12,13 +12,7 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import load_model as load_weights
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fractal_rm.errors import reason
@@ -385,16 +379,12 @@ class ValueGradients(TrainerCallback):
     def __init__(self, value_model: nn.Module, warmup_steps: int = 0) -> None:
         self.value_model, self.warmup_steps = value_model, warmup_steps
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step < self.warmup_steps:
             for parameter in kwargs["model"].parameters():
                 parameter.grad = None
         if args.max_grad_norm:
             nn.utils.clip_grad_norm_(self.value_model.parameters(), args.max_grad_norm)
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.value_model.zero_grad()

@@ -7,6 +7,7 @@ the same on every machine. matplotlib is imported inside the functions, since it
 from __future__ import annotations
 
 import html
+import importlib.util
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,21 +28,13 @@ Curve = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a plot: real ones for a picture, stand-ins for a page, which `to_svg` turns into CSS.
+    """Colours of a plot: real ones for a picture, stand-ins for a page, which `to_svg` turns into CSS."""
 
-    Attributes:
-        ink: Text.
-        muted: Axes, ticks and less important text.
-        rule: Grid lines.
-        paper: The background.
-        series: Lines, one colour each.
-    """
-
-    ink: str
-    muted: str
-    rule: str
-    paper: str
-    series: tuple[str, ...]
+    ink: str  # text
+    muted: str  # axes, ticks and less important text
+    rule: str  # grid lines
+    paper: str  # the background
+    series: tuple[str, ...]  # lines, one colour each
 
 
 PICTURE = Theme("#1c1e21", "#5d636b", "#dcdcd6", "#ffffff", ("#5b3a8e", "#6f747b", "#0b7a5e", "#a35200"))
@@ -63,6 +56,12 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+def check_matplotlib() -> None:
+    """Raise ImportError if matplotlib is not installed; call it before long work that ends with plots."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('Plots need matplotlib, which is not installed: pip install "fractal-rm[plots]".')
+
+
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Figure]:
     """Give an empty figure (inches), to draw and save inside the `with` block, whatever the settings of the user are.
@@ -70,11 +69,10 @@ def new_figure(width: float, height: float) -> Iterator[Figure]:
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    try:
-        import matplotlib.style
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Plots need matplotlib, which is not installed: pip install "fractal-rm[plots]".') from error
+    check_matplotlib()
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
     with matplotlib.style.context(["default", SETTINGS]):
         yield Figure(figsize=(width, height))
 

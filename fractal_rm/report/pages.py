@@ -26,82 +26,45 @@ UNENCODABLE = re.compile("[\x00\ud800-\udfff]")  # NUL and lone surrogates: neit
 
 @dataclass(frozen=True)
 class StepView:
-    """A step as a page shows it.
+    """A step as a page shows it."""
 
-    Attributes:
-        number: Its place in the response, from 1.
-        text: The step as written.
-        score: Its score as text.
-        css: Class of the score's colour.
-        gold: `"right"`, `"wrong"` or None where no gold label is known.
-        first_wrong: Whether it is the first step with a wrong gold label.
-        before: Text of the response between the step before and this one, empty if it is white space only.
-        mistake: `"false alarm"` or `"missed error"` if gold label and score disagree, else empty.
-        details: Score, probability and rank in words.
-        other: Another model's score of it, as text; None without another model.
-        other_css: Class of the colour of that score.
-    """
-
-    number: int
-    text: str
-    score: str
-    css: str
-    gold: str | None
-    first_wrong: bool
-    before: str
-    mistake: str
-    details: str
-    other: str | None
-    other_css: str
+    number: int  # its place in the response, from 1
+    text: str  # the step as written
+    score: str  # its score as text
+    css: str  # class of the score's colour
+    gold: str | None  # `"right"`, `"wrong"` or None where no gold label is known
+    first_wrong: bool  # whether it is the first step with a wrong gold label
+    before: str  # response text between the previous step and this one, empty if only white space
+    mistake: str  # `"false alarm"` or `"missed error"` if gold label and score disagree, else empty
+    details: str  # score, probability and rank in words
+    other: str | None  # the other model's score as text; None without another model
+    other_css: str  # class of the colour of that score
 
 
 @dataclass(frozen=True)
 class ResponseView:
-    """A response as a page shows it.
+    """A response as a page shows it."""
 
-    Attributes:
-        anchor: Name of its place in the page.
-        name: Its name on the page: its id, or its row.
-        prompt: The prompt as text, a chat with its roles.
-        folded: Whether the prompt is too long to be shown at once.
-        steps: Its steps.
-        judged: Whether a gold label is known for any of them.
-        after: Text behind the last step, empty if it is white space only.
-        score: The response score as text.
-        css: Class of the score's colour.
-        score_value: The response score as a number, for sorting, None if there is none.
-        label: The label as a number, None if it is unknown.
-        label_text: The label as text.
-        disagrees: Whether score and label are at least half the scale apart.
-        unscored: Note about steps beyond `max_length`, empty if there are none; their text is in `after`.
-        error: Why it has no scores, None if it has.
-        worst: The lowest step score, None if there is none.
-        mistakes: The kinds of mistakes among its steps, joined by commas.
-        apart: How far the two models' response scores are apart, None where there are not two.
-        other: The other model's response score as text, None where there is no other model.
-        other_css: Class of the colour of that score.
-    """
-
-    anchor: str
-    name: str
-    prompt: str
-    folded: bool
+    anchor: str  # name of its place in the page
+    name: str  # its name on the page: its id, or its row
+    prompt: str  # the prompt as text, a chat with its roles
+    folded: bool  # whether the prompt is too long to be shown at once
     steps: tuple[StepView, ...]
-    judged: bool
-    after: str
-    score: str
-    css: str
-    score_value: float | None
-    label: float | None
-    label_text: str
-    disagrees: bool
-    unscored: str
-    error: str | None
-    worst: float | None
-    mistakes: str
-    apart: float | None
-    other: str | None
-    other_css: str
+    judged: bool  # whether a gold label is known for any of them
+    after: str  # text behind the last step, empty if it is white space only
+    score: str  # the response score as text
+    css: str  # class of the score's colour
+    score_value: float | None  # the response score as a number, for sorting, None if there is none
+    label: float | None  # the label as a number, None if it is unknown
+    label_text: str  # the label as text
+    disagrees: bool  # whether score and label are at least half the scale apart
+    unscored: str  # note about steps beyond `max_length`, empty if there are none; their text is in `after`
+    error: str | None  # why it has no scores, None if it has
+    worst: float | None  # the lowest step score, None if there is none
+    mistakes: str  # the kinds of mistakes among its steps, joined by commas
+    apart: float | None  # how far the two models' response scores are apart, None where there are not two
+    other: str | None  # the other model's response score as text, None where there is no other model
+    other_css: str  # class of the colour of that score
 
 
 def response_view(row: Mapping[str, Any], number: int, *, threshold: float = 0.5) -> ResponseView:

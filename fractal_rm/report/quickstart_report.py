@@ -28,35 +28,23 @@ EXAMPLES_OF_A_KIND = 6
 
 @dataclass(frozen=True)
 class QuickstartReport:
-    """All that the report shows; empty parts are left out of the page.
-
-    Attributes:
-        title: Heading of the page.
-        seed: Seed of the run.
-        budget: Its budget, `small` or `full`.
-        seconds: How long it took.
-        headlines: The numbers to read first, five at most: what it is, how it reads, what to compare it with.
-        curves: For each arm its pairs of rollouts and held-out accuracy in [0, 1].
-        findings: What the curves say, one sentence each; `compare_curves` writes them.
-        examples: Scored responses, as `write_viewer` takes them, with `gold` in their steps.
-        probs: Predicted probability that each held-out response is good.
-        labels: Labels of these responses.
-        rows: The run's rows of `results.jsonl`.
-        next_commands: Next commands: the command, and what it does.
-    """
+    """All that the report shows; empty parts are left out of the page."""
 
     title: str
     seed: int
-    budget: str
-    seconds: float
+    budget: str  # `small` or `full`
+    seconds: float  # duration of the run
+    # The numbers to read first, at most five: name, value, and what to compare it with.
     headlines: Sequence[tuple[str, str, str]] = ()
+    # Pairs of rollouts and held-out accuracy in [0, 1], by arm.
     curves: Mapping[str, Curve] = field(default_factory=dict)
-    findings: Sequence[str] = ()
+    findings: Sequence[str] = ()  # sentences from `compare_curves`
+    # Scored responses, as `write_viewer` takes them, with `gold` in their steps.
     examples: Sequence[Mapping[str, Any]] = ()
-    probs: Sequence[float] = ()
+    probs: Sequence[float] = ()  # predicted probability that each held-out response is good
     labels: Sequence[float] = ()
-    rows: Sequence[Mapping[str, Any]] = ()
-    next_commands: Sequence[tuple[str, str]] = ()
+    rows: Sequence[Mapping[str, Any]] = ()  # of `results.jsonl`
+    next_commands: Sequence[tuple[str, str]] = ()  # the command, and what it does
 
 
 def summarize(folder: Path, arms: Sequence[str], seed: int, budget: str) -> QuickstartReport:

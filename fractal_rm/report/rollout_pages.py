@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from fractal_rm.files import write_atomic
 from fractal_rm.ppo.trainer import StepPPOTrainer
@@ -43,17 +43,15 @@ class StepScoresCallback(TrainerCallback):
         self.trainer, self.every_n_steps, self.keep = trainer, every_n_steps, keep
         self._written: int | None = None
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every_n_steps == 0:
             self.write(args, state)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._written != state.global_step:
             self.write(args, state)
 
-    def write(self, args: TrainingArguments, state: TrainerState) -> None:
+    def write(self, args: Any, state: TrainerState) -> None:
         """Write the page and the rows of this step, and delete what is beyond `keep`."""
         rows = rollout_rows(self.trainer)
         if not rows or not state.is_world_process_zero:

@@ -16,17 +16,11 @@ MISSING = "—"
 
 
 class Table(NamedTuple):
-    """Header and cells of a table, as text.
-
-    Attributes:
-        header: Names of the columns.
-        cells: One list of texts a row, as long as the header.
-        numeric: Number of columns, counted from the right, that hold numbers.
-    """
+    """Header and cells of a table, as text."""
 
     header: list[str]
-    cells: list[list[str]]
-    numeric: int
+    cells: list[list[str]]  # one list per row, as long as the header
+    numeric: int  # number of columns with numbers, counted from the right
 
 
 def tabulate(rows: Iterable[Mapping[str, Any]], *, metrics: Sequence[str] | None = None) -> Table:

@@ -88,24 +88,14 @@ ZERO_AS_TEXT = ("guards", "length", "kl", "updates")
 
 
 class Line(NamedTuple):
-    """A curve over updates: of one run, or the mean of several.
-
-    Attributes:
-        name: What it is of.
-        slot: Its place among the looks of lines; None: that of a checked outcome.
-        updates: Where there are values (P,), ascending.
-        mean: The values (P,).
-        window: Number of neighbouring logged values up to the point's update that are averaged.
-        low: Lower end of the mean's 95 % interval (P,); None for one run.
-        high: Upper end.
-    """
+    """A curve over updates: of one run, or the mean of several."""
 
     name: str
-    slot: int | None
-    updates: np.ndarray
-    mean: np.ndarray
-    window: int
-    low: np.ndarray | None
+    slot: int | None  # selects colour and marker; None: the look of a checked outcome
+    updates: np.ndarray  # updates with a value (P,), ascending
+    mean: np.ndarray  # values (P,)
+    window: int  # number of neighbouring logged values averaged into a point
+    low: np.ndarray | None  # lower end of the mean's 95 % interval (P,); None for one run
     high: np.ndarray | None
 
 
@@ -118,21 +108,13 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves on one pair of axes.
-
-    Attributes:
-        title: What is shown.
-        keys: The names under which it is logged.
-        lines: The curves.
-        marks: Alarms about what is shown.
-        meaning: What these alarms say, empty if there are none.
-    """
+    """Curves on one pair of axes."""
 
     title: str
-    keys: tuple[str, ...]
+    keys: tuple[str, ...]  # the names under which it is logged
     lines: list[Line]
-    marks: list[Mark] = field(default_factory=list)
-    meaning: str = ""
+    marks: list[Mark] = field(default_factory=list)  # alarms about what is shown
+    meaning: str = ""  # what these alarms mean; empty without any
 
     @property
     def is_zero(self) -> bool:
@@ -142,19 +124,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """Panels that belong together.
+    """Panels that belong together."""
 
-    Attributes:
-        name: For templates.
-        title: Heading.
-        panels: The panels to draw.
-        zero: Titles of panels whose curves are 0 throughout; they are not drawn.
-    """
-
-    name: str
+    name: str  # for the templates
     title: str
-    panels: list[Panel]
-    zero: list[str]
+    panels: list[Panel]  # to be drawn
+    zero: list[str]  # titles of the panels whose curves are 0 throughout
 
 
 def by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,12 @@ ALARM = "guards/alarm/"
 
 @dataclass(frozen=True)
 class Run:
-    """The log of one training.
+    """The log of one training."""
 
-    Attributes:
-        name: What the run is called; runs of one name are seeds of one group.
-        folder: Where it was found, as it was given.
-        file: What was read there.
-        metrics: For each metric its finite numbers by update.
-    """
-
-    name: str
-    folder: str
-    file: str
-    metrics: Mapping[str, Mapping[int, float]]
+    name: str  # runs with the same name are seeds of one group
+    folder: str  # as it was given
+    file: str  # the file that was read there
+    metrics: Mapping[str, Mapping[int, float]]  # finite values of each metric by update
 
     @property
     def last_update(self) -> int:
@@ -112,22 +105,22 @@ def _name_and_folder(entry: str) -> tuple[str, str, bool]:
 
 
 def _find_history(folder: Path) -> tuple[Path, list[Any]]:
-    """The log of a finished run, of a checkpoint, or of the last checkpoint of a run that is not finished."""
-    for file, key in ((folder / METRICS_FILE, "history"), (folder / STATE, "log_history")):
-        if file.is_file():
-            content = read_json(file)
-            history = content.get(key) if isinstance(content, dict) else None
-            if isinstance(history, list):
-                return file, history
+    """The log of a finished run, of a checkpoint, or of the last checkpoint of an unfinished run."""
+    for file, key in _logs_in(folder):
+        content = read_json(file) if file.is_file() else None
+        history = content.get(key) if isinstance(content, dict) else None
+        if isinstance(history, list):
+            return file, history
+    raise ValueError(
+        f"{folder} has no {METRICS_FILE} with a history, no {STATE} and no complete checkpoint. Give the output folder "
+        "of a PPO run that has ended or written a checkpoint (`save_steps`)."
+    )
+
+
+def _logs_in(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Files that may hold a log, with its key; the last checkpoint is verified only if it is needed."""
+    yield folder / METRICS_FILE, "history"
+    yield folder / STATE, "log_history"
     checkpoint = last_checkpoint(folder)
-    if checkpoint is None:
-        raise ValueError(
-            f"{folder} has no {METRICS_FILE} with a history, no {STATE} and no complete checkpoint. Give the output "
-            "folder of a PPO run that has ended or written a checkpoint (`save_steps`)."
-        )
-    file = Path(checkpoint) / STATE
-    state = read_json(file)
-    history = state.get("log_history") if isinstance(state, dict) else None
-    if not isinstance(history, list):
-        raise ValueError(f"{file} has no log. Give another folder.")
-    return file, history
+    if checkpoint is not None:
+        yield Path(checkpoint) / STATE, "log_history"

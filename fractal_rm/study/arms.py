@@ -42,26 +42,16 @@ VALUES = ({"advantage": "gae", "lam": 0.95}, {"advantage": "gae", "lam": 1.0})
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to reward the policy; everything else is the same in all arms.
+    """One way to reward the policy; everything else is the same in all arms."""
 
-    Args:
-        name: Its name in the rows.
-        steps: What scores steps: a kind of reward model ([`Assets`]), a rule (`rivals.py`), or None.
-        outcome: Whether the checker's outcome labels are a reward.
-        response_model: A reward model that scores whole responses is the outcome reward.
-        scalar: The outcome reward is the step reward model's score of the response: it judges as the arms with step
-            rewards do, and says so at the end only.
-        variants: Two settings that compete.
-        options: Settings of all trials.
-    """
-
-    name: str
-    steps: str | None = None
-    outcome: bool = False
-    response_model: bool = False
+    name: str  # in the rows of results
+    steps: str | None = None  # what scores steps: a kind of reward model ([`Assets`]), a rule (`rivals.py`), or None
+    outcome: bool = False  # the checker's outcome labels are a reward
+    response_model: bool = False  # a reward model of whole responses is the outcome reward
+    # The outcome reward is the step reward model's response score: the same judge as with step rewards, at the end.
     scalar: bool = False
-    variants: tuple[Options, Options] = LAMBDAS
-    options: tuple[tuple[str, Any], ...] = ()
+    variants: tuple[Options, Options] = LAMBDAS  # two competing settings
+    options: tuple[tuple[str, Any], ...] = ()  # the same in all trials
 
     @property
     def judge(self) -> str | None:

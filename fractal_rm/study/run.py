@@ -45,21 +45,13 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a run does.
+    """The amount of work in a run."""
 
-    Args:
-        rollouts_per_update: Completions in an update.
-        held_out: Problems that a policy is measured on.
-        draws: Sampled responses to each of them.
-        updates: Policy updates; None: the task's.
-        points: Shares of the updates after which the policy is measured, beside the start.
-    """
-
-    rollouts_per_update: int = 64
-    held_out: int = 256
-    draws: int = 1
-    updates: int | None = None
-    points: tuple[float, ...] = POINTS
+    rollouts_per_update: int = 64  # completions in an update
+    held_out: int = 256  # problems for measuring the policy
+    draws: int = 1  # sampled responses per problem
+    updates: int | None = None  # policy updates; None: the task's
+    points: tuple[float, ...] = POINTS  # shares of the updates at which to measure, in addition to the start
 
 
 def run_arm(

@@ -57,23 +57,14 @@ def finished_runs(rows: Rows, *, benchmark: str = BENCHMARK) -> Runs:
 
 @dataclass(frozen=True)
 class Curves:
-    """The curves of an arm on a setting, one row a seed.
+    """The learning curves of an arm on a setting, one row per seed."""
 
-    Args:
-        rollouts: Numbers of rollouts (P,).
-        seeds: Seeds, in the order of the rows.
-        values: A metric (seeds, P).
-        rm_rollouts: Rollouts that the reward model's training data took, the mean over seeds.
-        rm_seconds: Processor seconds that it took.
-        seconds: Processor seconds of training up to each point (P,), the mean over seeds.
-    """
-
-    rollouts: np.ndarray
-    seeds: tuple[int, ...]
-    values: np.ndarray
-    rm_rollouts: float
-    rm_seconds: float
-    seconds: np.ndarray
+    rollouts: np.ndarray  # rollouts at each point (P,)
+    seeds: tuple[int, ...]  # in the order of the rows
+    values: np.ndarray  # a metric (seeds, P)
+    rm_rollouts: float  # rollouts for the reward model's training data, mean over seeds
+    rm_seconds: float  # CPU seconds to make the reward model, mean over seeds
+    seconds: np.ndarray  # CPU seconds of training up to each point (P,), mean over seeds
 
     def of(self, seeds: Sequence[int]) -> np.ndarray:
         """Values of these seeds (S, P)."""
@@ -144,25 +135,15 @@ def half_gain_point(values: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm against the better of the outcome-only arms on a setting.
+    """An arm against the better outcome-only arm on a setting."""
 
-    Args:
-        rival: The outcome-only arm whose mean accuracy is higher at the end.
-        seeds: How many seeds both have.
-        learns: Whether the rival makes a gain: the interval of what it ends above its start excludes 0.
-        half_rollouts: Rollouts at which the rival has made half of its gain, or its last ones if it makes none.
-        half: Difference there.
-        end: Difference at the end.
-        means: Means at the end: ours, the rival's.
-    """
-
-    rival: str
-    seeds: int
-    learns: bool
-    half_rollouts: float
-    half: Estimate
-    end: Estimate
-    means: tuple[float, float]
+    rival: str  # the outcome-only arm with the higher mean accuracy at the end
+    seeds: int  # number of seeds that both have
+    learns: bool  # the rival ends above its start, by an interval that excludes 0
+    half_rollouts: float  # rollouts at half of the rival's gain; its last ones without a gain
+    half: Estimate  # difference at `half_rollouts`
+    end: Estimate  # difference at the end
+    means: tuple[float, float]  # accuracy at the end: this arm's, the rival's
 
 
 def compare_arm(runs: Runs, setting: str, arm: str) -> Comparison | None:

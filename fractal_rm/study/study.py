@@ -47,31 +47,18 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, how much is done, and where it goes.
+    """A comparison of arms over tasks and seeds, with its files."""
 
-    Args:
-        results: The file of rows.
-        work: Folder of policies and reward models.
-        budget: Budget of a run.
-        chosen: Options of each arm.
-        tasks: The tasks by their names.
-        arms: The arms by their names.
-        assets: How their reward models are made.
-        split: Split that rows of the study name; rows of trials name `tuning`.
-        reward_model_steps: Optimizer steps of a reward model; -1: as many as its epochs have.
-        benchmark: Name of the benchmark in the rows.
-    """
-
-    results: Path
-    work: Path
-    budget: Budget
-    chosen: Mapping[str, Options]
+    results: Path  # file of result rows
+    work: Path  # folder of policies and reward models
+    budget: Budget  # of each run
+    chosen: Mapping[str, Options]  # options of each arm
     tasks: Mapping[str, Task] = field(default_factory=lambda: CONDITIONS)
     arms: Mapping[str, Arm] = field(default_factory=lambda: ARMS)
-    assets: type[Assets] = Assets
-    split: str = "held_out"
-    reward_model_steps: int = -1
-    benchmark: str = BENCHMARK
+    assets: type[Assets] = Assets  # makes policies and reward models
+    split: str = "held_out"  # split named in the rows; rows of trials have `tuning`
+    reward_model_steps: int = -1  # optimizer steps of a reward model; -1: all of its epochs
+    benchmark: str = BENCHMARK  # named in the rows
 
     # Which runs there are --------------------------------------------------------------------------------------------
 

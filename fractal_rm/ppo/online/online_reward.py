@@ -36,16 +36,10 @@ FEWEST_OF_A_KIND = 8
 
 @dataclass
 class Report:
-    """The result of an update, the same on every process.
+    """The result of an update, the same on every process."""
 
-    Attributes:
-        judged: Whether held-out responses could evaluate it; if not, nothing is learned.
-        kept: Whether the update was kept.
-        metrics: Numbers to log.
-    """
-
-    judged: bool
-    kept: bool
+    judged: bool  # whether held-out responses could evaluate it; if not, nothing is learned
+    kept: bool  # whether the update was kept
     metrics: dict[str, float]
 
 
