@@ -239,7 +239,7 @@ def test_a_policy_whose_files_do_not_fit_each_other_is_refused(tmp_path, capsys,
     config.write_text(whole)
     weights.write_bytes(weights.read_bytes()[:-1])
     assert main([command, "--model", folder, *flags]) == 2
-    assert "it is truncated or damaged" in capsys.readouterr().err
+    assert "is truncated or not a safetensors file" in capsys.readouterr().err
 
 
 def test_a_policy_or_value_model_that_lacks_a_weight_is_refused(tmp_path, capsys):
