@@ -27,6 +27,13 @@ _FREE_SETTINGS = ("fractal", "architectures", "transformers_version", "dtype", "
 
 # Allowed modules of sentence encoders: others would be code from the folder.
 _TRUSTED_MODULES = "sentence_transformers."
+# Arguments of `from_pretrained` that select the files of a hub id.
+_HUB = ("revision", "token", "cache_dir", "local_files_only")
+
+
+def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that select files of a hub id: configuration, tokenizer and head must have the same revision."""
+    return {name: kwargs[name] for name in _HUB if name in kwargs}
 
 
 def check_model_folder(path: str | Path, advice: str) -> None:
