@@ -107,12 +107,8 @@ def _estimate(values: np.ndarray) -> Estimate:
     drawn = values[1:][~np.isnan(values[1:])]
     if np.isnan(values[0]) or not len(drawn):
         return Estimate(float(values[0]), math.nan, math.nan)
-    return Estimate(float(values[0]), *map(float, _ends(drawn)))
-
-
-def _ends(drawn: np.ndarray) -> np.ndarray:
-    """Ends of the 95 % percentile interval of draws, the first axis."""
-    return np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(float(values[0]), float(low), float(high))
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, *, draws: int = 2 * DRAWS) -> Estimate:
