@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import regex
 
+from fractal_rm.errors import reason
+
 # Longest time on one text: a pattern without nested repeats reads a million characters in less.
 SECONDS = 1.0
 # Number of timeouts before the pattern is given up, because a file has many rows.
@@ -35,8 +37,7 @@ class Pattern:
         try:
             self._pattern = regex.compile(pattern)
         except (regex.error, RecursionError, OverflowError, ValueError) as error:  # flags that exclude each other
-            told = str(error) or type(error).__name__
-            raise ValueError(f"The pattern {self._shown} is not a regular expression: {told}.") from None
+            raise ValueError(f"The pattern {self._shown} is not a regular expression: {reason(error)}.") from None
         if call := _CALL.search(pattern):
             raise ValueError(
                 f"The pattern {self._shown} calls itself ({call[0]}), which can fill the memory; write it without."

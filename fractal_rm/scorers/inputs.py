@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.data.bag import Bag, Span
 from fractal_rm.data.prompts import Conversation, Prompt, RenderedPrompt, content_text, is_chat
+from fractal_rm.errors import reason
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
 
@@ -277,9 +278,7 @@ def _render(chat: Sequence[Any], tokenizer: PreTrainedTokenizerBase, options: Ma
         held = set() if control is None else {token for one in _texts(chat) for token in control.findall(one)}
         marked = [written(_marked(list(chat), token, mark)).split(mark) for token in sorted(held)]
     except (TemplateError, TypeError, ValueError, KeyError) as error:  # such as a system message, or two users in a row
-        raise ValueError(
-            f"The chat template refuses this chat ({str(error).rstrip('.')}). Change its messages."
-        ) from error
+        raise ValueError(f"The chat template refuses this chat ({reason(error)}). Change its messages.") from error
     same = [pieces for pieces in marked if "".join(pieces) == text]
     cuts = {cut for pieces in same for cut in itertools.accumulate(map(len, pieces[:-1]))}
     return RenderedPrompt(text, tuple(sorted(cuts)), chat=True)

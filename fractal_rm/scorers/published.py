@@ -410,9 +410,7 @@ class PublishedInputs(TokenInputs):
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
         except TemplateError as error:
-            raise ValueError(
-                f"the chat template refuses this chat ({str(error).rstrip('.')}); change its messages."
-            ) from error
+            raise ValueError(f"the chat template refuses this chat ({reason(error)}); change its messages.") from error
 
 
 def _question(prompt: Prompt, reading: Published) -> tuple[str | None, str]:

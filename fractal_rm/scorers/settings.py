@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.errors import reason
 from fractal_rm.objectives.aggregation import Aggregation, meaning
 from fractal_rm.objectives.bag_loss import check_label_noise
 from fractal_rm.ranges import check_ranges, check_types
@@ -156,7 +157,6 @@ class FractalSettings:
             values["segmentation"] = Segmentation(**segmentation)
             return cls(**values)
         except (TypeError, ValueError) as error:
-            reason = str(error).rstrip(".")
             raise ValueError(
-                f"{file}: the `fractal` block cannot be used ({reason}). Train the model again."
+                f"{file}: the `fractal` block cannot be used ({reason(error)}). Train the model again."
             ) from error
