@@ -233,23 +233,17 @@ class StepRewardModel:
             also = "" if spans is None else f" and {len(spans)} lists of spans"
             raise ValueError(f"{given}{also}. Give one prompt per response.")
         self.check_prompts(prompts)
+        texts_are_given = any(isinstance(response, str) or is_messages(response) for response in responses)
+        if spans is None and self.segmentation.method == "given" and texts_are_given:
+            self.segmentation("")  # no text can be cut: one error instead of one per row
         bags: dict[int, Bag] = {}
         errors: dict[int, str] = {}
-        texts: list[Any] = list(responses)
-        for i, response in enumerate(responses):
-            if is_messages(response):
-                try:
-                    texts[i] = read_completion(response)
-                except (TypeError, ValueError) as error:
-                    texts[i], errors[i] = "", f"row {i}: {error}"
-        responses = texts
-        if spans is None and self.segmentation.method == "given" and any(isinstance(text, str) for text in responses):
-            self.segmentation("")  # no text can be cut: one error instead of one per row
+        texts: list[Any] = ["" if is_messages(response) else response for response in responses]
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            if i in errors:
-                continue
             try:
-                bags[i] = self._bag(prompt, response, None if spans is None else spans[i], chat_template_kwargs)
+                if is_messages(response):
+                    texts[i] = read_completion(response)
+                bags[i] = self._bag(prompt, texts[i], None if spans is None else spans[i], chat_template_kwargs)
             except (TypeError, ValueError) as error:
                 errors[i] = f"row {i}: {error}"
         encoded = self._inputs.encode(list(bags.values()))
@@ -260,7 +254,7 @@ class StepRewardModel:
             )
         probs = self._forward(fitting, batch_size or self.batch_size, progress)
         results = []
-        for i, response in enumerate(responses):
+        for i, response in enumerate(texts):
             if i in errors:
                 text = response if isinstance(response, str) else bags[i].response if i in bags else ""
                 beyond = len(bags[i].step_spans) if i in bags else 0
@@ -359,9 +353,8 @@ def probabilities(logits: Tensor, mask: Tensor, settings: FractalSettings) -> tu
     logits = logits / settings.temperature
     if settings.num_grades is not None:
         highest = settings.num_grades - 1
-        bag_logits = ordinal_max_log_probs(logits, mask).unsqueeze(
-            1
-        )  # log-probabilities of a distribution are also logits
+        # Log-probabilities of a distribution are also logits.
+        bag_logits = ordinal_max_log_probs(logits, mask).unsqueeze(1)
         return expected_grades(logits) / highest, expected_grades(bag_logits).squeeze(1) / highest
     bag_logits = aggregate(logits, mask, aggregation=settings.aggregation, sharpness=settings.sharpness)
     return logits.sigmoid(), bag_logits.sigmoid()
