@@ -5,7 +5,7 @@ import logging
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -355,7 +355,10 @@ class FractalTrainer(Run):
         output, start = Path(str(args.output_dir)), self._trainable()
         result, history, handed = None, [], []
         if not resume:
-            self._remove(output / stage.name for stage in stages)
+            if self.is_world_process_zero():
+                for stage in stages:
+                    shutil.rmtree(output / stage.name, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
         for stage in stages:
             if stage.kind == "pseudo":
                 labels = step_targets(data, handed, args)
@@ -396,13 +399,6 @@ class FractalTrainer(Run):
             write_finished(folder, Finished(self.state, self._trainable(), logits), self.identity)
         self.accelerator.wait_for_everyone()
         return result, logits
-
-    def _remove(self, folders: Iterable[Path]) -> None:
-        """Remove the stages of an earlier run."""
-        if self.is_world_process_zero():
-            for folder in folders:
-                shutil.rmtree(folder, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
 
     def _trainable(self) -> dict[str, Tensor]:
         """Copies of the trainable weights."""
