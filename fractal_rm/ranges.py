@@ -112,7 +112,7 @@ _TABLE: dict[Range, str] = {
 RANGES = {name: allowed for allowed, names in _TABLE.items() for name in names.split()}
 
 
-# Types that are checked in every configuration: what has others, its own class reads in several ways.
+# Types checked in every configuration. Options of other types are checked where they are read.
 _PLAIN = {int, float, bool, type(None)}
 
 
@@ -120,7 +120,7 @@ def check_types(kind: type, values: Mapping[str, Any], *, within: str = "") -> N
     """Raise unless values have a dataclass's annotated types; unknown names pass.
 
     Raises:
-        ValueError: Names the first value that has another one, and what to give.
+        ValueError: Names the first value of another type, and what to give.
     """
     for name, hint in get_type_hints(kind).items():
         if name in values:
@@ -162,7 +162,7 @@ def _wanted(hint: Any) -> str:
 
 
 def _leaves(hint: Any) -> Iterator[Any]:
-    """The types of which an annotation is made."""
+    """The innermost types of an annotation."""
     parts = () if get_origin(hint) is Literal else get_args(hint)
     for part in parts:
         yield from _leaves(part)
@@ -171,9 +171,9 @@ def _leaves(hint: Any) -> Iterator[Any]:
 
 
 def check_ranges(config: Any) -> None:
-    """Raise unless the options of a configuration dataclass that are numbers, booleans or choices can be meant.
+    """Raise unless the numbers, booleans and choices of a configuration dataclass are valid.
 
-    Numbers must be in their range, and finite without one.
+    Numbers must be in their range; numbers without a range must be finite.
 
     Raises:
         ValueError: Names the option, its value and what to give.

@@ -135,7 +135,7 @@ class StepRewardModel:
             try:
                 made = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
                 done = api.upload_folder(repo_id=made, folder_path=folder, commit_message="Upload a reward model")
-            except Exception as error:  # of the HTTP library, which differs in older versions of huggingface_hub
+            except Exception as error:  # the errors of the HTTP library depend on the version of huggingface_hub
                 raise ConnectionError(
                     f"{repo_id} was not uploaded ({reason(error)}). Check the name, the network and `hf auth login`, "
                     "or save the model and upload its folder later with `hf upload`."
@@ -171,8 +171,8 @@ class StepRewardModel:
             which: Name of this model in messages.
 
         Raises:
-            ValueError: Gives the number of unreadable prompts, and the row and reason of the first; if the chat
-                template refuses it, in the template's words.
+            ValueError: Gives the number of unreadable prompts, the row of the first, and the reason (the chat
+                template's own message if it refuses the prompt).
         """
         self.check_prompts(prompts)
         refused = []
@@ -209,11 +209,11 @@ class StepRewardModel:
             prompts: Texts or chats, one for each response.
             responses: Texts, cut into steps as in training; lists of steps that are already cut; or chats that begin
                 with the assistant, whose turns are cut: tool and user messages in between are context.
-            spans: Known steps of text responses, such as those of a `Bag`; None for a response that is to be segmented.
+            spans: Known steps of text responses, such as `step_spans` of a `Bag`; None for a response to be segmented.
             batch_size: Responses per forward pass; default: the model's setting.
             progress: Show a progress bar; default: only for many responses.
-            chat_template_kwargs: Arguments of the chat template in addition to the messages; they override those of
-                training.
+            chat_template_kwargs: Arguments of the chat template in addition to the messages; they override the ones
+                used in training.
 
         Returns:
             One [`StepScores`] for each response, in order.
@@ -294,7 +294,7 @@ class StepRewardModel:
         spans: Sequence[Span] | None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Bag:
-        """A response cut into steps and checked, with a chat as the template writes it."""
+        """Cut a response into steps and check it; a chat prompt is rendered by the chat template."""
         if isinstance(response, str):
             if spans is None:
                 check_text(response, "the response")

@@ -17,7 +17,7 @@ SECONDS = 1.0
 _TRIES = 3
 # Longer patterns are probably data, and take long to compile.
 _LONGEST = 2_000
-# A group that calls a group or the whole pattern: it can fill the memory in two seconds, which has no limit.
+# A group that calls a group or the entire pattern: it can fill the memory in two seconds, and `regex` has no limit.
 _CALL = regex.compile(r"\(\?(?:R|[-+]?\d+|&\w+|P>\w+)\)")
 # Characters of a pattern shown in a message.
 _SHOWN = 80
@@ -46,14 +46,14 @@ class Pattern:
 
     @property
     def groups(self) -> int:
-        """How many groups it has."""
+        """Number of groups."""
         return self._pattern.groups
 
     def finditer(self, text: str) -> Iterator["regex.Match[str]"]:
         """Its matches in a text, as in `re.finditer`.
 
         Raises:
-            ValueError: If the search takes longer than [`SECONDS`], or did for several texts before.
+            ValueError: If the search takes longer than [`SECONDS`], or if several earlier searches did.
         """
         try:
             if self._late < _TRIES:
@@ -69,7 +69,7 @@ class Pattern:
 
 @functools.lru_cache(maxsize=256)
 def compiled(pattern: str) -> Pattern:
-    """The pattern of a text, the same one each time.
+    """Compile a pattern, or return the one that was compiled before.
 
     Example:
         >>> [match.span() for match in compiled(r"\\n+").finditer("a\\n\\nb")]
