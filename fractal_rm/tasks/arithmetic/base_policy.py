@@ -40,7 +40,7 @@ def make_tokenizer(*, texts: Sequence[str] | None = None, pieces: str = PIECES) 
     """A byte-level BPE tokenizer trained on the task's own text; digits stay single tokens.
 
     Args:
-        texts: What it is trained on; None: responses to chains of changes.
+        texts: Its training text; None: responses to chains of changes.
         pieces: Regular expression of pieces that no token crosses.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -97,7 +97,7 @@ def train_base_policy(
     """Train a small Llama from scratch on responses written with `beliefs`, and save it with its tokenizer.
 
     Args:
-        output_dir: Where the ordinary Hugging Face folder goes.
+        output_dir: The folder to write, an ordinary Hugging Face folder.
         beliefs: The policy's beliefs.
         seed: Seed of the weights and the training text.
         num_texts: Size of the training text, seen once.
@@ -125,7 +125,7 @@ def train_on_texts(
     """Train a small Llama on pairs of prompt and response, and save it with its tokenizer.
 
     Args:
-        output_dir: Where the ordinary Hugging Face folder goes.
+        output_dir: The folder to write, an ordinary Hugging Face folder.
         texts: Prompts and responses, seen once.
         tokenizer: Its tokenizer.
         seed: Seed of the weights and the order.
@@ -133,7 +133,7 @@ def train_on_texts(
         num_layers: Depth of the model.
         in_order: Take the texts in order, 32 per batch, without shuffling.
         start: Folder of the model to start from; None: random weights.
-        learning_rate: The highest one.
+        learning_rate: Peak learning rate.
     """
     set_seed(seed)
     data: Any = _demonstrations(texts, tokenizer)
@@ -177,7 +177,7 @@ def train_on_texts(
         train_dataset=data,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
-    trainer.remove_callback(PrinterCallback)  # dictionaries of numbers that nobody asked for
+    trainer.remove_callback(PrinterCallback)  # it prints every log entry
     if sys.stderr.isatty():
         trainer.add_callback(_Bar)
     trainer.train()
