@@ -137,7 +137,7 @@ def interval_of_share(share: float, count: int) -> tuple[float, float]:
         >>> [round(end, 3) for end in interval_of_share(0.5, 10)]
         [0.237, 0.763]
     """
-    z = 1.959964  # of the normal distribution, 2.5 % lie above
+    z = 1.959964  # the 97.5 % quantile of the normal distribution
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z * z / count)
     return middle - half, middle + half

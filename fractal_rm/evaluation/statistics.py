@@ -162,10 +162,10 @@ def _roc_area(right: np.ndarray, wrong: np.ndarray) -> float:
 
 
 def auc_of(scores: Rows, labels: Rows) -> Statistic:
-    """Area under the ROC curve over all scores of all items, ties counted half; the weight of an item is that of each.
+    """Area under the ROC curve over all scores of all items, ties counted half; each score has its item's weight.
 
     Raises:
-        ValueError: If an item has another number of scores than labels, or a score with a label is not finite.
+        ValueError: If an item's numbers of scores and labels differ, or a score with a label is not finite.
     """
     return _known(scores, labels).auc(len(scores))
 
@@ -296,11 +296,11 @@ class Risk(NamedTuple):
 
 
 def risk_coverage_curve(probs: Rows, labels: Rows) -> list[Risk]:
-    """How often the call "good from 0.5 on" errs if only the surest responses are called: those far from 0.5.
+    """How often the prediction "good from 0.5 on" errs on the most confident responses, which are farthest from 0.5.
 
     Returns:
-        One point for each distinct distance from 0.5, the surest first. Equally sure responses are called together, so
-        that no point depends on the order of the responses.
+        One point for each distinct distance from 0.5, the most confident first. Equally confident responses enter
+        together, so that no point depends on the order of the responses.
 
     Source:
         Geifman and El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017.
@@ -460,5 +460,5 @@ def step_statistics(scores: Rows, labels: Rows) -> dict[str, Statistic]:
 
 
 def values_of(statistics: Mapping[str, Statistic]) -> dict[str, float]:
-    """The value of each statistic on the items as they are."""
+    """The point value of each statistic."""
     return {name: statistic.value for name, statistic in statistics.items()}

@@ -97,7 +97,7 @@ def load_tokenizer(path: str | Path, kind: Any = AutoTokenizer, **hub: Any) -> P
 
 
 def _check_config(path: str | Path) -> None:
-    """Raise ValueError if the `config.json` of a folder, by which its tokenizer is loaded, cannot be used."""
+    """Raise ValueError if the `config.json` of a folder, which selects its tokenizer, cannot be used."""
     if (Path(path) / "config.json").is_file():
         try:
             AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -170,7 +170,7 @@ def load_model(
 
 
 def check_complete(path: str | Path, missing: Collection[str], kind: str) -> None:
-    """Raise ValueError if weights of a model were not in its folder: transformers makes them up and only warns."""
+    """Raise ValueError if a folder lacks weights of its model: transformers draws them at random and only warns."""
     if missing:
         raise ValueError(
             f"{path}: {len(missing)} weights are missing from the folder and would be random (first: {min(missing)}). "
@@ -180,7 +180,7 @@ def check_complete(path: str | Path, missing: Collection[str], kind: str) -> Non
 
 @contextmanager
 def complete_models() -> Iterator[None]:
-    """Let libraries that load models themselves load complete ones only: raises as [`check_complete`]."""
+    """Inside the context, models that other libraries load must be complete too: raises as [`check_complete`]."""
     before: Any = vars(PreTrainedModel)["from_pretrained"]
 
     def load_complete(cls: type, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

@@ -72,8 +72,8 @@ def check_model_folder(path: str | Path, advice: str) -> None:
     allowed = {depth, depth + extra} if depth is not None and isinstance(extra, int) else {depth}
     if depth is not None and counts and not allowed & set(counts):
         raise ValueError(
-            f"{files['config.json']} says {depth:,} layers, but the weights beside it have {counts[-1]:,}. Restore the "
-            "file that belongs to the weights."
+            f"{files['config.json']} says {depth:,} layers, but the weights next to it have {counts[-1]:,}. Restore "
+            "the file that belongs to the weights."
         )
 
 
@@ -108,8 +108,8 @@ def _depth(config: Mapping[str, Any], file: Path) -> int | None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _DEEPEST:
                 raise ValueError(
-                    f"{file}: `{name}` is {str(value)[:40]}. Give a whole number from 1 to {_DEEPEST:,}, that of the "
-                    "weights."
+                    f"{file}: `{name}` is {str(value)[:40]}. Give a whole number from 1 to {_DEEPEST:,} that matches "
+                    "the weights."
                 )
             return value
     return None
@@ -168,7 +168,7 @@ def weights_fingerprint(files: Iterable[Path]) -> str:
 
 
 def config_fingerprint(config: Mapping[str, Any]) -> str:
-    """Fingerprint of what a `config.json` says of a model, without this package's block and what changes no score."""
+    """Fingerprint of a model's `config.json`, without this package's block and keys that do not affect scores."""
     settings = {name: value for name, value in config.items() if name not in _FREE_SETTINGS and name[:1] != "_"}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 

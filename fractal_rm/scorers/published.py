@@ -151,7 +151,7 @@ class PublishedSettings(FractalSettings):
     published: Published = field(default_factory=lambda: PUBLISHED["trl"])
 
 
-# Names of the label 1 of a step that is good.
+# Names of label 1 that mean a good step.
 _GOOD = ("label_1", "1", "good", "correct", "right", "positive", "true", "yes", "+")
 
 
@@ -168,7 +168,7 @@ def find_reading(path: str | Path, config: dict[str, Any], published: str | Publ
         The reading; None if none is identified.
 
     Raises:
-        ValueError: If the name is unknown, or label 1 of a token classifier has a name of another meaning than good.
+        ValueError: If the name is unknown, or the name of label 1 of a token classifier does not mean good.
     """
     if isinstance(published, Published):
         return published
@@ -192,7 +192,7 @@ def find_reading(path: str | Path, config: dict[str, Any], published: str | Publ
     if two and any(name.endswith("ForTokenClassification") for name in architectures):
         if labels.get("1", "good").lower() not in _GOOD:
             raise ValueError(
-                f"{path} is a token classifier with the labels {labels}, of which 1 would be read as good. Give "
+                f"{path} is a token classifier with the labels {labels}, and label 1 would be read as good. Give "
                 "`published='trl'` if it is a reward model and label 1 is good; otherwise give another model."
             )
         return PUBLISHED["trl"]
@@ -331,7 +331,7 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class PublishedInputs(TokenInputs):
-    """How text becomes a published model's input: its template, markers and separators."""
+    """Converts text to a published model's input, with its template, markers and separators."""
 
     @property
     def reading(self) -> Published:
@@ -492,7 +492,7 @@ _Reads = list[tuple[int, int]]  # first and last token of each marker where a sc
 
 
 def _by_parts(parts: Iterator[_Part], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], _Reads]:
-    """Each part tokenized alone."""
+    """Tokenize each part separately."""
     ids: list[int] = []
     reads = []
     for part in parts:
