@@ -107,9 +107,7 @@ class ResultsFile:
                     f"{self.path}: no row was written ({error.strerror}). Free space and run again."
                 ) from error
             if written != len(line):
-                raise OSError(
-                    f"{self.path}: the disk is full, so the row is incomplete. Free space and run again."
-                )
+                raise OSError(f"{self.path}: the disk is full, so the row is incomplete. Free space and run again.")
         return json.loads(line)
 
     def rows(self) -> list[dict[str, Any]]:

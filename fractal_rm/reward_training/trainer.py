@@ -105,7 +105,7 @@ class FractalTrainer(Run):
             or a [`~fractal_rm.scorers.sentence_encoder.SentenceEncoder`] (`scorer="embedding"`).
         args: The configuration.
         train_dataset: Rows in one of TRL's formats (prompt + completion + label, prompt + chosen + rejected, stepwise
-            supervision) or in this package's schema, or [`Bag`] objects; or [`TrainingRows`]. Behind the first 20,000
+            supervision) or in this package's schema, or [`Bag`] objects; or [`TrainingRows`]. After the first 20,000
             rows, a row is read and tokenized when it is drawn, unless the configuration
             [`~fractal_rm.reward_training.large_data.reads_everything`].
         eval_dataset: The same; gold step labels in it are used for metrics.

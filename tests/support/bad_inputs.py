@@ -113,7 +113,7 @@ def objects() -> Iterator[Case]:
     yield case("option", {"of": "StepPPOConfig", "deepspeed": '{"a": '}, "`deepspeed` is invalid JSON")
     for name in ("torch_compile_backend", "torch_compile_mode"):
         yield case("option", {"of": "FractalConfig", name: "x"}, f"`{name}` is 'x'. Choose one of ")
-    yield case("option", {"of": "FractalConfig", "neftune_noise_alpha": 5.0}, "is for language models alone")
+    yield case("option", {"of": "FractalConfig", "neftune_noise_alpha": 5.0}, "works for language models only")
     for value in ("[1]", "3", '"a"'):
         yield case("option", {"of": "StepPPOConfig", "generation_kwargs": value}, "Give an object with named values")
 
