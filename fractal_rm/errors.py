@@ -31,7 +31,7 @@ def wrong_choice(name: str, value: object, choices: Iterable[object]) -> str:
     return f"`{name}` is {value!r}.{did_you_mean(str(value), known)} Choose one of {', '.join(known)}."
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The first line of an error's message, as part of a sentence; the error's name if it has no message.
 
     Example:

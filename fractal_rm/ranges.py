@@ -47,144 +47,72 @@ class Range(NamedTuple):
 # Values beyond these are never useful, and float32 or memory would run out first.
 _MOST, _MANY = 10**6, 2**20
 
-_TABLE: tuple[tuple[Range, str], ...] = (
-    (
-        Range(0, 1),
+_TABLE: dict[Range, str] = {
+    Range(0, 1): (
         "gamma lam step_lam step_gamma score_threshold gold_fraction top_entropy_quantile ref_model_mixup_alpha min_p "
-        "warmup_ratio",
+        "warmup_ratio"
     ),
     # The next float above the highest score counts every step as wrong.
-    (
-        Range(0, math.nextafter(1, 2)),
-        "threshold",
-    ),
-    (
-        Range(0, 1, open_low=True),
-        "top_p vllm_gpu_memory_utilization",
-    ),
-    (
-        Range(0, 1, open_high=True),
-        "adam_beta1 adam_beta2 lora_dropout rm_original_share missed_good missed_bad",
-    ),
-    (
-        Range(0, 1, open_low=True, open_high=True),
-        "rm_holdout_share",
-    ),
+    Range(0, math.nextafter(1, 2)): "threshold",
+    Range(0, 1, open_low=True): "top_p vllm_gpu_memory_utilization",
+    Range(0, 1, open_high=True): "adam_beta1 adam_beta2 lora_dropout rm_original_share missed_good missed_bad",
+    Range(0, 1, open_low=True, open_high=True): "rm_holdout_share",
     # Weights and penalties: 0 is off.
-    (
-        Range(0, _MOST),
+    Range(0, _MOST): (
         "step_weight outcome_weight vf_coef kl_coef missing_eos_penalty beta entropy_coef entropy_coef_min "
         "entropy_coef_max entropy_coef_delta router_aux_loss_coef bag_weight easyllp_weight instance_weight "
         "cosine_prior_weight negated_cosine_prior_weight correlation_prior_weight teacher_prior_weight "
         "likelihood_prior_weight hybrid_prior_weight pseudo_bag_weight weight_decay max_grad_norm neftune_noise_alpha "
-        "adam_epsilon vllm_server_timeout off_policy_mask_threshold vllm_importance_sampling_clip_min",
+        "adam_epsilon vllm_server_timeout off_policy_mask_threshold vllm_importance_sampling_clip_min"
     ),
-    (
-        Range(-_MOST, _MOST),
-        "step_reward_weights reward_weights label_scale bias",
-    ),
-    (
-        Range(0, 1000),
-        "learning_rate value_learning_rate head_learning_rate",
-    ),
-    (
-        Range(0, 1000, open_low=True),
-        "rm_learning_rate",
-    ),
-    (
-        Range(0, _MOST, open_low=True),
+    Range(-_MOST, _MOST): "step_reward_weights reward_weights label_scale bias",
+    Range(0, 1000): "learning_rate value_learning_rate head_learning_rate",
+    Range(0, 1000, open_low=True): "rm_learning_rate",
+    Range(0, _MOST, open_low=True): (
         "step_reward_clip kl_target cliprange_value epsilon epsilon_high delta temperature repetition_penalty "
-        "sharpness vllm_importance_sampling_clip_max vllm_importance_sampling_cap "
-        "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg seconds "
-        "header_seconds teraflops generated_per_second",
+        "sharpness vllm_importance_sampling_clip_max vllm_importance_sampling_cap sapo_temperature_neg "
+        "sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg seconds header_seconds "
+        "teraflops generated_per_second"
     ),
     # The factor of log-likelihoods is its exponential, which overflows float32 beyond this.
-    (
-        Range(-80, 80),
-        "log_weight",
-    ),
+    Range(-80, 80): "log_weight",
     # Counts.
-    (
-        Range(0, _MOST, whole=True),
-        "top_k value_warmup_steps rm_update_every page_steps",
+    Range(0, _MOST, whole=True): "top_k value_warmup_steps rm_update_every page_steps",
+    Range(0, 1024, whole=True): "dataloader_num_workers",
+    Range(0, 10**9, whole=True): (
+        "save_total_limit num_eval_problems skip_prompts show num_completions_to_print vllm_max_model_length"
     ),
-    (
-        Range(0, 1024, whole=True),
-        "dataloader_num_workers",
-    ),
-    (
-        Range(0, 10**9, whole=True),
-        "save_total_limit num_eval_problems skip_prompts show num_completions_to_print vllm_max_model_length",
-    ),
-    (
-        Range(1, _MANY, whole=True),
+    Range(1, _MANY, whole=True): (
         "per_device_train_batch_size per_device_eval_batch_size batch_size reward_model_batch_size rm_batch_size "
         "num_generations num_generations_eval generation_batch_size steps_per_generation max_completion_length "
         "eval_accumulation_steps torch_empty_cache_steps guard_reference_batches guard_patience rm_update_steps "
         "rm_replay_size ref_model_sync_steps lora_r lora_alpha max_new_tokens samples prompt_length max_queued "
         "max_responses vllm_tensor_parallel_size dataloader_prefetch_factor ddp_bucket_cap_mb "
-        "max_tool_calling_iterations pad_to_multiple_of",
+        "max_tool_calling_iterations pad_to_multiple_of"
     ),
-    (
-        Range(1, 1000, whole=True),
-        "pseudo_rounds jobs seeds",
+    Range(1, 1000, whole=True): "pseudo_rounds jobs seeds",
+    Range(1, 10**9, whole=True): (
+        "limit num_prompts num_problems ddp_timeout max_characters max_body_bytes max_total_bytes max_values"
     ),
-    (
-        Range(1, 10**9, whole=True),
-        "limit num_prompts num_problems ddp_timeout max_characters max_body_bytes max_total_bytes max_values",
-    ),
-    (
-        Range(1, 65_536, whole=True),
-        "max_connections",
-    ),
-    (
-        Range(2, 1024, whole=True),
-        "num_grades",
-    ),
-    (
-        Range(2, 10**8, whole=True),
-        "max_length",
-    ),
+    Range(1, 65_536, whole=True): "max_connections",
+    Range(2, 1024, whole=True): "num_grades",
+    Range(2, 10**8, whole=True): "max_length",
     # NumPy takes 32-bit seeds, and processes add their index.
-    (
-        Range(0, 2**31 - 1, whole=True),
-        "seed data_seed",
-    ),
-    (
-        Range(0, 65_535, whole=True),
-        "port vllm_server_port vllm_group_port",
-    ),
-    (
-        Range(-1, 10**9, whole=True),
-        "max_steps local_rank",
-    ),
-    # Those by which nothing is trained have a sentence of their own.
-    (
-        Range(-1, _MOST),
-        "num_train_epochs",
-    ),
-    (
-        Range(-1, _MOST, whole=True),
-        "gradient_accumulation_steps num_iterations",
-    ),
-    (
-        Range(0, 10**9),
-        "warmup_steps logging_steps eval_steps eval_delay save_steps",
-    ),
-    (
-        Range(0, 60),
-        "wait",
-    ),
+    Range(0, 2**31 - 1, whole=True): "seed data_seed",
+    Range(0, 65_535, whole=True): "port vllm_server_port vllm_group_port",
+    Range(-1, 10**9, whole=True): "max_steps local_rank",
+    # Values that would train nothing are reported elsewhere, with their own message.
+    Range(-1, _MOST): "num_train_epochs",
+    Range(-1, _MOST, whole=True): "gradient_accumulation_steps num_iterations",
+    Range(0, 10**9): "warmup_steps logging_steps eval_steps eval_delay save_steps",
+    Range(0, 60): "wait",
     # Response labels are not classes to smooth: use `missed_good` and `missed_bad` for wrong labels.
-    (
-        Range(0, 0),
-        "label_smoothing_factor",
-    ),
-)
-RANGES = {name: allowed for allowed, names in _TABLE for name in names.split()}
+    Range(0, 0): "label_smoothing_factor",
+}
+RANGES = {name: allowed for allowed, names in _TABLE.items() for name in names.split()}
 
 
-# Types that are checked in every configuration: what has others, its own class reads in several ways.
+# Types checked in every configuration. Options of other types are checked where they are read.
 _PLAIN = {int, float, bool, type(None)}
 
 
@@ -192,7 +120,7 @@ def check_types(kind: type, values: Mapping[str, Any], *, within: str = "") -> N
     """Raise unless values have a dataclass's annotated types; unknown names pass.
 
     Raises:
-        ValueError: Names the first value that has another one, and what to give.
+        ValueError: Names the first value of another type, and what to give.
     """
     for name, hint in get_type_hints(kind).items():
         if name in values:
@@ -234,7 +162,7 @@ def _wanted(hint: Any) -> str:
 
 
 def _leaves(hint: Any) -> Iterator[Any]:
-    """The types of which an annotation is made."""
+    """The innermost types of an annotation."""
     parts = () if get_origin(hint) is Literal else get_args(hint)
     for part in parts:
         yield from _leaves(part)
@@ -243,9 +171,9 @@ def _leaves(hint: Any) -> Iterator[Any]:
 
 
 def check_ranges(config: Any) -> None:
-    """Raise unless the options of a configuration dataclass that are numbers, booleans or choices can be meant.
+    """Raise unless the numbers, booleans and choices of a configuration dataclass are valid.
 
-    Numbers must be in their range, and finite without one.
+    Numbers must be in their range; numbers without a range must be finite.
 
     Raises:
         ValueError: Names the option, its value and what to give.

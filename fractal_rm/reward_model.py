@@ -135,7 +135,7 @@ class StepRewardModel:
             try:
                 made = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
                 done = api.upload_folder(repo_id=made, folder_path=folder, commit_message="Upload a reward model")
-            except Exception as error:  # of the HTTP library, which differs in older versions of huggingface_hub
+            except Exception as error:  # the errors of the HTTP library depend on the version of huggingface_hub
                 raise ConnectionError(
                     f"{repo_id} was not uploaded ({reason(error)}). Check the name, the network and `hf auth login`, "
                     "or save the model and upload its folder later with `hf upload`."
@@ -171,8 +171,8 @@ class StepRewardModel:
             which: Name of this model in messages.
 
         Raises:
-            ValueError: Gives the number of unreadable prompts, and the row and reason of the first; if the chat
-                template refuses it, in the template's words.
+            ValueError: Gives the number of unreadable prompts, the row of the first, and the reason (the chat
+                template's own message if it refuses the prompt).
         """
         self.check_prompts(prompts)
         refused = []
@@ -209,11 +209,11 @@ class StepRewardModel:
             prompts: Texts or chats, one for each response.
             responses: Texts, cut into steps as in training; lists of steps that are already cut; or chats that begin
                 with the assistant, whose turns are cut: tool and user messages in between are context.
-            spans: Known steps of text responses, such as those of a `Bag`; None for a response that is to be segmented.
+            spans: Known steps of text responses, such as `step_spans` of a `Bag`; None for a response to be segmented.
             batch_size: Responses per forward pass; default: the model's setting.
             progress: Show a progress bar; default: only for many responses.
-            chat_template_kwargs: Arguments of the chat template in addition to the messages; they override those of
-                training.
+            chat_template_kwargs: Arguments of the chat template in addition to the messages; they override the ones
+                used in training.
 
         Returns:
             One [`StepScores`] for each response, in order.
@@ -233,23 +233,17 @@ class StepRewardModel:
             also = "" if spans is None else f" and {len(spans)} lists of spans"
             raise ValueError(f"{given}{also}. Give one prompt per response.")
         self.check_prompts(prompts)
+        texts_are_given = any(isinstance(response, str) or is_messages(response) for response in responses)
+        if spans is None and self.segmentation.method == "given" and texts_are_given:
+            self.segmentation("")  # no text can be cut: one error instead of one per row
         bags: dict[int, Bag] = {}
         errors: dict[int, str] = {}
-        texts: list[Any] = list(responses)
-        for i, response in enumerate(responses):
-            if is_messages(response):
-                try:
-                    texts[i] = read_completion(response)
-                except (TypeError, ValueError) as error:
-                    texts[i], errors[i] = "", f"row {i}: {error}"
-        responses = texts
-        if spans is None and self.segmentation.method == "given" and any(isinstance(text, str) for text in responses):
-            self.segmentation("")  # no text can be cut: one error instead of one per row
+        texts: list[Any] = ["" if is_messages(response) else response for response in responses]
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            if i in errors:
-                continue
             try:
-                bags[i] = self._bag(prompt, response, None if spans is None else spans[i], chat_template_kwargs)
+                if is_messages(response):
+                    texts[i] = read_completion(response)
+                bags[i] = self._bag(prompt, texts[i], None if spans is None else spans[i], chat_template_kwargs)
             except (TypeError, ValueError) as error:
                 errors[i] = f"row {i}: {error}"
         encoded = self._inputs.encode(list(bags.values()))
@@ -260,7 +254,7 @@ class StepRewardModel:
             )
         probs = self._forward(fitting, batch_size or self.batch_size, progress)
         results = []
-        for i, response in enumerate(responses):
+        for i, response in enumerate(texts):
             if i in errors:
                 text = response if isinstance(response, str) else bags[i].response if i in bags else ""
                 beyond = len(bags[i].step_spans) if i in bags else 0
@@ -300,7 +294,7 @@ class StepRewardModel:
         spans: Sequence[Span] | None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Bag:
-        """A response cut into steps and checked, with a chat as the template writes it."""
+        """Cut a response into steps and check it; a chat prompt is rendered by the chat template."""
         if isinstance(response, str):
             if spans is None:
                 check_text(response, "the response")
@@ -359,9 +353,8 @@ def probabilities(logits: Tensor, mask: Tensor, settings: FractalSettings) -> tu
     logits = logits / settings.temperature
     if settings.num_grades is not None:
         highest = settings.num_grades - 1
-        bag_logits = ordinal_max_log_probs(logits, mask).unsqueeze(
-            1
-        )  # log-probabilities of a distribution are also logits
+        # Log-probabilities of a distribution are also logits.
+        bag_logits = ordinal_max_log_probs(logits, mask).unsqueeze(1)
         return expected_grades(logits) / highest, expected_grades(bag_logits).squeeze(1) / highest
     bag_logits = aggregate(logits, mask, aggregation=settings.aggregation, sharpness=settings.sharpness)
     return logits.sigmoid(), bag_logits.sigmoid()

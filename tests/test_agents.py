@@ -249,7 +249,7 @@ def test_what_a_tool_said_is_no_joint_of_steps():
 
 
 def test_a_text_prompt_has_no_conversation_behind_it():
-    with pytest.raises(ValueError, match=r"a chat of 3 turns and the prompt a text; give the prompt as a list"):
+    with pytest.raises(ValueError, match=r"a chat of 3 turns, but the prompt is a text; give the prompt as a list"):
         read_row({"prompt": "q", "completion": TRAJECTORY, "label": 1}, Segmentation())
 
 

@@ -154,7 +154,7 @@ def test_answers_come_from_a_pattern_or_a_column_or_are_not_known():
             "data, row 1: there are 'response' and 'chosen' and 'rejected'; name the response",
         ),
         ({}, {"answer_pattern": "("}, "`answer_pattern`: The pattern '(' is not a regular expression: "),
-        ({}, {"answer_pattern": "A"}, "`answer_pattern` 'A' has no group. Put the answer into brackets"),
+        ({}, {"answer_pattern": "A"}, "`answer_pattern` 'A' has no group. Put the answer in parentheses"),
     ],
 )
 def test_what_is_wrong_is_said(row, options, sentence):

@@ -539,7 +539,7 @@ def test_prompts_that_run_into_responses_are_warned_of(tmp_path):
 
 
 def test_a_model_from_nowhere_needs_a_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match=r"so its tokenizer is not known\. Give `processing_class`"):
+    with pytest.raises(ValueError, match=r"so its tokenizer is unknown\. Give `processing_class`"):
         FractalTrainer(make_model("likelihood", "llama"), args=FractalConfig(output_dir=str(tmp_path), use_cpu=True))
 
 

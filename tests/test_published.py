@@ -319,7 +319,7 @@ def test_what_is_no_such_model_is_told(tmp_path):
 
 def test_a_token_classifier_whose_label_1_is_not_good_is_asked_about():
     config = {"architectures": ["LlamaForTokenClassification"], "id2label": {"0": "good", "1": "bad"}}
-    with pytest.raises(ValueError, match=r"with the labels .*'1': 'bad'.*, of which 1 would be read as good"):
+    with pytest.raises(ValueError, match=r"with the labels .*'1': 'bad'.*, and label 1 would be read as good"):
         find_reading("somewhere", config, None)
     assert find_reading("somewhere", config, "trl") is PUBLISHED["trl"]
     for names in ({}, {"0": "LABEL_0", "1": "LABEL_1"}, {0: "bad", 1: "Good"}):

@@ -219,7 +219,7 @@ def test_numpy_columns_are_read_as_lists():
         (
             unpaired(completion=[*said("a"), *said("b")]),
             ValueError,
-            "the response is a chat of 2 turns and the prompt a text",
+            "the response is a chat of 2 turns, but the prompt is a text",
         ),
         (unpaired(completion=CHAT[1:]), ValueError, "move what comes before the assistant to the prompt"),
         (unpaired(completion=said(None)), ValueError, "the content of the message of 'completion' is null"),

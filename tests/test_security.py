@@ -199,7 +199,7 @@ def test_weights_of_more_layers_than_the_configuration_has_are_refused(tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"num_hidden_layers": 1}))
-    assert "config.json says 1 layers, but the weights beside it have 2" in refusal(tmp_path)
+    assert "config.json says 1 layers, but the weights next to it have 2" in refusal(tmp_path)
 
 
 def test_weights_that_the_configuration_does_not_have_are_refused(tmp_path):
@@ -235,11 +235,11 @@ def test_a_policy_whose_files_do_not_fit_each_other_is_refused(tmp_path, capsys,
     whole = config.read_text()
     config.write_text(json.dumps(json.loads(whole) | {"num_hidden_layers": 3}))
     assert main([command, "--model", folder, *flags]) == 2
-    assert "config.json says 3 layers, but the weights beside it have 2" in capsys.readouterr().err
+    assert "config.json says 3 layers, but the weights next to it have 2" in capsys.readouterr().err
     config.write_text(whole)
     weights.write_bytes(weights.read_bytes()[:-1])
     assert main([command, "--model", folder, *flags]) == 2
-    assert "it is truncated or damaged" in capsys.readouterr().err
+    assert "is truncated or not a safetensors file" in capsys.readouterr().err
 
 
 def test_a_policy_or_value_model_that_lacks_a_weight_is_refused(tmp_path, capsys):

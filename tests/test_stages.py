@@ -379,7 +379,7 @@ def test_gold_labels_override_pseudo_labels_and_steer_the_others(encoder, tmp_pa
 
 def test_gold_labels_that_are_not_there_are_asked_for(encoder, tmp_path):
     rows = [{name: row[name] for name in ("prompt", "steps", "label")} for row in ROWS]
-    with pytest.raises(ValueError, match="ask for gold step labels, but the training data has none"):
+    with pytest.raises(ValueError, match="need gold step labels, but the training data has none"):
         make(tmp_path, encoder, rows, instance_weight=1.0)
 
 

@@ -110,7 +110,7 @@ def test_bad_rows_and_folders_are_named(tmp_path):
     for change, message in (
         ({"equation": ["+", "number0", "number7"]}, "names number7, but there are 2 numbers"),
         ({"equation": ["+", "number0"]}, "ends early"),
-        ({"equation": ["number0", "number1"]}, "goes on after its end"),
+        ({"equation": ["number0", "number1"]}, "continues after its end"),
         ({"equation": ["^", "number0", "number1"]}, "neither a number, a slot nor an operator"),
     ):
         write_jsonl(tmp_path / "train.jsonl", [good, {**good, **change}])

@@ -27,14 +27,14 @@ class Bag:
         prompt: Text, or a chat: a list of messages with the keys `role` and `content`, read by [`read_prompt`].
         response: The response, exactly as written; a [`~fractal_rm.data.prompts.Conversation`] if tools or users wrote
             in between.
-        step_spans: Where the steps are in the response: start and end characters, in order, apart, at least one.
+        step_spans: Start and end characters of the steps in the response: in order, without overlap, at least one.
         label: Probability that the response is good, in [0, 1]; with `num_grades`, a grade. None if unknown.
         step_labels: Gold labels of the steps, on the scale of `label`; None where unknown. Only evaluation, and arms
             named for it, may read them.
         teacher_scores: Step scores from another source (a language model as judge, an NLI model, a rule): probabilities
             that steps are good, None where unknown. Unlike gold labels, training may read them.
         num_grades: For ordinal labels: number of grades, 0 to `num_grades - 1`.
-        id: The caller's name of the response.
+        id: The caller's name for the response.
         pair_id: Shared by the two responses of a preference: the chosen one has label 1, the rejected one 0.
 
     Raises:
@@ -134,12 +134,12 @@ class StepScores:
 
     @property
     def step_scores(self) -> list[float]:
-        """The scores alone."""
+        """Scores of the steps."""
         return [step.score for step in self.steps]
 
     @property
     def spans(self) -> list[Span]:
-        """The characters alone."""
+        """Characters of the steps."""
         return [(step.start, step.end) for step in self.steps]
 
 
@@ -178,8 +178,8 @@ def _check_turns(prompt: Prompt, response: Conversation, spans: Sequence[Span]) 
         and any(one is not None for one in response.context)
     ):
         raise ValueError(
-            f"the response is a chat of {len(response.turns)} turns and the prompt a text; give the prompt as a list "
-            "of messages."
+            f"the response is a chat of {len(response.turns)} turns, but the prompt is a text; give the prompt as a "
+            "list of messages."
         )
 
 
@@ -227,9 +227,9 @@ def truncate_bag(bag: Bag, kept_steps: int, aggregation: str, *, reads_gold: boo
 
     What the label of the whole response implies for the kept part:
 
-    - `"min"` and what softens it ("every step is good"): the best label holds for every part. A worse one holds only
+    - `"min"` and its soft forms ("every step is good"): the best label holds for every part. A worse one holds only
       if a gold step label of the part equals it: the step that spoilt the response is still there.
-    - `"max"` and what softens it ("some step is good"): the worst label holds for every part; a better one only if a
+    - `"max"` and its soft forms ("some step is good"): the worst label holds for every part; a better one only if a
       gold step label of the part equals it.
     - `"mean"` (share of good steps): nothing, unless every gold step label of the part is known: their mean is the
       label of the part.
@@ -326,7 +326,7 @@ def truncate_bags(
         The remaining bags in order, and the counts. Both responses of a preference stay, or neither.
 
     Raises:
-        ValueError: If `kept_steps` has another length than `bags`, or for a reason of `truncate_bag`.
+        ValueError: If `kept_steps` and `bags` differ in length, or as in `truncate_bag`.
     """
     if len(bags) != len(kept_steps):
         raise ValueError(f"There are {len(kept_steps)} entries in kept_steps for {len(bags)} bags; give one each.")

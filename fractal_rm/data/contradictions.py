@@ -13,7 +13,7 @@ _ROUNDED = 0.01
 
 
 def prompt_key(prompt: Prompt | Any) -> str:
-    """One text for equal prompts."""
+    """A text that is equal for equal prompts."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
 
 

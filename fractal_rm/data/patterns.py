@@ -9,13 +9,15 @@ from collections.abc import Iterator
 
 import regex
 
+from fractal_rm.errors import reason
+
 # Longest time on one text: a pattern without nested repeats reads a million characters in less.
 SECONDS = 1.0
 # Number of timeouts before the pattern is given up, because a file has many rows.
 _TRIES = 3
 # Longer patterns are probably data, and take long to compile.
 _LONGEST = 2_000
-# A group that calls a group or the whole pattern: it can fill the memory in two seconds, which has no limit.
+# A group that calls a group or the entire pattern: it can fill the memory in two seconds, and `regex` has no limit.
 _CALL = regex.compile(r"\(\?(?:R|[-+]?\d+|&\w+|P>\w+)\)")
 # Characters of a pattern shown in a message.
 _SHOWN = 80
@@ -35,8 +37,7 @@ class Pattern:
         try:
             self._pattern = regex.compile(pattern)
         except (regex.error, RecursionError, OverflowError, ValueError) as error:  # flags that exclude each other
-            told = str(error) or type(error).__name__
-            raise ValueError(f"The pattern {self._shown} is not a regular expression: {told}.") from None
+            raise ValueError(f"The pattern {self._shown} is not a regular expression: {reason(error)}.") from None
         if call := _CALL.search(pattern):
             raise ValueError(
                 f"The pattern {self._shown} calls itself ({call[0]}), which can fill the memory; write it without."
@@ -45,14 +46,14 @@ class Pattern:
 
     @property
     def groups(self) -> int:
-        """How many groups it has."""
+        """Number of groups."""
         return self._pattern.groups
 
     def finditer(self, text: str) -> Iterator["regex.Match[str]"]:
         """Its matches in a text, as in `re.finditer`.
 
         Raises:
-            ValueError: If the search takes longer than [`SECONDS`], or did for several texts before.
+            ValueError: If the search takes longer than [`SECONDS`], or if several earlier searches did.
         """
         try:
             if self._late < _TRIES:
@@ -68,7 +69,7 @@ class Pattern:
 
 @functools.lru_cache(maxsize=256)
 def compiled(pattern: str) -> Pattern:
-    """The pattern of a text, the same one each time.
+    """Compile a pattern, or return the one that was compiled before.
 
     Example:
         >>> [match.span() for match in compiled(r"\\n+").finditer("a\\n\\nb")]

@@ -78,12 +78,12 @@ class Conversation(str):
 
 
 def turns_of(response: str) -> Sequence[tuple[int, int]]:
-    """Characters `start, end` of each turn that the policy wrote: all of a response that is a plain text."""
+    """Characters `start, end` of each turn that the policy wrote; a plain text is one turn."""
     return response.turns if isinstance(response, Conversation) else ((0, len(response)),)
 
 
 def shortened(response: str, end: int) -> str:
-    """The first characters of a response; for a conversation with the rest of its turns and context."""
+    """The first `end` characters of a response; a conversation keeps the turns inside them, with their context."""
     if not isinstance(response, Conversation):
         return response[:end]
     turns = [(start, min(stop, end)) for start, stop in response.turns if start < end]
@@ -145,10 +145,10 @@ def content_text(content: Any, what: str) -> str:
 
 
 def read_prompt(prompt: Any) -> Prompt:
-    """A text as it is, or a chat (messages with the keys `role` and `content`) in the form that templates read.
+    """A text unchanged, or a chat (messages with the keys `role` and `content`) in the form that templates read.
 
-    Content in parts becomes one text; keys that are null, which `datasets` adds where only other rows have them, go;
-    content that is null beside `tool_calls` is an empty text. Further keys reach the chat template as they are.
+    Content in parts becomes one text. Null keys, which `datasets` adds if only other rows have them, are dropped. Null
+    content of a message with `tool_calls` becomes an empty text. Other keys reach the chat template unchanged.
 
     Raises:
         TypeError: If the value, or a message of it, has the wrong type.
@@ -234,16 +234,16 @@ def yields_names(given: Any) -> bool:
 def read_completion(completion: Any) -> str:
     """The policy's text in a completion of TRL's standard or conversational format.
 
-    The text of the assistant's message. Of several messages, one text that knows which turns the assistant wrote: a
-    [`Conversation`]. Tool calls that are a part of a message count as written, in the form
-    `<tool_call>{"name": ..., "arguments": ...}</tool_call>` on lines of their own; thoughts as `<think>`.
+    The text of the assistant's message; for several messages a [`Conversation`], a text that knows which turns the
+    assistant wrote. Tool calls of a message are added to its text on separate lines, in the form
+    `<tool_call>{"name": ..., "arguments": ...}</tool_call>`, and its thoughts as `<think>`.
 
     Args:
         completion: A text, or messages that begin with the assistant's. No messages: an empty text.
 
     Raises:
         TypeError: If a message is not an object, or its content is not text.
-        ValueError: If the assistant does not begin, a role is unknown, or a message has a `function_call`.
+        ValueError: If the first message is not the assistant's, a role is unknown, or a message has a `function_call`.
 
     Example:
         >>> added, told = {"role": "assistant", "content": "I add."}, {"role": "assistant", "content": "It is 4."}

@@ -83,7 +83,7 @@ def read_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> list[d
 
 @contextmanager
 def naming(source: str, row: int) -> Iterator[None]:
-    """Put the source and the row in front of an error message."""
+    """Prefix an error message with the source and the row."""
     try:
         yield
     except TypeError as error:
@@ -272,8 +272,8 @@ def _steps(
     listed = next((name for name in ("steps", "completions") if name in columns), None)
     if listed is not None and is_messages(columns[listed]) and "role" not in columns[listed][0]:
         raise TypeError(
-            f"{listed!r} holds objects, not the texts of steps; make it a list of texts, or give each response a row "
-            "of its own."
+            f"{listed!r} holds objects, not the texts of steps; make it a list of texts, or give each response a "
+            "separate row."
         )
     if "steps" in columns and names:
         response = _text(columns[names[0]], names[0])
@@ -285,7 +285,7 @@ def _steps(
         if isinstance(texts, list) and texts and all(isinstance(one, str) for one in texts):
             raise TypeError(
                 f"{names[0]!r} is a list of texts: if they are the steps of one response, name the column 'steps'; if "
-                "they are several responses, give each a row of its own."
+                "they are several responses, give each a separate row."
             )
         response, spans = _answer(texts, names[0], segmentation)
     else:

@@ -1,7 +1,7 @@
-"""Rows of JSON files, of which memory holds only where each line begins.
+"""Rows of JSON Lines files; only the start of each line is kept in memory.
 
-A row is parsed when it is asked for, so that a file larger than memory can be trained on, and a limit never looks at
-the rows behind it.
+A row is parsed when it is accessed, so training data may be larger than memory, and a limit never reads the rows after
+it.
 """
 
 import gzip
@@ -35,8 +35,8 @@ class JsonLines(Sequence[dict[str, Any]]):
         limit: Most rows, the first ones. None: all of them.
 
     Raises:
-        TypeError: When a row is asked for that is not an object.
-        ValueError: If there are no rows; when a row is asked for that is blank, too long, or not JSON in UTF-8.
+        TypeError: When a row is accessed that is not an object.
+        ValueError: If there are no rows; when a row is accessed that is blank, too long, or not JSON in UTF-8.
     """
 
     def __init__(self, file: IO[bytes], path: Path, limit: int | None = None) -> None:
@@ -86,7 +86,7 @@ def open_json_lines(path: Path, limit: int | None = None) -> JsonLines:
 
 
 def stream_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a `.jsonl` file, gzipped or not, one after the other: what is not asked for is not read.
+    """Rows of a `.jsonl` file, gzipped or not, read one by one as they are consumed.
 
     Raises:
         TypeError: If a row is not an object.

@@ -54,7 +54,7 @@ TOOL_CALL = re.compile(
     ),
     re.DOTALL,
 )
-# Lines that say nothing although they may hold letters: fences of code, environments and layout of LaTeX, tags.
+# Lines without content that may contain letters: fences of code, environments and layout of LaTeX, tags.
 _FENCE = re.compile(r"[> \t]*(?P<run>`{3,}|~{3,})[ \t]*(?P<info>[^`\n]*)")
 _ENVIRONMENT = r"\{[^{}]*\}(?:\{(?:[^{}]|\{[^{}]*\})*\}|\[[^\[\]]*\])*"
 _LAYOUT = re.compile(
@@ -64,7 +64,7 @@ _LAYOUT = re.compile(
     r"(?:\{[^{}]*\})?|\\[a-zA-Z]+(?=\{\s*\Z)"  # a command whose argument begins on the next line
 )
 _RESULT = re.compile(r"\w+\.|\d+:")
-# What belongs, at the end of such a line, to the line after it.
+# An end of such a line that belongs to the next line.
 _OPENER = re.compile(
     rf"(?:\\\[|\\begin{_ENVIRONMENT}|{OPENING_TAG.pattern}|\\(?:left|item)(?![a-zA-Z])[^\w\\]*|[({{\[]+)\s*\Z"
 )
@@ -82,7 +82,7 @@ class Segmentation:
             turns of the assistant; nothing else has steps.
         separator: The text between steps, for `method="separator"`.
         pattern: The regular expression between steps, for `method="pattern"`. An empty match, such as that of
-            `(?=Step \d)`, cuts where it stands.
+            `(?=Step \d)`, cuts at its position.
         language: Language code for `method="sentences"`.
         thinking: Whether text in `<think> ... </think>` (or marks like it) has steps (`"score"`) or is passed over
             (`"skip"`). An answer whose `<think>` the prompt opened begins in it; a block that is never closed reaches
@@ -184,7 +184,7 @@ def _masked(match: re.Match[str]) -> str:
 def _join_frames(text: str, lines: list[Span]) -> list[Span]:
     """Join a line without content to the line before, or to the line after if it opens something or comes first."""
     joined: list[Span] = []
-    waiting: Span | None = None  # lines that have not met theirs yet
+    waiting: Span | None = None  # lines that join the next line with content
     fences: list[str] = []  # what opened them, outermost first
     formula = False
     for start, end in lines:
@@ -212,7 +212,7 @@ def _join_frames(text: str, lines: list[Span]) -> list[Span]:
 
 
 def _thoughts(text: str) -> list[Span]:
-    """Spans of `<think> ... </think>` and its kind, in order and apart."""
+    """Spans of `<think> ... </think>` and similar marks, in order and without overlap."""
     found = sorted(span for marks in THINKING for span in _thoughts_between(text, *marks))
     thoughts: list[Span] = []
     for start, end in found:

@@ -5,7 +5,7 @@ cut wrongly: positions in the copy are positions in the text. Every function tak
 logarithm of the number of formulas.
 """
 
-# ruff: noqa: RUF001 - the quotation marks and full stops of other scripts are meant
+# ruff: noqa: RUF001 - the quotation marks and full stops of other scripts are intended
 
 import re
 from bisect import bisect_right
@@ -18,8 +18,8 @@ from fractal_rm.data.bag import Span, trim
 
 NEWLINE = re.compile(r"\r\n|\r|\n")
 
-# Tags and special tokens, which say nothing, with the role or channel that stands after one; those that open something
-# belong to what follows.
+# Tags and special tokens, which have no content, with the role or channel after them. Opening ones belong to the text
+# that follows.
 _ROLE = r"(?:(?:assistant|model|analysis|commentary|final|thought)\b)?"
 TAG = re.compile(
     rf"(?:<start_of_turn>|<[|\uff5c][^<>\s]+>){_ROLE}|</?[A-Za-z][\w:.-]*(?:\s[^<>\n]*)?[/|]?>"
@@ -52,7 +52,7 @@ _COMMAND = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})?")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _NEXT_SENTENCE = re.compile(r"[.!?][\"')]*\s+(?:[A-Z][a-z]|[AI]\b)")
 
-# What opens a list item, a heading included. Text that is nothing but this is never a step of its own.
+# The marker that opens a list item or a heading. A marker without other text is never a separate step.
 _MARKER = (
     r"(?:\#{1,6}[ \t]*)?[*_]{0,3}"
     r"(?:[-*+•–]|[(\[]?(?:\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})[.):\]]|(?:Step|Case|Part|Claim)[ \t]+\d{1,3}[.):]?)"
@@ -72,7 +72,7 @@ _NO_END = re.compile(
     r"|(?:(?<=[\d)])|(?<=\b[a-z]))!(?=\s+[a-z])",
     re.MULTILINE,
 )
-# Abbreviations that version 1 did not know, and which end no sentence, or none before a number.
+# Abbreviations unknown to version 1 that do not end a sentence, or not before a number.
 _ABBREVIATED = re.compile(
     r"(?<!\S)(?:डॉ|रु|श्री|प्रो)\.|(?<![\w.])(?:[Aa]pprox|[Zz]\.[ \u00a0]?[Bb]|[Dd]\.[ \u00a0]?h|[Uu]\.[ \u00a0]?a|bzw|vgl"
     r"|[Тт]\.[ \u00a0]?е|[Нн]апр|p\.[ \u00a0]?ej|[SD]ra|Srta|Sig|[Cc]\.[ \u00a0]?-à-d)\."
@@ -82,7 +82,7 @@ _ABBREVIATED = re.compile(
     r"|(?<![\w.])(?:[Vv]ol|[Cc]h|[Ss]ec|[Pp]t|[Bb]k)\.(?=[ \u00a0]+[IVX]+\b)"
     r"|(?<=\d[ \u00a0])(?:г|тыс|млн|млрд)\.(?=[ \u00a0]+[а-я])|(?<=\bи[ \u00a0])т\.(?=[ \u00a0]?[дп]\.)"
 )
-# German ordinals ("am 3. Mai", "der 2. und 3. Platz"), which no beginning of a sentence follows.
+# German ordinals ("am 3. Mai", "der 2. und 3. Platz"), if no sentence begins after them.
 _ORDINAL = re.compile(
     r"(?<![\w.])(?<!\bI )(?:[AaIi]m|[Vv]om|[Zz]u[mr]|[Bb]eim|[Dd]e[rmns]|[Dd]as|[Dd]ie|[Dd]iese[rmns]?|[Jj]ede[rmns]?"
     r"|[Ii]hr|[Ss]ein|[Ee]in(?:e[rmns]?)?)[ \u00a0]+\d{1,2}\."
@@ -93,7 +93,7 @@ _ORDINAL = re.compile(
 )
 # Markers of a list that runs on in its line, "Do: 1. Add. 2. Multiply.", once abbreviations are hidden ("Fig. 2. So").
 _INLINE_MARKER = re.compile(r"(?:(?<=[.!?;][ \t])\d{1,2}|(?<=:[ \t])1)[.)](?=[ \t]+[A-Z\[$\\(*])")
-# Numbers in a list of things that runs on ("1. a pizza, 2. a pie", "i. one and ii. two"), and what stands before them.
+# Numbers in a list of things that runs on ("1. a pizza, 2. a pie", "i. one and ii. two"), and the text before them.
 _ROMAN = [tens + one for tens in ("", "x") for one in ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x")]
 _ROMAN_VALUES = {numeral: value for value, numeral in enumerate(_ROMAN, 1)}
 _LIST_NUMBER = re.compile(
@@ -102,11 +102,11 @@ _LIST_NUMBER = re.compile(
 )
 _LIST_COMMA = re.compile(r"(?:[,;:、，；：&]|\b(?:and|or|und|oder|et|ou|y|и))[ \t]*\Z")
 _NO_OPERATOR = re.compile(r"[^\W\d_][ \t]*\Z|[,;:、，；：&)\]][ \t]*\Z")
-# Numbers of Chinese steps, which stand behind a full stop without a space ("先加。2. 再乘。"): they open a sentence.
+# Numbers of Chinese steps, which follow a full stop without a space ("先加。2. 再乘。"): they open a sentence.
 _WIDE_NUMBER = re.compile(r"(?<=[。！？；])[ \t]*\d{1,2}[.．、](?![ \t]*\d)")
 # The end of a sentence before any other number, which sentencex takes for a mark inside it ("共有5。3是素数。").
 _WIDE_END = re.compile(r"[。！？][”’」』）]*(?=[ \t]*\d)")
-# A run of punctuation that is nobody's: `sentencex` is quadratic over marks inside of it.
+# A long run of punctuation: `sentencex` takes time quadratic in the marks inside it.
 _NOISE = re.compile(r"[^\w\s]{200,}")
 # "no" as an answer, which sentencex takes for "number": "The answer is no. 5 is odd."
 _ANSWER_NO = re.compile(
@@ -115,18 +115,18 @@ _ANSWER_NO = re.compile(
 _TABLE_ROW = re.compile(r"^[ \t]*\|.*\|[ \t]*\r?$", re.MULTILINE)
 # Rows of a table, quotations in the middle of a Japanese sentence, full-width numbers of steps.
 _WHOLE = (_TABLE_ROW, re.compile(r"[。！？](?=[」』](?:と|って))"), re.compile(r"^[ \t]*\d{1,3}．(?!\d)", re.MULTILINE))
-# A thought or a turn that ends in its line.
+# The end of a thought or a turn within a line.
 _TAG_END = re.compile(rf"(?<=[.!?…。！？])(?:\s*(?!{OPENING_TAG.pattern})(?:{TAG.pattern}))++(?![ \t]*[a-z])")
 # A variable before the full stop ("so x. Then") is not an initial: it is replaced by a digit.
 _VARIABLE = re.compile(r"(?<![\w.'’\\-])[a-z](?=\.\s+[A-Z0$\\])")
 # Text that sentencex cannot read: half of a surrogate pair, and a space of several bytes after a capital (1.0.32
 # panics).
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Characters that are not seen, between sentences.
+# Invisible characters between sentences.
 _UNSEEN = re.compile("(?<=[.!?。！？])[\u200b\u200e\u200f\u2060\ufeff]")
 _WIDE_SPACE = re.compile(r"[^\S\x00-\x7f]")
 
-# What may stand between the mark that ends a sentence and the white space after it.
+# Characters allowed between the mark that ends a sentence and the white space after it.
 _AFTER_END = re.compile(r"(?:[*_)\]}\"'”’»`」』）]|\[\d+\])*")
 _INDENT = re.compile(r"[ \t]*")
 _ENDS = ".!?;:…。！？；："
@@ -137,7 +137,7 @@ _GOES_ON = re.compile(r"[ \t]*([^\W\d_]{2,})\b(?![ \t]*[=:<>(\[+*/^]|[ \t]+-)")
 def sentences(text: str, language: str = "en", *, old_rules: bool = False) -> list[Span]:
     r"""Make every sentence a step.
 
-    A line break ends a step, except where the sentence goes on: the next line begins with a lower-case word, or with
+    A line break ends a step, except where the sentence continues: the next line begins with a lower-case word, or with
     the display formula that the sentence leads up to. Nothing is cut inside a formula, inline code or a fence of code,
     after an abbreviation such as "e.g." or "eq. (3)", or in "5! = 120". A list marker ("1.", "2)", "-", "Step 3:")
     belongs to the step it opens, and a piece without letters or digits to its neighbour. A dollar sign opens a formula
@@ -210,7 +210,7 @@ def _formulas(text: str, start: int, end: int) -> list[Span]:
         where.setdefault("paragraph" if token.startswith("\n") else token, []).append(position)
 
     def following(token: str, position: int) -> int:
-        """Where `token` stands next after `position`; `end` if nowhere."""
+        """The next place of `token` after `position`; `end` if there is none."""
         positions = where.get(token, [])
         index = bisect_right(positions, position)
         return positions[index] if index < len(positions) else end
@@ -254,7 +254,7 @@ def _mask(text: str, fences: list[Span], formulas: list[Span], more: tuple[re.Pa
     pieces, done = [], 0
     for start, end in sorted(fences + formulas):
         pieces += [text[done:start], "0" * (end - start)]
-        # "$x = 3.$ Then": the sentence ends in the formula, so the cut goes behind it.
+        # "$x = 3.$ Then": the sentence ends in the formula, so the cut comes after it.
         content = text[start:end].rstrip("$)]\\ \n")
         if text[start] in "$\\" and content.endswith((".", "?")) and re.match(r"\s+[A-Z]", text[end : end + 9]):
             pieces[-1] = pieces[-1][:-1] + "."
@@ -271,14 +271,14 @@ def _hidden(match: re.Match[str]) -> str:
 
 
 class _ListNumber(NamedTuple):
-    """A number that may belong to a list: its place, its kind (digits, small or capital Roman), what is around it."""
+    """A number that may belong to a list: its place, its kind (digits, small or capital Roman), its surroundings."""
 
     start: int
     end: int
     kind: str
     value: int
-    joined: bool  # behind a comma, a colon, "and"
-    within: bool  # behind a word or such a mark, and not behind an operator or the end of a sentence
+    joined: bool  # after a comma, a colon, "and"
+    within: bool  # after a word or such a mark, not after an operator or the end of a sentence
     capital: bool  # before a capital
 
     def follows(self, before: "_ListNumber") -> bool:
@@ -319,8 +319,8 @@ def _lines_of_numbers(text: str) -> list[list[_ListNumber]]:
 def _numbers_of_lists(line: list[_ListNumber]) -> set[_ListNumber]:
     """The numbers of a line that belong to a list inside a sentence.
 
-    Such are numbers behind a comma or an "and", if they follow the one before or if no capital follows, and the number
-    that these follow; and numbers from 1 on without commas, if no capital follows any ("1. add 2. multiply").
+    These are: numbers after a comma or "and" that continue the count or precede no capital, and the number that they
+    continue; and counts from 1 without commas, if no number precedes a capital ("1. add 2. multiply").
     """
     found: set[_ListNumber] = set()
     run: list[_ListNumber] = []
@@ -359,13 +359,13 @@ def _blocks(text: str, masked: str, fence_ends: set[int]) -> list[Span]:
 
 
 def _without_marks(noise: re.Match[str]) -> str:
-    """The run with zeros for its marks, but for those at its end."""
+    """The run with zeros in place of its marks, except at its end."""
     inside = noise[0].rstrip(".!?")
     return re.sub("[.!?]", "0", inside) + noise[0][len(inside) :]
 
 
 def _sentence_ends(masked: str, language: str) -> list[int]:
-    """Where `sentencex` ends a sentence in a block, mended: behind closing marks, and never inside a word."""
+    """Where `sentencex` ends a sentence in a block, corrected: after closing marks, and never inside a word."""
     if not masked.strip() or (masked.isascii() and not re.search("[.!?]", masked)):
         return []
     ends = []

@@ -18,7 +18,7 @@ from fractal_rm.files import parse_json
 
 # Columns that hold lists: JSON, where they are texts.
 LISTS = ("steps", "completions", "step_labels", "labels", "teacher_scores")
-# Names that stand for a prompt or a response where the names of this package are missing.
+# Other names of a prompt or a response, read if the names of this package are missing.
 _PROMPTS = ("question", "problem", "instruction", "query")
 _RESPONSES = ("answer", "output", "solution", "generation")
 _OWN_RESPONSES = ("completion", "response", "steps", "completions", "chosen", "rejected")
@@ -26,10 +26,10 @@ _CHATS = ("messages", "conversations", "conversation")
 _ROLES = {name: name for name in ("user", "assistant", "system", "tool")}
 _ROLES |= dict.fromkeys(("human", "prompter"), "user") | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
 _KEYS = {"from": "role", "value": "content"}
-# What an answer of several turns may hold beside the assistant's: a question of the user begins a new one.
+# Roles inside an answer of several turns, besides the assistant's; a question of the user begins a new answer.
 _TOOLS = ("tool", "function", "ipython", "environment", "observation")
 _SIGNS = {"+": 1.0, "-": 0.0}
-# What a prompt is not whole without: a system message, pictures, what the chat template gets, texts to read.
+# Parts of a prompt in other columns: a system message, pictures, arguments of the chat template, texts to read.
 _SYSTEM = ("system", "system_prompt")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 TEMPLATE_OPTIONS = ("tools", "chat_template_kwargs")
@@ -38,14 +38,14 @@ _BACKGROUND = ("input", "context", "passage", "document", "history")
 _COUNTS = ("num_correct", "num_incorrect", "num_rejected", "total_completions")
 # A column that rates one of the two responses of a preference.
 _RATING = re.compile(r"chosen.*(score|rating|reward|grade)|(score|rating|reward|grade).*chosen")
-# Columns by which rows of official files are known: their labels have another meaning than in other rows.
+# Columns that identify rows of official files, whose labels have another meaning.
 _OFFICIAL = {
     "processbench": {"steps", "label", "final_answer_correct"},
     "prm800k": {"question", "label", "labeler"},
     "math_shepherd": {"input", "label", "task"},
     "prmbench": {"original_process", "modified_process"},
 }
-# A chat that stands in a text, as JSON or as Python writes it.
+# A chat inside a text, as JSON or as Python prints it.
 _CHAT_TEXT = re.compile(r"\s*\[\s*\{\s*[\"'](?:role|content|from|value)[\"']\s*:")
 # Where the assistant's turn begins in chats that are written as text.
 _TURN = re.compile(
@@ -441,7 +441,7 @@ def _without_repetition(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _end_of_prompt(chosen: str, rejected: str) -> int:
-    """Where the shared prompt of two texts ends: behind the last mark of a turn, else before the word that differs."""
+    """Where the shared prompt of two texts ends: after the last mark of a turn, else before the word that differs."""
     pairs = zip(chosen, rejected, strict=False)
     shared = chosen[: sum(1 for _ in takewhile(lambda both: both[0] == both[1], pairs))]
     turns = list(_TURN.finditer(shared))

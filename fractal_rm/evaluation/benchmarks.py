@@ -27,7 +27,7 @@ class Benchmark:
     Args:
         bags: The responses.
         measure: Maps scores and the threshold below which a step counts as wrong to a measurement.
-        remark: A sentence that readers of the numbers must know about the data; None if not needed.
+        remark: A caveat about the data for readers of the numbers; None if there is none.
     """
 
     bags: list[Bag]

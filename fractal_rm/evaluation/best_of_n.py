@@ -91,7 +91,7 @@ def _answers(rows: Sequence[Mapping[str, Any]], bags: Sequence[Bag], pattern: st
     except ValueError as error:
         raise ValueError(f"`answer_pattern`: {error}") from None
     if search.groups < 1:
-        raise ValueError(f"`answer_pattern` {pattern!r} has no group. Put the answer into brackets: `Answer: (.*)`.")
+        raise ValueError(f"`answer_pattern` {pattern!r} has no group. Put the answer in parentheses: `Answer: (.*)`.")
     found = [[match[1] for match in search.finditer(last_message_text(bag.response))] for bag in bags]
     return [matches[-1].strip() if matches and matches[-1] is not None else None for matches in found]
 
@@ -118,7 +118,7 @@ def best_of(scores: np.ndarray, right: np.ndarray, n: int) -> float:
     """Chance that the solution with the highest score (N,) among n drawn without replacement is right (N,).
 
     Returns:
-        The exact average over all subsets of n; in a tie each of the best is taken equally often.
+        The exact average over all subsets of n; tied best solutions are chosen equally often.
 
     Example:
         >>> best_of(np.array([0.9, 0.5, 0.4, 0.1]), np.array([True, False, False, False]), 2)  # in 3 of 6 pairs

@@ -107,12 +107,8 @@ def _estimate(values: np.ndarray) -> Estimate:
     drawn = values[1:][~np.isnan(values[1:])]
     if np.isnan(values[0]) or not len(drawn):
         return Estimate(float(values[0]), math.nan, math.nan)
-    return Estimate(float(values[0]), *map(float, _ends(drawn)))
-
-
-def _ends(drawn: np.ndarray) -> np.ndarray:
-    """Ends of the 95 % percentile interval of draws, the first axis."""
-    return np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(float(values[0]), float(low), float(high))
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, *, draws: int = 2 * DRAWS) -> Estimate:
@@ -141,7 +137,7 @@ def interval_of_share(share: float, count: int) -> tuple[float, float]:
         >>> [round(end, 3) for end in interval_of_share(0.5, 10)]
         [0.237, 0.763]
     """
-    z = 1.959964  # of the normal distribution, 2.5 % lie above
+    z = 1.959964  # the 97.5 % quantile of the normal distribution
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z * z / count)
     return middle - half, middle + half

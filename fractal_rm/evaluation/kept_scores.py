@@ -51,7 +51,7 @@ class KeptScores:
     def score(
         self, prompts: Sequence[Any], responses: Sequence[Any], *, spans: Sequence[Any], **options: Any
     ) -> list[StepScores]:
-        """Scores as [`~fractal_rm.reward_model.StepRewardModel.score`] gives them; `error` counts rows of its own."""
+        """Scores as [`~fractal_rm.reward_model.StepRewardModel.score`] gives them; `error` has rows of a chunk."""
         keys = [self._key(row) for row in zip(prompts, responses, spans, strict=True)]
         reused = sum(key in self._known for key in keys)
         self.reused += reused

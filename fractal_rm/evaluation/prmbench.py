@@ -18,7 +18,7 @@ from fractal_rm.evaluation.responses import gold_labels, known_steps, measure_re
 from fractal_rm.evaluation.statistics import Statistic, average_of, bag_aucs, mean_of, ratio_of
 from fractal_rm.objectives.aggregation import GOOD
 
-# Kinds of error under the paper's three headings. The last one has no error: right in another way.
+# Kinds of error under the paper's three headings. The last kind has no error: it is another right solution.
 CATEGORIES = {
     "simplicity": ("redundency", "circular"),
     "soundness": ("counterfactual", "step_contradiction", "domain_inconsistency", "confidence"),
@@ -75,8 +75,8 @@ def measure_prmbench(scored: Sequence[StepScores], solutions: Solutions, thresho
     Returns:
         `prmscore` over the steps of all changed solutions, its two parts `f1_right_steps` and `f1_wrong_steps`, and
         `prmscore_<heading>`, `prmscore_<kind>`, `within_bag_auc_<kind>`; for `multi_solutions`, which has no wrong
-        steps, `accuracy_multi_solutions`, the share of its steps that are not called wrong; and what
-        [`measure_responses`] says of rankings. Counts: solutions of each kind.
+        steps, `accuracy_multi_solutions`, the share of its steps that are not predicted wrong; and the ranking metrics
+        of [`measure_responses`]. Counts: solutions of each kind.
 
     Raises:
         ValueError: If there are no solutions.

@@ -92,7 +92,7 @@ class Hits:
     def curve(self, subsets: Sequence[str]) -> list[Point]:
         """The metrics at every threshold, averaged over subsets; nothing changes between neighbouring points.
 
-        A point's threshold stands for those from the point before (excluded) up to it.
+        A point represents all thresholds above the previous point's, up to and including its own.
         """
         ends = np.unique(np.concatenate([self.low, self.high]))
         ends = np.append(ends[np.isfinite(ends)], np.inf)

@@ -13,7 +13,7 @@ from fractal_rm.evaluation.statistics import Statistic, as_points, reliability_c
 from fractal_rm.objectives.aggregation import GOOD, Aggregation, meaning
 from fractal_rm.reward_model import StepRewardModel
 
-# Metrics that `measure_responses` adds to `evaluate_scores`.
+# Metrics of `measure_responses` that `evaluate_scores` leaves out.
 _ADDED = ("bag_brier", "bag_aurc", "step_brier", "step_ece", "within_prompt_auc")
 
 
@@ -63,7 +63,7 @@ def separating_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def evaluate_scores(scored: Sequence[StepScores], bags: Sequence[Bag], threshold: float) -> dict[str, float]:
-    """Values of [`measure_responses`], without those that it adds; the arguments are the same."""
+    """Values of [`measure_responses`] for `metrics.json` and model cards; the arguments are the same."""
     values = measure_responses(scored, bags, threshold).values
     return {name: value for name, value in values.items() if name not in _ADDED}
 

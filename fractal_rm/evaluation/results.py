@@ -1,4 +1,4 @@
-"""Results on disk: one measurement per line, with what is needed to reproduce it.
+"""Results on disk: one measurement per line, with everything needed to reproduce it.
 
 Rows are only ever added. A process that is killed while it writes leaves at most one torn line, which readers skip with
 a warning and later rows do not touch.
@@ -103,9 +103,11 @@ class ResultsFile:
                 written = file.write(line)
                 os.fsync(file.fileno())
             except OSError as error:
-                raise OSError(f"{self.path} took no row ({error.strerror}). Free space and run again.") from error
+                raise OSError(
+                    f"{self.path}: no row was written ({error.strerror}). Free space and run again."
+                ) from error
             if written != len(line):
-                raise OSError(f"{self.path} took only a part of a row: the disk is full. Free space and run again.")
+                raise OSError(f"{self.path}: the disk is full, so the row is incomplete. Free space and run again.")
         return json.loads(line)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -118,7 +120,7 @@ class ResultsFile:
 
 
 def has_row(rows: Iterable[Mapping[str, Any]], **fields: Any) -> bool:
-    """Whether one of the rows has these fields, with these values as a row holds them.
+    """Whether one of the rows has these fields, with these values as a row stores them.
 
     Example:
         >>> has_row([{"arm": "dense", "seed": 0, "config": {"sizes": [1, 2]}}], arm="dense", config={"sizes": (1, 2)})
@@ -174,8 +176,8 @@ def _is_whole(line: bytes) -> bool:
 def portable_command(argv: Sequence[str]) -> str:
     """A command line for a shell, made of `sys.argv`, without this machine's folders.
 
-    Paths under the working folder or beside it become relative, paths under the home folder start with `~`, and of any
-    other absolute path the last name stays.
+    Paths under the working folder or its parent become relative, paths under the home folder start with `~`, and any
+    other absolute path is reduced to its last name.
 
     Example:
         >>> portable_command(["/opt/venv/bin/fractal-rm", "train", "--output_dir=/data/runs/rm"])

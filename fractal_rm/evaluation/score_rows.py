@@ -88,7 +88,7 @@ def _check_prompt(bag: Bag, reward_model: StepRewardModel, where: str) -> None:
     try:
         reward_model.check_prompts([bag.prompt])
     except ValueError as error:
-        # The model counts prompts from 0; the caller's file counts.
+        # The model's message counts prompts from 0; name the row of the file instead.
         raise ValueError(f"{where}: {str(error).partition(': ')[2]}") from None
     if not is_chat(bag.prompt) or reward_model.tokenizer is None:
         return  # an embedding scorer needs no template: it reads the messages in sequence
@@ -118,7 +118,7 @@ def _record(row: int, given: Mapping[str, Any], response: str | None) -> dict[st
 def _found(bag: Bag, result: StepScores, where: str) -> dict[str, Any]:
     """The fields that scores add to a record."""
     if result.error is not None:
-        # The model counts rows of its own batch from 0; the caller's file counts.
+        # The model's message counts rows of its batch from 0; name the row of the file instead.
         return {"error": f"{where}: {result.error.partition(': ')[2]}"}
     if not all(map(math.isfinite, result.step_scores)):
         return {"error": f"{where}: the model gives scores that are NaN; load it in float32, or restore its files."}

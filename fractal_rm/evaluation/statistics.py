@@ -11,7 +11,6 @@ is an unknown label and is left out. A metric that is undefined, such as an AUC 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -75,11 +74,12 @@ def harmonic_mean_of(first: Statistic, second: Statistic) -> Statistic:
         >>> round(harmonic_mean_of(mean_of([1.0, 0.0]), mean_of([1.0, 1.0])).value, 3)
         0.667
     """
-    return Statistic(first.items, lambda weights: _harmonic_mean(first(weights), second(weights)))
 
+    def mean(weights: np.ndarray) -> np.ndarray:
+        a, b = first(weights), second(weights)
+        return np.where(a + b == 0, 0.0, divided(2 * a * b, a + b))
 
-def _harmonic_mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.where(a + b == 0, 0.0, divided(2 * a * b, a + b))
+    return Statistic(first.items, mean)
 
 
 def average_of(statistics: Sequence[Statistic]) -> Statistic:
@@ -108,13 +108,13 @@ class _Known(NamedTuple):
         owner, score, good = self.owner[chosen], self.score[chosen], self.label[chosen] >= GOOD
         order = np.argsort(-score, kind="stable")
         owner, good, ties = owner[order], good[order], _runs(score[order])
-        return Statistic(items, partial(_aucs, owner, good, ties))
 
+        def areas(weights: np.ndarray) -> np.ndarray:
+            each = weights[:, owner]
+            counts = [np.add.reduceat(each * kind, ties, axis=1) for kind in (good, ~good)]
+            return np.array([_roc_area(right, wrong) for right, wrong in zip(*counts, strict=True)])
 
-def _aucs(owner: np.ndarray, good: np.ndarray, ties: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    each = weights[:, owner]
-    counts = [np.add.reduceat(each * kind, ties, axis=1) for kind in (good, ~good)]
-    return np.array([_roc_area(right, wrong) for right, wrong in zip(*counts, strict=True)])
+        return Statistic(items, areas)
 
 
 def _known(scores: Rows, labels: Rows) -> _Known:
@@ -162,10 +162,10 @@ def _roc_area(right: np.ndarray, wrong: np.ndarray) -> float:
 
 
 def auc_of(scores: Rows, labels: Rows) -> Statistic:
-    """Area under the ROC curve over all scores of all items, ties counted half; the weight of an item is that of each.
+    """Area under the ROC curve over all scores of all items, ties counted half; each score has its item's weight.
 
     Raises:
-        ValueError: If an item has another number of scores than labels, or a score with a label is not finite.
+        ValueError: If an item's numbers of scores and labels differ, or a score with a label is not finite.
     """
     return _known(scores, labels).auc(len(scores))
 
@@ -193,19 +193,18 @@ def same_position_auc_of(scores: Rows, labels: Rows) -> Statistic:
     [`within_bag_auc`] of 1. Here it gets 0.5.
     """
     known = _known(scores, labels)
+    good = known.label >= GOOD
     columns = [(known.place == place, known.auc(len(scores), known.place == place)) for place in np.unique(known.place)]
-    return Statistic(len(scores), partial(_same_position_aucs, known, columns))
 
+    def share(weights: np.ndarray) -> np.ndarray:
+        wins, pairs = np.zeros((2, len(weights)))
+        for here, auc in columns:
+            right, wrong = (weights[:, known.owner[here & kind]].sum(1) for kind in (good, ~good))
+            wins += np.nan_to_num(auc(weights)) * right * wrong
+            pairs += right * wrong
+        return divided(wins, pairs)
 
-def _same_position_aucs(
-    known: _Known, columns: Sequence[tuple[np.ndarray, Statistic]], weights: np.ndarray
-) -> np.ndarray:
-    good, (wins, pairs) = known.label >= GOOD, np.zeros((2, len(weights)))
-    for here, auc in columns:
-        right, wrong = (weights[:, known.owner[here & kind]].sum(1) for kind in (good, ~good))
-        wins += np.nan_to_num(auc(weights)) * right * wrong
-        pairs += right * wrong
-    return divided(wins, pairs)
+    return Statistic(len(scores), share)
 
 
 # Errors and calibration -----------------------------------------------------------------------------------------------
@@ -251,11 +250,12 @@ def ece_of(probs: Rows, labels: Rows, bins: int = BINS) -> Statistic:
             f"Bag {known.owner[i]} has probability {known.score[i]}, outside [0, 1]. Pass probabilities, not logits."
         )
     gaps = np.eye(bins)[_bin_of(known.score, bins)] * (known.score - known.label)[:, None]  # (P, bins)
-    return Statistic(len(probs), lambda weights: _weighted_gap(weights[:, known.owner], gaps))
 
+    def mean_gap(weights: np.ndarray) -> np.ndarray:
+        each = weights[:, known.owner]
+        return divided(np.abs(each @ gaps).sum(1), each.sum(1))
 
-def _weighted_gap(each: np.ndarray, gaps: np.ndarray) -> np.ndarray:
-    return divided(np.abs(each @ gaps).sum(1), each.sum(1))
+    return Statistic(len(probs), mean_gap)
 
 
 def _bin_of(probs: np.ndarray, bins: int) -> np.ndarray:
@@ -296,11 +296,11 @@ class Risk(NamedTuple):
 
 
 def risk_coverage_curve(probs: Rows, labels: Rows) -> list[Risk]:
-    """How often the call "good from 0.5 on" errs if only the surest responses are called: those far from 0.5.
+    """How often the prediction "good from 0.5 on" errs on the most confident responses, which are farthest from 0.5.
 
     Returns:
-        One point for each distinct distance from 0.5, the surest first. Equally sure responses are called together, so
-        that no point depends on the order of the responses.
+        One point for each distinct distance from 0.5, the most confident first. Equally confident responses enter
+        together, so that no point depends on the order of the responses.
 
     Source:
         Geifman and El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017.
@@ -322,11 +322,12 @@ def aurc_of(probs: Rows, labels: Rows) -> Statistic:
         0.25
     """
     risk_by_sureness = _risk_by_sureness(probs, labels)
-    return Statistic(len(probs), lambda weights: _mean_risk(*risk_by_sureness(weights)))
 
+    def mean_risk(weights: np.ndarray) -> np.ndarray:
+        sizes, risks = risk_by_sureness(weights)
+        return divided((sizes * np.nan_to_num(risks)).sum(1), sizes.sum(1))
 
-def _mean_risk(sizes: np.ndarray, risks: np.ndarray) -> np.ndarray:
-    return divided((sizes * np.nan_to_num(risks)).sum(1), sizes.sum(1))
+    return Statistic(len(probs), mean_risk)
 
 
 def _risk_by_sureness(probs: Rows, labels: Rows) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -336,13 +337,13 @@ def _risk_by_sureness(probs: Rows, labels: Rows) -> Callable[[np.ndarray], tuple
     order = np.argsort(-sureness, kind="stable")
     owner, ties = known.owner[order], _runs(sureness[order])
     errs = ((known.score >= GOOD) != (known.label >= GOOD))[order]
-    return partial(_risks, owner, errs, ties)
 
+    def risks(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        each = weights[:, owner]
+        sizes, wrong = (np.add.reduceat(part, ties, axis=1) for part in (each, each * errs))
+        return sizes, divided(np.cumsum(wrong, axis=1), np.cumsum(sizes, axis=1))
 
-def _risks(owner: np.ndarray, errs: np.ndarray, ties: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    each = weights[:, owner]
-    sizes, wrong = (np.add.reduceat(part, ties, axis=1) for part in (each, each * errs))
-    return sizes, divided(np.cumsum(wrong, axis=1), np.cumsum(sizes, axis=1))
+    return risks
 
 
 def as_points(curve: Sequence[Any], most: int = 101) -> list[dict[str, float]]:
@@ -459,5 +460,5 @@ def step_statistics(scores: Rows, labels: Rows) -> dict[str, Statistic]:
 
 
 def values_of(statistics: Mapping[str, Statistic]) -> dict[str, float]:
-    """The value of each statistic on the items as they are."""
+    """The point value of each statistic."""
     return {name: statistic.value for name, statistic in statistics.items()}

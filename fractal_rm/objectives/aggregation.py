@@ -96,10 +96,10 @@ def log1mexp(log_probs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def check_mask(mask: Bool[Tensor, "B S"]) -> None:
-    """Raise a sentence if a bag has no real step.
+    """Check that every bag has a real step.
 
     Raises:
-        ValueError: If a row of `mask` is all False; it names the first such row.
+        ValueError: If a row of `mask` is all False; names the first such row.
     """
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:

@@ -1,4 +1,4 @@
-"""Temperature: one number by which step logits are divided, fitted on held-out response labels."""
+"""Temperature scaling: step logits are divided by one number, fitted on held-out response labels."""
 
 import math
 

@@ -158,8 +158,8 @@ def ordinal_pseudo_labels(
     bag_grades = grades.long()[:, None]
     too_high = torch.arange(logits.shape[2], device=logits.device) > bag_grades
     best, chosen = scores.masked_fill(too_high[:, None], -torch.inf).max(dim=2)
-    # The softmax normaliser is the same for all grades of a step, so differences of logits are those of
-    # log-probabilities.
+    # The softmax normaliser is the same for all grades of a step, so logits and log-probabilities have the same
+    # differences.
     at_bag_grade = scores.gather(2, bag_grades[:, :, None].expand(-1, logits.shape[1], 1))[:, :, 0]
     cheapest = (at_bag_grade - best).masked_fill(~mask, -torch.inf).argmax(dim=1, keepdim=True)
     # If a step already has the bag's grade, its cost is 0 and raising it changes nothing.

@@ -1,4 +1,4 @@
-"""Preferences: only which of two responses is better is known. Losses and step labels for such pairs."""
+"""Losses and step labels for preferences: pairs of responses of which only the better one is known."""
 
 from typing import Literal
 

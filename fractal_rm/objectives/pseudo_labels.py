@@ -77,7 +77,7 @@ def _most_likely_of_count(
 
 
 def _rule(aggregation: str, label_noise: tuple[float, float]) -> str:
-    """What the label of a response says about its steps."""
+    """The rule that the label of a response sets for its steps."""
     check_label_noise(label_noise)
     rule = meaning(aggregation)
     if rule == "mean" and any(label_noise):
@@ -118,7 +118,7 @@ def pseudo_labels(
         label_noise: Share of good responses labelled bad, and of bad responses labelled good; (0, 0) under "mean".
 
     Returns:
-        Labels, 0 or 1 but for soft gold ones; NaN at padding.
+        Labels, 0 or 1 except for soft gold labels; NaN at padding.
 
     Raises:
         ValueError: If a bag has no real step, the aggregation is unknown, or the label noise is not two shares whose

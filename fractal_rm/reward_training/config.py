@@ -228,8 +228,8 @@ class FractalConfig(RunConfig, TrainingArguments):
         self.remove_unused_columns = False
         if self.neftune_noise_alpha is not None:
             raise ValueError(
-                "`neftune_noise_alpha` is for language models alone: it does not reach a scorer's embeddings. Leave it "
-                "out."
+                "`neftune_noise_alpha` works for language models only: it does not reach a scorer's embeddings. Leave "
+                "it out."
             )
         if self.bag_weight == self.instance_weight == self.easyllp_weight == 0:
             raise ValueError(

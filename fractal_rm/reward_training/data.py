@@ -35,9 +35,9 @@ def to_bags(
     """Bags from TRL's formats, this package's schema and what `read_row` knows; bags pass through.
 
     Raises:
-        TypeError: For a reason of `read_bags`.
-        ValueError: If the rows state another aggregation than the settings, a bag has no label or another number of
-            grades, or for a reason of `read_bags`.
+        TypeError: As in `read_bags`.
+        ValueError: If the rows state another aggregation than the settings, or a bag has no label or another number of
+            grades; or as in `read_bags`.
     """
     check_records(records, source)
     warn_of_classes(records, columns, source)
@@ -79,7 +79,7 @@ def check_records(records: Any, source: str) -> None:
 
 
 def warn_of_classes(records: Any, columns: Columns | None, source: str) -> None:
-    """Warn of labels that are classes with names: which of them is good, only the names tell."""
+    """Warn about labels that are named classes: only the names tell which class is good."""
     features = getattr(getattr(records, "dataset", records), "features", None) or {}
     names = getattr(features.get((columns or Columns()).label or "label"), "names", None) or []
     if any(name.lower() not in ("0", "1", "true", "false") for name in names):
@@ -91,7 +91,7 @@ def warn_of_classes(records: Any, columns: Columns | None, source: str) -> None:
 
 
 def check_stated(row: Any, settings: FractalSettings, where: str) -> None:
-    """Raise ValueError if a row states another aggregation than the settings, or its label would have another one."""
+    """Raise ValueError if the aggregation that a row states, or that its derived label has, is not the settings'."""
     mine = meaning(settings.aggregation)
     stated = row.get("aggregation") if isinstance(row, Mapping) else None
     if stated in ("min", "max", "mean") and stated != mine:
@@ -120,7 +120,7 @@ def _check_joints(rows: Sequence[Any], bags: Sequence[Bag], settings: FractalSet
 
 
 def check_reasoning(bags: Sequence[Bag], template: str | None, *, source: str) -> None:
-    """Raise if messages of prompts hold thoughts beside their content and the chat template does not read them.
+    """Raise if messages of prompts have thoughts outside their content that the chat template does not read.
 
     Args:
         bags: Bags, in the order of their rows.
@@ -142,7 +142,7 @@ def check_reasoning(bags: Sequence[Bag], template: str | None, *, source: str) -
 
 
 def say_unread_gold(bags: Sequence[Bag]) -> None:
-    """Say once that there are gold step labels which training does not read."""
+    """Log that training does not read the gold step labels of its data."""
     count = sum(any(label is not None for label in bag.step_labels or ()) for bag in bags)
     if count:
         logger.warning(
@@ -154,7 +154,7 @@ def say_unread_gold(bags: Sequence[Bag]) -> None:
 
 
 def fingerprint(bags: Sequence[Bag]) -> str:
-    """A short name for the data: equal for equal bags in equal order."""
+    """Fingerprint of the data: equal for equal bags in the same order."""
     digest = hashlib.sha256()
     for bag in bags:
         digest.update(json.dumps([bag.prompt, bag.response, bag.step_spans, bag.label]).encode())
@@ -162,7 +162,7 @@ def fingerprint(bags: Sequence[Bag]) -> str:
 
 
 def content_fingerprint(bags: Sequence[Bag]) -> str:
-    """A short name for all that is known of the bags, gold step labels and scores of teachers too."""
+    """Fingerprint of all fields of the bags, including gold step labels and teacher scores."""
     digest = hashlib.blake2b(digest_size=8)
     for bag in bags:
         digest.update(repr(bag).encode())
@@ -170,9 +170,9 @@ def content_fingerprint(bags: Sequence[Bag]) -> str:
 
 
 def describe_labels(bags: Sequence[Bag], args: Any, *, later: int = 0) -> str:
-    """What there was to learn from, for the model card; `args` says whether gold step labels were read.
+    """The labels of the training data, for the model card; `args` says whether gold step labels were read.
 
-    Of later rows, which are not bags yet, only their number is told.
+    Later rows are not bags yet, so only their number is given.
 
     Example:
         >>> from types import SimpleNamespace
@@ -219,8 +219,8 @@ class Later(Protocol):
 class BagDataset(torch.utils.data.Dataset):
     """Encoded bags with their labels; bags that do not fit are cut or dropped by the rule of `truncate_bags`.
 
-    An item is a response, or the two of a preference, so that a batch holds both or none. Later rows follow as further
-    items, encoded when they are drawn; in place of one that does not fit, the next one that does is drawn.
+    An item is a response, or the two of a preference, so that a batch has both or neither. Later rows are further
+    items, encoded when they are drawn; a row that does not fit is replaced by the next one that does.
 
     Args:
         bags: Labelled bags.
@@ -231,9 +231,9 @@ class BagDataset(torch.utils.data.Dataset):
         later: Later rows, if any.
 
     Attributes:
-        bags: The bags that are left, of those given.
-        encoded: Their input.
-        targets: What their steps are taught, by name: a tensor for each bag, (S,) or (S, S), NaN where unknown.
+        bags: The remaining bags.
+        encoded: Their encodings.
+        targets: Targets of their steps, by name: a tensor for each bag, (S,) or (S, S), NaN where unknown.
         items: The bags of each item.
 
     Raises:
@@ -336,8 +336,8 @@ def known_or_nan(values: Sequence[float | None] | None, count: int) -> Tensor:
 class BagCollator:
     """Pads items of a [`BagDataset`] to tensors.
 
-    These are the scorer's, `bag_labels` (B,), each target (B, S) or (B, S, S) with NaN at padding, and `chosen` (B,),
-    which says of each row whether it is the chosen response of a preference (1), the rejected one (0) or of none (-1).
+    The tensors are the scorer's inputs, `bag_labels` (B,), each target (B, S) or (B, S, S) with NaN at padding, and
+    `chosen` (B,): 1 for the chosen response of a preference, 0 for the rejected one, -1 for other responses.
     """
 
     inputs: BagInputs

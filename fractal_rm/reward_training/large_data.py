@@ -1,7 +1,7 @@
 """Training data that need not fit in memory: the first rows as bags, and later rows that become bags when drawn.
 
-All checks look at the first rows. Of every later row it is checked that it can be parsed and is shaped like a row that
-was checked; the rest (steps, lists, length in tokens) is checked when it is drawn.
+All checks look at the first rows. Every later row must parse and be shaped like a row that was checked; the rest
+(steps, lists, length in tokens) is checked when it is drawn.
 """
 
 import hashlib
@@ -33,30 +33,30 @@ from fractal_rm.reward_training.data import (
 from fractal_rm.reward_training.stages import plan
 from fractal_rm.scorers.settings import FractalSettings
 
-# Rows that are bags before training begins. To check and tokenize them takes seconds, and 20 kB of memory each.
+# Rows that are bags before training begins. Checking and tokenizing them takes seconds, and 20 kB of memory per row.
 FIRST_ROWS = 20_000
-# Later rows that are looked at for what all rows have in common.
+# Number of later rows that are sampled to check properties of all rows.
 _SAMPLE = 1000
-# Numbers of this size or more (ids, times) are alike.
+# Numbers of this size or more (ids, times) count as alike.
 _LARGE = 128
 
 
 @dataclass(frozen=True)
 class LaterRows:
-    """Rows behind the first ones.
+    """The rows after the first ones.
 
     Args:
         rows: All rows.
-        places: Which of them.
-        read: Bags of a row and its number, from 1.
+        places: Indices of the later ones.
+        read: Makes the bags of a row from the row and its number, counted from 1.
         source: Name of the data in messages.
-        fingerprint: A short name for their content.
-        skips_bad: Whether a row that cannot be read has no bags.
+        fingerprint: Fingerprint of their content.
+        skips_bad: Whether a row that cannot be read gives no bags instead of an error.
         template: The chat template that reads the prompts.
 
     Raises:
-        TypeError: When a row is drawn that cannot be read; the sentence names it.
-        ValueError: Likewise.
+        TypeError: When a row is drawn that has a value of the wrong type; names the row.
+        ValueError: When a row is drawn that cannot be read for another reason; names the row.
     """
 
     rows: Sequence[Any]
@@ -100,7 +100,7 @@ class TrainingRows:
     later: LaterRows | None = None
 
     def name(self, of_first: str) -> str:
-        """A short name for all rows, given that of the first ones."""
+        """Fingerprint of all rows, given the fingerprint of the first ones."""
         if self.later is None:
             return of_first
         return hashlib.sha256(f"{of_first} {self.later.fingerprint}".encode()).hexdigest()[: len(of_first)]
@@ -110,7 +110,7 @@ def reads_everything(args: FractalConfig) -> bool:
     """Whether a configuration needs all rows before its first step.
 
     Embeddings, targets of priors, gold and pseudo-labels are computed for a whole data set, the base rate of EasyLLP is
-    its mean label, and to group rows by length takes all lengths.
+    its mean label, and grouping rows by length needs all lengths.
     """
     weights = [value for name, value in vars(args).items() if name.endswith("_prior_weight")]
     return bool(
@@ -135,9 +135,9 @@ def training_rows(
     """The first rows as bags ([`to_bags`]), and the others to be drawn.
 
     Raises:
-        TypeError: For a reason of `to_bags`.
-        ValueError: For a reason of `to_bags`; or a later row cannot be parsed, or is shaped like no row before it and
-            cannot be read.
+        TypeError: As in `to_bags`.
+        ValueError: As in `to_bags`; or if a later row cannot be parsed, or is shaped like no row before it and cannot
+            be read.
     """
     if isinstance(records, TrainingRows):
         return records
@@ -218,7 +218,7 @@ def _without_gold(bags: list[Bag], number: int) -> list[Bag]:
 
 
 def _shape(row: Any, label: str) -> Any:
-    """What a row has in common with rows that are checked alike: names and kinds of its values, the label as it is."""
+    """A key that is equal for rows that pass the same checks: names and kinds of their values, and the exact label."""
     if not isinstance(row, Mapping):
         return type(row)
     return tuple((name, _kind(value, exact=name == label)) for name, value in row.items())

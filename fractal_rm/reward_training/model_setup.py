@@ -63,9 +63,7 @@ def make_trainable(
         )
     source = model_name(model)
     if tokenizer is None and source is None:
-        raise ValueError(
-            "The model does not come from a folder, so its tokenizer is not known. Give `processing_class`."
-        )
+        raise ValueError("The model does not come from a folder, so its tokenizer is unknown. Give `processing_class`.")
     tokenizer = with_padding(tokenizer) if tokenizer else load_tokenizer(str(source))
     if isinstance(model, str | Path):
         # As in TRL: transformers would keep half precision, and rounding would lose small updates.

@@ -110,7 +110,7 @@ def revealed_gold(gold: Sequence[Tensor], order: Sequence[int], args: FractalCon
     known = [row for row in order if not gold[row].isnan().all()]
     if not known:
         raise ValueError(
-            "`instance_weight` and `gold_fraction` ask for gold step labels, but the training data has none. Add a "
+            "`instance_weight` and `gold_fraction` need gold step labels, but the training data has none. Add a "
             "column `step_labels`, or set `instance_weight=0`."
         )
     read = set(known[: math.ceil(round(args.gold_fraction * len(known), _DIGITS))])

@@ -5,7 +5,7 @@ import logging
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ class FractalTrainer(Run):
             or a [`~fractal_rm.scorers.sentence_encoder.SentenceEncoder`] (`scorer="embedding"`).
         args: The configuration.
         train_dataset: Rows in one of TRL's formats (prompt + completion + label, prompt + chosen + rejected, stepwise
-            supervision) or in this package's schema, or [`Bag`] objects; or [`TrainingRows`]. Behind the first 20,000
+            supervision) or in this package's schema, or [`Bag`] objects; or [`TrainingRows`]. After the first 20,000
             rows, a row is read and tokenized when it is drawn, unless the configuration
             [`~fractal_rm.reward_training.large_data.reads_everything`].
         eval_dataset: The same; gold step labels in it are used for metrics.
@@ -355,7 +355,10 @@ class FractalTrainer(Run):
         output, start = Path(str(args.output_dir)), self._trainable()
         result, history, handed = None, [], []
         if not resume:
-            self._remove(output / stage.name for stage in stages)
+            if self.is_world_process_zero():
+                for stage in stages:
+                    shutil.rmtree(output / stage.name, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
         for stage in stages:
             if stage.kind == "pseudo":
                 labels = step_targets(data, handed, args)
@@ -396,13 +399,6 @@ class FractalTrainer(Run):
             write_finished(folder, Finished(self.state, self._trainable(), logits), self.identity)
         self.accelerator.wait_for_everyone()
         return result, logits
-
-    def _remove(self, folders: Iterable[Path]) -> None:
-        """Remove the stages of an earlier run."""
-        if self.is_world_process_zero():
-            for folder in folders:
-                shutil.rmtree(folder, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
 
     def _trainable(self) -> dict[str, Tensor]:
         """Copies of the trainable weights."""

@@ -42,7 +42,7 @@ FOLDS = 5
 _IN_A_FOLD = 2
 # A 95 % interval extends this many standard errors to each side.
 _ERRORS = 1.96
-# File with the rows of trials, beside the model.
+# File with the rows of trials, in the model's folder.
 TRIALS_FILE = "trials.jsonl"
 # Options that switch off logging and checkpoints in a trial.
 QUIET: Options = {
@@ -81,7 +81,7 @@ class Trial:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 
-# What is tried --------------------------------------------------------------------------------------------------------
+# Configurations -------------------------------------------------------------------------------------------------------
 
 
 def trial_options(args: FractalConfig, *, preferences: bool = False) -> list[Options]:
@@ -124,7 +124,7 @@ def trial_options(args: FractalConfig, *, preferences: bool = False) -> list[Opt
     return found
 
 
-# What it is judged by -------------------------------------------------------------------------------------------------
+# Criterion ------------------------------------------------------------------------------------------------------------
 
 
 def response_statistic(scores: Sequence[float], bags: Sequence[Bag], folds: Sequence[int] | None = None) -> Statistic:
@@ -260,7 +260,7 @@ def make_judge(train: Sequence[Bag], validation: Sequence[Bag] | None, *, seed: 
 
 
 def make_folds(bags: Sequence[Bag], *, seed: int) -> list[int]:
-    """Fold of each response: those of a prompt stay together, and every fold gets its share of each label."""
+    """Fold of each response: responses to one prompt share a fold, and every fold gets its share of each label."""
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for row, bag in enumerate(bags):
         groups[json.dumps(bag.prompt)].append(row)

@@ -39,6 +39,7 @@ from fractal_rm.scorers.embedding import EmbeddingInputs, EmbeddingScorer, make_
 from fractal_rm.scorers.folder import (
     check_model_folder,
     config_fingerprint,
+    hub_options,
     vocabulary_fingerprint,
     weights_fingerprint,
 )
@@ -59,8 +60,6 @@ from fractal_rm.versions import package_versions
 
 # File of an embedding scorer's head, in the folder of its encoder.
 HEAD_FILE = "head.safetensors"
-# Arguments of `from_pretrained` that select the files of a hub id.
-_HUB = ("revision", "token", "cache_dir", "local_files_only")
 # Number of head weights stored in the block: a random head will not match them.
 _HEAD_SAMPLE = 16
 # Half precision keeps two to three digits.
@@ -98,7 +97,7 @@ def load_tokenizer(path: str | Path, kind: Any = AutoTokenizer, **hub: Any) -> P
 
 
 def _check_config(path: str | Path) -> None:
-    """Raise ValueError if the `config.json` of a folder, by which its tokenizer is loaded, cannot be used."""
+    """Raise ValueError if the `config.json` of a folder, which selects its tokenizer, cannot be used."""
     if (Path(path) / "config.json").is_file():
         try:
             AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -144,7 +143,7 @@ def load_model(
     wanted = (AutoModelForTokenClassification if is_token else AutoModelForCausalLM).__name__
     check_model_folder(path, "Give a folder or hub id of a model.")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **_of_hub(kwargs))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub_options(kwargs))
         if not is_token and not is_causal(config):
             raise ValueError("it is not a causal language model")
         kind: Any = token_classifier(config) if is_token else AutoModelForCausalLM
@@ -171,7 +170,7 @@ def load_model(
 
 
 def check_complete(path: str | Path, missing: Collection[str], kind: str) -> None:
-    """Raise ValueError if weights of a model were not in its folder: transformers makes them up and only warns."""
+    """Raise ValueError if a folder lacks weights of its model: transformers draws them at random and only warns."""
     if missing:
         raise ValueError(
             f"{path}: {len(missing)} weights are missing from the folder and would be random (first: {min(missing)}). "
@@ -181,7 +180,7 @@ def check_complete(path: str | Path, missing: Collection[str], kind: str) -> Non
 
 @contextmanager
 def complete_models() -> Iterator[None]:
-    """Let libraries that load models themselves load complete ones only: raises as [`check_complete`]."""
+    """Inside the context, models that other libraries load must be complete too: raises as [`check_complete`]."""
     before: Any = vars(PreTrainedModel)["from_pretrained"]
 
     def load_complete(cls: type, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -198,11 +197,17 @@ def complete_models() -> Iterator[None]:
 
 def check_finite(path: str | Path, model: nn.Module) -> None:
     """Raise ValueError if a weight of a loaded model is NaN or infinite."""
-    for name, weight in model.state_dict().items():
-        if weight.is_floating_point() and not weight.isfinite().all():
-            raise ValueError(
-                f"{path}: the weight {name} has NaN or infinite values. Restore its file, or train it again."
-            )
+    if broken := _not_finite(model):
+        raise ValueError(
+            f"{path}: the weight {broken[0]} has NaN or infinite values. Restore its file, or train it again."
+        )
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    """Names of the weights that have NaN or infinite values; weights on the meta device have no values."""
+    weights = [(name, weight) for name, weight in model.state_dict().items() if isinstance(weight, Tensor)]
+    real = [(name, weight) for name, weight in weights if weight.is_floating_point() and not weight.is_meta]
+    return [name for name, weight in real if not weight.isfinite().all()]
 
 
 def is_causal(config: Any) -> bool:
@@ -288,17 +293,11 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 def check_finite_weights(model: nn.Module, where: str | Path) -> None:
     """Raise ValueError if a weight is NaN or infinite, before it is written."""
-    broken = [name for name, weight in model.state_dict().items() if not _is_finite(weight)]
-    if broken:
+    if broken := _not_finite(model):
         raise ValueError(
             f"{len(broken)} weights are NaN or infinite (first: {broken[0]}), so {where} is not written. Lower "
             "`learning_rate`, and resume from a checkpoint."
         )
-
-
-def _is_finite(weight: Any) -> bool:
-    known = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
-    return not known or bool(weight.isfinite().all())
 
 
 def processor_fingerprint(processor: Processor) -> str:
@@ -371,7 +370,7 @@ def load_scorer(
             its head is missing or not the trained one.
     """
     check_model_folder(path, "Give a folder that FractalTrainer saved.")
-    hub = _of_hub(kwargs)
+    hub = hub_options(kwargs)
     try:
         config = PreTrainedConfig.get_config_dict(path, **hub)[0]
     except (OSError, ValueError) as error:
@@ -450,11 +449,6 @@ def _load_embedding_scorer(
     _check_head(path, scorer.model, settings)
     _check_weights(path, [Path(file)], settings)
     return scorer.eval(), encoder
-
-
-def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for the hub: config, tokenizer and head must have the same revision."""
-    return {name: kwargs[name] for name in _HUB if name in kwargs}
 
 
 def _check_head(path: str | Path, model: nn.Module, settings: FractalSettings) -> None:

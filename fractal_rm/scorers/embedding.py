@@ -65,7 +65,7 @@ def prompt_splits(prompt: Prompt) -> list[str]:
 
 @dataclass(frozen=True)
 class EmbeddingInputs:
-    """How text becomes what an [`EmbeddingScorer`] reads."""
+    """Converts text to the input of an [`EmbeddingScorer`]."""
 
     encoder: SentenceEncoder
 
@@ -95,8 +95,8 @@ class EmbeddingInputs:
 
 
 def _contexts(bag: Bag) -> list[tuple[str, int]]:
-    """Texts that steps may refer to, each with the character of the response where it ends; prompt parts end before
-    it."""
+    """Texts that steps may refer to, each with the character of the response where it ends; 0 for parts of the
+    prompt."""
     parts, end = [(text, 0) for text in prompt_splits(bag.prompt)], 0
     if isinstance(bag.response, Conversation):
         for start, stop in bag.response.turns:

@@ -1,6 +1,6 @@
-"""Checks that a model folder is complete, from its files, before anything is loaded.
+"""Checks that a model folder is complete before anything is loaded.
 
-It reads JSON and safetensors headers, in milliseconds for any model size.
+Only JSON files and safetensors headers are read, which takes milliseconds for any model size.
 """
 
 import hashlib
@@ -11,7 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fractal_rm.files import parse_json, read_json
+from safetensors import SafetensorError, safe_open
+
+from fractal_rm.errors import reason
+from fractal_rm.files import read_json
 
 # Names of the number of layers in configurations.
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -21,10 +24,16 @@ _DEEPEST = 2_000
 _OF_A_LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers?|h|blocks?))\.(\d+)\.")
 # Keys of `config.json` that may change: the block, names, and the precision, which an argument may set too.
 _FREE_SETTINGS = ("fractal", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache")
-# Longest header that the safetensors format allows.
-_LONGEST_HEADER = 100_000_000
+
 # Allowed modules of sentence encoders: others would be code from the folder.
 _TRUSTED_MODULES = "sentence_transformers."
+# Arguments of `from_pretrained` that select the files of a hub id.
+_HUB = ("revision", "token", "cache_dir", "local_files_only")
+
+
+def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that select files of a hub id: configuration, tokenizer and head must have the same revision."""
+    return {name: kwargs[name] for name in _HUB if name in kwargs}
 
 
 def check_model_folder(path: str | Path, advice: str) -> None:
@@ -63,8 +72,8 @@ def check_model_folder(path: str | Path, advice: str) -> None:
     allowed = {depth, depth + extra} if depth is not None and isinstance(extra, int) else {depth}
     if depth is not None and counts and not allowed & set(counts):
         raise ValueError(
-            f"{files['config.json']} says {depth:,} layers, but the weights beside it have {counts[-1]:,}. Restore the "
-            "file that belongs to the weights."
+            f"{files['config.json']} says {depth:,} layers, but the weights next to it have {counts[-1]:,}. Restore "
+            "the file that belongs to the weights."
         )
 
 
@@ -99,8 +108,8 @@ def _depth(config: Mapping[str, Any], file: Path) -> int | None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _DEEPEST:
                 raise ValueError(
-                    f"{file}: `{name}` is {str(value)[:40]}. Give a whole number from 1 to {_DEEPEST:,}, that of the "
-                    "weights."
+                    f"{file}: `{name}` is {str(value)[:40]}. Give a whole number from 1 to {_DEEPEST:,} that matches "
+                    "the weights."
                 )
             return value
     return None
@@ -131,34 +140,22 @@ def _weight_names(folder: Path) -> list[str]:
 
 
 def safetensors_names(file: Path) -> list[str]:
-    """Names of the tensors in a safetensors file; checks its header and length.
+    """Names of the tensors in a safetensors file, whose header must describe every byte of it.
 
     Raises:
-        ValueError: If it is empty, truncated, longer than its header says, or not a safetensors file.
+        ValueError: If the file is empty, truncated, longer than its header says, or not a safetensors file.
     """
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise ValueError(
-                f"{file} is truncated or not a safetensors file ({size:,} bytes). Copy or download it again."
-            )
-        header = parse_json(opened.read(length), f"{file}: the header")
-    if not isinstance(header, dict):
-        raise ValueError(f"{file} is not a safetensors file: its header is not an object. Copy or download it again.")
-    header.pop("__metadata__", None)
     try:
-        end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
-    except (TypeError, KeyError, IndexError, ValueError):
-        raise ValueError(f"{file}: its header has no tensor offsets. Copy or download it again.") from None
-    if size != 8 + length + end:
+        with safe_open(file, framework="np") as opened:
+            names = list(opened.keys())
+    except SafetensorError as error:
         raise ValueError(
-            f"{file} has {size:,} bytes, but its header says {8 + length + end:,}: it is truncated or damaged. Copy "
-            "or download it again."
-        )
-    if not header:
+            f"{file} is truncated or not a safetensors file ({file.stat().st_size:,} bytes; {reason(error)}). Copy or "
+            "download it again."
+        ) from None
+    if not names:
         raise ValueError(f"{file} has no weights. Copy or download it again.")
-    return list(header)
+    return names
 
 
 def weights_fingerprint(files: Iterable[Path]) -> str:
@@ -171,7 +168,7 @@ def weights_fingerprint(files: Iterable[Path]) -> str:
 
 
 def config_fingerprint(config: Mapping[str, Any]) -> str:
-    """Fingerprint of what a `config.json` says of a model, without this package's block and what changes no score."""
+    """Fingerprint of a model's `config.json`, without this package's block and keys that do not affect scores."""
     settings = {name: value for name, value in config.items() if name not in _FREE_SETTINGS and name[:1] != "_"}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 

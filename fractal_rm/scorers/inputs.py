@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.data.bag import Bag, Span
 from fractal_rm.data.prompts import Conversation, Prompt, RenderedPrompt, content_text, is_chat
+from fractal_rm.errors import reason
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
 
@@ -65,7 +66,7 @@ class EncodedBag:
         return len(self.input_ids)
 
 
-# Matches a chat template that begins the answer for the policy.
+# Matches a prompt whose chat template opens the policy's thought.
 _THINK_OPENED = re.compile(r"<think>\s*$")
 # A Unicode private-use character, which ordinary text does not contain: it marks places while a template runs.
 _MARK = "\ue0f5"
@@ -76,11 +77,11 @@ _CALLING = {"tool_calls": [{"type": "function", "id": "000000000", "function": {
 
 @lru_cache(maxsize=8)
 def _control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str, size: int) -> re.Pattern[str] | None:
-    """A pattern that matches the empty string before each control token in a text; None without any. Other arguments
-    are for the cache.
+    """A pattern that matches the empty string before each control token in a text; None if there are none.
 
-    Control tokens are the special tokens, and the tokens that the chat template puts around a user's turn.
-    The unknown token is excluded, and so are single characters, which cannot be spelled in another way.
+    Control tokens are the special tokens, and the tokens that the chat template puts around a user's turn. The unknown
+    token is excluded, and so are single characters, which cannot be spelled in another way. `chat_template` and `size`
+    are only keys of the cache.
     """
     turn = ""
     if tokenizer.chat_template:
@@ -116,7 +117,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _mark_beside(*texts: str) -> str:
-    """A mark that stands in none of the texts."""
+    """A mark that none of the texts contains."""
     mark = _MARK
     while any(mark in text for text in texts):
         mark += _MARK
@@ -184,7 +185,7 @@ def _without_opened_thought(text: RenderedPrompt) -> RenderedPrompt:
 def _writes_role(
     tokenizer: PreTrainedTokenizerBase, chat_template: str, role: str, *, first: bool, called: bool
 ) -> bool:
-    """Whether a chat template writes what somebody of this role says. The second argument is for the cache."""
+    """Whether a chat template writes messages of this role. `chat_template` is only a key of the cache."""
     said = {"role": role, "name": "name", "tool_call_id": "000000000", "content": _MARK}
     user, assistant = _DUMMY
     chat = [said, user] if first else [user, assistant | _CALLING if called else assistant, said]
@@ -195,7 +196,7 @@ def _writes_role(
 
 
 def _check_role(tokenizer: PreTrainedTokenizerBase, role: str, *, first: bool = False, called: bool = True) -> None:
-    """Raise ValueError if the chat template leaves out what somebody of this role says, after `tool_calls` too."""
+    """Raise ValueError if the chat template leaves out messages of this role, also after `tool_calls`."""
     template = repr(tokenizer.chat_template)
     ways = {False, called and not first}
     if role in ("user", "assistant") or any(
@@ -263,9 +264,9 @@ def with_context(
 
 
 def _render(chat: Sequence[Any], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> RenderedPrompt:
-    """A chat as its template writes it, with the places of control tokens that a message holds as text.
+    """A chat as its template writes it, with the places of control tokens that messages contain as text.
 
-    A token is left alone if the template reads it (`</think>`, where thoughts of earlier turns are left out).
+    A token is not cut if the template interprets it (`</think>`, where thoughts of earlier turns are left out).
     """
 
     def written(messages: Any) -> str:
@@ -277,9 +278,7 @@ def _render(chat: Sequence[Any], tokenizer: PreTrainedTokenizerBase, options: Ma
         held = set() if control is None else {token for one in _texts(chat) for token in control.findall(one)}
         marked = [written(_marked(list(chat), token, mark)).split(mark) for token in sorted(held)]
     except (TemplateError, TypeError, ValueError, KeyError) as error:  # such as a system message, or two users in a row
-        raise ValueError(
-            f"The chat template refuses this chat ({str(error).rstrip('.')}). Change its messages."
-        ) from error
+        raise ValueError(f"The chat template refuses this chat ({reason(error)}). Change its messages.") from error
     same = [pieces for pieces in marked if "".join(pieces) == text]
     cuts = {cut for pieces in same for cut in itertools.accumulate(map(len, pieces[:-1]))}
     return RenderedPrompt(text, tuple(sorted(cuts)), chat=True)
@@ -353,7 +352,7 @@ def _joined(pieces: Sequence[_Piece], starts: Sequence[int]) -> _Piece:
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """How text becomes what a likelihood or token scorer reads.
+    """Converts text to the input of a likelihood or token scorer.
 
     Control tokens come only from the chat template and from text prompts. In a response and in chat messages they are
     encoded as ordinary text, so they cannot open or close a turn. The text between the turns of a conversation is read
@@ -483,7 +482,7 @@ class TokenInputs:
 
 
 def _behind(context: list[int], piece: _Piece, gap: int) -> _Piece:
-    """A step after tokens that belong to no step, which end before its gap does."""
+    """A step preceded by context tokens, which belong to no step."""
     ids, offsets = piece
     if not context:
         return piece

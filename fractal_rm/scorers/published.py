@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import (
@@ -27,7 +26,8 @@ from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.errors import reason
 from fractal_rm.objectives.aggregation import Aggregation
-from fractal_rm.scorers.base import StepScorer
+from fractal_rm.scorers.base import StepScorer, at_steps
+from fractal_rm.scorers.folder import hub_options
 from fractal_rm.scorers.inputs import EncodedBag, TokenInputs
 from fractal_rm.scorers.settings import FractalSettings
 from fractal_rm.scorers.token import head_class, token_classifier
@@ -151,7 +151,7 @@ class PublishedSettings(FractalSettings):
     published: Published = field(default_factory=lambda: PUBLISHED["trl"])
 
 
-# Names of the label 1 of a step that is good.
+# Names of label 1 that mean a good step.
 _GOOD = ("label_1", "1", "good", "correct", "right", "positive", "true", "yes", "+")
 
 
@@ -168,7 +168,7 @@ def find_reading(path: str | Path, config: dict[str, Any], published: str | Publ
         The reading; None if none is identified.
 
     Raises:
-        ValueError: If the name is unknown, or label 1 of a token classifier has a name of another meaning than good.
+        ValueError: If the name is unknown, or the name of label 1 of a token classifier does not mean good.
     """
     if isinstance(published, Published):
         return published
@@ -192,7 +192,7 @@ def find_reading(path: str | Path, config: dict[str, Any], published: str | Publ
     if two and any(name.endswith("ForTokenClassification") for name in architectures):
         if labels.get("1", "good").lower() not in _GOOD:
             raise ValueError(
-                f"{path} is a token classifier with the labels {labels}, of which 1 would be read as good. Give "
+                f"{path} is a token classifier with the labels {labels}, and label 1 would be read as good. Give "
                 "`published='trl'` if it is a reward model and label 1 is good; otherwise give another model."
             )
         return PUBLISHED["trl"]
@@ -214,7 +214,7 @@ def load_published(
         ValueError: If weights of the head or the body are missing, or the tokenizer lacks the marker or the tokens.
     """
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **_hub_only(kwargs))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub_options(kwargs))
         kind: Any = _model_class(config, reading)
         options = {} if reading.head == "vocabulary" else {"num_labels": 1 if reading.head == "v_head" else 2}
         model, info = kind.from_pretrained(
@@ -259,12 +259,6 @@ def load_published(
         published=reading,
     )
     return PublishedScorer(model, ids).eval(), settings
-
-
-def _hub_only(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name in ("revision", "token", "cache_dir")} | (
-        {"local_files_only": True} if kwargs.get("local_files_only") else {}
-    )
 
 
 def _model_class(config: Any, reading: Published) -> Any:
@@ -313,20 +307,15 @@ class PublishedScorer(StepScorer):
         if self.token_ids:
             # The head only gets the states at steps: vocabulary logits at all tokens would fill the memory.
             head: Any = self.base.get_output_embeddings()
-            handle = head.register_forward_pre_hook(lambda module, args: (_at(args[0], step_ends), *args[1:]))
+            handle = head.register_forward_pre_hook(lambda module, args: (at_steps(args[0], step_ends), *args[1:]))
             try:
                 found = self.model(**inputs).logits.float()
             finally:
                 handle.remove()
             good, bad = self.token_ids
             return found[..., good] - found[..., bad]
-        found = _at(self.model(**inputs).logits, step_ends).float()
+        found = at_steps(self.model(**inputs).logits, step_ends).float()
         return found.squeeze(-1) if found.size(-1) == 1 else found[..., 1] - found[..., 0]
-
-
-def _at(values: Tensor, places: Tensor) -> Tensor:
-    """Select values (B, T, N) at positions (B, S)."""
-    return torch.gather(values, 1, places.unsqueeze(-1).expand(-1, -1, values.size(-1)))
 
 
 # Text -> tokens -------------------------------------------------------------------------------------------------------
@@ -342,7 +331,7 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class PublishedInputs(TokenInputs):
-    """How text becomes a published model's input: its template, markers and separators."""
+    """Converts text to a published model's input, with its template, markers and separators."""
 
     @property
     def reading(self) -> Published:
@@ -362,9 +351,9 @@ class PublishedInputs(TokenInputs):
         reading, tokenizer = self.reading, self.tokenizer
         pieces = list(_pieces(bag, reading))
         if reading.template == "steps":
-            ids, reads = _by_parts(self._steps(bag, pieces), tokenizer)
+            ids, reads = _by_parts(self._parts(bag, pieces), tokenizer)
         elif reading.template == "text":
-            ids, reads = _as_text(self._text(bag, pieces), tokenizer, special=True)
+            ids, reads = _as_text(self._parts(bag, pieces), tokenizer, special=True)
         else:
             ids, reads = _as_text(self._messages(bag, pieces), tokenizer, special=False)
         ends = [first - 1 if reading.reads_before else last for first, last in reads]
@@ -374,18 +363,13 @@ class PublishedInputs(TokenInputs):
         ids = ids[: (reads[len(kept) - 1][1] + 1 if kept else 0)]
         return EncodedBag(ids, [-1] * len(ids), kept, len(bag.step_spans))
 
-    def _steps(self, bag: Bag, pieces: list[tuple[str, bool]]) -> Iterator[_Part]:
-        bos = str(self.tokenizer.bos_token or "")
+    def _parts(self, bag: Bag, pieces: list[tuple[str, bool]]) -> Iterator[_Part]:
+        """The parts of a text without roles: question, then each piece of the response with its marker."""
+        bos, is_rendered = str(self.tokenizer.bos_token or ""), isinstance(bag.prompt, RenderedPrompt)
         question = _question(bag.prompt, self.reading)[1]
-        if not (isinstance(bag.prompt, RenderedPrompt) and question.startswith(bos)):
-            yield _Part(bos, True)
-        yield _Part(question + self.reading.joint, isinstance(bag.prompt, RenderedPrompt))
-        for text, is_step in pieces:
-            yield _Part(text, False)
-            yield _Part(self.reading.marker, True, is_step)
-
-    def _text(self, bag: Bag, pieces: list[tuple[str, bool]]) -> Iterator[_Part]:
-        yield _Part(_question(bag.prompt, self.reading)[1] + self.reading.joint, False)
+        if self.reading.template == "steps" and not (is_rendered and question.startswith(bos)):
+            yield _Part(bos, True)  # a text gets its BOS from the tokenizer
+        yield _Part(question + self.reading.joint, is_rendered)
         for text, is_step in pieces:
             yield _Part(text, False)
             yield _Part(self.reading.marker, True, is_step)
@@ -426,9 +410,7 @@ class PublishedInputs(TokenInputs):
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
         except TemplateError as error:
-            raise ValueError(
-                f"the chat template refuses this chat ({str(error).rstrip('.')}); change its messages."
-            ) from error
+            raise ValueError(f"the chat template refuses this chat ({reason(error)}); change its messages.") from error
 
 
 def _question(prompt: Prompt, reading: Published) -> tuple[str | None, str]:
@@ -510,7 +492,7 @@ _Reads = list[tuple[int, int]]  # first and last token of each marker where a sc
 
 
 def _by_parts(parts: Iterator[_Part], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], _Reads]:
-    """Each part tokenized alone."""
+    """Tokenize each part separately."""
     ids: list[int] = []
     reads = []
     for part in parts:

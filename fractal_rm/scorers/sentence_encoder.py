@@ -129,7 +129,7 @@ class SentenceEncoder:
         """Read what this or another process has written since."""
         if self._folder is None or not self._folder.is_dir():
             return
-        remove_abandoned(self._folder, "*.safetensors")  # every file has a new name: nobody else would
+        remove_abandoned(self._folder, "*.safetensors")  # every file has a new name, so no later write replaces them
         for file in sorted(self._folder.glob("*.safetensors")):
             if file.name in self._read:
                 continue
@@ -138,7 +138,7 @@ class SentenceEncoder:
                 keys = [row.tobytes() for row in shard["keys"]]
                 self._known.update(zip(keys, shard["embeddings"], strict=True))
             except (SafetensorError, KeyError, ValueError, FileNotFoundError):
-                file.unlink(missing_ok=True)  # damaged (or removed because of that): encode its texts again
+                file.unlink(missing_ok=True)  # damaged, or removed by another process for that: encode its texts again
             self._read.add(file.name)
 
     def _write_cache(self, keys: Sequence[bytes], rows: np.ndarray) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.errors import reason
 from fractal_rm.objectives.aggregation import Aggregation, meaning
 from fractal_rm.objectives.bag_loss import check_label_noise
 from fractal_rm.ranges import check_ranges, check_types
@@ -49,7 +50,7 @@ class FractalSettings:
             logged.
         sharpness: How close a soft aggregation is to the extreme it softens.
         missed_good: Share of good responses wrongly labelled bad; training and online updates correct for it.
-        missed_bad: Share of bad responses wrongly labelled good, likewise.
+        missed_bad: Share of bad responses wrongly labelled good, corrected for in the same way.
         num_grades: How many grades a step can have, 0 to `num_grades - 1`; None: a step is good or not.
         head_type: Embedding scorer: `"pair"` (a step compared with its context), `"mlp"` (the paper's) or `"set"`
             (steps see each other).
@@ -66,8 +67,8 @@ class FractalSettings:
         chat: Whether the prompts of the training data were chats; None: unknown, or both chats and texts.
         chat_template_kwargs: Arguments of the chat template in addition to the messages, such as `enable_thinking`.
         joint: Text between steps given as a list; None: the segmentation's default.
-        reading: Version of the rules by which text becomes tokens: 2, or 1 for older checkpoints. In version 1, control
-            tokens written as text become control tokens.
+        reading: Version of the rules for tokenization: 2, or 1 for older checkpoints. In version 1, control tokens
+            written as text become control tokens.
         data: Fingerprint of the training data.
         versions: Package versions at saving.
         format_version: Version of this block.
@@ -131,7 +132,7 @@ class FractalSettings:
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any], *, where: str) -> "FractalSettings":
-        """Read the block of a folder (`where`); unknown versions and keys are refused.
+        """Read the block of a folder (`where`), without unknown keys.
 
         Raises:
             ValueError: Names the folder, the defect and what to do.
@@ -156,7 +157,6 @@ class FractalSettings:
             values["segmentation"] = Segmentation(**segmentation)
             return cls(**values)
         except (TypeError, ValueError) as error:
-            reason = str(error).rstrip(".")
             raise ValueError(
-                f"{file}: the `fractal` block cannot be used ({reason}). Train the model again."
+                f"{file}: the `fractal` block cannot be used ({reason(error)}). Train the model again."
             ) from error

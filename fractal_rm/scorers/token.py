@@ -5,12 +5,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from fractal_rm.scorers.base import StepScorer
+from fractal_rm.scorers.base import StepScorer, at_steps
 
 # Name of the linear layer in classes made by `head_class`.
 _SCORE = "score"
@@ -46,12 +45,9 @@ class TokenScorer(StepScorer):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, step_ids: Tensor, step_ends: Tensor, mask: Tensor
     ) -> Tensor:
-        """Step logits (B, S) in float32, or (B, S, G) for grades.
-
-        The tensors are those of [`~fractal_rm.scorers.inputs.TokenInputs.pad`].
-        """
+        """Step logits (B, S), or (B, S, G) for grades, in float32, from `scorers.inputs.TokenInputs.pad`."""
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **self._options).logits
-        found = torch.gather(logits, 1, step_ends.unsqueeze(-1).expand(-1, -1, logits.size(-1))).float()
+        found = at_steps(logits, step_ends).float()
         return found.squeeze(-1) if found.size(-1) == 1 else found
 
 

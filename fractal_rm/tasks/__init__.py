@@ -1,0 +1,1 @@
+"""Tasks: problems with exact or given answers, their checkers, and base policies."""

@@ -13,14 +13,14 @@ from fractal_rm.tasks.equations import last_number
 def agreement(prompts: Sequence[Any], steps: Sequence[Sequence[str]], **kwargs: object) -> list[list[float]]:
     """Scores of steps: the share of the other responses to the prompt that have the same results up to this step.
 
-    The result of a step is its last number; a step without a number has the result of nothing, which can be shared too.
+    The result of a step is its last number, or None if it has no number; responses can share the result None too.
     A repeated or inserted step ends the agreement, so cutting finer does not pay. It has the signature of
     `step_reward_funcs`.
 
     Args:
-        prompts: Prompts of the responses; those with equal prompts are compared.
+        prompts: Prompts of the responses; responses with equal prompts are compared.
         steps: Texts of the steps of each response.
-        kwargs: What else TRL passes to reward functions; not read.
+        kwargs: Other arguments that TRL passes to reward functions; ignored.
 
     Returns:
         For each response the scores of its steps, in [0, 1]; 0 where a prompt has one response.

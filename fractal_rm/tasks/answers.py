@@ -4,7 +4,7 @@ An answer counts only if a response marks it: `#### 7`, or `\\boxed{7}`, and not
 answers counts as having none.
 """
 
-# ruff: noqa: RUF001 - the quotation marks and dashes of other keyboards are meant
+# ruff: noqa: RUF001 - the quotation marks and dashes of other keyboards are intended
 
 import functools
 import math
@@ -93,7 +93,7 @@ _UNIT = re.compile(
     r"|[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]|[mgslhLCFKNJWVA](?:/[a-zA-Z]+)?(?:\^?\{?[23²³]\}?)?)"
     r"(?:\s+(?:[^\W\d_]+(?:[-/.'\u2019][^\W\d_]+)*)(?:\^?\{?[23²³]\}?)?){0,4}"
 )
-# Words that take a number back, or make a guess of it.
+# Words that revoke a number or mark it as a guess.
 _DOUBTS = frozenset(
     [
         "not",
@@ -114,7 +114,7 @@ _DOUBTS = frozenset(
         "roughly",
     ]
 )
-# Words that make something else of the number before them.
+# Words that change the meaning of the number before them.
 _NO_UNIT = frozenset(
     [
         "or",
@@ -211,7 +211,7 @@ _MATH_NAMES = frozenset(
 _NO_UNITS = _NO_UNIT | _DOUBTS | _MATH_NAMES - {"in", "deg", "sec"}
 
 
-# Where the answer stands ---------------------------------------------------------------------------------------------
+# Finding the answer --------------------------------------------------------------------------------------------------
 
 
 def last_message_text(completion: Any) -> str:
@@ -397,7 +397,7 @@ def _value_side(text: str) -> str:
     return right
 
 
-# What it means -------------------------------------------------------------------------------------------------------
+# Comparing answers ---------------------------------------------------------------------------------------------------
 
 
 def same_answer(stated: str | None, answer: str | None) -> bool:
@@ -444,7 +444,7 @@ def same_answer(stated: str | None, answer: str | None) -> bool:
 
 
 def _same_set(first: Sequence[str], second: list[str]) -> bool:
-    """Whether two sets of as many elements are equal, whatever their order."""
+    """Whether two sets of the same size are equal, in any order."""
     left = list(second)
     for item in first:
         place = next((place for place, other in enumerate(left) if same_answer(item, other)), None)
@@ -556,7 +556,7 @@ def _repeated(match: re.Match[str]) -> str:
 
 
 def _denied(words: str) -> bool:
-    """Whether words make something else of the number beside them: a bound, an estimate, a denial, a multiple."""
+    """Whether words turn the number next to them into a bound, an estimate, a denial or a multiple."""
     found = _words_of(words)
     singular = {word.removesuffix("s") for word in found}
     return bool(found & _NO_UNITS or singular & _SCALES.keys() or _WIDE_NO_UNIT.search(words))
@@ -613,13 +613,13 @@ def _items(text: str) -> list[str]:
 
 
 def _words(text: str) -> str:
-    """Text as letters and digits compare: no case, no white space, no brackets around a single letter."""
+    """Text normalised for comparison: no case, no white space, no brackets around a single letter."""
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).casefold()
     return text[1:-1] if re.fullmatch(r"\([a-z]\)", text) else text
 
 
 def _is_expression(text: str) -> bool:
-    """Whether a text is mathematics: no words but names of functions and commands of LaTeX."""
+    """Whether a text is mathematics: no words except names of functions and commands of LaTeX."""
     text = re.sub(r"\\[a-zA-Z]+", " ", bare := _plain(text))
     words = re.findall(r"[^\W\d_]{2,}|[^\W\d_\p{Latin}\p{Greek}\p{Common}\p{Inherited}]", text)
     return all(word.lower() in _MATH_NAMES for word in words) and not _NO_VALUE.search(_SPACED.sub("0", bare))

@@ -1,4 +1,4 @@
-"""Check the lines of a solution in words: do their equations hold, and do their results belong to a reference?
+"""Checks the lines of a worded solution: whether their equations hold and their results occur in a reference.
 
 Checks are only for evaluation, and for a reward model trained on step labels as a ceiling.
 
@@ -28,7 +28,7 @@ _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _TOKEN = re.compile(
     rf"(?P<number>{_NUMBER})(?P<percent>\s?%)?|(?P<sign>[-+*/()\u00d7\u00f7])|(?P<unknown>\b[A-Za-z]\b)"
 )
-# Units behind a number, as in "6 days/week" or "3 kg-bags", hold no operator.
+# Units after a number, as in "6 days/week" or "3 kg-bags", contain no operator.
 _UNIT = re.compile(r"(?<=[A-Za-z])\s?[/-]\s?(?=[A-Za-z$£€])|(?<=[A-Za-z$£€0-9])/(?=[A-Za-z])")
 _TIMES = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d($£€])|(?<=[a-z])\s+[xX]\s+(?=[\d($£€])|(?<=\d)(?=\()")
 _BY_FRACTION = re.compile(r"÷\s*(\d+/\d+)")  # 12÷1/2 = 24
@@ -163,7 +163,7 @@ def check_line(line: str, known: set[float], results: set[float], answer: str) -
         if not any(_holds(left, right, unknown) for unknown in candidates):
             return False
     last = _side(sides[-1], None, at_end=False)
-    fraction = _FRACTION.match(texts[-1])  # "= 1/5 miles": its numbers stand in the reference, its value does not
+    fraction = _FRACTION.match(texts[-1])  # "= 1/5 miles": the reference has its numbers, but not its value
     return (
         last is None
         or any(math.isclose(abs(a), b, abs_tol=1e-6) for a in last for b in results)
@@ -178,7 +178,7 @@ def _holds(left: list[str], right: list[str], unknown: float | None) -> bool:
 
 
 def check_lines(response: str, question: str, reference: str, answer: str) -> list[bool]:
-    """Whether each line of a response that is not blank is right; from the first wrong line on, none is.
+    """Whether each line of a response that is not blank is right; after the first wrong line, none is.
 
     Args:
         response: The solution that is checked, one step a line.
@@ -196,7 +196,7 @@ def check_lines(response: str, question: str, reference: str, answer: str) -> li
 
 
 def step_labels(flags: Sequence[bool]) -> list[float | None]:
-    """Gold labels of steps: 1 up to the first wrong line, 0 there, None behind it.
+    """Gold labels of steps: 1 before the first wrong line, 0 at it, None after it.
 
     Example:
         >>> step_labels([True, False, False])

@@ -1,7 +1,7 @@
 """Several responses to each prompt: the prompt is read once, and finished responses leave the batch.
 
-`generate` reads the prompt once for each response, goes on with the whole batch until its longest response ends, and
-draws a random number for each entry of the vocabulary. On a CPU that dominates the time of a small model.
+`generate` reads the prompt once for each response, continues the full batch until its longest response ends, and draws
+a random number for each entry of the vocabulary. On a CPU that dominates the time of a small model.
 """
 
 import inspect
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-# Finished responses leave the batch when they are this share of it: leaving copies the cache.
+# Finished responses leave the batch once they are this share of it, because removing them copies the cache.
 _LEAVE_AT = 0.125
 
 
@@ -77,7 +77,7 @@ def sample_group_ids(
         generator: Source of randomness on the model's device; None: the global one.
 
     Returns:
-        Responses, the end token included, in the order of the prompts: `samples` to each.
+        Responses with their end token, in the order of the prompts: `samples` to each.
     """
     device = model.device
     batch = tokenizer.pad({"input_ids": prompt_ids}, return_tensors="pt", padding_side="left").to(device)  # type: ignore[arg-type]
@@ -130,14 +130,14 @@ def rollout_in_groups(prompts: Sequence[str], trainer: Any) -> dict[str, Any]:
     """`rollout_func` of TRL's `GRPOTrainer`, for policies that sample on a CPU.
 
     Args:
-        prompts: Texts; each stands there once for each of its completions, one after the other.
+        prompts: Texts; each is repeated for its completions, one after the other.
         trainer: The trainer.
 
     Returns:
         `prompt_ids` and `completion_ids`; `logprobs` is None.
 
     Raises:
-        ValueError: If prompts are chats, or the trainer samples by rules other than a temperature.
+        ValueError: If prompts are chats, or the trainer uses sampling options other than a temperature.
     """
     args = trainer.args
     if not all(isinstance(prompt, str) for prompt in prompts):

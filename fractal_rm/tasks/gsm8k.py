@@ -67,8 +67,7 @@ def read_gsm8k(rows: Iterable[Mapping[str, Any]], *, source: str, chat: bool = T
 def gsm8k_answer(prompts: list[Any], completions: list[Any], answer: list[Any], **kwargs: Any) -> list[float | None]:
     """TRL reward function: 1 if the completion states the column `answer` as its final answer, else 0.
 
-    What counts as stated is the rule of [`~fractal_rm.tasks.answers.read_answer`]: behind `####` or boxed, exactly
-    once.
+    [`~fractal_rm.tasks.answers.read_answer`] defines what counts as stated: after `####` or boxed, exactly once.
 
     Args:
         prompts: Texts or chats; not read.

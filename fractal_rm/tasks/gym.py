@@ -27,7 +27,7 @@ TEMPLATES: dict[int, tuple[int, ...]] = {
     4: (18, 40, 44, 51, 71),
     5: (3, 9, 28, 84),
 }
-# Likewise with solutions of up to 160 tokens and at least four calculations: only in `gsm_symbolic_hard`.
+# The same with solutions of up to 160 tokens and at least four calculations: only in `gsm_symbolic_hard`.
 LONG_TEMPLATES = (0, 2, 7, 15, 22, 42, 46, 60, 64, 96, 19)
 _USABLE = tuple(number for numbers in TEMPLATES.values() for number in numbers)
 # Every fifth template, over all lengths, is in no split of `gsm_symbolic`: they are the unseen kind of problem.
@@ -74,12 +74,12 @@ class GymProblem:
 
     @property
     def solution(self) -> str | None:
-        """A right solution with one calculation a line and `#### answer` at its end; None: the data set has none."""
+        """A right solution, one calculation per line and `#### answer` last; None if the data set has no solutions."""
         return self.entry["metadata"].get("answer_cot")
 
     @property
     def is_sound(self) -> bool:
-        """Whether the record passes the checks of its own library, and its solution those of its lines.
+        """Whether the answer passes the library's verifier, and every line of the solution the checker of steps.
 
         Up to 2 in a hundred records of gsm_symbolic do not: negative answers, results truncated to whole numbers.
         """
@@ -183,7 +183,7 @@ class GymTask(Task):
         return list(found.values())
 
     def draws(self, seed: int, count: int) -> Iterator[GymProblem]:
-        """Problems of all splits, sound or not: up to 100 for each that is asked for."""
+        """Problems of all splits, sound or not: up to 100 for each requested problem."""
         templates = GSM_SYMBOLIC.get(self.name)
         for block in range(-(-_DRAWS * count // _BLOCK)):
             # The library makes problem i from seed + i: seeds lie further apart than all draws. Blocks are of one size,
@@ -208,7 +208,7 @@ class GymTask(Task):
         return self._made[prompt]
 
     def base_policy(self, number: int, work: Path) -> Path:
-        """The model that the task was given."""
+        """The given model."""
         if not self.model:
             raise ValueError(f"The task {self.name} does not bring a base policy. Give `model`.")
         return Path(self.model)

@@ -1,6 +1,6 @@
-"""What an experiment needs to know of a task: problems by split, a checker of answers and of steps, a base policy.
+"""Base class of tasks: problems by split, checkers of answers and of steps, base policies.
 
-Responses of a policy to its prompts come from plain `generate` ([`sample_responses`]).
+[`sample_responses`] samples a policy's responses with plain `generate`.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# `train` has the policy's prompts, `reward_model` those whose labelled responses a reward model learns from.
+# `train` has the prompts of the policy, `reward_model` those for which a reward model gets labelled responses.
 Split = Literal["train", "reward_model", "validation", "held_out"]
 
 
 class Problem(Protocol):
-    """A prompt and what is known of its responses."""
+    """A prompt, and checkers of its responses."""
 
     @property
     def prompt(self) -> str:
@@ -38,11 +38,11 @@ class Task(ABC):
 
     Attributes:
         name: Its name in the rows.
-        max_new_tokens: The longest response.
-        updates: Policy updates of a run, where a budget names none.
+        max_new_tokens: Maximum number of tokens of a response.
+        updates: Policy updates of a run if its budget does not set them.
         responses: Labelled responses that a reward model learns from.
-        flipped: Share of outcome labels that are wrong, wherever somebody learns from one.
-        policies: How many base policies there are; seeds take turns.
+        flipped: Share of wrong labels among the outcome labels that models learn from.
+        policies: Number of base policies; seeds use them in turn.
     """
 
     name: str
@@ -57,8 +57,8 @@ class Task(ABC):
         """Problems of a split ([`Problem`]); the same arguments give the same list.
 
         Args:
-            split: Which problems.
-            count: How many.
+            split: Name of the split.
+            count: Number of problems.
             seed: The seed of the run.
         """
 
@@ -68,15 +68,15 @@ class Task(ABC):
 
     @abstractmethod
     def base_policy(self, number: int, work: Path) -> Path:
-        """Folder of a base policy: one that exists, or one that is made in the work folder.
+        """Folder of a base policy, which is trained in the work folder if it does not exist.
 
         Args:
-            number: Which one, below `policies`.
+            number: Number of the policy, below `policies`.
             work: A folder for policies of all tasks.
         """
 
     def label(self, prompt: str, response: str) -> float:
-        """The outcome label that learners see: the checker's, wrong for a fixed share of responses.
+        """The outcome label that models learn from: the checker's, but wrong for a fixed share of responses.
 
         The same response to the same prompt always gets the same label.
         """
@@ -112,7 +112,7 @@ def sample_responses(
     batch_size: int = 512,
     seed: int | None = None,
 ) -> list[str]:
-    """One response a prompt, without special tokens.
+    """One response per prompt, without special tokens.
 
     Args:
         model: The policy.
@@ -120,7 +120,7 @@ def sample_responses(
         prompts: Texts.
         greedy: Take the likeliest token instead of sampling at temperature 1.
         max_new_tokens: Where a response is cut off.
-        batch_size: Prompts in a batch; prompts of like length go together.
+        batch_size: Prompts in a batch; prompts of similar length share a batch.
         seed: Seed of the sampling; the global generator is left as it was. None: draw from the global generator.
 
     Returns:

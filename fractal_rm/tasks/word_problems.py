@@ -1,4 +1,4 @@
-"""Word problems that people wrote, with numbers drawn anew and solutions by rule: every line has an exact checker.
+"""Word problems that people wrote, with new random numbers and solutions by rule: every line has an exact checker.
 
 The rows are read from a folder with `train.jsonl[.gz]` and `test.jsonl[.gz]`: `template` (slots `number0`, `number1`,
 ...), `numbers`, and `equation` (prefix form, `["+", "number0", "number1"]`), as MAWPS, ASDiv and SVAMP have them.
@@ -24,7 +24,7 @@ from fractal_rm.tasks.task import Split, Task
 LARGEST, LARGEST_FACTOR = 999, 12
 _SLOT = re.compile(r"number(\d+)")
 _LINE = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
-# Attempts to draw numbers that suit an equation; the few texts that fail are left out.
+# Attempts to draw numbers that fit an equation; the few texts that fail are left out.
 _DRAWS = 400
 # Tenths of the texts of the training file; the policy and the reward model share texts, not numbers.
 _VALIDATION = range(1)
@@ -59,7 +59,7 @@ class WordProblem:
         return same_answer(read_answer(response), self.answer)
 
     def check_steps(self, response: str) -> list[bool]:
-        """Whether each line that is not blank is right; from the first wrong line on, none is.
+        """Whether each line that is not blank is right; after the first wrong line, none is.
 
         A calculation is right if it is an unused calculation of the solution (in any order that its numbers
         allow, terms and factors in either order); the answer is right after all of them.
@@ -84,10 +84,10 @@ def _key(a: int, sign: str, b: int, c: int) -> Calculation:
 
 
 def calculate(equation: Sequence[str], numbers: Sequence[int]) -> list[Calculation] | None:
-    """The calculations of an equation in prefix form, innermost first; None if one breaks the rules of size.
+    """The calculations of an equation in prefix form, innermost first; None if one breaks the size limits.
 
     Raises:
-        ValueError: If the equation is not one in prefix form.
+        ValueError: If the equation is not in prefix form.
 
     Example:
         >>> calculate(["-", "+", "number0", "number1", "2.0"], [3, 4])
@@ -119,12 +119,12 @@ def calculate(equation: Sequence[str], numbers: Sequence[int]) -> list[Calculati
 
     result = value()
     if rest:
-        raise ValueError(f"the equation {list(equation)} goes on after its end; write it in prefix form.")
+        raise ValueError(f"the equation {list(equation)} continues after its end; write it in prefix form.")
     return None if result is None or not made else made
 
 
 def _apply(a: int, sign: str, b: int) -> int | None:
-    """A result that keeps to the rules of size, or None."""
+    """The result of a calculation; None if it breaks the size limits."""
     if sign == "/":
         if b == 0 or a % b:
             return None
@@ -137,10 +137,10 @@ def _apply(a: int, sign: str, b: int) -> int | None:
 
 
 def draw_numbers(row: Mapping[str, Any], rng: random.Random) -> list[int] | None:
-    """New numbers for a row: those of its equation are drawn, in the order of size that they had; others stay.
+    """New numbers for a row: the numbers of its equation are drawn, keeping their order of size; others stay.
 
-    Numbers that the equation does not use are part of the text ("1 year"), and so is a 1, which stands before a
-    singular. None: the equation does not suit whole numbers of this size.
+    Numbers that the equation does not use are part of the text ("1 year"), and so is a 1, which precedes a singular.
+    None: no numbers of this size fit the equation.
     """
     old = row["numbers"]
     used = {int(found[1]) for token in row["equation"] if (found := _SLOT.fullmatch(token))}
@@ -177,7 +177,7 @@ def write_text(template: str, numbers: Sequence[int]) -> str:
 
 
 class WordProblems(Task):
-    """Problems of `train` with new numbers, and those of `test` as they are.
+    """Problems of `train` with new numbers, and problems of `test` unchanged.
 
     Args:
         folder: Holds `train.jsonl[.gz]` and `test.jsonl[.gz]`.
@@ -246,7 +246,7 @@ class WordProblems(Task):
         return self._made[prompt]
 
     def base_policy(self, number: int, work: Path) -> Path:
-        """The model that the task was given."""
+        """The given model."""
         if not self.model:
             raise ValueError("The task word_problems does not bring a base policy. Give `model`.")
         return Path(self.model)
@@ -257,5 +257,5 @@ def _tenth(text: str) -> int:
 
 
 def _part(prompt: str) -> str:
-    """Whose a prompt is: the policy's or the reward model's, by its hash."""
+    """The split of a prompt, policy's or reward model's, by its hash."""
     return "train" if _tenth(prompt) % 2 else "reward_model"

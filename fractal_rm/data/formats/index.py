@@ -1,4 +1,4 @@
-"""Formats by name: what `--dataset_format` takes, and where the Hugging Face Hub has the data."""
+"""Formats by name: the values of `--dataset_format`, and where the Hugging Face Hub has the data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -62,7 +62,7 @@ def _signed_pieces(text: str, signed: str) -> tuple[list[str], list[float]]:
     for number, piece in enumerate(pieces, 1):
         sign = signed[position + len(piece) : position + len(piece) + 1]
         if not signed.startswith(piece, position) or sign not in ("+", "-"):
-            raise ValueError(f"the label does not repeat the input with a + or - after step {number}; mend the row.")
+            raise ValueError(f"the label does not repeat the input with a + or - after step {number}; fix the row.")
         gold.append(float(sign == "+"))
         position += len(piece) + 1
     return pieces, gold

@@ -17,15 +17,15 @@ def read_multispanqa(
     seed: int = 0,
     limit: int | None = None,
 ) -> list[Bag]:
-    """Bags of MultiSpanQA: paragraphs in which the spans that answer a question are marked, some cut to have none.
+    """Bags of MultiSpanQA: paragraphs with marked spans that answer a question; some are cut so that no span is left.
 
     Official files: `train.json` and `valid.json`, an object with the list `data`. A row has `id`, `question` and
     `context` (lists of tokens) and `label` ("B", "I" or "O" for each token). The hidden `test.json` has no labels.
 
     The response is the tokens joined by spaces. Label of a step (sentence): 1 iff it has a token that is not "O".
     Label of a response: 1 iff any step is 1. A share of the rows is made negative: they are cut to their longest run of
-    sentences without an answer token. A row without such a sentence stays as it is, so slightly fewer are negative.
-    Negative responses are shorter, so report what length alone achieves.
+    sentences without an answer token. A row without such a sentence is left unchanged, so slightly fewer are negative.
+    Negative responses are shorter, so report the accuracy of length as the only feature.
 
     Args:
         negative_share: Share of the rows to cut; 0.5 as in FRACTAL.

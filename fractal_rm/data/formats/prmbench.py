@@ -19,9 +19,9 @@ def read_prmbench(data: Data, *, source: str | None = None, limit: int | None = 
     `redundency` and `circular` are not strictly wrong. A model wrote the errors on purpose; they are not natural ones.
 
     Returns:
-        One bag for each row. In front of each row of the kind `redundency` comes its original solution, as a good
-        response, because the official evaluation takes its good responses from there. The id of a bag is its kind (or
-        `correct`) and `idx`.
+        One bag for each row. A row of the kind `redundency` is preceded by its original solution as a good response,
+        because the official evaluation takes its good responses from there. The id of a bag is its kind (or `correct`)
+        and `idx`.
 
     Raises:
         ValueError: If a column is missing.

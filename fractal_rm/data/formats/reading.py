@@ -93,7 +93,7 @@ def csv_rows(path: Path, delimiter: str = "\t", limit: int | None = None) -> Ite
 
 
 def _check_header(names: Sequence[str], path: Path, kind: str) -> None:
-    """Raise ValueError if a name comes twice, or all names are one cell because other signs separate them."""
+    """Raise ValueError if a name comes twice, or if another separator makes all names one cell."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{path}, row 1: the header has the name {twice!r} twice; rename one column.")
@@ -126,7 +126,7 @@ def read_each(
         data: A file, or rows, as in [`stream_rows`].
         source: Name of the data in error messages, as in [`stream_rows`].
         make: Makes bags from a row and its number, counted from 1. An empty list leaves the row out.
-        left_out: What is wrong with rows that give no bag, for a warning. None: leaving them out is normal.
+        left_out: Why rows give no bag, as part of a warning. None: rows without a bag are normal.
         limit: Return at most this many bags and read no further. A preference gives both of its bags or none.
 
     Raises:

@@ -12,6 +12,7 @@ from typing import Any
 from fractal_rm.data.formats.reading import check_file, csv_rows
 from fractal_rm.data.rows import JsonLines, check_rows, spooled
 from fractal_rm.data.shapes import LISTS
+from fractal_rm.errors import reason
 from fractal_rm.files import parse_json
 
 # Builder of `datasets.load_dataset` by file ending, and separator of cells by file ending.
@@ -86,7 +87,8 @@ def _from_datasets(path: Path, limit: int | None) -> Sequence[dict[str, Any]]:
     except (OSError, ValueError, DatasetsError) as error:
         if cache is not None:
             shutil.rmtree(cache, ignore_errors=True)
-        raise ValueError(f"{path} cannot be read ({_cause(error)}); write or download it again.") from None
+        cause = reason(error.__cause__ or error)  # `datasets` wraps the error of the file
+        raise ValueError(f"{path} cannot be read ({cause}); write or download it again.") from None
     finally:
         if not hidden:
             datasets.enable_progress_bars()
@@ -115,9 +117,3 @@ def is_table(path: Path) -> bool:
         or (path / "state.json").is_file()
         or (path / "dataset_dict.json").is_file()
     )
-
-
-def _cause(error: BaseException) -> str:
-    """First line of the underlying error, which `datasets` wraps."""
-    cause = error.__cause__ or error
-    return str(cause).strip().partition("\n")[0].rstrip(".") or type(cause).__name__

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 from transformers import (
+    DataCollatorForSeq2Seq,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -40,7 +40,7 @@ def make_tokenizer(*, texts: Sequence[str] | None = None, pieces: str = PIECES) 
     """A byte-level BPE tokenizer trained on the task's own text; digits stay single tokens.
 
     Args:
-        texts: What it is trained on; None: responses to chains of changes.
+        texts: Its training text; None: responses to chains of changes.
         pieces: Regular expression of pieces that no token crosses.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -68,35 +68,14 @@ def make_tokenizer(*, texts: Sequence[str] | None = None, pieces: str = PIECES) 
     )
 
 
-def _id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
-    return tokenizer.get_vocab()[f"<{name}>"]
-
-
-class _Demonstrations(Dataset):
-    """Prompt and response token ids; the loss is taken on the response and its end."""
-
-    def __init__(self, texts: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> None:
-        prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
-        responses = tokenizer([response for _, response in texts])["input_ids"]
-        eos = _id(tokenizer, "eos")
-        self.rows = [(p, [*r, eos]) for p, r in zip(prompts, responses, strict=True)]
-        self.pad = _id(tokenizer, "pad")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
-        return self.rows[index]
-
-    def collate(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-        """Right-padded `input_ids`, `attention_mask` and `labels` (-100 outside the response), each (B, T)."""
-        width = max(len(p) + len(r) for p, r in rows)
-        ids = torch.full((len(rows), width), self.pad)
-        labels = torch.full((len(rows), width), -100)
-        for i, (p, r) in enumerate(rows):
-            ids[i, : len(p) + len(r)] = torch.tensor(p + r)
-            labels[i, len(p) : len(p) + len(r)] = torch.tensor(r)
-        return {"input_ids": ids, "attention_mask": (ids != self.pad).long(), "labels": labels}
+def _demonstrations(texts: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, list[int]]]:
+    """Token ids of prompt, response and EOS; the loss leaves the prompt out."""
+    prompts, responses = (tokenizer([text[side] for text in texts])["input_ids"] for side in (0, 1))
+    eos: Any = tokenizer.eos_token_id
+    return [
+        {"input_ids": [*prompt, *response, eos], "labels": [-100] * len(prompt) + [*response, eos]}
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
 
 
 class _Bar(ProgressCallback):
@@ -118,7 +97,7 @@ def train_base_policy(
     """Train a small Llama from scratch on responses written with `beliefs`, and save it with its tokenizer.
 
     Args:
-        output_dir: Where the ordinary Hugging Face folder goes.
+        output_dir: The folder to write, an ordinary Hugging Face folder.
         beliefs: The policy's beliefs.
         seed: Seed of the weights and the training text.
         num_texts: Size of the training text, seen once.
@@ -146,7 +125,7 @@ def train_on_texts(
     """Train a small Llama on pairs of prompt and response, and save it with its tokenizer.
 
     Args:
-        output_dir: Where the ordinary Hugging Face folder goes.
+        output_dir: The folder to write, an ordinary Hugging Face folder.
         texts: Prompts and responses, seen once.
         tokenizer: Its tokenizer.
         seed: Seed of the weights and the order.
@@ -154,10 +133,10 @@ def train_on_texts(
         num_layers: Depth of the model.
         in_order: Take the texts in order, 32 per batch, without shuffling.
         start: Folder of the model to start from; None: random weights.
-        learning_rate: The highest one.
+        learning_rate: Peak learning rate.
     """
     set_seed(seed)
-    data = _Demonstrations(texts, tokenizer)
+    data: Any = _demonstrations(texts, tokenizer)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -167,8 +146,8 @@ def train_on_texts(
         max_position_embeddings=512,
         initializer_range=0.08,  # the usual 0.02 suits wide models; at width 64 it delays learning to copy
         tie_word_embeddings=True,
-        pad_token_id=_id(tokenizer, "pad"),
-        eos_token_id=_id(tokenizer, "eos"),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
     if start is None:
@@ -196,9 +175,9 @@ def train_on_texts(
             remove_unused_columns=False,
         ),
         train_dataset=data,
-        data_collator=data.collate,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
-    trainer.remove_callback(PrinterCallback)  # dictionaries of numbers that nobody asked for
+    trainer.remove_callback(PrinterCallback)  # it prints every log entry
     if sys.stderr.isatty():
         trainer.add_callback(_Bar)
     trainer.train()

@@ -1,4 +1,4 @@
-"""The arithmetic task under conditions: which problems, how wrong the base policy is, how noisy the labels are."""
+"""Conditions of the arithmetic task: kinds of problems, wrong beliefs of the base policy, noise of the labels."""
 
 import random
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ class Condition(Task):
 
     Args:
         name: Its name in the rows.
-        kind: Which problems.
+        kind: Kind of problems.
         min_steps: Fewest changes in a problem.
         max_steps: Most changes in a problem.
         wrong_share: Share of the facts that the base policy believes wrongly.
@@ -71,8 +71,8 @@ class Condition(Task):
         responses: Labelled responses that a reward model learns from.
         reward_model_steps: Fewest and most changes in the problems of these responses; None: as the policy's.
         flipped: Share of wrong outcome labels, wherever they are used for learning.
-        strength: How often the base policy acts on a wrong belief. Less where problems are longer: a wrong result is
-            right by luck once in ten times, and honest right answers must not be rarer than that.
+        strength: How often the base policy acts on a wrong belief. Lower for longer problems: a wrong chain ends right
+            by chance one time in ten, and truly right answers must not be rarer than that.
         policy_texts: Responses with wrong beliefs that a base policy is fine-tuned on, enough for it to settle.
         form_texts: Responses from which the model that all base policies start from learns the forms.
         hidden_size: Width of the policy.
@@ -96,7 +96,7 @@ class Condition(Task):
 
     @property
     def policy_name(self) -> str:
-        """Conditions of one name share their base policies."""
+        """Conditions with the same policy name share their base policies."""
         return f"{self.kind}-{self.max_steps}-{round(100 * self.wrong_share)}-{round(100 * self.strength)}"
 
     @property
@@ -105,7 +105,7 @@ class Condition(Task):
         return TOKENS_PER_STEP * (self.max_steps + (3 if self.kind == "branching" else 0)) + 8
 
     def small(self) -> "Condition":
-        """The same at a tiny size where nothing is learned: for a smoke test."""
+        """The same condition at a tiny size for smoke tests; nothing is learned."""
         return replace(self, form_texts=384, policy_texts=64, hidden_size=16, responses=48)
 
     def problems(self, split: Split, count: int, seed: int) -> list[AnyProblem]:
@@ -125,7 +125,7 @@ class Condition(Task):
         return Beliefs(self.wrong_share, self.strength, seed=number)
 
     def texts(self, number: int, count: int) -> list[tuple[str, str]]:
-        """Prompts and responses, with wrong beliefs, that a base policy is fine-tuned on; batches of like length."""
+        """Prompts and responses, with wrong beliefs, to fine-tune a base policy on, in batches of similar length."""
         rng, beliefs = random.Random(f"texts-{self.policy_name}-{number}"), self.beliefs(number)
         problems = MAKERS[self.kind](count, seed=_TEXTS + number, min_steps=SHORTEST, max_steps=self.max_steps)
         return in_batches([(p.prompt, beliefs.respond(p, rng)) for p in problems], rng)
@@ -134,13 +134,13 @@ class Condition(Task):
         """A base policy: the model of the forms, fine-tuned on responses with wrong beliefs."""
 
         def make_forms(folder: Path) -> None:
-            print("Making the model that all base policies start from: minutes, once.", flush=True)
+            print("Training the model that all base policies start from. This takes minutes, once.", flush=True)
             texts = form_texts(self.form_texts)
             train_on_texts(folder, texts, form_tokenizer(), hidden_size=self.hidden_size, in_order=True)
 
         def make(folder: Path) -> None:
             start = made_once(work / "forms", make_forms)
-            print(f"Making base policy {number} of {self.name}.", flush=True)
+            print(f"Training base policy {number} of {self.name}.", flush=True)
             train_on_texts(
                 folder,
                 self.texts(number, self.policy_texts),
@@ -157,7 +157,7 @@ class Condition(Task):
 def form_texts(count: int) -> list[tuple[str, str]]:
     """Prompts and right responses of all kinds, from which the forms are learned: short problems first.
 
-    A small model learns to look up changes much sooner on short problems, and has to see long ones to do it there.
+    A small model learns to look up changes much sooner on short problems, but must see long ones to do it there too.
     """
     rng = random.Random("forms")
     lessons: list[list[AnyProblem]] = [
@@ -173,7 +173,7 @@ def form_texts(count: int) -> list[tuple[str, str]]:
 
 
 def _mixed(count: int, longest: Mapping[Kind, int], seed: int) -> list[AnyProblem]:
-    """Problems of all kinds, as many of each."""
+    """Problems of all kinds in equal numbers."""
     return [
         problem
         for kind, most in longest.items()
@@ -182,7 +182,7 @@ def _mixed(count: int, longest: Mapping[Kind, int], seed: int) -> list[AnyProble
 
 
 def in_batches(texts: list[tuple[str, str]], rng: random.Random) -> list[tuple[str, str]]:
-    """Texts in batches of like length, 32 each, the batches in random order."""
+    """Texts in batches of 32 of similar length, the batches in random order."""
     texts = sorted(texts, key=lambda text: len(text[1]))
     batches = [texts[start : start + 32] for start in range(0, len(texts), 32)]
     rng.shuffle(batches)

@@ -158,7 +158,7 @@ class DistractedProblem(Problem):
     """A chain of changes with sentences about other counters between them.
 
     Args:
-        distractors: Number of changes before it in the prompt, name and change.
+        distractors: For each: the number of changes before it in the prompt, the name, and the change.
     """
 
     distractors: tuple[tuple[int, str, Change], ...] = ()
@@ -202,7 +202,7 @@ class BranchingProblem:
 
     @property
     def prompt(self) -> str:
-        """The problem as text, ending in a newline: changes are numbered through."""
+        """The problem as text, ending in a newline; changes are numbered across both chains."""
         lines, number = [], 0
         for name, start, chain in zip(self.names, self.starts, self.chains, strict=True):
             lines.append(f"{name}'s counter shows {start} and wraps after 9.")
@@ -241,7 +241,7 @@ class BranchingProblem:
         """Whether each line of a response is right, given the lines before it.
 
         A line is right if it is the one that is due (in its kind, name, number, change) and right given what earlier
-        lines *state*. A line of the due kind that is wrong counts as done; any other line ends what can be right.
+        lines *state*. A wrong line of the kind that is due counts as done; after any other line, no line is right.
 
         Args:
             response: One step a line.
@@ -249,7 +249,7 @@ class BranchingProblem:
         Returns:
             One flag for each line that is not blank.
         """
-        due: list[tuple[str, int, int]] = []  # kind, branch, number through both chains
+        due: list[tuple[str, int, int]] = []  # kind, branch, number across both chains
         number = 0
         for branch, chain in enumerate(self.chains):
             due.append(("start", branch, 0))
@@ -349,7 +349,7 @@ def make_problems(count: int, *, seed: int, min_steps: int = 3, max_steps: int =
     """Random problems; the same seed gives the same list.
 
     Args:
-        count: How many.
+        count: Number of problems.
         seed: Seed of this list; use another one for held-out problems.
         min_steps: Fewest changes of the counter.
         max_steps: Most changes of the counter.
@@ -358,7 +358,7 @@ def make_problems(count: int, *, seed: int, min_steps: int = 3, max_steps: int =
         ValueError: If the lengths are not `1 <= min_steps <= max_steps`.
     """
     if not 1 <= min_steps <= max_steps:
-        raise ValueError(f"Lengths from {min_steps} to {max_steps} make no problem. Give 1 <= min_steps <= max_steps.")
+        raise ValueError(f"Lengths from {min_steps} to {max_steps} are impossible. Give 1 <= min_steps <= max_steps.")
     rng = random.Random(f"problems-{seed}")
 
     def change() -> tuple[str, int]:
@@ -384,7 +384,7 @@ def make_distracted_problems(count: int, *, seed: int, min_steps: int, max_steps
     """Random chains with one to three distractors; the same seed gives the same list.
 
     Args:
-        count: How many.
+        count: Number of problems.
         seed: Seed of this list.
         min_steps: Fewest changes of the counter.
         max_steps: Most changes of the counter.
@@ -405,7 +405,7 @@ def make_branching_problems(count: int, *, seed: int, min_steps: int, max_steps:
     """Random problems with two chains; the same seed gives the same list.
 
     Args:
-        count: How many.
+        count: Number of problems.
         seed: Seed of this list.
         min_steps: Fewest changes of both counters together, at least 2.
         max_steps: Most changes of both counters together.
