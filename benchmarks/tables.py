@@ -31,6 +31,7 @@ from benchmarks.evidence.page import (
 )
 from benchmarks.evidence.quickstart import EXAMPLES
 from benchmarks.evidence.study_page import tables as study_tables
+from benchmarks.evidence.words_page import arithmetic as words_arithmetic
 from benchmarks.evidence.words_page import page as words_page
 from benchmarks.speed.page import page as speed_page
 from benchmarks.speed.plan_page import recipe_table
@@ -209,11 +210,12 @@ def documents() -> dict[Path, str]:
     judged = (read_results(RESULTS / f"{name}.jsonl") for name in ("processbench", "best_of_n"))
     names = ("evidence", "evidence_arms", "evidence_tables", "evidence_history")
     pages = filled([*(docs / f"{name}.md" for name in names), readme], evidence_tables())
-    words = (REPOSITORY / "docs" / "words.md", REPOSITORY / "recipes" / "words" / "README.md")
+    words = {docs / "words.md": {"words arithmetic": words_arithmetic(rows_of("dense_vs_outcome"))}}
+    words |= {REPOSITORY / "recipes" / "words" / "README.md": {}}
     testing = docs / "testing.md"
     return {
         **filled([testing], mutation_tables(rows_of("mutation")) | {"coverage": coverage_table(rows_of("coverage"))}),
-        **{path: words_page(path.read_text(encoding="utf-8"), rows_of("words")) for path in words},
+        **{path: words_page(filled([path], made)[path], rows_of("words")) for path, made in words.items()},
         **pages,
         speed: speed_page(speed.read_text(encoding="utf-8"), RESULTS),
         **disaggregation,
