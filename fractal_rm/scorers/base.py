@@ -2,14 +2,8 @@
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-
-def at_steps(values: Tensor, step_ends: Tensor) -> Tensor:
-    """Select the values (B, T, N) at positions (B, S): (B, S, N)."""
-    return torch.gather(values, 1, step_ends.unsqueeze(-1).expand(-1, -1, values.size(-1)))
 
 
 class StepScorer(nn.Module):

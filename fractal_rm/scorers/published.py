@@ -26,11 +26,11 @@ from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.errors import reason
 from fractal_rm.objectives.aggregation import Aggregation
-from fractal_rm.scorers.base import StepScorer, at_steps
+from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.folder import hub_options
 from fractal_rm.scorers.inputs import EncodedBag, TokenInputs
 from fractal_rm.scorers.settings import FractalSettings
-from fractal_rm.scorers.token import head_class, token_classifier
+from fractal_rm.scorers.token import at_steps, head_class, token_classifier
 
 logger = logging.getLogger(__name__)
 # Placeholder for a text while a chat template is rendered; no template or text contains it.

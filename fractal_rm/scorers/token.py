@@ -5,14 +5,20 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from fractal_rm.scorers.base import StepScorer, at_steps
+from fractal_rm.scorers.base import StepScorer
 
 # Name of the linear layer in classes made by `head_class`.
 _SCORE = "score"
+
+
+def at_steps(values: Tensor, step_ends: Tensor) -> Tensor:
+    """Select the values (B, T, N) at positions (B, S): (B, S, N)."""
+    return torch.gather(values, 1, step_ends.unsqueeze(-1).expand(-1, -1, values.size(-1)))
 
 
 class TokenScorer(StepScorer):
