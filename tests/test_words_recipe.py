@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.evidence import words_pictures
 from fractal_rm.cli import main as cli_main
 from fractal_rm.cli.options.tasks import make_task
+from fractal_rm.interrupts import Interrupted
 from fractal_rm.ppo.config import StepPPOConfig
 from fractal_rm.study.run import Evaluations
 from fractal_rm.study.study import write_chosen
@@ -282,13 +284,14 @@ def test_a_killed_run_of_the_study_goes_on_from_its_checkpoint(work, monkeypatch
     assert timeless[0] == timeless[1]
 
 
-def in_this_process(step, device) -> int:
+def in_this_process(step, device) -> tuple[int, dict[str, float]]:
     """Run a command of the recipe without the imports of a process of its own, which take most of its time."""
     assert device == "cpu"
+    used = {"minutes": 1.5, "processor_minutes": 2.0, "peak_gb": 3.25}
     if step.command[:2] == ("-m", "fractal_rm.cli.main"):
-        return cli_main.main(list(step.command[2:])) or 0
+        return cli_main.main(list(step.command[2:])) or 0, used
     script(Path(step.command[0])).main(list(step.command[1:]))
-    return 0
+    return 0, used
 
 
 def test_a_command_of_the_recipe_is_a_process_with_its_threads(capfd):
@@ -296,8 +299,33 @@ def test_a_command_of_the_recipe_is_a_process_with_its_threads(capfd):
     program = (
         "import os; print(os.environ['OMP_NUM_THREADS'], repr(os.environ['CUDA_VISIBLE_DEVICES'])); raise SystemExit(3)"
     )
-    assert run.run_step(run.Step("a step", ("-c", program), threads=2), "cpu") == 3
+    code, used = run.run_step(run.Step("a step", ("-c", program), threads=2), "cpu")
+    assert code == 3
     assert capfd.readouterr().out == "2 ''\n"
+    assert 0 < used["processor_minutes"] < 1
+    assert 0 < used["minutes"] < 1
+    assert 0.005 < used["peak_gb"] < 1  # of an interpreter
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_stopped_saves_its_work_first(tmp_path, number):
+    run = script(RECIPE / "run.py")
+    program = f"""
+import os, signal, sys, time
+def save(number, frame):
+    time.sleep(0.5)
+    open({str(tmp_path / "saved")!r}, "w").write(str(number))
+    sys.exit(1)
+signal.signal({int(number)}, save)
+os.kill(os.getppid(), {int(number)})
+if {int(number)} == signal.SIGINT:  # from a terminal, Ctrl-C reaches both
+    os.kill(os.getpid(), signal.SIGINT)
+time.sleep(30)
+"""
+    with pytest.raises(Interrupted) as stopped:
+        run.run_step(run.Step("a step", ("-c", program)), "cpu")
+    assert stopped.value.number == number
+    assert (tmp_path / "saved").read_text() == str(int(number))
 
 
 @pytest.mark.filterwarnings("ignore:All .* responses have the label 0")  # of a stand-in that answers nothing
@@ -316,6 +344,7 @@ def test_the_whole_recipe_runs_on_a_stand_in_and_finds_what_is_finished(stand_in
     run.main(command)
     said = capfd.readouterr().out
     assert "dense_outcome" in said
+    assert "    1.5        2.0      3.25  PPO" in said
     assert "finished before" not in said
     run.main(command)
     assert capfd.readouterr().out.count("finished before") == 2

@@ -9,12 +9,16 @@ Every command is printed before it runs. A stopped run continues where it was; f
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from fractal_rm.evaluation.results import ResultsFile, read_results
+from fractal_rm.interrupts import Interrupted, handled, interrupt
 
 RECIPE = Path(__file__).parent
 
@@ -86,8 +90,8 @@ def steps(base: Path, work: Path, amounts: Amounts, device: str, threads: int) -
         train += ["--per_device_eval_batch_size", "8"]
     if any(reward_model.glob("checkpoint-*")):
         train += ["--resume_from_checkpoint", "true"]
+    # Runs one after another (no `--jobs`): two at once would need twice the memory.
     study = (str(RECIPE / "study.py"), "--work", str(work), *amounts.study.split())
-    jobs = ("--jobs", "1" if device == "cuda" else str(threads))
     adapter = (str(RECIPE / "policy.py"), "--model", str(base), "--output_dir", str(work / "policy"))
 
     def responses(split: str, count: int, file: Path, *flags: str) -> Step:
@@ -106,16 +110,35 @@ def steps(base: Path, work: Path, amounts: Amounts, device: str, threads: int) -
         responses("held_out", amounts.judged, held_out, *judged),
         Step("the reward model, from right and wrong answers", tuple(train), reward_model / "config.json", threads),
         Step("what the policy is worth", (str(RECIPE / "measure.py"), str(held_out))),
-        *([Step("learning rates", (*study, *jobs, "--tune"))] if amounts.tuned else []),
-        Step("PPO", (*study, *jobs)),
+        *([Step("learning rates", (*study, "--tune"))] if amounts.tuned else []),
+        Step("PPO", study),
     ]
 
 
-def run_step(step: Step, device: str) -> int:
-    """Run a command to its end, and return its exit status."""
+def run_step(step: Step, device: str) -> tuple[int, dict[str, float]]:
+    """Run a command to its end.
+
+    Returns:
+        Its exit status, and what it took: `minutes`, `processor_minutes` and `peak_gb`, the most memory at a time.
+    """
     beside = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     environment = os.environ | {"OMP_NUM_THREADS": str(step.threads)} | beside
-    return subprocess.run([sys.executable, *step.command], env=environment, check=False).returncode
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, *step.command], env=environment)
+    try:
+        with handled(interrupt):
+            _, status, used = os.wait4(process.pid, 0)
+    except Interrupted as end:
+        if end.number == signal.SIGTERM:  # Ctrl-C reaches the command by itself
+            process.terminate()
+        process.wait()  # it saves its work first
+        raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, {
+        "minutes": (time.monotonic() - start) / 60,
+        "processor_minutes": (used.ru_utime + used.ru_stime) / 60,
+        "peak_gb": used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -131,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"run: {base} holds no model. Run `make words-model` first, or give `--model`.")
     # More threads help little: a forward pass of this model is many small steps.
     threads = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    start = time.monotonic()
+    start, costs = time.monotonic(), ResultsFile(work / "run.jsonl")
     for number, step in enumerate(steps(base, work, amounts, arguments.device, threads), 1):
         print(f"\n[{number}, {(time.monotonic() - start) / 60:.0f} min] {step.name}", flush=True)
         print("  python " + " ".join(step.command), flush=True)
@@ -140,10 +163,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         if step.done is not None and step.done.is_file():
             print("  finished before", flush=True)
             continue
-        if code := run_step(step, arguments.device):
+        try:
+            code, used = run_step(step, arguments.device)
+        except Interrupted as end:
+            print(f"run: interrupted in step {number} ({step.name}). Start again to continue from there.")
+            sys.exit(end.status)
+        if code:
             sys.exit(f"run: step {number} ({step.name}) ended with status {code}. Start again to continue from there.")
+        costs.append(
+            benchmark="words_run",
+            arm=step.name,
+            dataset="gsm_symbolic",
+            seed=None,
+            split=arguments.budget,
+            metrics=used,
+            config={"device": arguments.device, "threads": step.threads},
+            seconds=60 * used["minutes"],
+        )
     if not arguments.dry_run:
-        print("\n" + summary(work / "words.jsonl"))
+        print("\n" + cost(costs.path) + "\n\n" + summary(work / "words.jsonl"))
+
+
+def cost(rows: Path) -> str:
+    """What each step took; of a step that was stopped, its last part."""
+    lines = [f"{'minutes':>7}  {'processor':>9}  {'peak, GB':>8}  step"]
+    for row in {row["arm"]: row for row in read_results(rows)}.values():
+        numbers = row["metrics"]
+        lines.append(
+            f"{numbers['minutes']:7.1f}  {numbers['processor_minutes']:9.1f}  {numbers['peak_gb']:8.2f}  {row['arm']}"
+        )
+    return "\n".join(lines)
 
 
 def summary(results: Path) -> str:
