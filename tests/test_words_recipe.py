@@ -304,7 +304,8 @@ def test_a_command_of_the_recipe_is_a_process_with_its_threads(capfd):
     assert capfd.readouterr().out == "2 ''\n"
     assert 0 < used["processor_minutes"] < 1
     assert 0 < used["minutes"] < 1
-    assert 0.005 < used["peak_gb"] < 1  # of an interpreter
+    # At least an interpreter; Linux counts the memory of the process that starts it, too.
+    assert 0.005 < used["peak_gb"] < 10
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -119,7 +119,7 @@ def run_step(step: Step, device: str) -> tuple[int, dict[str, float]]:
     """Run a command to its end.
 
     Returns:
-        Its exit status, and what it took: `minutes`, `processor_minutes` and `peak_gb`, the most memory at a time.
+        Its exit status, and what it took: `minutes`, `processor_minutes` and `peak_gb`, its peak memory.
     """
     beside = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     environment = os.environ | {"OMP_NUM_THREADS": str(step.threads)} | beside
