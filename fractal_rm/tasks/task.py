@@ -92,12 +92,7 @@ class Task(ABC):
 
 
 def unseen(problems: Sequence[Any], held_out: Collection[str]) -> list[Any]:
-    """The problems whose prompt is not held out.
-
-    Args:
-        problems: Problems of another split.
-        held_out: Prompts of the problems that policies are measured on.
-    """
+    """The problems whose prompts are not among the held-out ones, on which policies are measured."""
     return [problem for problem in problems if problem.prompt not in held_out]
 
 
