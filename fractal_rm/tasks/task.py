@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# `train` has the prompts of the policy, `reward_model` those for which a reward model gets labelled responses.
+# `train` has the prompts of the policy, `reward_model` the prompts of a reward model's labelled responses.
 Split = Literal["train", "reward_model", "validation", "held_out"]
 
 

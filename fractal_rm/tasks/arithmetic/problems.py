@@ -1,6 +1,6 @@
 """Word problems in small integers with an exact checker of every step: the arithmetic task.
 
-A counter shows one digit and wraps around after 9. A problem changes it several times; a response writes one change a
+A counter shows one digit and wraps around after 9. A problem changes it several times; a response writes one change per
 line and then the answer:
 
     Mia's counter shows 3 and wraps after 9.
