@@ -114,8 +114,8 @@ def _check_joints(rows: Sequence[Any], bags: Sequence[Bag], settings: FractalSet
     if any(listed) and gap is not None and gap != joint:
         raise ValueError(
             f"{source}, row {listed.index(True) + 1}: the steps of this row would be joined by {joint!r}, but in "
-            f"{len(texts)} rows that are texts steps are mostly {gap!r} apart. Give the text as a column `response` "
-            "beside `steps`, or train on rows of one kind."
+            f"{len(texts)} rows that are texts steps are mostly {gap!r} apart. Add the text to this row as a column "
+            "`response`, or train on rows of one kind."
         )
 
 

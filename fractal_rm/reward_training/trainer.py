@@ -487,13 +487,13 @@ class FractalTrainer(Run):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The usual optimizer; the scorer's own parameters get `head_learning_rate`."""
-        if self.optimizer is None:
-            optimizer = super().create_optimizer(model)
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new:
             rate = self.args.head_learning_rate
             rate = 10 * self.args.learning_rate if rate is None else rate
             move_to_group(optimizer, head_parameters(self.scorer, self.settings), rate)
-            return optimizer
-        return super().create_optimizer(model)
+        return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every named loss term, averaged over the bags since the last log or over the evaluation."""

@@ -153,7 +153,8 @@ class SentenceEncoder:
 
 def _fingerprint(model: Any) -> str:
     """Fingerprint of a model's computation: weights, modules with their options, tokenizer, and maximum length."""
-    modules = [(type(module).__name__, _options(module)) for module in model]
+    # A module's options beyond its weights, such as which tokens it pools.
+    modules = [(type(one).__name__, sorted(getattr(one, "get_config_dict", dict)().items())) for one in model]
     digest = hashlib.sha256(f"{model.max_seq_length} {model.default_prompt_name} {modules}".encode())
     # Static embeddings come with a tokenizer of the `tokenizers` library.
     tokenizer: Any = model.tokenizer
@@ -163,9 +164,3 @@ def _fingerprint(model: Any) -> str:
         digest.update(name.encode())
         digest.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _options(module: Any) -> list[tuple[str, Any]]:
-    """A module's options beyond its weights, such as which tokens it pools."""
-    get = getattr(module, "get_config_dict", dict)
-    return sorted(get().items())

@@ -181,7 +181,7 @@ def check_lines(response: str, question: str, reference: str, answer: str) -> li
     """Whether each line of a response that is not blank is right; after the first wrong line, none is.
 
     Args:
-        response: The solution that is checked, one step a line.
+        response: The solution to check, one step per line.
         question: The problem.
         reference: A right solution of it, with its calculations.
         answer: The right final answer.

@@ -36,7 +36,7 @@ def read_gsm8k(rows: Iterable[Mapping[str, Any]], *, source: str, chat: bool = T
         chat: Ask in a chat of one message, for models with a chat template; otherwise as text.
 
     Returns:
-        One dictionary a row: `prompt`, and `answer`, the number only.
+        One dictionary per row: `prompt`, and `answer`, the number only.
 
     Raises:
         TypeError: If a question or answer is not a text.

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# `train` has the prompts of the policy, `reward_model` those for which a reward model gets labelled responses.
+# `train` has the prompts of the policy, `reward_model` the prompts of a reward model's labelled responses.
 Split = Literal["train", "reward_model", "validation", "held_out"]
 
 
@@ -92,12 +92,7 @@ class Task(ABC):
 
 
 def unseen(problems: Sequence[Any], held_out: Collection[str]) -> list[Any]:
-    """The problems whose prompt is not held out.
-
-    Args:
-        problems: Problems of another split.
-        held_out: Prompts of the problems that policies are measured on.
-    """
+    """The problems whose prompts are not among the held-out ones, on which policies are measured."""
     return [problem for problem in problems if problem.prompt not in held_out]
 
 

@@ -4,8 +4,8 @@ The rows are read from a folder with `train.jsonl[.gz]` and `test.jsonl[.gz]`: `
 ...), `numbers`, and `equation` (prefix form, `["+", "number0", "number1"]`), as MAWPS, ASDiv and SVAMP have them.
 Nothing of the data is part of this package.
 
-A solution has one `a op b = c` a line, and `#### c` last. Results are whole numbers of at most 999, and of two factors
-(or of divisor and quotient) one is at most 12.
+A solution has one `a op b = c` per line, and `#### c` last. Results are whole numbers of at most 999; one of two
+factors (or of divisor and quotient) is at most 12.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Word problems in small integers with an exact checker of every step: the arithmetic task.
 
-A counter shows one digit and wraps around after 9. A problem changes it several times; a response writes one change a
+A counter shows one digit and wraps around after 9. A problem changes it several times; a response writes one change per
 line and then the answer:
 
     Mia's counter shows 3 and wraps after 9.
@@ -75,6 +75,16 @@ def apply(left: int, operator: str, right: int) -> int:
     return results[operator] % MODULUS
 
 
+def _read_changes(text: str) -> tuple[Change, ...]:
+    return tuple((SIGNS[phrase], int(operand)) for _, phrase, operand in _CHANGE.findall(text))
+
+
+def _states(response: str, answer: int) -> bool:
+    """Whether the last line of a response states an answer."""
+    match = _ANSWER.fullmatch(response.rstrip().rpartition("\n")[2].strip())
+    return match is not None and int(match[1]) == answer
+
+
 @dataclass(frozen=True)
 class Problem:
     """One word problem: a start and the changes that follow."""
@@ -104,11 +114,10 @@ class Problem:
         Raises:
             ValueError: If the text is not a prompt of this task.
         """
-        head = re.match(r"(\w+)'s counter shows (\d) and", prompt)
-        changes = _CHANGE.findall(prompt)
+        head, changes = re.match(r"(\w+)'s counter shows (\d) and", prompt), _read_changes(prompt)
         if not head or not changes:
             raise ValueError(f"Not a prompt of the arithmetic task: {prompt!r}. Make prompts with `make_problems`.")
-        return cls(head[1], int(head[2]), tuple((SIGNS[phrase], int(operand)) for _, phrase, operand in changes))
+        return cls(head[1], int(head[2]), changes)
 
     def check_steps(self, response: str) -> list[bool]:
         """Whether each line of a response is right, given the lines before it.
@@ -116,9 +125,6 @@ class Problem:
         A line is right if it continues from the result that the line before it *states*, makes the change that is due,
         and computes it correctly. So one mistake makes one wrong line, and a later mistake may undo it. The answer
         line is right if it repeats the last result after all changes. A line beyond the answer is wrong.
-
-        Args:
-            response: One step a line.
 
         Returns:
             One flag for each line that is not blank.
@@ -148,9 +154,7 @@ class Problem:
             >>> problem.check_answer("Answer: 2")
             False
         """
-        last = response.rstrip().rpartition("\n")[2].strip()
-        match = _ANSWER.fullmatch(last)
-        return match is not None and int(match[1]) == self.answer
+        return _states(response, self.answer)
 
 
 @dataclass(frozen=True)
@@ -231,20 +235,14 @@ class BranchingProblem:
         found = _BRANCHES.fullmatch(prompt)
         if found is None:
             raise ValueError(f"Not a branching prompt: {prompt!r}. Make prompts with `make_branching_problems`.")
-        first, second = (
-            tuple((SIGNS[phrase], int(operand)) for _, phrase, operand in _CHANGE.findall(found[part]))
-            for part in (3, 6)
-        )
-        return cls((found[1], found[4]), (int(found[2]), int(found[5])), (first, second), SIGNS[found[7]])
+        chains = _read_changes(found[3]), _read_changes(found[6])
+        return cls((found[1], found[4]), (int(found[2]), int(found[5])), chains, SIGNS[found[7]])
 
     def check_steps(self, response: str) -> list[bool]:
         """Whether each line of a response is right, given the lines before it.
 
         A line is right if it is the one that is due (in its kind, name, number, change) and right given what earlier
         lines *state*. A wrong line of the kind that is due counts as done; after any other line, no line is right.
-
-        Args:
-            response: One step a line.
 
         Returns:
             One flag for each line that is not blank.
@@ -289,8 +287,7 @@ class BranchingProblem:
 
     def check_answer(self, response: str) -> bool:
         """Whether the last line states the right answer: the outcome label."""
-        match = _ANSWER.fullmatch(response.rstrip().rpartition("\n")[2].strip())
-        return match is not None and int(match[1]) == self.answer
+        return _states(response, self.answer)
 
 
 AnyProblem = Problem | BranchingProblem
