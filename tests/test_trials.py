@@ -1,6 +1,7 @@
 """Choosing a configuration: what judges trials, what they never look at, and that a stopped choice goes on."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -13,9 +14,10 @@ from support.models import byte_tokenizer, make_model, sums
 from support.stand_ins import save_encoder, write_jsonl
 
 from fractal_rm.cli.main import main
-from fractal_rm.data.bag import Bag
+from fractal_rm.data.bag import Bag, Step, StepScores
 from fractal_rm.data.readers import read_bags
 from fractal_rm.data.segmentation import Segmentation
+from fractal_rm.evaluation.intervals import Measurement, differences
 from fractal_rm.evaluation.results import read_results
 from fractal_rm.reward_training.config import FractalConfig
 from fractal_rm.reward_training.trainer import FractalTrainer
@@ -26,6 +28,7 @@ from fractal_rm.reward_training.trials import (
     check_trials,
     make_folds,
     make_judge,
+    response_score,
     response_statistic,
     response_value,
     trial_options,
@@ -104,6 +107,17 @@ def test_scores_of_different_folds_are_not_compared():
     assert response_value(scores, bags) == 0.75
 
 
+@pytest.mark.parametrize(
+    ("aggregation", "expected"), [("min", 0.2), ("product", 0.2), ("max", 0.9), ("noisy_or", 0.9), ("mean", 0.5)]
+)
+def test_every_trial_is_read_by_the_aggregation_of_the_plain_bag_loss(aggregation, expected):
+    steps = [Step("a", 0, 1, 0.9), Step("b", 2, 3, 0.2), Step("c", 4, 5, 0.4)]
+    scored = StepScores("a b c", steps, score=0.77)
+    assert response_score(scored, config(aggregation=aggregation)) == pytest.approx(expected)
+    assert response_score(scored, config(num_grades=4, aggregation="max")) == 0.77
+    assert math.isnan(response_score(StepScores("", error="no steps"), config()))
+
+
 def test_preferences_and_grades_have_values_of_their_own():
     pairs = preferences(4)
     assert response_value([0.9, 0.1, 0.2, 0.3, 0.5, 0.5, 0.7, 0.6], pairs) == 0.5  # a tie does not count
@@ -150,9 +164,17 @@ def test_the_plain_bag_loss_stays_unless_another_is_better_beyond_noise():
     judge = make_judge(labelled([1.0, 0.0]), labelled(labels), seed=0)
     generator = np.random.default_rng(0)
     plain = generator.random(100)
-    base = response_value(plain.tolist(), judge.bags)
+
+    def measured(scores: np.ndarray) -> Measurement:
+        return Measurement(100, {"auc": response_statistic(scores.tolist(), judge.bags)})
+
+    def errors(scores: np.ndarray) -> float:
+        """The gain over `plain`, in standard errors."""
+        gain = differences(measured(scores), measured(plain))["auc"]
+        return gain.value / ((gain.high - gain.low) / (2 * 1.96))
+
     others = (plain + generator.normal(scale=0.3, size=100) for _ in range(100))
-    near = next(one for one in others if 0 < response_value(one.tolist(), judge.bags) - base < 0.01)
+    near = next(one for one in others if 1.2 < errors(one) < 1.7)
     clear = np.array(labels) + 0.1 * generator.random(100)
 
     def choice(*scores: np.ndarray) -> int:

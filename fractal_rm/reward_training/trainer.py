@@ -75,6 +75,7 @@ from fractal_rm.reward_training.trials import (
     Trial,
     best_beyond_noise,
     check_trials,
+    response_score,
     try_configurations,
 )
 from fractal_rm.scorers.base import StepScorer
@@ -267,7 +268,7 @@ class FractalTrainer(Run):
             trainer.train()
             trainer.calibrate()
             shutil.rmtree(place, ignore_errors=True)
-            return [scored.score for scored in score_bags(trainer.reward_model(), held_out)]
+            return [response_score(scored, config) for scored in score_bags(trainer.reward_model(), held_out)]
 
         rows = ResultsFile(folder / TRIALS_FILE)
         name = model_name(model) or ""

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import random
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fractal_rm.data.bag import Bag
+from fractal_rm.data.bag import Bag, StepScores
 from fractal_rm.evaluation.intervals import Measurement, differences
 from fractal_rm.evaluation.responses import pairs_of, response_labels
 from fractal_rm.evaluation.results import ResultsFile
@@ -40,8 +41,6 @@ ENOUGH = 100
 FOLDS = 5
 # Minimum number of responses of each label in a fold.
 _IN_A_FOLD = 2
-# A 95 % interval extends this many standard errors to each side.
-_ERRORS = 1.96
 # File with the rows of trials, in the model's folder.
 TRIALS_FILE = "trials.jsonl"
 # Options that switch off logging and checkpoints in a trial.
@@ -162,6 +161,21 @@ def response_statistic(scores: Sequence[float], bags: Sequence[Bag], folds: Sequ
         return np.divide(np.nansum(values * known, axis=0), total, out=np.full(len(total), np.nan), where=total > 0)
 
     return Statistic(len(bags), mean)
+
+
+def response_score(scored: StepScores, args: FractalConfig) -> float:
+    """A response's score by the plain bag loss's aggregation of the step scores, whatever a trial was trained with.
+
+    Read by its own soft aggregation, a trial can rank responses better while it ranks their steps worse.
+
+    Args:
+        scored: Step scores of the trial's model.
+        args: The trial's configuration: what labels mean.
+    """
+    if args.num_grades is not None or not scored.steps:
+        return scored.score
+    rules: dict[Meaning, Callable[[list[float]], float]] = {"min": min, "max": max, "mean": statistics.fmean}
+    return rules[meaning(args.aggregation)](scored.step_scores)
 
 
 def response_value(scores: Sequence[float], bags: Sequence[Bag]) -> float:
@@ -353,18 +367,15 @@ class Choice:
         )
         return (
             f"Trial {self.chosen.number + 1} of {len(self.trials)}, by {self.judge.description}. The first is the "
-            "plain bag loss; another trial replaces it if it is better by more than a standard error.\n\n"
+            "plain bag loss; another trial replaces it if the 95 % interval of its gain is above 0.\n\n"
             f"| trial | configuration | value | chosen |\n|---:|---|---:|---|\n{lines}\n"
         )
 
 
 def best_beyond_noise(trials: Sequence[Trial], judge: Judge) -> Choice:
-    """The best trial, if it is more than a standard error better than the first one; else the first one.
+    """The best trial, if it is better than the first one beyond noise; else the first one.
 
-    The standard error is that of the difference on the same resampled responses (bootstrap).
-
-    Source:
-        The one-standard-error rule (Breiman, Friedman, Olshen and Stone, "Classification and Regression Trees", 1984).
+    Beyond noise: the 95 % interval of the difference on the same resampled responses (bootstrap) is above 0.
     """
     first, other = trials[0], best(trials)
     if other is not first:
@@ -372,8 +383,7 @@ def best_beyond_noise(trials: Sequence[Trial], judge: Judge) -> Choice:
             Measurement(len(judge.bags), {"value": response_statistic(trial.scores, judge.bags, judge.folds)})
             for trial in (other, first)
         )
-        gain = differences(other_one, first_one)["value"]
-        if gain.value > (gain.high - gain.low) / (2 * _ERRORS):
+        if differences(other_one, first_one)["value"].low > 0:
             return Choice(trials, other, judge)
     return Choice(trials, first, judge)
 
@@ -438,7 +448,9 @@ def try_configurations(
         return Attempt(response_statistic(scores, judge.bags, judge.folds).value, scores)
 
     given = {name: str(value) for name, value in args.to_dict().items() if name not in _BESIDE}
-    same = [given, model, judge.folds, fingerprint(judge.bags), fingerprint(judge.train)]
+    # Rows of earlier versions do not count: each trial read its scores by its own aggregation.
+    reading = "plain aggregation"
+    same = [given, model, judge.folds, fingerprint(judge.bags), fingerprint(judge.train), reading]
     of = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
     return run_trials(
         list(itertools.islice(_listed(args, judge.train), count)), attempt, results,
