@@ -137,6 +137,7 @@ def train_on_texts(
     """
     set_seed(seed)
     data: Any = _demonstrations(texts, tokenizer)
+    special = tokenizer.get_vocab()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -146,8 +147,8 @@ def train_on_texts(
         max_position_embeddings=512,
         initializer_range=0.08,  # the usual 0.02 suits wide models; at width 64 it delays learning to copy
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=special["<pad>"],
+        eos_token_id=special["<eos>"],
         bos_token_id=None,
     )
     if start is None:
