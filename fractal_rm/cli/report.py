@@ -59,7 +59,7 @@ class ReportArguments:
 
 
 def report(argv: Sequence[str]) -> None:
-    """Write the page, the picture or the table that the arguments ask for."""
+    """Write the page, picture or table that the arguments request."""
     (arguments,) = parse("report", [ReportArguments], argv)
     with writing_files(arguments.output, arguments.figure):
         if arguments.runs is not None:
