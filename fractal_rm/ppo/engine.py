@@ -118,12 +118,8 @@ class _AsyncSourceFunction(_SourceFunction):
 class Engine(Run, GRPOTrainer):
     """`GRPOTrainer` inverted: a subclass defines `rollout` and `loss`, and this class offers the rest.
 
-    Args:
-        reward_funcs: Outcome rewards, as `GRPOTrainer` takes them.
-        sources: Sources of step rewards.
-        args: The configuration; a copy is kept.
-        reward_processing_classes: As for `GRPOTrainer`, for `reward_funcs`.
-        kwargs: Further arguments of `GRPOTrainer`.
+    Arguments are those of `GRPOTrainer`, and the `sources` of step rewards. `args` is copied;
+    `reward_processing_classes` belong to `reward_funcs`.
 
     Raises:
         RuntimeError: If the installed TRL lacks a name that this class relies on.
@@ -193,8 +189,8 @@ class Engine(Run, GRPOTrainer):
         return None
 
     def save_state(self, folder: Path, *, resumable: bool) -> None:
-        """Write what belongs beside a saved policy; with `resumable`, also what a checkpoint needs beyond policy and
-        optimizer."""
+        """Write the state of the trainer next to a saved policy; with `resumable`, also what a checkpoint needs in
+        addition to policy and optimizer."""
 
     def load_state(self, folder: Path, *, weights: bool) -> None:
         """Restore what `save_state` wrote; without `weights`, only running statistics."""

@@ -131,10 +131,7 @@ class OnlineReward:
         """Keep a rollout batch, and update the reward model if an update is due; returns metrics of the update.
 
         The scores of this batch do not change: an update affects later batches only. Completions that the model could
-        not score completely are left out.
-
-        Raises:
-            ValueError: If an outcome is outside [0, 1].
+        not score completely are left out. Raises ValueError if an outcome is outside [0, 1].
         """
         labels = outcome_labels(batch.function_rewards, batch.function_weights).tolist()
         bags = [
@@ -240,11 +237,7 @@ class OnlineReward:
             write_atomic(folder / _STATE_FOLDER / _REPLAY_FILE, self.replay.to_jsonl())
 
     def load(self, folder: Path) -> None:
-        """Restore what [`save`] wrote.
-
-        Raises:
-            ValueError: If a file is missing.
-        """
+        """Restore what [`save`] wrote; raises ValueError if a file is missing."""
         state = folder / _STATE_FOLDER
         needed = (folder / _MODEL_FOLDER / "config.json", state / _OPTIMIZER_FILE, state / _REPLAY_FILE)
         missing = [file for file in needed if not file.is_file()]
