@@ -1,1 +1,2 @@
-"""Dense against outcome-only rewards: the same policies, prompts, rollouts and updates, over settings and seeds."""
+"""Comparison of dense and outcome-only rewards: the same policies, prompts, rollouts and updates, over settings and
+seeds."""
