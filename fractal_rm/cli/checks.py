@@ -4,6 +4,7 @@ Libraries that take seconds to import are imported inside functions.
 """
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
@@ -98,6 +99,12 @@ def refuse_finished_output(folder: str | Path, overwrite: bool) -> None:
 
 def _holds_model(folder: str | Path) -> bool:
     return any(Path(folder).glob("*.safetensors"))
+
+
+def check_matplotlib() -> None:
+    """Raise ImportError if matplotlib is not installed; call it before long work that ends with plots."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('Plots need matplotlib, which is not installed: pip install "fractal-rm[plots]".')
 
 
 def check_models(*paths: str | None) -> None:

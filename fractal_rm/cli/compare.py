@@ -6,12 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fractal_rm.cli.checks import check_writable_folder
+from fractal_rm.cli.checks import check_matplotlib, check_writable_folder
 from fractal_rm.cli.options.parser import parse
 from fractal_rm.evaluation.results import portable_command
 from fractal_rm.files import write_atomic
 from fractal_rm.ranges import check_ranges
-from fractal_rm.report.drawing import check_matplotlib
 from fractal_rm.study.arms import ArmName
 from fractal_rm.study.page import draw_curves, sentences, tables
 from fractal_rm.study.run import Budget

@@ -69,11 +69,7 @@ def step_rewards(
 
 
 class StepShaper:
-    """Step scores -> step rewards, for each source separately.
-
-    Args:
-        args: The configuration: shaping, baseline, limits.
-        weights: Weight of each source, by its name.
+    """Step scores -> step rewards, for each source separately; `weights` are those of the sources by name.
 
     Attributes:
         moments: Moments of each source's shaped rewards in the whole run, for `normalize_step_rewards`.

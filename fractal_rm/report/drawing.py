@@ -7,7 +7,6 @@ the same on every machine. matplotlib is imported inside the functions, since it
 from __future__ import annotations
 
 import html
-import importlib.util
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,22 +55,17 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def check_matplotlib() -> None:
-    """Raise ImportError if matplotlib is not installed; call it before long work that ends with plots."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError('Plots need matplotlib, which is not installed: pip install "fractal-rm[plots]".')
-
-
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Figure]:
     """Yield an empty figure (inches), to draw and save inside the `with` block, independent of the user's settings.
 
     Raises ImportError if matplotlib is not installed.
     """
-    check_matplotlib()
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
+    try:
+        import matplotlib.style
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Plots need matplotlib, which is not installed: pip install "fractal-rm[plots]".') from error
     with matplotlib.style.context(["default", SETTINGS]):
         yield Figure(figsize=(width, height))
 

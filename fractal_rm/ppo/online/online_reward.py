@@ -62,12 +62,8 @@ class OnlineReward:
 
     With several processes, the main process learns from all rollouts and broadcasts the weights.
 
-    Args:
-        reward_model: The model; it learns in place.
-        args: The configuration.
-        original: Labelled responses that the model was trained on, to mix in; None: rollouts only.
-        weights: Weights of the reward functions; the weight of the step reward model itself is 0.
-        accelerator: The trainer's.
+    `reward_model` learns in place. `original` are labelled responses that it was trained on, to mix in; None: rollouts
+    only. `weights` are those of the reward functions, 0 for the step reward model itself.
 
     Raises:
         ValueError: If there are no outcomes to learn from, the original data has rows other than single labelled
