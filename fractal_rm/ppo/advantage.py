@@ -27,7 +27,7 @@ class Given(NamedTuple):
 
 
 def by_gae(batch: RolloutBatch, given: Given) -> RolloutBatch:
-    """=
+    """Generalised advantage estimates with a value model (PPO), and the returns that the value model learns.
 
     If there are both step and outcome rewards, each kind has its own lambda (`step_lam`, `lam`): the value model is the
     baseline of outcomes, and shaping provides the baseline of steps.
