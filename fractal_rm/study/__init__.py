@@ -1,2 +1,1 @@
-"""Comparison of dense and outcome-only rewards: the same policies, prompts, rollouts and updates, over settings and
-seeds."""
+"""Dense against outcome-only rewards: the same policies, prompts, rollouts and updates, over settings and seeds."""
