@@ -185,7 +185,7 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
     path = split or find_file(arguments.data, arguments.data_dir)
     source = f"{arguments.data} ({arguments.split})" if split else path.name
     files = [path]
-    if path.is_dir():  # official files, one a subset
+    if path.is_dir():  # official files, one per subset
         files = sorted(file for file in path.iterdir() if file.name.endswith(JSON_ENDINGS))
         if not files:
             raise FileNotFoundError(f"{path} has no .json or .jsonl file. Give a file, or a folder of the subsets.")

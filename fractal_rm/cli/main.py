@@ -40,7 +40,7 @@ COMMANDS = {
     "report": "Make tables from a results.jsonl, or curves from PPO runs.",
 }
 _ERASED_LINE = "\r\033[K"
-# What an interrupted command keeps and how to go on. `train` and `ppo` say it themselves: it depends on checkpoints.
+# What an interrupted command keeps and how to continue. For `train` and `ppo` it depends on checkpoints: they say so.
 _GO_ON = {
     "quickstart": "Finished stages are kept; the same command continues with the others.",
     "compare": "Finished runs are kept; the same command continues with the others.",

@@ -172,7 +172,7 @@ def _versions() -> str:
     )
 
 
-# Reading step scores with nothing but transformers -------------------------------------------------------------------
+# Reading step scores with transformers only ---------------------------------------------------------------------------
 
 _HEADING = "## Without fractal-rm"
 

@@ -86,7 +86,7 @@ def load_checked(
 
 
 def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None:
-    """Raise ValueError, once TRL's trainer is built, if weights are sharded that must be whole."""
+    """Raise ValueError, once TRL's trainer is built, if weights are sharded that must be complete."""
     args = trainer.args
     check_finite(_path_of(trainer.policy) or "The policy", trainer.policy)
     if args.on_alarm == "rollback" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
@@ -267,7 +267,7 @@ def _check_readable(
     if models and isinstance(environments, Mapping) and len(environments) > 1:
         raise ValueError(
             f"`environment_factory` names {len(environments)} environments. The policy reads the tools of one in each "
-            "prompt, and reward models would read those of all. Give one environment, or leave `reward_model` out."
+            "prompt, and reward models would read the tools of all. Give one environment, or leave `reward_model` out."
         )
     for dataset in datasets if models else ():
         first, columns = _first_prompt(dataset), _columns(dataset)

@@ -256,7 +256,7 @@ class Engine(Run, GRPOTrainer):
             mask=policy_mask(output),
             outcome_advantages=output["advantages"],
             logprobs=old,
-            # TRL computes the policy's log-probabilities before those of the reference.
+            # TRL computes the policy's log-probabilities before the reference's.
             state_values=None if old is None or not hand_over.forwards else hand_over.forwards[0].read,
         )
         return self._with_kl(batch) if self.model.training else batch

@@ -69,7 +69,7 @@ def step_rewards(
 
 
 class StepShaper:
-    """Step scores -> step rewards, for each source separately; `weights` are those of the sources by name.
+    """Step scores -> step rewards, for each source separately; `weights` has each source's weight by name.
 
     Attributes:
         moments: Moments of each source's shaped rewards in the whole run, for `normalize_step_rewards`.

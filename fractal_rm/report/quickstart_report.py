@@ -169,7 +169,7 @@ def write_report(path: str | Path, report: QuickstartReport) -> None:
 
 
 def _policies_first(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The metrics of rows, those of policies before those of the reward model: a narrow window cuts the last ones."""
+    """The metrics of rows, policies before the reward model: a narrow window cuts the last ones."""
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
     return sorted(names, key=lambda name: not name.startswith(("accuracy", "step_accuracy")))
 

@@ -65,7 +65,7 @@ class BodyLimit:
     """ASGI middleware that reads a body first, and refuses one that is too long, too slow or too much.
 
     Args:
-        app: The application behind it.
+        app: The application that it wraps.
         limits: Maximum length, time and values of a body, and maximum bytes of all bodies.
     """
 

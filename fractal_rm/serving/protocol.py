@@ -47,7 +47,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: Any = Field(default=None, description="A text, parts of text, or null beside `tool_calls`.")
+    content: Any = Field(default=None, description="A text, parts of text, or null with `tool_calls`.")
 
 
 class ScoreRequest(BaseModel):

@@ -19,7 +19,7 @@ GroupRule = Callable[[Sequence[str], Sequence[list[str]]], list[list[float]]]
 
 
 class ScriptedRewardModel(StepRewardModel):
-    """Scores steps, one a line, by a rule."""
+    """Scores steps, one per line, by a rule."""
 
     def __init__(self, rule: GroupRule) -> None:
         self.rule, self.settings, self.processor = rule, FractalSettings(segmentation=Segmentation("lines")), None

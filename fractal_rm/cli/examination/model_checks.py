@@ -298,7 +298,7 @@ def check_one_pass(bags: Sequence[Bag], reward: StepRewardModel) -> Finding:
     A ValueError names the step that differs most, or a response that cannot be scored.
     """
     if reward.tokenizer is None or not is_causal(reward.scorer.base.config):
-        return Finding("Does not apply: this model reads a whole response before it scores a step of it.")
+        return Finding("Does not apply: this model reads a complete response before it scores any step.")
     chosen = [bag for bag in bags if not isinstance(bag.response, Conversation)][:_SCORED]
     if not chosen:
         return Finding("Not checked: all responses are conversations.")
