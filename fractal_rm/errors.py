@@ -21,7 +21,7 @@ def did_you_mean(unknown: str, names: Iterable[str], otherwise: str = "") -> str
 
 
 def wrong_choice(name: str, value: object, choices: Iterable[object]) -> str:
-    """The sentences about a value that an option does not have.
+    """The error message for a value that is not among the choices of an option.
 
     Example:
         >>> wrong_choice("scorer", "tokn", ["likelihood", "token"])

@@ -17,20 +17,21 @@ from filelock import FileLock, Timeout
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
-# Most brackets of JSON inside each other, and what does not count as a bracket of it.
+# Maximum nesting depth of JSON; brackets inside strings do not count.
 _DEEPEST = 500
 _BRACKET, _JSON_TEXT = re.compile(rb"[\[\]{}]"), re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 def parse_json(content: bytes, what: str) -> Any:
-    """What JSON in UTF-8 says.
+    """Parse JSON in UTF-8.
 
     Args:
         content: The JSON.
-        what: What to call it in messages, such as the file and the row.
+        what: Its name in messages, such as the file and the row.
 
     Raises:
-        ValueError: If it is not UTF-8, no JSON, has a name twice in an object, or is too deep or too large a number.
+        ValueError: If it is not UTF-8 or not JSON, repeats a name in an object, is nested too deeply, or has a number
+            that is too large.
 
     Example:
         >>> parse_json(b'{"a": 1, "a": 2}', "the line")
@@ -48,12 +49,12 @@ def parse_json(content: bytes, what: str) -> Any:
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at line {error.lineno}" if error.lineno > 1 else f"{error.msg} at column {error.colno}"
         raise ValueError(f"{what} is invalid JSON ({reason}); fix or delete it.") from None
-    except (ValueError, RecursionError):  # a number of thousands of digits, a thousand brackets
+    except (ValueError, RecursionError):  # a number with thousands of digits, deep nesting
         raise ValueError(f"{what} is JSON that Python cannot hold; fix or delete it.") from None
 
 
 def _is_deep(content: bytes) -> bool:
-    """Whether brackets stand too deep in each other; where Python gives up depends on its version."""
+    """Whether JSON is nested too deeply; Python's own limit depends on its version."""
     if content.count(b"[") + content.count(b"{") <= _DEEPEST:
         return False
     depth = 0
@@ -65,7 +66,7 @@ def _is_deep(content: bytes) -> bool:
 
 
 class _TwiceError(Exception):
-    """A name that an object has twice; which of the two values is meant nobody can know."""
+    """An object repeats a name, so it is unclear which value is meant."""
 
 
 def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a JSON file says; raises as [`parse_json`], and OSError if the file cannot be read."""
+    """Parse a JSON file; raises as [`parse_json`], and OSError if the file cannot be read."""
     return parse_json(Path(path).read_bytes(), str(path))
 
 
@@ -86,10 +87,10 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is not UTF-8, no YAML, no mapping, too deep, or has a key twice in a mapping.
+        ValueError: If it is not UTF-8, not YAML or not a mapping, is nested too deeply, or repeats a key.
     """
     try:
-        # Plain Python loads what C loads, and names the line.
+        # The loader in pure Python reads the same as the one in C, and its errors name the line.
         content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_StrictLoader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
@@ -98,7 +99,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or "it cannot be parsed"
         raise ValueError(f"{path}{where} is invalid YAML: {reason}. Fix the line.") from None
-    # Dates, depth, keys that are lists, and values that are not of the type that their tag says.
+    # Invalid dates, deep nesting, lists as keys, and values that do not fit their tag.
     except (ValueError, RecursionError, TypeError, OverflowError, LookupError, AttributeError) as error:
         raise ValueError(f"{path} is YAML that cannot be read ({str(error)[:200]}). Fix it.") from None
     if not isinstance(content, dict):
@@ -111,9 +112,9 @@ _OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader without keys that come twice, and without aliases, which can grow without end.
+    """PyYAML's safe loader, without repeated keys and without aliases, which can expand without bound.
 
-    Numbers are decimal, or say their base by `0x` or `0b`.
+    Numbers are decimal, or have the prefix `0x` or `0b`.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -156,7 +157,7 @@ def remove_abandoned(folder: Path, names: str) -> None:
 
     Args:
         folder: The folder of the files.
-        names: Pattern of the names of the files that were to be written.
+        names: Glob pattern of the names of their target files.
     """
     for stale in folder.glob(f".{names}.{glob.escape(platform.node())}-*.tmp"):
         process = stale.name.removesuffix(".tmp").rpartition("-")[2]
@@ -166,13 +167,13 @@ def remove_abandoned(folder: Path, names: str) -> None:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside a file; what is written there replaces the file in one step at the end.
+    """Yield a temporary path next to a file; its content replaces the file in one step at the end.
 
-    Readers see the old file or the new one, never a part. After an error the old file stays. Devices, pipes and links
+    Readers see the old or the new file, never part of it. After an error the old file stays. Devices, pipes and links
     are written in place, because replacing one would turn it into an ordinary file.
 
     Args:
-        path: The file. Missing folders are made.
+        path: The file. Missing folders are created.
 
     Example:
         >>> import tempfile
@@ -202,7 +203,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def naming_file(target: Path) -> Iterator[None]:
-    """Let an error of the system name a file, which it does not when the disk is full."""
+    """Add the file's name to errors of the operating system, which lack it when the disk is full."""
     try:
         yield
     except OSError as error:
@@ -226,16 +227,16 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A folder that exists, or is made now, by one process at a time: `make` fills an empty one.
+    """A folder that exists, or is made now by one process at a time: `make` fills an empty one.
 
-    It is made under another name and moved into place when it is whole: a process that is killed leaves all of it or
-    nothing. `seconds.json` in it says how much processor time it took ([`seconds_of`]).
+    It is made under another name and moved into place when it is complete, so a killed process leaves all of it or
+    nothing. Its file `seconds.json` holds the CPU time that it took ([`seconds_of`]).
     """
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if folder.is_dir():  # another process was faster
+        if folder.is_dir():  # made by another process meanwhile
             return folder
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -249,14 +250,14 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def locked(file: Path, what: str) -> Iterator[None]:
-    """Be the only process that writes something; the system frees it when the process ends, however that ends.
+    """Be the only process that writes something; the operating system frees the lock however the process ends.
 
     Args:
-        file: The lock. It holds the number of the process, and is removed at the end with folders made for it.
-        what: What is written, for the message. Of processes that are launched together the first one holds the lock.
+        file: The lock. It holds the process id, and is removed at the end, with folders created for it.
+        what: What is written, for the message. Of processes launched together, only the first takes the lock.
 
     Raises:
-        OSError: If another process holds it.
+        OSError: If another process holds the lock.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -266,7 +267,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
         lock = _hold(file)
     except Timeout:
         owner = ""
-        with suppress(FileNotFoundError):  # it has ended meanwhile
+        with suppress(FileNotFoundError):  # it has just ended
             owner = file.read_text(encoding="utf-8", errors="replace")
         named = f" {owner}" if owner else ""
         raise OSError(f"Another process{named} writes {what}. Wait until it ends, or choose another place.") from None
@@ -282,10 +283,10 @@ def locked(file: Path, what: str) -> Iterator[None]:
 
 
 def _hold(file: Path) -> FileLock:
-    """The lock of a file, made with its folders where missing; raises Timeout if another process holds it.
+    """Acquire the lock on a file and create missing folders; raises Timeout if another process holds it.
 
-    An owner removes the file when it ends. Who has opened it just before would hold a lock that nobody else sees, and
-    tries again.
+    The owner removes the file when it ends. A process that opened the file just before would lock one that nobody else
+    sees, so it tries again.
     """
     lock = FileLock(file)
     while True:
@@ -300,5 +301,5 @@ def _hold(file: Path) -> FileLock:
 
 
 def seconds_of(folder: Path) -> float:
-    """Processor seconds that a folder of [`made_once`] took to make."""
+    """CPU seconds that [`made_once`] took to make a folder."""
     return json.loads((folder / "seconds.json").read_text(encoding="utf-8"))["seconds"]

@@ -10,12 +10,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the work; the message says what was saved, and how to go on.
+    """A signal ended the work; the message says what was saved, and how to continue.
 
     Args:
         number: The signal.
         message: A sentence for the user: what was saved.
-        then: How to go on; a command that runs several trainings says it in its own words.
+        then: How to continue; commands that run several trainings replace it.
     """
 
     def __init__(self, number: int, message: str = "Interrupted.", then: str = "") -> None:

@@ -202,7 +202,7 @@ def test_a_mistake_in_the_configuration_file_is_named(commands, text, sentence):
         (["--learning_rat=1"], "unknown flag --learning_rat. Did you mean `learning_rate`?"),
         (["--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
         (["--scorer", "head"], "fractal-rm: train: `scorer` is 'head'. Choose one of likelihood, token, embedding."),
-        (["stray"], "'stray' stands alone, without a flag before it"),
+        (["stray"], "'stray' has no flag before it"),
         (["--config"], "argument --config: expected one argument"),
         (["--config", "none.yaml"], "There is no file none.yaml."),
         (["--lora_r"], "expected one argument"),

@@ -308,7 +308,9 @@ def test_why_a_metric_is_absent_is_said():
     assert why_absent({"bag_auc": nothing}, bags[:1])[0] == "Not measured: bag_auc. The only response has the label 1."
     wrong = [Bag("?", "a b", ((0, 1), (2, 3)), 0.0, step_labels=(1.0, 0.0))] * 2
     (said,) = why_absent({"f1": nothing}, wrong)
-    assert said.startswith("Not measured: f1. They need responses with a wrong step, and responses of which every step")
+    assert said.startswith(
+        "Not measured: f1. They need responses with a wrong step, and responses with only right steps"
+    )
     assert why_absent({"bag_auc": Estimate(1.0, 1.0, 1.0)}, [*known, *bags]) == []
 
 

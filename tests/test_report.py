@@ -20,8 +20,8 @@ from sklearn.calibration import calibration_curve
 from support.pages import Page
 
 from benchmarks.common.marks import replace_table
+from fractal_rm.cli.checks import check_matplotlib
 from fractal_rm.evaluation.results import ResultsFile, read_results
-from fractal_rm.report.drawing import check_matplotlib
 from fractal_rm.report.pages import response_view
 from fractal_rm.report.palette import SCORE_BINS, contrast, ink_on, score_class, score_colour
 from fractal_rm.report.plots import FEWEST_IN_BIN, calibration_plot, learning_curves, save_picture

@@ -237,7 +237,7 @@ def test_a_checkpoint_of_a_model_alone_is_no_run_to_go_on_from(copied):
     for name in ("pending_logs.json", MANIFEST):
         (saved / name).unlink()
     write_manifest(saved, trainer.identity, [path for path in saved.rglob("*") if path.is_file()])
-    with pytest.raises(ValueError, match=r"checkpoint-4 holds a model alone \(`save_only_model`\)"):
+    with pytest.raises(ValueError, match=r"checkpoint-4 holds only a model \(`save_only_model`\)"):
         make(folder).train(resume_from_checkpoint=True)
 
 
@@ -342,7 +342,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     write_atomic(tmp_path / "checkpoint-1" / STATE, "{}")
     write_atomic(tmp_path / "checkpoint-1" / MANIFEST, "{}")
     assert trainer.stopping._then().startswith(
-        f"{tmp_path}/checkpoint-1 is the last checkpoint: the same command goes on"
+        f"{tmp_path}/checkpoint-1 is the last checkpoint: the same command continues"
     )
 
 

@@ -406,7 +406,7 @@ def test_all_bodies_together_are_limited(model):
         time.sleep(0.3)
         body = {"prompts": ["a" * 9000], "responses": ["b"]}
         status, sentence = refusal(url, body)
-        assert (status, "Too many bytes of other requests are here" in sentence) == (503, True)
+        assert (status, "Other requests hold too many bytes" in sentence) == (503, True)
         opened.close()  # and what is given up is free again
         long = b" " * 50_000 + json.dumps({"prompts": PROMPTS[:1], "responses": RESPONSES[:1]}).encode()
         until = time.monotonic() + 5

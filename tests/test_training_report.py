@@ -65,7 +65,7 @@ PANELS = {
         "Agreement with the usual order of words",
         "Share of empty responses",
         "Share of steps at the ceiling",
-        "Steps at the ceiling, less outcome",
+        "Steps at the ceiling minus outcome",
         "Share of responses not judged",
         "Share of steps beyond the limit",
     ],
@@ -374,7 +374,7 @@ def test_a_group_is_drawn_where_all_of_its_runs_have_a_value():
     assert line is not None
     assert (line.updates.tolist(), line.mean.tolist()) == ([1, 3], [0.5, 0.5])
     (sentence,) = early_ends([long, short, run_of("b", "b", rewards__f__mean={9: 0.0})])
-    assert "The lines of a end at update 3, where short does; long goes on to 4." in sentence
+    assert "The lines of a end at update 3, where short ends; long continues to 4." in sentence
 
 
 def test_one_run_has_no_band_and_the_page_speaks_of_none(tmp_path):

@@ -4,6 +4,7 @@ Libraries that take seconds to import are imported inside functions.
 """
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
@@ -32,11 +33,7 @@ _OF_A_LAYER = re.compile(r"\.(\d|\{)")
 
 
 def check_writable_folder(folder: str | Path) -> None:
-    """Raise unless files can be written to a folder; folders created by the check are removed.
-
-    Raises:
-        OSError: Names the folder and what to do.
-    """
+    """Raise OSError unless files can be written to a folder; folders created by the check are removed."""
     folder, made = Path(folder), []
     try:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -48,12 +45,12 @@ def check_writable_folder(folder: str | Path) -> None:
         raise OSError(f"The output folder {folder} cannot be written ({reason}). Choose another one.") from error
     finally:
         for path in made:
-            with contextlib.suppress(OSError):  # not made, or another process has put something into it
+            with contextlib.suppress(OSError):  # not made, or in use by another process
                 path.rmdir()
 
 
 def check_writable_files(*paths: str | None) -> None:
-    """Raise unless a file can be written at each path; None is skipped."""
+    """Raise OSError unless a file can be written at each path; None is skipped."""
     for path in paths:
         if path is None:
             continue
@@ -63,7 +60,7 @@ def check_writable_files(*paths: str | None) -> None:
 
 
 def check_own_files(**paths: str | None) -> None:
-    """Raise ValueError if two arguments name one file, of which a command would write one over the other."""
+    """Raise ValueError if two arguments name the same file: the command would write one over the other."""
     found = [os.path.realpath(path) for path in paths.values() if path is not None]
     if len(set(found)) < len(found):
         *first, last = (f"`{name}`" for name in paths)
@@ -74,8 +71,7 @@ def check_own_files(**paths: str | None) -> None:
 def writing_folder(folder: str | Path) -> Iterator[None]:
     """Lock a writable folder while a command works: two commands at once would corrupt each other's files.
 
-    Raises:
-        OSError: If it cannot be written, or another process holds it.
+    Raises OSError if the folder cannot be written, or another process holds it.
     """
     check_writable_folder(folder)
     with locked(Path(folder) / ".lock", f"into {folder}"):
@@ -94,11 +90,7 @@ def writing_files(*paths: str | None) -> Iterator[None]:
 
 
 def refuse_finished_output(folder: str | Path, overwrite: bool) -> None:
-    """Raise if a folder has the weights of a finished model, unless they may be overwritten.
-
-    Raises:
-        FileExistsError: Names the folder and what to do.
-    """
+    """Raise FileExistsError if a folder holds a finished model, unless it may be overwritten."""
     if not overwrite and _holds_model(folder):
         raise FileExistsError(
             f"{folder} already holds a finished model. Give another `output_dir`, or `--overwrite_output_dir true`."
@@ -109,13 +101,15 @@ def _holds_model(folder: str | Path) -> bool:
     return any(Path(folder).glob("*.safetensors"))
 
 
-def check_models(*paths: str | None) -> None:
-    """Raise if a path is a local folder without a model; hub ids pass, None is skipped.
+def check_matplotlib() -> None:
+    """Raise ImportError if matplotlib is not installed; call it before long work that ends with plots."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('Plots need matplotlib, which is not installed: pip install "fractal-rm[plots]".')
 
-    Raises:
-        FileNotFoundError: If the folder is missing; for a quickstart folder the message says how to make it.
-        ValueError: If the folder holds no model.
-    """
+
+def check_models(*paths: str | None) -> None:
+    """Raise FileNotFoundError if a model folder is missing, ValueError if it holds no model; hub ids pass, None is
+    skipped."""
     for path in paths:
         if path is None or _is_hub_id(path):
             continue
@@ -136,11 +130,8 @@ def _is_hub_id(path: str) -> bool:
 
 
 def checkpoint_to_resume(config: Any) -> str | bool:
-    """What `resume_from_checkpoint` means: a path, or with `true` the last checkpoint, if there is one.
-
-    Raises:
-        FileNotFoundError: If the given path is missing.
-    """
+    """The checkpoint to resume: a path, True for the last one, or False; raises FileNotFoundError if a given path is
+    missing."""
     from fractal_rm.hf.checkpoints import can_resume
 
     wanted, folder = config.resume_from_checkpoint, config.output_dir
@@ -164,11 +155,8 @@ def checkpoint_to_resume(config: Any) -> str | bool:
 
 @contextlib.contextmanager
 def saving_trained(trainer: Any, what: str) -> Iterator[None]:
-    """Save a trained model if its evaluation, within the context, is interrupted: every step is done.
-
-    Raises:
-        Interrupted: Says what was saved.
-    """
+    """Save a trained model if its evaluation, in the `with` block, is interrupted; the Interrupted then raised says
+    what was saved."""
     from fractal_rm.hf.checkpoints import can_resume
 
     try:
@@ -184,11 +172,7 @@ def saving_trained(trainer: Any, what: str) -> Iterator[None]:
 
 
 def report_contradictions(sentences: Sequence[str], *, strict: bool) -> None:
-    """Print contradictions between rows as warnings.
-
-    Raises:
-        ValueError: With `strict`, if there is any contradiction.
-    """
+    """Print contradictions between rows as warnings; with `strict`, raise ValueError instead."""
     if strict and sentences:
         raise ValueError(f"{' '.join(sentences)} Fix the rows, or leave `strict` out.")
     for sentence in sentences:
@@ -210,7 +194,7 @@ def _is_news(record: logging.LogRecord) -> bool:
         return True
     rows = _REPORT_ROW.findall(message)
     missing = [weight for weight, status in rows if status == "MISSING"]
-    # Weights of another head may also be left over; left-over layers mean that the body was truncated.
+    # Weights of another head may also be left over; leftover layers mean that the body was truncated.
     harmless = all(
         status == "MISSING" or (status == "UNEXPECTED" and not _OF_A_LAYER.search(weight)) for weight, status in rows
     )
@@ -220,7 +204,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 def load_reward_model(
     path: str, batch_size: int = 32, published: str | None = None, *, keep: Path | None = None
 ) -> Any:
-    """A `StepRewardModel`, without progress bars; with `keep`, its scores are kept in that file."""
+    """A `StepRewardModel`, without progress bars; with `keep`, its scores are stored in that file."""
     from fractal_rm.evaluation.kept_scores import KeptScores
     from fractal_rm.reward_model import StepRewardModel
 
@@ -230,12 +214,12 @@ def load_reward_model(
 
 
 def kept_beside(output: str) -> Path | None:
-    """The file with a command's scores until its output is written; None beside a device or a pipe."""
+    """The file that stores a command's scores until its output is written; None for a device or a pipe."""
     return Path(f"{output}.part") if Path(output).is_file() or not Path(output).exists() else None
 
 
 def to_json(values: Any) -> str:
-    """Indented JSON; NaN and infinite numbers, which JSON cannot hold, become null."""
+    """Indented JSON; NaN and infinite numbers, which JSON cannot represent, become null."""
     from fractal_rm.evaluation.results import plain
 
     return json.dumps(plain(values, "metrics"), indent=2, ensure_ascii=False) + "\n"
@@ -253,9 +237,9 @@ def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def print_table(columns: Iterable[str], rows: Mapping[str, Iterable[str]], *, of: str = "metric") -> None:
-    """Print a table: names of the columns, cells by line, and what a line is (`of`)."""
+    """Print a table: names of the columns, cells by line, and the heading `of` of the lines."""
     table, console = Table(), Console()
-    # In one piece if there is room, and else folded, not cut: names with the same beginning stay distinguishable.
+    # Unbroken if there is room, otherwise folded, not cut: names with the same beginning stay distinguishable.
     short = max(map(len, rows), default=0) <= console.width // 3
     table.add_column(of, overflow="fold", no_wrap=short)
     for column in columns:

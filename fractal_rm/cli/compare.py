@@ -6,12 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fractal_rm.cli.checks import check_writable_folder
+from fractal_rm.cli.checks import check_matplotlib, check_writable_folder
 from fractal_rm.cli.options.parser import parse
 from fractal_rm.evaluation.results import portable_command
 from fractal_rm.files import write_atomic
 from fractal_rm.ranges import check_ranges
-from fractal_rm.report.drawing import check_matplotlib
 from fractal_rm.study.arms import ArmName
 from fractal_rm.study.page import draw_curves, sentences, tables
 from fractal_rm.study.run import Budget
@@ -20,7 +19,7 @@ from fractal_rm.tasks.arithmetic.conditions import CONDITIONS, ConditionName
 
 # Long chains and another form of problem: a learning rate that suits one may be too high for the other.
 TUNING_TASKS = ("medium", "branching")
-# Trials do this share of the updates of a run and are measured in its middle and at its end.
+# Trials take this share of a run's updates and are measured in the middle and at the end.
 TUNING_SHARE, TUNING_POINTS = 0.6, (0.5, 1.0)
 SMOKE_BUDGET = Budget(rollouts_per_update=16, held_out=8, updates=2, points=(1.0,))
 SMOKE_STEPS = 2
@@ -42,7 +41,7 @@ class CompareArguments:
         default="runs/compare", metadata={"help": "Folder of base policies, reward models and results."}
     )
     results: str | None = field(
-        default=None, metadata={"help": "File of results, one a line; default: `results.jsonl` in `output_dir`."}
+        default=None, metadata={"help": "File of results, one per line; default: `results.jsonl` in `output_dir`."}
     )
     chosen: str | None = field(
         default=None,
@@ -72,7 +71,7 @@ class CompareArguments:
             "to `chosen`."
         },
     )
-    smoke: bool = field(default=False, metadata={"help": "A tiny study, to see that everything runs."})
+    smoke: bool = field(default=False, metadata={"help": "A tiny study, to check that everything runs."})
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -85,8 +84,8 @@ def compare(argv: Sequence[str]) -> None:
 
 
 def run_comparison(arguments: CompareArguments, kind: type[Study] = Study) -> list[dict[str, Any]]:
-    """Tune, or run what the study still lacks, and write and print its results. Benchmarks pass another `kind`."""
-    folder = Path(arguments.output_dir, *(["smoke"] if arguments.smoke else []))  # never mixed with the real ones
+    """Tune, or run what the study still lacks, and write and print the results. Benchmarks pass another `kind`."""
+    folder = Path(arguments.output_dir, *(["smoke"] if arguments.smoke else []))  # separate from real results
     check_writable_folder(folder)
     results = Path(arguments.results or folder / "results.jsonl")
     chosen_file = Path(arguments.chosen or folder / "chosen.yaml")
@@ -116,8 +115,8 @@ def run_comparison(arguments: CompareArguments, kind: type[Study] = Study) -> li
     hint = "" if arguments.settings or arguments.arms else f" {_FIRST_LOOK}"
     takes = "a minute or more each, after minutes for base policies and reward models"
     if arguments.smoke:
-        takes = "seconds each, at a size at which nothing is learned"
-    before = f" ({done} done before)" if done else ""
+        takes = "seconds each, too small to learn anything"
+    before = f" ({done} already done)" if done else ""
     print(f"{len(units)} runs{before}, {takes}. The same command continues after Ctrl-C.{hint}", flush=True)
     study.run_all(units, arguments.jobs)
     rows = study.rows()

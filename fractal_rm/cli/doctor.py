@@ -1,7 +1,7 @@
-"""`fractal-rm doctor`: whether versions, device, models and rows suit each other, before a run.
+"""`fractal-rm doctor`: check before a run that versions, device, models and rows fit together.
 
-A line for each check: `ok`, `warn` or `fail`, what was looked at, and what to do. Versions are looked at first, and
-without importing any of the packages: a set of versions that does not go together may not even be imported.
+Each check prints a line: `ok`, `warn` or `fail`, its subject, and what to do. Versions come first and are checked
+without importing any package, because incompatible versions may fail to import.
 """
 
 import importlib.metadata
@@ -22,16 +22,14 @@ if TYPE_CHECKING:  # for `--help`, which looks for them here; the command import
 
 # Exit status if a check fails.
 FAILED = 1
-# The packages that this one needs, by the name that pip knows it by.
+# The name of this package for pip.
 _OURS = "fractal-rm"
 
 
 def doctor(argv: Sequence[str]) -> None:
-    """Check versions, the engine's names and the device; with a model and rows also what they do together.
+    """Check versions, TRL's private names and the device; with a model and rows, also how they work together.
 
-    Raises:
-        SystemExit: With status 1 if a check fails.
-        ValueError: If a flag is wrong.
+    Exits with status 1 if a check fails; raises ValueError if a flag is wrong.
     """
     examination = Examination()
     for name, requirement in needed().items():
@@ -59,18 +57,14 @@ def doctor(argv: Sequence[str]) -> None:
 
 
 def needed() -> dict[str, Requirement]:
-    """What this package needs without extras, those that results depend on first."""
+    """The packages that this one requires without extras; those that results depend on come first."""
     found = [Requirement(text) for text in importlib.metadata.requires(_OURS) or []]
     by_name = {one.name: one for one in found if one.marker is None or one.marker.evaluate({"extra": ""})}
     return {name: by_name[name] for name in sorted(by_name, key=lambda name: (name not in PACKAGES, name))}
 
 
 def check_version(requirement: Requirement) -> Finding:
-    """Whether a package is installed in a version of the range.
-
-    Raises:
-        ImportError: If it is not, and which to install.
-    """
+    """Check that a package is installed in a supported version; raises ImportError if not."""
     try:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
@@ -83,11 +77,7 @@ def check_version(requirement: Requirement) -> Finding:
 
 
 def check_python() -> Finding:
-    """Whether this Python is in the range.
-
-    Raises:
-        ImportError: If it is not.
-    """
+    """Check that this Python is supported; raises ImportError if not."""
     wanted = SpecifierSet(importlib.metadata.metadata(_OURS)["Requires-Python"])
     version = platform.python_version()
     if not wanted.contains(version, prereleases=True):
@@ -96,7 +86,7 @@ def check_python() -> Finding:
 
 
 def import_all() -> Finding:
-    """Import what the commands import: versions in range may still not go together."""
+    """Import what the commands import: even versions within their ranges may be incompatible."""
     import fractal_rm.ppo.trainer
     import fractal_rm.reward_training.trainer  # noqa: F401
     from fractal_rm.cli.options.parser import parse
@@ -108,11 +98,7 @@ def import_all() -> Finding:
 
 
 def check_names() -> Finding:
-    """Whether the private names of TRL that the trainer relies on are there, and do what it expects.
-
-    Raises:
-        ImportError: Names the first one that moved.
-    """
+    """Check TRL's private names that the trainer relies on; raises ImportError with the first that moved."""
     from fractal_rm.ppo.contract import TESTED_TRL, check_contract
 
     moved, (oldest, *_, newest) = list(check_contract()), TESTED_TRL
@@ -122,15 +108,15 @@ def check_names() -> Finding:
     installed = importlib.metadata.version("trl")
     if Version(installed) > Version(newest):
         return Finding(
-            f"All are there, but TRL {installed} is newer than any that StepPPOTrainer is tested with ({oldest} to "
+            f"All names exist, but TRL {installed} is newer than any that StepPPOTrainer is tested with ({oldest} to "
             f"{newest}). Compare a short run with {newest} before a long one.",
             status="warn",
         )
-    return Finding(f"All that StepPPOTrainer overrides or calls are there (tested with TRL {oldest} to {newest}).")
+    return Finding(f"All names that StepPPOTrainer overrides or calls exist (tested with TRL {oldest} to {newest}).")
 
 
 def check_device() -> Finding:
-    """Which GPUs torch sees."""
+    """List the GPUs that torch sees."""
     import torch
 
     if torch.cuda.is_available():
@@ -146,12 +132,12 @@ def check_device() -> Finding:
 
 
 def check_bfloat16() -> Finding:
-    """Whether training can compute in bfloat16 here, as transformers decides it."""
+    """Check whether training can compute in bfloat16 here, by the rule of transformers."""
     import torch
     from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
     if is_torch_bf16_gpu_available():
-        return Finding("The GPU computes in it: `--bf16 true` trains in half the memory for activations.")
+        return Finding("The GPU supports it: `--bf16 true` halves the memory of activations.")
     if torch.cuda.is_available():
-        return Finding("The GPU does not compute in it. Give `--bf16 false`, and `--fp16 true` if it is to be fast.")
-    return Finding("Not without a GPU: models compute in float32, and `--bf16 true` is refused.")
+        return Finding("The GPU does not support it. Give `--bf16 false`, and `--fp16 true` for speed.")
+    return Finding("Not without a GPU: models compute in float32, and `--bf16 true` is rejected.")

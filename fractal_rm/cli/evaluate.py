@@ -69,7 +69,7 @@ class EvaluateArguments(ScoringArguments):
     seed: int = field(default=0, metadata={"help": "Seed of the rows that `limit` draws."})
     output: str = field(
         default="metrics.json",
-        metadata={"help": "File of the metrics. A stopped run goes on from OUTPUT.part."},
+        metadata={"help": "File of the metrics. A stopped run continues from OUTPUT.part."},
     )
     threshold_file: str | None = field(
         default=None,
@@ -163,7 +163,7 @@ def _shared_rows(arguments: EvaluateArguments, rows: list[Any], source: str) -> 
 
 
 def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
-    """The rows to measure on, and what to call them."""
+    """The rows to evaluate, and their name in messages."""
 
     def drawn(rows: Sequence[Any]) -> list[Any]:
         return draw(rows, arguments.limit, arguments.seed, whole_prompts=arguments.benchmark == "best_of_n")
@@ -185,7 +185,7 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
     path = split or find_file(arguments.data, arguments.data_dir)
     source = f"{arguments.data} ({arguments.split})" if split else path.name
     files = [path]
-    if path.is_dir():  # official files, one a subset
+    if path.is_dir():  # official files, one per subset
         files = sorted(file for file in path.iterdir() if file.name.endswith(JSON_ENDINGS))
         if not files:
             raise FileNotFoundError(f"{path} has no .json or .jsonl file. Give a file, or a folder of the subsets.")
@@ -193,13 +193,9 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
 
 
 def draw(rows: Sequence[Any], limit: int | None, seed: int, *, whole_prompts: bool = False) -> list[Any]:
-    """Rows drawn at random, in their order: a sorted file keeps all of its labels.
+    """Rows drawn at random, in their order, so that a sorted file keeps all of its labels.
 
-    Args:
-        rows: Rows or bags; the two bags of a preference stay together.
-        limit: Most rows to take; None: all.
-        seed: Of the draw.
-        whole_prompts: Take all rows of a prompt, or none.
+    The two bags of a preference stay together; with `whole_prompts`, so do all rows of a prompt.
 
     Example:
         >>> draw([{"prompt": i} for i in range(100)], 3, seed=0)
@@ -281,7 +277,7 @@ def _threshold(model: Any, arguments: EvaluateArguments) -> float | None:
 
 
 def why_absent(found: Mapping[str, Any], bags: Sequence[Bag]) -> list[str]:
-    """For undefined or missing metrics: what the rows lack."""
+    """Sentences about undefined and missing metrics: what the rows lack."""
     sentences = []
     responses = [name for name, one in found.items() if name.startswith("bag_") and math.isnan(one.value)]
     labels = {bag.label for bag in bags}
@@ -298,8 +294,8 @@ def why_absent(found: Mapping[str, Any], bags: Sequence[Bag]) -> list[str]:
         sentences.append(f"Not measured: {', '.join(steps)}. All {len(known)} step labels are {known[0]:g}.")
     elif steps:
         sentences.append(
-            f"Not measured: {', '.join(steps)}. They need responses with a wrong step, and responses of which every "
-            "step has a label and is right."
+            f"Not measured: {', '.join(steps)}. They need responses with a wrong step, and responses with only right "
+            "steps, all labelled."
         )
     return sentences
 

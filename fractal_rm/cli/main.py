@@ -40,7 +40,7 @@ COMMANDS = {
     "report": "Make tables from a results.jsonl, or curves from PPO runs.",
 }
 _ERASED_LINE = "\r\033[K"
-# What an interrupted command keeps and how to go on. `train` and `ppo` say it themselves: it depends on checkpoints.
+# What an interrupted command keeps and how to continue. For `train` and `ppo` it depends on checkpoints: they say so.
 _GO_ON = {
     "quickstart": "Finished stages are kept; the same command continues with the others.",
     "compare": "Finished runs are kept; the same command continues with the others.",
@@ -75,7 +75,7 @@ def run(command: str, argv: Sequence[str]) -> None:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Say on a terminal that libraries are loaded, which takes seconds; the line goes away."""
+    """Show on a terminal that libraries are loading, which takes seconds; the line is erased afterwards."""
     shown = sys.stderr.isatty()
     if shown:
         print("Loading libraries ...", end="", file=sys.stderr, flush=True)
@@ -102,7 +102,7 @@ def is_bad_input(error: BaseException) -> bool:
 
 
 def _check_processes() -> None:
-    """Raise unless the variables of a launcher, which libraries read while they are imported, are numbers."""
+    """Raise ValueError unless a launcher's variables, which libraries read at import, are numbers."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         value = os.environ.get(name, "0")
         if not value.removeprefix("-").isdecimal():
@@ -113,7 +113,7 @@ def _check_processes() -> None:
 
 
 def sentence(error: BaseException) -> str:
-    """What is printed of an error about the input; one of the system gets its place, and what to do."""
+    """The printed form of an error about the input; errors of the operating system get their path and advice."""
     full = isinstance(error, OSError) and error.errno in _FULL
     if not isinstance(error, OSError) or error.strerror is None or not (full or error.filename is not None):
         told = error.args[0] if isinstance(error, KeyError) else error

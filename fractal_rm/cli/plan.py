@@ -82,9 +82,9 @@ class PlanArguments:
         default="float32",
         metadata={"help": "Type of the reward model's weights. It is float32 if training changed all weights."},
     )
-    prompt_length: int = field(default=150, metadata={"help": "Tokens of a prompt."})
-    max_completion_length: int = field(default=320, metadata={"help": "Tokens of a completion."})
-    num_generations: int = field(default=8, metadata={"help": "Completions of a prompt."})
+    prompt_length: int = field(default=150, metadata={"help": "Tokens per prompt."})
+    max_completion_length: int = field(default=320, metadata={"help": "Tokens per completion."})
+    num_generations: int = field(default=8, metadata={"help": "Completions per prompt."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Completions per forward and backward pass."})
     gradient_accumulation_steps: int = field(default=16, metadata={"help": "Batches per update."})
     gradient_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations to save memory."})
@@ -145,11 +145,7 @@ def plan(argv: Sequence[str]) -> None:
 
 
 def read_gpu(name: str, teraflops: float | None) -> GPU:
-    """The card of a name or memory size, with measured operations per second if given.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """A GPU by name or memory size, with measured operations per second if given; raises ValueError for other text."""
     known = {card.lower(): gpu for card, gpu in GPUS.items()}
     found, size = known.get(name.lower().replace(" ", "-")), _MEMORY.fullmatch(name.strip())
     if found is None and size is None:
@@ -164,12 +160,8 @@ def read_gpu(name: str, teraflops: float | None) -> GPU:
 
 
 def read_run(arguments: PlanArguments) -> Run:
-    """The run that the arguments describe.
-
-    Raises:
-        OSError: If a folder is missing.
-        ValueError: If a size cannot be read.
-    """
+    """The run that the arguments describe; raises OSError if a folder is missing, ValueError if a size cannot be
+    read."""
     policy = read_shape(arguments.model or str(arguments.parameters), is_size=arguments.model is None)
     reward: Shape | None = policy
     if arguments.reward_model == "none":
@@ -180,7 +172,7 @@ def read_run(arguments: PlanArguments) -> Run:
 
 
 def make_run(arguments: PlanArguments, policy: Shape, reward: Shape | None) -> Run:
-    """The run of a policy and a reward model under the options of the command line."""
+    """The run of a policy and a reward model under the command's options."""
     rollouts = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return Run(
         policy=policy,
@@ -201,16 +193,14 @@ def make_run(arguments: PlanArguments, policy: Shape, reward: Shape | None) -> R
 
 
 def is_size(name: str) -> bool:
-    """Whether the name of a model is a number of parameters."""
+    """Whether a model is given as a number of parameters."""
     return _SIZE.fullmatch(name.strip()) is not None
 
 
 def read_shape(name: str, *, is_size: bool) -> Shape:
-    """The sizes of a model from a number of parameters, or from the configuration of a folder or hub id.
+    """The sizes of a model, from a number of parameters or from the configuration of a folder or hub id.
 
-    Raises:
-        OSError: If a folder is missing.
-        ValueError: If a size or a configuration cannot be read.
+    Raises OSError if a folder is missing, ValueError if a size or a configuration cannot be read.
     """
     if is_size:
         size = _SIZE.fullmatch(name.strip())
@@ -231,7 +221,7 @@ def read_shape(name: str, *, is_size: bool) -> Shape:
 
 
 def verdict(arguments: PlanArguments, run: Run, gpu: GPU) -> str:
-    """Whether the run fits; if not, the largest part and what each option saves."""
+    """Whether the run fits; if not, its largest part and what each option saves."""
     held = memory(run, gpu)
     total, room = held["total"], gpu.usable * gpu.memory
     of = f"{total / GIGABYTE:.1f} GB of {room / GIGABYTE:.1f} GB usable"
@@ -257,7 +247,7 @@ def _gigabytes(size: float | None) -> float | None:
 
 
 def stage_hours(arguments: PlanArguments, run: Run, gpu: GPU) -> dict[str, float]:
-    """Hours of `sample`, `train` and `ppo` under the options of the command line."""
+    """Hours of `sample`, `train` and `ppo` under the command's options."""
     return hours(
         run,
         gpu,
@@ -268,7 +258,7 @@ def stage_hours(arguments: PlanArguments, run: Run, gpu: GPU) -> dict[str, float
 
 
 def _print_models(arguments: PlanArguments, gpu: GPU) -> None:
-    """A line for each common model."""
+    """Print a line for each common model."""
     rows = {}
     for name, shape in MODELS.items():
         run = make_run(arguments, shape, None if arguments.reward_model == "none" else shape)

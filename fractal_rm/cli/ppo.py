@@ -73,9 +73,9 @@ class PPOArguments(TaskArguments):
         metadata={
             "help": "Outcome reward: a name, or FILE.py:FUNCTION. Names: `exact_answer`, `gsm8k_answer`, `verifier`. "
             "`exact_answer` is for the task arithmetic; `gsm8k_answer` reads the column `answer` (extra `math`); "
-            "`verifier` is the check of the tasks reasoning_gym and word_problems. A function of your own is named by "
-            "its file (`my_rewards.py:exact`) or by a dotted path (`my_package.rewards.exact`), and takes what TRL's "
-            "reward functions take."
+            "`verifier` is the check of the tasks reasoning_gym and word_problems. Name your own function by its file "
+            "(`my_rewards.py:exact`) or by a dotted path (`my_package.rewards.exact`); it takes the arguments of TRL's "
+            "reward functions."
         },
     )
     value_model: str | None = field(
@@ -146,7 +146,7 @@ def _ppo(arguments: PPOArguments, data: DataArguments, lora: LoraArguments, conf
     names = [*reward_models, *([arguments.reward_function] if arguments.reward_function else [])]
     if not names:
         raise ValueError("There is no reward. Give `reward_model` (dense), `reward_function` (outcome), or both.")
-    # Two words stand for a backbone that is loaded anyway.
+    # These two words name a backbone that is loaded anyway.
     given_value = None if arguments.value_model in ("reward_model", "shared") else arguments.value_model
     adapt_value = arguments.value_use_peft and config.advantage == "gae" and arguments.value_model != "shared"
     check_models(arguments.model, *reward_models, given_value)
@@ -185,7 +185,7 @@ def _ppo(arguments: PPOArguments, data: DataArguments, lora: LoraArguments, conf
                 metrics["eval"] = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        write_manifest(folder, trainer.identity, ())  # whose policy this is
+        write_manifest(folder, trainer.identity, ())  # identifies the run of this policy
         shown = {
             split: {name: value for name, value in values.items() if name.startswith(_SHOWN)}
             for split, values in metrics.items()
@@ -232,15 +232,8 @@ def read_prompts(
 ) -> list[dict[str, Any]] | None:
     """Rows for `StepPPOTrainer`: `prompt`, and the columns that reward functions read.
 
-    Args:
-        arguments: Task and reward function.
-        data: Files or data set.
-        split: Rows to train on, or held-out ones.
-        seed: Seed of the problems that a task makes.
-        task: Makes the problems; None: rows are read.
-
-    Returns:
-        The rows; None without rows for evaluation.
+    `task` makes problems from `seed`; without it, rows are read from files or a data set. Returns None if there are no
+    rows for evaluation.
 
     Raises:
         OSError: If a file cannot be read.
@@ -274,7 +267,7 @@ def read_prompts(
 
 
 def check_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> None:
-    """Raise unless every row has a prompt, all of them texts or all of them chats."""
+    """Raise ValueError unless every row has a prompt, all of them texts or all of them chats."""
     for number, row in enumerate(rows, 1):
         with naming(source, number):
             if row.get("prompt") is None:
@@ -289,11 +282,8 @@ def check_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> None:
 
 
 def make_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
-    """Rows as a data set with all their columns, null where a row has none.
-
-    Raises:
-        ValueError: If a column has values of several types.
-    """
+    """Rows as a data set with all their columns, null where a row lacks one; raises ValueError if a column has mixed
+    types."""
     names = dict.fromkeys(name for row in rows for name in row)
     try:
         return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})

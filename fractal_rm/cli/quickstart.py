@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from fractal_rm.cli.checks import writing_folder
+from fractal_rm.cli.checks import check_matplotlib, writing_folder
 from fractal_rm.cli.options.parser import parse
-from fractal_rm.report.drawing import check_matplotlib
 from fractal_rm.study.quickstart import Quickstart, QuickstartArguments
 
 

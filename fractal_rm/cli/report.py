@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal_rm.cli.checks import check_own_files, writing_files
+from fractal_rm.cli.checks import check_matplotlib, check_own_files, writing_files
 from fractal_rm.cli.options.parser import parse
 from fractal_rm.evaluation.results import read_results
 from fractal_rm.files import write_atomic
-from fractal_rm.report.drawing import check_matplotlib
 from fractal_rm.report.tables import markdown_table, write_results_page
 from fractal_rm.report.training_history import read_runs
 from fractal_rm.report.training_report import save_training_figure, write_training_report
@@ -59,7 +58,7 @@ class ReportArguments:
 
 
 def report(argv: Sequence[str]) -> None:
-    """Write the page, the picture or the table that the arguments ask for."""
+    """Write the page, picture or table that the arguments request."""
     (arguments,) = parse("report", [ReportArguments], argv)
     with writing_files(arguments.output, arguments.figure):
         if arguments.runs is not None:

@@ -19,7 +19,7 @@ from fractal_rm.tasks.answers import read_answer
 from fractal_rm.tasks.equations import step_labels
 from fractal_rm.tasks.task import Split
 
-# Arguments that may differ when a stopped run goes on.
+# Arguments that may differ when a stopped run continues.
 _FREE = ("output", "num_prompts")
 
 
@@ -30,8 +30,8 @@ class SampleArguments(TaskArguments):
     model: str = field(metadata={"help": "The policy: path or hub id of a causal language model."})
     output: str = field(
         metadata={
-            "help": "File of responses, one a line. Each has `prompt`, `completion`, `label` (1: the final answer is "
-            "right), `answer` and `responses` (lines of this prompt). A stopped run goes on there."
+            "help": "File of responses, one per line. Each has `prompt`, `completion`, `label` (1: the final answer is "
+            "right), `answer` and `responses` (lines of this prompt). A stopped run continues there."
         }
     )
     split: Split = field(
@@ -41,9 +41,7 @@ class SampleArguments(TaskArguments):
     num_prompts: int = field(default=256, metadata={"help": "Number of prompts. Raise it to extend a finished run."})
     skip_prompts: int = field(
         default=0,
-        metadata={
-            "help": "Rows to skip at the start of a file or data set. They are left for another file of responses."
-        },
+        metadata={"help": "Rows to skip at the start of a file or data set, kept for another file of responses."},
     )
     samples: int = field(default=8, metadata={"help": "Responses to each prompt."})
     greedy: bool = field(default=False, metadata={"help": "Decode greedily instead of sampling."})
@@ -51,7 +49,7 @@ class SampleArguments(TaskArguments):
         default=False, metadata={"help": "Prompts are chats, for models with a chat template; otherwise texts."}
     )
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Most tokens of a response; default: the task's."}
+        default=None, metadata={"help": "Maximum tokens of a response; default: the task's."}
     )
     batch_size: int = field(default=64, metadata={"help": "Responses per batch."})
     gold_steps: bool = field(
@@ -69,7 +67,7 @@ class SampleArguments(TaskArguments):
     def __post_init__(self) -> None:
         if self.skip_prompts and self.task not in (None, "gsm8k"):
             raise ValueError(
-                f"`task={self.task}` makes its own prompts: choose other ones by `split`, not `skip_prompts`."
+                f"`task={self.task}` makes its own prompts: choose others with `split`, not `skip_prompts`."
             )
         super().__post_init__()
 
@@ -154,7 +152,7 @@ def _sample(arguments: SampleArguments, data: DataArguments) -> None:
 
 
 def _read_prompts(arguments: SampleArguments, data: DataArguments) -> tuple[list[Asked], int]:
-    """Prompts with their judges, and the longest response."""
+    """Prompts with their checks, and the maximum number of tokens of a response."""
     count, seed = arguments.num_prompts, arguments.seed
     if arguments.task in MAKE_PROMPTS:
         task = make_task(arguments, data, arguments.model)
@@ -175,7 +173,7 @@ def _read_prompts(arguments: SampleArguments, data: DataArguments) -> tuple[list
 
 
 def _prompts_of_rows(arguments: SampleArguments, data: DataArguments) -> list[Asked]:
-    """Prompts of a file or data set, whose answers are compared as GSM8K's are."""
+    """Prompts of a file or data set; their answers are compared as GSM8K's are."""
     from fractal_rm.tasks.gsm8k import gsm8k_answer, last_number_answer, read_gsm8k
 
     found = data.read("train")
@@ -253,8 +251,7 @@ def read_rows_of(path: Path) -> list[dict[str, Any]]:
 def _rows_so_far(path: Path, arguments: SampleArguments) -> set[str]:
     """Prompts that have all their responses; rows of other prompts are removed.
 
-    Raises:
-        ValueError: If the file is of a run with other settings.
+    Raises ValueError if a run with other settings wrote the file.
     """
     settings = {name: value for name, value in vars(arguments).items() if name not in _FREE}
     beside = path.with_name(f"{path.name}.settings.json")
@@ -284,7 +281,8 @@ def _rows_so_far(path: Path, arguments: SampleArguments) -> set[str]:
 
 
 def summary(rows: Sequence[dict[str, Any]], samples: int, *, marked: bool = True) -> str:
-    """How many responses are right, as a sentence without its end; if answers are `marked`, how many have none.
+    """The share of right responses, as a sentence without its period; if answers are `marked`, also the share without
+    one.
 
     Example:
         >>> rows = [{"prompt": "a", "label": 1.0, "answer": "3"}, {"prompt": "a", "label": 0.0, "answer": None}]

@@ -30,7 +30,7 @@ class ScoreArguments(ScoringArguments):
         }
     )
     output: str = field(
-        metadata={"help": "File of scores, one line for each response. A stopped run goes on from OUTPUT.part."}
+        metadata={"help": "File of scores, one line for each response. A stopped run continues from OUTPUT.part."}
     )
     html: str | None = field(default=None, metadata={"help": "Write a page that shows the scored responses."})
     show: int = field(default=0, metadata={"help": "Print this many responses with coloured steps."})

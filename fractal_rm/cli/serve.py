@@ -24,20 +24,20 @@ class ServeArguments(RewardModelArguments):
         metadata={"help": "Address to listen on. 0.0.0.0 lets other machines use the server."},
     )
     port: int = field(default=8000, metadata={"help": "Port to listen on; 0: any free port."})
-    batch_size: int = field(default=32, metadata={"help": "Most responses per forward pass, over requests."})
+    batch_size: int = field(default=32, metadata={"help": "Maximum responses per forward pass, over all requests."})
     wait: float = field(
         default=0.005, metadata={"help": "Seconds that a response waits for others to share its forward pass."}
     )
     token_file: str | None = field(
         default=None,
         metadata={
-            "help": "File whose only line is the token that requests must bring (`Authorization: Bearer TOKEN`); "
+            "help": "File whose only line is the token that requests must send (`Authorization: Bearer TOKEN`); "
             "required if other machines can reach `host`."
         },
     )
     names: list[str] | None = field(
         default=None,
-        metadata={"help": "Further names of the server that requests may use in `Host`, such as that of a proxy."},
+        metadata={"help": "Further names of the server that requests may send in `Host`, such as a proxy's."},
     )
     ends: list[str] | None = field(
         default=None,
@@ -88,11 +88,7 @@ def _until_ctrl_c() -> Iterator[None]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0: any free port.
-
-    Raises:
-        OSError: If the address or port is not available.
-    """
+    """A listening socket; port 0: any free port. Raises OSError if the address or port is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)

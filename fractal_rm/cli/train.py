@@ -108,7 +108,7 @@ def _train(arguments: TrainArguments, data: DataArguments, lora: LoraArguments, 
         metrics = trainer.finish(bags.get("test"), data=data.name)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        write_manifest(folder, trainer.identity, ())  # whose model this is
+        write_manifest(folder, trainer.identity, ())  # identifies the run of this model
         write_atomic(folder / "metrics.json", to_json(metrics | {"history": trainer.state.log_history}))
         print_metrics(metrics)
         print(f"{folder} holds the reward model, metrics.json and README.md.")
@@ -117,7 +117,7 @@ def _train(arguments: TrainArguments, data: DataArguments, lora: LoraArguments, 
 
 
 def _choose(count: int, model: str, config: FractalConfig, given: Mapping[str, Any]) -> FractalTrainer:
-    """The trainer of the best configuration; prints a line per trial, and the table last."""
+    """The trainer of the best configuration; prints a line per trial, then a table."""
     done = itertools.count(1)
 
     def tell(trial: Trial) -> None:

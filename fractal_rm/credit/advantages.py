@@ -289,13 +289,13 @@ def group_step_advantages(
         ]
         if not steps:
             continue
-        to_go, later = 0.0, steps[-1]
+        after, here, later = 0.0, 0.0, steps[-1]  # discounted rewards after a token, and rewards at it
         for step, reward in reversed(list(zip(steps, _centred(steps, baseline, scale=scale), strict=True))):
             if step.row != later.row:
-                to_go = 0.0
-            elif step.end < later.end:  # steps that end on the same token are one, whose rewards add up
-                to_go *= gamma
-            to_go += reward
-            advantages[step.row, step.start : step.end + 1] = to_go
+                after = here = 0.0
+            elif step.end < later.end:
+                after, here = gamma * (here + after), 0.0
+            here += reward  # steps that end on the same token are one, whose rewards add up
+            advantages[step.row, step.start : step.end + 1] = here + after
             later = step
     return advantages.to(mask.device).masked_fill(~mask, 0.0)

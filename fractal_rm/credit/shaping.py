@@ -71,8 +71,8 @@ def shape_step_scores(
         scores: P(step is good), in [0, 1]. Values at padding are ignored.
         mask: True where a step is real. The real steps of a row come first; a row may have none.
         shaping: The form.
-        center: Baseline of `"centered"`: the mean over the response's own steps, over those of the batch or of the
-            prompt's completions, or the threshold.
+        center: Baseline of `"centered"`: the mean over the steps of the response, of the batch or of the prompt's
+            completions, or the threshold.
         threshold: Score that counts as neither good nor bad: for `center="threshold"`, and the start of `"delta"`.
         group_size: Completions per prompt, for `center="group"`. Rows of a group are consecutive.
 

@@ -15,29 +15,19 @@ from fractal_rm.versions import package_versions
 
 @dataclass
 class RewardModelCard:
-    """Model card of a step reward model, filled in as results become known.
+    """Model card of a step reward model, filled in as results become known."""
 
-    Args:
-        base: Model that training started from: a path or hub id; None if it was built in code.
-        data: Name of the training data.
-        labels: What its labels say, and how many there are.
-        metrics: For each split its metrics.
-        intervals: For each split the metrics with an interval, which replace those in `metrics`.
-        measured: The last evaluation; its intervals are computed when a card is written.
-        choice: How the configuration was chosen among others, with their results; None: it was given.
-    """
-
-    base: str | None = None
-    data: str = "given in Python"
-    labels: str = "not known"
-    metrics: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    base: str | None = None  # model that training started from: a path or hub id; None if it was built in code
+    data: str = "given in Python"  # name of the training data
+    labels: str = "not known"  # what its labels say, and how many there are
+    metrics: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # for each split its metrics
+    # For each split the metrics with an interval, which replace those in `metrics`.
     intervals: dict[str, Mapping[str, Estimate]] = field(default_factory=dict)
-    measured: Measurement | None = None
-    choice: str | None = None
+    measured: Measurement | None = None  # the last evaluation; its intervals are computed when a card is written
+    choice: str | None = None  # how the configuration was chosen among others, with their results; None: it was given
 
     def evaluated(self, measured: Measurement) -> None:
-        """Record the metrics of an evaluation; their intervals are computed if a card is written before the next
-        one."""
+        """Record the metrics of an evaluation; a card computes their intervals if it is written before the next one."""
         self.metrics["evaluation"], self.measured = measured.values, measured
         self.intervals.pop("evaluation", None)
 
@@ -144,7 +134,7 @@ def _portable(path: str | None) -> str:
 
 
 def counted(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics as tables show them: without a `total_flos` of 0, which says that the trainer did not count.
+    """Drop a `total_flos` of 0 from metrics: the trainer did not count operations.
 
     Example:
         >>> counted({"total_flos": 0.0, "train_loss": 0.0})
@@ -182,7 +172,7 @@ def _versions() -> str:
     )
 
 
-# Reading step scores with nothing but transformers -------------------------------------------------------------------
+# Reading step scores with transformers only ---------------------------------------------------------------------------
 
 _HEADING = "## Without fractal-rm"
 
@@ -196,7 +186,7 @@ settings = model.config.fractal
 
 
 def score_steps(prompt, pieces):
-    """P(step is good) of each step. `pieces`: the response, cut behind each step: ["3*4=12.", "\\\\n2+12=14."]."""
+    """P(step is good) of each step. `pieces`: the response, cut after each step: ["3*4=12.", "\\\\n2+12=14."]."""
     {text}
     ids = {prefix}tokenizer(text, add_special_tokens=False)["input_ids"]
 '''
@@ -211,7 +201,7 @@ _TOKEN = """    ends = []
 """
 
 _LIKELIHOOD = """    members = []
-    for piece in pieces:  # a step's tokens are those that hold some of it, and not only the white space before it
+    for piece in pieces:  # a step's tokens hold part of it, not only the white space before it
         gap = len(piece) - len(piece.lstrip())
         found = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
         inside = [i for i, (_, end) in enumerate(found["offset_mapping"]) if end > gap]

@@ -36,7 +36,7 @@ def fault(checkpoint: str | Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return f"it has no {STATE}"
     named = _NAME.fullmatch(folder.name)
-    return None if named is None or step == int(named[1]) else f"it is of step {step}"
+    return None if named is None or step == int(named[1]) else f"it was written at step {step}"
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -72,15 +72,10 @@ def resume_or_clear(folder: Path) -> bool:
 
 
 def find_checkpoint(wanted: Any, output_dir: str | Path | None, identity: Identity) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` of `Trainer.train` means.
+    """The checkpoint that `resume_from_checkpoint` of `Trainer.train` means: a path, True for the last complete one, or
+    none.
 
-    Args:
-        wanted: A path; True: the last complete checkpoint; any false value: none.
-        output_dir: Where the run writes its checkpoints.
-        identity: Identity of the run to be resumed.
-
-    Raises:
-        ValueError: If there is no complete checkpoint, or the given one is incomplete or belongs to another run.
+    Raises ValueError if there is no complete checkpoint, or the given one is incomplete or belongs to another run.
     """
     if not wanted:
         return None
@@ -119,12 +114,7 @@ def check_same_run(folder: Path, identity: Identity) -> None:
 def whole_or_absent(folder: Path, *, writes: bool) -> Iterator[None]:
     """Write a checkpoint inside the `with` block, or leave none: a half-written checkpoint is removed after any error.
 
-    Args:
-        folder: Of the checkpoint.
-        writes: Whether this process is the one that writes it.
-
-    Raises:
-        OSError: If the disk is full; the message says what is left.
+    `writes` says whether this process writes it. Raises OSError if the disk is full; the message says what is left.
     """
     if writes:  # a checkpoint of the same name is incomplete while it is rewritten
         (folder / MANIFEST).unlink(missing_ok=True)
@@ -143,11 +133,8 @@ class WriteError(OSError):
 
 @contextmanager
 def named_write_errors(what: str, then: str = "") -> Iterator[None]:
-    """Turn errors of torch, safetensors or the system about a full disk into one sentence.
-
-    Raises:
-        WriteError: Names what could not be written, why, what is left, and what to do.
-    """
+    """Turn errors of torch, safetensors or the operating system about a full disk into a [`WriteError`] of one
+    sentence."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -8,14 +8,11 @@ import torch
 
 @contextmanager
 def flush_denormals(device: torch.device) -> Iterator[None]:
-    """Let the CPU round numbers below 1e-38 to 0 inside a `with` block.
+    """Let the CPU round numbers below 1e-38 to 0 inside a `with` block; on a GPU nothing changes.
 
     The gradients of a policy that is sure of its tokens are full of denormals: small models spent half of the backward
     pass on numbers that change no weight (docs/speed.md). The setting (`torch.set_flush_denormal`) belongs to the whole
     process, so it is restored at the end.
-
-    Args:
-        device: The device of the training; on a GPU nothing changes.
     """
     if device.type != "cpu" or _already_flushed():
         yield

@@ -17,10 +17,8 @@ class FiniteTraining(TrainerCallback):
     """Stops training at a NaN or infinite loss or gradient, before the optimizer step.
 
     The batches of that step are saved in the output folder, `not_finite-<step>-<number>.safetensors`: give one to
-    `trainer.compute_loss` to see it again.
-
-    Args:
-        trainer: The trainer. Under a gradient scaler gradients are not checked, because it skips such steps.
+    `trainer.compute_loss` to see it again. Under a gradient scaler gradients are not checked, because it skips such
+    steps.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -28,11 +26,7 @@ class FiniteTraining(TrainerCallback):
         self.batches: list[dict[str, Any]] = []
 
     def check_loss(self, loss: Any, batch: dict[str, Any]) -> None:
-        """Keep a batch until the optimizer step, and raise if its loss is NaN or infinite.
-
-        Raises:
-            ValueError: Names the step and the files with its batches.
-        """
+        """Keep a batch until the optimizer step; raise ValueError if its loss is NaN or infinite."""
         self.batches.append(batch)
         if not loss.isfinite().all():
             self.stop("loss", loss.detach().float().mean().item())

@@ -103,13 +103,11 @@ class LengthBuckets:
         return rows if self._order is None else rows[self._order.argsort().to(rows.device)]
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Results for the whole batch from the results of its buckets; 0 in columns outside a bucket.
+        """Results for the whole batch, in the order of its rows, from those of its buckets; 0 in columns outside a
+        bucket.
 
-        Args:
-            pieces: One per bucket, in their order: (b, w, ...) for all of its columns, or for the last ones alone.
-
-        Returns:
-            Results in the order of the batch's rows: (B, W, ...), or its last columns.
+        `pieces` has one tensor per bucket, (b, w, ...) for all of its columns or only for its last ones. The result is
+        (B, W, ...), or its last columns.
         """
         if self._order is None:
             return self.in_order(pieces)
@@ -136,17 +134,9 @@ def bucketed_step_logits(scorer: Any, inputs: dict[str, Tensor], accelerator: Ac
 
 
 def bucketed_log_probs(log_probs: Any, parts: LengthBuckets, model: Any, *texts: Tensor, **options: Any) -> Any:
-    """TRL's log-probabilities and entropies, computed bucket by bucket.
+    """TRL's log-probabilities (B, T) and entropies (B, T) or None, from token ids and mask (B, W), bucket by bucket.
 
-    Args:
-        log_probs: TRL's method.
-        parts: The buckets of the batch.
-        model: The model.
-        texts: Token ids and attention mask, (B, W) each.
-        options: Further arguments of the method.
-
-    Returns:
-        Log-probabilities (B, T), entropies (B, T) or None, and None in place of the mixture-of-experts loss.
+    The third result, TRL's mixture-of-experts loss, is None.
     """
     results = [log_probs(model, *part.of(*texts), parts.completion_width(part), **options) for part in parts.parts]
     logps, entropies, _ = zip(*results, strict=True)

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from fractal_rm.files import write_atomic
 
 MANIFEST = "manifest.json"
-# Manifests of the first packages that wrote some have no version: theirs is 1.
+# Manifests without a version, from the first releases, count as version 1.
 MANIFEST_VERSION = 1
 Identity = dict[str, Any]
 # Rows hashed at a time, and values hashed at either end of a weight: this distinguishes models, but does not verify
@@ -78,7 +78,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def unknown_version(manifest: dict[str, Any]) -> str | None:
-    """Why a manifest cannot be trusted to mean what this package takes it to mean, as a part of a sentence."""
+    """Why this package cannot read a manifest's format, as part of a sentence; None if it can."""
     version = manifest.get("format_version", 1)
     if version == MANIFEST_VERSION:
         return None
@@ -114,18 +114,13 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def identity_of(args: TrainingArguments, materials: Mapping[str, Any]) -> Identity:
-    """The identity of a run.
-
-    Args:
-        args: Its configuration; only settings that affect the result are included.
-        materials: Fingerprints of its data and models, by name.
-    """
+    """The identity of a run: the settings that affect its result, and fingerprints of data and models by name."""
     settings = {
         name: value
         for name, value in args.to_dict().items()
         if name not in _FREE and not name.startswith(_FREE_BEGINNINGS)
     }
-    if isinstance(args.deepspeed, str) and os.path.isfile(args.deepspeed):  # and not an encoded text
+    if isinstance(args.deepspeed, str) and os.path.isfile(args.deepspeed):  # not encoded text
         settings["deepspeed_file"] = hashlib.blake2b(Path(args.deepspeed).read_bytes(), digest_size=8).hexdigest()
     return json.loads(json.dumps({**settings, **materials}, default=str))
 

@@ -1,4 +1,4 @@
-"""What FSDP and DeepSpeed cannot do here, refused before training.
+"""Checks before training for what FSDP and DeepSpeed cannot do here.
 
 With data parallelism (DDP) every process holds complete models and everything works. FSDP and DeepSpeed shard the one
 model that `Trainer` prepares; every other model must be complete in every process. `recipes/accelerate/README.md` has
@@ -22,7 +22,7 @@ def check_separate_value_model(trainer: Any) -> None:
     engine = _engine(trainer)
     if engine:
         raise ValueError(
-            f"`advantage='gae'` trains a value model beside the policy, but {engine} prepares only one model. Use "
+            f"`advantage='gae'` trains a value model next to the policy, but {engine} prepares only one model. Use "
             "`advantage='group'` or `advantage='global'`, or launch with multi-GPU data parallelism (DDP)."
         )
 
@@ -39,10 +39,9 @@ def check_online_training(trainer: Any) -> None:
 
 
 def check_whole_model(trainer: Any, model: nn.Module, name: str) -> None:
-    """Raise if a process has only a part of a scoring model.
+    """Raise ValueError if a process has only part of a scoring model.
 
-    Raises:
-        ValueError: If DeepSpeed ZeRO-3 partitioned it at load, or FSDP left it empty except in the first process.
+    DeepSpeed ZeRO-3 may have partitioned it at load, or FSDP left it empty except in the first process.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(

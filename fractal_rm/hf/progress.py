@@ -1,4 +1,4 @@
-"""Progress of a training run on the screen: a bar, and a short line for each log."""
+"""Progress of a training run on the terminal: a bar, and a short line for each log."""
 
 import multiprocessing
 import sys
@@ -37,24 +37,21 @@ FIRST_STEPS, FIRST_SECONDS = 10, 30.0
 
 
 def bar_on_terminal(trainer: Trainer, description: str) -> AbstractContextManager[Any]:
-    """A bar for one of many trainings: on a terminal, in the process that the user started; elsewhere nothing."""
+    """A bar for one of many trainings, if this is a terminal and the process that the user started; otherwise
+    nothing."""
     if sys.stderr.isatty() and multiprocessing.parent_process() is None:
         return RichProgress(trainer, description, disable=False)
     return nullcontext()
 
 
 class RichProgress(TrainerCallback):
-    """Bars of training and evaluation and one line per log, in place of what `transformers.Trainer` prints.
+    """Bars of training and evaluation and one line per log, instead of the output of `transformers.Trainer`.
 
-    The first loss is logged after at most ten steps; in one process also after the first step that ends thirty seconds
-    or more after the start.
+    The first loss is logged after at most ten steps; with a single process, also after the first step that ends thirty
+    seconds or more after the start.
 
-    Use it in a `with` statement around `trainer.train()`: it restores the screen after an error.
-
-    Args:
-        trainer: The trainer to follow; its own screen callbacks are removed.
-        description: Text before the bar.
-        disable: Show no bars; None: as `disable_tqdm` of the trainer says.
+    Use it in a `with` statement around `trainer.train()`: it restores the terminal after an error. `disable` hides the
+    bars; None: as the trainer's `disable_tqdm`.
     """
 
     def __init__(self, trainer: Trainer, description: str, *, disable: bool | None = None) -> None:

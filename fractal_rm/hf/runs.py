@@ -1,8 +1,8 @@
-"""What both trainers do so that a run is the run that it says it is: stopped, damaged, resumed or started again.
+"""Runs that can be stopped, resumed and told apart, for both trainers.
 
-[`Run`] stands before a `transformers.Trainer` among the base classes. Checkpoints get a manifest
-([`fractal_rm.hf.manifest`]) and what `Trainer` forgets (losses and metrics since the last log); Ctrl-C and SIGTERM end
-a run with a checkpoint; a training that diverges stops ([`fractal_rm.hf.finite`]).
+[`Run`] comes before a `transformers.Trainer` in the base classes. Checkpoints get a manifest
+([`fractal_rm.hf.manifest`]) and the state that `Trainer` does not save (losses and metrics since the last log); Ctrl-C
+and SIGTERM end a run with a checkpoint; training that diverges stops ([`fractal_rm.hf.finite`]).
 """
 
 import json
@@ -34,16 +34,16 @@ from fractal_rm.hf.manifest import MANIFEST, Identity, identity_of, write_manife
 from fractal_rm.interrupts import Interrupted, handled
 from fractal_rm.scorers.checkpoint import check_finite_weights
 
-# Says of a log that its times, and what it counts a second, are those since this step: of the last part of a run.
+# Log entry of a resumed run: its times and speeds are measured since this step.
 TIMED_FROM = "train_timed_from_step"
 _PENDING = "pending_logs"
 logger = logging.getLogger(__name__)
-# Options that are objects or paths of files with them.
+# Options that are objects, or paths of files with one.
 _OR_FILES = {"accelerator_config", "fsdp_config", "deepspeed"}
 
 
 def _object_or_file(name: str, given: str) -> Any:
-    """What an option says that is an object in JSON, or for some options a file with one."""
+    """The value of an option that is a JSON object or, for some options, a file with one."""
     if name not in _OR_FILES or given.startswith("{"):
         return parse_json(given.encode(), f"`{name}`")
     if not Path(given).is_file():
@@ -53,7 +53,7 @@ def _object_or_file(name: str, given: str) -> Any:
 
 @dataclass
 class RunConfig:
-    """What configurations of both trainers share; stands before `TrainingArguments` among the base classes."""
+    """Options that both trainers share; comes before `TrainingArguments` in the base classes."""
 
     overwrite_output_dir: bool = field(
         default=False,
@@ -64,7 +64,7 @@ class RunConfig:
     )
 
     def check_amounts(self) -> None:
-        """Raise ValueError for amounts by which nothing would be trained; `Trainer` takes some and reports success."""
+        """Raise ValueError for amounts that would train nothing; `Trainer` accepts some and reports success."""
         args: Any = self
         if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
             name = "num_train_epochs" if args.max_steps else "max_steps"
@@ -77,7 +77,7 @@ class RunConfig:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: nothing would be trained. Give 1 or more.")
 
     def check_objects(self) -> None:
-        """Raise ValueError for an option that is not an object with named values, although it should be one."""
+        """Raise ValueError for an option that should be an object with named values but is not."""
         args: Any = self
         for name in args._VALID_DICT_FIELDS:
             value = getattr(args, name)
@@ -97,7 +97,7 @@ class RunConfig:
                 raise ValueError(f"`{name}` has no option {unknown[0]!r}. Choose among {', '.join(known)}.")
 
     def check_compilation(self) -> None:
-        """Raise ValueError for a backend or a mode of `torch.compile` that does not exist."""
+        """Raise ValueError for an unknown backend or mode of `torch.compile`."""
         args: Any = self
         if args.torch_compile_backend is not None:
             backends = [one.value.lower() for one in DynamoBackend]
@@ -115,7 +115,7 @@ class RunConfig:
                 )
 
     def check_evaluation(self, dataset: Any) -> None:
-        """Raise ValueError if evaluations are wanted and there is no data for them."""
+        """Raise ValueError if evaluation is requested without data."""
         strategy = getattr(self, "eval_strategy", "no")
         if strategy != "no" and dataset is None:
             raise ValueError(
@@ -125,27 +125,27 @@ class RunConfig:
 
 
 class Run(Trainer):
-    """Mixin for a trainer whose runs can be stopped and resumed. A trainer defines `materials`."""
+    """Mixin for a trainer whose runs can be stopped and resumed; subclasses define `materials`."""
 
     args: Any
 
     @abstractmethod
     def materials(self) -> Mapping[str, Any]:
-        """Names to fingerprints of what the run is made of, before it has changed anything."""
+        """Fingerprints of the data and models of the run by name, before training changes them."""
 
     def pending_logs(self) -> Any:
-        """What is measured and not yet logged, as JSON holds it."""
+        """Metrics that are measured but not yet logged, as JSON values."""
 
     def restore_pending_logs(self, pending: Any) -> None:
-        """Go on from what `pending_logs` gave."""
+        """Restore what `pending_logs` returned."""
 
     def may_stop(self) -> bool:
-        """Whether a run that stops after this step and is resumed equals one that does not stop."""
+        """Whether stopping after this step and resuming gives the same result as not stopping."""
         return True
 
     @cached_property
     def identity(self) -> Identity:
-        """What makes this run the run that it is; asked for before training."""
+        """The identity of the run; read before training."""
         return identity_of(self.args, {**self.materials(), "processes": self.args.world_size})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -160,17 +160,13 @@ class Run(Trainer):
     # Beginning --------------------------------------------------------------------------------------------------------
 
     def begin(self, resume_from_checkpoint: Any) -> None:
-        """Look whose run the output folder holds, before anything is trained.
-
-        Raises:
-            ValueError: If it is another run's.
-        """
+        """Check the output folder before training; raises ValueError if it belongs to another run."""
         output, identity = Path(str(self.args.output_dir)), self.identity
         held = [output, *output.glob("stage-*")]
         if self.args.overwrite_output_dir:
             if resume_from_checkpoint:
                 raise ValueError(
-                    "`overwrite_output_dir` removes the checkpoints that `resume_from_checkpoint` is to go on from. "
+                    "`overwrite_output_dir` removes the checkpoints that `resume_from_checkpoint` needs. "
                     "Leave one of them out."
                 )
             if self.is_world_process_zero():
@@ -184,13 +180,13 @@ class Run(Trainer):
                     check_same_run(path, identity)
 
     def go_on(self, wanted: Any, folder: str | Path, **kwargs: Any) -> TrainOutput:
-        """Train to the end, from the checkpoint that is wanted, if any; a finished run makes no step more."""
+        """Train to the end, from the requested checkpoint if there is one; a finished run takes no further step."""
         checkpoint = find_checkpoint(wanted, folder, self.identity)
         self.resumes = None if checkpoint is None else Path(checkpoint)
         if self.resumes is not None and not self._pending_file(self.resumes).is_file():
             raise ValueError(
-                f"{checkpoint} holds a model alone (`save_only_model`), from which a run cannot go on. Start from it "
-                "as `model` in another `output_dir`, or train again without `save_only_model`."
+                f"{checkpoint} holds only a model (`save_only_model`), so no run can resume from it. Use it as `model` "
+                "with another `output_dir`, or train again without `save_only_model`."
             )
         done = self._finished(checkpoint)
         if done is not None:
@@ -199,15 +195,16 @@ class Run(Trainer):
         with self.stopping.listening():
             result = parent.train(resume_from_checkpoint=checkpoint, **kwargs)
         if self.state.global_step == 0:
-            raise ValueError("Not one optimizer step was made: nothing is trained. Give more data, or smaller batches.")
+            raise ValueError(
+                "Training took no optimizer step, so nothing was learned. Give more data, or smaller batches."
+            )
         check_finite_weights(self.accelerator.unwrap_model(self.model), "the model")
         return TrainOutput(result.global_step, result.metrics.get("train_loss", result.training_loss), result.metrics)
 
     def _finished(self, checkpoint: str | None) -> TrainOutput | None:
-        """Load a checkpoint from after the last step, because `Trainer.train` would make one step more.
+        """Load a checkpoint of the last step, because `Trainer.train` would take one step more.
 
-        Returns:
-            What `Trainer.train` would have returned, but for times; None if steps are left.
+        Returns the result of `Trainer.train` without times; None if steps are left.
         """
         if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return None
@@ -216,7 +213,7 @@ class Run(Trainer):
             return None
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(best or checkpoint)
-        self._load_rng_state(checkpoint)  # an evaluation that samples draws what it would have drawn
+        self._load_rng_state(checkpoint)  # an evaluation that samples then draws the same
         self.state, self.timed_from = state, state.global_step
         sums = self._read_pending(Path(checkpoint))
         self.restore_pending_logs(sums["metrics"])
@@ -226,7 +223,7 @@ class Run(Trainer):
         return TrainOutput(state.global_step, loss, metrics)
 
     def _last_step(self) -> float:
-        """The last step by the present configuration, which may differ from the one that wrote a checkpoint."""
+        """The last step by the current configuration, which may differ from the one that wrote a checkpoint."""
         if self.args.max_steps > 0:
             return self.args.max_steps
         last = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
@@ -235,12 +232,12 @@ class Run(Trainer):
     # Options that libraries read late ---------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`; a wrong `optim_args` is named."""
+        """As in `transformers.Trainer`; errors name `optim_args`."""
         with naming_option("optim_args", self.args.optim_args):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`; wrong `lr_scheduler_kwargs` are named."""
+        """As in `transformers.Trainer`; errors name `lr_scheduler_kwargs`."""
         with naming_option("lr_scheduler_kwargs", self.args.lr_scheduler_kwargs):
             return super().create_scheduler(*args, **kwargs)
 
@@ -248,7 +245,7 @@ class Run(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        # Older checkpoints go when this one is whole, and not before.
+        # Older checkpoints are removed only once this one is complete.
         with lent(self.args, save_total_limit=None), whole_or_absent(folder, writes=self.args.should_save):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
@@ -270,7 +267,7 @@ class Run(Trainer):
             "metrics": self.pending_logs(),
         }
         write_atomic(self._pending_file(Path(output_dir)), json.dumps(sums))
-        # State and manifest, which say that a checkpoint is whole, come after the files of every process.
+        # State and manifest, which mark a checkpoint as complete, come after the files of every process.
         self.accelerator.wait_for_everyone()
 
     def _pending_file(self, folder: Path) -> Path:
@@ -281,14 +278,14 @@ class Run(Trainer):
         return json.loads(self._pending_file(folder).read_text(encoding="utf-8"))
 
     def restore_sums(self) -> None:
-        """Put back the losses and metrics since the last log, once `Trainer` has set them to nothing."""
+        """Restore losses and metrics since the last log, after `Trainer` has reset them."""
         self.timed_from = self.state.global_step
         if self.resumes is None:
             return
         sums = self._read_pending(self.resumes)
         self._total_loss_scalar, self._globalstep_last_logged = sums["logged"], sums["last_logged"]
         self._tr_loss = torch.tensor(sums["since"], device=self.args.device)
-        self._initial_global_step = 0  # the mean loss is that of all steps
+        self._initial_global_step = 0  # the mean loss covers all steps
         self.restore_pending_logs(sums["metrics"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -315,7 +312,8 @@ class Run(Trainer):
         logs.update(kept)
 
     def _mark_times(self, logs: dict[str, Any]) -> None:
-        """Correct the speeds of a resumed run, which are of its last part, and say since when."""
+        """Correct the speeds of a resumed run, which measure only its last part, and log the step where that part
+        began."""
         if self.timed_from and "train_runtime" in logs:
             share = 1 - self.timed_from / max(self.state.global_step, 1)
             for name in ("train_samples_per_second", "train_steps_per_second"):
@@ -326,7 +324,7 @@ class Run(Trainer):
 
 @contextmanager
 def lent(args: TrainingArguments, **values: Any) -> Iterator[None]:
-    """Other values of options within the context. `Trainer` reads these options itself, where it has no argument."""
+    """Change options inside the `with` block: `Trainer` reads these from its configuration only."""
     before = {name: getattr(args, name) for name in values}
     vars(args).update(values)
     try:
@@ -339,16 +337,7 @@ def lent(args: TrainingArguments, **values: Any) -> Iterator[None]:
 def naming_option(
     name: str, value: Any, *, kinds: tuple[type[Exception], ...] = (TypeError, ValueError)
 ) -> Iterator[None]:
-    """Let an error of a library name the option that it is about, if that is given.
-
-    Args:
-        name: The option.
-        value: What it is.
-        kinds: Of the errors.
-
-    Raises:
-        ValueError: Names the option, its value, and what the library says.
-    """
+    """Turn a library's error into a ValueError that names the option and its value, if one was given."""
     try:
         yield
     except kinds as error:
@@ -360,7 +349,7 @@ def naming_option(
 
 
 def train_output(state: TrainerState) -> TrainOutput:
-    """What `Trainer.train` returned for a finished run, as its log tells."""
+    """The result of `Trainer.train` for a finished run, from its log."""
     last = state.log_history[-1] if state.log_history else {}
     metrics = {name: value for name, value in last.items() if name.startswith("train_")}
     return TrainOutput(state.global_step, metrics.get("train_loss", math.nan), metrics)
@@ -375,31 +364,27 @@ class _Restoring(TrainerCallback):
 
 
 class _Stopping(TrainerCallback):
-    """Ends a training with a checkpoint after Ctrl-C or SIGTERM; at once, after a second one.
+    """Ends training with a checkpoint after Ctrl-C or SIGTERM, and at once after a second signal.
 
-    Without checkpoints (`save_strategy="no"`) signals do what they did before.
+    Without checkpoints (`save_strategy="no"`) signals keep their usual effect.
     """
 
     def __init__(self, run: Run) -> None:
         self.run, self.asked, self.process = run, 0, os.getpid()
 
     def _ask(self, number: int, frame: Any) -> None:
-        if os.getpid() != self.process:  # a loader of data, which its parent ends by SIGTERM
+        if os.getpid() != self.process:  # a data loader process, which its parent ends by SIGTERM
             if number == signal.SIGTERM:
                 raise Interrupted(number)
             return
         if self.asked:
             raise Interrupted(number, "Interrupted twice: training ended at once.", self._then())
         self.asked = number
-        os.write(2, b"Interrupted: a checkpoint is written after this step. Once more ends at once.\n")
+        os.write(2, b"Interrupted: a checkpoint is written after this step. Interrupt again to stop at once.\n")
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals for a while.
-
-        Raises:
-            Interrupted: At the end, if there was one: it says what was saved.
-        """
+        """Handle signals inside the `with` block; raises Interrupted at its end if there was one."""
         if self.run.args.save_strategy == "no":
             try:
                 yield
@@ -415,18 +400,18 @@ class _Stopping(TrainerCallback):
             raise Interrupted(
                 self.asked,
                 f"Interrupted after step {self.run.state.global_step}: {self.run.args.output_dir} holds a checkpoint.",
-                "The same command goes on with --resume_from_checkpoint true.",
+                "The same command continues with --resume_from_checkpoint true.",
             )
 
     def _then(self) -> str:
         last = next(iter(checkpoints(str(self.run.args.output_dir))), None)
         if last is None:
             return "There is no checkpoint: the same command starts again."
-        return f"{last} is the last checkpoint: the same command goes on from it with --resume_from_checkpoint true."
+        return f"{last} is the last checkpoint: the same command continues from it with --resume_from_checkpoint true."
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         asked: Any = torch.tensor(float(bool(self.asked)), device=args.device)
-        if args.world_size > 1:  # all of them, or none
+        if args.world_size > 1:  # all processes, or none
             asked = self.run.accelerator.reduce(asked, reduction="sum")
         if asked and self.run.may_stop():
             control.should_save = control.should_training_stop = True

@@ -24,11 +24,8 @@ ROLLBACK_FACTOR = 0.5
 def guard_inputs(batch: RolloutBatch, ends: set[int], *, gives_probabilities: bool) -> GuardInputs:
     """A rollout as the guards see it.
 
-    Args:
-        batch: The rollout.
-        ends: Ids that a finished completion may end with.
-        gives_probabilities: Whether the watched source's scores are P(step is good); if not, the guards see its steps
-            without scores.
+    `ends` are the ids that a finished completion may end with. Without `gives_probabilities` (the watched source's
+    scores are not P(step is good)), the guards see its steps without scores.
     """
     count, kl = len(batch.completion_ids), batch.kl
     checked = batch.function_weights.to(batch.function_rewards.device) * batch.is_outcome
@@ -50,9 +47,6 @@ def guard_inputs(batch: RolloutBatch, ends: set[int], *, gives_probabilities: bo
 
 class Alarms(TrainerCallback):
     """Watches rollouts, remembers checkpoints, and chooses the checkpoint to roll back to.
-
-    Args:
-        args: The configuration: `on_alarm` and the patience.
 
     Attributes:
         step_weight: Weight of the step rewards: `args.step_weight`, halved by every rollback.

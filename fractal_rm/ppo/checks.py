@@ -26,7 +26,7 @@ from fractal_rm.scorers.published import PublishedSettings
 
 # Seconds to wait for one reply of a vLLM server, and between two requests.
 _ANSWER, _PAUSE = 5.0, 1.0
-# Every tokenizer, and every multimodal processor, saves a file whose name begins with one of these.
+# Every tokenizer and multimodal processor saves a file whose name begins with one of these.
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "processor_config")
 # Number of prompts that every reward model encodes before training, as a check.
 _READ_PROMPTS = 256
@@ -50,10 +50,7 @@ def load_checked(
     tools: Any,
     environments: Any,
 ) -> list[StepRewardModel]:
-    """Check the arguments of `StepPPOTrainer`, cheap checks first, and load the reward models.
-
-    Returns:
-        The reward models.
+    """Check the arguments of `StepPPOTrainer`, cheap checks first, and return the loaded reward models.
 
     Raises:
         ConnectionError: If no vLLM server answers.
@@ -89,7 +86,7 @@ def load_checked(
 
 
 def check_engine(trainer: Any, reward_models: Sequence[StepRewardModel]) -> None:
-    """Raise ValueError, once TRL's trainer is built, if weights are sharded that must be whole."""
+    """Raise ValueError, once TRL's trainer is built, if weights are sharded that must be complete."""
     args = trainer.args
     check_finite(_path_of(trainer.policy) or "The policy", trainer.policy)
     if args.on_alarm == "rollback" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
@@ -132,10 +129,7 @@ def _check_columns(dataset: Any) -> None:
 def check_prompt_lengths(config: Any, tokenizer: Callable[[], Any], dataset: Any) -> None:
     """Raise ValueError if the longest prompt exceeds the policy's maximum length; streaming data sets pass.
 
-    Args:
-        config: The policy's configuration; None: unknown.
-        tokenizer: Returns its tokenizer; called only if a prompt may be too long.
-        dataset: The prompts.
+    `config` is None if it is unknown; `tokenizer` is called only if a prompt may be too long.
     """
     limit = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
     prompts = list(dataset["prompt"]) if "prompt" in _columns(dataset) else []
@@ -166,11 +160,9 @@ def check_value_arguments(args: StepPPOConfig, value_model: Any, value_peft_conf
 
 
 def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dataset: Any) -> None:
-    """Checks that need no model: the policy's tokenizer, evaluation batches, the vLLM server.
+    """Checks that need no model: the policy's tokenizer, evaluation batches of whole groups, the vLLM server.
 
-    Raises:
-        ConnectionError: If no vLLM server answers.
-        ValueError: If there is no tokenizer, or an evaluation batch does not consist of whole groups.
+    Raises ConnectionError if no vLLM server answers, ValueError for the others.
     """
     if processing_class is None:
         _check_tokenizer(_path_of(model))
@@ -191,8 +183,7 @@ def check_setup(args: StepPPOConfig, model: Any, processing_class: Any, eval_dat
 def _check_policy(policy: Any) -> Any:
     """The configuration of a policy; None for an adapter, whose base model has it.
 
-    Raises:
-        ValueError: If it has to be loaded and its files are damaged, or its configuration needs custom code.
+    Raises ValueError if the files of a policy to be loaded are damaged, or its configuration needs custom code.
     """
     if not isinstance(policy, str):
         return policy.config
@@ -232,11 +223,8 @@ def _check_tokenizer(name: str) -> None:
 
 
 def wait_for_vllm(url: str, seconds: float) -> None:
-    """Wait for a healthy vLLM server before the policy is loaded, so that an error comes at once.
-
-    Raises:
-        ConnectionError: If it is not healthy in time; names the URL and what to do.
-    """
+    """Wait for a healthy vLLM server before the policy is loaded; raises ConnectionError if it is not healthy in
+    time."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -255,11 +243,9 @@ def wait_for_vllm(url: str, seconds: float) -> None:
 
 
 def check_reward_models(models: Sequence[StepRewardModel], train_dataset: Any) -> None:
-    """Check that reward models suit the prompts; streaming data sets are not read.
+    """Raise ValueError if a reward model cannot cut completions into steps, or does not suit the kind of the prompts.
 
-    Raises:
-        ValueError: If a model cannot cut a completion into steps, was trained on texts while the prompts are chats (or
-            vice versa), or has no chat template.
+    Streaming data sets are not read.
     """
     prompts = _first_prompt(train_dataset)
     for which, model in numbered(models):
@@ -281,7 +267,7 @@ def _check_readable(
     if models and isinstance(environments, Mapping) and len(environments) > 1:
         raise ValueError(
             f"`environment_factory` names {len(environments)} environments. The policy reads the tools of one in each "
-            "prompt, and reward models would read those of all. Give one environment, or leave `reward_model` out."
+            "prompt, and reward models would read the tools of all. Give one environment, or leave `reward_model` out."
         )
     for dataset in datasets if models else ():
         first, columns = _first_prompt(dataset), _columns(dataset)
@@ -305,11 +291,10 @@ def _check_readable(
 
 
 def check_step_functions(functions: Sequence[Callable[..., Any]], args: StepPPOConfig, train_dataset: Any) -> None:
-    """Check that functions accept the columns of the data set; the columns of a streaming data set are unknown.
+    """Check that functions accept the columns of the data set; those of a streaming data set are unknown.
 
-    Raises:
-        TypeError: If something is not callable, or not with these arguments.
-        ValueError: If a column is called `steps`, or an option needs step reward functions and there are none.
+    Raises TypeError if something is not callable with these arguments, ValueError if a column is called `steps` or an
+    option lacks its functions.
     """
     if not functions and args.step_segmentation is not None:
         raise ValueError(

@@ -282,7 +282,7 @@ class StepPPOConfig(RunConfig, GRPOConfig):
         """Refuse options that would have no effect, or another effect than their name says."""
         if self.scale_rewards not in ("group", "batch", "none", True, False):
             raise ValueError(f"`scale_rewards` is {self.scale_rewards!r}. Choose one of group, batch, none.")
-        # TRL refuses others only after the first rollout; its help is where the names of the installed version stand.
+        # TRL rejects others only after the first rollout; its help lists the names of the installed version.
         field_of_trl = GRPOConfig.__dataclass_fields__["loss_type"]
         losses = re.findall(r"(?<!=)'(\w+)'", field_of_trl.metadata["help"])
         for name, known in (("loss_type", losses), ("importance_sampling_level", ["token", "sequence"])):

@@ -131,10 +131,6 @@ def check_contract(trainer_class: type = GRPOTrainer, utils: ModuleType = trl_ut
 
     It reads signatures and source text but runs no TRL code, so random number generators do not advance.
 
-    Args:
-        trainer_class: The class that `StepPPOTrainer` extends.
-        utils: The module with TRL's functions on batches.
-
     Example:
         >>> check_contract()
         ()

@@ -118,12 +118,8 @@ class _AsyncSourceFunction(_SourceFunction):
 class Engine(Run, GRPOTrainer):
     """`GRPOTrainer` inverted: a subclass defines `rollout` and `loss`, and this class offers the rest.
 
-    Args:
-        reward_funcs: Outcome rewards, as `GRPOTrainer` takes them.
-        sources: Sources of step rewards.
-        args: The configuration; a copy is kept.
-        reward_processing_classes: As for `GRPOTrainer`, for `reward_funcs`.
-        kwargs: Further arguments of `GRPOTrainer`.
+    Arguments are those of `GRPOTrainer`, and the `sources` of step rewards. `args` is copied;
+    `reward_processing_classes` belong to `reward_funcs`.
 
     Raises:
         RuntimeError: If the installed TRL lacks a name that this class relies on.
@@ -193,8 +189,8 @@ class Engine(Run, GRPOTrainer):
         return None
 
     def save_state(self, folder: Path, *, resumable: bool) -> None:
-        """Write what belongs beside a saved policy; with `resumable`, also what a checkpoint needs beyond policy and
-        optimizer."""
+        """Write the state of the trainer next to a saved policy; with `resumable`, also what a checkpoint needs in
+        addition to policy and optimizer."""
 
     def load_state(self, folder: Path, *, weights: bool) -> None:
         """Restore what `save_state` wrote; without `weights`, only running statistics."""
@@ -260,7 +256,7 @@ class Engine(Run, GRPOTrainer):
             mask=policy_mask(output),
             outcome_advantages=output["advantages"],
             logprobs=old,
-            # TRL computes the policy's log-probabilities before those of the reference.
+            # TRL computes the policy's log-probabilities before the reference's.
             state_values=None if old is None or not hand_over.forwards else hand_over.forwards[0].read,
         )
         return self._with_kl(batch) if self.model.training else batch

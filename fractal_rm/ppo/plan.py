@@ -74,11 +74,7 @@ class Shape:
         return self.backbone + self.hidden + 1
 
     def adapters(self, rank: int) -> int:
-        """Parameters of LoRA adapters on queries and values, PEFT's default for these models.
-
-        Args:
-            rank: Of the adapters.
-        """
+        """Parameters of LoRA adapters on queries and values, PEFT's default for these models."""
         return self.layers * rank * (2 * self.hidden + self.query_width + self.kv_width)
 
     def scaled_to(self, parameters: float) -> "Shape":
@@ -88,14 +84,10 @@ class Shape:
 
 
 def shape_of(config: Any, *, where: str) -> Shape:
-    """The sizes given by a transformers configuration.
+    """The sizes in a transformers configuration (of a multimodal model, in its text configuration); `where` names the
+    model.
 
-    Args:
-        config: A `PreTrainedConfig`; for a multimodal model, its text configuration is read.
-        where: Name of the model in messages.
-
-    Raises:
-        ValueError: If the model is not a dense Llama-like model.
+    Raises ValueError if it is not a dense Llama-like model.
     """
     text = config.get_text_config()
     experts = [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(text, name, None)]
@@ -150,8 +142,7 @@ class GPU:
     usable: float = 0.9
 
 
-# NVIDIA's data sheets and white papers; for a memory size alone, the first GPU of that size counts, which is never the
-# fastest.
+# NVIDIA's data sheets and white papers. A memory size means the first GPU of that size, which is never the fastest.
 GPUS: dict[str, GPU] = {
     "T4": GPU(16e9, 65e12, 0.3e12),
     "RTX-3090": GPU(24e9, 71e12, 0.936e12),
@@ -201,10 +192,6 @@ def trained_bytes(run: Run, parameters: int) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer state of a model that trains all weights or adapters.
 
     PEFT keeps adapters in float32 whatever the type of the weights.
-
-    Args:
-        run: Says what is trained.
-        parameters: Of the model.
     """
     trained, size = (parameters, BYTES[run.dtype])
     if run.lora_rank is not None:
@@ -223,11 +210,7 @@ def layer_bytes(shape: Shape, run: Run) -> float:
     Two norms store their input in float32. If all weights are trained, the layer stores the input of every matrix,
     queries, keys, values, the attention output, and three numbers of the gated part. A frozen matrix needs no input,
     except that queries and values have adapters. Attention stores no square matrix. Counted, tensor by tensor, in
-    `benchmarks/speed/plan_check.py`; Korthikanti et al., equation 1, have 34 bytes a hidden unit for GPT's layers.
-
-    Args:
-        shape: The model.
-        run: Says what is trained and what models compute in.
+    `benchmarks/speed/plan_check.py`; Korthikanti et al., equation 1, have 34 bytes per hidden unit for GPT's layers.
     """
     size, lora = BYTES[run.computed], run.lora_rank is not None
     attention = 2 * shape.query_width + 2 * shape.kv_width
@@ -241,12 +224,8 @@ def layer_bytes(shape: Shape, run: Run) -> float:
 def activation_bytes(shape: Shape, run: Run) -> float:
     """Bytes that a forward pass over a micro-batch stores for all layers, without logits.
 
-    With checkpointing: the input of every layer, and one layer whole. Under autocast, the bf16 copies of float32
+    With checkpointing: the input of every layer, and one complete layer. Under autocast, the bf16 copies of float32
     weights are stored too, for the same layers.
-
-    Args:
-        shape: The model.
-        run: Says how large a micro-batch is.
     """
     tokens = run.micro_batch * run.length
     whole = 1 if run.checkpointing else shape.layers
@@ -256,23 +235,12 @@ def activation_bytes(shape: Shape, run: Run) -> float:
 
 
 def cache_bytes(shape: Shape, sequences: float, length: float, *, dtype: Dtype = "bfloat16") -> float:
-    """Bytes of the KV cache of the sequences that are generated at once.
-
-    Args:
-        shape: The model.
-        sequences: How many.
-        length: Tokens of each.
-        dtype: Of the numbers.
-    """
+    """Bytes of the KV cache of sequences that are generated at once, `length` tokens each."""
     return sequences * length * 2 * shape.kv_width * BYTES[dtype] * shape.layers
 
 
 def memory(run: Run, gpu: GPU) -> dict[str, float]:
-    """Bytes by purpose; training and generation alternate, so the larger of the two counts in `total`.
-
-    Args:
-        run: The run.
-        gpu: The GPU; vLLM takes a share of its memory.
+    """Bytes by purpose; training and generation alternate, so `total` counts the larger of the two.
 
     Returns:
         `weights`, `gradients`, `optimizer` of the policy; `value model`, `reference`, `reward model`; `activations` and
@@ -313,11 +281,8 @@ def memory(run: Run, gpu: GPU) -> dict[str, float]:
 def reward_training_memory(run: Run) -> dict[str, float]:
     """Bytes of reward model training, by the parts of [`memory`] that apply.
 
-    `FractalTrainer` loads float32 weights; batches, adapters and checkpointing are assumed to be those of PPO, and the
+    `FractalTrainer` loads float32 weights; batches, adapters and checkpointing are assumed to be as in PPO, and the
     scorer is the likelihood scorer, which needs the most.
-
-    Args:
-        run: The run of PPO with a reward model.
     """
     assert run.reward is not None
     training = replace(run, policy=run.reward, dtype="float32")
@@ -340,7 +305,7 @@ def trained_operations(run: Run) -> float:
 
 
 def generation_rate(run: Run, gpu: GPU) -> float:
-    """Tokens a second of all sequences together.
+    """Tokens per second over all sequences.
 
     Each step reads the weights and the cache, or computes if that takes longer; transformers launches every kernel
     again.
@@ -355,12 +320,7 @@ def generation_rate(run: Run, gpu: GPU) -> float:
 
 
 def seconds(run: Run, gpu: GPU, *, generated_per_second: float | None = None) -> dict[str, float]:
-    """Seconds of an update by purpose.
-
-    Args:
-        run: The run.
-        gpu: Its speed.
-        generated_per_second: Tokens a second of all sequences, if known.
+    """Seconds of an update by purpose; `generated_per_second`, tokens over all sequences, replaces the estimate.
 
     Returns:
         `generate`, `score` (the reward model), `evaluate` (forward passes of the rollout: the reference, and the policy
@@ -381,17 +341,10 @@ def seconds(run: Run, gpu: GPU, *, generated_per_second: float | None = None) ->
 def hours(
     run: Run, gpu: GPU, *, updates: int, sampled: int, generated_per_second: float | None = None
 ) -> dict[str, float]:
-    """Hours of the three commands that train a policy with step rewards.
+    """Hours of the commands `sample`, `train` and `ppo` that train a policy with step rewards, by name.
 
-    Args:
-        run: The run of PPO; the reward model is trained like the policy (adapters, checkpointing), for one epoch.
-        gpu: Its speed.
-        updates: Of PPO.
-        sampled: Responses that are sampled for the reward model, 64 at a time, without vLLM.
-        generated_per_second: Tokens a second of all sequences, if known.
-
-    Returns:
-        `sample`, `train`, `ppo`.
+    The reward model is trained like the policy (adapters, checkpointing), for one epoch on `sampled` responses, which
+    are sampled 64 at a time without vLLM. `generated_per_second` as for [`seconds`].
     """
     sampling = replace(run, vllm=None, rollouts=64, generated=64, dtype="bfloat16")
     parts = {"sample": 0.0, "train": 0.0}

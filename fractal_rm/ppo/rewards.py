@@ -69,11 +69,7 @@ def step_rewards(
 
 
 class StepShaper:
-    """Step scores -> step rewards, for each source separately.
-
-    Args:
-        args: The configuration: shaping, baseline, limits.
-        weights: Weight of each source, by its name.
+    """Step scores -> step rewards, for each source separately; `weights` has each source's weight by name.
 
     Attributes:
         moments: Moments of each source's shaped rewards in the whole run, for `normalize_step_rewards`.
@@ -89,13 +85,8 @@ class StepShaper:
         """Add `steps`: reward and last token of every step, for each source.
 
         A completion that TRL masks entirely (`mask_truncated_completions`) gets no steps, rather than unplaced ones. So
-        does a completion that the source could not read to its end: it counts as not judged.
-
-        Args:
-            batch: The rollout.
-            group_size: Completions per prompt.
-            tokenizer: The policy's tokenizer.
-            endings: Ids that a finished completion may end with.
+        does a completion that the source could not read to its end: it counts as not judged. `endings` are the ids that
+        a finished completion may end with.
         """
         if not batch.scores:
             return batch.plus({"placement/unplaced_steps": 0.0})
@@ -146,11 +137,7 @@ class StepShaper:
         return {name: moments.state_dict() for name, moments in self.moments.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state.
-
-        Raises:
-            ValueError: If the state belongs to other sources.
-        """
+        """Restore a saved state; raises ValueError if it belongs to other sources."""
         if sorted(state) != sorted(self.moments):
             raise ValueError(
                 f"The checkpoint has running statistics of the step rewards {sorted(state)}, but there are "
@@ -191,11 +178,7 @@ def place_rewards(
 ) -> RolloutBatch:
     """Add `rewards` (steps at their last tokens, outcomes and the missing-EOS penalty at the last token) and `learned`.
 
-    Args:
-        batch: The rollout, with `steps`.
-        args: The configuration.
-        ending_ids: Ids that a finished completion may end with.
-        step_weight: Weight of the step rewards; rollbacks lower it.
+    `ending_ids` are the ids that a finished completion may end with; rollbacks lower `step_weight`.
     """
     mask = learned_mask(batch, args)
     steps = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
@@ -212,13 +195,11 @@ def place_rewards(
 
 
 def check_earning(batch: RolloutBatch, args: StepPPOConfig, *, step: int) -> None:
-    """Stop a run that learns nothing: no step has a reward on any process, and no outcome function judged anything.
+    """Raise ValueError if a run learns nothing: no step has a reward on any process, and no outcome function judged
+    anything.
 
     Guards (`on_alarm`) handle a policy that stops writing later; one that writes nothing in its first rollout is
-    refused here. Completions that TRL masks (`mask_truncated_completions`) are ignored.
-
-    Raises:
-        ValueError: Counts the completions, and why none of them has a reward.
+    rejected here. Completions that TRL masks (`mask_truncated_completions`) are ignored.
     """
     weights = (batch.function_weights * batch.is_outcome).to(batch.function_rewards.device)
     judged = bool(args.outcome_weight) and bool((~batch.function_rewards.isnan() & (weights != 0)).any())

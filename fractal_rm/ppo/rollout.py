@@ -139,19 +139,16 @@ def mean_outcomes(rewards: Tensor, weights: Tensor) -> Tensor:
         >>> mean_outcomes(torch.tensor([[1.0, 0.0], [torch.nan, 0.5]]), torch.tensor([3.0, 1.0]))
         tensor([0.7500, 0.5000])
     """
-    said = weights.to(rewards.device).expand_as(rewards).masked_fill(rewards.isnan(), 0.0)
-    return (said * rewards.nan_to_num()).sum(dim=1) / said.sum(dim=1)
+    known = weights.to(rewards.device).expand_as(rewards).masked_fill(rewards.isnan(), 0.0)
+    return (known * rewards.nan_to_num()).sum(dim=1) / known.sum(dim=1)
 
 
 # The rows of other processes ------------------------------------------------------------------------------------------
 
 
 def rows_of_all(rows: Sequence[Row]) -> tuple[list[Row], slice]:
-    """The rows of all processes in order, and the slice of them that belongs to this process.
-
-    Args:
-        rows: Plain values of this process; every process has the same number.
-    """
+    """The plain values of all processes in order, and the slice of this process's; each process must have equally
+    many."""
     first = PartialState().process_index * len(rows)
     return gather_object(list(rows)), slice(first, first + len(rows))
 

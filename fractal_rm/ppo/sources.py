@@ -68,13 +68,8 @@ class StepRewardSource(ABC):
 class ModelSource(StepRewardSource):
     """A reward model. Its number for a completion is P(response is good).
 
-    Its chat template gets the same arguments as the policy's.
-
-    Args:
-        name: Its name in logs.
-        weight: Its weight among the sources.
-        reward_model: The model.
-        batch_size: Responses per forward pass; None: the model's own setting.
+    Its chat template gets the same arguments as the policy's. `batch_size` is the number of responses per forward pass;
+    None: the model's own setting.
     """
 
     gives_probabilities = True
@@ -104,14 +99,8 @@ class FunctionSource(StepRewardSource):
 
     The function gets TRL's arguments (`prompts`, `completions`, `completion_ids`, columns of the data set) and `steps`,
     the texts of each completion's steps. It returns a score for each step of each completion, on any scale. None for a
-    step or a completion means no opinion: it is then ignored.
-
-    Args:
-        name: Its name in logs.
-        weight: Its weight among the sources.
-        function: The function.
-        segmentation: How completions become steps.
-        bounded_by: The shaping, if it needs scores in [0, 1].
+    step or a completion means no opinion: it is then ignored. `bounded_by` is the shaping, if it needs scores in [0,
+    1].
     """
 
     def __init__(
@@ -144,13 +133,8 @@ class FunctionSource(StepRewardSource):
     def _checked(
         self, returned: Any, prompts: Sequence[Any], texts: Sequence[str], spans: Sequence[Sequence[Span]]
     ) -> list[StepScores]:
-        """What the function returned, as steps with scores.
-
-        Raises:
-            TypeError: If something is not a list or not a number.
-            ValueError: If the number of completions or steps is wrong, or a score is not finite or out of bounds. The
-                message names the row, its prompt and the completion.
-        """
+        """The function's result as steps with scores; a TypeError or ValueError names the row, its prompt and the
+        completion."""
         rows = _checked_list(returned, f"`{self.name}` returned", "a list with an entry for each completion")
         if len(rows) != len(texts):
             raise ValueError(
@@ -244,7 +228,7 @@ def make_sources(
 
 
 def _apart(names: Sequence[str], taken: Iterable[str]) -> Iterator[str]:
-    """The names, with a number behind each one that occurs more than once or is taken."""
+    """The names, with a number appended to each one that occurs more than once or is taken."""
     counts, seen = Counter([*taken, *names]), Counter[str]()
     for name in names:
         seen[name] += 1
@@ -252,13 +236,13 @@ def _apart(names: Sequence[str], taken: Iterable[str]) -> Iterator[str]:
 
 
 def numbered(models: Sequence[StepRewardModel]) -> Iterator[tuple[str, StepRewardModel]]:
-    """Reward models with what messages call them."""
+    """Reward models with their names in messages."""
     for number, model in enumerate(models, 1):
         yield f"Reward model {number} of {len(models)}" if len(models) > 1 else "The reward model", model
 
 
 def warn_of_uncut_completions(batch: RolloutBatch, sources: Sequence[StepRewardSource]) -> None:
-    """Warn if a source left almost every completion of a rollout as one step, although another rule finds several."""
+    """Warn if a source left almost every completion of a rollout as one step although another rule finds several."""
     for source in sources:
         read = [(one.response, one.spans) for one in batch.scores[source.name] if one.steps and one.judged]
         if read:

@@ -177,8 +177,7 @@ class ValueHead(nn.Linear):
 def make_value_head(policy: Any) -> ValueHead:
     """A head for the last hidden states of a causal language model, with or without a PEFT adapter.
 
-    Raises:
-        ValueError: If the model has no output embeddings, which give the width of those states.
+    Raises ValueError if the model has no output embeddings, which give the width of those states.
     """
     embeddings = policy.get_output_embeddings()
     if embeddings is None:
@@ -231,7 +230,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 class ValueLearning:
-    """A value model beside a policy, or a head on the policy's own hidden states.
+    """A value model next to a policy, or a head on the policy's own hidden states.
 
     Args:
         engine: The trainer: its accelerator, its policy, its configuration.
@@ -290,11 +289,8 @@ class ValueLearning:
     def loss(self, minibatch: dict[str, Any], states: Tensor | None, *, accumulation: int) -> Tensor:
         """The weighted value loss of a minibatch.
 
-        Args:
-            minibatch: A part of the rollout.
-            states: Last hidden states of the policy (B, P + T, H), from the forward pass of its loss; read by a shared
-                head, which does not train them.
-            accumulation: Minibatches in an optimizer step.
+        `states` are the policy's last hidden states (B, P + T, H) from the forward pass of its loss, which a shared
+        head reads and does not train; `accumulation` is the number of minibatches per optimizer step.
 
         Raises:
             RuntimeError: If there are no states to read, because TRL computes log-probabilities differently than in
@@ -340,11 +336,7 @@ class ValueLearning:
             save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, file)
 
     def load(self, checkpoint: Path) -> None:
-        """Restore what `save` wrote.
-
-        Raises:
-            ValueError: If the checkpoint has no such value model.
-        """
+        """Restore what `save` wrote; raises ValueError if the checkpoint has no such value model."""
         model, folder = self.engine.accelerator.unwrap_model(self.model), checkpoint / VALUE_FOLDER
         file = folder / _ADAPTER_FOLDER / _ADAPTER_WEIGHTS if _is_adapted(model) else folder / _WEIGHTS
         if not file.is_file():

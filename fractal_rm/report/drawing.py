@@ -7,7 +7,6 @@ the same on every machine. matplotlib is imported inside the functions, since it
 from __future__ import annotations
 
 import html
-import importlib.util
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +45,7 @@ PAGE_CSS = {
     PAGE.paper: f"var(--paper, {PICTURE.paper})",
     **{stand_in: f"var(--series-{index + 1}, {PICTURE.series[index]})" for index, stand_in in enumerate(PAGE.series)},
 }
-LINES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))  # distinguishable without colour too
+LINES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))  # distinguishable even without colour
 SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "text.parse_math": False,  # a name with dollar signs is not a formula
@@ -56,23 +55,17 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def check_matplotlib() -> None:
-    """Raise ImportError if matplotlib is not installed; call it before long work that ends with plots."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError('Plots need matplotlib, which is not installed: pip install "fractal-rm[plots]".')
-
-
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Figure]:
-    """Give an empty figure (inches), to draw and save inside the `with` block, whatever the settings of the user are.
+    """Yield an empty figure (inches), to draw and save inside the `with` block, independent of the user's settings.
 
-    Raises:
-        ImportError: If matplotlib is not installed.
+    Raises ImportError if matplotlib is not installed.
     """
-    check_matplotlib()
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
+    try:
+        import matplotlib.style
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Plots need matplotlib, which is not installed: pip install "fractal-rm[plots]".') from error
     with matplotlib.style.context(["default", SETTINGS]):
         yield Figure(figsize=(width, height))
 
@@ -100,15 +93,11 @@ def draw_curves(
 ) -> None:
     """Draw accuracy against rollouts, one line per arm, with its last value at its end.
 
-    Args:
-        axes: Where to draw.
-        curves: For each arm its pairs of rollouts and accuracy in [0, 1].
-        theme: Colours.
-        baseline: An arm whose final accuracy is drawn as a dotted line from where another arm first reaches it.
-        seeds: For each arm the runs that its curve is the mean of, drawn as thin lines.
+    `curves` has pairs of rollouts and accuracy in [0, 1] by arm, and `seeds` the runs that a curve is the mean of,
+    drawn as thin lines. The final accuracy of the arm `baseline` is a dotted line, from where another arm first reaches
+    it.
 
-    Raises:
-        ValueError: If there is no curve, or one is empty, or `baseline` is none of them.
+    Raises ValueError if there is no curve, one is empty, or `baseline` is not an arm.
     """
     if not curves or not all(curves.values()):
         raise ValueError("There is no learning curve, or one without points. Pass at least one point for each arm.")
@@ -172,7 +161,7 @@ def draw_curves(
 def draw_heat_map(axes: Axes, rows: Sequence[Mapping[str, Any]], theme: Theme) -> None:
     """Draw one row of cells per response, one cell per step, with its score and a cross if the step is wrong.
 
-    Scored responses come sorted, those labelled good first; their `steps` need `score` and may have `gold`.
+    Scored responses come sorted, good labels first; their `steps` need `score` and may have `gold`.
     """
     from matplotlib.patches import Rectangle
 
@@ -211,7 +200,7 @@ def is_good(row: Mapping[str, Any]) -> bool:
 
 
 def to_bytes(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
-    """The content of a picture file, without the time of day or the name of a program in it."""
+    """The content of a picture file, without time stamp and program name."""
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type") if kind == "svg" else ("Software",))
     data = io.BytesIO()
     figure.savefig(data, format=kind, dpi=200, metadata=metadata)
@@ -219,11 +208,8 @@ def to_bytes(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Save a figure as a picture, inside its `with` block; the ending `.png` or `.svg` decides the format.
-
-    Raises:
-        ValueError: If the name ends otherwise.
-    """
+    """Save a figure inside its `with` block; the ending `.png` or `.svg` decides the format, others raise
+    ValueError."""
     kind = Path(path).suffix[1:]
     if kind not in ("png", "svg"):
         raise ValueError(f"The picture cannot be named {Path(path).name!r}: end the name in .png or .svg.")
@@ -233,10 +219,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 def to_svg(figure: Figure, name: str, description: str) -> str:
     """Render a figure, drawn with the theme `PAGE`, as one `<svg>` element whose colours follow the page's mode.
 
-    Args:
-        figure: What to render, inside its `with` block.
-        name: Put before every identifier, so that two plots can stand in one page.
-        description: Read out to those who do not see the plot.
+    `name` prefixes every identifier, so that a page can hold several plots; screen readers read `description`.
     """
     figure.patch.set_visible(False)
     svg = to_bytes(figure, "svg").decode()

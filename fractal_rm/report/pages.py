@@ -1,4 +1,4 @@
-"""Shared by the viewer and the quickstart report: the display of scored responses, and writing a page."""
+"""The display of scored responses, and writing a page: for the viewer and the quickstart report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fractal_rm.report.palette import score_class, score_css
 
 TEMPLATES = Path(__file__).parent / "templates"
 LONG_PROMPT = 400  # characters from which a prompt is folded
-UNENCODABLE = re.compile("[\x00\ud800-\udfff]")  # NUL and lone surrogates: neither HTML nor UTF-8 has them
+UNENCODABLE = re.compile("[\x00\ud800-\udfff]")  # NUL and lone surrogates, invalid in HTML and UTF-8
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ResponseView:
     folded: bool  # whether the prompt is too long to be shown at once
     steps: tuple[StepView, ...]
     judged: bool  # whether a gold label is known for any of them
-    after: str  # text behind the last step, empty if it is white space only
+    after: str  # text after the last step, empty if only white space
     score: str  # the response score as text
     css: str  # class of the score's colour
     score_value: float | None  # the response score as a number, for sorting, None if there is none
@@ -62,7 +62,7 @@ class ResponseView:
     error: str | None  # why it has no scores, None if it has
     worst: float | None  # the lowest step score, None if there is none
     mistakes: str  # the kinds of mistakes among its steps, joined by commas
-    apart: float | None  # how far the two models' response scores are apart, None where there are not two
+    apart: float | None  # difference of the two models' response scores, None without two
     other: str | None  # the other model's response score as text, None where there is no other model
     other_css: str  # class of the colour of that score
 
@@ -70,13 +70,8 @@ class ResponseView:
 def response_view(row: Mapping[str, Any], number: int, *, threshold: float = 0.5) -> ResponseView:
     """What the templates print of a scored response, whose columns `write_viewer` lists.
 
-    Args:
-        row: The response.
-        number: Its row, from 1.
-        threshold: Score below which a step counts as wrong.
-
-    Raises:
-        ValueError: If the row has neither steps nor an error.
+    `number` is its row, from 1; a step below `threshold` counts as wrong. Raises ValueError if the row has neither
+    steps nor an error.
 
     Example:
         >>> view = response_view({"steps": [{"text": "1+1=3", "score": 0.1, "gold": 0}], "label": 0, "score": 0.1}, 1)
@@ -135,20 +130,16 @@ def response_view(row: Mapping[str, Any], number: int, *, threshold: float = 0.5
 
 
 def write_page(path: str | Path, template: str, *, script: str = "", **context: Any) -> None:
-    """Render a template of this package into one self-contained file, in one move.
+    """Render a template of this package into one self-contained file, written atomically.
 
-    All text is escaped. Besides, the page's content policy forbids it to load anything and to run any script but
-    `script`, so that a response's text stays text even if escaping should fail.
+    All text is escaped. In addition, the page's content policy forbids loading anything and running any script except
+    `script`, so a response's text stays text even if escaping fails.
 
-    Args:
-        path: Where to write the page.
-        template: File name of a template in `report/templates`.
-        script: File name of the script there that the page brings along, empty for none.
-        **context: What the template shows.
+    `template` and `script` (empty: none) are file names in `report/templates`; `context` is what the template shows.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,  # for every template: jinja2's own choice by name does not know the ending .html.j2
+        autoescape=True,  # jinja2's choice by name does not know the ending .html.j2
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -174,7 +165,7 @@ def _mistake(score: float | None, gold: str | None, threshold: float) -> str:
 
 
 def _details(score: float | None, all_scores: Sequence[float], gold: str | None) -> str:
-    """What a reader asks of a step: equal scores share a rank."""
+    """A step's score, probability and rank in words; equal scores share a rank."""
     if score is None:
         return "not scored"
     rank = 1 + sum(value < score for value in all_scores)
@@ -212,7 +203,7 @@ def _prompt_text(prompt: Any) -> str:
 
 
 def _between(response: str | None, steps: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Text of the response outside its steps, before each step and behind the last; white space counts as none."""
+    """Text of the response outside its steps, before each step and after the last; white space counts as none."""
     if response is None or any("start" not in step or "end" not in step for step in steps):
         return [""] * (len(steps) + 1)
     texts = gaps(response, [(step["start"], step["end"]) for step in steps])

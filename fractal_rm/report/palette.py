@@ -1,7 +1,7 @@
 """The colours of step scores, for pages and for plots, in light and in dark mode.
 
-Scores run from orange (wrong) over a neutral middle to blue (right): two hues that stay apart in every common kind of
-colour blindness. A page never relies on colour alone, the number is always printed.
+Scores run from orange (wrong) through a neutral middle to blue (right): two hues that differ in every common kind of
+colour blindness. A page never relies on colour alone: the number is always printed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SCORE_BINS = 11
 
 
 def score_colour(score: float, mode: Mode = "light") -> str:
-    """Colour of a step score on the diverging scale, as `#rrggbb`; beyond [0, 1] the colour of the nearer end.
+    """Colour of a step score on the diverging scale, as `#rrggbb`; outside [0, 1] the colour of the nearer end.
 
     Example:
         >>> score_colour(0.0), score_colour(0.5), score_colour(1.0)
@@ -48,7 +48,7 @@ def contrast(one: str, other: str) -> float:
     """Contrast ratio of two colours `#rrggbb`: 1 for equal ones, 21 for black on white.
 
     Source:
-        Contrast ratio of the Web Content Accessibility Guidelines 2.2, which ask for 4.5 in body text.
+        Contrast ratio of the Web Content Accessibility Guidelines 2.2, which require 4.5 in body text.
 
     Example:
         >>> round(contrast("#000000", "#ffffff"), 1)
@@ -71,7 +71,7 @@ def score_class(score: float | None) -> str:
 
 
 def score_css(mode: Mode) -> str:
-    """CSS rules, a line each, that give each score class its colour `--c` and the colour `--t` of text on it.
+    """CSS rules, one per line, that give each score class its colour `--c` and the colour `--t` of text on it.
 
     Example:
         >>> score_css("light").splitlines()[0]

@@ -44,16 +44,12 @@ def learning_curves(curves: Mapping[str, Curve], *, baseline: str | None = None)
 
 
 def calibration_plot(probs: Sequence[float], labels: Sequence[float]) -> str:
-    """One `<svg>` element: the share of good responses against the predicted probability, and how many there are.
+    """One `<svg>` element: the share of good responses against the predicted probability, and their numbers.
 
-    A bin of at least `FEWEST_IN_BIN` responses has a point with the 95 % interval of its share.
+    A bin of at least `FEWEST_IN_BIN` responses has a point with the 95 % interval of its share. `probs` are predicted
+    probabilities that each response is good, and `labels` are in [0, 1], NaN where unknown.
 
-    Args:
-        probs: Predicted probability that each response is good, in [0, 1].
-        labels: Response labels in [0, 1], NaN where unknown.
-
-    Raises:
-        ValueError: If no label is known, or there are not as many labels as probabilities.
+    Raises ValueError if no label is known, or the numbers of labels and probabilities differ.
 
     Example:
         >>> svg = calibration_plot([0.1, 0.2, 0.9], [0, 0, 1])
@@ -97,12 +93,11 @@ def save_picture(
     *,
     baseline: str | None = None,
 ) -> None:
-    """Save learning curves beside a heat map of step scores, on white, as wide as a README.
+    """Save learning curves next to a heat map of step scores, on white, as wide as a README.
 
     Args:
         path: Where to write it; the ending `.png` or `.svg` decides the format.
-        runs: For each arm the curves of its seeds, with the same rollouts; their mean is drawn, and how many there are
-            is written beside it.
+        runs: The curves of each arm's seeds, with the same rollouts; drawn as their mean, with the number of seeds.
         examples: Scored responses as `write_viewer` takes them; a cross marks steps whose `gold` label is wrong.
         baseline: As for [`learning_curves`].
 
@@ -139,7 +134,7 @@ def _mean(seeds: Sequence[Curve]) -> Curve:
 
 
 def _both_sides(examples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """As many as fit, half from each label if there are enough."""
+    """As many examples as fit, half of them from each label if there are enough."""
     scored = [row for row in examples if row.get("steps")]
     good = [row for row in scored if is_good(row)]
     bad = [row for row in scored if not is_good(row)]

@@ -1,4 +1,4 @@
-"""The page that `fractal-rm quickstart` ends with: what was learned, how fast, and what to do next."""
+"""The final page of `fractal-rm quickstart`: what was learned, how fast, and what to do next."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXAMPLES_OF_A_KIND = 6
 
 @dataclass(frozen=True)
 class QuickstartReport:
-    """All that the report shows; empty parts are left out of the page."""
+    """The contents of the report; empty parts are left out of the page."""
 
     title: str
     seed: int
@@ -78,7 +78,7 @@ def summarize(folder: Path, arms: Sequence[str], seed: int, budget: str) -> Quic
 def headlines(
     rows: Sequence[dict[str, Any]], curves: dict[str, list[tuple[float, float]]]
 ) -> list[tuple[str, str, str]]:
-    """The numbers that a reader looks for first, as (name, value, note)."""
+    """The numbers to read first, as (name, value, note)."""
 
     def shown(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
@@ -108,7 +108,7 @@ def headlines(
 
 
 def next_commands(folder: Path) -> list[tuple[str, str]]:
-    """Commands to go on with, as (command, purpose)."""
+    """Commands to continue with, as (command, purpose)."""
     return [
         (
             f"fractal-rm score --model {folder}/reward_model --input {folder}/validation.jsonl "
@@ -128,10 +128,9 @@ def next_commands(folder: Path) -> list[tuple[str, str]]:
 
 
 def write_report(path: str | Path, report: QuickstartReport) -> None:
-    """Write the report as one HTML page that needs nothing but a browser.
+    """Write the report as one HTML page that needs only a browser.
 
-    Raises:
-        ImportError: If matplotlib is not installed and there is something to plot.
+    Raises ImportError if there is something to plot and matplotlib is not installed.
 
     Example:
         >>> import pathlib, tempfile
@@ -170,15 +169,13 @@ def write_report(path: str | Path, report: QuickstartReport) -> None:
 
 
 def _policies_first(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The metrics of rows, those of policies before those of the reward model: a narrow window cuts the last ones."""
+    """The metrics of rows, policies before the reward model: a narrow window cuts the last ones."""
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
     return sorted(names, key=lambda name: not name.startswith(("accuracy", "step_accuracy")))
 
 
 def rollouts_to_reach(curve: Curve, accuracy: float) -> float | None:
-    """Rollouts after which a learning curve first reaches an accuracy; None if it stays below.
-
-    Measured points only, nothing in between.
+    """Rollouts at the first point of a learning curve that reaches an accuracy; None if it stays below.
 
     Example:
         >>> rollouts_to_reach([(0, 0.5), (512, 0.7), (1024, 0.8)], 0.7)
@@ -190,10 +187,8 @@ def rollouts_to_reach(curve: Curve, accuracy: float) -> float | None:
 def compare_curves(curves: Mapping[str, Curve], *, arm: str = ARM, baseline: str = BASELINE) -> list[str]:
     """Describe two learning curves in sentences, whether they favour the arm or not.
 
-    First whether and when the arm reached the baseline's final accuracy, then how far each ended below its best.
-
-    Raises:
-        ValueError: If one of the two arms has no points.
+    First whether and when the arm reached the baseline's final accuracy, then how far each ended below its best. Raises
+    ValueError if one of the two arms has no points.
 
     Example:
         >>> curves = {"outcome": [(0, 0.5), (1024, 0.8)], "dense+outcome": [(0, 0.5), (512, 0.8), (1024, 0.9)]}
@@ -232,7 +227,7 @@ def _duration(seconds: float) -> str:
 
 
 def _origin(row: Mapping[str, Any]) -> str:
-    """The origin of a row: its command, commit, versions and machine, as far as known."""
+    """The origin of a row: its command, commit, versions and machine, where known."""
     commit, _, dirty = (row.get("commit") or "").partition("-")
     machine = row.get("machine") or {}
     versions = ", ".join(f"{name} {version}" for name, version in (row.get("versions") or {}).items() if version)

@@ -19,8 +19,8 @@ class StepScoresCallback(TrainerCallback):
 
         trainer.add_callback(StepScoresCallback(trainer))
 
-    `output_dir/step_scores/step-000100.html` needs nothing but a browser; `step-000100.jsonl` holds the same rows. The
-    rollout is the last one that was trained on. With several processes it is the main one's share.
+    `output_dir/step_scores/step-000100.html` needs only a browser; `step-000100.jsonl` holds the same rows. The
+    rollout is the last one that was trained on; with several processes, the main process's share of it.
 
     Args:
         trainer: The trainer to follow.
@@ -52,7 +52,7 @@ class StepScoresCallback(TrainerCallback):
             self.write(args, state)
 
     def write(self, args: Any, state: TrainerState) -> None:
-        """Write the page and the rows of this step, and delete what is beyond `keep`."""
+        """Write the page and the rows of this step, and delete older pages beyond `keep`."""
         rows = rollout_rows(self.trainer)
         if not rows or not state.is_world_process_zero:
             return
@@ -64,7 +64,7 @@ class StepScoresCallback(TrainerCallback):
         write_viewer(page, rows, title=f"Step scores of the rollout at step {step}")
         self._written = step
         if self.keep is not None:
-            # Those written last, not those of the highest step: the folder may hold pages of an earlier run.
+            # Keep the last written pages, not the highest steps: the folder may hold pages of an earlier run.
             pages = sorted(folder.glob("step-*.html"), key=lambda path: (path.stat().st_mtime_ns, path.name))
             for old in pages[: -self.keep]:
                 old.unlink()
@@ -74,9 +74,8 @@ class StepScoresCallback(TrainerCallback):
 def rollout_rows(trainer: StepPPOTrainer) -> list[dict[str, Any]]:
     """The last rollout that was trained on, as [`~fractal_rm.report.viewer.write_viewer`] takes it.
 
-    Returns:
-        One row a completion of this process: `id`, `prompt`, `response`, `steps`, `score`, `truncated_steps`, `error`,
-        `rewards` (what each outcome function gave) and `label`, their weighted sum; None where nothing is known.
+    One row per completion of this process: `id`, `prompt`, `response`, `steps`, `score`, `truncated_steps`, `error`,
+    `rewards` (of each outcome function) and `label`, their weighted sum; None where a value is unknown.
     """
     rollout = trainer.last_rollout
     if rollout is None or rollout.watched is None:

@@ -26,17 +26,13 @@ class Table(NamedTuple):
 def tabulate(rows: Iterable[Mapping[str, Any]], *, metrics: Sequence[str] | None = None) -> Table:
     """Gather rows of results into one line for each benchmark, arm, data set and split, in order of first appearance.
 
-    Rows that differ in the seed only are averaged, with their standard deviation, and with the number of seeds where a
-    value is missing from some. The file is append-only: of two rows with the same seed the later one counts.
-    Grouping columns with the same value in every row are left out, except the arm.
-    A metric that a line lacks, or whose value is null or not finite, shows as a dash.
+    Rows that differ only in the seed are averaged, with their standard deviation, and with the number of seeds where
+    some lack a value. The file is append-only: of two rows with the same seed the later one counts. Grouping columns
+    with the same value in every row are left out, except the arm. A metric that is missing, null or not finite shows as
+    a dash.
 
-    Args:
-        rows: Rows of `results.jsonl`.
-        metrics: Names of the metrics to show, in order. None: all, in order of first appearance.
-
-    Raises:
-        ValueError: If there are no rows, or a metric in `metrics` is in none of them.
+    `metrics` are the names to show, in order; None: all, in order of first appearance. Raises ValueError if there are
+    no rows, or no row has one of these metrics.
 
     Example:
         >>> rows = [{"arm": "outcome", "seed": seed, "metrics": {"accuracy": a}} for seed, a in ((0, 0.8), (1, 0.9))]
@@ -91,14 +87,14 @@ def markdown_table(rows: Iterable[Mapping[str, Any]], *, metrics: Sequence[str] 
 def write_results_page(
     path: str | Path, rows: Iterable[Mapping[str, Any]], *, metrics: Sequence[str] | None = None, title: str = "Results"
 ) -> None:
-    """The table of [`tabulate`] as one HTML page that needs nothing but a browser."""
+    """The table of [`tabulate`] as one HTML page that needs only a browser."""
     write_page(path, "results.html.j2", title=title, table=tabulate(rows, metrics=metrics))
 
 
 def format_number(value: float | int | None) -> str:
     """A number as tables and pages show it.
 
-    Counts have commas, measurements three decimals (four significant digits from 100 on), nothing is a dash.
+    Counts have commas, measurements three decimals (four significant digits from 100 on); None is a dash.
 
     Example:
         >>> format_number(4096), format_number(0.98765), format_number(1234.5), format_number(None)

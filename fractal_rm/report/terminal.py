@@ -1,4 +1,4 @@
-"""Scored responses on a terminal: every step after its score, in the colours of the pages."""
+"""Scored responses on a terminal: every step with its score, in the colours of the pages."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rich.text import Text
 from fractal_rm.report.pages import response_view
 from fractal_rm.report.palette import ink_on, score_colour
 
-# Control characters, those that begin escape sequences too, and halves of characters; not tab and newline.
+# Control characters (also those that begin escape sequences) and lone surrogates, except tab and newline.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def show_steps(rows: Iterable[Mapping[str, Any]], console: Console | None = None, *, threshold: float = 0.5) -> None:
-    """Print scored responses, as [`~fractal_rm.report.viewer.write_viewer`] takes them, a step a line.
+    """Print scored responses, as [`~fractal_rm.report.viewer.write_viewer`] takes them, one step per line.
 
     Example:
         >>> step = {"text": "2+2=5", "score": 0.08, "gold": 0}
         >>> show_steps([{"id": "a", "prompt": "2+2?", "steps": [step], "score": 0.08, "label": 0}])
         a  score 0.08  label bad
         2+2?
-          0.08  \u2717 2+2=5  first wrong step
+          0.08  ✗ 2+2=5  first wrong step
         <BLANKLINE>
     """
     console = console or Console(highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The contents of a training report: panels of curves in sections, from the logs of runs. Nothing is drawn here.
+"""The contents of a training report: panels of curves in sections, from the logs of runs. Drawing is elsewhere.
 
 A metric that a run did not log has no line, and a metric that no run logged has no panel.
 """
@@ -17,11 +17,11 @@ from fractal_rm.evaluation.intervals import interval_of_mean
 from fractal_rm.report.training_history import ALARM, Run
 
 GUARD = "guards/"
-# With more points a line looks like noise at the width of a panel, so neighbouring values become their mean.
+# With more points, a line looks like noise at the width of a panel, so neighbouring values are averaged.
 MOST_POINTS = 200
 OUTCOME = "guards/outcome"  # on the scale of P(response is good): known where outcomes lie in [0, 1]
 
-# Title, and the names under which it may be logged: of several the one that most runs have.
+# Title, and the metrics that it may show: of several, the one that most runs logged.
 LENGTHS = (
     ("Tokens per response", "completions/mean_length"),
     ("Steps per response", "guards/steps_per_response", "steps/per_response"),
@@ -39,7 +39,7 @@ UPDATES = (
     ("Entropy per token, in nats", "entropy"),
     ("Share of tokens with a clipped ratio", "clip_ratio/region_mean"),
 )
-# What is shown of a log; a training of something else logs none of it.
+# The metrics that are shown; other kinds of training log none of them.
 SHOWN = re.compile(
     r"((eval_)?rewards/.+/mean|guards/(?!outcome$|alarm/).+|completions/(mean_length|clipped_ratio)|steps/per_response"
     r"|kl(_reward/.+)?|value/explained_variance|clip_ratio/region_mean)$"
@@ -77,13 +77,13 @@ SIGNALS = {
     "guards/step_order": "Agreement with the usual order of words",
     "guards/empty": "Share of empty responses",
     "guards/steps_at_ceiling": "Share of steps at the ceiling",
-    "guards/ceiling_over_outcome": "Steps at the ceiling, less outcome",
+    "guards/ceiling_over_outcome": "Steps at the ceiling minus outcome",
     "guards/unscored": "Share of responses not judged",
     "guards/steps_beyond_limit": "Share of steps beyond the limit",
 }
 
 
-# Sections in which a curve of zeros gets no plot: most shares never leave 0.
+# Sections in which a curve of zeros gets no plot: most shares stay at 0.
 ZERO_AS_TEXT = ("guards", "length", "kl", "updates")
 
 
@@ -100,7 +100,7 @@ class Line(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """An alarm in a panel: the look of its run's line, and the update."""
+    """An alarm in a panel: the slot of its run's line, and the update."""
 
     slot: int
     update: int
@@ -118,7 +118,7 @@ class Panel:
 
     @property
     def is_zero(self) -> bool:
-        """Whether all logged values are 0 and there was no alarm: then a line of text replaces the plot."""
+        """Whether all logged values are 0 and there was no alarm: a line of text then replaces the plot."""
         return not self.marks and not any(line.mean.any() for line in self.lines)
 
 
@@ -141,16 +141,15 @@ def by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def common_updates(runs: Sequence[Run], key: str) -> list[int]:
-    """The updates at which all runs have logged a metric."""
+    """The updates at which all runs logged a metric."""
     return sorted(set.intersection(*(set(run.metrics.get(key, {})) for run in runs)))
 
 
 def make_line(name: str, slot: int | None, runs: Sequence[Run], key: str) -> Line | None:
-    """The curve of a metric for a group of runs, which are seeds; None if there is no update that all of them have.
+    """The curve of a metric for a group of runs (seeds); None if no update is common to all of them.
 
-    It is the mean at the updates that all runs have, so that no run comes in or drops out along the line, with the
-    interval of the mean if there are several runs. `slot` is its place among the looks of lines; None: that of a
-    checked outcome.
+    It is the mean at the updates that all runs have, so that no run enters or leaves along the line, with the interval
+    of the mean if there are several runs.
     """
     updates = common_updates(runs, key)
     if not updates:
@@ -165,10 +164,9 @@ def make_line(name: str, slot: int | None, runs: Sequence[Run], key: str) -> Lin
 
 
 def make_sections(runs: Sequence[Run]) -> list[Section]:
-    """Sort what runs logged into sections of panels; runs of one name are seeds of one group.
+    """Sort what runs logged into sections of panels; runs with the same name are seeds of one group.
 
-    Raises:
-        ValueError: If a run logs nothing that is shown, or the runs of a group have no update in common.
+    Raises ValueError if a run logs nothing that is shown, or the runs of a group have no update in common.
     """
     for run in runs:
         if not any(SHOWN.match(key) for key in run.metrics):
@@ -190,8 +188,8 @@ def make_sections(runs: Sequence[Run]) -> list[Section]:
     for name, group in groups.items():
         if not any(common_updates(group, key) for key in shown):
             raise ValueError(
-                f"The {len(group)} runs called {name!r} have logged nothing at the same update. Log them alike "
-                "(`logging_steps`), or give each its own name."
+                f"The {len(group)} runs called {name!r} have logged nothing at the same update. Give them the same "
+                "`logging_steps`, or each its own name."
             )
     return [
         Section(
@@ -206,20 +204,20 @@ def make_sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def early_ends(runs: Sequence[Run]) -> list[str]:
-    """One sentence for each group whose lines end early, since one of its runs does."""
+    """One sentence for each group whose lines end early because one of its runs does."""
     sentences = []
     for name, group in by_name(runs).items():
         first, last = (choose(group, key=lambda run: run.last_update) for choose in (min, max))
         if first.last_update < last.last_update:
             sentences.append(
-                f"The lines of {name} end at update {first.last_update:,}, where {first.folder} does; {last.folder} "
-                f"goes on to {last.last_update:,}. To see all of it, give it its own name."
+                f"The lines of {name} end at update {first.last_update:,}, where {first.folder} ends; {last.folder} "
+                f"continues to {last.last_update:,}. Give it its own name to see all of it."
             )
     return sentences
 
 
 def _panel(groups: Mapping[str, list[Run]], title: str, key: str) -> Iterator[Panel]:
-    """The panel of a metric with a line a group, if any has one."""
+    """The panel of a metric with one line per group; nothing if no group has one."""
     made = (make_line(name, slot, runs, key) for slot, (name, runs) in enumerate(groups.items()))
     lines = [line for line in made if line is not None]
     if lines:
@@ -261,13 +259,13 @@ def _outcomes(groups: Mapping[str, list[Run]]) -> Iterator[Panel]:
 
 
 def _is_copy(run: Run, prefix: str, name: str) -> bool:
-    """Whether the total of a run is nothing but what one function gave."""
+    """Whether the total of a run equals what one function returned."""
     total, one = (run.metrics.get(f"{prefix}{key}", {}) for key in ("reward", f"rewards/{name}/mean"))
     return all(math.isclose(total[at], one[at], rel_tol=1e-6, abs_tol=1e-9) for at in total.keys() & one.keys())
 
 
 def _truths(groups: Mapping[str, list[Run]]) -> Iterator[Panel]:
-    """For each group and each source of step rewards what it says, and the checked outcome of the same responses."""
+    """For each group and source of step rewards, its score and the checked outcome of the same responses."""
     sources = _functions(_all_keys(groups), "step_rewards/")
     for slot, (name, runs) in enumerate(groups.items()):
         for source in sources:

@@ -14,7 +14,7 @@ from fractal_rm.files import read_json
 from fractal_rm.hf.checkpoints import STATE, last_checkpoint
 
 METRICS_FILE = "metrics.json"
-# Before the name of a signal, where the log says that its alarm was raised.
+# Prefix of the metric that logs a signal's alarm.
 ALARM = "guards/alarm/"
 
 
@@ -29,7 +29,7 @@ class Run:
 
     @property
     def last_update(self) -> int:
-        """The last update that something was logged at."""
+        """The last update with a log."""
         return max(update for curve in self.metrics.values() for update in curve)
 
     @property
@@ -47,12 +47,12 @@ def read_runs(entries: Sequence[str]) -> list[Run]:
     """Read runs, in the order given.
 
     Args:
-        entries: `NAME=DIR` or `DIR`, whose name is that of the folder. DIR is the output folder of `fractal-rm ppo` or
-            of `StepPPOTrainer`, or a checkpoint. An entry that is a folder as it stands is a DIR, `=` or not.
+        entries: `NAME=DIR`, or `DIR` with the folder's name: an output folder of `fractal-rm ppo` or a trainer, or a
+            checkpoint. An entry that is an existing folder counts as DIR even if it contains `=`.
 
     Raises:
-        OSError: If a folder is not there.
-        ValueError: If a folder holds no log, or is given twice, or names are ambiguous.
+        OSError: If a folder does not exist.
+        ValueError: If a folder has no log or is given twice, or names are ambiguous.
     """
     named = [_name_and_folder(entry) for entry in entries]
     places = Counter(Path(os.path.realpath(folder)) for _, folder, _ in named)
@@ -63,8 +63,8 @@ def read_runs(entries: Sequence[str]) -> list[Run]:
     for name, folder, is_given in named:
         if names[name] > 1 and not is_given:
             raise ValueError(
-                f"{names[name]} runs are called {name!r}, {folder} by its folder only. Give each as NAME=DIR: runs "
-                "that differ in the seed alone under one name, others under their own names."
+                f"{names[name]} runs are called {name!r}, {folder} by its folder only. Give each as NAME=DIR, with the "
+                "same name for runs that differ only in the seed, and another name for others."
             )
     runs = []
     for name, folder, _ in named:
@@ -74,7 +74,7 @@ def read_runs(entries: Sequence[str]) -> list[Run]:
 
 
 def metrics_by_update(history: Sequence[Any]) -> dict[str, dict[int, float]]:
-    """The numbers of each metric by update, from a trainer's `log_history`.
+    """The values of each metric by update, from a trainer's `log_history`.
 
     Values that are not finite are left out; if a resumed run logged an update twice, the later value counts.
 

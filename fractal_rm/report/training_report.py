@@ -1,4 +1,4 @@
-"""A page, and a picture, of what PPO runs logged: learning curves, score against truth, guards, length, KL."""
+"""What PPO runs logged, as a page or a picture: learning curves, score against truth, guards, length, KL."""
 
 from __future__ import annotations
 
@@ -28,16 +28,15 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 COLUMNS = 3  # of a picture
-# Inches of a panel on a page, where two stand side by side; one alone is as wide as both, but on a phone, where it is
-# drawn as others are.
+# Inches of a panel on a page with two panels side by side; a single one is as wide as both, except on a phone.
 WIDTH, HEIGHT = 4.7, 2.3
-# Markers along a line, by which groups are told apart without colour: dashes would make noise of noisy curves. Of fewer
-# than MARKED points each is marked.
+# Markers along a line distinguish groups without colour; dashes would hide noisy curves. With fewer than MARKED points,
+# each is marked.
 MARKERS, MARKED = 8, 16
-# Of the height of the axes: what is left free below and above. A curve that varies by less than FLAT of its size is a
-# constant with rounding errors, and lies in the middle of axes of some height.
+# Margin below and above the curves, as a share of the height. A curve that varies by less than FLAT of its size is a
+# constant with rounding errors, drawn in the middle of axes with FLAT_MARGIN.
 MARGIN, FLAT, FLAT_MARGIN = 0.06, 1e-6, 0.1
-TICKS = 5  # of the axis of values
+TICKS = 5  # of the vertical axis
 # Shapes of the markers in the page's legend, around (18, 6).
 SHAPES = {
     "o": "M18 2a4 4 0 1 0 .01 0z",
@@ -48,11 +47,10 @@ SHAPES = {
 
 
 def write_training_report(path: str | Path, runs: Sequence[Run], *, title: str = "Training") -> None:
-    """Write what runs logged as one HTML page; runs of one name are seeds, drawn as their mean with its interval.
+    """Write what runs logged as one HTML page; runs with the same name are seeds, drawn as their mean with its
+    interval.
 
-    Raises:
-        ImportError: If matplotlib is not installed.
-        ValueError: If a run logs nothing that is shown, or the runs of a group have no update in common.
+    Raises ImportError if matplotlib is not installed, ValueError as [`make_sections`].
 
     Example:
         >>> import pathlib, tempfile
@@ -84,9 +82,7 @@ def write_training_report(path: str | Path, runs: Sequence[Run], *, title: str =
 def save_training_figure(path: str | Path, runs: Sequence[Run]) -> None:
     """Save the panels of the page as one picture on white; the ending `.png` or `.svg` decides the format.
 
-    Raises:
-        ImportError: If matplotlib is not installed.
-        ValueError: As for [`write_training_report`], or if the name ends otherwise.
+    Raises as [`write_training_report`], and ValueError if the name ends otherwise.
     """
     sections, names = [section for section in make_sections(runs) if section.panels], list(by_name(runs))
     last = max(run.last_update for run in runs)
@@ -126,7 +122,7 @@ def draw_panel(axes: Axes, panel: Panel, theme: Theme, last: int) -> None:
             linestyle=style,
             linewidth=1.5,
             marker=marker,
-            markevery=((every // len(LINES)) * ((line.slot or 0) % len(LINES)), every),  # not upon each other
+            markevery=((every // len(LINES)) * ((line.slot or 0) % len(LINES)), every),  # not on top of each other
             markersize=5,
             markeredgecolor=theme.paper,
             markeredgewidth=0.6,
@@ -147,14 +143,14 @@ def draw_panel(axes: Axes, panel: Panel, theme: Theme, last: int) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     top = max(map(abs, axes.get_ylim()))
     step = (axes.get_ylim()[1] - axes.get_ylim()[0]) / TICKS
-    digits = max(4, math.ceil(math.log10(top / step)) + 2)  # so many that no two ticks read the same
+    digits = max(4, math.ceil(math.log10(top / step)) + 2)  # enough that no two ticks look the same
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.{digits}g}")
     axes.set_xlabel("Update", fontsize=9)
     axes.tick_params(labelsize=9)
 
 
 def describe(panel: Panel) -> str:
-    """What a panel shows, in words, for those who do not see it.
+    """What a panel shows, in words, for screen readers.
 
     Example:
         >>> import numpy as np
@@ -173,7 +169,7 @@ def describe(panel: Panel) -> str:
 
 
 def _plots(section: Section, last: int) -> list[tuple[Panel, Markup]]:
-    """The panels of a section, each with its `<svg>`; one alone has one for wide pages and one for phones."""
+    """The panels of a section, each with its `<svg>`; a single panel has one for wide pages and one for phones."""
     if len(section.panels) == 1:
         wide, phone = (_plot(section, 0, last, width, css) for width, css in ((2 * WIDTH, "wide"), (WIDTH, "phone")))
         return [(section.panels[0], wide + phone)]
@@ -190,7 +186,7 @@ def _plot(section: Section, number: int, last: int, width: float = WIDTH, css: s
 
 
 def _look(slot: int | None, theme: Theme) -> tuple[str, Literal["-", "--"], str]:
-    """Colour, dashes and marker: of sixteen lines no two have the same, and the first four differ without colour."""
+    """Colour, dashes and marker: no two of sixteen lines look the same, and the first four differ without colour."""
     if slot is None:
         return theme.ink, "--", ""
     return theme.series[slot % len(theme.series)], "-", LINES[(slot + slot // len(LINES)) % len(LINES)][1]
@@ -222,7 +218,7 @@ def _last(line: Line) -> str:
 
 
 def _last_table(sections: Sequence[Section], names: Sequence[str]) -> Table:
-    """The last value of every line: a row a panel, a column a group."""
+    """The last value of every line: one row per panel, one column per group."""
     cells = []
     for section in sections:
         for panel in section.panels if section.name != "truth" else ():

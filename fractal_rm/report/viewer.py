@@ -1,4 +1,5 @@
-"""A page to read scored responses in: every step with its score, sorted and filtered in the browser, no server."""
+"""A page for reading scored responses: every step with its score, sorted and filtered in the browser, without a
+server."""
 
 from __future__ import annotations
 
@@ -17,18 +18,18 @@ def write_viewer(
     threshold: float = 0.5,
     models: tuple[str, str] | None = None,
 ) -> None:
-    """Write scored responses as one HTML page that needs nothing but a browser.
+    """Write scored responses as one HTML page that needs only a browser.
 
     Args:
         path: Where to write the page.
-        rows: One mapping a response: `prompt` (text or chat), `steps` (each with `text`, `score` and, where known,
+        rows: One mapping per response: `prompt` (text or chat), `steps` (each with `text`, `score` and, where known,
             `gold`: 1 right, 0 wrong), `score` of the response, and optionally `id`, `label`, `response` (with `start`
             and `end` in the steps, text outside the steps is shown too), `truncated_steps` (how many steps beyond
             `max_length` were not scored), `error`, which replaces the steps, and `other_score`, of the response and of
-            each step: what a second model says.
+            each step: a second model's scores.
         title: Heading of the page.
-        threshold: Score below which a step counts as wrong: false alarms and missed errors go by it.
-        models: Names of the two models where rows have scores of a second one.
+        threshold: Score below which a step counts as wrong; it defines false alarms and missed errors.
+        models: Names of the two models if rows have scores of a second one.
 
     Raises:
         ValueError: If a row has neither steps nor an error.

@@ -1,1 +1,1 @@
-"""A step reward model behind HTTP, and a client that stands in its place."""
+"""A step reward model over HTTP, and a client that can replace it."""

@@ -1,4 +1,4 @@
-"""Who may ask a scoring server: by the token, and by the name that the request calls the server."""
+"""Access to a scoring server: by a token, and by the server name in the request."""
 
 import base64
 import binascii
@@ -29,7 +29,7 @@ def is_loopback(host: str) -> bool:
 
 
 def read_token(file: str) -> str:
-    """The token in a file: its only line.
+    """The token in a file, its only line.
 
     Raises:
         OSError: If the file cannot be read.
@@ -46,12 +46,12 @@ def read_token(file: str) -> str:
 
 @dataclass(frozen=True)
 class Access:
-    """What a request must bring.
+    """What a request must send.
 
     Args:
         host: Address that the server listens on.
-        names: Further names that requests may call the server, such as that of a machine or of a proxy.
-        token: What requests must bring as `Authorization: Bearer TOKEN`, or as the password of a Basic authorization;
+        names: Further server names that requests may send, such as a machine's or a proxy's.
+        token: What requests must send as `Authorization: Bearer TOKEN`, or as the password of Basic authorization;
             None: nothing.
 
     Raises:
@@ -72,8 +72,8 @@ class Access:
     def knows(self, host: str) -> bool:
         """Whether a `Host` header names this server.
 
-        A page of somebody else reaches a server on this machine by a name that it lets point here: names must be known.
-        Where other machines reach the server, any address is one.
+        A foreign web page can reach a server on this machine by a name that it resolves to this machine, so names must
+        be known. If other machines can reach the server, any address is accepted.
         """
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         name = name.strip("[]").lower().rstrip(".")
@@ -88,7 +88,7 @@ class Access:
         return address.is_loopback or not is_loopback(self.host)
 
     def allows(self, authorization: bytes) -> bool:
-        """Whether an `Authorization` header brings the token; the comparison takes as long for any wrong one."""
+        """Whether an `Authorization` header has the token; comparing takes the same time for any wrong one."""
         if self.token is None:
             return True
         kind, _, given = authorization.partition(b" ")

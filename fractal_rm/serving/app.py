@@ -46,16 +46,16 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     408: {"model": Refusal, "description": "The body took too long to arrive"},
     413: {"model": Refusal, "description": "Too long a body, too many responses, characters or values"},
     422: {"model": Refusal, "description": "The JSON does not follow the schema"},
-    503: {"model": Refusal, "description": "Too many responses are waiting, or too many bytes or connections are here"},
+    503: {"model": Refusal, "description": "Too many responses are waiting, or too many bytes or connections are open"},
     504: {"model": Refusal, "description": "Scoring took too long"},
 }
 
 
 # What a JSON schema cannot say.
 _RULES = (
-    "Rules beside the schema. `/score`: give exactly one of `responses` and `steps`; `prompts`, `responses`, `steps` "
-    "and `spans` have one entry for each response; `spans` belong to `responses`. `/openrlhf`: as many `query` as "
-    "`prompts`, and each query begins with its prompt. Bodies are JSON objects in UTF-8, within the server's limits."
+    "Rules in addition to the schema. `/score`: give exactly one of `responses` and `steps`; `prompts`, `responses`, "
+    "`steps` and `spans` have one entry for each response; `spans` belong to `responses`. `/openrlhf`: as many `query` "
+    "as `prompts`, and each query begins with its prompt. Bodies are JSON objects in UTF-8, within the server's limits."
 )
 
 
@@ -72,11 +72,11 @@ def make_app(
 
     Args:
         reward_model: The model; its `batch_size` is the most responses in a forward pass.
-        name: What `/health` calls it: a path by its last name.
-        limits: What a request may ask for.
-        wait: Seconds that a response waits for others to share a forward pass with.
+        name: Its name in `/health`; of a path, the last part.
+        limits: Limits of a request.
+        wait: Seconds that a response waits for others to share its forward pass.
         access: Which requests are answered; None: those that call the server by a name of this machine.
-        ends: Texts to take off the end of OpenRLHF's responses, beside the special tokens of the model's tokenizer.
+        ends: Texts to strip from the end of OpenRLHF's responses, in addition to the tokenizer's special tokens.
     """
     limits = limits or Limits()
     tokenizer = reward_model.tokenizer
@@ -95,7 +95,7 @@ def make_app(
         yield
         await asyncio.to_thread(batcher.close)
 
-    # The pages that show the schema would load their scripts from elsewhere.
+    # The pages that show the schema would load scripts from other sites.
     app = FastAPI(
         title="fractal-rm", description=_RULES, version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
     )
@@ -132,14 +132,14 @@ def make_app(
         try:
             given = read_openrlhf(request, ends)
             return write_openrlhf(given, await scores_of(given))
-        except ValueError as error:  # what would else be the worst reward: it must stop the caller
+        except ValueError as error:  # must stop the caller instead of becoming the worst reward
             raise HTTPException(422, str(error)) from error
 
     return app
 
 
 def run(app: FastAPI, listening: socket.socket, limits: Limits) -> None:
-    """Answer requests until the process is told to end; those that have begun get `limits.seconds`."""
+    """Answer requests until the process is told to end; those in progress get `limits.seconds`."""
     uvicorn.Server(server_config(app, limits)).run(sockets=[listening])
 
 
@@ -174,7 +174,7 @@ async def _score(batcher: Batcher, given: Sequence[PromptedResponse], seconds: f
 
 
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
-    """What the framework refuses by itself, in a sentence; our own refusals are sentences."""
+    """Refuse with one sentence; replaces the framework's own texts."""
     assert isinstance(error, StarletteHTTPException)
     path = request.url.path
     sentences = {
@@ -187,7 +187,7 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _refuse_invalid(request: Request, error: Exception) -> JSONResponse:
-    """One sentence about the first thing that is wrong; what was sent is not repeated."""
+    """Refuse with one sentence about the first error, without repeating what was sent."""
     assert isinstance(error, RequestValidationError)
     found = error.errors()[0]
     if found["type"] == "json_invalid":

@@ -1,4 +1,4 @@
-"""Responses of concurrent requests, scored together: one thread, one forward at a time."""
+"""Scores responses of concurrent requests together: one thread, one forward pass at a time."""
 
 import logging
 import queue
@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
-# A thread that is still in a forward when the server ends is not waited for longer than this.
+# Maximum wait at the end of the server for a thread that is still in a forward pass.
 _JOIN_SECONDS = 5.0
 
 
@@ -26,9 +26,9 @@ class Batcher:
 
     Args:
         score: Scores responses: one result for each, in order.
-        batch_size: Most responses in a call of `score`.
+        batch_size: Maximum responses per call of `score`.
         wait: Seconds that the first one of a batch waits for others.
-        max_queued: Most responses that wait.
+        max_queued: Maximum number of waiting responses.
 
     Example:
         >>> batcher = Batcher(lambda given: [2 * one for one in given], batch_size=8, wait=0.0, max_queued=100)
@@ -65,7 +65,7 @@ class Batcher:
         return [job.result for job in jobs]
 
     def close(self) -> None:
-        """Score what is queued, then end the thread; later ones are refused."""
+        """Score what is queued, then end the thread; later requests are refused."""
         with self._lock:
             if not self._closed:
                 self._closed = True

@@ -18,29 +18,29 @@ if TYPE_CHECKING:
     from fractal_rm.data.bag import Span, StepScores
     from fractal_rm.data.prompts import Prompt
 
-# Responses in a request, more than a forward pass holds; fewer where the server takes no more.
+# Responses per request: more than a forward pass holds; fewer if the server accepts fewer.
 _AT_A_TIME = 256
-# The server is there and may answer later: it is busy, restarting behind a proxy, or took too long.
+# The server exists and may answer later: it is busy, restarting behind a proxy, or took too long.
 _TRY_AGAIN = (502, 503, 504)
 
 
 class _TooLargeError(ValueError):
-    """The server takes no request of this size."""
+    """The server rejects a request of this size."""
 
 
 class ScoringClient:
-    """Scores responses by a server that `fractal-rm serve` started.
+    """Scores responses with a server that `fractal-rm serve` started.
 
-    An instance is a TRL reward function too, in place of `FractalReward`:
+    An instance is also a TRL reward function, instead of `FractalReward`:
 
         GRPOTrainer(..., reward_funcs=[ScoringClient("http://localhost:8000")])
 
     Args:
-        url: Where the server is, without `/score`. A server with a token takes it as the password of the address:
+        url: Address of the server, without `/score`. Give its token, if any, as the password in the address:
             `http://any:TOKEN@host:8000`.
-        timeout: Seconds to wait for the server to say something.
-        retries: How often to try again if it cannot be reached or is busy.
-        pause: Seconds before the first new try; each further one waits twice as long.
+        timeout: Seconds to wait for a reply of the server.
+        retries: Number of further tries if it cannot be reached or is busy.
+        pause: Seconds before the first further try; each later one waits twice as long.
     """
 
     def __init__(self, url: str, *, timeout: float = 90.0, retries: int = 4, pause: float = 0.5) -> None:
@@ -69,7 +69,7 @@ class ScoringClient:
         """As `StepRewardModel.score`: scores of every step of every response.
 
         Raises:
-            ValueError: If the server refuses the request; its sentence.
+            ValueError: If the server refuses the request, with its sentence.
             ConnectionError: If there is no answer after all tries.
         """
         from fractal_rm.data.bag import Step, StepScores
@@ -77,7 +77,7 @@ class ScoringClient:
 
         scored = []
         for given, found in zip(responses, self._results(prompts, responses, spans), strict=True):
-            text = given if isinstance(given, str) else found["response"]  # the server knows what joins steps and turns
+            text = given if isinstance(given, str) else found["response"]  # the server joins steps and turns
             if text is None:  # a chat of one message
                 text = "" if found["error"] else read_completion(given)
             score = float("nan") if found["score"] is None else found["score"]
@@ -98,7 +98,7 @@ class ScoringClient:
     def _results(self, prompts: Any, responses: Any, spans: Any) -> list[dict[str, Any]]:
         if len(prompts) != len(responses):
             raise ValueError(
-                f"{len(prompts)} prompts came with {len(responses)} responses. Give one prompt a response."
+                f"{len(prompts)} prompts came with {len(responses)} responses. Give one prompt per response."
             )
         if all(isinstance(one, str) or is_messages(one) or not one for one in responses):
             name, responses = "responses", [one or "" for one in responses]  # no message: an empty text
@@ -130,7 +130,7 @@ class ScoringClient:
         return [result for part in parts for result in self._scored(part)]
 
     def _ask(self, path: str, body: Any = None) -> Any:
-        """The JSON that the server answers."""
+        """The JSON of the server's answer."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self._headers)
         reason = ""

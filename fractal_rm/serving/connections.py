@@ -1,4 +1,4 @@
-"""Connections of the scoring server: how many at once, and how long one may take to say what it wants."""
+"""Connections of the scoring server: their number, and the time that one may take to send a request."""
 
 import asyncio
 import json
@@ -14,20 +14,20 @@ try:
 except ImportError:  # Windows, which has no such limit
     resource = None  # type: ignore[assignment]
 
-# Files that a server needs beside its connections: libraries, weights, logs.
+# Files that a server needs in addition to its connections: libraries, weights, logs.
 _SPARE_FILES = 64
-# Connections that asyncio accepts before it looks at any of them. Without a free file it logs a traceback for each of
-# these, so they have to fit in the spare ones, with those that are being closed.
+# Connections that asyncio accepts before it looks at any of them. Without a free file it logs a traceback for each, so
+# they have to fit into the spare ones, together with connections that are being closed.
 _BACKLOG = 16
 
 
 def server_config(app: Any, limits: Limits) -> uvicorn.Config:
-    """Settings of uvicorn under which a connection that asks for nothing is closed, and one too many is refused."""
+    """Settings of uvicorn that close idle connections and refuse those beyond the limit."""
     most = limits.max_connections
     if resource is not None:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         most = most if files == resource.RLIM_INFINITY else max(min(most, files - _SPARE_FILES), 1)
-    answer = json.dumps({"detail": f"{most} connections are open, as many as there may be. Try again later."}).encode()
+    answer = json.dumps({"detail": f"{most} connections are open, which is the limit. Try again later."}).encode()
     refusal = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
     refusal += b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(answer), answer)
 
@@ -42,7 +42,7 @@ def server_config(app: Any, limits: Limits) -> uvicorn.Config:
             waiting = [one for one in connections if one.timer is not None]
             if len(connections) <= most:
                 self._watch()
-            elif waiting:  # who has asked for nothing the longest makes room
+            elif waiting:  # close the connection that has been idle longest
                 first = min(waiting, key=lambda one: one.timer.when())
                 first._stop()
                 first.transport.abort()
@@ -64,7 +64,7 @@ def server_config(app: Any, limits: Limits) -> uvicorn.Config:
             super().connection_lost(exc)
 
         def _watch(self) -> None:
-            """Let the time run while no request is at work, from the first byte or from the end of the last one."""
+            """Run the timer while no request is being answered: from the first byte, or the end of the last request."""
             if self.cycle is not None and not self.cycle.response_complete:
                 self._stop()
             elif self.timer is None and not self.transport.is_closing():

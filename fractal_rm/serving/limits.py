@@ -1,4 +1,4 @@
-"""What a server accepts: how much, and for how long."""
+"""Limits of a server: amounts and times."""
 
 import asyncio
 import json
@@ -8,8 +8,8 @@ from typing import Any
 
 from fractal_rm.ranges import check_ranges
 
-# A body that is too long is read to its end, without being kept, up to this many times the limit: a client that still
-# sends when the connection closes never sees why.
+# A body that is too long is read and dropped, up to this many times the limit: a client that is still sending when the
+# connection closes never sees the reason.
 _DRAINED = 8
 
 Scope = MutableMapping[str, Any]
@@ -20,31 +20,31 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a request; each above 0, and the queue holds one request at least."""
+    """Limits of a request; all above 0, and the queue holds at least one request."""
 
-    max_responses: int = field(default=1024, metadata={"help": "Most responses in a request."})
+    max_responses: int = field(default=1024, metadata={"help": "Maximum responses per request."})
     max_characters: int = field(
-        default=4_000_000, metadata={"help": "Most characters in the prompts and responses of a request."}
+        default=4_000_000, metadata={"help": "Maximum characters in the prompts and responses of a request."}
     )
-    max_body_bytes: int = field(default=16_000_000, metadata={"help": "Longest request."})
+    max_body_bytes: int = field(default=16_000_000, metadata={"help": "Maximum bytes per request."})
     seconds: float = field(
-        default=60.0, metadata={"help": "Longest time for a request to arrive, and again to be scored."}
+        default=60.0, metadata={"help": "Maximum seconds for a request to arrive, and again to be scored."}
     )
     max_queued: int = field(
-        default=16_384, metadata={"help": "Most responses that wait for their turn; requests beyond are refused."}
+        default=16_384, metadata={"help": "Maximum waiting responses; further requests are refused."}
     )
     max_values: int = field(
         default=200_000,
-        metadata={"help": "Most values (texts, numbers, lists, objects) in a request, counted before it is parsed."},
+        metadata={"help": "Maximum values (texts, numbers, lists, objects) per request, counted before parsing."},
     )
     max_total_bytes: int = field(
-        default=128_000_000, metadata={"help": "Most bytes of all requests that arrive or are answered at one time."}
+        default=128_000_000, metadata={"help": "Maximum bytes of all requests that arrive or are answered at one time."}
     )
     max_connections: int = field(
-        default=256, metadata={"help": "Most connections at one time; fewer where the system allows fewer open files."}
+        default=256, metadata={"help": "Maximum connections at one time; fewer if the system allows fewer open files."}
     )
     header_seconds: float = field(
-        default=10.0, metadata={"help": "Longest time until the headers of a request have arrived."}
+        default=10.0, metadata={"help": "Maximum seconds for the headers of a request to arrive."}
     )
 
     def __post_init__(self) -> None:
@@ -62,12 +62,11 @@ class Limits:
 
 
 class BodyLimit:
-    """ASGI middleware that reads a body before anybody else does, and refuses what is too long, too slow or too much.
+    """ASGI middleware that reads a body first, and refuses one that is too long, too slow or too much.
 
     Args:
-        app: The application behind it.
-        limits: Gives the longest body, the longest time for it to arrive, the most values in it, and the most bytes
-            of all bodies.
+        app: The application that it wraps.
+        limits: Maximum length, time and values of a body, and maximum bytes of all bodies.
     """
 
     def __init__(self, app: Application, limits: Limits) -> None:
@@ -93,7 +92,7 @@ class BodyLimit:
             sentence = f"The body took longer than {self.limits.seconds:g} seconds to arrive. Send it faster."
             return await refuse(send, 408, sentence)
         except _FullError:
-            sentence = "Too many bytes of other requests are here. Try again in a second, or send fewer at a time."
+            sentence = "Other requests hold too many bytes. Try again in a second, or send fewer at a time."
             return await refuse(send, 503, sentence, (b"retry-after", b"1"))
         if not whole:
             most = self.limits.max_body_bytes
@@ -133,21 +132,21 @@ class BodyLimit:
 
 
 class _FullError(Exception):
-    """All bodies together are as many bytes as there may be."""
+    """All bodies together would exceed their limit of bytes."""
 
 
 def count_values(body: bytes, most: int) -> int:
-    """How many values JSON holds: texts (names too), commas, lists and objects, without parsing it.
+    """Number of values in JSON, without parsing it: texts (including names), commas, lists and objects.
 
     Args:
         body: The JSON, in UTF-8.
-        most: Where there are more texts, the others need not be counted.
+        most: With more texts than this, other values are not counted.
 
     Example:
         >>> count_values(b'{"a": [1, "x, [y"], "b": {}}', 100)
         8
     """
-    bare = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of quotes begins and ends texts
+    bare = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # the remaining quotes begin and end texts
     strings = bare.count(b'"') // 2
     if strings > most:
         return strings
@@ -156,9 +155,9 @@ def count_values(body: bytes, most: int) -> int:
 
 
 async def refuse(send: Send, status: int, sentence: str, *more: tuple[bytes, bytes]) -> None:
-    """Answer a request with one sentence in JSON, and further headers; the connection ends."""
+    """Answer a request with one sentence in JSON and further headers, and close the connection."""
     body = json.dumps({"detail": sentence}).encode()
-    # What is left of the body is not read: the connection cannot be used again.
+    # The rest of the body is not read, so the connection cannot be reused.
     headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *more]
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})

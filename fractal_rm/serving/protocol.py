@@ -1,4 +1,4 @@
-"""What goes over the wire, and how requests become responses to score and scores become answers.
+"""The messages of the server: requests become responses to score, and scores become answers.
 
 The server shows the models as a JSON schema at `/openapi.json`.
 """
@@ -25,9 +25,9 @@ from fractal_rm.data.bag import Span, StepScores
 from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
 from fractal_rm.reward_model import StepRewardModel
 
-# A batch numbers the rows of several requests; the reader of an answer knows those of one.
+# A batch numbers the rows of several requests; an answer numbers those of one.
 _NUMBER = re.compile(r"\Arow \d+: ")
-# Special tokens as tokenizers spell them, beside those that are named: marks of turns, starts, endings, padding.
+# Spellings of special tokens in addition to the named ones: turns, starts, endings, padding.
 _MARK = re.compile(
     r"<\|[^|<>\s]{1,60}\|?>|<[^|<>\s]{1,60}\|>|<\uff5c[^\uff5c<>]{1,60}\uff5c>|</?s>|<(?:pad|bos|eos|unk)>"
     r"|<(?:start|end)_of_turn>|\[(?:PAD|CLS|SEP|BOS|EOS)\]"
@@ -35,19 +35,19 @@ _MARK = re.compile(
 # Vowels and endings of Korean syllables in the decomposed form, and half-width voice marks of Japanese: parts of a
 # character that are letters of their own.
 _PARTS = frozenset(map(chr, [*range(0x1160, 0x1200), 0xFF9E, 0xFF9F]))
-# Characters that are not seen: format characters, and the choice of a picture for a sign.
+# Invisible characters: format characters and variation selectors.
 _UNSEEN = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufe00-\ufe0f\ufeff]")
 # Characters of a query and a prompt in a message.
 _SHOWN = 80
 
 
 class Message(BaseModel):
-    """A message of a chat. Further keys go to the chat template as they are."""
+    """A message of a chat. Further keys are passed to the chat template unchanged."""
 
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: Any = Field(default=None, description="A text, parts of text, or null beside `tool_calls`.")
+    content: Any = Field(default=None, description="A text, parts of text, or null with `tool_calls`.")
 
 
 class ScoreRequest(BaseModel):
@@ -79,7 +79,7 @@ class ScoreRequest(BaseModel):
     @field_validator("responses", "steps", mode="before")
     @classmethod
     def _of_one_kind(cls, given: Any, info: ValidationInfo) -> Any:
-        """Lists of steps are `steps`, texts and chats `responses`: a request has one of them."""
+        """Lists of steps belong in `steps`, texts and chats in `responses`; a request has one of these."""
         if not isinstance(given, list):
             return given
         listed = [isinstance(one, list) and any(isinstance(part, str) for part in one) for one in given]
@@ -117,7 +117,7 @@ class ScoredStep(BaseModel):
 
 
 class ScoredResponse(BaseModel):
-    """What was found of one response. One that cannot be scored has a reason in `error`, and `score` null."""
+    """The scores of one response. If it cannot be scored, `error` has the reason and `score` is null."""
 
     response: str | None = Field(
         description="Of steps, or a chat of several messages: the text that they were joined to, in which spans count."
@@ -152,7 +152,7 @@ class Refusal(BaseModel):
 
 
 class OpenRLHFRequest(BaseModel):
-    """What OpenRLHF posts to `remote_rm_url`: whole texts, and the prompts that they start with."""
+    """What OpenRLHF posts to `remote_rm_url`: complete texts, and the prompts that they start with."""
 
     query: list[str] = Field(description="Prompt and response as one text, special tokens included.")
     prompts: list[str] = Field(description="The prompts alone, as the policy sees them.")
@@ -166,7 +166,7 @@ class OpenRLHFRequest(BaseModel):
 
 
 class OpenRLHFAnswer(BaseModel):
-    """What OpenRLHF reads: rewards to learn from, scores in [0, 1] to filter by, numbers to log."""
+    """What OpenRLHF reads: rewards for learning, scores in [0, 1] for filtering, numbers to log."""
 
     rewards: list[float]
     scores: list[float]
@@ -174,7 +174,7 @@ class OpenRLHFAnswer(BaseModel):
 
 
 class PromptedResponse(NamedTuple):
-    """One response to score: a text, a chat or a list of steps; `spans` None has a text cut as in training."""
+    """One response to score: a text, a chat or a list of steps; without `spans`, a text is cut as in training."""
 
     prompt: Prompt
     response: str | list[Any]
@@ -182,7 +182,7 @@ class PromptedResponse(NamedTuple):
 
     @property
     def characters(self) -> int:
-        """How much text it is; of a message whatever a chat template may show."""
+        """Number of characters, counting all that a chat template may show of a message."""
         texts: list[Any] = [*self.prompt] if is_chat(self.prompt) else [self.prompt]
         texts += [self.response] if isinstance(self.response, str) else self.response
         return sum(len(text if isinstance(text, str) else json.dumps(text)) for text in texts)
@@ -205,15 +205,14 @@ def _plain(said: str | list[Message]) -> Any:
 
 
 def read_openrlhf(request: OpenRLHFRequest, ends: Sequence[str]) -> list[PromptedResponse]:
-    """The responses of a request of OpenRLHF: what follows each prompt, without the special tokens `ends` at its end.
+    """The responses of an OpenRLHF request: what follows each prompt, without the special tokens `ends` at its end.
 
     OpenRLHF decodes a query from token ids, so it may differ from the prompt that was encoded: in white space, in
-    special tokens, in characters that are not seen, in the Unicode form. Where only these differ the prompt is found
-    all the same.
+    special tokens, in invisible characters, in the Unicode form. If only these differ, the prompt is still found.
 
     Raises:
-        ValueError: If a query does not begin with its prompt: names the row. Nobody can tell then where the response
-            begins.
+        ValueError: If a query does not begin with its prompt, so that the start of the response is unknown; names the
+            row.
 
     Example:
         >>> request = OpenRLHFRequest(query=["<s>2+2?\\n4.</s></s>"], prompts=["2+2?\\n"])
@@ -231,7 +230,7 @@ def read_openrlhf(request: OpenRLHFRequest, ends: Sequence[str]) -> list[Prompte
                 "`--ends`."
             )
         response = query[start:]
-        stop = len(response)  # the text is cut once, however many of them there are
+        stop = len(response)  # the text is cut once, however many endings it has
         while (end := next((end for end in ends if end and response.endswith(end, 0, stop)), None)) is not None:
             stop -= len(end)
         found.append(PromptedResponse(RenderedPrompt(prompt), response[:stop]))
@@ -239,7 +238,7 @@ def read_openrlhf(request: OpenRLHFRequest, ends: Sequence[str]) -> list[Prompte
 
 
 def _prompt_end(query: str, prompt: str, marks: Sequence[str]) -> int | None:
-    """Where in a query its prompt ends; None if it does not begin with it."""
+    """Where in a query its prompt ends; None if the query does not begin with it."""
     before, exact, _ = query.partition(prompt) if prompt else ("", "", query)
     mark = re.compile("|".join([*map(re.escape, filter(None, marks)), _MARK.pattern]))
     if (exact or not prompt) and not mark.sub("", before).strip():
@@ -253,7 +252,7 @@ def _prompt_end(query: str, prompt: str, marks: Sequence[str]) -> int | None:
 
 
 def _letters(text: str, mark: re.Pattern[str]) -> Iterator[tuple[str, int]]:
-    """What of a text is seen and no special token, in one Unicode form, with the places behind."""
+    """The visible characters of a text outside special tokens, in one Unicode form, each with the place after it."""
     place = 0
     for between in [*mark.finditer(text), None]:
         stop = len(text) if between is None else between.start()
@@ -269,7 +268,7 @@ def _letters(text: str, mark: re.Pattern[str]) -> Iterator[tuple[str, int]]:
 
 
 def _behind_ending(query: str, place: int, prompt: str, mark: re.Pattern[str]) -> int:
-    """The place in a query behind the white space and special tokens that its prompt ends with, where it has them."""
+    """The place in a query after the white space and special tokens that end its prompt, if the query has them."""
     *_, last = [0, *(end for _, end in _letters(prompt, mark))]
     for part in re.findall(rf"{mark.pattern}|\s+", prompt[last:]):
         if part.isspace():
@@ -297,7 +296,7 @@ def write_results(given: Sequence[PromptedResponse], results: Sequence[StepScore
     for number, (one, result) in enumerate(zip(given, results, strict=True)):
         if isinstance(result, StepScores):
             error = result.error
-        else:  # our own sentences are for the reader; what a library says may hold more than he should see
+        else:  # a library's message may reveal too much
             ours = isinstance(result, ValueError | TypeError)
             error = str(result) if ours else f"it could not be scored ({type(result).__name__})."
             result = StepScores("")
@@ -314,10 +313,10 @@ def write_results(given: Sequence[PromptedResponse], results: Sequence[StepScore
 
 
 def write_openrlhf(given: Sequence[PromptedResponse], results: Sequence[StepScores | Exception]) -> OpenRLHFAnswer:
-    """What OpenRLHF reads: an empty response, or one among others that cannot be scored, gets 0 and counts as unscored.
+    """OpenRLHF's answer: a response that is empty, or cannot be scored while others can, gets 0 and counts as unscored.
 
     Raises:
-        ValueError: If no response is scored though there is text in some: training would go on with the worst score for
+        ValueError: If no response is scored although some have text: training would continue with the worst score for
             all.
     """
     scores = [math.nan if isinstance(result, Exception) else result.score for result in results]

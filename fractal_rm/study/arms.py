@@ -1,7 +1,7 @@
-"""The arms of the comparison, and what they are made of: base policies, labelled responses and reward models.
+"""The arms of the comparison and their parts: base policies, labelled responses and reward models.
 
-An arm says where the reward comes from, and which settings compete for it on the tuning seed. What the arms of a task
-and a seed share is made once and kept in the work folder ([`Assets`]).
+An arm defines where the reward comes from, and which settings compete for it on the tuning seed. Whatever the arms of a
+task and a seed share is made once and stored in the work folder ([`Assets`]).
 """
 
 import hashlib
@@ -25,14 +25,14 @@ from fractal_rm.tasks.task import Problem, Task, sample_responses, unseen
 
 Options = dict[str, Any]
 Recipe = dict[str, Any]
-# Tried by the outcome-only arms; all arms then use the one that suits those best, and each has two settings of its own.
+# Tried by the outcome-only arms; all arms then use the rate that suits these best, and each tunes two more settings.
 LEARNING_RATES = (4e-4, 8e-4, 1.6e-3)
-# How far the credit of a step's reward reaches: fading from token to token, or from step to step.
+# How the credit of a step's reward decays: from token to token, or from step to step.
 LAMBDAS = (
     {"advantage": "gae", "lam": 0.95, "step_lam": None},
     {"advantage": "gae", "step_lam": 0.2},
 )
-# One score a response: GRPO's baseline or a value model, whose rewards fade or do not.
+# With one score per response: GRPO's baseline with and without scaling, or a value model with two lambdas.
 SCALES = (
     {"advantage": "group", "scale_rewards": "group"},
     {"advantage": "group", "scale_rewards": "none"},
@@ -60,12 +60,12 @@ class Arm:
 
     @property
     def scores_responses(self) -> bool:
-        """Whether a reward model's score of the whole response is the outcome reward."""
+        """Whether the outcome reward is a reward model's score of the whole response."""
         return self.response_model or self.scalar
 
     @property
     def trials(self) -> list[Options]:
-        """What can compete on the tuning seed: the variants, with each learning rate."""
+        """The settings that compete on the tuning seed: each variant with each learning rate."""
         return [
             {**dict(self.options), **variant, "learning_rate": rate}
             for rate in LEARNING_RATES
@@ -96,7 +96,7 @@ ARMS = {
         Arm("fractal", steps="fractal"),
         Arm("fractal_mix", steps="fractal", outcome=True),
         Arm("fractal_online", steps="fractal", outcome=True, options=LEARNING_ON),
-        # Judges as outcome-only arms do, so it may have the better of what each of them has chosen.
+        # Scores whole responses as outcome-only arms do, so it may use the better of their settings.
         Arm("orm", response_model=True, variants=(SCALES[0], VALUES[1])),
         Arm("supervised", steps="supervised"),
         Arm("oracle", steps="oracle"),
@@ -105,7 +105,7 @@ ARMS = {
 }
 
 
-# The trial of each arm that the tuning of docs/evidence.md chose: what a study uses that has no file of settings.
+# The trial of each arm that the tuning of docs/evidence.md chose, for studies without a file of settings.
 TUNED = {
     "outcome_grpo": 2,
     "outcome_ppo": 3,
@@ -121,8 +121,8 @@ TUNED = {
 
 # Policies and reward models ------------------------------------------------------------------------------------------
 
-# The same for all arms. The baseline of step scores is that of the rows there are: an arm with the one of
-# `StepPPOConfig` names it.
+# The same for all arms. `center` is what existing rows were made with; an arm with the default of `StepPPOConfig` sets
+# it.
 PPO_SETTINGS: Options = {
     "center": "batch",
     "num_generations": 8,
@@ -140,7 +140,7 @@ PPO_SETTINGS: Options = {
     "use_cpu": True,
     "bf16": False,
 }
-# Policies are measured on at most as many problems, none of which a reward model has seen.
+# Maximum number of problems that policies are measured on; no reward model has seen them.
 HELD_OUT = 1024
 TRAINING: Recipe = {
     "aggregation": "product",
@@ -157,18 +157,14 @@ TRAINING: Recipe = {
     "report_to": [],
     "use_cpu": True,
 }
-# Of wrong chains one in ten ends on the right answer by luck: the bag loss knows it.
+# One wrong chain in ten ends in the right answer by luck; the bag loss accounts for it.
 FRACTAL: Recipe = {"missed_bad": 0.1}
 
 
 def label_responses(
     task: Task, policy: Path, problems: Sequence[Problem], seed: int
 ) -> list[tuple[Problem, str, float]]:
-    """Sampled responses of a policy, one a problem, with their outcome labels; empty responses are left out.
-
-    Returns:
-        Problem, response and label.
-    """
+    """A policy's sampled responses, one per problem, as (problem, response, outcome label); empty ones are left out."""
     model, tokenizer = load_policy(policy)
     prompts = [problem.prompt for problem in problems]
     texts = sample_responses(model, tokenizer, prompts, max_new_tokens=task.max_new_tokens, seed=seed)
@@ -186,18 +182,14 @@ def load_policy(folder: Path) -> tuple[Any, Any]:
 
 
 class Assets:
-    """What the arms of a task and a seed share.
+    """What the arms of a task and a seed share, in the work folder.
 
-    Args:
-        folder: The work folder.
-        task: The task.
-        seed: The seed of the run.
-        max_steps: Optimizer steps of a reward model; -1: as many as its epochs have.
+    `max_steps` are optimizer steps of a reward model; -1: all of its epochs.
     """
 
-    # Rules that can stand in the place of a reward model, for a task.
+    # Rules that can replace a reward model, for a task.
     rules: ClassVar[Mapping[str, Callable[[Task], Rule]]] = {"oracle": oracle, "random_steps": lambda _: random_steps}
-    # Settings of [`StepPPOConfig`] that are the same for all arms, and how many rollouts a backward pass takes.
+    # Settings of [`StepPPOConfig`] that are the same for all arms, and the rollouts per backward pass.
     ppo: ClassVar[Options] = PPO_SETTINGS
     micro_batch: ClassVar[int] = 4096
 
@@ -207,9 +199,9 @@ class Assets:
 
     @classmethod
     def recipes(cls, task: Task) -> dict[str, Recipe]:
-        """What each kind of reward model is trained with.
+        """Training options of each kind of reward model.
 
-        `response` is one step a response, `supervised` is named for what it reads.
+        `response` reads a response as one step; `supervised` also reads gold step labels.
         """
         changes: dict[str, Recipe] = {
             "fractal": FRACTAL,
@@ -227,19 +219,15 @@ class Assets:
         return load_policy(self.policy())
 
     def trainer_arguments(self, options: Options) -> dict[str, Any]:
-        """Further arguments of [`StepPPOTrainer`], such as adapters.
-
-        Args:
-            options: Settings of the arm.
-        """
+        """Further arguments of [`StepPPOTrainer`] for an arm's settings, such as adapters."""
         return {}
 
     def trained(self, arm: Arm) -> Path:
-        """Where the policy of a run is kept, if its checkpoints are."""
+        """Where the policy of a run is stored, if its checkpoints are."""
         return self.own / "trained" / arm.name
 
     def labelled(self) -> Path:
-        """Folder with responses of the base policy and their outcome labels in `rows.jsonl`."""
+        """Folder with the base policy's responses and their outcome labels in `rows.jsonl`."""
 
         def make(folder: Path) -> None:
             print(f"Sampling labelled responses of {self.task.name}, seed {self.seed}.", flush=True)
@@ -258,7 +246,7 @@ class Assets:
         return ((lines[0][0], lines[-1][1]),) if kind == "response" else lines
 
     def bags(self, kind: str) -> list[Bag]:
-        """Training data of a kind of reward model; gold step labels are made for `supervised` only."""
+        """Training data of a kind of reward model; only `supervised` gets gold step labels."""
         bags = []
         for line in (self.labelled() / "rows.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
@@ -269,7 +257,7 @@ class Assets:
         return bags
 
     def train_reward_model(self, kind: str, folder: Path, **options: Any) -> None:
-        """Train a reward model of a kind into an empty folder; `options` go beside its recipe."""
+        """Train a reward model of a kind in an empty folder; `options` override its recipe."""
         options = {**self.recipes(self.task)[kind], "max_steps": self.max_steps, "seed": self.seed, **options}
         config = FractalConfig(output_dir=str(folder), **options)
         print(f"Making the reward model `{kind}` of {self.task.name}, seed {self.seed}.", flush=True)
@@ -280,7 +268,7 @@ class Assets:
         trainer.save_model()
 
     def reward_model_folder(self, kind: str) -> Path:
-        """Folder of a trained reward model: another recipe, another folder."""
+        """Folder of a trained reward model, which depends on its recipe."""
         self.labelled()  # before the clock starts
         recipe = json.dumps(self.recipes(self.task)[kind], sort_keys=True)
         digest = hashlib.blake2b(recipe.encode(), digest_size=4).hexdigest()
@@ -289,17 +277,17 @@ class Assets:
         )
 
     def reward_model(self, kind: str) -> StepRewardModel:
-        """A reward model of a kind, or a rule in its place."""
+        """A reward model of a kind, or the rule that replaces it."""
         if kind in self.rules:
             return ScriptedRewardModel(one_by_one(self.rules[kind](self.task)))
         return StepRewardModel.from_pretrained(self.reward_model_folder(kind), device="cpu", batch_size=64)
 
     def outcome(self, arm: Arm, judge: StepRewardModel | None) -> Callable[..., list[float]]:
-        """The outcome reward of an arm: the task's. Rivals may make one of their judge."""
+        """The outcome reward of an arm: the task's, unless a subclass derives one from the judge."""
         return self.task.outcome
 
     def cost(self, kind: str | None) -> dict[str, float]:
-        """Rollouts and processor seconds that a reward model took, its responses included; 0 for rules."""
+        """Rollouts and CPU seconds spent on a reward model, including its responses; 0 for rules."""
         if kind is None or kind not in self.recipes(self.task):
             return {"rm_rollouts": 0, "rm_seconds": 0.0}
         folders = (self.labelled(), self.reward_model_folder(kind))

@@ -13,15 +13,15 @@ from fractal_rm.study.arms import ARMS, CEILING, OUTCOME_ONLY
 from fractal_rm.study.statistics import Curves, Rows, Runs, comparisons, curves, finished_runs, interquartile_mean
 from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 
-# What `StepPPOConfig` does as it comes, with a reward model and a checker; but step scores are centred over the batch.
+# The defaults of `StepPPOConfig` with a reward model and a checker, except that step scores are centred over the batch.
 DEFAULT = "fractal_mix"
 DRAWN = (DEFAULT, *OUTCOME_ONLY, CEILING)
 NOTHING = "No rows yet."
-COLUMNS = 2  # of panels: more are too small to read where a page is 700 pixels wide
+COLUMNS = 2  # of panels: more are too small to read on a page 700 pixels wide
 
 
 def tables(rows: Rows, arms: Mapping[str, Any] = ARMS) -> dict[str, str]:
-    """Each table by its name, the arms in the order of the lines; a table without rows says so."""
+    """Each table by its name, with the arms in order; a table without rows says so."""
     runs = finished_runs(rows)
     return {
         "Against the better outcome-only arm": _gains(runs, [name for name in arms if name not in OUTCOME_ONLY]),
@@ -30,7 +30,7 @@ def tables(rows: Rows, arms: Mapping[str, Any] = ARMS) -> dict[str, str]:
 
 
 def sentences(rows: Rows) -> list[str]:
-    """What the default arm gains over the better outcome-only one: a line a setting."""
+    """What the default arm gains over the better outcome-only one, one line per setting."""
     return [
         f"{setting}: accuracy at the end, {DEFAULT} minus {one.rival}: {points(one.end).replace('*', '')} points "
         f"(seeds: {one.seeds})."
@@ -63,7 +63,7 @@ def table_lines(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def points(found: Estimate | None) -> str:
-    """A difference in points of accuracy with its interval, if it has one; bold where the interval is above 0."""
+    """A difference in points of accuracy with its interval, if it has one; bold if the interval is above 0."""
     if found is None:
         return MISSING
     value = f"{100 * found.value:+.1f}"
@@ -73,7 +73,7 @@ def points(found: Estimate | None) -> str:
 
 
 def by_setting(runs: Runs, arms: Mapping[str, Any], cell: Callable[[str, str], str]) -> str:
-    """A line an arm, a column a setting that has finished runs; arms without a value are left out."""
+    """One line per arm and one column per setting with finished runs; arms without a value are left out."""
     settings = [name for name in CONDITIONS if any(setting == name for setting, _ in runs)]
     body = [[arm, *(cell(setting, arm) for setting in settings)] for arm in arms if any(arm == one for _, one in runs)]
     return table_lines(["arm", *settings], [line for line in body if set(line[1:]) != {MISSING}])
@@ -85,7 +85,7 @@ def end(found: Curves) -> np.ndarray:
 
 
 def iqm(found: Curves | None, value: Callable[[Curves], Any], digits: int) -> str:
-    """Interquartile mean of a value of each run, and how many runs there are."""
+    """Interquartile mean of a value of each run, and the number of runs."""
     return MISSING if found is None else f"{interquartile_mean(value(found)):.{digits}f} ({len(found.seeds)})"
 
 
@@ -104,18 +104,9 @@ def draw_curves(
     along: tuple[str, Callable[[Curves], np.ndarray]] = ("rollouts", lambda one: one.rollouts),
     beside: Callable[[Any, str, Curves, Curves | None], None] = band,
 ) -> bool:
-    """Learning curves: mean accuracy of arms, a panel a setting.
+    """Draw learning curves, the mean accuracy of arms with one panel per setting; returns whether there were any.
 
-    Args:
-        path: Where to write the picture.
-        rows: Rows of the study.
-        arms: Names of arms.
-        label: What the vertical axis shows.
-        along: Label and values of the horizontal axis.
-        beside: Adds to each curve, from it and the arm's scores; the interval.
-
-    Returns:
-        Whether there was anything to draw.
+    `along` has the label and values of the horizontal axis; `beside` draws next to each curve, by default its interval.
     """
     runs = finished_runs(rows)
     settings = [name for name in CONDITIONS if any(curves(runs, name, arm) is not None for arm in arms)]

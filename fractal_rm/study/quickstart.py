@@ -1,7 +1,7 @@
 """The whole pipeline on the arithmetic task: response labels -> step scores -> PPO with dense rewards -> a report.
 
-Every stage leaves its result in the output folder and is skipped if it is there already, so a run that was stopped goes
-on where it was. Reward models see outcomes only; the exact step checker is read by evaluation alone.
+Every stage leaves its result in the output folder and is skipped if that exists, so a stopped run continues where it
+was. Reward models see only outcomes; evaluation alone reads the exact step checker.
 """
 
 import json
@@ -31,7 +31,7 @@ from fractal_rm.tasks.arithmetic.conditions import ShippedArithmetic
 from fractal_rm.tasks.task import Split, unseen
 
 console = Console()
-# What a training has measured so far, beside its checkpoints.
+# What a training has measured so far, next to its checkpoints.
 _POINTS = "points.json"
 
 ARMS = (Arm("dense+outcome", steps="fractal", outcome=True), Arm("outcome", outcome=True))
@@ -58,7 +58,7 @@ AMOUNTS = {
 
 # The same for both arms; chosen on seeds other than the default one (docs/quickstart.md).
 PPO_SETTINGS: Options = {
-    "center": "batch",  # as its rows were made
+    "center": "batch",  # as in the published rows
     "num_generations": 8,
     "max_completion_length": 64,
     "num_iterations": 1,
@@ -96,10 +96,8 @@ class QuickstartArguments:
 class Quickstart:
     """One run: its arguments, folder and problems.
 
-    Args:
-        arguments: What to run and where.
-        amounts: Replaces those of the budget that the arguments name (tests run tiny ones).
-        arms: Rewards to compare; the report is about the first two (benchmarks add others).
+    `amounts` replaces the budget of the arguments (tests run tiny ones). The report is about the first two `arms`;
+    benchmarks add others.
     """
 
     def __init__(
@@ -123,10 +121,10 @@ class Quickstart:
     # Stages -------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """All stages, the finished ones skipped."""
+        """Run all stages; finished ones are skipped."""
         self._claim_folder()
         stages: list[tuple[str, str, Callable[[], None]]] = [
-            ("policy", "Taking the small policy with wrong beliefs that the package ships", self.take_policy),
+            ("policy", "Copying the small policy with wrong beliefs that the package ships", self.take_policy),
             ("responses.jsonl", "Sampling responses, labelled by their outcome", self.sample),
             ("reward_model", "Training the step reward model from outcomes", self.train_reward_model),
             *(
@@ -141,7 +139,7 @@ class Quickstart:
         for number, (name, title, stage) in enumerate(stages, 1):
             seconds_file = self.folder / "done" / f"{name.replace('/', '-')}.json"
             if seconds_file.is_file():
-                console.print(f"[dim]{number}/{len(stages)}  {title}: done before[/dim]")
+                console.print(f"[dim]{number}/{len(stages)}  {title}: already done[/dim]")
                 continue
             console.print(f"[bold]{number}/{len(stages)}[/bold]  {title} ...")
             start = time.perf_counter()
@@ -149,14 +147,14 @@ class Quickstart:
             try:
                 stage()
             finally:
-                self._check_claim()  # whatever a stage says of files that are gone
+                self._check_claim()  # a clearer error than a stage's about missing files
             seconds = time.perf_counter() - start
             write_atomic(seconds_file, json.dumps({"seconds": seconds}))
             console.print(f"      {seconds:.0f} s")
         self.report()
 
     def _claim_folder(self) -> None:
-        """Refuse a folder that belongs to another run, so that no stage mixes with another seed's."""
+        """Raise ValueError if the folder belongs to another run, so that no stage mixes two seeds."""
         mine = {"seed": self.arguments.seed, "budget": asdict(self.amounts)}
         file = self.folder / "quickstart.json"
         (self.folder / "done").mkdir(parents=True, exist_ok=True)
@@ -167,16 +165,16 @@ class Quickstart:
         write_atomic(file, json.dumps(mine))
 
     def _check_claim(self) -> None:
-        """Raise FileNotFoundError if the folder is no longer there."""
+        """Raise FileNotFoundError if the folder no longer exists."""
         if not (self.folder / "quickstart.json").is_file():
             raise FileNotFoundError(f"{self.folder} was removed while the quickstart ran in it. Start it again.")
 
     def take_policy(self) -> None:
-        """The base policy, whose mistakes are beliefs; `tasks/arithmetic/base_policy.py` says how it was made."""
+        """Copy the base policy, whose mistakes are beliefs; `tasks/arithmetic/base_policy.py` says how it was made."""
         shutil.copytree(self.task.base_policy(0, self.folder), self.folder / "policy", dirs_exist_ok=True)
 
     def sample(self) -> None:
-        """Training responses with outcome labels; validation responses with gold step labels beside them."""
+        """Write training responses with outcome labels, and validation responses that also have gold step labels."""
         files: list[tuple[Split, str]] = [("reward_model", "responses"), ("validation", "validation")]
         for offset, (split, name) in enumerate(files):
             rows = []
@@ -195,7 +193,7 @@ class Quickstart:
             write_atomic(self.folder / f"{name}.jsonl", "\n".join(rows) + "\n")
 
     def train_reward_model(self) -> None:
-        """The likelihood scorer on outcome labels; step labels are read by the evaluation after it."""
+        """Train the likelihood scorer on outcome labels; only its evaluation reads step labels."""
         start = time.perf_counter()
         with quiet():
             trainer = FractalTrainer(
@@ -218,7 +216,7 @@ class Quickstart:
                 train_dataset=read_jsonl(self.folder / "responses.jsonl"),
                 eval_dataset=read_jsonl(self.folder / "validation.jsonl"),
             )
-            progress = RichProgress(trainer, "reward model")  # from here on nothing else speaks
+            progress = RichProgress(trainer, "reward model")  # replaces other output from here on
             before = trainer.evaluate()
             with progress:
                 trainer.train()
@@ -234,7 +232,7 @@ class Quickstart:
             self._append(arm, "validation", metrics, seconds)
 
     def train_ppo(self, arm: Arm) -> None:
-        """PPO from the base policy; the arms differ in their rewards only."""
+        """PPO from the base policy; the arms differ only in their rewards."""
         points = self.train_policy(arm, PPO_SETTINGS)
         write_atomic(self.folder / "ppo" / arm.name / "curve.json", json.dumps(points))
         for point in points:
@@ -249,8 +247,8 @@ class Quickstart:
     ) -> list[dict[str, float]]:
         """Train a policy, save it, and measure it at fixed numbers of rollouts: the points of its learning curve.
 
-        A training that was stopped goes on from its last checkpoint; one is written with every measurement.
-        `settings`, of [`StepPPOConfig`], are the same for all arms; `at_end` adds metrics to the last point.
+        Stopped training continues from its last checkpoint; one is written with every measurement. `settings`, of
+        [`StepPPOConfig`], are the same for all arms; `at_end` adds metrics to the last point.
         """
         amounts, folder = self.amounts, self.folder / "ppo" / arm.name
         resume = resume_or_clear(folder)
@@ -294,7 +292,7 @@ class Quickstart:
         return points
 
     def _points_so_far(self, folder: Path, iterations: int) -> list[dict[str, float]]:
-        """What was measured until the checkpoint from which a training goes on."""
+        """What was measured up to the checkpoint from which training continues."""
         points = json.loads((folder / _POINTS).read_text(encoding="utf-8"))
         step = json.loads((Path(str(last_checkpoint(folder))) / STATE).read_text(encoding="utf-8"))["global_step"]
         return [point for point in points if point["rollouts"] <= step // iterations * self.amounts.rollouts_per_update]
@@ -302,7 +300,7 @@ class Quickstart:
     # Pieces -------------------------------------------------------------------------------------------------------
 
     def _append(self, arm: str, split: str, metrics: dict[str, Any], seconds: float) -> None:
-        """Add a row, unless a run that was stopped has written it already."""
+        """Add a row, unless a stopped run has already written it."""
         key = arm, split, metrics.get("rollouts")
         if any((row["arm"], row["split"], row["metrics"].get("rollouts")) == key for row in self.results.rows()):
             return
@@ -323,7 +321,7 @@ class Quickstart:
         return {key: metrics[key] for key in ("step_auc", "within_bag_auc")}
 
     def report(self) -> None:
-        """`report.html` and `picture.png` from what the stages left."""
+        """Write `report.html` and `picture.png` from the results of the stages."""
         with quiet():
             report = summarize(self.folder, [arm.name for arm in self.arms], self.arguments.seed, self.arguments.budget)
         runs = {arm: [curve] for arm, curve in report.curves.items()}

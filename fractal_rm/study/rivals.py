@@ -1,4 +1,4 @@
-"""What stands in the place of a step reward model: rules (upper bound and control), scores of whole responses."""
+"""Replacements of a step reward model: rules (upper bound and control), and scores of whole responses."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ from fractal_rm.tasks.task import Task
 
 # Prompt and the texts of the steps -> a score in [0, 1] for each step.
 Rule = Callable[[str, list[str]], list[float]]
-# The same of many responses at once, which may be compared.
+# The same for many responses at once, which may be compared with each other.
 GroupRule = Callable[[Sequence[str], Sequence[list[str]]], list[list[float]]]
 
 
 class ScriptedRewardModel(StepRewardModel):
-    """Scores steps, one a line, by a rule."""
+    """Scores steps, one per line, by a rule."""
 
     def __init__(self, rule: GroupRule) -> None:
         self.rule, self.settings, self.processor = rule, FractalSettings(segmentation=Segmentation("lines")), None
@@ -31,7 +31,7 @@ class ScriptedRewardModel(StepRewardModel):
         return None
 
     def score(self, prompts: Sequence[Any], responses: Sequence[Any], **kwargs: Any) -> list[StepScores]:
-        """Scores as those of a reward model; a response scores as its worst step."""
+        """Scores like a reward model's; a response scores as its worst step."""
         spans = [self.settings.segmentation(text) if text.strip() else [] for text in responses]
         rows = [row for row, cut in enumerate(spans) if cut]
         steps = [[responses[row][a:b] for a, b in spans[row]] for row in rows]
@@ -43,16 +43,12 @@ class ScriptedRewardModel(StepRewardModel):
 
 
 def one_by_one(rule: Rule) -> GroupRule:
-    """A rule that looks at one response at a time."""
+    """Apply a rule to one response at a time."""
     return lambda prompts, steps: [rule(prompt, cut) for prompt, cut in zip(prompts, steps, strict=True)]
 
 
 def oracle(task: Task) -> Rule:
-    """The checker's own step labels.
-
-    Raises:
-        ValueError: By the rule, if the task has no checker of steps.
-    """
+    """The checker's own step labels; the rule raises ValueError if the task cannot check steps."""
 
     def rule(prompt: str, steps: list[str]) -> list[float]:
         flags = task.read(prompt).check_steps("\n".join(" ".join(step.splitlines()) for step in steps))
@@ -66,13 +62,13 @@ def oracle(task: Task) -> Rule:
 
 
 def random_steps(prompt: str, steps: list[str]) -> list[float]:
-    """Uniform noise, the same for the same step of the same response."""
+    """Uniform noise that depends only on the step and its response."""
     keys = [f"{prompt}\0{steps}\0{number}".encode() for number in range(len(steps))]
     return [int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") / 2**32 for key in keys]
 
 
 class WholeResponseReward:
-    """A reward model of responses of one step as TRL reward function: one score for each completion."""
+    """A reward model of one-step responses as a TRL reward function: one score for each completion."""
 
     __name__ = "response_reward_model"
 
@@ -80,7 +76,7 @@ class WholeResponseReward:
         self.reward_model = reward_model
 
     def __call__(self, prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
-        """P(response is good); an empty completion is not."""
+        """P(response is good); 0 for an empty completion."""
         rows = [i for i, text in enumerate(completions) if text.strip()]
         scored = self.reward_model.score(
             [prompts[i] for i in rows],

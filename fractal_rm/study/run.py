@@ -1,6 +1,6 @@
 """One run: an arm trains a policy on a task with a seed, and the policy is measured at fixed numbers of rollouts.
 
-Measured are its accuracy on held-out problems, its score by what rewards it, and its distance from its start.
+It measures accuracy on held-out problems, the score by the policy's own reward, and the distance from the start.
 """
 
 import json
@@ -32,12 +32,12 @@ from fractal_rm.tasks.task import Problem, Task, sample_responses, unseen
 
 # Shares of the updates after which a policy is measured.
 POINTS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
-# Held-out responses from which the distance to the base policy is estimated.
+# Held-out responses for estimating the distance from the base policy.
 KL_RESPONSES = 64
 # Seed of the samples: every arm and evaluation draws with the same one.
 SAMPLING_SEED = 7
 BATCH = 256
-# Logits that are in memory at a time: with a large vocabulary fewer responses make a batch.
+# Maximum logits in memory at a time: with a large vocabulary, batches hold fewer responses.
 _MOST_LOGITS = 2**28
 
 Metrics = dict[str, Any]
@@ -57,15 +57,10 @@ class Budget:
 def run_arm(
     arm: Arm, options: Options, assets: Assets, budget: Budget, report: Callable[[Metrics], None], folder: Path
 ) -> None:
-    """Train a policy with an arm's rewards and report its metrics at each evaluation point, the start included.
+    """Train a policy with an arm's rewards and report its metrics at each evaluation point, including the start.
 
-    Args:
-        arm: Where rewards come from.
-        options: Settings of [`StepPPOConfig`] that were chosen for it.
-        assets: Policy and reward models.
-        budget: How much to do.
-        report: Takes the metrics of each point.
-        folder: Where the trainer writes; a run that left a checkpoint there goes on from it.
+    `options` are the settings of [`StepPPOConfig`] chosen for the arm. If a stopped run left a checkpoint in `folder`,
+    training continues from it.
     """
     task, kind = assets.task, arm.judge
     updates, rollouts = budget.updates or task.updates, budget.rollouts_per_update
@@ -87,7 +82,7 @@ def run_arm(
         assets.outcome(arm, judge),
         [problem.prompt for problem in problems[:count]],
         folder,
-        # A model that learns on goes on with the responses that it was trained on, too.
+        # A reward model that keeps learning also trains on its original responses.
         responses=assets.bags(kind) if kind and options.get("rm_update_every") else None,
         **assets.trainer_arguments(options),
     )
@@ -97,7 +92,7 @@ def run_arm(
         with clock.stopped():
             model: Any = trainer.model
             if step:
-                # Greedy decoding in the middle and at the end: it is as dear as sampling.
+                # Greedy decoding only in the middle and at the end: it costs as much as sampling.
                 greedy = step in (steps[-1] / 2, steps[-1])
                 found, texts = measure(model, tokenizer, task, held_out, greedy=greedy, draws=budget.draws)
             else:
@@ -134,18 +129,11 @@ def make_trainer(
     responses: Any = None,
     **arguments: Any,
 ) -> StepPPOTrainer:
-    """The trainer of an arm: its options, the base policy, what judges it, the outcome reward for arms that have one.
+    """The trainer of an arm, with its options, the base policy, its judge, and the outcome reward for arms that have
+    one.
 
-    Args:
-        arm: Where rewards come from.
-        options: Settings of [`StepPPOConfig`].
-        policy: Folder of the base policy.
-        judge: What scores responses or their steps.
-        outcome: The outcome reward, for arms that have one.
-        prompts: Of the training.
-        folder: Where the trainer writes.
-        responses: Labelled responses, for a reward model that learns on.
-        arguments: Further arguments of [`StepPPOTrainer`].
+    `responses` are labelled, for a reward model that keeps learning; `arguments` are further ones of
+    [`StepPPOTrainer`].
     """
     functions: list[Any] = [outcome] if arm.outcome else []
     if arm.scores_responses and isinstance(judge, StepRewardModel):
@@ -162,13 +150,7 @@ def make_trainer(
 
 
 class Evaluations(TrainerCallback):
-    """Evaluates a policy before its training and after some updates.
-
-    Args:
-        steps: Numbers of the updates.
-        evaluate: Takes the number of updates so far.
-        clock: Kept with every checkpoint, if there is one.
-    """
+    """Evaluates a policy before training and after the updates `steps`; `clock` is saved with every checkpoint."""
 
     def __init__(self, steps: Iterable[int], evaluate: Callable[[int], None], clock: "Clock | None" = None) -> None:
         self.steps, self.evaluate, self.clock = frozenset(steps), evaluate, clock
@@ -182,16 +164,12 @@ class Evaluations(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step in self.steps:
             self.evaluate(state.global_step)
-        if self.clock is not None and control.should_save:  # before the checkpoint, which may be the last thing
+        if self.clock is not None and control.should_save:  # before the checkpoint, which may end the run
             self.clock.save(state.global_step)
 
 
 class Clock:
-    """Processor seconds of a training since its first evaluation, evaluations excluded.
-
-    Args:
-        file: Where they are kept when a run is stopped.
-    """
+    """CPU seconds of training since its first evaluation, without evaluations; stored in `file` if a run is stopped."""
 
     def __init__(self, file: Path) -> None:
         self.seconds, self.file = 0.0, file
@@ -199,19 +177,19 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Leave out what is done in the block."""
+        """Leave out the work inside the `with` block."""
         if self._since is not None:
             self.seconds += time.process_time() - self._since
         yield
         self._since = time.process_time()
 
     def save(self, step: int) -> None:
-        """Keep the seconds until the end of a step."""
+        """Store the seconds up to the end of a step."""
         with self.stopped():
             write_atomic(self.file, json.dumps(self._kept() | {str(step): self.seconds}))
 
     def resume(self, step: int) -> None:
-        """Go on from the seconds that were kept at the end of a step."""
+        """Continue from the seconds stored at the end of a step."""
         self.seconds, self._since = self._kept()[str(step)], time.process_time()
 
     def _kept(self) -> dict[str, float]:
@@ -220,7 +198,7 @@ class Clock:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the libraries' own bars and notes; errors still come through."""
+    """Silence the libraries' progress bars and log messages; errors are still raised."""
     notes = transformers.utils.logging
     before = notes.get_verbosity(), notes.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
@@ -238,7 +216,7 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-# What a policy is worth ----------------------------------------------------------------------------------------------
+# Measuring a policy --------------------------------------------------------------------------------------------------
 
 
 def measure(
@@ -246,17 +224,10 @@ def measure(
 ) -> tuple[Metrics, list[str]]:
     """Accuracy on held-out problems, of answers and of steps, and the sampled responses.
 
-    Args:
-        model: The policy.
-        tokenizer: Its tokenizer.
-        task: Gives the longest response.
-        problems: Held-out problems.
-        greedy: Also decode greedily, which doubles the work; otherwise these metrics are None.
-        draws: Sampled responses to each problem. With several, `solved` says how many of each problem's `draws` are
-            right, and there is no greedy decoding.
+    With `greedy`, policies also decode greedily, which doubles the work; otherwise these metrics are None. With several
+    `draws` per problem there is no greedy decoding, and `solved` counts the right ones of each problem.
 
-    Returns:
-        Metrics; greedy decoding has `_greedy` behind the names; the first sampled response to each problem.
+    Returns metrics (names of greedy ones end in `_greedy`), and the first sampled response to each problem.
     """
     found: Metrics = {"accuracy_greedy": None, "step_accuracy_greedy": None}
     prompts = [problem.prompt for problem in problems]
@@ -283,7 +254,7 @@ def measure(
 
 
 def _draw(model: Any, tokenizer: Any, prompts: Sequence[str], draws: int, longest: int) -> list[list[str]]:
-    """Some responses to each prompt, prompts of like length together."""
+    """Several responses to each prompt; prompts of similar length share a batch."""
     drawn: list[list[str]] = [[] for _ in prompts]
     order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), max(1, BATCH // (2 * draws))
     for start in range(0, len(order), size):
@@ -302,13 +273,7 @@ def _draw(model: Any, tokenizer: Any, prompts: Sequence[str], draws: int, longes
 
 
 def measure_start(assets: Assets, count: int, draws: int = 1) -> tuple[Metrics, list[str]]:
-    """What the base policy is worth on held-out problems, and its sampled responses: the start of every arm.
-
-    Args:
-        assets: Keep them.
-        count: How many problems.
-        draws: Sampled responses to each.
-    """
+    """The base policy's metrics on `count` held-out problems and its sampled responses: the start of every arm."""
 
     def make(folder: Path) -> None:
         problems = assets.task.problems("held_out", count, assets.seed)
@@ -321,7 +286,7 @@ def measure_start(assets: Assets, count: int, draws: int = 1) -> tuple[Metrics, 
 
 
 def mean_score(judge: StepRewardModel | None, prompts: list[str], texts: list[str]) -> float | None:
-    """Mean response score by what rewards the policy; None without it."""
+    """Mean response score by the policy's own reward; None without a judge."""
     if judge is None:
         return None
     if judge.settings.segmentation.method == "given":
@@ -332,7 +297,7 @@ def mean_score(judge: StepRewardModel | None, prompts: list[str], texts: list[st
 
 @torch.no_grad()
 def response_logprobs(model: Any, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-    """Log-probability (B,) of each response that follows its prompt directly, the end of text included, in nats."""
+    """Log-probability (B,) in nats of each response directly after its prompt, including the end of text."""
     found = []
     was_training = model.training
     model.eval()
@@ -346,7 +311,7 @@ def response_logprobs(model: Any, tokenizer: Any, prompts: Sequence[str], respon
         starts, ends = torch.tensor([len(head) for head in heads]), torch.tensor([len(row) for row in ids])
         places = torch.arange(batch.size(1))
         mask = (places >= starts[:, None]) & (places < ends[:, None])
-        # Padding stands on the right, where a causal model does not see it.
+        # Padding is on the right, where a causal model does not see it.
         logits = model(input_ids=batch, attention_mask=(places < ends[:, None]).long()).logits[:, :-1].float()
         nll = F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
         found.append(-nll.masked_fill(~mask[:, 1:], 0.0).sum(dim=1))
@@ -355,5 +320,5 @@ def response_logprobs(model: Any, tokenizer: Any, prompts: Sequence[str], respon
 
 
 def mean(values: Sequence[float]) -> float:
-    """Mean; 0 of nothing."""
+    """Mean; 0 without values."""
     return sum(values) / max(len(values), 1)

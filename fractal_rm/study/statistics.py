@@ -1,7 +1,7 @@
-"""What the rows of the comparison say: curves, and paired differences with intervals.
+"""Curves of the comparison, and paired differences with intervals, from its rows.
 
-A run's curve is its held-out accuracy at fixed numbers of rollouts. Seeds pair the arms: seed for seed they have the
-same policy, prompts and held-out problems. Intervals are percentile bootstraps over five or more seeds.
+A run's curve is its held-out accuracy at fixed numbers of rollouts. Seeds pair the arms: with the same seed they have
+the same policy, prompts and held-out problems. Intervals are percentile bootstraps over five or more seeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,14 @@ BENCHMARK = "dense_vs_outcome"
 Rows = Sequence[Mapping[str, Any]]
 # Metrics of finished runs: by setting and arm, by seed, by rollouts.
 Runs = Mapping[tuple[str, str], Mapping[int, Mapping[int, Mapping[str, Any]]]]
-# With fewer seeds a bootstrap over them says nothing: differences have no interval, and no claim is decided.
+# With fewer seeds a bootstrap is meaningless: differences have no interval, and no claim is decided.
 FEWEST_SEEDS = 5
 
 
 def latest(rows: Rows, *, split: str = "held_out", benchmark: str = BENCHMARK) -> list[Mapping[str, Any]]:
-    """One row for each run and number of rollouts: the last one, if a run was stopped and started again.
+    """One row for each run and number of rollouts: the last one, if a stopped run was started again.
 
-    Of a run that was made again with other settings only the rows of the last settings are left.
+    If a run was repeated with other settings, only the rows of its last settings remain.
     """
     found: dict[tuple[Any, ...], dict[Any, Mapping[str, Any]]] = {}
     for row in rows:
@@ -43,7 +43,7 @@ def _settings(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finished_runs(rows: Rows, *, benchmark: str = BENCHMARK) -> Runs:
-    """The runs of the study whose last evaluation has its row."""
+    """The runs of the study whose last evaluation has a row."""
     found: dict[tuple[str, str], dict[int, dict[int, Mapping[str, Any]]]] = {}
     ended = set()
     for row in latest(rows, benchmark=benchmark):
@@ -72,9 +72,9 @@ class Curves:
 
 
 def curves(runs: Runs, setting: str, arm: str, metric: str = "accuracy") -> Curves | None:
-    """The curves of an arm on a setting from its finished runs; None if there is none."""
+    """The curves of an arm on a setting from its finished runs; None without any."""
     finished = runs.get((setting, arm), {})
-    # Points that every seed has: greedy accuracy is measured at some only.
+    # Points that every seed has: greedy accuracy is measured only at some.
     has = [{n for n, metrics in run.items() if metrics.get(metric) is not None} for run in finished.values()]
     points = sorted(set.intersection(*has)) if has else []
     if not points:
@@ -90,9 +90,9 @@ def curves(runs: Runs, setting: str, arm: str, metric: str = "accuracy") -> Curv
 
 
 def interquartile_mean(values: Any) -> float:
-    """Mean of the middle half of the values: less moved by a single run than the mean, more precise than the median.
+    """Mean of the middle half of the values: less affected by a single run than the mean, more precise than the median.
 
-    If a quarter of the number of values is not whole, the values at its ends count in part.
+    If a quarter of their number is not an integer, the values at the edges count in part.
 
     Source:
         Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", 2021.
@@ -108,7 +108,7 @@ def interquartile_mean(values: Any) -> float:
 
 
 def makes_gain(values: np.ndarray) -> bool:
-    """Whether runs (N, P) end above their start by an interval above 0; too few for an interval: by their mean.
+    """Whether runs (N, P) end above their start by an interval above 0, or with too few runs by their mean.
 
     Example:
         >>> makes_gain(np.array([[0.1, 0.5]] * 5)), makes_gain(np.array([[0.1, 0.1]] * 5))
@@ -119,9 +119,9 @@ def makes_gain(values: np.ndarray) -> bool:
 
 
 def half_gain_point(values: np.ndarray) -> int:
-    """The first evaluation at which the mean curve of runs (N, P) has made half of the gain from its start to its end.
+    """The first evaluation at which the mean curve of runs (N, P) has made half of its gain from start to end.
 
-    Runs that make no gain ([`makes_gain`]) have made no half of it: that is their last evaluation.
+    For runs without a gain ([`makes_gain`]) it is the last evaluation.
 
     Example:
         >>> half_gain_point(np.array([[0.1, 0.2, 0.4, 0.5]] * 5)), half_gain_point(np.array([[0.1, 0.2, 0.1]] * 5))
@@ -176,11 +176,11 @@ def comparisons(runs: Runs, arm: str) -> dict[str, Comparison]:
 
 
 def shared_seeds(ours: Curves | None, theirs: Curves | None) -> list[int]:
-    """The seeds that two arms have."""
+    """The seeds that both arms have."""
     return sorted(set(ours.seeds) & set(theirs.seeds)) if ours is not None and theirs is not None else []
 
 
 def difference(ours: Any, theirs: Any) -> Estimate:
-    """Mean difference over paired seeds; its interval is NaN where there are too few of them."""
+    """Mean difference over paired seeds; its interval is NaN if there are too few."""
     found = paired_difference(ours, theirs)
     return found if len(ours) >= FEWEST_SEEDS else Estimate(found.value, np.nan, np.nan)

@@ -1,4 +1,4 @@
-"""The study: which runs there are, their rows in a file, and all of them in one or several processes.
+"""The study: its runs, their rows in a file, and their execution in one or several processes.
 
 Each measurement of a run is a row. A run is done once its last measurement has a row. On a separate seed, trials choose
 the options of each arm.
@@ -32,12 +32,12 @@ from fractal_rm.tasks.arithmetic.conditions import CONDITIONS
 from fractal_rm.tasks.task import Task
 
 One = TypeVar("One")
-# Trials use seeds that are never reported; they differ in their problems, samples and reward models.
+# Trials use a seed that is never reported: its problems, samples and reward models are different ones.
 TUNING_SEED = 1000
 
 
 class Unit(NamedTuple):
-    """One run; `trial` is the number of a configuration on the tuning seed, None in the study itself."""
+    """One run; `trial` numbers a configuration on the tuning seed, and is None in the study itself."""
 
     task: str
     seed: int
@@ -63,7 +63,7 @@ class Study:
     # Which runs there are --------------------------------------------------------------------------------------------
 
     def units(self, tasks: Sequence[str], arms: Sequence[str], seeds: int) -> list[Unit]:
-        """All runs of the study: seed by seed, so that partial results are balanced, the first tasks first."""
+        """All runs of the study, seed by seed, so that partial results are balanced; the first tasks come first."""
         return [Unit(task, seed, arm) for seed in range(seeds) for task in tasks for arm in arms]
 
     def updates(self, unit: Unit) -> int:
@@ -75,7 +75,7 @@ class Study:
         return arm
 
     def rates(self, arm: str, rate: float) -> Sequence[float]:
-        """Learning rates of the trials of an arm: the study's single rate."""
+        """Learning rates of the trials of an arm: only the study's."""
         return (rate,)
 
     def trials_at(self, arm: str, rates: Sequence[float]) -> list[int]:
@@ -84,7 +84,7 @@ class Study:
         return [number for rate in rates for number, trial in enumerate(trials) if trial["learning_rate"] == rate]
 
     def check_arms(self, names: Iterable[str]) -> None:
-        """Raise ValueError if an arm of that name does not exist."""
+        """Raise ValueError if an arm does not exist."""
         unknown = next((name for name in names if name not in self.arms), None)
         if unknown is not None:
             raise ValueError(
@@ -100,10 +100,10 @@ class Study:
         return replace(self.budget, updates=self.updates(unit))
 
     def config(self, unit: Unit) -> dict[str, Any]:
-        """Settings of a run, as its rows hold them; rows also say whether they are the `last` of their run."""
+        """Settings of a run, as its rows store them; rows also say whether they are the `last` of their run."""
         task, kind = self.tasks[unit.task], self.arms[unit.arm].judge
         budget = asdict(self._budget(unit))
-        if budget["draws"] == 1:  # rows that are older than this field lack it
+        if budget["draws"] == 1:  # older rows lack this field
             del budget["draws"]
         config = {**self._options(unit), "budget": budget, "trial": unit.trial}
         recipe = self.assets.recipes(task).get(kind or "")
@@ -148,7 +148,7 @@ class Study:
             row = {"arm": unit.arm, "dataset": unit.task, "seed": unit.seed}
             row["config"] = config | {"last": metrics["rollouts"] == final}
             here = (one for one in results.rows() if one["metrics"].get("rollouts") == metrics["rollouts"])
-            if has_row(here, **row):  # by a run that was stopped after its row and before its checkpoint
+            if has_row(here, **row):  # by a run that was stopped between its row and its checkpoint
                 return
             split = self.split if unit.trial is None else "tuning"
             seconds = time.monotonic() - start
@@ -164,21 +164,22 @@ class Study:
         return ResultsFile(self.results).rows()
 
     def run_all(self, units: Sequence[Unit], jobs: int) -> None:
-        """Do the runs that are not done, in their order, in `jobs` processes with one thread each.
+        """Do the remaining runs in order, in `jobs` processes with one thread each.
 
         Runs that other processes are doing come last: wait for them, and take them over if their process was killed.
         """
         for wait in (False, True):
             rows = self.rows()
             done = {unit for unit in units if self.is_done(unit, rows)}
-            for unit in done:  # killed between its last row and its tidying up
+            for unit in done:  # killed between its last row and its clean-up
                 shutil.rmtree(self._running(unit), ignore_errors=True)
             run_units(partial(self.run, wait=wait), [unit for unit in units if unit not in done], jobs)
 
     # Tuning ----------------------------------------------------------------------------------------------------------
 
     def tune(self, tasks: Sequence[str], arms: Sequence[str], jobs: int) -> dict[str, Options]:
-        """Run the trials of arms on the tuning seed, first those for the learning rate: the options of each arm."""
+        """Run the trials of arms on the tuning seed, first those for the learning rate; returns the options of each
+        arm."""
         self.run_all(self.tuning_units(tasks, {arm: LEARNING_RATES for arm in OUTCOME_ONLY}), jobs)
         rate = self.choose_rate(tasks)
         self.run_all(self.tuning_units(tasks, {arm: self.rates(arm, rate) for arm in arms}), jobs)
@@ -194,10 +195,9 @@ class Study:
         ]
 
     def values(self, tasks: Sequence[str], arm: str, trials: Sequence[int]) -> list[float]:
-        """Accuracy of each trial of an arm, averaged over evaluations and tasks, which have as many evaluations each.
+        """Accuracy of each trial of an arm, averaged over evaluations and tasks, which have equally many evaluations.
 
-        Raises:
-            ValueError: If a trial has no rows.
+        Raises ValueError if a trial has no rows.
         """
         rows = latest(self.rows(), split="tuning", benchmark=self.benchmark)
         rows = [row for row in rows if row["arm"] == arm and row["metrics"]["rollouts"]]
@@ -221,7 +221,7 @@ class Study:
         return max(LEARNING_RATES, key=value)
 
     def choose(self, tasks: Sequence[str], arms: Sequence[str], rate: float) -> dict[str, Options]:
-        """The options of each arm whose trial at the rate had the highest accuracy; of equal ones the last."""
+        """The options of each arm's trial with the highest accuracy at the rate; of equal ones, the last."""
         found = {}
         for arm in arms:
             trials = self.trials_at(arm, self.rates(arm, rate))
@@ -230,10 +230,9 @@ class Study:
         return found
 
     def with_tuned(self, arms: Sequence[str]) -> "Study":
-        """The same study with the options that are built in: what the tuning of docs/evidence.md chose.
+        """The same study with the built-in options, those that the tuning of docs/evidence.md chose.
 
-        Raises:
-            ValueError: If there are none for an arm.
+        Raises ValueError if an arm has none.
         """
         lacking = [arm for arm in arms if arm not in TUNED]
         if lacking:
@@ -241,11 +240,9 @@ class Study:
         return replace(self, chosen={arm: self.arms[arm].trials[TUNED[arm]] for arm in arms})
 
     def with_chosen(self, path: Path, arms: Sequence[str]) -> "Study":
-        """The same study with the options that the tuning wrote.
+        """The same study with the options that tuning wrote.
 
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it lacks an arm.
+        Raises FileNotFoundError if the file is missing, ValueError if it lacks an arm.
         """
         if not path.is_file():
             raise FileNotFoundError(
@@ -265,12 +262,11 @@ class Study:
 def read_chosen(path: Path) -> dict[str, Options]:
     """The options of arms in a file that [`write_chosen`] wrote.
 
-    Raises:
-        ValueError: If it holds no options, or some that the trainer does not know or a value of another type.
+    Raises ValueError if it holds no options, unknown ones, or values of the wrong type.
     """
     found = read_yaml(path)
     known = {one.name: one for one in fields(StepPPOConfig)}
-    hints = get_type_hints(StepPPOConfig)  # parsers of arguments change `type` of fields
+    hints = get_type_hints(StepPPOConfig)  # argument parsers change the `type` of fields
     for arm, options in found.items():
         if not isinstance(arm, str) or not isinstance(options, dict):
             raise ValueError(f"{path}: {arm!r} has {type(options).__name__} in place of options. Write `name: value`.")
@@ -296,10 +292,7 @@ def write_chosen(path: Path, chosen: Mapping[str, Options], command: str) -> Non
 
 
 def run_units(run: Callable[[One], Any], units: Sequence[One], jobs: int) -> None:
-    """Do runs in their order, in one or several processes with one thread each.
-
-    Between processes `run` and its units are pickled.
-    """
+    """Do runs in order, in one or several processes with one thread each; `run` and its units must be picklable."""
     if jobs == 1:
         torch.set_num_threads(1)
         for unit in units:

@@ -1,1 +1,1 @@
-"""What `fractal-rm doctor` examines: the installation, the user's own models and rows."""
+"""Checks of `fractal-rm doctor`: the user's own models and rows."""

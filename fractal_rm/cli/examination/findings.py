@@ -1,18 +1,18 @@
-"""What `fractal-rm doctor` finds, one line for each check, whatever a check runs into."""
+"""Checks of `fractal-rm doctor`, each a printed line, whatever error it meets."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from fractal_rm.errors import reason
 
-# Errors that say in their own words what is wrong with models, rows or packages.
+# Errors whose message explains what is wrong with models, rows or packages.
 _SAYING = (ImportError, OSError, TypeError, ValueError)
 
 Status = Literal["ok", "warn", "fail"]
 
 
 class Finding(NamedTuple):
-    """What a check found."""
+    """The result of a check."""
 
     says: str
     made: Any = None  # for the checks that come after it
@@ -20,25 +20,16 @@ class Finding(NamedTuple):
 
 
 class Examination:
-    """Runs checks one after the other, and prints a line for each."""
+    """Runs checks one after the other and prints a line for each."""
 
     def __init__(self) -> None:
         self.has_failed = False
 
     def check(self, name: str, look: Callable[..., Finding], *arguments: Any) -> Any:
-        """Run one check.
-
-        Args:
-            name: What is looked at, the second word of the line.
-            look: The check.
-            arguments: What it takes.
-
-        Returns:
-            What it made for later ones; None if it failed.
-        """
+        """Run a check on its arguments and print its line; returns what later checks need, None if it failed."""
         try:
             found = look(*arguments)
-        except Exception as error:  # whatever strange models and rows make a library raise: a line, no traceback
+        except Exception as error:  # whatever a library raises: a line, no traceback
             text = " ".join(str(error).split())
             if not (isinstance(error, _SAYING) and text):
                 kind = type(error).__name__

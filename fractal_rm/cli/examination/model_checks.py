@@ -1,4 +1,4 @@
-"""What `fractal-rm doctor` checks of the user's own models and rows: from the tokenizer to the plan of a run."""
+"""`fractal-rm doctor` on the user's own models and rows: from the tokenizer to the plan of a run."""
 
 import math
 import warnings
@@ -36,11 +36,11 @@ from fractal_rm.scorers.checkpoint import is_causal, load_tokenizer, make_inputs
 from fractal_rm.scorers.published import PublishedSettings, find_reading
 from fractal_rm.scorers.settings import FractalSettings
 
-# Rows that are looked at without `limit`; responses that are scored, and prefixes of each.
+# Rows to check without `limit`; responses to score, and prefixes of each.
 _ROWS, _SCORED, _PREFIXES = 256, 8, 8
-# How far logits may lie apart, as a share of their size and 1: rounding of float32, and of half precision.
+# Maximum difference of logits, relative to 1 plus their size: rounding of float32, and of half precision.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-# Columns one of which a row with a response has, and what `gpu` calls the card of this machine.
+# Rows with a response have one of these columns; `gpu` names this machine's card so.
 _RESPONSES = {"completion", "response", "steps", "completions", "chosen", "rejected"}
 THIS = "this"
 
@@ -71,7 +71,7 @@ class DoctorArguments(PlanArguments):
 
 
 class Patients(NamedTuple):
-    """What is examined."""
+    """The models to check."""
 
     reward: StepRewardModel | None
     tokenizer: PreTrainedTokenizerBase | None  # of the policy; None with a sentence encoder
@@ -79,27 +79,21 @@ class Patients(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Prompts, and the responses among them."""
+    """Prompts, and the responses to them if there are any."""
 
     prompts: list[Prompt]
     bags: list[Bag]
 
 
 def check_arguments(arguments: DoctorArguments, data: DataArguments) -> None:
-    """Raise ValueError if there are rows and no model to look at them with."""
+    """Raise ValueError if there are rows but no model to check them with."""
     given = data.train_file or data.dataset_name or data.dataset_format or arguments.reward_model != "policy"
     if given and arguments.model is None:
         raise ValueError("Rows and a reward model are checked together with a `model`. Give one.")
 
 
 def examine(examination: Examination, arguments: DoctorArguments, data: DataArguments) -> None:
-    """Run the checks of models and rows that the arguments give; none without a model.
-
-    Args:
-        examination: Runs and prints them.
-        arguments: Name the models, and describe the run.
-        data: Name the rows.
-    """
+    """Run the checks of models and rows; none without a model."""
     if arguments.model is None:
         return
     patients = examination.check("models", load_patients, arguments)
@@ -134,9 +128,7 @@ def _examine_rows(examination: Examination, patients: Patients, rows: Rows) -> N
 def load_patients(arguments: DoctorArguments) -> Finding:
     """Load the reward model, and the tokenizer and configuration of the policy.
 
-    Raises:
-        OSError: If a folder is missing.
-        ValueError: If a model is damaged, or not of a kind that can be used.
+    Raises OSError if a folder is missing, ValueError if a model is damaged or of the wrong kind.
     """
     model, named = str(arguments.model), arguments.reward_model
     is_policy = named not in ("policy", "none") and not is_size(named)
@@ -152,17 +144,17 @@ def load_patients(arguments: DoctorArguments) -> Finding:
 
 
 def load_scoring(path: str, published: str | None) -> tuple[StepRewardModel, str]:
-    """A reward model, or what `fractal-rm train` would start from with its defaults, and which of the two it is.
+    """A reward model, or what `fractal-rm train` would start from by default, and a sentence that says which of the
+    two.
 
-    Raises:
-        ValueError: If the model cannot be used.
+    Raises ValueError if the model cannot be used.
     """
     known = PreTrainedConfig.get_config_dict(path)[0]
     if "fractal" in known or find_reading(path, known, published) is not None:
         return load_reward_model(path, published=published), f"{path} is a step reward model and loads."
     kind = "likelihood" if is_causal(_config(path)) else "token"
     settings = FractalSettings(scorer=kind)
-    # Nothing is trained: the configuration says only how a model is loaded.
+    # Nothing is trained: the configuration only determines how a model is loaded.
     config = FractalConfig("unused", use_cpu=True, bf16=False)
     scorer, processor, settings = make_trainable(path, config, settings, None, None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -175,13 +167,7 @@ def _config(path: str) -> Any:
 
 
 def read_rows(data: DataArguments, patients: Patients) -> Finding:
-    """Read the rows to train on as `train`, or for prompts alone as `ppo`, reads them.
-
-    Raises:
-        OSError: If a file is missing.
-        TypeError: If a value has the wrong type.
-        ValueError: If a row cannot be read; names the row.
-    """
+    """Read rows as `train` does or, if they hold only prompts, as `ppo` does; errors name the row."""
     found = replace(data, limit=data.limit or _ROWS).read("train")
     if found is None:
         return Finding(
@@ -207,11 +193,8 @@ def read_rows(data: DataArguments, patients: Patients) -> Finding:
 
 
 def check_prompts(patients: Patients, prompts: Sequence[Prompt]) -> Finding:
-    """Whether the reward model and the policy can read the prompts.
-
-    Raises:
-        ValueError: Says how many cannot be read, and why the first one cannot.
-    """
+    """Check that reward model and policy can read the prompts; a ValueError counts the others and explains the
+    first."""
     reward, tokenizer, config = patients
     if reward is not None:
         reward.check_readable(prompts, which="The reward model")
@@ -223,11 +206,8 @@ def check_prompts(patients: Patients, prompts: Sequence[Prompt]) -> Finding:
 
 
 def check_segmentation(bags: Sequence[Bag], segmentation: Segmentation) -> Finding:
-    """Whether steps and what lies between them give back each response, and are those that the model would cut.
-
-    Raises:
-        ValueError: If a response does not come back.
-    """
+    """Check that steps and gaps reproduce each response (ValueError), and that the model cuts the same steps
+    (warning)."""
     for number, bag in enumerate(bags, 1):
         between = gaps(bag.response, bag.step_spans)
         if "".join(chain.from_iterable(zip_longest(between, bag.steps, fillvalue=""))) != bag.response:
@@ -251,7 +231,7 @@ def check_segmentation(bags: Sequence[Bag], segmentation: Segmentation) -> Findi
 
 
 def check_round_trip(bags: Sequence[Bag], tokenizer: Any, whose: str) -> Finding:
-    """Whether a response comes back from its tokens as it was; a tokenizer that drops something may drop a sign."""
+    """Check that encoding and decoding preserve each response; a tokenizer that loses text may lose a minus sign."""
     changed = []
     for number, bag in enumerate(bags, 1):
         text = completion_text(_ids(bag.response, tokenizer), tokenizer)
@@ -271,13 +251,10 @@ def check_round_trip(bags: Sequence[Bag], tokenizer: Any, whose: str) -> Finding
 
 
 def check_placement(bags: Sequence[Bag], tokenizer: Any, segmentation: Segmentation) -> Finding:
-    """Whether the reward of every step lands on the policy's token that completes the step.
+    """Check that the reward of every step lands on the policy's token that completes the step.
 
-    Placement counts characters; here they are counted anew, by decoding all tokens up to that one and up to the one
-    before it.
-
-    Raises:
-        ValueError: Names the first step whose reward lies elsewhere, or nowhere.
+    Placement counts characters; this check counts them independently, by decoding all tokens up to that one and up to
+    the one before it. A ValueError names the first step whose reward lies elsewhere, or nowhere.
     """
     steps, shared, pieces = 0, 0, {}
     for number, bag in enumerate(bags, 1):
@@ -285,7 +262,7 @@ def check_placement(bags: Sequence[Bag], tokenizer: Any, segmentation: Segmentat
         text = completion_text(ids, tokenizer)
         is_own = segmentation.method == "given" or isinstance(bag.response, Conversation)
         if is_own and text != bag.response:
-            continue  # these steps are of another text
+            continue  # these steps belong to another text
         spans = bag.step_spans if is_own else segmentation(text)
         ends = step_end_tokens(token_end_characters(ids, tokenizer, pieces), spans)
         mask = torch.ones(1, len(ids), dtype=torch.bool)
@@ -310,19 +287,18 @@ def _ids(text: str, tokenizer: Any) -> list[int]:
 
 
 def _length(ids: Sequence[int], tokenizer: Any) -> int:
-    """Whole characters of a text that is not written to its end."""
+    """Number of complete characters in an unfinished text."""
     return len(completion_text(ids, tokenizer, endings=()).rstrip(REPLACEMENT))
 
 
 @torch.no_grad()
 def check_one_pass(bags: Sequence[Bag], reward: StepRewardModel) -> Finding:
-    """Whether the logits of one forward over a response are those of its prefixes: nothing may look ahead.
+    """Check that one pass over a response gives the logits of its prefixes: no step may see later ones.
 
-    Raises:
-        ValueError: Names the step that differs most, or a response that cannot be scored.
+    A ValueError names the step that differs most, or a response that cannot be scored.
     """
     if reward.tokenizer is None or not is_causal(reward.scorer.base.config):
-        return Finding("Does not apply: this model reads a whole response before it scores a step of it.")
+        return Finding("Does not apply: this model reads a complete response before it scores any step.")
     chosen = [bag for bag in bags if not isinstance(bag.response, Conversation)][:_SCORED]
     if not chosen:
         return Finding("Not checked: all responses are conversations.")
@@ -361,11 +337,8 @@ def _logits(reward: StepRewardModel, batch: dict[str, torch.Tensor]) -> torch.Te
 
 
 def check_plan(arguments: DoctorArguments) -> Finding:
-    """Memory and hours of the configuration on the GPU, as `fractal-rm plan` has them.
-
-    Raises:
-        ValueError: If the run does not fit a GPU that is named.
-    """
+    """Memory and hours on the GPU, as `fractal-rm plan` computes them; raises ValueError if a named GPU is too
+    small."""
     if arguments.gpu == THIS and not torch.cuda.is_available():
         return Finding("There is no GPU here to plan a run for. Give `gpu`, such as 24GB.", status="warn")
     name = arguments.gpu
@@ -376,7 +349,7 @@ def check_plan(arguments: DoctorArguments) -> Finding:
     gpu = read_gpu(name, arguments.teraflops)
     try:
         run = read_run(arguments)
-    except ValueError as error:  # a model that the formulas are not about
+    except ValueError as error:  # a model that the formulas do not cover
         return Finding(str(error), status="warn")
     says = verdict(arguments, run, gpu)
     hours = sum(stage_hours(arguments, run, gpu).values())

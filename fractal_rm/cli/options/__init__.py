@@ -1,1 +1,1 @@
-"""What commands can be told: flags, files of flags, their help, tasks and reward functions by name."""
+"""Arguments of the commands: flags, configuration files, help, and tasks and reward functions by name."""

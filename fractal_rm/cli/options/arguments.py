@@ -24,7 +24,7 @@ _ENDINGS = (".jsonl.gz", ".jsonl", ".json.gz", ".json", ".parquet", ".csv", ".ts
 
 
 _COLUMNS = [one.name for one in fields(Columns) if one.name != "label_scale"]
-# What commands leave unread that read prompts alone, and of these what a command without evaluation does.
+# Options without effect in commands that read only prompts; the second set, without evaluation too.
 _UNREAD = {"test_file", "dataset_test_split", "label_scale"}
 _UNREAD |= {f"{name}_column" for name in _COLUMNS if name != "prompt"}
 _UNREAD_WITHOUT_EVALUATION = _UNREAD | {"eval_file", "dataset_eval_split", "strict"}
@@ -66,7 +66,7 @@ class ColumnArguments:
     )
 
     def __post_init__(self) -> None:
-        columns = self.columns  # raises its own sentence
+        columns = self.columns  # raises ValueError if they are wrong
         if columns != Columns() and getattr(self, "dataset_format", None) is not None:
             raise ValueError(
                 "Column names have no effect with `dataset_format`, which fixes them. Leave one of the two out."
@@ -74,14 +74,14 @@ class ColumnArguments:
 
     @property
     def columns(self) -> Columns:
-        """The names in the form that readers take."""
+        """The names as readers take them."""
         scale: Any = None if self.label_scale is None else tuple(self.label_scale)
         return Columns(**{name: getattr(self, f"{name}_column") for name in _COLUMNS}, label_scale=scale)
 
 
 @dataclass(kw_only=True)
 class RewardModelArguments:
-    """Arguments of commands whose model is a step reward model."""
+    """Arguments of commands that use a step reward model."""
 
     model: str = field(metadata={"help": "Step reward model: the folder that `fractal-rm train` wrote, or a hub id."})
     published: str | None = field(
@@ -156,7 +156,7 @@ class DataArguments(ColumnArguments):
     )
     strict: bool = field(
         default=False,
-        metadata={"help": "Refuse rows that contradict each other, and prompts both to train and to measure on."},
+        metadata={"help": "Reject rows that contradict each other, and prompts in both training and evaluation data."},
     )
 
     def __post_init__(self) -> None:
@@ -166,7 +166,7 @@ class DataArguments(ColumnArguments):
             raise ValueError("`dataset_config` has no effect without `dataset_name`. Leave it out.")
 
     def check_prompts_alone(self, command: str, *, evaluates: bool) -> None:
-        """Raise ValueError if an option is given that a command of prompts does not read."""
+        """Raise ValueError for an option that commands on prompts do not read."""
         unread = _UNREAD if evaluates else _UNREAD_WITHOUT_EVALUATION
         for one in fields(self):
             if one.name in unread and getattr(self, one.name) != one.default:
@@ -175,11 +175,8 @@ class DataArguments(ColumnArguments):
                 )
 
     def prompts(self, rows: Sequence[Any], source: str) -> list[Any]:
-        """Rows with the prompt moved to the column `prompt`.
-
-        Raises:
-            ValueError: If the named column is missing, or two columns may be the prompt.
-        """
+        """Rows with the prompt moved to the column `prompt`; raises ValueError if the column is missing or
+        ambiguous."""
         found = []
         for number, row in enumerate(rows, 1):
             with naming(source, number):
@@ -187,12 +184,11 @@ class DataArguments(ColumnArguments):
         return found
 
     def read(self, split: Literal["train", "eval", "test"]) -> tuple[Sequence[Any], str] | None:
-        """Rows of a split (bags with `dataset_format`), and the name of their source for messages.
+        """Rows of a split (bags with `dataset_format`), and the name of their source for messages; rows may be read
+        lazily.
 
-        Rows may be read from disk when they are asked for.
-
-        Returns:
-            None if nothing is named for the split, or the named data set has no such split (for training: an error).
+        Returns None if no data is named for the split, or the data set lacks it; without a split to train on that is an
+        error.
 
         Raises:
             OSError: If a file is missing, or the hub cannot be reached.
@@ -209,7 +205,7 @@ class DataArguments(ColumnArguments):
             return read_rows(found, self.dataset_format, self.limit), str(found)
         folder = data_folder(self.data_dir)
         saved = Path(self.dataset_name)
-        if is_table(saved):  # of `datasets`: with a folder for each split, or without
+        if is_table(saved):  # saved by `datasets`, with or without a folder per split
             inner = saved / name
             if split != "train" and not inner.is_dir():
                 return None
@@ -232,7 +228,7 @@ class DataArguments(ColumnArguments):
         return (FORMATS[self.dataset_format].read(rows, source=source) if self.dataset_format else rows), source
 
     def _official(self, name: str, split: str) -> tuple[Sequence[Any], str] | None:
-        """The hub's copy of the data of a format, if no file is named; a split to evaluate on need not be there."""
+        """The hub's copy of a format's data, if no file is named; splits for evaluation are optional."""
         if self.dataset_format is None or self.train_file or self.eval_file or self.test_file:
             return None
         if self.dataset_config is not None:
@@ -244,7 +240,7 @@ class DataArguments(ColumnArguments):
 
     @property
     def name(self) -> str:
-        """What is trained on, without its folder."""
+        """Name of the training data, without its folder."""
         return Path(self.train_file).name if self.train_file else str(self.dataset_name or self.dataset_format)
 
 
@@ -257,7 +253,7 @@ class LoraArguments:
     use_peft: bool = field(default=False, metadata={"help": "Train low-rank adapters, not all weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters: alpha / rank."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapters."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of the layers to adapt; default: PEFT's choice for the architecture."}
     )
@@ -293,8 +289,7 @@ class LoraArguments:
 def data_folder(data_dir: str | None) -> Path | None:
     """The folder of data sets: the argument, else the environment variable, else None.
 
-    Raises:
-        NotADirectoryError: If the folder does not exist.
+    Raises NotADirectoryError if the folder does not exist.
     """
     named = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if named and not Path(named).is_dir():
@@ -320,11 +315,7 @@ def find_split(dataset: str, split: str, data_dir: str | None) -> Path | None:
 
 
 def load_from_hub(name: str, advice: str, /, **arguments: Any) -> Any:
-    """`datasets.load_dataset` with a clear error.
-
-    Raises:
-        ValueError: If the data set cannot be loaded; the message gives the reason and the advice.
-    """
+    """`datasets.load_dataset`, with a ValueError that gives the reason and the advice."""
     from datasets import load_dataset
 
     try:
@@ -334,13 +325,10 @@ def load_from_hub(name: str, advice: str, /, **arguments: Any) -> Any:
 
 
 def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) -> Sequence[Any]:
-    """The first rows of a file, or its first bags if a format is named; what follows them is not read.
+    """The first rows of a file, or its first bags if a format is named; later rows are not read, and rows may be read
+    lazily.
 
-    Rows may be read from disk when they are asked for.
-
-    Raises:
-        OSError: If the file is missing.
-        ValueError: If it cannot be read.
+    Raises OSError if the file is missing, ValueError if it cannot be read.
     """
     table = is_table(path) and not (dataset_format == "fira" and path.suffix == ".tsv")
     if dataset_format is None:
@@ -353,11 +341,7 @@ def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) 
 
 
 def load_official(dataset_format: FormatName, split: str, limit: int | None = None) -> list[Any]:
-    """The official rows of a split of a data set on the hub: the first ones.
-
-    Raises:
-        ValueError: If the hub does not have it, or it cannot be loaded.
-    """
+    """The first official rows of a split on the hub; raises ValueError if the hub lacks it or it cannot be loaded."""
     hub = FORMATS[dataset_format].hub
     if hub is None:
         raise ValueError(f"{dataset_format} is not on the hub. Download its files, and give them.")
@@ -371,11 +355,7 @@ def read_official(dataset_format: FormatName, split: str, limit: int | None = No
 
 
 def benchmark_from_hub(benchmark: str) -> list[list[Any]]:
-    """The official rows of a benchmark on the hub: a list for each of its subsets.
-
-    Raises:
-        ValueError: If the hub does not have it, or it cannot be loaded.
-    """
+    """The official rows of a benchmark on the hub, one list per subset; raises as [`load_official`]."""
     known = FORMATS.get(benchmark)  # type: ignore[arg-type]
     if known is None or known.hub is None:
         raise ValueError(f"{benchmark} is not on the hub. Give `data`: a file with rows.")

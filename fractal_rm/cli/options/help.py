@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from fractal_rm.errors import did_you_mean, wrong_choice
 from fractal_rm.files import read_yaml
 
-# The most used options, by group, which `fractal-rm <command> --help` shows. Other commands show all options.
+# The most used options by group, for `fractal-rm <command> --help`. Other commands show all options.
 COMMON: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
         "model": ("model", "scorer", "aggregation", "segmentation", "max_length", "use_peft", "lora_r"),
@@ -79,14 +79,14 @@ ALIASES = {
     "reward_model_name_or_path": "reward_model",
     "reward_funcs": "reward_function",
 }
-# Options of other libraries whose own help is vague, or does not fit the line that they get on one screen.
+# Help of other libraries' options whose own text is vague or too long for one line.
 PLAIN = {
     "learning_rate": "Initial learning rate",
     "num_train_epochs": "Passes over the data",
     "max_steps": "Updates, instead of `num_train_epochs`",
     "gradient_accumulation_steps": "Batches per update",
     "num_generations": "Completions of each prompt",
-    "max_completion_length": "Most tokens of a completion",
+    "max_completion_length": "Maximum tokens of a completion",
     "use_vllm": "Generate completions with vLLM",
     "bf16": "Mixed precision in bfloat16",
     "seed": "Random seed",
@@ -97,7 +97,7 @@ PLAIN = {
     "resume_from_checkpoint": "Continue: `true`, or a checkpoint's folder",
     "report_to": "Where to log, such as wandb",
 }
-# Narrowest and widest page, the columns of flags, and the lines of a screen.
+# Narrowest and widest page, the width of the flags, and the lines of a screen.
 _NARROW, _WIDE, _FLAGS, SCREEN = 80, 120, 34, 50
 _OURS = "fractal_rm"
 # How much of an option's help is shown: all, its first sentence, or one line.
@@ -117,7 +117,7 @@ class Option(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a command takes."""
+    """The options of a command."""
 
     options: tuple[Option, ...]
     removed: Mapping[str, str]  # options of earlier versions: what to use instead
@@ -125,7 +125,7 @@ class Options(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Every name that a flag or a key may have."""
+        """All names that flags and keys may have."""
         return with_aliases([option.name for option in self.options])
 
 
@@ -133,7 +133,7 @@ class Options(NamedTuple):
 
 
 def short_help(command: str, says: str) -> str:
-    """One screen: what the command does, and the options that people change."""
+    """One screen: what the command does, and its most used options."""
     known = {option.name: option for option in options_of(command).options}
     groups = COMMON.get(command, {"options": tuple(known)})
     rest = len(known) - sum(map(len, groups.values()))
@@ -150,7 +150,7 @@ def short_help(command: str, says: str) -> str:
 
 
 def full_help(command: str, says: str) -> str:
-    """Every option with all that its dataclass says, this package's first."""
+    """Every option with its full help, this package's first."""
     groups: dict[str, list[Option]] = {}
     for option in options_of(command).options:
         groups.setdefault(option.owner, []).append(option)
@@ -171,7 +171,7 @@ def _usage(command: str) -> str:
 
 
 def _lines(option: Option, detail: _Detail) -> list[str]:
-    """An option: its flag, its help or the beginning of it, its default in brackets."""
+    """An option's flag, its help or the start of it, and its default in brackets."""
     shown = "" if option.default == "false" else option.default
     default = " (required)" if option.required else f" [{shown}]" if shown else ""
     text = option.help if option.owner.startswith(_OURS) else PLAIN.get(option.name, option.help)
@@ -203,15 +203,13 @@ def _width() -> int:
 
 
 def check_arguments(command: str, argv: Sequence[str]) -> None:
-    """Raise if the command does not know a flag, a key of the configuration file, or a choice.
+    """Raise ValueError for an unknown flag, key of the configuration file or choice, with the closest known name.
 
-    Raises:
-        OSError: If the configuration file is missing.
-        ValueError: Names the unknown one, and the nearest that is known.
+    Raises OSError if the configuration file is missing.
     """
     known = options_of(command)
     if not known.complete:
-        return  # the parser says it later
+        return  # the parser reports it later
     names, chosen = {*known.names, "config"}, {option.name: option for option in known.options if option.choices}
     for place, word in enumerate(argv):
         flag, equals, value = word.partition("=")
@@ -236,42 +234,37 @@ def check_arguments(command: str, argv: Sequence[str]) -> None:
 
 
 def _check_choices(place: str, option: Option, given: Sequence[object], removed: Mapping[str, str]) -> None:
-    """Raise if one of the texts that an option is given is not a choice; the parser judges everything else."""
+    """Raise ValueError if a text is not one of the option's choices; the parser checks everything else."""
     for value in given if option.is_list else given[:1]:
         if isinstance(value, str) and value not in option.choices:
             raise ValueError(f"{place}: {not_a_choice(option.name, value, option.choices, removed)}")
 
 
 def not_a_choice(name: str, value: object, choices: Iterable[object], removed: Mapping[str, str]) -> str:
-    """The sentences about a value that an option does not have, or no longer."""
+    """The error message for a value that an option does not accept, or no longer."""
     advice = removed.get(f"{name}={value}")
     return wrong_choice(name, value, choices) if advice is None else f"`{name}` is {value!r}. {advice}"
 
 
 def with_aliases(names: Sequence[str]) -> list[str]:
-    """Names, and what TRL's scripts call some of them."""
+    """Names, with the aliases that TRL's scripts have for some of them."""
     return [*names, *(alias for alias, name in ALIASES.items() if name in names)]
 
 
 def unknown_key(command: str, path: str, key: object, names: Iterable[str], removed: Mapping[str, str]) -> str:
-    """The sentence about a key of a configuration file that the command does not have."""
+    """The error message for an unknown key of a configuration file."""
     return f"{path}: unknown key {key!r}.{hint(command, str(key), names, removed)}"
 
 
 def hint(command: str, unknown: str, names: Iterable[str], removed: Mapping[str, str]) -> str:
-    """What to do about an unknown name: what replaced it, the nearest known one, or where to look."""
+    """Advice for an unknown name: its replacement, the closest known name, or the help."""
     if unknown in removed:
         return f" It is no longer an option. {removed[unknown]}"
     return did_you_mean(unknown, names, f" See `fractal-rm {command} --help`.")
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The mapping of a YAML file.
-
-    Raises:
-        OSError: If the file is missing.
-        ValueError: If it is not UTF-8, not YAML, or not a mapping.
-    """
+    """The mapping in a YAML file; raises FileNotFoundError, or ValueError as [`read_yaml`]."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}. Give `--config` the path of a YAML file.")
     return read_yaml(path)
@@ -287,12 +280,12 @@ class _Module(NamedTuple):
 
 
 class _Unreadable(Exception):
-    """A value that only running the code would give."""
+    """A value that is known only at run time."""
 
 
 @functools.cache
 def options_of(command: str) -> Options:
-    """The options of the dataclasses that a command's module gives to `parse`, in their order."""
+    """The options of the dataclasses that a command's module passes to `parse`, in order."""
     module = _module(f"{_OURS}.cli.{command}")
     assert module is not None
     kinds = next(
@@ -308,7 +301,8 @@ def options_of(command: str) -> Options:
 
 
 def _read_class(module: _Module, name: str, found: dict[str, Option], removed: dict[str, str]) -> bool:
-    """Add the fields of a dataclass and its bases to `found`, and what it removed; False if a base has no source."""
+    """Add the fields of a dataclass and its bases to `found`, and its removed options to `removed`; False if a base has
+    no source."""
     place = _definition(module, name)
     if place is None or not isinstance(node := place[1], ast.ClassDef):
         return False
@@ -350,9 +344,9 @@ def _option(module: _Module, node: ast.AnnAssign, name: str, scope: Mapping[str,
 
 
 def _choices(module: _Module, node: ast.expr) -> tuple[str, ...]:
-    """The choices of an annotation that is a `Literal` or an enumeration; () of another one.
+    """The choices of an annotation that is a `Literal` or an enumeration, else ().
 
-    It may be named elsewhere, in a list, or one of two with None or a text.
+    The annotation may be an alias, a list of choices, or a union with None or text.
     """
     if isinstance(node, ast.BinOp):
         parts = ast.unparse(node).split(" | ")
@@ -376,7 +370,7 @@ def _choices(module: _Module, node: ast.expr) -> tuple[str, ...]:
 
 
 def _readable(module: _Module, node: ast.expr | None, scope: Mapping[str, ast.expr]) -> Any:
-    """The value of an expression, None if there is none or only running the code would tell."""
+    """The value of an expression; None without one, or if it is known only at run time."""
     try:
         return None if node is None else _value(module, node, scope)
     except _Unreadable:
@@ -384,7 +378,7 @@ def _readable(module: _Module, node: ast.expr | None, scope: Mapping[str, ast.ex
 
 
 def _value(module: _Module, node: ast.AST, scope: Mapping[str, ast.expr]) -> Any:
-    """The value of an expression as fields have them: literals, names, text that is put together."""
+    """The value of an expression in a field: a literal, a name, or text put together."""
     match node:
         case ast.Constant():
             return node.value
@@ -427,7 +421,7 @@ def _module(name: str) -> _Module | None:
 
 
 def _definition(module: _Module, name: str) -> tuple[_Module, ast.AST] | None:
-    """Where a name of a module is defined, and as what: a class or an expression; through imports."""
+    """Where a name of a module is defined, and its class or expression; follows imports."""
     for node in _statements(module.tree.body):
         match node:
             case ast.ClassDef() if node.name == name:
@@ -445,7 +439,7 @@ def _definition(module: _Module, name: str) -> tuple[_Module, ast.AST] | None:
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements of a module, those inside of `if` and `try` included."""
+    """Statements of a module, including those inside `if` and `try`."""
     for node in body:
         yield node
         if isinstance(node, ast.If | ast.Try):

@@ -16,12 +16,9 @@ from fractal_rm.cli.options.help import ALIASES, hint, not_a_choice, read_config
 
 
 def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
-    """One instance of each dataclass, from the flags of a command and its configuration file.
+    """One instance of each dataclass, from a command's flags and configuration file.
 
-    Raises:
-        OSError: If the configuration file cannot be read.
-        ValueError: If a flag, a key or a value is wrong.
-        SystemExit: After `--help`, with status 0.
+    Raises OSError if the file cannot be read, ValueError for a wrong flag, key or value, and SystemExit after `--help`.
     """
     parser = CommandParser(command, dataclasses)
     parser.add_argument("--config", help="YAML file with any of these arguments; flags override it.")
@@ -35,7 +32,7 @@ def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tup
     if remaining:
         unknown = remaining[0].partition("=")[0]
         if not unknown.startswith("-"):
-            parser.error(f"{unknown!r} stands alone, without a flag before it")
+            parser.error(f"{unknown!r} has no flag before it")
         hint = parser.hint(unknown.lstrip("-").replace("-", "_"))
         raise ValueError(f"fractal-rm {command}: unknown flag {unknown}.{hint}")
     return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[: len(dataclasses)]
@@ -62,7 +59,7 @@ class CommandParser(TrlParser):
         self._set_default_output()
 
     def _set_choices_of_lists(self) -> None:
-        """Check each item of a list of choices, which `transformers` does for single ones only."""
+        """Check each item of a list of choices; `transformers` checks single values only."""
         for name, kind in self._hints.items():
             for part in (kind, *get_args(kind)):
                 (item,) = get_args(part) if get_origin(part) is list else (None,)
@@ -98,12 +95,7 @@ class CommandParser(TrlParser):
             raise ValueError(f"{self.prog}: {not_a_choice(action.dest, value, action.choices, self._removed)}")
 
     def read_config(self, path: str) -> None:
-        """Make the values of a YAML file the defaults, checked as flags are.
-
-        Raises:
-            OSError: If the file is missing.
-            ValueError: If the file does not hold a YAML mapping, or a key or value is wrong.
-        """
+        """Make the values of a YAML file the defaults, checked like flags; raises as [`parse`]."""
         config = read_config(path)
         actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
         for key, value in config.items():
@@ -132,7 +124,7 @@ class CommandParser(TrlParser):
 
     def _converted(self, action: argparse.Action, value: Any, path: str) -> Any:
         convert: Any = action.type or str
-        if "\0" in str(value):  # which no path and no text of a model can hold
+        if "\0" in str(value):  # not allowed in paths or text
             raise ValueError(f"{path}: `{action.dest}` holds a NUL character. Leave it out.")
         try:
             converted = convert(str(value))

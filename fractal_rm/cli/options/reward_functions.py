@@ -1,6 +1,6 @@
-"""Outcome rewards that `ppo` takes by name: this package's, and functions in files and modules of its users.
+"""Outcome rewards that `ppo` takes by name: built-in ones, and functions in the user's files and modules.
 
-A name is checked without running anything; the function is loaded when all other arguments are right.
+A name is checked without running any code; the function is loaded once all other arguments are valid.
 """
 
 import ast
@@ -20,7 +20,7 @@ NAMED = ("exact_answer", "gsm8k_answer", "verifier")
 
 
 def check_reward_function(name: str) -> None:
-    """Raise unless a name is one of this package, a function in a file, or may be a dotted path.
+    """Raise unless a name is built in, names a function in a file, or may be a dotted path.
 
     Raises:
         FileNotFoundError: If the file is missing.
@@ -53,10 +53,7 @@ def check_reward_function(name: str) -> None:
 def load_reward_function(name: str, task: Task | None = None, answers: str = "marked") -> Callable[..., Any]:
     """The reward function of a name that [`check_reward_function`] accepts.
 
-    Args:
-        name: Its name.
-        task: Checks answers, for `verifier`.
-        answers: What counts as an answer, for `gsm8k_answer`.
+    `task` checks answers for `verifier`; `answers` says what counts as an answer for `gsm8k_answer`.
 
     Raises:
         ImportError: If its module, or a package that it needs, cannot be imported.
@@ -68,7 +65,7 @@ def load_reward_function(name: str, task: Task | None = None, answers: str = "ma
         return arithmetic.exact_answer
     if name == "gsm8k_answer":
         reward = gsm8k.last_number_answer if answers == "last_number" else gsm8k.gsm8k_answer
-        reward([], [], [])  # says now, not after the first rollout, if math-verify is missing
+        reward([], [], [])  # raises now, not after the first rollout, if math-verify is missing
         return reward
     path, colon, function = name.partition(":")
     if colon:

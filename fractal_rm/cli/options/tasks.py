@@ -55,12 +55,7 @@ class TaskArguments:
 
 
 def make_task(arguments: TaskArguments, data: DataArguments, model: str) -> Task:
-    """The task that the arguments name, if it makes its own prompts.
-
-    Args:
-        arguments: Name it.
-        data: Where its texts are, for tasks that read them.
-        model: The policy.
+    """The named task, if it makes its own prompts; `data` says where its texts are.
 
     Raises:
         ImportError: If a library is missing.

@@ -62,12 +62,8 @@ class OnlineReward:
 
     With several processes, the main process learns from all rollouts and broadcasts the weights.
 
-    Args:
-        reward_model: The model; it learns in place.
-        args: The configuration.
-        original: Labelled responses that the model was trained on, to mix in; None: rollouts only.
-        weights: Weights of the reward functions; the weight of the step reward model itself is 0.
-        accelerator: The trainer's.
+    `reward_model` learns in place. `original` are labelled responses that it was trained on, to mix in; None: rollouts
+    only. `weights` are those of the reward functions, 0 for the step reward model itself.
 
     Raises:
         ValueError: If there are no outcomes to learn from, the original data has rows other than single labelled
@@ -131,10 +127,7 @@ class OnlineReward:
         """Keep a rollout batch, and update the reward model if an update is due; returns metrics of the update.
 
         The scores of this batch do not change: an update affects later batches only. Completions that the model could
-        not score completely are left out.
-
-        Raises:
-            ValueError: If an outcome is outside [0, 1].
+        not score completely are left out. Raises ValueError if an outcome is outside [0, 1].
         """
         labels = outcome_labels(batch.function_rewards, batch.function_weights).tolist()
         bags = [
@@ -240,11 +233,7 @@ class OnlineReward:
             write_atomic(folder / _STATE_FOLDER / _REPLAY_FILE, self.replay.to_jsonl())
 
     def load(self, folder: Path) -> None:
-        """Restore what [`save`] wrote.
-
-        Raises:
-            ValueError: If a file is missing.
-        """
+        """Restore what [`save`] wrote; raises ValueError if a file is missing."""
         state = folder / _STATE_FOLDER
         needed = (folder / _MODEL_FOLDER / "config.json", state / _OPTIMIZER_FILE, state / _REPLAY_FILE)
         missing = [file for file in needed if not file.is_file()]

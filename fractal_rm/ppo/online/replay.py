@@ -15,10 +15,9 @@ from fractal_rm.ppo.rollout import mean_outcomes
 
 
 def outcome_labels(rewards: Tensor, weights: Tensor) -> Tensor:
-    """Response labels (B,) in [0, 1] from outcome rewards: [`mean_outcomes`] with a check; same arguments.
+    """Response labels (B,) in [0, 1] from outcome rewards by [`mean_outcomes`], whose arguments these are.
 
-    Raises:
-        ValueError: If a function with a weight gave a number outside [0, 1].
+    Raises ValueError if a function with a weight gave a number outside [0, 1].
     """
     outside = ((rewards < 0) | (rewards > 1)) & (weights.to(rewards.device) > 0)
     if outside.any():
