@@ -583,7 +583,7 @@ def test_a_threshold_file_that_is_the_data_is_said(commands, capsys):
 
 def test_a_line_that_no_model_reads_is_refused_before_it_is_parsed(commands):
     said = commands.train(b'{"prompt": "' + b"a" * 2**24 + b'"}\n')
-    assert "rows.jsonl, row 1: the line has 16,777,231 bytes; give 16,777,216 bytes at most" in said
+    assert "rows.jsonl, row 1: the line has more than 16,777,216 bytes; shorten or drop the row." in said
 
 
 # Reports ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -30,6 +29,7 @@ from fractal_rm.objectives.aggregation import Aggregation
 from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.inputs import EncodedBag, TokenInputs
 from fractal_rm.scorers.settings import FractalSettings
+from fractal_rm.scorers.templates import apply_template
 from fractal_rm.scorers.token import head_class, token_classifier
 
 logger = logging.getLogger(__name__)
@@ -423,12 +423,7 @@ class PublishedInputs(TokenInputs):
         return parts
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        except TemplateError as error:
-            raise ValueError(
-                f"the chat template refuses this chat ({str(error).rstrip('.')}); change its messages."
-            ) from error
+        return apply_template(self.tokenizer, messages, {})
 
 
 def _question(prompt: Prompt, reading: Published) -> tuple[str | None, str]:
