@@ -152,7 +152,7 @@ def test_a_row_of_a_table_that_is_too_long_is_named(tmp_path, monkeypatch, limit
     for name in ("rows.parquet", "rows"):
         with pytest.raises(ValueError, match=rf"{name}, row 1201: a row has more than 20,000 bytes; shorten or drop"):
             read_rows(tmp_path / name, None, limit)
-    table.select([1200]).to_parquet(str(tmp_path / "one.parquet"))
+    datasets.Dataset.from_list([{"prompt": "x" * 30_000}]).to_parquet(str(tmp_path / "one.parquet"))
     monkeypatch.setattr(datasets, "load_dataset", None)  # and this one is not even unpacked
     with pytest.raises(ValueError, match=r"one\.parquet: a row has more than 20,000 bytes"):
         read_rows(tmp_path / "one.parquet", None, limit)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fractal_rm.data.readers import read_jsonl
 from fractal_rm.evaluation.results import ResultsFile
-from fractal_rm.files import write_atomic
+from fractal_rm.files import read_json, write_atomic
 from fractal_rm.hf.checkpoints import STATE, last_checkpoint, resume_or_clear
 from fractal_rm.hf.progress import RichProgress
 from fractal_rm.ranges import check_ranges
@@ -160,7 +160,7 @@ class Quickstart:
         mine = {"seed": self.arguments.seed, "budget": asdict(self.amounts)}
         file = self.folder / "quickstart.json"
         (self.folder / "done").mkdir(parents=True, exist_ok=True)
-        if file.is_file() and json.loads(file.read_text()) != mine:
+        if file.is_file() and read_json(file) != mine:
             raise ValueError(
                 f"{self.folder} holds a run with another seed or budget. Choose another `--output_dir`, or delete it."
             )
