@@ -173,7 +173,12 @@ class Quickstart:
 
     def take_policy(self) -> None:
         """The base policy, whose mistakes are beliefs; `tasks/arithmetic/base_policy.py` says how it was made."""
-        shutil.copytree(self.task.base_policy(0, self.folder), self.folder / "policy", dirs_exist_ok=True)
+        target = self.folder / "policy"
+        try:
+            shutil.copytree(self.task.base_policy(0, self.folder), target, dirs_exist_ok=True)
+        except shutil.Error as error:  # a list of all files that failed
+            why = error.args[0][0][-1]
+            raise OSError(f"{target} could not be written ({why}). Free space, and run the command again.") from error
 
     def sample(self) -> None:
         """Training responses with outcome labels; validation responses with gold step labels beside them."""
