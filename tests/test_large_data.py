@@ -142,15 +142,16 @@ def test_a_row_that_is_too_long_is_refused_before_memory_holds_it(tmp_path, monk
             assert peak < 600_000, (name, peak)
 
 
-@pytest.mark.parametrize("limit", [None, 1500])
+@pytest.mark.parametrize("limit", [None, 15])
 def test_a_row_of_a_table_that_is_too_long_is_named(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(table_files, "LONGEST_ROW", 20_000)
+    monkeypatch.setattr(table_files, "_AT_A_TIME", 10)
     chat = [{"role": "user", "content": "x" * 7_000}] * 3
-    table = datasets.Dataset.from_list([{"prompt": chat[:1], "label": 1}] * 1200 + [{"prompt": chat, "label": 1}])
+    table = datasets.Dataset.from_list([{"prompt": chat[:1], "label": 1}] * 12 + [{"prompt": chat, "label": 1}])
     table.to_parquet(str(tmp_path / "rows.parquet"))
     table.save_to_disk(str(tmp_path / "rows"))
     for name in ("rows.parquet", "rows"):
-        with pytest.raises(ValueError, match=rf"{name}, row 1201: a row has more than 20,000 bytes; shorten or drop"):
+        with pytest.raises(ValueError, match=rf"{name}, row 13: a row has more than 20,000 bytes; shorten or drop"):
             read_rows(tmp_path / name, None, limit)
     datasets.Dataset.from_list([{"prompt": "x" * 30_000}]).to_parquet(str(tmp_path / "one.parquet"))
     monkeypatch.setattr(datasets, "load_dataset", None)  # and this one is not even unpacked

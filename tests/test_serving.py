@@ -191,7 +191,7 @@ def test_a_request_that_is_larger_than_a_batch_is_scored_in_several(model):
     [
         (b"", 422, "Field required"),
         (b"{", 400, "JSON"),
-        (b"\xff\xfe", 400, "JSON"),
+        (b"\xff\xfe", 400, "The body is not UTF-8 (byte 0); write it in UTF-8."),
         (b"[" * 20_000, 400, "JSON"),
         (b"[]", 422, "dictionary"),
         (b"null", 422, "dictionary"),
@@ -298,7 +298,6 @@ GOOD_BODY = b'{"prompts": ["a"], "responses": ["1+1=2."]}'
         (SCORE + HEAD + LENGTH + b"1\r\n" + LENGTH + b"2\r\n\r\n", 400, INVALID),
         (SCORE + HEAD + CHUNKED + b"\r\nzz\r\n", 400, INVALID),
         (SCORE + HEAD + CHUNKED + b"\r\n" + (b"1000\r\n" + b" " * 4096 + b"\r\n") * 100, 413, "longer than 50,000"),
-        (HEALTH + HEAD + b"X: " + b"a" * 70_000 + b"\r\n\r\n", 400, INVALID),
         (b"\x16\x03\x01\x00\xff\r\n\r\n", 400, INVALID),
         (b"GET [x HTTP/1.1\r\n" + HEAD + b"\r\n", 404, "There is no [x here."),
         (b"GET /a%0d%0ab%1b HTTP/1.1\r\n" + HEAD + b"\r\n", 404, "There is no /ab here."),
@@ -330,7 +329,7 @@ def test_an_answer_that_nobody_reads_is_given_up():
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"x" * 30_000_000})
 
-    config = server_config(app, Limits(seconds=0.3, header_seconds=0.3))
+    config = server_config(app, Limits(seconds=0.15, header_seconds=0.15))
     config.lifespan = "off"
     server = uvicorn.Server(config)
     with listen("127.0.0.1", 0) as listening:
