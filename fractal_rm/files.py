@@ -45,7 +45,7 @@ def parse_json(content: bytes, what: str) -> Any:
     except _TwiceError as error:
         raise ValueError(f"{what} has the name {error.args[0]!r} twice in an object; leave one of them.") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{what} is not UTF-8 (byte {error.start}); save the file as UTF-8.") from None
+        raise ValueError(f"{what} is not UTF-8 (byte {error.start}); write it in UTF-8.") from None
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at line {error.lineno}" if error.lineno > 1 else f"{error.msg} at column {error.colno}"
         raise ValueError(f"{what} is invalid JSON ({reason}); fix or delete it.") from None
@@ -58,8 +58,8 @@ def _is_deep(content: bytes) -> bool:
     if content.count(b"[") + content.count(b"{") <= _DEEPEST:
         return False
     depth = 0
-    for bracket in _BRACKET.findall(_JSON_TEXT.sub(b"", content)):
-        depth += 1 if bracket in b"[{" else -1
+    for found in _BRACKET.finditer(_JSON_TEXT.sub(b"", content)):
+        depth += 1 if found[0] in b"[{" else -1
         if depth > _DEEPEST:
             return True
     return False
@@ -109,6 +109,10 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 # Numbers that YAML 1.1 reads in base 8 or 60: `010` is 8 and `1:30` is 90.
 _OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+# A decimal number; underscores may group its digits by three.
+DECIMAL = re.compile(
+    r"[-+]?(?:(?:[0-9]+|[0-9]{1,3}(?:_[0-9]{3})+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", re.ASCII
+)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -147,7 +151,7 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct
 
 
 def _check_decimal(node: Any) -> None:
-    if _OTHER_BASE.fullmatch(node.value):
+    if _OTHER_BASE.fullmatch(node.value) or ("_" in node.value and not DECIMAL.fullmatch(node.value)):
         problem = f"`{node.value}` is not a decimal number; write one, or quote a text"
         raise ConstructorError(None, None, problem, node.start_mark)
 

@@ -67,6 +67,13 @@ def read_model_file(name: str) -> Callable[[str, Path], None]:
     return read
 
 
+def read_activation(given: str, folder: Path) -> None:
+    write(folder, "modules.json", '[{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]')
+    (folder / "2_Dense").mkdir()
+    write(folder / "2_Dense", "config.json", given)
+    check_model_folder(folder, "Give another.")
+
+
 READERS: dict[str, Callable[[Any, Path], Any]] = {
     "option": read_option,
     "block": read_block,
@@ -80,6 +87,9 @@ READERS: dict[str, Callable[[Any, Path], Any]] = {
     "safetensors": read_model_file("model.safetensors"),
     "index": read_model_file("model.safetensors.index.json"),
     "modules": read_model_file("modules.json"),
+    "encoder": read_model_file("sentence_bert_config.json"),
+    "tokenizer": read_model_file("tokenizer_config.json"),
+    "activation": read_activation,
     "pattern": lambda given, folder: Segmentation("pattern", pattern=given)("a" * 60 + "!"),
     "results": lambda given, folder: report(["--results", str(write(folder, "results.jsonl", given))]),
 }

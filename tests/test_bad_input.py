@@ -2,9 +2,11 @@
 
 import errno
 import json
+import re
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -22,13 +24,16 @@ from support.stand_ins import (
 from transformers import LlamaModel
 
 from fractal_rm.cli.main import main, sentence
+from fractal_rm.cli.options.parser import parse
 from fractal_rm.cli.ppo import make_dataset
+from fractal_rm.cli.serve import ServeArguments
 from fractal_rm.files import locked
 from fractal_rm.ppo.checks import check_reward_models
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.scorers.embedding import make_head
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
+from fractal_rm.serving.limits import Limits
 from fractal_rm.tasks.arithmetic.problems import make_problems
 
 GOOD = {"prompt": "1+1?\n", "completion": "1+1=2.", "label": 1}
@@ -212,6 +217,52 @@ def test_a_mistake_in_the_configuration_file_is_named(commands, text, sentence):
 )
 def test_a_mistake_in_a_flag_is_named(commands, flags, sentence):
     assert sentence in commands.train([GOOD, BAD], *flags)
+
+
+def read_value(folder: Path, name: str, text: str, *, in_file: bool) -> Any:
+    """What a command reads of a text, given by a flag or a key."""
+    (folder / "c.yaml").write_text(f"{name}: {json.dumps(text)}\n", encoding="utf-8")
+    flags = ["--config", str(folder / "c.yaml")] if in_file else [f"--{name}={text}"]
+    return getattr(parse("serve", [Limits], flags)[0], name)
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_numbers_are_read_as_they_are_meant_or_refused(tmp_path, in_file):
+    whole = {"5e3": 5000, "5.0": 5, "+5": 5, " 7 ": 7, "1_000": 1000, "007": 7, "5e0": 5, "12345678901": None}
+    broken = {"5e-1": 0.5, ".5": 0.5, "5.": 5.0, "+1e1": 10.0}
+    for name, texts in (("max_values", whole), ("seconds", broken)):
+        for text, value in texts.items():
+            if value is None:
+                with pytest.raises(ValueError, match=rf"`{name}` is {text}\. Give a whole number"):
+                    read_value(tmp_path, name, text, in_file=in_file)
+                continue
+            found = read_value(tmp_path, name, text, in_file=in_file)
+            assert (found, type(found)) == (value, type(value))
+        for text in ("1_0", "\u0661\u0662", "0x10", "1,000", "", " ", "true", "1 0", "_1", "1__000", "1e", "\uff15"):
+            with pytest.raises(ValueError, match=r"not of type (int|float)|invalid (int|float) value"):
+                read_value(tmp_path, name, text, in_file=in_file)
+    for text in ("1e400", "nan", "5.5"):
+        with pytest.raises(ValueError, match=r"not of type int|invalid int value"):
+            read_value(tmp_path, "max_values", text, in_file=in_file)
+
+
+def test_texts_are_not_empty_and_not_numbers_that_lost_a_digit(tmp_path):
+    serve = [ServeArguments]
+    with pytest.raises(ValueError, match=r"--token_file/--token-file: invalid non-empty text value: ''"):
+        parse("serve", serve, ["--model", "m", "--token_file", ""])
+    with pytest.raises(ValueError, match=r"`wait` is -1e-05\. Give a number from 0"):
+        parse("serve", serve, ["--model", "m", "--wait", "-1e-5"])
+    for text, told in {
+        "host: 1.10": "`host` is the number 1.1. Put a text in quotes.",
+        "host: ''": "`host` is '', which is not of type non-empty text",
+        "port: 8_0": "line 1 is invalid YAML: `8_0` is not a decimal number",
+    }.items():
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ValueError, match=re.escape(told)):
+            parse("serve", serve, ["--model", "m", "--config", str(tmp_path / "c.yaml")])
+    (tmp_path / "c.yaml").write_text("host: '1.10'\nport: 8_000\nbatch_size: 1e1")
+    (found,) = parse("serve", serve, ["--model", "m", "--config", str(tmp_path / "c.yaml")])
+    assert (found.host, found.port, found.batch_size) == ("1.10", 8000, 10)
 
 
 @pytest.mark.parametrize(
@@ -583,7 +634,7 @@ def test_a_threshold_file_that_is_the_data_is_said(commands, capsys):
 
 def test_a_line_that_no_model_reads_is_refused_before_it_is_parsed(commands):
     said = commands.train(b'{"prompt": "' + b"a" * 2**24 + b'"}\n')
-    assert "rows.jsonl, row 1: the line has 16,777,231 bytes; give 16,777,216 bytes at most" in said
+    assert "rows.jsonl, row 1: the line has more than 16,777,216 bytes; shorten or drop the row." in said
 
 
 # Reports ----------------------------------------------------------------------------------------------------------

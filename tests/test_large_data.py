@@ -2,16 +2,20 @@
 
 import gzip
 import json
+import re
 import tracemalloc
 import warnings
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from support.fixed_seed_runs import pairs, sums, tokenizer
 from support.stand_ins import write_jsonl
 
 from fractal_rm.cli.options.arguments import read_rows
+from fractal_rm.data import rows
+from fractal_rm.data.formats import reading, table_files
 from fractal_rm.data.readers import open_jsonl, read_jsonl
 from fractal_rm.reward_training import large_data
 from fractal_rm.reward_training.config import FractalConfig
@@ -105,6 +109,54 @@ def test_memory_does_not_hold_the_texts(tmp_path, monkeypatch):
     assert len(rows.later) == count - 100
     assert peak < 3e6 < path.stat().st_size  # a byte of memory for two of the file would be too much
     assert held < 1e6
+
+
+def test_a_row_that_is_too_long_is_refused_before_memory_holds_it(tmp_path, monkeypatch):
+    for module in (rows, reading, table_files):
+        monkeypatch.setattr(module, "LONGEST_ROW", 20_000)
+    monkeypatch.setattr(rows, "_LONGEST_FILE", 50_000)
+    monkeypatch.setattr(rows, "_CHUNK", 10_000)
+    text = "x" * 3_000_000
+    good, long = json.dumps({"prompt": "1+1?"}) + "\n", json.dumps({"prompt": text})
+    header, cells = "prompt,label\n", '"' + '1\n","' * 500_000  # a row that is not closed
+    named = {
+        "rows.jsonl.gz": (good + long, "row 2: the line has more than 20,000 bytes; shorten or drop the row."),
+        "rows.json.gz": (f"[{long}]", "has more than 50,000 bytes, and a list is parsed as a whole; write a .jsonl"),
+        "cell.csv": (header + "1,2\n" + text, "row 3: the row has more than 20,000 characters; shorten or drop it"),
+        "cells.csv": (header + "1,2\n" + cells, "row 3: the row has more than 20,000 characters; shorten or drop it"),
+        "header.tsv": (text, "row 1: the row has more than 20,000 characters"),
+    }
+    for name, (content, told) in named.items():
+        data = content.encode()
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
+        reads = [lambda path=path: list(read_rows(path, None, None))]
+        if name.endswith("gz"):
+            reads.append(lambda path=path: list(reading.stream_rows(path, None, key="rows")[0]))
+        for read_all in reads:
+            tracemalloc.start()
+            with pytest.raises(ValueError, match=re.escape(told)):
+                read_all()
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 600_000, (name, peak)
+
+
+@pytest.mark.parametrize("limit", [None, 15])
+def test_a_row_of_a_table_that_is_too_long_is_named(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(table_files, "LONGEST_ROW", 20_000)
+    monkeypatch.setattr(table_files, "_AT_A_TIME", 10)
+    chat = [{"role": "user", "content": "x" * 7_000}] * 3
+    table = datasets.Dataset.from_list([{"prompt": chat[:1], "label": 1}] * 12 + [{"prompt": chat, "label": 1}])
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    table.save_to_disk(str(tmp_path / "rows"))
+    for name in ("rows.parquet", "rows"):
+        with pytest.raises(ValueError, match=rf"{name}, row 13: a row has more than 20,000 bytes; shorten or drop"):
+            read_rows(tmp_path / name, None, limit)
+    datasets.Dataset.from_list([{"prompt": "x" * 30_000}]).to_parquet(str(tmp_path / "one.parquet"))
+    monkeypatch.setattr(datasets, "load_dataset", None)  # and this one is not even unpacked
+    with pytest.raises(ValueError, match=r"one\.parquet: a row has more than 20,000 bytes"):
+        read_rows(tmp_path / "one.parquet", None, limit)
 
 
 # Drawing --------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import pytest
@@ -138,3 +140,19 @@ def test_libraries_speak_again_after_a_quiet_block():
     with quiet():
         assert state() == (notes.ERROR, False, True)
     assert state() == before
+
+
+def test_a_policy_that_cannot_be_copied_is_one_sentence(tmp_path, monkeypatch):
+    def fail(*asked: Any, **options: Any) -> None:
+        raise shutil.Error([("a", "b", "[Errno 28] No space left on device")])
+
+    monkeypatch.setattr(shutil, "copytree", fail)
+    given: Any = SimpleNamespace(folder=tmp_path, task=SimpleNamespace(base_policy=lambda *asked: tmp_path))
+    with pytest.raises(OSError, match=r"policy could not be written \(.*No space left on device\)\. Free space, and"):
+        Quickstart.take_policy(given)
+
+
+def test_a_damaged_note_of_an_earlier_run_is_one_sentence(tmp_path):
+    (tmp_path / "quickstart.json").write_text("{")
+    with pytest.raises(ValueError, match=r"quickstart\.json is invalid JSON .* fix or delete it\."):
+        Quickstart(QuickstartArguments(output_dir=str(tmp_path)), TINY)._claim_folder()

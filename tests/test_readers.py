@@ -367,7 +367,7 @@ GOOD = b'{"a": 1}\n'
             "a.jsonl",
             GOOD + b'{"a": "\xe9"}\n',
             ValueError,
-            "row 2: the line is not UTF-8 (byte 7); save the file as UTF-8",
+            "row 2: the line is not UTF-8 (byte 7); write it in UTF-8",
         ),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), ValueError, "row 1: the line is not UTF-8"),
         ("a.json", b'["\xff"]', ValueError, "the file is not UTF-8"),

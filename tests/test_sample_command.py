@@ -1,6 +1,7 @@
 """`fractal-rm sample`: labelled responses, in a file that a stopped run goes on with."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from support.stand_ins import gsm8k_problems, save_policy, write_jsonl
 
 from fractal_rm.cli.main import main
 from fractal_rm.cli.options.arguments import DataArguments
-from fractal_rm.cli.sample import Asked, SampleArguments, _prompts_of_rows, _rows, read_rows_of
+from fractal_rm.cli.sample import Asked, SampleArguments, _prompts_of_rows, _rows, _rows_so_far, read_rows_of
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.tasks.arithmetic.base_policy import SHIPPED_POLICY
 from fractal_rm.tasks.arithmetic.problems import Problem
@@ -65,6 +66,25 @@ def test_a_file_of_another_run_is_refused(whole, capsys):
     assert main(flags) == 2
     said = capsys.readouterr().err
     assert "holds responses of a run with other settings (gold_steps True, now False, seed 0, now 1)" in said
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "told"),
+    [
+        ("{", None, "row 1: the line begins a list or an object"),
+        ('{"prompt": "a"}', None, "row 1 has no 'answer'; remove the row, or give another `output`."),
+        ("[]", None, "row 1: the row is list; make it a JSON object."),
+        ("{}", "{", "o.jsonl.settings.json is invalid JSON"),
+        ("{}", "[1]", "o.jsonl.settings.json holds no settings. Remove "),
+    ],
+)
+def test_a_file_that_is_damaged_is_one_sentence(tmp_path, rows, settings, told):
+    arguments = SampleArguments(model="m", output=str(tmp_path / "o.jsonl"))
+    kept = {name: value for name, value in vars(arguments).items() if name not in ("output", "num_prompts")}
+    (tmp_path / "o.jsonl").write_text(rows + "\n")
+    (tmp_path / "o.jsonl.settings.json").write_text(json.dumps(kept) if settings is None else settings)
+    with pytest.raises((TypeError, ValueError), match=re.escape(told)):
+        _rows_so_far(tmp_path / "o.jsonl", arguments)
 
 
 def test_a_file_of_an_older_version_with_fewer_arguments_is_gone_on_with(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from support.documents import REPOSITORY, script
-from support.models import reward_model
+from support.models import byte_tokenizer, reward_model
 from support.stand_ins import save_policy, save_reward_model, solutions, write_jsonl
 from transformers import LlamaForCausalLM
 
@@ -20,6 +20,7 @@ from fractal_rm.cli.main import main
 from fractal_rm.data import patterns
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import StepRewardModel
+from fractal_rm.scorers import templates
 
 # Classes of this package and of PEFT, which load through the functions that are checked.
 OWN = {"StepRewardModel", "ScoringClient", "PeftModel", "cls"}
@@ -164,6 +165,46 @@ def test_a_pattern_of_a_downloaded_model_ends_in_time_and_is_given_up(monkeypatc
 
 def test_the_pattern_that_froze_a_server_is_read_at_once():
     assert Segmentation("pattern", pattern=r"([0-9a-z: ]+)+ ")("1: a b c" * 2000 + "!")
+
+
+# Chat templates of downloaded models ----------------------------------------------------------------------------------
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_chat_template_that_does_not_end_is_given_up(monkeypatch):
+    monkeypatch.setattr(templates, "SECONDS", 0.1)
+    monkeypatch.setattr(templates, "_PAUSE", 0.02)
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.chat_template = f"{ENDLESS}{time.monotonic()}"
+    model = reward_model("token", "llama", tokenizer, chat=True)
+    begun = time.monotonic()
+    chat = [{"role": "user", "content": "2+2?"}]
+    results = model.score([chat] * 20, ["4."] * 20)
+    assert time.monotonic() - begun < 5  # not for ever, and not 20 times the limit
+    assert all("The chat template takes longer than 0.1 s on a chat." in str(one.error) for one in results)
+    tokenizer.chat_template = "{% for i in range(10**9) %}{% endfor %}"
+    assert "The chat template refuses this chat (Range too big." in str(model.score([chat], ["4."])[0].error)
+
+
+@pytest.mark.parametrize("source", ["{{ 9**9**9 }}", "{{ 'a' * 9999999999 }}"])
+def test_a_chat_template_that_nothing_could_interrupt_is_refused(tmp_path, source):
+    save_reward_model(tmp_path, scorer="token", chat=True)
+    (tmp_path / "chat_template.jinja").write_text(source)
+    assert re.search(r": the chat template calculates with `[*9]+`, which can run without end\.", refusal(tmp_path))
+
+
+def test_an_adapter_beside_the_weights_of_a_reward_model_is_refused(tmp_path):
+    save_reward_model(tmp_path, scorer="token")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere", "peft_type": "LORA"}')
+    assert "adapter_config.json: the folder holds an adapter. Merge it first" in refusal(tmp_path)
+
+
+def test_what_a_name_says_to_a_terminal_is_shown_as_text(capsys):
+    assert main(["report", "--results", "\x1b]0;title\x07\x1b[2J.jsonl"]) == 2
+    said = capsys.readouterr().err
+    assert "\\x1b]0;title\\x07\\x1b[2J.jsonl" in said
+    assert said.rstrip("\n").isprintable()
 
 
 # Files that are damaged -----------------------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """The scoring server over loopback: a real server, a real client, and requests that nobody should send."""
 
+import asyncio
 import base64
+import gzip
 import http.client
 import json
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from support.documents import script
 from support.models import byte_tokenizer, reward_model, sums
 from support.serving import running, serve_and_ask
@@ -27,8 +31,9 @@ from fractal_rm.data.prompts import RenderedPrompt
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.reward_model import FractalReward, StepRewardModel
 from fractal_rm.scorers.inputs import prompt_text
-from fractal_rm.serving.access import Access, is_loopback
+from fractal_rm.serving.access import Access, Gate, is_loopback
 from fractal_rm.serving.client import ScoringClient
+from fractal_rm.serving.connections import server_config
 from fractal_rm.serving.limits import Limits, count_values
 from fractal_rm.serving.protocol import OpenRLHFRequest, PromptedResponse, read_openrlhf
 
@@ -186,7 +191,7 @@ def test_a_request_that_is_larger_than_a_batch_is_scored_in_several(model):
     [
         (b"", 422, "Field required"),
         (b"{", 400, "JSON"),
-        (b"\xff\xfe", 400, "JSON"),
+        (b"\xff\xfe", 400, "The body is not UTF-8 (byte 0); write it in UTF-8."),
         (b"[" * 20_000, 400, "JSON"),
         (b"[]", 422, "dictionary"),
         (b"null", 422, "dictionary"),
@@ -258,6 +263,111 @@ def test_a_body_without_its_type_is_refused_with_the_header_to_send(url):
 def test_other_paths_and_methods_are_refused(url):
     assert refusal(url, {}, "/scores") == (404, "There is no /scores here. /openapi.json says what there is.")
     assert refusal(url, {}, "/health") == (405, "/health takes no POST. /openapi.json says what it takes.")
+
+
+HEAD = b"Host: localhost\r\nConnection: close\r\n"
+HEALTH, SCORE = b"GET /health HTTP/1.1\r\n", b"POST /score HTTP/1.1\r\n"
+CHUNKED, LENGTH = b"Transfer-Encoding: chunked\r\n", b"Content-Length: "
+INVALID, FOREIGN, PAGE = "This is not a valid HTTP request.", "calls the server by a name", "a page of another server"
+
+
+def asked(url: str, sent: bytes) -> tuple[int, str]:
+    """Status and sentence of what is not a usual request."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(sent)
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    said = json.loads(body or b'{"detail": "."}')
+    return int(head.split()[1]), said.get("detail", "scored")
+
+
+def body_of(text: bytes, *, kind: bytes = b"application/json", path: bytes = b"/score") -> bytes:
+    head = SCORE.replace(b"/score", path) + HEAD + b"Content-Type: " + kind + b"\r\n"
+    return head + LENGTH + b"%d\r\n\r\n" % len(text) + text
+
+
+GOOD_BODY = b'{"prompts": ["a"], "responses": ["1+1=2."]}'
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "told"),
+    [
+        (SCORE + HEAD + CHUNKED + LENGTH + b"5\r\n\r\n0\r\n\r\n", 400, "both Content-Length and Transfer-Encoding"),
+        (SCORE + HEAD + LENGTH + b"9" * 5000 + b"\r\n\r\n", 400, INVALID),
+        (SCORE + HEAD + LENGTH + b"-1\r\n\r\n", 400, INVALID),
+        (SCORE + HEAD + LENGTH + b"1\r\n" + LENGTH + b"2\r\n\r\n", 400, INVALID),
+        (SCORE + HEAD + CHUNKED + b"\r\nzz\r\n", 400, INVALID),
+        (SCORE + HEAD + CHUNKED + b"\r\n" + (b"1000\r\n" + b" " * 4096 + b"\r\n") * 100, 413, "longer than 50,000"),
+        (b"\x16\x03\x01\x00\xff\r\n\r\n", 400, INVALID),
+        (b"GET [x HTTP/1.1\r\n" + HEAD + b"\r\n", 404, "There is no [x here."),
+        (b"GET /a%0d%0ab%1b HTTP/1.1\r\n" + HEAD + b"\r\n", 404, "There is no /ab here."),
+        (b"GET /health/ HTTP/1.1\r\n" + HEAD + b"\r\n", 404, "There is no /health/ here."),
+        (b"X" * 500 + b" /health HTTP/1.1\r\n" + HEAD + b"\r\n", 405, f"/health takes no {'X' * 80}. "),
+        (HEALTH + b"Host: [localhost]\r\n\r\n", 403, FOREIGN),
+        (b"GET /x HTTP/1.1\r\nHost: ]localhost[\r\n\r\n", 403, FOREIGN),
+        (HEALTH + b"Host: localhost:\xb2\r\n\r\n", 403, FOREIGN),
+        (HEALTH + HEAD + b"Origin: null\r\n\r\n", 403, PAGE),
+        (HEALTH + HEAD + b"Origin: http://evil.example\r\n\r\n", 403, PAGE),
+        (HEALTH + HEAD + b"Origin: http://localhost:3000\r\n\r\n", 200, "scored"),
+        (HEALTH + HEAD.replace(b"close", b"Upgrade, close") + b"Upgrade: websocket\r\n\r\n", 200, "scored"),
+        (body_of(gzip.compress(GOOD_BODY)), 400, "The body is not JSON in UTF-8."),
+        (body_of(b'{"prompts": ["b"], ' + GOOD_BODY[1:]), 400, "The body has the name 'prompts' twice"),
+        (body_of(GOOD_BODY + b"x"), 400, "The body is invalid JSON (Extra data at column 44)"),
+        (body_of(b'{"query": ["\\ud800"], "prompts": ["a"]}', path=b"/openrlhf"), 422, "does not begin with"),
+        (body_of(GOOD_BODY, kind=b"application/json; charset=utf-16"), 200, "scored"),
+    ],
+)
+def test_what_nobody_should_send_gets_a_sentence_and_leaves_no_word_in_the_log(url, capfd, sent, status, told):
+    found, sentence = asked(url, sent)
+    assert (found, told in sentence) == (status, True), (found, sentence)
+    assert capfd.readouterr().err == ""
+
+
+def test_an_answer_that_nobody_reads_is_given_up():
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * 30_000_000})
+
+    config = server_config(app, Limits(seconds=0.15, header_seconds=0.15))
+    config.lifespan = "off"
+    server = uvicorn.Server(config)
+    with listen("127.0.0.1", 0) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        with ExitStack() as opened:
+            for close in (b"", b"Connection: close\r\n"):
+                client = opened.enter_context(socket.create_connection(listening.getsockname(), timeout=10))
+                client.sendall(HEALTH + b"Host: localhost\r\n" + close + b"\r\n")
+                assert client.recv(1)
+            until = time.monotonic() + 8
+            while server.server_state.connections and time.monotonic() < until:
+                time.sleep(0.02)
+            left = len(server.server_state.connections)
+        server.should_exit = True
+        thread.join(20)
+    assert left == 0
+
+
+def test_a_request_that_is_cut_off_by_the_end_of_the_server_is_told():
+    said: list[Any] = []
+
+    async def never(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def keep(message: Any) -> None:
+        said.append(message)
+
+    async def end() -> None:
+        scope = {"type": "http", "headers": [(b"host", b"localhost")]}
+        task = asyncio.create_task(Gate(never, Access())(scope, never, keep))  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await task
+
+    asyncio.run(end())
+    assert said[0]["status"] == 503
+    assert b"The server is stopping." in said[1]["body"]
 
 
 # Limits of time and number ----------------------------------------------------------------------------------------
@@ -442,6 +552,14 @@ def test_a_model_whose_pattern_never_ends_leaves_the_server_alive(monkeypatch):
         status, answer = asked.result()
     assert status == 200
     assert "takes longer than 0.3 s" in answer["results"][0]["error"]
+
+
+@pytest.mark.parametrize("answer", [{}, [], {"results": 3}, {"results": []}, {"results": [{"score": 1}]}])
+def test_a_client_of_another_server_says_so(monkeypatch, answer):
+    client = ScoringClient("http://localhost:1")
+    monkeypatch.setattr(client, "_ask", lambda *asked: answer)
+    with pytest.raises(ValueError, match=r"answered something other than a result for each response\. Give"):
+        client.rewards(["a"], ["b"])
 
 
 # The client -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import errno
 import importlib
 import linecache
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -40,6 +41,7 @@ COMMANDS = {
     "report": "Make tables from a results.jsonl, or curves from PPO runs.",
 }
 _ERASED_LINE = "\r\033[K"
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # What an interrupted command keeps and how to continue. For `train` and `ppo` it depends on checkpoints: they say so.
 _GO_ON = {
     "quickstart": "Finished stages are kept; the same command continues with the others.",
@@ -113,7 +115,14 @@ def _check_processes() -> None:
 
 
 def sentence(error: BaseException) -> str:
-    """The printed form of an error about the input; errors of the operating system get their path and advice."""
+    """The printed form of an error about the input; errors of the operating system get their path and advice.
+
+    Control characters, which a name in a file may hold, are shown as escapes: a terminal would obey them.
+    """
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], _sentence(error))
+
+
+def _sentence(error: BaseException) -> str:
     full = isinstance(error, OSError) and error.errno in _FULL
     if not isinstance(error, OSError) or error.strerror is None or not (full or error.filename is not None):
         told = error.args[0] if isinstance(error, KeyError) else error

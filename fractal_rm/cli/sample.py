@@ -12,15 +12,18 @@ from fractal_rm.cli.checks import check_models, check_own_files, hide_loading_ba
 from fractal_rm.cli.options.arguments import DataArguments
 from fractal_rm.cli.options.parser import parse
 from fractal_rm.cli.options.tasks import MAKE_PROMPTS, TaskArguments, TaskName, make_task
+from fractal_rm.data.rows import parse_line
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.errors import reason
-from fractal_rm.files import write_atomic
+from fractal_rm.files import read_json, write_atomic
 from fractal_rm.tasks.answers import read_answer
 from fractal_rm.tasks.equations import step_labels
 from fractal_rm.tasks.task import Split
 
 # Arguments that may differ when a stopped run continues.
 _FREE = ("output", "num_prompts")
+# Columns of every row that this command writes.
+_WRITTEN = {"prompt", "completion", "label", "answer", "responses"}
 
 
 @dataclass(kw_only=True)
@@ -245,7 +248,11 @@ def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def read_rows_of(path: Path) -> list[dict[str, Any]]:
     """The complete rows of a file that this command wrote."""
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    rows = [parse_line(line, path, row) for row, line in enumerate(lines, 1) if line.endswith(b"\n")]
+    for number, row in enumerate(rows, 1):
+        if missing := _WRITTEN - row.keys():
+            raise ValueError(f"{path}, row {number} has no {min(missing)!r}; remove the row, or give another `output`.")
+    return rows
 
 
 def _rows_so_far(path: Path, arguments: SampleArguments) -> set[str]:
@@ -256,7 +263,9 @@ def _rows_so_far(path: Path, arguments: SampleArguments) -> set[str]:
     settings = {name: value for name, value in vars(arguments).items() if name not in _FREE}
     beside = path.with_name(f"{path.name}.settings.json")
     if path.is_file():
-        before = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
+        before = read_json(beside) if beside.is_file() else None
+        if before is not None and not isinstance(before, dict):
+            raise ValueError(f"{beside} holds no settings. Remove {path} and it, or give another `output`.")
         if before is not None:  # written by a version that had fewer arguments
             before = {one.name: one.default for one in fields(arguments) if one.name in settings} | before
         if before != settings:

@@ -3,7 +3,6 @@
 A bad row gets one sentence, which names the source and the row (counted from 1) and says what to do.
 """
 
-import gzip
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 from fractal_rm.data.bag import Bag, Span
 from fractal_rm.data.prompts import REASONING_KEYS, check_same_kind, check_text, is_messages, read_completion
-from fractal_rm.data.rows import check_object, check_rows, complete_gzip, open_json_lines
+from fractal_rm.data.rows import check_object, check_rows, open_json_lines, read_whole
 from fractal_rm.data.segmentation import Segmentation, join_steps, locate_steps
 from fractal_rm.data.shapes import Columns, ratings_of, standard_row
 from fractal_rm.files import parse_json
@@ -31,8 +30,8 @@ def open_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> Sequen
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If a row is not an object. For a `.jsonl` file: when the row is accessed.
-        ValueError: If the file is empty, is not UTF-8, is not JSON, or has another ending. For a bad row of a `.jsonl`
-            file: when the row is accessed.
+        ValueError: If the file is empty, is not UTF-8, is not JSON, is too long, or has another ending. For a bad row
+            of a `.jsonl` file: when the row is accessed.
     """
     path = Path(path)
     if not path.is_file():
@@ -41,8 +40,7 @@ def open_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> Sequen
         raise ValueError(f"{path} has an unknown ending; give a file that ends in {', '.join(JSON_ENDINGS)}.")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return open_json_lines(path, limit)
-    with complete_gzip(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        content = file.read()
+    content = read_whole(path)
     first, _, more = content.strip().partition(b"\n")
     if more and first.rstrip().startswith(b"{") and first.rstrip().endswith(b"}"):
         raise ValueError(f"{path} has an object on each line; name it .jsonl.")
@@ -69,7 +67,7 @@ def read_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> list[d
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If a row is not an object.
-        ValueError: If the file is empty, is not UTF-8, is not JSON, or has another ending.
+        ValueError: If the file is empty, is not UTF-8, is not JSON, is too long, or has another ending.
 
     Example:
         >>> import tempfile

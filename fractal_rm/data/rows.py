@@ -12,18 +12,26 @@ import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any, Protocol, overload
 
 import numpy as np
 
 from fractal_rm.files import parse_json
 
-# No model reads a row of this length; to tokenize it takes minutes and gigabytes.
-_LONGEST_LINE = 2**24
+# Bytes of a row. No model reads a longer one; to tokenize it takes minutes and gigabytes.
+LONGEST_ROW = 2**24
+# Bytes of a file that is parsed whole. Parsing takes about ten times its size in memory.
+_LONGEST_FILE = 2**29
 # Bytes that are searched for line ends at a time.
 _CHUNK = 2**20
+
+
+class SupportsReadline(Protocol):
+    """A file, also a packed one."""
+
+    def readline(self, size: int, /) -> bytes: ...
 
 
 class JsonLines(Sequence[dict[str, Any]]):
@@ -63,7 +71,8 @@ class JsonLines(Sequence[dict[str, Any]]):
 
     def _line(self, place: int) -> bytes:
         start, end = self._starts[place : place + 2].tolist()
-        return os.pread(self._file.fileno(), end - start, start)  # no position: processes share the open file
+        size = min(end - start, LONGEST_ROW + 1)  # as much as shows that the line is too long
+        return os.pread(self._file.fileno(), size, start)  # no position: processes share the open file
 
     def fingerprint(self) -> str:
         """A short name for the content."""
@@ -82,7 +91,7 @@ def open_json_lines(path: Path, limit: int | None = None) -> JsonLines:
     if path.suffix != ".gz":
         return JsonLines(path.open("rb"), path, limit)
     with complete_gzip(path), gzip.open(path, "rb") as packed:
-        return JsonLines(spooled(islice(packed, limit)), path, limit)
+        return JsonLines(spooled(islice(bounded_lines(packed, path), limit)), path, limit)
 
 
 def stream_json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -94,13 +103,52 @@ def stream_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     with complete_gzip(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         blank = None
-        for row, line in zip(count(1), file):
+        for row, line in enumerate(bounded_lines(file, path), 1):
             if not line.strip():
                 blank = blank or (line, row)  # an error only if another row follows
             elif blank:
                 parse_line(blank[0], path, blank[1])
             else:
                 yield parse_line(line, path, row)
+
+
+def bounded_lines(file: SupportsReadline, path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """Lines of a file that is open in binary mode, without holding more than the longest allowed one.
+
+    A gzipped file of a few kilobytes can hold a line of gigabytes.
+
+    Raises:
+        ValueError: If a line is too long.
+    """
+    row = 0
+    while line := file.readline(LONGEST_ROW + 1):
+        row += 1
+        _check_length(line, path, row)
+        yield line
+
+
+def read_whole(path: Path) -> bytes:
+    """The content of a file, unpacked if its name ends in `.gz`, without holding more than the longest allowed one.
+
+    Raises:
+        ValueError: If it is too long, or a gzipped file that is damaged.
+    """
+    with complete_gzip(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        parts, size = [], 0
+        while part := file.read(_CHUNK):  # not all at once: Python would reserve memory for the whole limit
+            parts.append(part)
+            size += len(part)
+            if size > _LONGEST_FILE:
+                raise ValueError(
+                    f"{path} has more than {_LONGEST_FILE:,} bytes, and a list is parsed as a whole; write a .jsonl "
+                    "file, with an object on each line."
+                )
+    return b"".join(parts)
+
+
+def _check_length(line: bytes, path: str | os.PathLike[str], row: int) -> None:
+    if len(line) > LONGEST_ROW:
+        raise ValueError(f"{path}, row {row}: the line has more than {LONGEST_ROW:,} bytes; shorten or drop the row.")
 
 
 def parse_line(line: bytes, path: Path, row: int) -> dict[str, Any]:
@@ -110,9 +158,7 @@ def parse_line(line: bytes, path: Path, row: int) -> dict[str, Any]:
         TypeError: If it is not an object.
         ValueError: If it is blank, too long, or not JSON in UTF-8.
     """
-    if len(line) > _LONGEST_LINE:
-        most = f"{_LONGEST_LINE:,} bytes at most"
-        raise ValueError(f"{path}, row {row}: the line has {len(line):,} bytes; give {most}, or drop the row.")
+    _check_length(line, path, row)
     if not line.strip():
         raise ValueError(f"{path}, row {row}: the line is blank; delete it.")
     if row == 1 and line.strip() in (b"[", b"{"):

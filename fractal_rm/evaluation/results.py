@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fractal_rm.data.rows import bounded_lines
 from fractal_rm.files import parse_json
 from fractal_rm.versions import package_versions
 
@@ -144,7 +145,9 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         [{'benchmark': 'demo', 'metrics': {'auc': None}}]
     """
     rows = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+    with Path(path).open("rb") as file:
+        lines = list(bounded_lines(file, path))
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

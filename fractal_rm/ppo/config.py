@@ -14,6 +14,7 @@ from fractal_rm.credit.shaping import Center, LengthNeutral, Shaping
 from fractal_rm.data.segmentation import Segmentation
 from fractal_rm.hf.runs import RunConfig
 from fractal_rm.ranges import check_ranges
+from fractal_rm.scorers.templates import check_template_options
 
 # Removed options, and what to use instead.
 _REMOVED = {
@@ -253,6 +254,7 @@ class StepPPOConfig(RunConfig, GRPOConfig):
         self.check_amounts()
         self.check_objects()
         self.check_compilation()
+        check_template_options(self.template_options(None))
         one_each = self.num_generations == 1
         if one_each and self.advantage == "group":
             raise ValueError(

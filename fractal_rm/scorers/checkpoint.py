@@ -38,6 +38,7 @@ from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.embedding import EmbeddingInputs, EmbeddingScorer, make_head
 from fractal_rm.scorers.folder import (
     check_model_folder,
+    check_whole_model,
     config_fingerprint,
     hub_options,
     vocabulary_fingerprint,
@@ -55,6 +56,7 @@ from fractal_rm.scorers.published import (
 )
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings, tokenizer_fingerprint
+from fractal_rm.scorers.templates import check_template
 from fractal_rm.scorers.token import TokenScorer, token_classifier
 from fractal_rm.versions import package_versions
 
@@ -93,6 +95,7 @@ def load_tokenizer(path: str | Path, kind: Any = AutoTokenizer, **hub: Any) -> P
         raise ValueError(
             f"{path} has no tokenizer that can be loaded ({reason(error)}). Save one there, or give `processing_class`."
         ) from error
+    check_template(getattr(tokenizer, "chat_template", None), path)
     return with_padding(tokenizer)
 
 
@@ -142,6 +145,7 @@ def load_model(
         kwargs["num_labels"] = settings.num_grades or 1
     wanted = (AutoModelForTokenClassification if is_token else AutoModelForCausalLM).__name__
     check_model_folder(path, "Give a folder or hub id of a model.")
+    check_whole_model(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub_options(kwargs))
         if not is_token and not is_causal(config):
@@ -370,6 +374,7 @@ def load_scorer(
             its head is missing or not the trained one.
     """
     check_model_folder(path, "Give a folder that FractalTrainer saved.")
+    check_whole_model(path)
     hub = hub_options(kwargs)
     try:
         config = PreTrainedConfig.get_config_dict(path, **hub)[0]

@@ -24,9 +24,27 @@ _DEEPEST = 2_000
 _OF_A_LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers?|h|blocks?))\.(\d+)\.")
 # Keys of `config.json` that may change: the block, names, and the precision, which an argument may set too.
 _FREE_SETTINGS = ("fractal", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache")
-
-# Allowed modules of sentence encoders: others would be code from the folder.
-_TRUSTED_MODULES = "sentence_transformers."
+# Allowed modules of sentence encoders: others would be code from the folder, or would load more modules.
+_TRUSTED_MODULES = re.compile(
+    r"sentence_transformers\.([a-z_]+\.)*(Transformer|Pooling|Normalize|Dense|LayerNorm|Dropout|StaticEmbedding"
+    r"|WeightedLayerPooling)"
+)
+# Files of sentence encoders with arguments for transformers, and the allowed ones: others could load code.
+_ENCODER_SETTINGS = "sentence_*_config.json"
+_ENCODER_ARGUMENTS = (
+    "model_args",
+    "model_kwargs",
+    "tokenizer_args",
+    "processor_kwargs",
+    "config_args",
+    "config_kwargs",
+)
+_ALLOWED_ARGUMENTS = {
+    "add_pooling_layer", "attn_implementation", "do_lower_case", "dtype", "max_length", "model_max_length",
+    "padding_side", "torch_dtype", "trust_remote_code", "use_fast",
+}  # fmt: skip
+# Keys of `tokenizer_config.json` that name files.
+_TOKENIZER_FILES = ("tokenizer_file", "vocab_file", "merges_file", "spm_file")
 # Arguments of `from_pretrained` that select the files of a hub id.
 _HUB = ("revision", "token", "cache_dir", "local_files_only")
 
@@ -45,8 +63,8 @@ def check_model_folder(path: str | Path, advice: str) -> None:
 
     Raises:
         ValueError: Names the file and the defect: a configuration that is missing, not an object or has impossible
-            sizes; truncated or missing weights; a number of layers that does not match the weights; or modules that are
-            code from the folder.
+            sizes; truncated or missing weights; a number of layers that does not match the weights; modules that are
+            code from the folder; or settings that read files elsewhere or load code.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -56,9 +74,23 @@ def check_model_folder(path: str | Path, advice: str) -> None:
         raise ValueError(f"{path} is not a model folder: it has no config.json. {advice}")
     if files["modules.json"].is_file():
         _check_modules(files["modules.json"])
+    for file in folder.glob(_ENCODER_SETTINGS):
+        _check_encoder_settings(file)
+    if (file := folder / "tokenizer_config.json").is_file():
+        _check_tokenizer_files(file)
     config: Any = read_json(files["config.json"]) if files["config.json"].is_file() else {}
     if not isinstance(config, dict):
         raise ValueError(f"{files['config.json']} is {type(config).__name__}, not an object. Restore the model's file.")
+    if config.get("transformers_weights") is not None:
+        raise ValueError(
+            f"{files['config.json']}: `transformers_weights` names another file of weights. Remove it, and name the "
+            "file model.safetensors."
+        )
+    if (value := _foreign_kernel(config)) is not None:
+        raise ValueError(
+            f"{files['config.json']}: `attn_implementation` is {value[:80]!r}, code from the hub, which is never run. "
+            "Remove it."
+        )
     if (name := _undefined(config)) is not None:
         raise ValueError(f"{files['config.json']}: `{name}` is NaN. Restore the file that belongs to the weights.")
     depth = _depth(config, files["config.json"])
@@ -81,12 +113,78 @@ def _check_modules(file: Path) -> None:
     modules = read_json(file)
     if not isinstance(modules, list) or not all(isinstance(one, dict) for one in modules):
         raise ValueError(f"{file} is not a list of modules. Restore the sentence encoder's file.")
-    foreign = next((one for one in modules if not str(one.get("type")).startswith(_TRUSTED_MODULES)), None)
+    outside = next((one["path"] for one in modules if not _is_inside(one.get("path", ""))), None)
+    if outside is not None:
+        raise ValueError(f"{file} names the path {outside!r}, which is not in the folder. Restore the file.")
+    for place in {file.parent / one.get("path", "") for one in modules}:
+        _check_activation(place / "config.json")
+        if place != file.parent and (place / "config.json").is_file():
+            check_model_folder(place, "Restore the sentence encoder's files.")
+    foreign = next((one for one in modules if not _TRUSTED_MODULES.fullmatch(str(one.get("type")))), None)
     if foreign is not None:
         raise ValueError(
             f"{file} names the module {foreign.get('type')!r}, which is code from the folder and is never run. Give "
-            "an encoder built from modules of sentence-transformers."
+            "an encoder built from modules of sentence-transformers that hold no others."
         )
+
+
+def check_whole_model(path: str | Path) -> None:
+    """Raise ValueError if a local folder holds an adapter, which would be added to its weights without a word."""
+    if (file := Path(path) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{file}: the folder holds an adapter. Merge it first (`merge_and_unload()` of peft) and save the whole "
+            "model, or remove the adapter's files."
+        )
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether a name is that of a file or folder in a folder, or the folder; links in it count as in it."""
+    return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def _check_activation(file: Path) -> None:
+    """Raise ValueError if a module's activation function, which is imported by its name, is not one of torch."""
+    found = read_json(file) if file.is_file() else {}
+    name = found.get("activation_function") if isinstance(found, dict) else None
+    if name is not None and not str(name).startswith("torch.nn."):
+        raise ValueError(
+            f"{file}: `activation_function` is {str(name)[:80]!r}, which would be imported and run. Give a class of "
+            "torch.nn, such as 'torch.nn.Tanh'."
+        )
+
+
+def _check_encoder_settings(file: Path) -> None:
+    """Raise ValueError if a sentence encoder passes arguments to transformers that could load code or pickles."""
+    found = read_json(file)
+    for part in _ENCODER_ARGUMENTS:
+        given = found.get(part) if isinstance(found, dict) else None
+        names = given.keys() - _ALLOWED_ARGUMENTS if isinstance(given, dict) else ()
+        if names or _foreign_kernel(given) is not None:
+            name = min(names, default="attn_implementation")
+            raise ValueError(
+                f"{file}: `{part}` sets `{name}`, which could load files or code from elsewhere. Remove it."
+            )
+
+
+def _check_tokenizer_files(file: Path) -> None:
+    """Raise ValueError if a tokenizer reads files that are not in its folder."""
+    found = read_json(file)
+    for key in _TOKENIZER_FILES if isinstance(found, dict) else ():
+        name = found.get(key)
+        if name is not None and not _is_inside(name):
+            raise ValueError(f"{file}: `{key}` is {str(name)[:80]!r}, a file outside of the folder. Remove the key.")
+
+
+def _foreign_kernel(value: Any) -> str | None:
+    """An attention implementation that is loaded from the hub, in a configuration or a part of it; None without one."""
+    for key, one in value.items() if isinstance(value, dict) else ():
+        if str(key).endswith("attn_implementation"):
+            named = one.values() if isinstance(one, dict) else [one]
+            if found := next((str(name) for name in named if "/" in str(name)), None):
+                return found
+        elif (found := _foreign_kernel(one)) is not None:
+            return found
+    return None
 
 
 def _undefined(value: Any, name: str = "") -> str | None:

@@ -13,15 +13,14 @@ from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fractal_rm.data.bag import Bag, Span
 from fractal_rm.data.prompts import Conversation, Prompt, RenderedPrompt, content_text, is_chat
-from fractal_rm.errors import reason
 from fractal_rm.scorers.sentence_encoder import SentenceEncoder
 from fractal_rm.scorers.settings import FractalSettings
+from fractal_rm.scorers.templates import apply_template
 
 # Turns text into a scorer's input: a tokenizer, or a frozen encoder.
 Processor = PreTrainedTokenizerBase | SentenceEncoder
@@ -86,8 +85,8 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str, size
     turn = ""
     if tokenizer.chat_template:
         try:
-            turn = str(tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False))
-        except (TemplateError, TypeError, ValueError, KeyError):
+            turn = apply_template(tokenizer, [{"role": "user", "content": "?"}], {})
+        except ValueError:
             turn = ""  # a template for other chats
     found = {
         token.content
@@ -190,8 +189,8 @@ def _writes_role(
     user, assistant = _DUMMY
     chat = [said, user] if first else [user, assistant | _CALLING if called else assistant, said]
     try:
-        return _MARK in str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except (TemplateError, TypeError, ValueError, KeyError):
+        return _MARK in apply_template(tokenizer, chat, {})
+    except ValueError:
         return True  # refused: rendering will raise the template's own message
 
 
@@ -268,17 +267,12 @@ def _render(chat: Sequence[Any], tokenizer: PreTrainedTokenizerBase, options: Ma
 
     A token is not cut if the template interprets it (`</think>`, where thoughts of earlier turns are left out).
     """
-
-    def written(messages: Any) -> str:
-        return str(tokenizer.apply_chat_template(messages, **{**options, "tokenize": False}))
-
-    try:
-        text, control = written(list(chat)), control_tokens(tokenizer)
-        mark = _mark_beside(text, *_texts(chat))
-        held = set() if control is None else {token for one in _texts(chat) for token in control.findall(one)}
-        marked = [written(_marked(list(chat), token, mark)).split(mark) for token in sorted(held)]
-    except (TemplateError, TypeError, ValueError, KeyError) as error:  # such as a system message, or two users in a row
-        raise ValueError(f"The chat template refuses this chat ({reason(error)}). Change its messages.") from error
+    text, control = apply_template(tokenizer, chat, options), control_tokens(tokenizer)
+    mark = _mark_beside(text, *_texts(chat))
+    held = set() if control is None else {token for one in _texts(chat) for token in control.findall(one)}
+    marked = [
+        apply_template(tokenizer, _marked(list(chat), token, mark), options).split(mark) for token in sorted(held)
+    ]
     same = [pieces for pieces in marked if "".join(pieces) == text]
     cuts = {cut for pieces in same for cut in itertools.accumulate(map(len, pieces[:-1]))}
     return RenderedPrompt(text, tuple(sorted(cuts)), chat=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -30,6 +29,7 @@ from fractal_rm.scorers.base import StepScorer
 from fractal_rm.scorers.folder import hub_options
 from fractal_rm.scorers.inputs import EncodedBag, TokenInputs
 from fractal_rm.scorers.settings import FractalSettings
+from fractal_rm.scorers.templates import apply_template
 from fractal_rm.scorers.token import at_steps, head_class, token_classifier
 
 logger = logging.getLogger(__name__)
@@ -407,10 +407,7 @@ class PublishedInputs(TokenInputs):
         return parts
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses this chat ({reason(error)}); change its messages.") from error
+        return apply_template(self.tokenizer, messages, {})
 
 
 def _question(prompt: Prompt, reading: Published) -> tuple[str | None, str]:

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from fractal_rm.errors import reason
 from fractal_rm.files import remove_abandoned, replacing
-from fractal_rm.scorers.folder import check_model_folder
+from fractal_rm.scorers.folder import check_model_folder, check_whole_model
 from fractal_rm.scorers.settings import tokenizer_fingerprint
 
 # Names the folder of the cache; an empty value switches it off.
 CACHE_VARIABLE = "FRACTAL_RM_CACHE"
+# Weights are numbers: a folder's own settings could ask for a pickle, which is code.
+_SAFE_WEIGHTS = {"weights_only": True}
 # Texts between two writes, so that a killed run loses at most a few minutes.
 _CHUNK_TEXTS = 4096
 _BATCH_SIZE = 64
@@ -64,10 +66,15 @@ class SentenceEncoder:
                 'sentence-transformers is not installed. Run `pip install "fractal-rm[encoder]"`.'
             ) from error
         check_model_folder(path, "Give the folder or hub id of a sentence-transformers model.")
+        check_whole_model(path)
         try:
             renamed = {"cache_folder" if name == "cache_dir" else name: value for name, value in (hub or {}).items()}
             self.model = SentenceTransformer(
-                str(path), device=device, trust_remote_code=False, model_kwargs={"dtype": dtype}, **renamed
+                str(path),
+                device=device,
+                trust_remote_code=False,
+                model_kwargs={"dtype": dtype, **_SAFE_WEIGHTS},
+                **renamed,
             )
         except Exception as error:  # damaged files make libraries raise anything
             raise ValueError(

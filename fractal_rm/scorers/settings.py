@@ -12,6 +12,7 @@ from fractal_rm.errors import reason
 from fractal_rm.objectives.aggregation import Aggregation, meaning
 from fractal_rm.objectives.bag_loss import check_label_noise
 from fractal_rm.ranges import check_ranges, check_types
+from fractal_rm.scorers.templates import check_template_options
 
 ScorerKind = Literal["likelihood", "token", "embedding"]
 Reduction = Literal["sum", "mean"]
@@ -111,6 +112,7 @@ class FractalSettings:
         if self.reading not in range(1, READING + 1):
             raise ValueError(f"`reading` is {self.reading}. This package supports 1 to {READING}.")
         check_label_noise((self.missed_good, self.missed_bad))
+        check_template_options(self.chat_template_kwargs)
         if self.num_grades is not None and self.scorer == "likelihood":
             raise ValueError(
                 f"`num_grades` is {self.num_grades} with the {self.scorer} scorer. Use the token or the embedding one."

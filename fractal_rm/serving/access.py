@@ -1,11 +1,14 @@
 """Access to a scoring server: by a token, and by the server name in the request."""
 
+import asyncio
 import base64
 import binascii
 import hmac
 import ipaddress
+import re
 import socket
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from fractal_rm.serving.limits import Application, Receive, Scope, Send, refuse
 
 # A shorter token can be guessed, and a longer text is probably another file.
 _TOKEN_LENGTHS = range(16, 1025)
+# A `Host` header: a name or an IPv4 address, or an IPv6 address in brackets, and perhaps a port.
+_HOST = re.compile(r"(?:([^][:/?#@\s]+)|\[([0-9a-fA-F:.]+)\])(?::[0-9]*)?")
 
 
 def is_loopback(host: str) -> bool:
@@ -75,8 +80,10 @@ class Access:
         A foreign web page can reach a server on this machine by a name that it resolves to this machine, so names must
         be known. If other machines can reach the server, any address is accepted.
         """
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        name = name.strip("[]").lower().rstrip(".")
+        found = _HOST.fullmatch(host)
+        if found is None:
+            return False
+        name = (found[1] or found[2]).lower().rstrip(".")
         if name in {"localhost", self.host.lower(), *(one.lower() for one in self.names)}:
             return True
         if not is_loopback(self.host) and name == socket.gethostname().lower():
@@ -113,12 +120,24 @@ class Gate:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = scope["headers"]
+        names = {name for name, _ in headers}
+        if {b"content-length", b"transfer-encoding"} <= names:  # a proxy may see another end of the body
+            sentence = "The request has both Content-Length and Transfer-Encoding. Send one of them."
+            return await refuse(send, 400, sentence)
         hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
         if len(hosts) != 1 or not self.access.knows(hosts[0]):
             sentence = "The request calls the server by a name that it does not know. Name it by `--names`."
+            return await refuse(send, 403, sentence)
+        origins = [value.decode("latin-1") for name, value in headers if name == b"origin"]
+        if any(not self.access.knows(origin.partition("://")[2]) for origin in origins):
+            sentence = "The request comes from a page of another server. Name that server by `--names`."
             return await refuse(send, 403, sentence)
         given = [value for name, value in headers if name == b"authorization"]
         if not self.access.allows(given[0] if len(given) == 1 else b""):
             sentence = "The token is missing or wrong. Send it as `Authorization: Bearer TOKEN`."
             return await refuse(send, 401, sentence, (b"www-authenticate", b"Bearer"))
-        return await self.app(scope, receive, send)
+        try:
+            return await self.app(scope, receive, send)
+        except asyncio.CancelledError:  # the server ends, and its patience too
+            with suppress(RuntimeError):  # an answer that has begun
+                await refuse(send, 503, "The server is stopping. Try again later.", (b"retry-after", b"1"))

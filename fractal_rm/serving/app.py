@@ -4,24 +4,25 @@ import asyncio
 import logging
 import queue
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from fractal_rm import __version__
 from fractal_rm.data.bag import StepScores
+from fractal_rm.files import parse_json
 from fractal_rm.reward_model import StepRewardModel
 from fractal_rm.serving.access import Access, Gate
 from fractal_rm.serving.batching import Batcher
 from fractal_rm.serving.connections import server_config
-from fractal_rm.serving.limits import BodyLimit, Limits
+from fractal_rm.serving.limits import BodyLimit, Limits, sentence_body
 from fractal_rm.serving.protocol import (
     Health,
     OpenRLHFAnswer,
@@ -40,9 +41,9 @@ from fractal_rm.serving.protocol import (
 logger = logging.getLogger(__name__)
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Refusal, "description": "The body is not JSON in UTF-8"},
+    400: {"model": Refusal, "description": "Not HTTP, or the body is not JSON in UTF-8 with each name once"},
     401: {"model": Refusal, "description": "The token is missing or wrong"},
-    403: {"model": Refusal, "description": "The `Host` header names another server"},
+    403: {"model": Refusal, "description": "The `Host` or `Origin` header names another server"},
     408: {"model": Refusal, "description": "The body took too long to arrive"},
     413: {"model": Refusal, "description": "Too long a body, too many responses, characters or values"},
     422: {"model": Refusal, "description": "The JSON does not follow the schema"},
@@ -51,11 +52,14 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
+# Characters of a path or method in a message.
+_SHOWN = 80
 # What a JSON schema cannot say.
 _RULES = (
     "Rules in addition to the schema. `/score`: give exactly one of `responses` and `steps`; `prompts`, `responses`, "
     "`steps` and `spans` have one entry for each response; `spans` belong to `responses`. `/openrlhf`: as many `query` "
-    "as `prompts`, and each query begins with its prompt. Bodies are JSON objects in UTF-8, within the server's limits."
+    "as `prompts`, and each query begins with its prompt. Bodies are JSON objects in UTF-8 with each name once, not "
+    "compressed, within the server's limits."
 )
 
 
@@ -97,8 +101,15 @@ def make_app(
 
     # The pages that show the schema would load scripts from other sites.
     app = FastAPI(
-        title="fractal-rm", description=_RULES, version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
+        title="fractal-rm",
+        description=_RULES,
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        redirect_slashes=False,
     )
+    app.router.route_class = _StrictRoute
     app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(Gate, access=access or Access())  # the outermost: before a body is read
     app.add_exception_handler(RequestValidationError, _refuse_invalid)
@@ -138,6 +149,28 @@ def make_app(
     return app
 
 
+class _StrictRequest(Request):
+    """A request whose body is read as JSON files are: no name twice in an object, and a sentence if it is not JSON."""
+
+    async def json(self) -> Any:
+        try:
+            return parse_json(await self.body(), "The body")
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
+
+
+class _StrictRoute(APIRoute):
+    """A route that reads [`_StrictRequest`]."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return handle_strictly
+
+
 def run(app: FastAPI, listening: socket.socket, limits: Limits) -> None:
     """Answer requests until the process is told to end; those in progress get `limits.seconds`."""
     uvicorn.Server(server_config(app, limits)).run(sockets=[listening])
@@ -173,32 +206,35 @@ async def _score(batcher: Batcher, given: Sequence[PromptedResponse], seconds: f
     return results  # type: ignore[return-value]
 
 
-async def _refuse(request: Request, error: Exception) -> JSONResponse:
+async def _refuse(request: Request, error: Exception) -> Response:
     """Refuse with one sentence; replaces the framework's own texts."""
     assert isinstance(error, StarletteHTTPException)
-    path = request.url.path
+    # As it was sent, not `request.url`, which cannot be made of every target; what is not printed is left out.
+    path = "".join(filter(str.isprintable, request.scope["path"]))[:_SHOWN]
     sentences = {
-        400: "The body is not valid JSON. Send a JSON object.",
         404: f"There is no {path} here. /openapi.json says what there is.",
-        405: f"{path} takes no {request.method}. /openapi.json says what it takes.",
+        405: f"{path} takes no {request.method[:_SHOWN]}. /openapi.json says what it takes.",
     }
     sentence = sentences.get(error.status_code, error.detail)
-    return JSONResponse({"detail": sentence}, error.status_code, headers=dict(error.headers or {}))
+    return _said(error.status_code, sentence, error.headers)
 
 
-async def _refuse_invalid(request: Request, error: Exception) -> JSONResponse:
+async def _refuse_invalid(request: Request, error: Exception) -> Response:
     """Refuse with one sentence about the first error, without repeating what was sent."""
     assert isinstance(error, RequestValidationError)
     found = error.errors()[0]
-    if found["type"] == "json_invalid":
-        return JSONResponse({"detail": f"The body is not JSON ({found['ctx']['error']})."}, 400)
     if found["loc"] == ("body",) and found["type"] == "model_attributes_type" and not _says_json(request):
         sentence = "The body was not read as JSON. Send it with the header `Content-Type: application/json`."
-        return JSONResponse({"detail": sentence}, 422)
+        return _said(422, sentence)
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found["loc"][1:]).lstrip(".")
     told = found["msg"].removeprefix("Value error, ").rstrip(".")
     sentence = f"{f'`{place}`' if place else 'The request'}: {told}. The schema is at /openapi.json."
-    return JSONResponse({"detail": sentence}, 422)
+    return _said(422, sentence)
+
+
+def _said(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
+    """A refusal in one sentence, of any characters: what was sent may hold half of a surrogate pair."""
+    return Response(sentence_body(sentence), status, headers, media_type="application/json")
 
 
 def _says_json(request: Request) -> bool:

@@ -118,11 +118,19 @@ class ScoringClient:
     def _scored(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         """Results of a request; one that is too large for the server is halved."""
         try:
-            return self._ask("/score", body)["results"]
+            answer = self._ask("/score", body)
         except _TooLargeError:
             half = len(body["prompts"]) // 2
             if not half:
                 raise
+        else:
+            results: Any = answer.get("results") if isinstance(answer, dict) else None
+            if not _are_results(results, len(body["prompts"])):
+                raise ValueError(
+                    f"{self.url}/score answered something other than a result for each response. Give the address of "
+                    "`fractal-rm serve`."
+                )
+            return results
         parts = (
             {name: rows[part] if isinstance(rows, list) else rows for name, rows in body.items()}
             for part in (slice(half), slice(half, None))
@@ -151,6 +159,14 @@ class ScoringClient:
             f"{self.url}{path} gave no answer in {self.retries + 1} tries (last: {reason.rstrip('.')}). "
             "Start `fractal-rm serve` there, or give a longer `timeout`."
         )
+
+
+def _are_results(given: Any, count: int) -> bool:
+    """Whether a server's answer has one complete result per response."""
+    keys = {"response", "steps", "score", "truncated_steps", "error"}
+    return (
+        isinstance(given, list) and len(given) == count and all(isinstance(x, dict) and keys <= x.keys() for x in given)
+    )
 
 
 def _sentence(error: urllib.error.HTTPError) -> str:

@@ -1,13 +1,12 @@
 """Connections of the scoring server: their number, and the time that one may take to send a request."""
 
 import asyncio
-import json
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fractal_rm.serving.limits import Limits
+from fractal_rm.serving.limits import Limits, sentence_body
 
 try:
     import resource
@@ -27,12 +26,14 @@ def server_config(app: Any, limits: Limits) -> uvicorn.Config:
     if resource is not None:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         most = most if files == resource.RLIM_INFINITY else max(min(most, files - _SPARE_FILES), 1)
-    answer = json.dumps({"detail": f"{most} connections are open, which is the limit. Try again later."}).encode()
-    refusal = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
-    refusal += b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(answer), answer)
+    too_many = _answer(
+        b"503 Service Unavailable\r\nretry-after: 1",
+        f"{most} connections are open, which is the limit. Try again later.",
+    )
+    invalid = _answer(b"400 Bad Request", "This is not a valid HTTP request. Send HTTP/1.1 with headers below 64 KB.")
 
     class Timed(H11Protocol):
-        """A connection whose request must begin in time."""
+        """A connection whose request must begin in time, and whose answer must be taken in time."""
 
         timer: asyncio.TimerHandle | None = None
 
@@ -48,16 +49,27 @@ def server_config(app: Any, limits: Limits) -> uvicorn.Config:
                 first.transport.abort()
                 self._watch()
             else:
-                transport.write(refusal)
+                transport.write(too_many)
                 transport.close()
 
         def data_received(self, data: bytes) -> None:
-            super().data_received(data)
+            try:
+                super().data_received(data)
+            except ValueError:  # a length of thousands of digits
+                self.send_400_response("")
             self._watch()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
             self._watch()
+
+        def send_400_response(self, msg: str) -> None:
+            if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+                self.transport.write(invalid)
+            self.transport.close()
+
+        def _should_upgrade(self) -> bool:
+            return False  # only HTTP is spoken; uvicorn would log each request for something else
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop()
@@ -67,8 +79,10 @@ def server_config(app: Any, limits: Limits) -> uvicorn.Config:
             """Run the timer while no request is being answered: from the first byte, or the end of the last request."""
             if self.cycle is not None and not self.cycle.response_complete:
                 self._stop()
-            elif self.timer is None and not self.transport.is_closing():
-                self.timer = self.loop.call_later(limits.header_seconds, self.transport.abort)
+            elif self.timer is None:
+                is_sending = self.transport.get_write_buffer_size() > 0  # also after it is closed
+                seconds = limits.seconds if is_sending else limits.header_seconds
+                self.timer = self.loop.call_later(seconds, self.transport.abort)
 
         def _stop(self) -> None:
             if self.timer is not None:
@@ -76,4 +90,19 @@ def server_config(app: Any, limits: Limits) -> uvicorn.Config:
                 self.timer = None
 
     patience = int(limits.seconds) + 1
-    return uvicorn.Config(app, http=Timed, log_level="warning", backlog=_BACKLOG, timeout_graceful_shutdown=patience)
+    return uvicorn.Config(
+        app,
+        http=Timed,
+        ws="none",
+        proxy_headers=False,  # nothing here asks who the client is
+        log_level="error",  # a warning for each invalid request would fill the disk
+        backlog=_BACKLOG,
+        timeout_graceful_shutdown=patience,
+    )
+
+
+def _answer(status: bytes, sentence: str) -> bytes:
+    """An answer outside of the application, after which the connection ends; `status` may bring headers."""
+    body = sentence_body(sentence)
+    head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+    return head % (status, len(body)) + body

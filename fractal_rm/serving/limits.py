@@ -28,7 +28,8 @@ class Limits:
     )
     max_body_bytes: int = field(default=16_000_000, metadata={"help": "Maximum bytes per request."})
     seconds: float = field(
-        default=60.0, metadata={"help": "Maximum seconds for a request to arrive, and again to be scored."}
+        default=60.0,
+        metadata={"help": "Maximum seconds for a request to arrive, to be scored, and for its answer to be read."},
     )
     max_queued: int = field(
         default=16_384, metadata={"help": "Maximum waiting responses; further requests are refused."}
@@ -88,6 +89,8 @@ class BodyLimit:
         try:
             async with asyncio.timeout(self.limits.seconds):
                 whole = await self._read(scope, receive, parts)
+        except _GoneError:
+            return None  # nobody reads an answer
         except TimeoutError:
             sentence = f"The body took longer than {self.limits.seconds:g} seconds to arrive. Send it faster."
             return await refuse(send, 408, sentence)
@@ -119,7 +122,7 @@ class BodyLimit:
         while more and max(length, length_stated) <= _DRAINED * most:
             message = await receive()
             if message["type"] == "http.disconnect":
-                break
+                raise _GoneError
             part = message.get("body", b"")
             length += len(part)
             more = message.get("more_body", False)
@@ -129,6 +132,10 @@ class BodyLimit:
                 self._held += len(part)
                 parts.append(part)
         return max(length, length_stated) <= most
+
+
+class _GoneError(Exception):
+    """The client has ended the connection."""
 
 
 class _FullError(Exception):
@@ -154,9 +161,14 @@ def count_values(body: bytes, most: int) -> int:
     return strings + sum(map(outside.count, (b",", b"[", b"{")))
 
 
+def sentence_body(sentence: str) -> bytes:
+    """The body of an answer that is one sentence."""
+    return json.dumps({"detail": sentence}).encode()
+
+
 async def refuse(send: Send, status: int, sentence: str, *more: tuple[bytes, bytes]) -> None:
     """Answer a request with one sentence in JSON and further headers, and close the connection."""
-    body = json.dumps({"detail": sentence}).encode()
+    body = sentence_body(sentence)
     # The rest of the body is not read, so the connection cannot be reused.
     headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *more]
     headers.append((b"content-length", str(len(body)).encode()))

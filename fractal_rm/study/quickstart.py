@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fractal_rm.data.readers import read_jsonl
 from fractal_rm.evaluation.results import ResultsFile
-from fractal_rm.files import write_atomic
+from fractal_rm.files import read_json, write_atomic
 from fractal_rm.hf.checkpoints import STATE, last_checkpoint, resume_or_clear
 from fractal_rm.hf.progress import RichProgress
 from fractal_rm.ranges import check_ranges
@@ -158,7 +158,7 @@ class Quickstart:
         mine = {"seed": self.arguments.seed, "budget": asdict(self.amounts)}
         file = self.folder / "quickstart.json"
         (self.folder / "done").mkdir(parents=True, exist_ok=True)
-        if file.is_file() and json.loads(file.read_text()) != mine:
+        if file.is_file() and read_json(file) != mine:
             raise ValueError(
                 f"{self.folder} holds a run with another seed or budget. Choose another `--output_dir`, or delete it."
             )
@@ -171,7 +171,12 @@ class Quickstart:
 
     def take_policy(self) -> None:
         """Copy the base policy, whose mistakes are beliefs; `tasks/arithmetic/base_policy.py` says how it was made."""
-        shutil.copytree(self.task.base_policy(0, self.folder), self.folder / "policy", dirs_exist_ok=True)
+        target = self.folder / "policy"
+        try:
+            shutil.copytree(self.task.base_policy(0, self.folder), target, dirs_exist_ok=True)
+        except shutil.Error as error:  # a list of all files that failed
+            why = error.args[0][0][-1]
+            raise OSError(f"{target} could not be written ({why}). Free space, and run the command again.") from error
 
     def sample(self) -> None:
         """Write training responses with outcome labels, and validation responses that also have gold step labels."""

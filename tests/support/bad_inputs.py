@@ -18,6 +18,11 @@ CORPUS = Path(__file__).resolve().parent.parent / "corpus" / "bad_input.jsonl"
 Case = dict[str, Any]
 
 
+# Keys of `chat_template_kwargs` that would replace the template, or change what is made of it.
+TAKEN = ["chat_template", "tokenize", "conversation", "padding", "truncation", "max_length", "return_tensors"]
+TAKEN += ["add_generation_prompt", "continue_final_message", "messages", "tokenizer_kwargs"]
+
+
 def configurations() -> dict[str, tuple[type, dict[str, Any]]]:
     """Every configuration with ranges, by name, and what it needs to be made."""
     from fractal_rm.cli.compare import CompareArguments
@@ -142,7 +147,7 @@ def blocks() -> Iterator[Case]:
         "config": [3],
         "head": ["abc", [1, "2"], [math.nan], {"a": 1}],
         "chat": [1, "yes"],
-        "chat_template_kwargs": [[], None, "x"],
+        "chat_template_kwargs": [[], None, "x", *({name: 1} for name in TAKEN)],
         "joint": [1],
         "reading": [0, 3, "2", True],
         "data": [1],
@@ -233,6 +238,9 @@ def files() -> Iterator[Case]:
         "a: -0_7": "`-0_7` is not a decimal number",
         "b: 1\na: 1:30": "line 2 is invalid YAML: `1:30` is not a decimal number",
         "a: 1:30.5": "`1:30.5` is not a decimal number",
+        "a: 1_0": "`1_0` is not a decimal number",
+        "a: 0x1_0": "`0x1_0` is not a decimal number",
+        "a: 1_0.5": "`1_0.5` is not a decimal number",
         "a: !!bool y": "cannot be read",
         "a: !!int ''": "cannot be read",
         "a: !!float x": "cannot be read",
@@ -281,6 +289,9 @@ def folders() -> Iterator[Case]:
         '{"text_config": {"num_hidden_layers": 7}}': "says 7 layers",
         '{"n_layers": 1e9}': "`n_layers` is 1000000000.0",
         '{"rms_norm_eps": NaN}': "`rms_norm_eps` is NaN",
+        '{"transformers_weights": "other.safetensors"}': "`transformers_weights` names another file of weights",
+        '{"attn_implementation": "evil/kernel"}': "`attn_implementation` is 'evil/kernel', code from the hub",
+        '{"text_config": {"_attn_implementation": {"": "a/b:c"}}}': "`attn_implementation` is 'a/b:c', code",
         '{"rope_parameters": {"factors": [1, NaN]}}': "`factors` is NaN",
     }.items():
         yield case("folder", {"config": config, "weights": weights}, f"config.json|{says}")
@@ -315,8 +326,23 @@ def folders() -> Iterator[Case]:
         '[{"type": "evil.Module"}]': "'evil.Module', which is code from the folder",
         '[{"type": "sentence_transformersX.evil"}]': "which is code from the folder",
         "[{}]": "which is code from the folder",
+        '[{"type": "sentence_transformers.models.Router"}]': "which is code from the folder",
+        '[{"type": "sentence_transformers.models.Pooling", "path": "../1_Pooling"}]': "names the path '../1_Pooling'",
+        '[{"type": "sentence_transformers.models.Pooling", "path": "/etc"}]': "names the path '/etc', which is not in",
+        '[{"type": "sentence_transformers.models.Pooling", "path": 1}]': "names the path 1, which is not in",
     }.items():
         yield case("modules", content, f"modules.json|{says}")
+    for part, arguments in {
+        "model_args": '{"weights_only": false, "use_safetensors": false}',  # a pickle
+        "model_kwargs": '{"attn_implementation": "evil/kernel"}',
+        "tokenizer_args": '{"tokenizer_file": "/etc/passwd"}',
+        "config_args": '{"auto_map": {}}',
+    }.items():
+        yield case("encoder", f'{{"{part}": {arguments}}}', f"sentence_bert_config.json|`{part}` sets `|Remove it.")
+    for name, file in (("tokenizer_file", "/etc/passwd"), ("vocab_file", "../vocab.json"), ("merges_file", 3)):
+        yield case("tokenizer", json.dumps({name: file}), f"tokenizer_config.json|`{name}` is '{file}', a file outside")
+    for name in ("os.abort", "sys.exit", "torch.hub.load"):
+        yield case("activation", json.dumps({"activation_function": name}), f"config.json|is '{name}', which would be")
 
 
 def patterns() -> Iterator[Case]:

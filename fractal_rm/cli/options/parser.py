@@ -6,6 +6,7 @@ or a value into one sentence that names the place and the nearest known name.
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -13,6 +14,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from trl.scripts.utils import TrlParser
 
 from fractal_rm.cli.options.help import ALIASES, hint, not_a_choice, read_config, unknown_key, with_aliases
+from fractal_rm.files import DECIMAL
 
 
 def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
@@ -38,6 +40,36 @@ def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tup
     return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[: len(dataclasses)]
 
 
+def _to_float(text: str) -> float:
+    """The number that a text says in decimal digits; NaN and infinity too, which a range refuses by name."""
+    text = text.strip()
+    if not DECIMAL.fullmatch(text) and text.lower().lstrip("+-") not in ("nan", "inf", "infinity"):
+        raise ValueError  # argparse says the rest
+    return float(text)
+
+
+def _to_int(text: str) -> int:
+    """The whole number that a text says in decimal digits: also `1e3` and `5.0`."""
+    number = _to_float(text)
+    if not number.is_integer():
+        raise ValueError
+    return int(number) if {".", "e", "E"} & set(text) else int(text)
+
+
+def _to_text(text: str) -> str:
+    """A text that is not empty, as it is where a variable of a shell script has no value."""
+    if not text.strip():
+        raise ValueError
+    return text
+
+
+# What flags are read by, and how messages call it.
+_READERS = {int: _to_int, float: _to_float, str: _to_text}
+_to_int.__name__, _to_float.__name__, _to_text.__name__ = "int", "float", "non-empty text"
+# Options for which an empty text has a meaning: no cache.
+_MAY_BE_EMPTY = ("embedding_cache",)
+
+
 class CommandParser(TrlParser):
     """A `TrlParser` whose errors are one sentence each."""
 
@@ -57,6 +89,10 @@ class CommandParser(TrlParser):
                 self._option_string_actions |= dict.fromkeys((f"--{alias}", f"--{alias.replace('_', '-')}"), action)
         self._set_choices_of_lists()
         self._set_default_output()
+        self._negative_number_matcher = re.compile(r"-\.?[0-9]")  # `-1e-5` is a number, not a flag
+        for action in self._actions:
+            if action.default != "" and action.dest not in _MAY_BE_EMPTY:
+                action.type = _READERS.get(action.type, action.type)  # type: ignore[arg-type]
 
     def _set_choices_of_lists(self) -> None:
         """Check each item of a list of choices; `transformers` checks single values only."""
@@ -126,6 +162,8 @@ class CommandParser(TrlParser):
         convert: Any = action.type or str
         if "\0" in str(value):  # not allowed in paths or text
             raise ValueError(f"{path}: `{action.dest}` holds a NUL character. Leave it out.")
+        if convert is _to_text and isinstance(value, float):  # `1.10` has become 1.1
+            raise ValueError(f"{path}: `{action.dest}` is the number {value}. Put a text in quotes.")
         try:
             converted = convert(str(value))
         except (ValueError, TypeError, argparse.ArgumentTypeError):

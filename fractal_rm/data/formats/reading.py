@@ -5,17 +5,16 @@ raises TypeError.
 """
 
 import csv
-import gzip
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import naming, open_jsonl
-from fractal_rm.data.rows import complete_gzip, stream_json_lines
+from fractal_rm.data.rows import LONGEST_ROW, read_whole, stream_json_lines
 from fractal_rm.data.sentences import Span
 from fractal_rm.files import parse_json
 
@@ -74,22 +73,45 @@ def csv_rows(path: Path, delimiter: str = "\t", limit: int | None = None) -> Ite
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not UTF-8, or a row does not have as many cells as the header.
+        ValueError: If it is not UTF-8, a row is too long, or does not have as many cells as the header.
     """
     check_file(path)
-    csv.field_size_limit(2**31 - 1)  # responses may be longer than Python's default limit of 131,072 characters
+    csv.field_size_limit(LONGEST_ROW)  # responses may be longer than Python's default limit of 131,072 characters
     kind = "tab-separated" if delimiter == "\t" else "comma-separated"
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, delimiter=delimiter)
+            lines = _RowLines(file, path)
+            rows = csv.DictReader(lines, delimiter=delimiter)
             _check_header(list(rows.fieldnames or ()), path, kind)
             for number, row in enumerate(islice(rows, limit), 2):
+                lines.row, lines.length = number + 1, 0
                 if None in row or None in row.values():
                     told = "the row does not have as many cells as the header; quote its cells, or correct it."
                     raise ValueError(f"{path}, row {number}: {told}")
                 yield number, row
     except (UnicodeDecodeError, csv.Error):
         raise ValueError(f"{path} is not a {kind} file in UTF-8; write or download it again.") from None
+
+
+class _RowLines:
+    """Lines of a CSV file, of which one row may take several: quoted cells hold line breaks. Bounds the row's length.
+
+    Attributes:
+        row: Number of the row that the lines belong to.
+        length: Its characters so far.
+    """
+
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self.row, self.length = 1, 0
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._file.readline(LONGEST_ROW + 1):
+            self.length += len(line)
+            if self.length > LONGEST_ROW:
+                told = f"the row has more than {LONGEST_ROW:,} characters; shorten or drop it, or close its quotes."
+                raise ValueError(f"{self._path}, row {self.row}: {told}")
+            yield line
 
 
 def _check_header(names: Sequence[str], path: Path, kind: str) -> None:
@@ -103,9 +125,7 @@ def _check_header(names: Sequence[str], path: Path, kind: str) -> None:
 
 
 def _wrapped_rows(path: Path, key: str | None) -> list[Mapping[str, Any]]:
-    with complete_gzip(path):
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    found = parse_json(content, str(path))
+    found = parse_json(read_whole(path), str(path))
     rows = found.get(key) if isinstance(found, dict) else found
     if not isinstance(rows, list):
         raise TypeError(f"{path} does not hold a list under {key!r}; give the official file.")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fractal_rm.data.formats.reading import check_file, csv_rows
-from fractal_rm.data.rows import JsonLines, check_rows, spooled
+from fractal_rm.data.rows import LONGEST_ROW, JsonLines, check_rows, spooled
 from fractal_rm.data.shapes import LISTS
 from fractal_rm.errors import reason
 from fractal_rm.files import parse_json
@@ -18,6 +18,8 @@ from fractal_rm.files import parse_json
 # Builder of `datasets.load_dataset` by file ending, and separator of cells by file ending.
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# Rows whose length is checked together.
+_AT_A_TIME = 1000
 
 
 def open_table(path: Path, limit: int | None = None) -> Sequence[dict[str, Any]]:
@@ -28,11 +30,12 @@ def open_table(path: Path, limit: int | None = None) -> Sequence[dict[str, Any]]
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
-        ValueError: If it cannot be read, has no rows, or a folder holds several splits.
+        ValueError: If it cannot be read, has no rows or one that is too long, or a folder holds several splits.
     """
     if path.suffix not in _DELIMITERS:
         rows = _from_datasets(path, limit)
         check_rows(rows, path)
+        _check_lengths(rows, path)
         return rows
     cells = csv_rows(path, _DELIMITERS[path.suffix], limit)
     found = ({name: _cell(name, text) for name, text in row.items()} for _, row in cells)
@@ -77,13 +80,21 @@ def _from_datasets(path: Path, limit: int | None) -> Sequence[dict[str, Any]]:
         if path.is_dir():
             found = load_from_disk(str(path))
         else:
-            if path.suffix == ".parquet" and not pyarrow.parquet.read_metadata(path).num_rows:
-                return []
+            if path.suffix == ".parquet":
+                groups = pyarrow.parquet.read_metadata(path)
+                if not groups.num_rows:
+                    return []
+                for number in range(groups.num_row_groups):  # before it is unpacked
+                    group = groups.row_group(number)
+                    if group.total_byte_size > LONGEST_ROW * group.num_rows:
+                        raise _TooLongError
             named: Any = {"path": _BUILDERS[path.suffix], "data_files": str(path), "split": "train"}
             if limit is not None:  # reads only these rows
                 return list(load_dataset(**named, streaming=True, trust_remote_code=False).take(limit))
             cache = tempfile.mkdtemp()
             found = load_dataset(**named, cache_dir=cache, trust_remote_code=False)
+    except _TooLongError:
+        raise _too_long(path) from None
     except (OSError, ValueError, DatasetsError) as error:
         if cache is not None:
             shutil.rmtree(cache, ignore_errors=True)
@@ -96,6 +107,39 @@ def _from_datasets(path: Path, limit: int | None) -> Sequence[dict[str, Any]]:
         raise ValueError(f"{path} holds the splits {', '.join(map(str, found))}; give the folder of one of them.")
     rows: Any = found if limit is None or limit >= len(found) else found.select(range(limit))  # type: ignore[union-attr]
     return MappedRows(rows, cache)
+
+
+class _TooLongError(Exception):
+    """A row is longer than any model reads."""
+
+
+def _too_long(path: Path, row: int | None = None) -> ValueError:
+    where = path if row is None else f"{path}, row {row}"
+    return ValueError(f"{where}: a row has more than {LONGEST_ROW:,} bytes; shorten or drop it.")
+
+
+def _check_lengths(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Raise ValueError if a row is too long; only offsets of memory-mapped rows are read."""
+    if not isinstance(rows, MappedRows):
+        for number, row in enumerate(rows, 1):
+            if _length(row) > LONGEST_ROW:
+                raise _too_long(path, number)
+        return
+    number = 0
+    for batch in rows.dataset.with_format("arrow").iter(_AT_A_TIME):
+        if batch.nbytes > LONGEST_ROW:
+            for place in range(len(batch)):
+                if batch.slice(place, 1).nbytes > LONGEST_ROW:
+                    raise _too_long(path, number + place + 1)
+        number += len(batch)
+
+
+def _length(value: Any) -> int:
+    """Characters in a row, or a part of one."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_length, inner))
 
 
 def _cell(name: str, text: str) -> Any:
