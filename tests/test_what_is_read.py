@@ -395,6 +395,9 @@ def test_training_scoring_and_ppo_read_the_same_bytes(tmp_path, name, thinks):
         ("It is 5.\n<think>\nOr 6.\nNo.", ["It is 5."]),  # never closed
         ("<think>One.\nTwo.</think>It is 5.\n<think>Hm.</think>Yes, 5.", ["It is 5.", "Yes, 5."]),
         ("<think>One.", []),
+        ("<think>One.<think>Two.</think>Three.</think>\nIt is 5.", ["It is 5."]),  # one inside of the other
+        ("<THINK>\nOne.\nTwo.\n</THINK>\nIt is 5.", ["It is 5."]),
+        ("<|think|>One.\nTwo.<|/think|>It is 5.\n<analysis a=1>Hm.\nNo.</analysis>Yes, 5.", ["It is 5.", "Yes, 5."]),
         (
             "[THINK]\nOne.\n[/THINK]\nIt is 5.\n<|begin_of_thought|>Two.\n<|end_of_thought|>Yes, 5.",
             ["It is 5.", "Yes, 5."],

@@ -15,7 +15,7 @@ from typing import Any
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import naming, open_jsonl
-from fractal_rm.data.rows import complete_gzip, stream_json_lines
+from fractal_rm.data.rows import LINES_ENDINGS, complete_gzip, has_ending, is_gzipped, stream_json_lines
 from fractal_rm.data.sentences import Span
 from fractal_rm.files import parse_json
 
@@ -47,9 +47,9 @@ def stream_rows(data: Data, source: str | None, *, key: str | None = None) -> tu
     path = Path(data)
     source = source or str(path)
     check_file(path)
-    if key is not None and path.name.endswith((".json", ".json.gz")):
+    if key is not None and has_ending(path, (".json", ".json.gz")):
         return _wrapped_rows(path, key), source
-    return stream_json_lines(path) if path.name.endswith((".jsonl", ".jsonl.gz")) else open_jsonl(path), source
+    return stream_json_lines(path) if has_ending(path, LINES_ENDINGS) else open_jsonl(path), source
 
 
 def check_file(path: Path) -> None:
@@ -67,10 +67,10 @@ def check_file(path: Path) -> None:
 
 
 def csv_rows(path: Path, delimiter: str = "\t", limit: int | None = None) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a CSV or TSV file as dictionaries, keyed by the header, each with its row number. The header is row 1.
+    """Rows of a CSV or TSV file, gzipped or not, as dictionaries, keyed by the header, each with its row number.
 
-    Cells are text: a response `2` or `NA` is not converted. Rows are read lazily; with a limit, only the first ones are
-    read.
+    The header is row 1. Cells are text: a response `2` or `NA` is not converted. Rows are read lazily; with a limit,
+    only the first ones are read.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -80,7 +80,8 @@ def csv_rows(path: Path, delimiter: str = "\t", limit: int | None = None) -> Ite
     csv.field_size_limit(2**31 - 1)  # responses may be longer than Python's default limit of 131,072 characters
     kind = "tab-separated" if delimiter == "\t" else "comma-separated"
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        opened: Any = gzip.open if is_gzipped(path) else open
+        with complete_gzip(path), opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, delimiter=delimiter)
             _check_header(list(rows.fieldnames or ()), path, kind)
             for number, row in enumerate(islice(rows, limit), 2):
@@ -104,7 +105,7 @@ def _check_header(names: Sequence[str], path: Path, kind: str) -> None:
 
 def _wrapped_rows(path: Path, key: str | None) -> list[Mapping[str, Any]]:
     with complete_gzip(path):
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = gzip.decompress(path.read_bytes()) if is_gzipped(path) else path.read_bytes()
     found = parse_json(content, str(path))
     rows = found.get(key) if isinstance(found, dict) else found
     if not isinstance(rows, list):

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fractal_rm.data.formats.reading import check_file, csv_rows
-from fractal_rm.data.rows import JsonLines, check_rows, spooled
+from fractal_rm.data.rows import JsonLines, check_rows, has_ending, spooled
 from fractal_rm.data.shapes import LISTS
 from fractal_rm.files import parse_json
 
 # Builder of `datasets.load_dataset` by file ending, and separator of cells by file ending.
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_DELIMITERS = {".csv": ",", ".tsv": "\t", ".csv.gz": ",", ".tsv.gz": "\t"}
+TABLE_ENDINGS = (*_BUILDERS, *_DELIMITERS)
 
 
 def open_table(path: Path, limit: int | None = None) -> Sequence[dict[str, Any]]:
@@ -29,11 +30,12 @@ def open_table(path: Path, limit: int | None = None) -> Sequence[dict[str, Any]]
         FileNotFoundError: If there is no such file or folder.
         ValueError: If it cannot be read, has no rows, or a folder holds several splits.
     """
-    if path.suffix not in _DELIMITERS:
+    delimiter = next((sign for ending, sign in _DELIMITERS.items() if has_ending(path, (ending,))), None)
+    if delimiter is None:
         rows = _from_datasets(path, limit)
         check_rows(rows, path)
         return rows
-    cells = csv_rows(path, _DELIMITERS[path.suffix], limit)
+    cells = csv_rows(path, delimiter, limit)
     found = ({name: _cell(name, text) for name, text in row.items()} for _, row in cells)
     return JsonLines(spooled(json.dumps(row).encode() + b"\n" for row in found), path)
 
@@ -76,9 +78,9 @@ def _from_datasets(path: Path, limit: int | None) -> Sequence[dict[str, Any]]:
         if path.is_dir():
             found = load_from_disk(str(path))
         else:
-            if path.suffix == ".parquet" and not pyarrow.parquet.read_metadata(path).num_rows:
+            if path.suffix.lower() == ".parquet" and not pyarrow.parquet.read_metadata(path).num_rows:
                 return []
-            named: Any = {"path": _BUILDERS[path.suffix], "data_files": str(path), "split": "train"}
+            named: Any = {"path": _BUILDERS[path.suffix.lower()], "data_files": str(path), "split": "train"}
             if limit is not None:  # reads only these rows
                 return list(load_dataset(**named, streaming=True, trust_remote_code=False).take(limit))
             cache = tempfile.mkdtemp()
@@ -110,11 +112,7 @@ def _cell(name: str, text: str) -> Any:
 
 def is_table(path: Path) -> bool:
     """Whether [`open_table`] reads a path: by its ending, or because it is a folder that `datasets` saved."""
-    return (
-        path.suffix in _BUILDERS | _DELIMITERS
-        or (path / "state.json").is_file()
-        or (path / "dataset_dict.json").is_file()
-    )
+    return has_ending(path, TABLE_ENDINGS) or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def _cause(error: BaseException) -> str:
