@@ -433,6 +433,7 @@ def test_older_checkpoints_keep_their_rules():
     assert old.segmentation("a\n---\nb") == [(0, 1), (2, 5), (6, 7)]
     sentences = Segmentation("sentences", version=1)
     assert len(sentences("1. a pizza, 2. a pie")) == 2
+    assert len(sentences("Schritt 1:\n\nAddiere 2.")) == 2
     assert sentences.joint == "\n"
 
 

@@ -105,7 +105,7 @@ _ABBREVIATED = re.compile(
     r"|[Тт]абл)\.(?=[ \u00a0]*\d)"
     r"|(?<![\w.])(?:[Vv]ol|[Cc]h|[Ss]ec|[Pp]t|[Bb]k)\.(?=[ \u00a0]+[IVX]+\b)"
     # before a small letter or a digit, abbreviations of units end no sentence
-    r"|(?<![\w.])(?:temp|hrs?|mins?|secs?|yrs?|lbs?|tbsp|tsp|Std|Sek|Tsd|inkl|exkl|zzgl|incl|excl)\."
+    r"|(?<![\w.])(?:temp|hrs?|mins?|secs?|yrs?|lbs?|tbsp|tsp|Std|Sek|Tsd|MwSt|inkl|exkl|zzgl|incl|excl)\."
     r"(?=[ \u00a0]+[a-zäöü\d])"
     r"|(?<![\w.])(?:inkl|exkl|zzgl)\.(?=[ \u00a0]+MwSt)|(?<![\w.])[Сс][мр]\.(?=[ \u00a0])"
     r"|(?<![\w.])[А-Я]\.[ \u00a0]?[А-Я]\.(?=[ \u00a0]?[А-Я][а-я])"

@@ -33,6 +33,8 @@ _MARKED = re.compile(r"(?<!#)####(?!#)[^\S\n\r\u2028]*([^\n\r\u2028]*)")
 _NOTHING = re.compile(rf"(?:\s|{TAG.pattern})*\Z")
 _CLOSED = re.compile(r"(?:^|\s)#+\s*$")
 _BOX = re.compile(r"\\(?:f?boxed|fbox)\s*")
+# A brace, or a sign that is escaped.
+_BRACE = re.compile(r"\\.|[{}]", re.S)
 # Markup around a part of a statement: `**42** apples`.
 _INLINE = re.compile(r"`([^`]+)`|\\\((.+?)\\\)|(?<![\w)*])\*\*(?=[^\s*])([^*]+)(?<=\S)\*\*(?![\w*])")
 _LABEL = re.compile(
@@ -384,11 +386,10 @@ def _braced(text: str, start: int) -> str | None:
         match = re.compile(r"[\w.]+").match(text, start)
         return match[0] if match else None
     depth = 0
-    for place in range(start, min(start + _LONGEST, len(text))):
-        if text[place] in "{}" and (place == 0 or text[place - 1] != "\\"):
-            depth += 1 if text[place] == "{" else -1
-            if depth == 0:
-                return text[start + 1 : place]
+    for sign in _BRACE.finditer(text, start, start + _LONGEST):
+        depth += {"{": 1, "}": -1}.get(sign[0], 0)
+        if depth == 0:
+            return text[start + 1 : sign.start()]
     return None
 
 
