@@ -27,6 +27,7 @@ from fractal_rm.data.prompts import (
     Conversation,
     Prompt,
     check_learned_kind,
+    check_not_blank,
     check_text,
     is_chat,
     is_messages,
@@ -178,6 +179,7 @@ class StepRewardModel:
         refused = []
         for row, prompt in enumerate(prompts):
             try:
+                check_not_blank(prompt)
                 bag = self._bag(prompt, "1", [(0, 1)], chat_template_kwargs)
             except (TypeError, ValueError) as error:
                 refused.append(f"row {row}: {error}")

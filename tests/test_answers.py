@@ -70,6 +70,12 @@ def test_a_power_is_one_group_with_its_number():
     )
 
 
+def test_a_vote_joins_units_of_one_kind_by_their_sizes():
+    assert group_answers(["5 m", "500 cm", "5 cm", "0.05 m"]) == [0, 0, 1, 1]
+    assert group_answers(["500 cm", "5 cm", "5 m", "5"]) == [0, 1, 1, 1]  # without a unit it may be either
+    assert group_answers(["5 m", "5 cm", "5.00"]) == [0, 0, 0]
+
+
 def test_answers_that_differ_stay_apart():
     different = ["41", "42", "4.2", "-42", "1, 2", "2, 1", "(1, 2)", "[1, 2]", "yes", "no", "x", "42x", "42 thousand"]
     assert group_answers(different) == list(range(len(different)))

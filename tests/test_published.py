@@ -325,6 +325,7 @@ def test_a_token_classifier_whose_label_1_is_not_good_is_asked_about():
     for names in ({}, {"0": "LABEL_0", "1": "LABEL_1"}, {0: "bad", 1: "Good"}):
         assert find_reading("somewhere", config | {"id2label": names}, None) is PUBLISHED["trl"]
     assert find_reading("somewhere", config | {"id2label": {"0": "a", "1": "b", "2": "c"}}, None) is None
+    assert find_reading("somewhere", config, "trl:\\t\\n").marker == "\t\n"
     with pytest.raises(ValueError, match=r"Unknown reading 'trl:'"):
         find_reading("somewhere", config, "trl:")
 

@@ -376,7 +376,12 @@ GOOD = b'{"a": 1}\n'
         ("a.jsonl", GOOD + b"[1]\n", TypeError, "row 2: the row is list; make it a JSON object"),
         ("a.jsonl", GOOD + b"null\n", TypeError, "row 2: the row is NoneType; make it a JSON object"),
         ("a.json", b'[{"a": 1}, 3]', TypeError, "row 2: the row is int; make it a JSON object"),
-        ("a.csv", b"a,b", ValueError, "has an unknown ending; give a file that ends in .jsonl, .jsonl.gz, .json"),
+        (
+            "a.csv",
+            b"a,b",
+            ValueError,
+            "has an unknown ending; give a file that ends in one of .jsonl, .jsonl.gz, .ndjson",
+        ),
         ("a.jsonl.gz", GOOD, ValueError, "is not a complete gzip file"),
         ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], ValueError, "is not a complete gzip file"),
         ("a.jsonl.gz", gzip.compress(GOOD)[:10] + b"\xff" * 20, ValueError, "is not a complete gzip file"),

@@ -505,3 +505,10 @@ def test_what_stands_between_turns_is_no_gap_between_steps():
     assert common_gap([(said, Segmentation("lines")(said))]) == "\n"
     one_step = read_completion([{**assistant, "content": "a"}, tool, {**assistant, "content": "b"}])
     assert common_gap([(one_step, Segmentation("lines")(one_step))]) is None
+
+
+def test_a_language_is_read_by_sentences_only():
+    text = "Wynik to 5. Np. 3 jest liczbą."
+    assert cut(text, "pl") == ["Wynik to 5.", "Np. 3 jest liczbą."] != cut(text)
+    with pytest.raises(ValueError, match="method='lines' with language='pl'; only method='sentences' reads a language"):
+        Segmentation("lines", language="pl")

@@ -1,6 +1,7 @@
 """Shapes of rows that practitioners bring: read rightly, or refused in a sentence that names the option."""
 
 import copy
+import gzip
 import json
 import logging
 import warnings
@@ -115,16 +116,21 @@ def test_a_scale_that_is_none_is_refused(scale):
 # Files and commands ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", ["parquet", "csv", "tsv", "arrow", "saved", "splits"])
+@pytest.mark.parametrize(
+    "ending", ["parquet", "PARQUET", "csv", "CSV.gz", "tsv", "arrow", "saved", "splits", "NDJSON", "ndjson.gz"]
+)
 def test_tables_are_read_like_json(tmp_path, ending):
     from fractal_rm.cli.options.arguments import DataArguments
 
     data = Dataset.from_list([GOOD, BAD])
     path = tmp_path / f"rows.{ending}"
-    if ending == "parquet":
+    packed = gzip.compress if ending.endswith("gz") else bytes
+    if ending.lower() == "parquet":
         data.to_parquet(path)
-    elif ending in ("csv", "tsv"):
-        data.to_csv(path, sep="\t" if ending == "tsv" else ",")
+    elif ending in ("csv", "CSV.gz", "tsv"):
+        path.write_bytes(packed(data.to_pandas().to_csv(index=False, sep="\t" if ending == "tsv" else ",").encode()))
+    elif "json" in ending.lower():
+        path.write_bytes(packed("".join(f"{json.dumps(row)}\n" for row in data).encode()))
     elif ending == "arrow":
         data.save_to_disk(tmp_path / "folder")
         next((tmp_path / "folder").glob("*.arrow")).rename(path)
@@ -199,6 +205,12 @@ def test_a_streaming_data_set_is_read(tmp_path):
     config = FractalConfig(output_dir=str(tmp_path), use_cpu=True)
     rows = training_rows(data, config, config.settings(), source="train data")
     assert [bag.label for bag in rows.first] == [1.0, 0.0]
+
+
+def test_the_language_of_sentences_is_an_option_that_the_checkpoint_keeps(tmp_path):
+    config = FractalConfig(output_dir=str(tmp_path), use_cpu=True, segmentation="sentences", language="pl")
+    block = FractalSettings.from_dict(config.settings().to_dict(), where="here")
+    assert len(block.segmentation("Wynik to 5. Np. 3 jest liczbą.")) == 2
 
 
 @pytest.mark.parametrize("names", [["right", "wrong"], ["0", "1"], ["False", "True"]])

@@ -123,6 +123,6 @@ def test_every_snippet_of_the_page_is_a_configuration(snippet):
 
 def test_every_option_of_the_losses_and_stages_is_on_the_page():
     own = {field.name for field in fields(FractalConfig)} - {field.name for field in fields(TrainingArguments)}
-    elsewhere = {"segmentation", "separator", "pattern", "prompt_template", "max_length", "reduction"}
+    elsewhere = {"segmentation", "separator", "pattern", "language", "prompt_template", "max_length", "reduction"}
     elsewhere |= {"thinking", "chat_template_kwargs", "disable_dropout", "overwrite_output_dir"}
     assert sorted(name for name in own - elsewhere if name not in PAGE) == []

@@ -395,6 +395,9 @@ def test_training_scoring_and_ppo_read_the_same_bytes(tmp_path, name, thinks):
         ("It is 5.\n<think>\nOr 6.\nNo.", ["It is 5."]),  # never closed
         ("<think>One.\nTwo.</think>It is 5.\n<think>Hm.</think>Yes, 5.", ["It is 5.", "Yes, 5."]),
         ("<think>One.", []),
+        ("<think>One.<think>Two.</think>Three.</think>\nIt is 5.", ["It is 5."]),  # one inside of the other
+        ("<THINK>\nOne.\nTwo.\n</THINK>\nIt is 5.", ["It is 5."]),
+        ("<|think|>One.\nTwo.<|/think|>It is 5.\n<analysis a=1>Hm.\nNo.</analysis>Yes, 5.", ["It is 5.", "Yes, 5."]),
         (
             "[THINK]\nOne.\n[/THINK]\nIt is 5.\n<|begin_of_thought|>Two.\n<|end_of_thought|>Yes, 5.",
             ["It is 5.", "Yes, 5."],
@@ -430,6 +433,7 @@ def test_older_checkpoints_keep_their_rules():
     assert old.segmentation("a\n---\nb") == [(0, 1), (2, 5), (6, 7)]
     sentences = Segmentation("sentences", version=1)
     assert len(sentences("1. a pizza, 2. a pie")) == 2
+    assert len(sentences("Schritt 1:\n\nAddiere 2.")) == 2
     assert sentences.joint == "\n"
 
 

@@ -33,6 +33,7 @@ from fractal_rm.data.bag import Bag
 from fractal_rm.data.contradictions import contradictions
 from fractal_rm.data.formats.index import check_meaning
 from fractal_rm.data.readers import JSON_ENDINGS
+from fractal_rm.data.rows import has_ending
 from fractal_rm.data.segmentation import warn_of_uncut_responses
 from fractal_rm.data.shapes import Columns
 from fractal_rm.evaluation.benchmarks import SPEED, Benchmark, BenchmarkName, as_learned, measure, read_benchmark
@@ -186,7 +187,7 @@ def _rows(arguments: EvaluateArguments) -> tuple[list[Any], str]:
     source = f"{arguments.data} ({arguments.split})" if split else path.name
     files = [path]
     if path.is_dir():  # official files, one per subset
-        files = sorted(file for file in path.iterdir() if file.name.endswith(JSON_ENDINGS))
+        files = sorted(file for file in path.iterdir() if has_ending(file, JSON_ENDINGS))
         if not files:
             raise FileNotFoundError(f"{path} has no .json or .jsonl file. Give a file, or a folder of the subsets.")
     return [row for file in files for row in drawn(read_rows(file, arguments.dataset_format, None))], source

@@ -185,6 +185,19 @@ def read_prompt(prompt: Any) -> Prompt:
     return messages
 
 
+def check_not_blank(prompt: Any) -> None:
+    """Raise ValueError if the prompt of a row is a blank text, or a chat of blank messages: probably it is missing."""
+    messages = prompt if isinstance(prompt, list | tuple) else [{"content": prompt}]
+    if messages and all(
+        isinstance(one, Mapping)
+        and isinstance(one.get("content"), str)
+        and not one["content"].strip()
+        and not one.get("tool_calls")
+        for one in messages
+    ):
+        raise ValueError("the prompt is empty; write it, or drop the row.")
+
+
 def check_same_kind(prompt: Prompt, first: Prompt) -> None:
     """Raise if a prompt is a chat and the first one is text, or vice versa.
 

@@ -12,8 +12,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fractal_rm.data.bag import Bag, Span
-from fractal_rm.data.prompts import REASONING_KEYS, check_same_kind, check_text, is_messages, read_completion
-from fractal_rm.data.rows import check_object, check_rows, open_json_lines, read_whole
+from fractal_rm.data.prompts import (
+    REASONING_KEYS,
+    check_not_blank,
+    check_same_kind,
+    check_text,
+    is_messages,
+    read_completion,
+)
+from fractal_rm.data.rows import (
+    LINES_ENDINGS,
+    check_ending,
+    check_object,
+    check_rows,
+    has_ending,
+    open_json_lines,
+    read_whole,
+)
 from fractal_rm.data.segmentation import Segmentation, join_steps, locate_steps
 from fractal_rm.data.shapes import Columns, ratings_of, standard_row
 from fractal_rm.files import parse_json
@@ -21,7 +36,7 @@ from fractal_rm.files import parse_json
 # TRL and transformers mark an unknown label with this number.
 UNKNOWN_LABEL = -100
 
-JSON_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+JSON_ENDINGS = (*LINES_ENDINGS, ".json", ".json.gz")
 
 
 def open_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> Sequence[dict[str, Any]]:
@@ -36,9 +51,8 @@ def open_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> Sequen
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; check the path.")
-    if not path.name.endswith(JSON_ENDINGS):
-        raise ValueError(f"{path} has an unknown ending; give a file that ends in {', '.join(JSON_ENDINGS)}.")
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
+    check_ending(path, JSON_ENDINGS)
+    if has_ending(path, LINES_ENDINGS):
         return open_json_lines(path, limit)
     content = read_whole(path)
     first, _, more = content.strip().partition(b"\n")
@@ -57,8 +71,8 @@ def read_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> list[d
     """Read the rows of a JSON file.
 
     Args:
-        path: A `.jsonl` file with an object on each line, or a `.json` file with one list of objects. Either may be
-            gzipped (`.gz`).
+        path: A `.jsonl` or `.ndjson` file with an object on each line, or a `.json` file with one list of objects. All
+            may be gzipped (`.gz`).
         limit: Read at most this many rows, from the start of the file. None: all of them.
 
     Returns:
@@ -252,7 +266,11 @@ def _prompt(value: Any) -> Any:
     """Drop the keys of a chat that `datasets` filled with None because only other rows have them.
 
     Null content stays: a message of tool calls alone has it, and that is not the same as a missing key.
+
+    Raises:
+        ValueError: If the prompt is blank.
     """
+    check_not_blank(value)
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
         return value
     return [{key: text for key, text in message.items() if text is not None or key == "content"} for message in value]
@@ -289,8 +307,8 @@ def _steps(
     else:
         raise ValueError(
             f"there is no response (found: {', '.join(map(repr, record))}); add a column 'completion' or 'response', "
-            "'steps', 'completions' and 'labels', 'messages', or 'chosen' and 'rejected', or name one with "
-            "--response_column."
+            "'steps', 'completions' and 'labels', 'messages', or 'chosen' and 'rejected', or name them with "
+            "--response_column, or --chosen_column and --rejected_column."
         )
     labels_name = "labels" if "completions" in columns else "step_labels"
     if labels_name not in columns:

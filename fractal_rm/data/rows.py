@@ -20,6 +20,9 @@ import numpy as np
 
 from fractal_rm.files import parse_json
 
+# Files of JSON, and how to write others that are packed.
+LINES_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+_PACKED = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".7z", ".tar", ".tgz")
 # Bytes of a row. No model reads a longer one; to tokenize it takes minutes and gigabytes.
 LONGEST_ROW = 2**24
 # Bytes of a file that is parsed whole. Parsing takes about ten times its size in memory.
@@ -32,6 +35,25 @@ class SupportsReadline(Protocol):
     """A file, also a packed one."""
 
     def readline(self, size: int, /) -> bytes: ...
+
+
+def has_ending(path: Path, endings: tuple[str, ...]) -> bool:
+    """Whether a file has one of these endings, in small letters or capitals."""
+    return path.name.lower().endswith(endings)
+
+
+def is_gzipped(path: Path) -> bool:
+    """Whether a file is gzipped, by its ending."""
+    return has_ending(path, (".gz",))
+
+
+def check_ending(path: Path, endings: tuple[str, ...]) -> None:
+    """Raise ValueError unless a file has one of these endings."""
+    if has_ending(path, endings):
+        return
+    if has_ending(path, _PACKED):
+        raise ValueError(f"{path} has an unknown ending; unpack the file, or pack it with gzip (.gz).")
+    raise ValueError(f"{path} has an unknown ending; give a file that ends in one of {', '.join(endings)}.")
 
 
 class JsonLines(Sequence[dict[str, Any]]):
@@ -88,7 +110,7 @@ def open_json_lines(path: Path, limit: int | None = None) -> JsonLines:
     Raises:
         ValueError: If a gzipped file is damaged, or for a reason of [`JsonLines`].
     """
-    if path.suffix != ".gz":
+    if not is_gzipped(path):
         return JsonLines(path.open("rb"), path, limit)
     with complete_gzip(path), gzip.open(path, "rb") as packed:
         return JsonLines(spooled(islice(bounded_lines(packed, path), limit)), path, limit)
@@ -101,7 +123,7 @@ def stream_json_lines(path: Path) -> Iterator[dict[str, Any]]:
         TypeError: If a row is not an object.
         ValueError: If a line cannot be read, or is blank and not at the end.
     """
-    with complete_gzip(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+    with complete_gzip(path), (gzip.open if is_gzipped(path) else open)(path, "rb") as file:
         blank = None
         for row, line in enumerate(bounded_lines(file, path), 1):
             if not line.strip():
@@ -133,7 +155,7 @@ def read_whole(path: Path) -> bytes:
     Raises:
         ValueError: If it is too long, or a gzipped file that is damaged.
     """
-    with complete_gzip(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+    with complete_gzip(path), (gzip.open if is_gzipped(path) else open)(path, "rb") as file:
         parts, size = [], 0
         while part := file.read(_CHUNK):  # not all at once: Python would reserve memory for the whole limit
             parts.append(part)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from fractal_rm.data.bag import Span, trim
 from fractal_rm.data.patterns import compiled
 from fractal_rm.data.prompts import Conversation, turns_of
-from fractal_rm.data.sentences import NEWLINE, OPENING_TAG, is_marker, says_nothing, sentences
+from fractal_rm.data.sentences import NEWLINE, OPENER, is_marker, says_nothing, sentences
 
 Method = Literal["lines", "sentences", "turns", "separator", "pattern", "given"]
 Thinking = Literal["score", "skip"]
@@ -25,15 +25,17 @@ VERSION = 2
 # Share of one-step responses above which a segmentation probably does not fit, and the minimum number of responses.
 _UNCUT, _LOOKED_AT = 0.9, 200
 # Where models think before they answer: opening and closing marks.
-_THINK = "(?:seed:)?(?:think|thinking|thoughts?|reasoning|scratchpad)"
+_THINK = "(?:seed:)?(?:think|thinking|thoughts?|reasoning|scratchpad|analysis|reflection)"
 THINKING = (
-    (re.compile(rf"(?<!`)<{_THINK}>", re.I), re.compile(rf"(?<!`)</{_THINK}>", re.I)),
-    (re.compile(r"\[THINK\]"), re.compile(r"\[/THINK\]")),
+    (re.compile(rf"(?<!`)<{_THINK}(?:\s[^<>\n]*)?>", re.I), re.compile(rf"(?<!`)</{_THINK}\s*>", re.I)),
+    (re.compile(r"\[THINK(?:ING)?\]", re.I), re.compile(r"\[/THINK(?:ING)?\]", re.I)),
     (re.compile("◁think▷"), re.compile("◁/think▷")),
-    (re.compile(r"<\|(?:begin_of_thought|START_THINKING|inner_prefix)\|>"),
-     re.compile(r"<\|(?:end_of_thought|END_THINKING|inner_suffix)\|>")),
+    (re.compile(r"<\|(?:begin_of_thought|START_THINKING|inner_prefix|think(?:ing)?)\|>|<start_working_out>"),
+     re.compile(r"<\|(?:end_of_thought|END_THINKING|inner_suffix|/think(?:ing)?)\|>|<end_working_out>")),
+    (re.compile(r"<unused94>thought"), re.compile(r"<unused95>")),
     (re.compile(r"<\|channel>thought"), re.compile(r"<channel\|>")),
-    (re.compile(r"<\|channel\|>\s*(?:analysis|commentary)"), re.compile(r"<\|channel\|>\s*final\s*<\|message\|>")),
+    (re.compile(r"<\|channel\|>\s*(?:analysis|commentary)"),
+     re.compile(r"<\|channel\|>\s*final\s*(?:<\|constrain\|>\s*\w+\s*)?<\|message\|>")),
     # The same, decoded without special tokens.
     (re.compile(r"(?:\A|assistant)analysis(?=[^\W\d_a-z])"), re.compile(r"assistantfinal(?![a-z])")),
 )  # fmt: skip
@@ -42,7 +44,13 @@ TOOL_CALL = re.compile(
     "|".join(
         f"{opening}(?:.*?{closing}|.*)"
         for opening, closing in (
-            (r"<(?P<tag>(?:tool|function)_calls?)>(?=\s*[{<\[]|\w+\s*[\n<])", "</(?P=tag)>"),
+            (
+                r"<(?P<tag>(?:\w+:|\uff5cDSML\uff5c)?(?:(?:tool|function)_calls?|TOOLCALL))>(?=\s*[{<\[]|\w+\s*[\n<])",
+                "</(?P=tag)>",
+            ),
+            (r"<function=\w[\w.-]*>", "</function>"),
+            (r"<\|tool_calls?\|>(?=\s*[{\[])", r"<\|/tool_calls?\|>"),
+            (r"\bfunctools(?=\[\s*\{)", r"\Z"),
             (r"<\|(?P<call>tool_calls?)(?P<section>_section)?_(?:start|begin)\|>", r"<\|(?P=call)(?P=section)?_end\|>"),
             (r"<\uff5ctool▁calls▁begin\uff5c>", r"<\uff5ctool▁calls▁end\uff5c>"),
             (r"<\|tool_call>", r"<tool_call\|>"),
@@ -54,20 +62,8 @@ TOOL_CALL = re.compile(
     ),
     re.DOTALL,
 )
-# Lines without content that may contain letters: fences of code, environments and layout of LaTeX, tags.
 _FENCE = re.compile(r"[> \t]*(?P<run>`{3,}|~{3,})[ \t]*(?P<info>[^`\n]*)")
-_ENVIRONMENT = r"\{[^{}]*\}(?:\{(?:[^{}]|\{[^{}]*\})*\}|\[[^\[\]]*\])*"
-_LAYOUT = re.compile(
-    rf"\\(?:begin|end){_ENVIRONMENT}"
-    r"|\\(?:hline|newline|q?quad|displaystyle|centering|noindent|par|(?:big|med|small)skip|[vh]space\*?|(?:top|mid|bottom)rule"
-    r"|label|tag\*?|[hv]fill|nonumber|notag|left|right|[bB]igg?[lr]?|item|normalsize|[lL]arge|small)(?![a-zA-Z])"
-    r"(?:\{[^{}]*\})?|\\[a-zA-Z]+(?=\{\s*\Z)"  # a command whose argument begins on the next line
-)
-_RESULT = re.compile(r"\w+\.|\d+:")
-# An end of such a line that belongs to the next line.
-_OPENER = re.compile(
-    rf"(?:\\\[|\\begin{_ENVIRONMENT}|{OPENING_TAG.pattern}|\\(?:left|item)(?![a-zA-Z])[^\w\\]*|[({{\[]+)\s*\Z"
-)
+_RESULT = re.compile(r"\w+[.\uff0e]|\d+[:\uff1a]")
 
 
 @dataclass(frozen=True)
@@ -128,6 +124,11 @@ class Segmentation:
             raise ValueError(f"Segmentation has version={self.version!r}; this package supports 1 to {VERSION}.")
         if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)*", self.language):
             raise ValueError(f"Segmentation language {self.language!r} is not a language code; give one such as 'en'.")
+        if self.language != "en" and self.method != "sentences":
+            raise ValueError(
+                f"Segmentation has method={self.method!r} with language={self.language!r}; only method='sentences' "
+                "reads a language."
+            )
 
     def __call__(self, text: str) -> list[Span]:
         """Cut one response.
@@ -194,8 +195,8 @@ def _join_frames(text: str, lines: list[Span]) -> list[Span]:
         if fence:
             fences = fences[:-1] if closes else [*fences, fence["run"]]
         formula = formula != dollars
-        empty = fence is not None or says_nothing(_LAYOUT.sub("", line))
-        opens = empty and (bool(fence and not closes) or (dollars and formula) or bool(_OPENER.search(line)))
+        empty = fence is not None or says_nothing(line)
+        opens = empty and (bool(fence and not closes) or (dollars and formula) or bool(OPENER.search(line)))
         # "12." may be a result, and "12:" a step that was left empty; nothing follows the last line.
         opens = opens or (is_marker(line) and not _RESULT.fullmatch(line) and end < lines[-1][1])
         begin = start if waiting is None else waiting[0]
@@ -231,12 +232,17 @@ def _thoughts_between(text: str, opening: re.Pattern[str], closing: re.Pattern[s
     )
     thoughts: list[Span] = []
     opened: int | None = 0 if marks and not marks[0][1] else None
+    inner = 0  # opening marks inside of the thought
     for (start, end), opens in marks:
         if opens:
+            inner = 0 if opened is None else inner + 1
             opened = start if opened is None else opened
         elif opened is not None:
             thoughts.append((opened, end))
             opened = None
+        elif inner:
+            thoughts[-1] = (thoughts[-1][0], end)
+            inner -= 1
     return [*thoughts, (opened, len(text))] if opened is not None else thoughts
 
 

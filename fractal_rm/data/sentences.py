@@ -20,7 +20,7 @@ NEWLINE = re.compile(r"\r\n|\r|\n")
 
 # Tags and special tokens, which have no content, with the role or channel after them. Opening ones belong to the text
 # that follows.
-_ROLE = r"(?:(?:assistant|model|analysis|commentary|final|thought)\b)?"
+_ROLE = r"(?:(?:assistant|model|user|system|tool|analysis|commentary|final|thought)\b)?"
 TAG = re.compile(
     rf"(?:<start_of_turn>|<[|\uff5c][^<>\s]+>){_ROLE}|</?[A-Za-z][\w:.-]*(?:\s[^<>\n]*)?[/|]?>"
     r"|\[/?THINK\]|◁/?think▷|<!--[^\n<]*-->|&nbsp;"
@@ -30,6 +30,20 @@ OPENING_TAG = re.compile(
     r"|<[|\uff5c](?!(?i:end)(?!_header))(?=[^<>\s]*(?i:begin|start|channel|message|header|prefix|assistant|chatbot|turn>))"
     rf"[^<>\s]+>){_ROLE}|<(?!(?:[bh]r|eos|pad|\w*end\w*)\b)[A-Za-z][\w:.-]*(?:\s[^<>\n]*)?(?<!/)(?<!\|)>"
     r"|\[THINK\]|◁think▷"
+)
+
+# Environments and layout of LaTeX, which say nothing although they may hold letters.
+_FRAME = r"\{[^{}]*\}(?:\{(?:[^{}]|\{[^{}]*\})*\}|\[[^\[\]]*\])*"
+LAYOUT = re.compile(
+    rf"\\(?:begin|end){_FRAME}"
+    r"|\\(?:hline|newline|q?quad|displaystyle|centering|noindent|par|(?:big|med|small)skip|[vh]space\*?|(?:top|mid|bottom)rule"
+    r"|label|tag\*?|[hv]fill|nonumber|notag|left|right|therefore|because|implies|iff|[bB]igg?[lr]?|item|normalsize|[lL]arge"
+    r"|small)(?![a-zA-Z])"
+    r"(?:\{[^{}]*\})?|\\[a-zA-Z]+(?=\{\s*\Z)"  # a command whose argument begins on the next line
+)
+# What belongs, at the end of a piece that says nothing, to the piece after it.
+OPENER = re.compile(
+    rf"(?:\\\[|\\begin{_FRAME}|{OPENING_TAG.pattern}|\\(?:left|item)(?![a-zA-Z])[^\w\\]*|[({{\[]+)\s*\Z"
 )
 
 _TICKS = re.compile("`{3,}")
@@ -58,9 +72,19 @@ _MARKER = (
     r"(?:[-*+•–]|[(\[]?(?:\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})[.):\]]|(?:Step|Case|Part|Claim)[ \t]+\d{1,3}[.):]?)"
     r"[.:]?[*_]{0,3}"
 )
+# Markers that version 1 did not know: in other languages, full-width, and in a command of LaTeX.
+_OTHER_MARKER = (
+    r"(?:\#{1,6}[ \t]*)?[*_]{0,3}(?:[①-⑳❶-❿]|\d\ufe0f?\u20e3|[（【](?:[\d一二三四五六七八九十]{1,3}|[A-Za-z])[）】]"
+    r"|(?:\d{1,3}|[A-Za-z])[）．]"
+    r"|(?:(?:S(?:tep|TEP)|Case|Part|Schritt|Fall|[ÉE]tape|Passo|Paso|Caso|Шаг|Krok|Stap|Steg|Bước|चरण)[ \t]+\d{1,3}"
+    r"|第[ \t]*[\d一二三四五六七八九十]{1,3}[ \t]*步|(?:步骤|ステップ|手順)[ \t]*[\d一二三四五六七八九十]{1,3}"
+    r"|\d{1,2}단계)"
+    r"(?:[ \t]?[.):：]|[ \t][-–—])?)[*_]{0,3}"
+)
+_ANY_MARKER = re.compile(rf"{_MARKER}|{_OTHER_MARKER}")
+_COMMAND_OF_TEXT = re.compile(r"\\(?:textbf|textit|emph|underline|paragraph\*?|(?:sub)*section\*?)\{([^{}]*)\}")
 _MARKER_ONLY = re.compile(_MARKER)
 _LONGEST_MARKER = 40
-_OPEN_END = re.compile(rf"(?:{OPENING_TAG.pattern})\s*\Z")
 
 # Places where a sentence-ending mark does not end a sentence. These marks are hidden from the splitter.
 _NO_END = re.compile(
@@ -80,6 +104,11 @@ _ABBREVIATED = re.compile(
     r"|(?<![\w.])(?:Nr|Abb|Kap|Art|[Mm]ax|[Aa]vg|[Aa]pt|[Pp]ágs?|Mon|Tues?|Wed|Thurs?|Fri|Sat|Sun|руб|[Сс]тр|[Рр]ис|[Гг]л"
     r"|[Тт]абл)\.(?=[ \u00a0]*\d)"
     r"|(?<![\w.])(?:[Vv]ol|[Cc]h|[Ss]ec|[Pp]t|[Bb]k)\.(?=[ \u00a0]+[IVX]+\b)"
+    # before a small letter or a digit, abbreviations of units end no sentence
+    r"|(?<![\w.])(?:temp|hrs?|mins?|secs?|yrs?|lbs?|tbsp|tsp|Std|Sek|Tsd|MwSt|inkl|exkl|zzgl|incl|excl)\."
+    r"(?=[ \u00a0]+[a-zäöü\d])"
+    r"|(?<![\w.])(?:inkl|exkl|zzgl)\.(?=[ \u00a0]+MwSt)|(?<![\w.])[Сс][мр]\.(?=[ \u00a0])"
+    r"|(?<![\w.])[А-Я]\.[ \u00a0]?[А-Я]\.(?=[ \u00a0]?[А-Я][а-я])"
     r"|(?<=\d[ \u00a0])(?:г|тыс|млн|млрд)\.(?=[ \u00a0]+[а-я])|(?<=\bи[ \u00a0])т\.(?=[ \u00a0]?[дп]\.)"
 )
 # German ordinals ("am 3. Mai", "der 2. und 3. Platz"), if no sentence begins after them.
@@ -114,9 +143,15 @@ _ANSWER_NO = re.compile(
 )
 _TABLE_ROW = re.compile(r"^[ \t]*\|.*\|[ \t]*\r?$", re.MULTILINE)
 # Rows of a table, quotations in the middle of a Japanese sentence, full-width numbers of steps.
-_WHOLE = (_TABLE_ROW, re.compile(r"[。！？](?=[」』](?:と|って))"), re.compile(r"^[ \t]*\d{1,3}．(?!\d)", re.MULTILINE))
+_WHOLE = (
+    _TABLE_ROW,
+    re.compile(r"[。！？](?=[」』](?:と|って))"),
+    re.compile(rf"^[ \t]*(?:{_OTHER_MARKER}(?=[ \t])|\d{{1,3}}．(?!\d))", re.MULTILINE),
+)
 # The end of a thought or a turn within a line.
 _TAG_END = re.compile(rf"(?<=[.!?…。！？])(?:\s*(?!{OPENING_TAG.pattern})(?:{TAG.pattern}))++(?![ \t]*[a-z])")
+# An ellipsis of one character before a capital, and sentences in parentheses in a row.
+_MORE_ENDS = (re.compile(r"…[”’\"')]*(?=\s+[A-ZÀ-ÞА-Я])"), re.compile(r"[.!?]\)(?=[ \t]+\([A-ZÀ-ÞА-Я])"))
 # A variable before the full stop ("so x. Then") is not an initial: it is replaced by a digit.
 _VARIABLE = re.compile(r"(?<![\w.'’\\-])[a-z](?=\.\s+[A-Z0$\\])")
 # Text that sentencex cannot read: half of a surrogate pair, and a space of several bytes after a capital (1.0.32
@@ -168,7 +203,9 @@ def sentences(text: str, language: str = "en", *, old_rules: bool = False) -> li
     cuts = [0]
     if not old_rules:
         cuts += [match.start() for match in _WIDE_NUMBER.finditer(masked)]
-        cuts += [match.end() for mark in (_WIDE_END, _ANSWER_NO, _TAG_END) for match in mark.finditer(masked)]
+        cuts += [
+            match.end() for mark in (_WIDE_END, _ANSWER_NO, _TAG_END, *_MORE_ENDS) for match in mark.finditer(masked)
+        ]
         masked = _hide_list_numbers(text, _UNSEEN.sub(" ", _WIDE_NUMBER.sub(_hidden, masked)))
     for start, end in _blocks(text, masked, {end for _, end in fences}):
         if old_rules or not _TABLE_ROW.fullmatch(masked, start, end):  # sentencex cuts before the second "(5)" of a row
@@ -381,13 +418,13 @@ def _sentence_ends(masked: str, language: str) -> list[int]:
 
 
 def says_nothing(piece: str) -> bool:
-    """Whether a piece lacks letters and digits outside of tags."""
-    return not any(map(str.isalnum, TAG.sub("", piece)))
+    """Whether a piece lacks letters and digits outside of tags and of the layout of LaTeX."""
+    return not any(map(str.isalnum, TAG.sub("", LAYOUT.sub("", piece))))
 
 
 def is_marker(piece: str) -> bool:
     """Whether a piece is only the marker of a list item, which belongs to the item."""
-    return len(piece) < _LONGEST_MARKER and bool(_MARKER_ONLY.fullmatch(piece))
+    return len(piece) < _LONGEST_MARKER and bool(_ANY_MARKER.fullmatch(_COMMAND_OF_TEXT.sub(r"\1", piece)))
 
 
 def _merge(text: str, spans: list[Span], *, old_rules: bool) -> list[Span]:
@@ -398,7 +435,10 @@ def _merge(text: str, spans: list[Span], *, old_rules: bool) -> list[Span]:
         piece = text[start:end]
         empty = not any(map(str.isalnum, piece)) if old_rules else says_nothing(piece)
         begin = start if waiting is None else waiting[0]
-        opens = is_marker(piece) or (not old_rules and empty and bool(_OPEN_END.search(piece)))
+        if old_rules:
+            opens = len(piece) < _LONGEST_MARKER and bool(_MARKER_ONLY.fullmatch(piece))
+        else:
+            opens = is_marker(piece) or (empty and bool(OPENER.search(piece)))
         if opens or (empty and (waiting or not merged)):
             waiting = (begin, end)
         elif empty:

@@ -18,6 +18,8 @@ from fractal_rm.files import parse_json
 
 # Columns that hold lists: JSON, where they are texts.
 LISTS = ("steps", "completions", "step_labels", "labels", "teacher_scores")
+# NeMo's names for the two responses of a preference.
+_SIDES = {"chosen_response": "chosen", "rejected_response": "rejected"}
 # Other names of a prompt or a response, read if the names of this package are missing.
 _PROMPTS = ("question", "problem", "instruction", "query")
 _RESPONSES = ("answer", "output", "solution", "generation")
@@ -46,7 +48,8 @@ _OFFICIAL = {
     "prmbench": {"original_process", "modified_process"},
 }
 # A chat inside a text, as JSON or as Python prints it.
-_CHAT_TEXT = re.compile(r"\s*\[\s*\{\s*[\"'](?:role|content|from|value)[\"']\s*:")
+_CHAT_TEXT = re.compile(r"\s*(?:\[\s*)?\{\s*[\"'](?:role|content|from|value)[\"']\s*:")
+_CHAT_KEYS = (re.compile(r"[\"'](?:role|from)[\"']\s*:"), re.compile(r"[\"'](?:content|value)[\"']\s*:"))
 # Where the assistant's turn begins in chats that are written as text.
 _TURN = re.compile(
     r"\n\nAssistant:|<\|im_start\|>assistant\n|<\|assistant\|>\n?|\[/INST\]|<start_of_turn>model\n"
@@ -120,6 +123,8 @@ def standard_row(record: Mapping[str, Any], columns: Columns | None = None) -> d
             "or name the columns of prompt, response and label."
         )
     row = _renamed(row, record, columns)
+    if _SIDES.keys() <= row.keys() and not {*_OWN_RESPONSES} & row.keys():
+        row = {_SIDES.get(name, name): value for name, value in row.items()}
     for name in ("prompt", *_OWN_RESPONSES, *_CHATS):
         if name in row:
             row[name] = _turns(_chat_of_text(row[name], name))
@@ -129,7 +134,9 @@ def standard_row(record: Mapping[str, Any], columns: Columns | None = None) -> d
                 row[name] = parse_json(row[name].encode(), repr(name))
     for name in ("step_labels", "labels"):
         if isinstance(row.get(name), list):
-            row[name] = list(map(_as_number, row[name]))
+            row[name] = [
+                _SIGNS[one] if isinstance(one, str) and one in _SIGNS else _as_number(one) for one in row[name]
+            ]
     row = _from_chat(row)
     if "steps" in row and isinstance(row.get("labels"), list) and not {"completions", "step_labels"} & row.keys():
         usual = (
@@ -303,13 +310,12 @@ def _holds(value: Any) -> bool:
 
 
 def _chat_of_text(value: Any, name: str) -> Any:
-    """A chat that a text holds as JSON; other values as they are."""
-    if not isinstance(value, str) or not _CHAT_TEXT.match(value):
+    """A chat, or a message, that a text holds as JSON; other values as they are."""
+    if not isinstance(value, str) or not _CHAT_TEXT.match(value) or not all(key.search(value) for key in _CHAT_KEYS):
         return value
     with suppress(ValueError):
-        found = parse_json(value.encode(), "the text")
-        if _is_chat(_turns(found)):
-            return found
+        found = parse_json(value.encode(errors="replace"), "the text")
+        return found if _is_chat(_turns(found)) else value
     raise ValueError(f"{name!r} is a text that holds a chat, but not as JSON; write it with `json.dumps`.")
 
 
@@ -341,6 +347,11 @@ def _check_responses(row: Mapping[str, Any]) -> None:
         )
     count = next((name for name in _COUNTS if name in row), None)
     sides = [row["chosen"], row["rejected"]]
+    if {type(side) for side in sides} == {str, list} and not any(map(_is_chat, sides)):
+        raise ValueError(
+            "'chosen' and 'rejected' are a text and a list of texts; give a row for each pair of responses, or both as "
+            "lists of steps."
+        )
     if count is not None and all(
         isinstance(side, list) and all(isinstance(one, str) for one in side) for side in sides
     ):

@@ -61,6 +61,9 @@ class FractalConfig(RunConfig, TrainingArguments):
     pattern: str | None = field(
         default=None, metadata={"help": "Regular expression between steps, for `segmentation=pattern`."}
     )
+    language: str = field(
+        default="en", metadata={"help": "Language code of the responses, for `segmentation=sentences`."}
+    )
     thinking: Thinking = field(
         default="score",
         metadata={
@@ -262,6 +265,10 @@ class FractalConfig(RunConfig, TrainingArguments):
         values: dict[str, Any] = {name: getattr(self, name) for name in shared}
         values["chat_template_kwargs"] = self.chat_template_kwargs or {}
         values["segmentation"] = Segmentation(
-            self.segmentation, separator=self.separator, pattern=self.pattern, thinking=self.thinking
+            self.segmentation,
+            separator=self.separator,
+            pattern=self.pattern,
+            language=self.language,
+            thinking=self.thinking,
         )
         return FractalSettings(**values)

@@ -178,7 +178,7 @@ def find_reading(path: str | Path, config: dict[str, Any], published: str | Publ
             raise ValueError(
                 f"Unknown reading {published!r}. `published` is one of {', '.join(PUBLISHED)}, or trl:SEPARATOR."
             )
-        separator = separator.replace("\\n", "\n")
+        separator = separator.replace("\\n", "\n").replace("\\t", "\t")
         return replace(PUBLISHED[name], marker=separator, between=separator) if separator else PUBLISHED[name]
     architectures = config.get("architectures") or []
     # A snapshot in the hub's cache is in models--owner--name/snapshots/commit.

@@ -33,9 +33,15 @@ _MARKED = re.compile(r"(?<!#)####(?!#)[^\S\n\r\u2028]*([^\n\r\u2028]*)")
 _NOTHING = re.compile(rf"(?:\s|{TAG.pattern})*\Z")
 _CLOSED = re.compile(r"(?:^|\s)#+\s*$")
 _BOX = re.compile(r"\\(?:f?boxed|fbox)\s*")
+# A brace, or a sign that is escaped.
+_BRACE = re.compile(r"\\.|[{}]", re.S)
+# Markup around a part of a statement: `**42** apples`.
+_INLINE = re.compile(r"`([^`]+)`|\\\((.+?)\\\)|(?<![\w)*])\*\*(?=[^\s*])([^*]+)(?<=\S)\*\*(?![\w*])")
 _LABEL = re.compile(
     r"(?:(?:so|thus|hence|therefore),?\s+)?(?:(?:the|my|our)\s+)?(?:final\s+|correct\s+|numerical\s+)?"
-    r"(?:answer|result)(?:\s+is)?|(?:最终)?答案(?:是|为)?|答え?",
+    r"(?:answer|result)(?:\s+is)?|(?:最终)?答案(?:是|为)?|(?:答え?|正解)は?|(?:정답|답)[은는]?"
+    r"|(?:(?:die|das|la|el|il|a|o|het)\s+)?(?:antwort|ergebnis|réponse|résultat|respuesta|resultado|resposta|risposta"
+    r"|risultato|antwoord|odpowiedź|svar|ответ)(?:\s+(?:ist|lautet|est|es|é|è|is|to|är))?",
     re.I,
 )
 # Words that begin a heading, whatever follows.
@@ -65,6 +71,7 @@ _REPEATING = re.compile(
     r"(?P<whole>\d*)\.(?P<once>\d*)(?:\\(?:overline|bar)\s*(?:\{(?P<r>\d+)\}|(?P<r1>\d))"
     r"|\\dot\s*(?:\{(?P<r2>\d)\}|(?P<r3>\d))(?:(?P<more>\d*)\\dot\s*(?:\{(?P<r4>\d)\}|(?P<r5>\d)))?|\((?P<r6>\d+)\))"
 )
+_FONT = r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox)"
 _CURRENCY = r"(?:(?:US|A|C|R|S|HK|NT|NZ)?\\?\$|(?:USD|EUR|GBP|CHF|JPY|CNY|RMB|INR|CAD|AUD)(?![^\W\d_])|Rs\b\.?)"
 _VALUE = re.compile(
     rf"(?P<sign>[-+])?\s*{_CURRENCY}?\s*(?P<sign2>[-+])?\s*"
@@ -85,14 +92,31 @@ _MULTIPLIER = re.compile(
     re.I,
 )
 # What makes a bound, an estimate or a denial of the number before it.
-_WIDE_NO_UNIT = re.compile("[或至到不非错錯约約以多余半]|左右")
+_WIDE_NO_UNIT = re.compile("[或至到不非错錯约約以多余半吗嗎]|左右|[くぐ]らい|ほど|未満")
 _WIDE_DOUBT = re.compile("[错錯约約]")
 _UNIT = re.compile(
-    r"(?:°\s?[CF]?|\^?\\?circ|/?"
-    r"[^\W\d_]{2,}(?:[-/.'\u2019][^\W\d_]+)*(?:\^?\{?[23²³]\}?)?\.?"
-    r"|[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]|[mgslhLCFKNJWVA](?:/[a-zA-Z]+)?(?:\^?\{?[23²³]\}?)?)"
+    r"(?:°\s?[CF]?|\^?\\?circ|\\degree|/?"
+    r"[^\W\d_]{2,}(?:[-/.·'\u2019][^\W\d_]+)*(?:\^?\{?[23²³]\}?)?\.?"
+    r"|[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]|/?[mgslhLCFKNJWVA](?:[/·][a-zA-Z]+)*(?:\^?\{?[23²³]\}?)?)"
     r"(?:\s+(?:[^\W\d_]+(?:[-/.'\u2019][^\W\d_]+)*)(?:\^?\{?[23²³]\}?)?){0,4}"
 )
+# Units of the same kind, by their names and abbreviations, with their sizes: 5 cm is not 5 m.
+_SIZES = {
+    name: (kind, Fraction(size))
+    for kind, units in {
+        "length": {"mm millimeter millimetre": "0.001", "cm centimeter centimetre": "0.01", "m meter metre": "1",
+                   "km kilometer kilometre": "1000", "in inch inche": "0.0254", "ft foot feet": "0.3048",
+                   "yd yard": "0.9144", "mi mile": "1609.344"},
+        "mass": {"mg milligram": "0.001", "g gram": "1", "kg kilogram": "1000"},
+        "time": {"s sec second": "1", "min minute": "60", "h hr hour": "3600", "day": "86400", "week": "604800"},
+        "months": {"month": "1", "year": "12"},
+        "volume": {"ml milliliter millilitre": "0.001", "l liter litre": "1"},
+        "money": {"cent penny pennie": "0.01", "$ dollar usd": "1"},
+    }.items()
+    for names, size in units.items()
+    for name in names.split()
+}  # fmt: skip
+_POWERED = re.compile(r"(?P<power>square|sq\.?|cubic|cu\.?)?\s*(?P<name>[a-zA-Z$]+)\.?\s*(?:\^?\{?(?P<digit>[23])\}?)?")
 # Words that revoke a number or mark it as a guess.
 _DOUBTS = frozenset(
     [
@@ -112,11 +136,44 @@ _DOUBTS = frozenset(
         "approximately",
         "approx",
         "roughly",
+        "around",
+        "circa",
+        "nearly",
+        "almost",
+        "probably",
+        "possibly",
+        "presumably",
+        "likely",
+        "hopefully",
+        "unsure",
+        "uncertain",
+        "estimate",
+        "estimated",
+        "nicht",
+        "etwa",
+        "ungefähr",
+        "vielleicht",
+        "wahrscheinlich",
+        "environ",
+        "probablement",
+        "aproximadamente",
+        "quizás",
+        "probablemente",
+        "примерно",
+        "около",
+        "возможно",
+        "не",
     ]
 )
 # Words that change the meaning of the number before them.
 _NO_UNIT = frozenset(
     [
+        "max",
+        "maximum",
+        "minimum",
+        "more",
+        "less",
+        "fewer",
         "or",
         "and",
         "to",
@@ -172,6 +229,7 @@ _NO_VALUE = re.compile(
 # Signs of other keyboards for the same in ASCII: full-width, Arabic, spaces within a number.
 _ASCII = str.maketrans(
     {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}
+    | {"∞": "\\infty ", "¢": " cents"}
     | dict(zip("\u2044\u2215、\u060c\u066b\u066c\u066a\u00a0\u2009\u202f", "//,,.,%   ", strict=True))
 )
 _SUPERSCRIPT = re.compile("[⁺⁻]?[⁰¹²³⁴-⁹]+")
@@ -179,11 +237,11 @@ _RAISED = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
 # A variable or function to which an answer gives a value.
 _NAME = re.compile(r"[a-zA-Z](?:_\{?\w+\}?)?'?(?:\([\w, ]*\))?\s*(?:=|\\in(?![a-z])|∈)\s*(?=\S)")
 _FULL_STOPS = (".", "。", "।", "۔")
-_CHECK_MARKS = "✅✓✔☑\ufe0f"
+_CHECK_MARKS = "✅✓✔☑👍💯🎉🎊🎯🥳\ufe0f"
 _QUOTES = (('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"), ("«", "»"), ("「", "」"))
 _DASH = re.compile(r"\s*[-–—*•][ \t]+")
 _SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d|\s*/)")
-_NAMED = re.compile(r"(?P<name>[^\d:=<>]{1,60}):(?P<rest>.+)", re.S)
+_NAMED = re.compile(r"(?P<name>[^\d:=<>]{1,60})(?:(?<![!~≈≠±])=|:)(?P<rest>.+)", re.S)
 _MATH_NAMES = frozenset(
     [
         "sqrt",
@@ -208,7 +266,9 @@ _MATH_NAMES = frozenset(
         "beta",
     ]
 )
-_NO_UNITS = _NO_UNIT | _DOUBTS | _MATH_NAMES - {"in", "deg", "sec"}
+_NO_UNITS = _NO_UNIT | _DOUBTS | _MATH_NAMES - {"in", "deg", "sec", "cup", "cap"}
+# Words that do so in parentheses behind the number too.
+_BOUNDS = _DOUBTS | {"or", "and", "than", "least", "most", "if", "plus", "minus", "negative"}
 
 
 # Finding the answer --------------------------------------------------------------------------------------------------
@@ -326,11 +386,10 @@ def _braced(text: str, start: int) -> str | None:
         match = re.compile(r"[\w.]+").match(text, start)
         return match[0] if match else None
     depth = 0
-    for place in range(start, min(start + _LONGEST, len(text))):
-        if text[place] in "{}" and (place == 0 or text[place - 1] != "\\"):
-            depth += 1 if text[place] == "{" else -1
-            if depth == 0:
-                return text[start + 1 : place]
+    for sign in _BRACE.finditer(text, start, start + _LONGEST):
+        depth += {"{": 1, "}": -1}.get(sign[0], 0)
+        if depth == 0:
+            return text[start + 1 : sign.start()]
     return None
 
 
@@ -339,9 +398,10 @@ def _bare(text: str) -> str:
     characters that are not seen."""
     before = None
     text = unicodedata.normalize("NFC", re.sub(r"\p{Cf}", "", TAG.sub(" ", text)))
+    text = _INLINE.sub(lambda found: found[1] or found[2] or found[3], text)
     while text != before:
         before = text
-        text = text.strip().strip("`").rstrip(_CHECK_MARKS).strip()
+        text = text.strip().strip("`").rstrip("\\" + _CHECK_MARKS).strip()
         for opening, closing in (
             ("**", "**"),
             ("__", "__"),
@@ -356,7 +416,7 @@ def _bare(text: str) -> str:
                 text = text[len(opening) : -len(closing)]
         if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
             text = text[1:-1]
-        match = re.match(r"\\(?:f?boxed|fbox|text|textbf|mathrm|mathbf)\s*(?=\{)", text)
+        match = re.match(rf"(?:\\(?:f?boxed|fbox)|{_FONT})\s*(?=\{{)", text)
         if match and (content := _braced(text, match.end())) is not None and text.endswith("}"):
             text = content if match.end() + len(content) + 2 == len(text) else text
         if text.endswith(_FULL_STOPS) and not text.endswith(".."):
@@ -404,8 +464,9 @@ def same_answer(stated: str | None, answer: str | None) -> bool:
     """Whether two answers are equal.
 
     Numbers by their value, exactly: `0.5`, `1/2`, `\\frac{1}{2}`, `5e-1`; signs, thousands separators, currencies and
-    units are read. A percentage equals its number and its share. Lists are equal item by item, words letter by letter;
-    expressions are compared by math-verify. None equals nothing.
+    units are read. If both state a unit, of one kind and known here, the sizes count: "5 cm" is not "5 m". A percentage
+    equals its number and its share. Lists are equal item by item, words letter by letter; expressions are compared by
+    math-verify. None equals nothing.
 
     Raises:
         ImportError: If two expressions are to be compared and math-verify is not installed.
@@ -421,7 +482,7 @@ def same_answer(stated: str | None, answer: str | None) -> bool:
         return stated == answer != ""
     left, right = _number(stated), _number(answer)
     if left is not None and right is not None:
-        return bool(left & right)
+        return bool(left & right) if (sizes := _sizes(stated, answer)) is None else _share(left, right, *sizes)
     if bool(_NAME.match(stated)) != bool(_NAME.match(answer)):
         stated, answer = (_NAME.sub("", one, count=1) if _NAME.match(one) else one for one in (stated, answer))
     # A number may be written in a way that only this module reads.
@@ -441,6 +502,36 @@ def same_answer(stated: str | None, answer: str | None) -> bool:
     if related or not (_is_expression(stated) and _is_expression(answer)):
         return False
     return _equal_expressions(stated, answer)
+
+
+def _share(left: frozenset[Fraction], right: frozenset[Fraction], one: Fraction, other: Fraction) -> bool:
+    """Whether two numbers are equal, in units of these sizes."""
+    return not {value * one for value in left}.isdisjoint(value * other for value in right)
+
+
+def _sizes(stated: str, answer: str) -> tuple[Fraction, Fraction] | None:
+    """The sizes of the units of two numbers; None unless both state one that is known, and of the same kind."""
+    first, second = _measure(stated), _measure(answer)
+    return (first[1], second[1]) if first and second and first[0] == second[0] else None
+
+
+def _measure(text: str) -> tuple[str, Fraction] | None:
+    """Kind and size of the unit of a number (`$5 per hour`, `5 m^2`, `5 km/h`); None if there is none that is known."""
+    match = _VALUE.match(_SPACED.sub(lambda found: found[0].replace(" ", ""), text))
+    if match is None:
+        return None
+    unit = ("$" if _MONEY.search(match[0]) else "") + match.string[match.end() :].strip()
+    kind, size = "", Fraction(1)
+    for place, part in enumerate(re.split(r"\s*/\s*|\s*\bper\s+", unit)):
+        found = _POWERED.fullmatch(part.strip())
+        name = found["name"].lower() if found else ""
+        known = _SIZES.get(name) or _SIZES.get(name.removesuffix("s"))
+        if found is None or known is None:
+            return None
+        power = int(found["digit"] or {"s": 2, "c": 3}.get((found["power"] or " ")[0], 1))
+        kind += f"/{known[0]}{power}"
+        size *= known[1] ** (power if place == 0 else -power)
+    return kind, size
 
 
 def _same_set(first: Sequence[str], second: list[str]) -> bool:
@@ -464,10 +555,10 @@ def group_answers(answers: Sequence[str | None]) -> list[int | None]:
         >>> group_answers(["0.5", "3", "1/2", None])
         [0, 1, 0, None]
     """
-    # Percentages last, because they may equal two numbers that differ; sorted, so that order does not matter.
+    # Percentages and units last, because they may equal two numbers that differ; sorted, so that order does not matter.
     known = {answer for answer in answers if answer is not None}
     members: list[list[str]] = []
-    for answer in sorted(known, key=lambda text: ("%" in text, len(text), text)):
+    for answer in sorted(known, key=lambda text: ("%" in text or _measure(_plain(text)) is not None, len(text), text)):
         home = next((group for group in members if answer == group[0] or same_answer(answer, group[0])), None)
         if home is None:
             members.append([answer])
@@ -508,8 +599,10 @@ def _plain(text: str) -> str:
     text = re.sub(r"√\s*(?:\(([^()]*)\)|(\d+|[a-zA-Z]))", r"\\sqrt{\1\2}", text)
     text = re.sub(r"\\(?:left|right|displaystyle|;|:|quad|(?:text)?color\s*\{\w+\})(?![a-zA-Z])", "", text)
     text = re.sub(r"(?<=\d)(?:\\ |~)(?=\d{3}(?!\d))", " ", text)
-    text = re.sub(r"(?<=[\w}%$°])(?:\\[,! ]|~)+(?!\d)", " ", text)
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\\[hv]space\*?\{[^{}]*\}", " ", text)
+    text = re.sub(r"(?<=[\w}%$°])\s*(?:\\[,! ]|~)+\s*(?!\d)", " ", text)
+    text = re.sub(rf"(?:{_FONT}|\\operatorname)\s*\{{([^{{}}]*)\}}", r" \1 ", text)
+    text = re.sub(r"(?<=\d)\s*[·⋅]\s*(?=\d)", r"\\cdot ", text)
     return re.sub(r"\s+(?=\^)", "", text).strip()
 
 
@@ -521,13 +614,15 @@ def _number(text: str) -> frozenset[Fraction] | None:
     if match is None or len(text) > _LONGEST or (match["sign"] and match["sign2"]) or _NO_VALUE.search(text):
         return None
     value = _value_of(match)
-    unit = re.sub(r"\s*/\s*", "/", text[match.end() :].strip())
+    unit = re.sub(r"\s*/\s*", "/", re.sub(r"\s*(?:\\cdot(?![a-z])|[·⋅])\s*", "·", text[match.end() :].strip()))
     note = re.search(r"\s*\(([^()\d]*)\)$", unit)
-    if note and (_words_of(note[1]) & _DOUBTS or _WIDE_DOUBT.search(note[1])):
+    if note and (_words_of(note[1]) & _BOUNDS or _WIDE_DOUBT.search(note[1])):
         return None
     unit = (unit[: note.start()] if note else unit).rstrip(".").strip()
     if (short := _SHORT.fullmatch(unit)) and _MONEY.search(match[0]):
         value, unit = value and value * _SHORT_SCALES[short[0][0].lower()], ""
+    if re.fullmatch(r"/\w", unit) and not _MONEY.search(match[0]):
+        return None  # 42/m may be a formula
     if unit == "K" and not text[match.end() - 1].isspace() and text[match.end() :].startswith("K"):
         return None  # kelvin, or thousands
     if value is None or (unit and not text[match.end() - 1].isspace() and unit[0] in "!?=<>±"):
@@ -615,7 +710,7 @@ def _items(text: str) -> list[str]:
 def _words(text: str) -> str:
     """Text normalised for comparison: no case, no white space, no brackets around a single letter."""
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).casefold()
-    return text[1:-1] if re.fullmatch(r"\([a-z]\)", text) else text
+    return text.strip("()") if re.fullmatch(r"\(?[a-z]\)", text) else text
 
 
 def _is_expression(text: str) -> bool:

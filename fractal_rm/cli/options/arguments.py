@@ -12,15 +12,16 @@ from typing import Any, Literal
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.formats.index import FORMATS, FormatName
-from fractal_rm.data.formats.table_files import is_table, open_table
-from fractal_rm.data.readers import naming, open_jsonl
+from fractal_rm.data.formats.table_files import TABLE_ENDINGS, is_table, open_table
+from fractal_rm.data.readers import JSON_ENDINGS, naming, open_jsonl
+from fractal_rm.data.rows import check_ending
 from fractal_rm.data.shapes import Columns, prompt_row
 from fractal_rm.errors import reason
 from fractal_rm.ranges import check_ranges
 
 # The only environment variable that commands read.
 DATA_DIR_VARIABLE = "FRACTAL_RM_DATA"
-_ENDINGS = (".jsonl.gz", ".jsonl", ".json.gz", ".json", ".parquet", ".csv", ".tsv", ".arrow")
+_ENDINGS = (*JSON_ENDINGS, *TABLE_ENDINGS)
 
 
 _COLUMNS = [one.name for one in fields(Columns) if one.name != "label_scale"]
@@ -120,7 +121,7 @@ class DataArguments(ColumnArguments):
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "Rows to train on. A file (.jsonl, .jsonl.gz, .json, .parquet, .csv, .tsv or .arrow) or a folder "
+            "help": "Rows to train on. A file (.jsonl, .ndjson, .json, .parquet, .csv, .tsv or .arrow) or a folder "
             "that `datasets` saved; overrides `dataset_name`."
         },
     )
@@ -334,8 +335,8 @@ def read_rows(path: Path, dataset_format: FormatName | None, limit: int | None) 
     if dataset_format is None:
         if path.is_dir() and not table:
             raise IsADirectoryError(f"{path} is a folder that `datasets` did not save. Give one of its files.")
-        if not table and not path.name.endswith(_ENDINGS):
-            raise ValueError(f"{path} has an unknown ending. Give a file that ends in one of {', '.join(_ENDINGS)}.")
+        if not table:
+            check_ending(path, _ENDINGS)
         return open_table(path, limit) if table else open_jsonl(path, limit)
     return FORMATS[dataset_format].read(open_table(path) if table else path, source=str(path), limit=limit)
 

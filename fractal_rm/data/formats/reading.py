@@ -5,6 +5,7 @@ raises TypeError.
 """
 
 import csv
+import gzip
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,15 @@ from typing import Any, TextIO
 
 from fractal_rm.data.bag import Bag
 from fractal_rm.data.readers import naming, open_jsonl
-from fractal_rm.data.rows import LONGEST_ROW, read_whole, stream_json_lines
+from fractal_rm.data.rows import (
+    LINES_ENDINGS,
+    LONGEST_ROW,
+    complete_gzip,
+    has_ending,
+    is_gzipped,
+    read_whole,
+    stream_json_lines,
+)
 from fractal_rm.data.sentences import Span
 from fractal_rm.files import parse_json
 
@@ -46,9 +55,9 @@ def stream_rows(data: Data, source: str | None, *, key: str | None = None) -> tu
     path = Path(data)
     source = source or str(path)
     check_file(path)
-    if key is not None and path.name.endswith((".json", ".json.gz")):
+    if key is not None and has_ending(path, (".json", ".json.gz")):
         return _wrapped_rows(path, key), source
-    return stream_json_lines(path) if path.name.endswith((".jsonl", ".jsonl.gz")) else open_jsonl(path), source
+    return stream_json_lines(path) if has_ending(path, LINES_ENDINGS) else open_jsonl(path), source
 
 
 def check_file(path: Path) -> None:
@@ -66,10 +75,10 @@ def check_file(path: Path) -> None:
 
 
 def csv_rows(path: Path, delimiter: str = "\t", limit: int | None = None) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a CSV or TSV file as dictionaries, keyed by the header, each with its row number. The header is row 1.
+    """Rows of a CSV or TSV file, gzipped or not, as dictionaries, keyed by the header, each with its row number.
 
-    Cells are text: a response `2` or `NA` is not converted. Rows are read lazily; with a limit, only the first ones are
-    read.
+    The header is row 1. Cells are text: a response `2` or `NA` is not converted. Rows are read lazily; with a limit,
+    only the first ones are read.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -79,7 +88,8 @@ def csv_rows(path: Path, delimiter: str = "\t", limit: int | None = None) -> Ite
     csv.field_size_limit(LONGEST_ROW)  # responses may be longer than Python's default limit of 131,072 characters
     kind = "tab-separated" if delimiter == "\t" else "comma-separated"
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        opened: Any = gzip.open if is_gzipped(path) else open
+        with complete_gzip(path), opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             lines = _RowLines(file, path)
             rows = csv.DictReader(lines, delimiter=delimiter)
             _check_header(list(rows.fieldnames or ()), path, kind)

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from fractal_rm.data.formats.reading import check_file, csv_rows
-from fractal_rm.data.rows import LONGEST_ROW, JsonLines, check_rows, spooled
+from fractal_rm.data.rows import LONGEST_ROW, JsonLines, check_rows, has_ending, spooled
 from fractal_rm.data.shapes import LISTS
 from fractal_rm.errors import reason
 from fractal_rm.files import parse_json
 
 # Builder of `datasets.load_dataset` by file ending, and separator of cells by file ending.
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_DELIMITERS = {".csv": ",", ".tsv": "\t", ".csv.gz": ",", ".tsv.gz": "\t"}
+TABLE_ENDINGS = (*_BUILDERS, *_DELIMITERS)
 # Rows whose length is checked together.
 _AT_A_TIME = 1000
 
@@ -32,12 +33,13 @@ def open_table(path: Path, limit: int | None = None) -> Sequence[dict[str, Any]]
         FileNotFoundError: If there is no such file or folder.
         ValueError: If it cannot be read, has no rows or one that is too long, or a folder holds several splits.
     """
-    if path.suffix not in _DELIMITERS:
+    delimiter = next((sign for ending, sign in _DELIMITERS.items() if has_ending(path, (ending,))), None)
+    if delimiter is None:
         rows = _from_datasets(path, limit)
         check_rows(rows, path)
         _check_lengths(rows, path)
         return rows
-    cells = csv_rows(path, _DELIMITERS[path.suffix], limit)
+    cells = csv_rows(path, delimiter, limit)
     found = ({name: _cell(name, text) for name, text in row.items()} for _, row in cells)
     return JsonLines(spooled(json.dumps(row).encode() + b"\n" for row in found), path)
 
@@ -80,7 +82,7 @@ def _from_datasets(path: Path, limit: int | None) -> Sequence[dict[str, Any]]:
         if path.is_dir():
             found = load_from_disk(str(path))
         else:
-            if path.suffix == ".parquet":
+            if path.suffix.lower() == ".parquet":
                 groups = pyarrow.parquet.read_metadata(path)
                 if not groups.num_rows:
                     return []
@@ -88,7 +90,7 @@ def _from_datasets(path: Path, limit: int | None) -> Sequence[dict[str, Any]]:
                     group = groups.row_group(number)
                     if group.total_byte_size > LONGEST_ROW * group.num_rows:
                         raise _TooLongError
-            named: Any = {"path": _BUILDERS[path.suffix], "data_files": str(path), "split": "train"}
+            named: Any = {"path": _BUILDERS[path.suffix.lower()], "data_files": str(path), "split": "train"}
             if limit is not None:  # reads only these rows
                 return list(load_dataset(**named, streaming=True, trust_remote_code=False).take(limit))
             cache = tempfile.mkdtemp()
@@ -156,8 +158,4 @@ def _cell(name: str, text: str) -> Any:
 
 def is_table(path: Path) -> bool:
     """Whether [`open_table`] reads a path: by its ending, or because it is a folder that `datasets` saved."""
-    return (
-        path.suffix in _BUILDERS | _DELIMITERS
-        or (path / "state.json").is_file()
-        or (path / "dataset_dict.json").is_file()
-    )
+    return has_ending(path, TABLE_ENDINGS) or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
