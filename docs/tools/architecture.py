@@ -199,6 +199,7 @@ BESIDE: dict[str, dict[str, str]] = {
         "reward_training/prior_targets.py": "priors are off: it returns at once",
         "objectives/priors.py": "priors are off: their weight is 0",
         "scorers/settings.py": "what the checkpoint will say",
+        "scorers/templates.py": "checks options of chat templates; these records are texts",
         "scorers/checkpoint.py": "loads the model",
         "scorers/base.py": "the base class of scorers",
         "hf/checkpoints.py": "checkpoints",
