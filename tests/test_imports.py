@@ -178,7 +178,7 @@ def test_a_client_needs_none_of_our_version_of_transformers():
         "from fractal_rm import ScoringClient, StepScores\n"
         "import fractal_rm.credit.advantages, fractal_rm.credit.placement\n"
         "step = {'text': 'a', 'start': 0, 'end': 1, 'score': 0.5}\n"
-        "found = {'score': None, 'steps': [step], 'truncated_steps': 0, 'error': None}\n"
+        "found = {'response': 'a', 'score': None, 'steps': [step], 'truncated_steps': 0, 'error': None}\n"
         "ScoringClient._ask = lambda self, path, body: {'results': [found] * len(body['prompts'])}\n"
         "print(ScoringClient('http://127.0.0.1:1').score(['p'], ['a'])[0].spans)"
     )
