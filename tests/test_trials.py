@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -177,10 +178,10 @@ def test_the_plain_bag_loss_stays_unless_another_is_better_beyond_noise():
     near = next(one for one in others if 1.2 < errors(one) < 1.7)
     clear = np.array(labels) + 0.1 * generator.random(100)
 
-    def choice(*scores: np.ndarray) -> int:
+    def choice(*scores: np.ndarray, options: Sequence[dict[str, Any]] = ({}, {"aggregation": "product"})) -> int:
         trials = [
-            Trial(number, {}, response_value(one.tolist(), judge.bags), one.tolist())
-            for number, one in enumerate(scores)
+            Trial(number, dict(changed), response_value(one.tolist(), judge.bags), one.tolist())
+            for number, (one, changed) in enumerate(zip(scores, options, strict=False))
         ]
         assert max(trials, key=lambda trial: trial.value).number == len(trials) - 1
         return best_beyond_noise(trials, judge).chosen.number
@@ -188,6 +189,13 @@ def test_the_plain_bag_loss_stays_unless_another_is_better_beyond_noise():
     assert choice(plain, near) == 0
     assert choice(plain, clear) == 1
     assert choice(plain) == 0
+    # The pace of the plain bag loss is chosen by the value alone; another method has to beat the better pace.
+    slower = {"learning_rate": 1e-4, "num_train_epochs": 6}
+    assert choice(plain, near, options=({}, slower)) == 1
+    good = np.array(labels) + 0.5 * generator.normal(size=100)
+    closer = good + 0.5 * generator.normal(size=100) * 1e-1 + 0.02 * np.array(labels)
+    assert choice(plain, good, closer, options=({}, slower, {"aggregation": "product"})) == 1
+    assert choice(plain, closer, options=({}, {"aggregation": "product"})) == 1
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

@@ -241,10 +241,12 @@ class Disaggregation:
         file.parent.mkdir(parents=True, exist_ok=True)
         lengths = [len(bag.step_spans) for bag in test]
         np.savez(file, scores=np.concatenate([result.step_scores for result in scored["test"]]), lengths=lengths)
-        counts = {"train_bags": len(data.splits["train"]), "test_bags": len(test)}
+        counts: Options = {"train_bags": len(data.splits["train"]), "test_bags": len(test)}
+        if "reference_model" in config:  # a path, which is another one on every machine
+            counts["reference_model"] = "shipped policy"
         self.results.append(
             benchmark="disaggregation", arm=arm, dataset=data.name, seed=seed, split="test", metrics=found,
-            config={"scorer": data.scorer, **counts, **config}, seconds=seconds,
+            config={"scorer": data.scorer, **config, **counts}, seconds=seconds,
         )  # fmt: skip
         print(f"{data.name} {arm} {seed}: within-bag AUC {found['within_bag_auc']:.3f} ({seconds:.0f} s)", flush=True)
 

@@ -35,6 +35,7 @@ _SEARCHED = ("cosine_prior_weight", "correlation_prior_weight", "likelihood_prio
 _PRIOR_WEIGHT = 0.1
 # Factors of learning rates and epochs in the second half of the list, as in the benchmark.
 _SLOWER, _LONGER = 0.3, 2
+_PACE = ("learning_rate", "head_learning_rate", "num_train_epochs", "max_steps")
 # Twice the number of responses of the rarer label (or preferences, or grades) from which validation data suffices: the
 # standard error of an AUC of .75 is .05 there (Hanley and McNeil, Radiology 143, 1982).
 ENOUGH = 100
@@ -366,26 +367,32 @@ class Choice:
             for trial in self.trials
         )
         return (
-            f"Trial {self.chosen.number + 1} of {len(self.trials)}, by {self.judge.description}. The first is the "
-            "plain bag loss; another trial replaces it if the 95 % interval of its gain is above 0.\n\n"
+            f"Trial {self.chosen.number + 1} of {len(self.trials)}, by {self.judge.description}. The best trial of the "
+            "plain bag loss stays, unless the 95 % interval of another trial's gain over it is above 0.\n\n"
             f"| trial | configuration | value | chosen |\n|---:|---|---:|---|\n{lines}\n"
         )
 
 
 def best_beyond_noise(trials: Sequence[Trial], judge: Judge) -> Choice:
-    """The best trial, if it is better than the first one beyond noise; else the first one.
+    """The best trial, if it is better beyond noise than the best one of the plain bag loss; else that one.
 
     Beyond noise: the 95 % interval of the difference on the same resampled responses (bootstrap) is above 0.
     """
-    first, other = trials[0], best(trials)
-    if other is not first:
-        other_one, first_one = (
+    plain = best([trial for trial in trials if _method(trial) == _method(trials[0])])
+    other = best(trials)
+    if other is not plain:
+        other_one, plain_one = (
             Measurement(len(judge.bags), {"value": response_statistic(trial.scores, judge.bags, judge.folds)})
-            for trial in (other, first)
+            for trial in (other, plain)
         )
-        if differences(other_one, first_one)["value"].low > 0:
+        if differences(other_one, plain_one)["value"].low > 0:
             return Choice(trials, other, judge)
-    return Choice(trials, first, judge)
+    return Choice(trials, plain, judge)
+
+
+def _method(trial: Trial) -> Options:
+    """What a trial changes, apart from learning rates and the length of the training."""
+    return {name: value for name, value in trial.options.items() if name not in _PACE}
 
 
 def check_trials(count: int, args: FractalConfig, train: Sequence[Bag], validation: Sequence[Bag] | None) -> Judge:
