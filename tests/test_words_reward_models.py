@@ -154,6 +154,8 @@ def test_the_benchmark_runs_on_what_sample_writes(tmp_path, monkeypatch):
     found = [(row["arm"], row["metrics"]["first_error_accuracy"]) for row in rows]
     assert found[:10] == found[10:]
     unlabelled = tmp_path / "unlabelled.jsonl"
-    unlabelled.write_text(json.dumps({"prompt": "p", "completion": "a", "label": 1.0}) + "\n")
+    unlabelled.write_text(
+        json.dumps({"prompt": "p", "completion": "a", "label": 1.0, "answer": "1", "responses": 1}) + "\n"
+    )
     with pytest.raises(ValueError, match="has no step labels"):
         benchmark.read(unlabelled)
