@@ -115,6 +115,17 @@ DECIMAL = re.compile(
 )
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is a decimal number; NaN and infinity too, which ranges refuse by name.
+
+    Example:
+        >>> [text for text in ("1e-3", " 5", "-.5", "inf", "ten", "1_0", "") if is_number(text)]
+        ['1e-3', ' 5', '-.5', 'inf']
+    """
+    text = text.strip()
+    return bool(DECIMAL.fullmatch(text)) or text.lower().lstrip("+-") in ("nan", "inf", "infinity")
+
+
 class _StrictLoader(yaml.SafeLoader):
     """PyYAML's safe loader, without repeated keys and without aliases, which can expand without bound.
 

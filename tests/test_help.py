@@ -167,6 +167,17 @@ def test_every_misspelt_flag_and_wrong_choice_is_answered_at_once(command, monke
             right = option.choices[:1] if option.is_list else ()
             assert main([command, f"--{option.name}", *right, "qqq"]) == 2
             assert f"{command}: `{option.name}` is 'qqq'. Choose one of " in capsys.readouterr().err
+        elif option.number:
+            right = ("1",) if option.is_list else ()
+            assert main([command, f"--{option.name}", *right, "ten"]) == 2
+            assert f"{command}: `{option.name}` is 'ten'. Give {option.number}." in capsys.readouterr().err
+
+
+def test_numbers_are_known_by_the_type_of_their_option():
+    known = {option.name: option.number for option in options_of("ppo").options}
+    assert known["max_steps"] == known["num_generations"] == "a whole number"
+    assert known["learning_rate"] == known["kl_coef"] == known["reward_weights"] == "a number"
+    assert known["bf16"] == known["shaping"] == known["model"] == known["output_dir"] == ""
 
 
 def test_known_names_reach_the_command(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ dataclasses that it parses, TRL's and transformers' included: names, defaults, c
 import ast
 import functools
 import importlib.util
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fractal_rm.errors import did_you_mean, wrong_choice
-from fractal_rm.files import read_yaml
+from fractal_rm.files import is_number, read_yaml
 
 # The most used options by group, for `fractal-rm <command> --help`. Other commands show all options.
 COMMON: dict[str, dict[str, tuple[str, ...]]] = {
@@ -100,6 +101,9 @@ PLAIN = {
 # Narrowest and widest page, the width of the flags, and the lines of a screen.
 _NARROW, _WIDE, _FLAGS, SCREEN = 80, 120, 34, 50
 _OURS = "fractal_rm"
+# Annotations of options that take numbers, and their names in messages.
+_NUMBER = re.compile(r"(?:list\[)?(int|float)\]?(?: \| None)?")
+_NUMBERS = {"int": "a whole number", "float": "a number"}
 # How much of an option's help is shown: all, its first sentence, or one line.
 _Detail = Literal["whole", "sentence", "line"]
 
@@ -113,6 +117,7 @@ class Option(NamedTuple):
     required: bool
     choices: tuple[str, ...]
     is_list: bool
+    number: str  # "a number" or "a whole number"; empty: something else
     owner: str  # `package.Class`
 
 
@@ -203,7 +208,8 @@ def _width() -> int:
 
 
 def check_arguments(command: str, argv: Sequence[str]) -> None:
-    """Raise ValueError for an unknown flag, key of the configuration file or choice, with the closest known name.
+    """Raise ValueError for an unknown flag, key of the configuration file or choice, with the closest known name, and
+    for a flag whose value should be a number and is none.
 
     Raises OSError if the configuration file is missing.
     """
@@ -211,6 +217,7 @@ def check_arguments(command: str, argv: Sequence[str]) -> None:
     if not known.complete:
         return  # the parser reports it later
     names, chosen = {*known.names, "config"}, {option.name: option for option in known.options if option.choices}
+    numbers = {option.name: option for option in known.options if option.number}
     for place, word in enumerate(argv):
         flag, equals, value = word.partition("=")
         name = flag[2:].replace("-", "_")
@@ -231,6 +238,10 @@ def check_arguments(command: str, argv: Sequence[str]) -> None:
                     _check_choices(path, chosen[key], values, known.removed)
         elif name in chosen:
             _check_choices(f"fractal-rm {command}", chosen[name], given, known.removed)
+        elif name in numbers:
+            for one in given if numbers[name].is_list else given[:1]:
+                if not is_number(one):
+                    raise ValueError(f"fractal-rm {command}: `{name}` is {one!r}. Give {numbers[name].number}.")
 
 
 def _check_choices(place: str, option: Option, given: Sequence[object], removed: Mapping[str, str]) -> None:
@@ -339,6 +350,7 @@ def _option(module: _Module, node: ast.AnnAssign, name: str, scope: Mapping[str,
         not given.keys() & {"default", "default_factory"},
         tuple(map(str, metadata.get("choices") or ())) or _choices(module, node.annotation),
         ast.unparse(node.annotation).startswith("list["),
+        _NUMBERS.get(match[1], "") if (match := _NUMBER.fullmatch(ast.unparse(node.annotation))) else "",
         owner,
     )
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from trl.scripts.utils import TrlParser
 
 from fractal_rm.cli.options.help import ALIASES, hint, not_a_choice, read_config, unknown_key, with_aliases
-from fractal_rm.files import DECIMAL
+from fractal_rm.files import is_number
 
 
 def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
@@ -42,8 +42,7 @@ def parse(command: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tup
 
 def _to_float(text: str) -> float:
     """The number that a text says in decimal digits; NaN and infinity too, which a range refuses by name."""
-    text = text.strip()
-    if not DECIMAL.fullmatch(text) and text.lower().lstrip("+-") not in ("nan", "inf", "infinity"):
+    if not is_number(text):
         raise ValueError  # argparse says the rest
     return float(text)
 
