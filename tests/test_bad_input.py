@@ -205,7 +205,7 @@ def test_a_mistake_in_the_configuration_file_is_named(commands, text, sentence):
     [
         (["--learning-rat", "1"], "unknown flag --learning-rat. Did you mean `learning_rate`?"),
         (["--learning_rat=1"], "unknown flag --learning_rat. Did you mean `learning_rate`?"),
-        (["--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
+        (["--max_steps", "many"], "`max_steps` is 'many'. Give a whole number"),
         (["--scorer", "head"], "fractal-rm: train: `scorer` is 'head'. Choose one of likelihood, token, embedding."),
         (["stray"], "'stray' has no flag before it"),
         (["--config"], "argument --config: expected one argument"),
