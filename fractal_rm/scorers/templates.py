@@ -89,7 +89,7 @@ def check_template(template: Any, path: object) -> None:
     """
     for source in template.values() if isinstance(template, Mapping) else [template]:
         try:
-            tokens = list(jinja2.Environment().lex(str(source or "")))
+            tokens = list(jinja2.Environment(autoescape=True).lex(str(source or "")))
         except jinja2.TemplateError:
             continue  # it is refused where it is used
         for _, kind, value in tokens:
