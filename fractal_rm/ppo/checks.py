@@ -291,7 +291,7 @@ def _check_readable(
 
 
 def check_step_functions(functions: Sequence[Callable[..., Any]], args: StepPPOConfig, train_dataset: Any) -> None:
-    """Check that functions accept the columns of the data set; those of a streaming data set are unknown.
+    """Check that functions accept the columns of the data set; a streaming data set has unknown columns.
 
     Raises TypeError if something is not callable with these arguments, ValueError if a column is called `steps` or an
     option lacks its functions.

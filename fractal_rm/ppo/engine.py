@@ -118,7 +118,7 @@ class _AsyncSourceFunction(_SourceFunction):
 class Engine(Run, GRPOTrainer):
     """`GRPOTrainer` inverted: a subclass defines `rollout` and `loss`, and this class offers the rest.
 
-    Arguments are those of `GRPOTrainer`, and the `sources` of step rewards. `args` is copied;
+    Takes the arguments of `GRPOTrainer`, and the `sources` of step rewards. `args` is copied;
     `reward_processing_classes` belong to `reward_funcs`.
 
     Raises:

@@ -97,7 +97,7 @@ def draw_curves(
     drawn as thin lines. The final accuracy of the arm `baseline` is a dotted line, from where another arm first reaches
     it.
 
-    Raises ValueError if there is no curve, one is empty, or `baseline` is not an arm.
+    Raises ValueError if curves are missing, one is empty, or `baseline` is not an arm.
     """
     if not curves or not all(curves.values()):
         raise ValueError("There is no learning curve, or one without points. Pass at least one point for each arm.")

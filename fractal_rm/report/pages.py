@@ -63,7 +63,7 @@ class ResponseView:
     worst: float | None  # the lowest step score, None if there is none
     mistakes: str  # the kinds of mistakes among its steps, joined by commas
     apart: float | None  # difference of the two models' response scores, None without two
-    other: str | None  # the other model's response score as text, None where there is no other model
+    other: str | None  # the other model's response score as text, None without another model
     other_css: str  # class of the colour of that score
 
 

@@ -25,7 +25,7 @@ from fractal_rm.data.bag import Span, StepScores
 from fractal_rm.data.prompts import Prompt, RenderedPrompt, is_chat
 from fractal_rm.reward_model import StepRewardModel
 
-# A batch numbers the rows of several requests; an answer numbers those of one.
+# A batch numbers the rows of several requests; an answer numbers the rows of its own request.
 _NUMBER = re.compile(r"\Arow \d+: ")
 # Spellings of special tokens in addition to the named ones: turns, starts, endings, padding.
 _MARK = re.compile(

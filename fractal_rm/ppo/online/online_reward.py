@@ -63,7 +63,7 @@ class OnlineReward:
     With several processes, the main process learns from all rollouts and broadcasts the weights.
 
     `reward_model` learns in place. `original` are labelled responses that it was trained on, to mix in; None: rollouts
-    only. `weights` are those of the reward functions, 0 for the step reward model itself.
+    only. `weights` holds the weight of each reward function, 0 for the step reward model itself.
 
     Raises:
         ValueError: If there are no outcomes to learn from, the original data has rows other than single labelled
