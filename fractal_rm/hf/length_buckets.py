@@ -103,8 +103,8 @@ class LengthBuckets:
         return rows if self._order is None else rows[self._order.argsort().to(rows.device)]
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Results for the whole batch, in the order of its rows, from the results of its buckets; 0 in columns outside a
-        bucket.
+        """Join the results of the buckets to results of the whole batch, in the order of its rows; 0 in columns outside
+        a bucket.
 
         `pieces` has one tensor per bucket, (b, w, ...) for all of its columns or only for its last ones. The result is
         (B, W, ...), or its last columns.
