@@ -10,11 +10,13 @@ values, from a call into TRL until the line after it.
 """
 
 import copy
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +33,7 @@ from fractal_rm.data.prompts import Conversation, contexts_of, is_chat
 from fractal_rm.files import write_atomic
 from fractal_rm.hf.checkpoints import named_write_errors
 from fractal_rm.hf.denormals import flush_denormals
-from fractal_rm.hf.length_buckets import LengthBuckets, bucketed_log_probs, may_be_sorted
+from fractal_rm.hf.length_buckets import LengthBuckets, bucketed_log_probs, completion_log_probs, may_be_sorted
 from fractal_rm.hf.parallelism import is_sharded
 from fractal_rm.hf.runs import Run, naming_option
 from fractal_rm.ppo.config import StepPPOConfig
@@ -49,6 +51,8 @@ from fractal_rm.scorers.checkpoint import check_finite_weights, complete_models,
 
 # TRL makes a reference model only for its own penalty, and only checks whether `beta` is 0.
 _ANY_BETA = 1.0
+# Below, the logits of prompts cost little.
+_LARGE_VOCABULARY = 8192
 # Minibatch keys of the rollout's forward pass, if the update reuses it.
 _LOGPROBS, _ENTROPIES = "rollout_logprobs", "rollout_entropies"
 
@@ -377,6 +381,14 @@ class Engine(Run, GRPOTrainer):
         hand_over.prompts, hand_over.completion_ids, hand_over.function_rewards = prompts, completion_ids_list, ours
         return rewards
 
+    @property
+    def _has_large_vocabulary(self) -> bool:
+        """Whether the logits of a token are many, and the policy can compute those of completions alone."""
+        policy: Any = self.policy.get_base_model() if hasattr(self.policy, "peft_config") else self.policy
+        if self.args.cast_lm_head_to_fp32 or "logits_to_keep" not in inspect.signature(policy.forward).parameters:
+            return False
+        return policy.config.get_text_config().vocab_size >= _LARGE_VOCABULARY
+
     @contextmanager
     def _keeping_rollout(self, prompts: Any) -> Iterator[None]:
         """Write prompts and completions into the output folder if one of them has a NaN or infinite reward."""
@@ -420,11 +432,14 @@ class Engine(Run, GRPOTrainer):
         if hand_over.known is not None:
             (logprobs, entropies), hand_over.known = hand_over.known, None
             return logprobs, entropies, None
-        log_probs_of = super()._get_per_token_logps_and_entropies
+        log_probs_of: Any = super()._get_per_token_logps_and_entropies
         texts, buckets = (input_ids, attention_mask), None
         if not any(value is not None and value is not False for value in others.values()):  # images, experts: TRL's way
             sort, prompt_width = may_be_sorted(model, self.accelerator), input_ids.size(1) - logits_to_keep
             buckets = LengthBuckets(attention_mask, prompt_width, most_rows=batch_size, sort=sort)
+            if input_ids.device.type == "cpu" and self._has_large_vocabulary:
+                learned = bool(self.args.entropy_coef or self.args.use_adaptive_entropy)
+                log_probs_of = partial(completion_log_probs, temperature=self.temperature, learn_entropy=learned)
 
         def compute() -> Any:
             if buckets is None:

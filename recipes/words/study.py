@@ -94,13 +94,15 @@ class WordsAssets(Assets):
     device: ClassVar[str] = "cuda" if torch.cuda.is_available() else "cpu"
     ppo: ClassVar[Options] = PPO_SETTINGS | {
         "use_cpu": device == "cpu",
-        "model_init_kwargs": {"dtype": "bfloat16"},
+        # Frozen weights and calculations in bfloat16, adapters in float32.
+        "model_init_kwargs": {"dtype": "bfloat16"} | ({"attn_implementation": "eager"} if device == "cpu" else {}),
+        "bf16": True,
         "save_strategy": "steps",
         "save_steps": 2,
         "save_total_limit": 1,
     }
-    # Rollouts whose logits are in memory at a time: 49,152 logits per token.
-    micro_batch: ClassVar[int] = 4 if device == "cpu" else 16
+    # Rollouts whose activations are in memory at a time.
+    micro_batch: ClassVar[int] = 8 if device == "cpu" else 16
 
     def __init__(self, folder: Path, task: Task, seed: int, max_steps: int = -1) -> None:
         super().__init__(folder / "ppo", task, seed, max_steps)
