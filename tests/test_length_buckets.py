@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig
 from support.models import reward_model as scorer_model
 from support.models import sums
 from support.step_ppo import RAGGED, Q, make, policy, replay, reward_model, rollout, same, train, weights
@@ -16,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 from fractal_rm.data.readers import read_bags
 from fractal_rm.hf import length_buckets
 from fractal_rm.hf.length_buckets import LengthBuckets, bucketed_step_logits, may_be_sorted
+from fractal_rm.ppo import engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 
@@ -76,6 +78,15 @@ def test_a_batch_is_left_whole_where_sorting_saves_nothing_or_parts_would_be_sma
     assert len(LengthBuckets(ragged, 1).parts) == 1
 
 
+def test_a_batch_too_small_for_two_parts_is_read_without_columns_of_padding(monkeypatch):
+    monkeypatch.setitem(length_buckets._TOKENS, "cpu", 100)
+    mask = torch.zeros(8, 20, dtype=torch.long)
+    mask[:, 3:7] = 1
+    parts = LengthBuckets(mask, 5).parts
+    assert [part.columns for part in parts] == [slice(3, 7)]
+    assert [part.columns for part in LengthBuckets(mask, 5, sort=False).parts] == [slice(0, 20)]
+
+
 def test_models_with_learned_positions_and_several_processes_read_a_batch_whole():
     accelerator: Any = Accelerator(cpu=True)
     assert may_be_sorted(policy(), accelerator)
@@ -115,6 +126,51 @@ def test_log_probabilities_entropies_and_gradients_are_those_of_the_whole_batch(
 
     for part, whole in zip(compute(sort=True), compute(sort=False), strict=True):
         torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", [None, LoraConfig(target_modules=["q_proj"])])
+def test_with_a_large_vocabulary_logits_are_those_of_completions_alone(tmp_path, monkeypatch, adapter):
+    trainer = make(tmp_path, reward_model=reward_model(), peft_config=adapter, temperature=0.7)
+    ids, mask, width = ragged_batch()
+    real = mask[:, -width:].bool()
+
+    def compute(least: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(engine, "_LARGE_VOCABULARY", least)
+        seen: list[int] = []
+        handle = trainer.policy.get_output_embeddings().register_forward_hook(
+            lambda module, args, logits: seen.append(logits.size(1))
+        )
+        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, width, compute_entropy=True
+        )
+        handle.remove()
+        assert seen == ([width] if least == 1 else [])  # TRL's kernel does not call the head
+        assert not logps[~real].any()
+        trainer.model.zero_grad()
+        logps.pow(2).sum().backward()
+        gradients = [weight.grad.clone() for weight in trainer.model.parameters() if weight.grad is not None]
+        return [logps * real, entropies * real, *gradients]
+
+    alone, everything = compute(1), compute(1 << 30)
+    assert len(alone) == len(everything) > 2
+    for ours, trls in zip(alone, everything, strict=True):
+        torch.testing.assert_close(ours, trls, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("option", "value"), [("cast_lm_head_to_fp32", True), ("temperature", 1.0)])
+def test_a_head_that_trl_changes_is_left_to_trl(tmp_path, monkeypatch, option, value):
+    monkeypatch.setattr(engine, "_LARGE_VOCABULARY", 1)
+    trainer = make(tmp_path, reward_model=reward_model(), **{option: value})
+    assert trainer._has_large_vocabulary == (option == "temperature")
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.1])
+def test_entropies_have_a_gradient_where_they_are_learned(tmp_path, monkeypatch, coefficient):
+    monkeypatch.setattr(engine, "_LARGE_VOCABULARY", 1)
+    trainer = make(tmp_path, reward_model=reward_model(), entropy_coef=coefficient)
+    ids, mask, width = ragged_batch()
+    _, entropies, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width, compute_entropy=True)
+    assert entropies.requires_grad == bool(coefficient)
 
 
 @pytest.mark.parametrize("value_model", [None, "shared"])

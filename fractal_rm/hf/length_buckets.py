@@ -174,11 +174,12 @@ def completion_log_probs(
     # A tensor copies the states; an integer slices them, and then torch copies frozen bfloat16 weights for each row.
     places = torch.arange(end - width, end, device=input_ids.device)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=places).logits
-    log_probs = (logits.float() / temperature).log_softmax(-1)
+    scaled = logits.float() if temperature == 1.0 else logits.float() / temperature  # each copy is large
+    log_probs = scaled.log_softmax(-1)
     padding = attention_mask[:, -width:] == 0
     chosen = log_probs.gather(-1, input_ids[:, -width:, None])[..., 0].masked_fill(padding, 0.0)
     entropies = None
     if compute_entropy:
         with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
-            entropies = -(log_probs.exp() * log_probs).sum(-1).masked_fill(padding, 0.0)
+            entropies = torch.stack([-(row.exp() * row).sum(-1) for row in log_probs]).masked_fill(padding, 0.0)
     return chosen, entropies, None

@@ -439,7 +439,7 @@ class Engine(Run, GRPOTrainer):
             buckets = LengthBuckets(attention_mask, prompt_width, most_rows=batch_size, sort=sort)
             if input_ids.device.type == "cpu" and self._has_large_vocabulary:
                 learned = bool(self.args.entropy_coef or self.args.use_adaptive_entropy)
-                log_probs_of = partial(completion_log_probs, temperature=self.temperature, learn_entropy=learned)
+                log_probs_of = partial(completion_log_probs, temperature=self.args.temperature, learn_entropy=learned)
 
         def compute() -> Any:
             if buckets is None:
