@@ -33,6 +33,7 @@ from benchmarks.evidence.quickstart import EXAMPLES
 from benchmarks.evidence.study_page import tables as study_tables
 from benchmarks.evidence.words_page import arithmetic as words_arithmetic
 from benchmarks.evidence.words_page import page as words_page
+from benchmarks.evidence.words_page import run as words_run
 from benchmarks.speed.page import page as speed_page
 from benchmarks.speed.plan_page import recipe_table
 from benchmarks.speed.scale_page import scale_page
@@ -211,7 +212,8 @@ def documents() -> dict[Path, str]:
     names = ("evidence", "evidence_arms", "evidence_tables", "evidence_history")
     pages = filled([*(docs / f"{name}.md" for name in names), readme], evidence_tables())
     words = {docs / "words.md": {"words arithmetic": words_arithmetic(rows_of("dense_vs_outcome"))}}
-    words |= {REPOSITORY / "recipes" / "words" / "README.md": {}}
+
+    words |= {REPOSITORY / "recipes" / "words" / "README.md": {"words run": words_run(rows_of("words_run"))}}
     testing = docs / "testing.md"
     return {
         **filled([testing], mutation_tables(rows_of("mutation")) | {"coverage": coverage_table(rows_of("coverage"))}),

@@ -170,6 +170,20 @@ def arithmetic(rows: Sequence[Row], *, rollouts: int = 1280) -> str:
     return table(["setting", "seeds", "start, %", f"after {rollouts:,} rollouts, %", "gain, points"], lines)
 
 
+def run(rows: Sequence[Row]) -> str:
+    """What each step of `make words` took, and all of them."""
+    steps = [row["metrics"] for row in rows]
+    if not steps:
+        return NONE_YET
+    whole = {name: sum(step[name] for step in steps) for name in ("minutes", "processor_minutes")}
+    whole["peak_gb"] = max(step["peak_gb"] for step in steps)
+    lines = [
+        [name, f"{step['minutes']:.1f}", f"{step['processor_minutes']:.1f}", f"{step['peak_gb']:.2f}"]
+        for name, step in zip([*(row["arm"] for row in rows), "all"], [*steps, whole], strict=True)
+    ]
+    return table(["step", "minutes", "processor minutes", "peak memory, GB"], lines)
+
+
 def _solved(metrics: Mapping[str, Any]) -> np.ndarray:
     """Share of right responses to each held-out problem."""
     return np.array(metrics["solved"]) / metrics["draws"]
