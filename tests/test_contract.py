@@ -351,6 +351,14 @@ def test_every_private_name_that_the_engine_uses_is_in_the_contract():
     assert {*trl_contract.METHODS, *trl_contract.CALLABLE_WITH} - used <= {"log", "_prepare_inputs"}
 
 
+def test_an_attribute_is_expected_only_of_versions_of_transformers_that_have_it(monkeypatch):
+    check = trl_contract.check_contract.__wrapped__
+    monkeypatch.setitem(trl_contract.SET_IN_TRAINING, "_newer", ("_inner_training_loop",))
+    assert ["_newer" in sentence for sentence in check()] == [True]
+    monkeypatch.setitem(trl_contract.SINCE_TRANSFORMERS, "_newer", "999")
+    assert check() == ()
+
+
 def test_every_attribute_that_trl_alone_sets_is_in_the_contract():
     # Options of `GRPOConfig` are public; the trainer has some of them as attributes of the same name.
     used = own_attributes(code_of(*(path for path in PPO.rglob("*.py") if path.name != "config.py")))

@@ -12,7 +12,9 @@ import textwrap
 from collections.abc import Iterator
 from types import ModuleType
 
+import transformers
 import trl
+from packaging.version import Version
 from trl.trainer import utils as trl_utils
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -114,6 +116,9 @@ SET_IN_TRAINING = {
     "_total_loss_scalar": ("_inner_training_loop",),
     "_tr_loss": ("_inner_training_loop",),
 }
+
+# Attributes that older versions of transformers do not have and do not need.
+SINCE_TRANSFORMERS = {"_initial_global_step": "5.19"}  # before, the mean loss always covers all steps
 
 # Functions of `trl.trainer.utils`, with their parameters. TRL itself calls the first two on our batches.
 FUNCTIONS = {
@@ -237,6 +242,8 @@ def _moved_attributes(trainer_class: type) -> Iterator[str]:
         if missing:
             yield f"`{trainer_class.__name__}.{name}` has no key {', '.join(missing)}, expected it to"
     for name, methods in SET_IN_TRAINING.items():
+        if Version(transformers.__version__) < Version(SINCE_TRANSFORMERS.get(name, "0")):
+            continue
         trees = [tree for method in methods for tree in _syntax(trainer_class, method)]
         if not any(name == found for tree in trees for found, _ in _assignments(tree)):
             yield f"`{trainer_class.__name__}.{name}` is not set in training, expected it to be"
