@@ -102,7 +102,7 @@ class WordsAssets(Assets):
         "save_total_limit": 1,
     }
     # Rollouts whose activations are in memory at a time.
-    micro_batch: ClassVar[int] = 8 if device == "cpu" else 16
+    micro_batch: ClassVar[int] = 4 if device == "cpu" else 16
 
     def __init__(self, folder: Path, task: Task, seed: int, max_steps: int = -1) -> None:
         super().__init__(folder / "ppo", task, seed, max_steps)
