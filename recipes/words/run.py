@@ -85,8 +85,8 @@ def steps(base: Path, work: Path, amounts: Amounts, device: str, threads: int) -
     train += ["--model", str(policy), "--data_dir", str(work), "--output_dir", str(reward_model)]
     if device == "cuda":
         train += ["--use_cpu", "false"]
-    else:  # the same batches in parts need a quarter of the memory
-        train += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4"]
+    else:  # the same batches in parts need less memory
+        train += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "8"]
         train += ["--per_device_eval_batch_size", "8"]
     if any(reward_model.glob("checkpoint-*")):
         train += ["--resume_from_checkpoint", "true"]
