@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from support.models import reward_model as scorer_model
 from support.models import sums
 from support.step_ppo import RAGGED, Q, make, policy, replay, reward_model, rollout, same, train, weights
@@ -128,7 +128,14 @@ def test_log_probabilities_entropies_and_gradients_are_those_of_the_whole_batch(
         torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("adapter", [None, LoraConfig(target_modules=["q_proj"])])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        None,
+        LoraConfig(target_modules=["q_proj"]),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    ],
+)
 def test_with_a_large_vocabulary_logits_are_those_of_completions_alone(tmp_path, monkeypatch, adapter):
     trainer = make(tmp_path, reward_model=reward_model(), peft_config=adapter, temperature=0.7)
     ids, mask, width = ragged_batch()

@@ -170,9 +170,9 @@ def completion_log_probs(
     Returns:
         Log-probabilities in nats, entropies, and None, as TRL's method; 0 at padding.
     """
-    end = input_ids.size(1) - 1
     # A tensor copies the states; an integer slices them, and then torch copies frozen bfloat16 weights for each row.
-    places = torch.arange(end - width, end, device=input_ids.device)
+    # Counted from the end: prompt tuning puts tokens before the text.
+    places = torch.arange(-width - 1, -1, device=input_ids.device)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=places).logits
     scaled = logits.float() if temperature == 1.0 else logits.float() / temperature  # each copy is large
     log_probs = scaled.log_softmax(-1)
