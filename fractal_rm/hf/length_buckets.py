@@ -155,8 +155,8 @@ def completion_log_probs(
 ) -> tuple[Tensor, Tensor | None, None]:
     """Log-probabilities (B, T) and entropies (B, T) of the last `width` tokens, with logits only of these.
 
-    On a CPU, TRL's kernel computes logits of the prompts too, in float32 tiles: with a vocabulary of 49,152 that is
-    half of the time of an update, and most of its memory.
+    On a CPU, TRL's kernel computes logits of the prompts too, in float32 tiles, which costs time and memory if the
+    vocabulary is large.
 
     Args:
         model: A causal language model.
